@@ -30,8 +30,12 @@ STEP_TIME = "time/step"
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 PEAK_MEMORY = "perf/peak_memory_gb"
 
-PHASES = ("generate", "score", "reference", "optimise", "checkpoint")
+EVALUATE = "evaluate"
+"""The phase of a held-out evaluation, which only the steps with an evaluation have."""
+PHASES = ("sync", "generate", "score", "reference", "fit", "optimise", EVALUATE, "checkpoint")
 """The phases of a step, in order. Each has a metric, see :func:`phase_time`."""
+PHASES_OF_SOME_RUNS = ("sync", "fit")
+"""Those that depend on the configuration. Other runs do not have their metric."""
 
 REWARD_SOURCE = "reward/NAME"
 EVAL_SOURCE = "eval/reward/NAME"
@@ -57,9 +61,6 @@ EVAL_TIME = "time/evaluate"
 AGREEMENT = "judged/agreement"
 """How far the scores agree with the operators' judgements. Readers compute it from labels.db, so
 that it changes with each judgement; the journal does not have it."""
-
-EVALUATE = "evaluate"
-"""The phase of a held-out evaluation, which only the steps with an evaluation have."""
 
 
 def phase_time(phase: str) -> str:

@@ -102,7 +102,7 @@ class RankLoad(Struct, frozen=True, kw_only=True):
     memory: int
     """Resident bytes."""
     seconds: dict[str, float] = {}
-    """Seconds of the last step by phase: generate, score, reference, optimise."""
+    """Seconds of the last step by phase."""
     peak_memory: int = 0
     """Peak bytes so far: GPU memory, or resident memory on a CPU."""
 

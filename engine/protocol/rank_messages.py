@@ -35,8 +35,7 @@ class Phase(Message, frozen=True, tag="phase"):
     rank: int
     step: int
     name: str
-    """generate, score, reference, optimise, evaluate, checkpoint or paused; at the start
-    `load policy` etc."""
+    """One of :data:`engine.metrics.PHASES`, or `paused`; at the start `load policy` etc."""
     done: int = 0
     total: int = 0
 

@@ -98,7 +98,7 @@ async def _serve(
 async def _run(supervisor: Supervisor, listener: socket.socket) -> int:
     """Runs all attempts with the server, the watchdog and the signals."""
     await supervisor.server.start(
-        listener, supervisor.commands, supervisor.rank_messages.handle_connection
+        listener, supervisor.commands, supervisor, supervisor.rank_messages.handle_connection
     )
     watchdog = asyncio.create_task(
         supervisor.watchdog.run(supervisor.on_silence, supervisor.commands.on_alert)

@@ -18,7 +18,7 @@ from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError, error_text
 from engine.kl import largest_change, usual_horizon
 from engine.launch.environment import ranks_per_node
-from engine.metrics import PEAK_MEMORY, STEP_TIME, phase_time
+from engine.metrics import PEAK_MEMORY, PHASES, STEP_TIME, phase_time
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
 from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
@@ -41,7 +41,6 @@ MORE_PROMPTS = 32
 noise, and the longest response, which a small batch may lack."""
 LONGEST_STEP = 60.0
 """Seconds that the third step may take, if each prompt adds as much as the first ones took."""
-PHASES = ("generate", "score", "reference", "optimise")
 LEAST_FACTOR = 4.0
 """By which the adaptive controller should be able to change beta within a run."""
 RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}

@@ -12,11 +12,11 @@ from engine.metrics import (
     BETA,
     CLIP_FRACTION,
     EVAL_SCORE,
-    EVAL_TIME,
     EVALUATE,
     KL,
     PEAK_MEMORY,
     PHASES,
+    PHASES_OF_SOME_RUNS,
     RESPONSE_LENGTH,
     SCORE,
     STEP_TIME,
@@ -35,7 +35,7 @@ from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
 
 ALWAYS = (
     *with_drawn((SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH)),
-    STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY, *map(phase_time, PHASES), EVAL_TIME,
+    STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY, *map(phase_time, PHASES),
 )  # fmt: skip
 """Metrics that are always read, whichever charts are shown."""
 RECENT = 10
@@ -199,11 +199,15 @@ class SessionState:
         found = self.shape(EVAL_SCORE)
         return 0 if found and not found.steps[0] else 1
 
-    def step_phases(self, step: int) -> tuple[str, ...]:
-        """The phases of a step, in order; with the evaluation if the step has one."""
-        if not self.eval_every or step % self.eval_every:
-            return PHASES
-        return *PHASES[:-1], EVALUATE, PHASES[-1]
+    def step_phases(self, now: Phase) -> tuple[str, ...]:
+        """The phases of the step that a rank is in, in order; `now` is among them in any case.
+
+        Before the first step is done, or the configuration read, others may be missing.
+        """
+        absent = {p for p in PHASES_OF_SOME_RUNS if phase_time(p) not in self.names}
+        if not self.eval_every or now.step % self.eval_every:
+            absent.add(EVALUATE)
+        return tuple(p for p in PHASES if p not in absent or p == now.name)
 
     def smoothed(self, name: str, weight: float) -> Series:
         """A metric's moving average."""
@@ -252,7 +256,7 @@ class SessionState:
         if seconds is None or not self.training or not self.phases:
             return None
         evaluation = 0.0
-        if EVALUATE in self.step_phases(self.phases[0].step):
+        if EVALUATE in self.step_phases(self.phases[0]):
             evaluation = self.phase_seconds(EVALUATE) or 0.0
         if (ends := self._optimise.ends) is not None:
             return max(0.0, ends - self.now()) + evaluation
@@ -266,7 +270,7 @@ class SessionState:
     def _into_step(self) -> float:
         """Seconds since the current step began, its finished phases at their usual length."""
         phase = self.phases[0]
-        phases = self.step_phases(phase.step)
+        phases = self.step_phases(phase)
         if phase.name not in phases:
             return 0.0
         before = phases[: phases.index(phase.name)]

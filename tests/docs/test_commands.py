@@ -178,8 +178,8 @@ def test_commands_that_only_read_do_what_the_pages_say(recorded, monkeypatch, ca
     done = {command for page in PAGES for command in commands(page) if carried_out(command)}
     assert {verb(command) for command in done} == READING
     for command in sorted(done):
-        for word in command.words[1:] if verb(command) == "init" else ():
-            Path(word).unlink(missing_ok=True)  # it replaces none
+        for file in ("run.yaml", *command.words[1:]) if verb(command) == "init" else ():
+            Path(file).unlink(missing_ok=True)  # it replaces none, the default one neither
         try:
             cli.main(list(command.words), standalone_mode=False)
         except NAMED_ONLY:

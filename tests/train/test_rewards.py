@@ -471,6 +471,7 @@ def test_scores_are_clipped_after_normalising():
     assert got.tolist() == [3.0, 0.0, -3.0]
 
 
-def test_scores_that_do_not_vary_cannot_be_normalised():
+@pytest.mark.parametrize("score", [math.pi, 1.3, 100.7])
+def test_scores_that_do_not_vary_cannot_be_normalised(score):
     with pytest.raises(RewardError, match="scores that vary"):
-        Normaliser.of(torch.full((4,), math.pi))
+        Normaliser.of(torch.full((64,), score))

@@ -28,6 +28,25 @@ def test_what_came_before_in_the_step_is_ticked():
     assert "✓ generate 6.0s ✓ score" in text(PhaseStrip(state), 120, 1)
 
 
+@pytest.mark.parametrize("name", ["sync", "fit"])
+def test_a_phase_that_only_some_runs_have_is_part_of_their_steps(name):
+    state = make_state()
+    generating = Phase(rank=0, step=51, name="generate")
+    state.take(SessionUpdate(phases=[generating]))
+    assert name not in text(PhaseStrip(state), 120, 1)
+    # The first step of such a run has no metrics yet.
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name=name)]))
+    shown = text(PhaseStrip(state), 120, 1)
+    assert f"▶ {name}" in shown
+    assert "· optimise" in shown
+    assert "step 51" in shown
+    curves = {f"time/{name}": [(step, 0.7) for step in range(41, 51)]}
+    state.take(SessionUpdate(phases=[generating], names=[*state.names, *curves], curves=curves))
+    assert f"{name} 0.7s" in text(PhaseStrip(state), 120, 1)
+    state.take(SessionUpdate(phases=[]))
+    assert f"{name} 0.7s" in text(PhaseStrip(state), 120, 1)
+
+
 def test_loading_shows_progress_too():
     state = make_state()
     state.take(SessionUpdate(phases=[Phase(rank=0, step=0, name="load policy", done=3, total=12)]))
@@ -35,7 +54,7 @@ def test_loading_shows_progress_too():
     assert "3/12" in text(PhaseStrip(state), 80, 1)
 
 
-@pytest.mark.parametrize("name", ["paused", "optimise"])
+@pytest.mark.parametrize("name", ["paused", "optimise", "fit"])
 def test_a_start_shows_no_phase_of_the_attempt_before(name):
     state = make_state(state="starting")
     state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name=name)]))

@@ -30,7 +30,6 @@ from engine.train.rollout.backend import (
 from engine.train.rollout.rollout import ReportProgress, Rollout
 from engine.train.run import Run
 
-PHASE = "evaluate"
 RECORDED_CHARACTERS = 8_000_000
 """Of the responses that are recorded, with their prompts: what a message can hold."""
 KL_TEMPERATURE = 1.0
@@ -101,7 +100,7 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
 
 
 def _respond_to_all(run: Run, held_out: HeldOut, step: int, weights_version: int) -> list[_Scored]:
-    report = run.announce(step, PHASE)
+    report = run.announce(step, names.EVALUATE)
     return [
         _respond(run, held_out, step, weights_version, number, prompts, report)
         for number, prompts in enumerate(_batches(run, held_out.prompts))

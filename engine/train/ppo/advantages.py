@@ -259,14 +259,14 @@ def group_advantages(returns: Tensor, per_prompt: int, scale: str) -> Tensor:
     denominator as in TRL and verl; `none` divides by nothing (Dr. GRPO). A group without variance
     gets zeros. Responses to one prompt are in `per_prompt` adjacent rows.
     """
-    groups = returns.view(-1, per_prompt)
+    groups = returns.double().view(-1, per_prompt)  # see masked.whiten
     centred = groups - groups.mean(1, keepdim=True)
     match scale:
         case "group":
             centred = centred / (groups.std(1, keepdim=True) + GROUP_STD_EPS)
         case "batch":
-            centred = centred / (returns.std() + GROUP_STD_EPS)
-    return centred.view(-1)
+            centred = centred / (groups.std() + GROUP_STD_EPS)
+    return centred.view(-1).to(returns.dtype)
 
 
 def constant_groups(scores: Tensor, per_prompt: int) -> Tensor:

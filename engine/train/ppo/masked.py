@@ -26,10 +26,12 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     lm-human-preferences, with 1e-8 added to the variance, whose denominator is the number of tokens
     (TRL's is one less).
     """
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    # In float32 the mean of equal numbers is not that number: 1,000 times 100.7 would become 0.2.
+    wide = x.double()
+    mean = masked_mean(wide, mask)
+    variance = masked_mean((wide - mean) ** 2, mask)
+    whitened = (wide - mean) * torch.rsqrt(variance + 1e-8)
+    return ((whitened if shift_mean else whitened + mean) * mask).to(x.dtype)
 
 
 def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -47,8 +49,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
-    total = variance(returns)
-    return torch.where(total > 0, 1 - variance(returns - values) / total, torch.nan)
+    wide = returns.double()  # see whiten
+    total = variance(wide)
+    return torch.where(total > 0, 1 - variance(wide - values) / total, torch.nan)
 
 
 def as_float64(scalars: Iterable[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from engine.errors import JournalError, RlhfError
 from engine.journal.history.recording import Recording
 from engine.journal.labels import LabelReader
 from engine.journal.reader import JournalReader
-from engine.metrics import EVALUATE, PHASES, phase_time
+from engine.metrics import PHASES, phase_time
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 from engine.session.folder import Session
@@ -195,8 +195,7 @@ class ReplayFeed:
         """The seconds of each phase of a step, in order."""
         if self._phase_times[0] != step:
             with JournalReader(self._session) as record:
-                names = (*PHASES[:-1], EVALUATE, PHASES[-1])
-                times = {n: dict(record.series(phase_time(n), step - 1, step)) for n in names}
+                times = {n: dict(record.series(phase_time(n), step - 1, step)) for n in PHASES}
             seconds = {n: value for n, of in times.items() if (value := of.get(step))}
             self._phase_times = step, seconds
         return self._phase_times[1]

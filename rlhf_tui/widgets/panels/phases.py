@@ -1,15 +1,13 @@
 """The phase strip: the current phase of each rank with its progress, and the phases' durations."""
 
 from engine import metrics
-from engine.metrics import EVAL_TIME, EVALUATE, PHASES, phase_time
+from engine.metrics import EVAL_TIME, PHASES, phase_time
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
 UNITS = {"generate": "tokens", "optimise": "updates"}
-ORDER = (*PHASES[:-1], EVALUATE, PHASES[-1])
-"""All phases, in order."""
 PAUSED = "paused"
 """The phase of a rank between two steps of a paused run."""
 
@@ -35,7 +33,7 @@ class PhaseStrip(Panel):
 
     def _last_step(self, width: int, state: str) -> Row:
         """How long the last step and its phases took, after `state`."""
-        times = [(n, s) for n in ORDER if (s := self._last(phase_time(n))) is not None]
+        times = [(n, s) for n in PHASES if (s := self._last(phase_time(n))) is not None]
         if not times:
             return [(f" {state}no step measured yet", "dim")]
         total = self._last(metrics.STEP_TIME)
@@ -64,9 +62,7 @@ class PhaseStrip(Panel):
 
     def _others(self, phase: Phase, *, times: bool) -> tuple[list[Piece], list[Piece]]:
         """The phases before and after this one, with their mean durations if `times`."""
-        phases = self.state.step_phases(phase.step)
-        if phase.name not in phases:  # an evaluation, but the configuration is not read
-            phases = ORDER
+        phases = self.state.step_phases(phase)
         current = phases.index(phase.name)
         before: list[Piece] = []
         later: list[Piece] = []
@@ -119,11 +115,11 @@ def _durations(times: list[tuple[str, float]]) -> list[Piece]:
 
 def _is_of_step(phase: Phase) -> bool:
     """Whether a rank is in a step. The evaluation before the first one has step 0."""
-    return phase.name in ORDER and phase.step > 0
+    return phase.name in PHASES and phase.step > 0
 
 
 def _progress(phase: Phase) -> float:
     """A rank's progress in its step, in phases; -1 while it loads."""
-    if phase.name not in ORDER:
+    if phase.name not in PHASES:
         return -1
-    return ORDER.index(phase.name) + (phase.done / phase.total if phase.total else 0)
+    return PHASES.index(phase.name) + (phase.done / phase.total if phase.total else 0)
