@@ -1,5 +1,6 @@
 """The first configuration of a new user, which init writes."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def test_what_is_written_is_the_recipe_with_a_comment_on_each_key(tmp_path, reci
     assert f"rlhf-tui check {file}" in write(file, "--recipe", recipe)
     example = EXAMPLES / f"{recipe}.yaml" if recipe != "ppo" else starter.FOLDER / "demo.yaml"
     assert config_file.load(file) == config_file.load(example)
-    for before, line in pairwise(file.read_text(encoding="utf-8").splitlines()):
+    text = file.read_text(encoding="utf-8")
+    text = re.sub(r"(?<=  rules:\n)(  - .*\n(    .*\n)*)+", "", text)  # explained by their key
+    for before, line in pairwise(text.splitlines()):
         # A section within a section explains its keys.
         if line.startswith("  ") and not line.lstrip().startswith(("#", "overlong:")):
             assert before.lstrip().startswith("#"), line
