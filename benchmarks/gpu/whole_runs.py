@@ -61,6 +61,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
+def last_line(output: str) -> str:
+    """The last line of a run's output, without the session's folder."""
+    return (output.strip().splitlines() or ["no output"])[-1].partition("; session ")[0]
+
+
 def session(target: Target, name: str) -> Session:
     """The folder of a session that a part has started."""
     return Session(target.folder / "sessions" / name)
@@ -80,8 +85,9 @@ def starter_learns(target: Target) -> Iterator[Finding]:
     """Twenty steps of the starter: finite numbers, a higher score, on the device asked for."""
     steps = 20 if target.real else 2
     code, output = finish(start(target, "learns", "demo", "--steps", str(steps)))
-    last = output.strip().splitlines()[-1:] or ["no output"]
-    yield Finding(f"{steps} steps of the starter", code == 0, f"exit code {code}; {last[0]}")
+    yield Finding(
+        f"{steps} steps of the starter", code == 0, f"exit code {code}; {last_line(output)}"
+    )
     found = metrics(target, "learns")
     values = [v for series in found.values() for v in series.values()]
     bad = sum(not math.isfinite(v) for v in values)
@@ -105,7 +111,7 @@ def killed_and_resumed(target: Target) -> Iterator[Finding]:
     steps = 6
     saving = ["--steps", str(steps), "-o", "train.save_every=2"]
     code, output = finish(start(target, "undisturbed", "demo", *saving))
-    yield Finding("an undisturbed run", code == 0, (output.strip().splitlines() or [""])[-1])
+    yield Finding("an undisturbed run", code == 0, last_line(output))
     process = start(target, "killed", "demo", *saving)
     deadline = time.monotonic() + DEADLINE
     while process.poll() is None and time.monotonic() < deadline:
@@ -119,7 +125,7 @@ def killed_and_resumed(target: Target) -> Iterator[Finding]:
         f"exit code {process.returncode}",
     )  # fmt: skip
     code, output = finish(start(target, "killed", "resume"))
-    yield Finding("resumed", code == 0, (output.strip().splitlines() or [""])[-1])
+    yield Finding("resumed", code == 0, last_line(output))
     expected, found = metrics(target, "undisturbed"), metrics(target, "killed")
     worst, name = 0.0, ""
     for metric, series in expected.items():
