@@ -72,6 +72,7 @@ class CompiledLayers:
             yield False
             return
         if self._function is None:  # importing the compiler takes seconds
+            log.info("compiling layers for decoding (rollout.compile): the first tokens wait")
             self._function = torch.compile(_one_token, dynamic=True, backend=self._backend)
             self._distribution = torch.compile(distribution, dynamic=True, backend=self._backend)
         config = model.lm.config
