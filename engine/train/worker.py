@@ -64,6 +64,9 @@ log = logging.getLogger("engine")
 
 RESTARTS = 3
 """Exit code of a rank whose run is not over: other machines must not take it for that."""
+LARGE = 50_000_000
+"""Weights from which a GPU's products take longer than their launches: the starter's 4 million are
+as quick in float32 as in bfloat16 (benchmarks/RESULTS.md)."""
 
 
 def main() -> None:
@@ -165,17 +168,17 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
         log.warning(text)
         link.send(Notice(step=step, rule=rule, text=text))
 
-    if ranks.device.type == "cuda" and config.model.dtype == "float32":
+    for text in trusted_code(config):
+        log.warning(text)
+        notify("trust_remote_code", text)
+    run = load_run(session, config, begin, ranks, link.phase, notify)
+    if is_slow_dtype(ranks.device, config.model.dtype, parameter_count(run.policy)):
         text = (
             "model.dtype is float32, with which a GPU trains several times slower than with "
             "bfloat16 and needs more memory"
         )
         log.warning(text)
         notify("dtype", text)
-    for text in trusted_code(config):
-        log.warning(text)
-        notify("trust_remote_code", text)
-    run = load_run(session, config, begin, ranks, link.phase, notify)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
     recorders = (
@@ -286,6 +289,11 @@ def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin
     if ranks.is_lead:
         data = msgspec.msgpack.encode((link.wait_for_begin(), session.config()))
     return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=kind)
+
+
+def is_slow_dtype(device: torch.device, dtype: str, weights: int) -> bool:
+    """Whether bfloat16 would be much quicker: float32 on a GPU, of a model that is not small."""
+    return device.type == "cuda" and dtype == "float32" and weights >= LARGE
 
 
 def run_info(run: Run) -> dict[str, object]:

@@ -6,7 +6,7 @@ import torch
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
 from engine.train.distributed.ranks import RankGroup
-from engine.train.worker import failed_message
+from engine.train.worker import failed_message, is_slow_dtype
 
 
 @pytest.fixture
@@ -24,6 +24,19 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_where_a_gpu_is_asked_for(unusab
 def test_a_gpu_that_torch_cannot_use_is_left_to_a_single_rank_with_a_warning(unusable_gpu, caplog):
     assert RankGroup(LaunchConfig()).device.type == "cpu"
     assert "training on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "weights", "slow"),
+    [
+        ("cuda", "float32", 500_000_000, True),
+        ("cuda", "float32", 4_000_000, False),
+        ("cuda", "bfloat16", 500_000_000, False),
+        ("cpu", "float32", 500_000_000, False),
+    ],
+)
+def test_float32_is_slow_for_a_model_on_a_gpu_that_is_not_small(device, dtype, weights, slow):
+    assert is_slow_dtype(torch.device(device), dtype, weights) == slow
 
 
 def test_gpus_that_a_scheduler_has_not_assigned_are_an_error(monkeypatch):
