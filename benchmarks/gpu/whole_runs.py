@@ -34,17 +34,24 @@ TOO_MUCH = (
 SMALL_SIZE = "rollout.batch_size=4 rollout.max_new_tokens=4 ppo.minibatches=1 ppo.epochs=1"
 
 
+def words(target: Target, name: str, verb: str, *rest: str) -> list[str]:
+    """The command line for a session; what a part gives comes last, so that it holds."""
+    if verb != "demo":
+        return [verb, name, "--headless", *rest]
+    size = SIZE if target.real else SMALL_SIZE
+    keys = [f"launch.device={target.launch_device}", *size.split()]
+    return [verb, "--name", name, "--headless", *options(keys), *rest]
+
+
+def options(keys: list[str]) -> list[str]:
+    """Keys of the configuration as options of the command line."""
+    return [word for key in keys for word in ("-o", key)]
+
+
 def start(target: Target, name: str, *arguments: str) -> subprocess.Popen[str]:
     """Starts the command line with a session's name, in a process group of its own."""
-    verb, *rest = arguments
-    words = [verb, *([] if verb == "demo" else [name]), "--headless"]
-    if verb == "demo":
-        words += ["--name", name, "-o", f"launch.device={target.launch_device}"]
-        size = SIZE if target.real else SMALL_SIZE
-        words += [w for key in size.split() for w in ("-o", key)]
-    words += rest  # last, so that what a part sets holds
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "rlhf_tui.cli", *words,
+        [sys.executable, "-W", "ignore", "-m", "rlhf_tui.cli", *words(target, name, *arguments),
          "--sessions", str(target.folder / "sessions")],
         env=os.environ | {"HF_HUB_OFFLINE": "1"}, text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -144,8 +151,7 @@ def out_of_memory(target: Target) -> Iterator[Finding]:
         return
     held = list(all_memory_but(1200 << 20, target.device))
     try:
-        words = [word for key in TOO_MUCH.split() for word in ("-o", key)]
-        process = start(target, "full", "demo", "--steps", "2", *words)
+        process = start(target, "full", "demo", "--steps", "2", *options(TOO_MUCH.split()))
         code, output = finish(process)
     finally:
         del held

@@ -1,12 +1,15 @@
 """Every part of `make gpu-check` and `make gpu-bench` runs on the pretend GPU."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
-from benchmarks.gpu import bench, check
+from benchmarks.gpu import bench, check, whole_runs
 from benchmarks.gpu.findings import Finding, Target, run_parts, write_results
 from benchmarks.task import write_models
+from engine import starter
+from engine.config import file as config_file
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
 
@@ -34,6 +37,18 @@ def test_a_part_with_other_processes_finds_what_it_should_on_a_cpu(name, tmp_pat
     parts = check.OTHER_PROCESSES | check.WHOLE_RUNS
     found = check.check({name: parts[name]}, tmp_path)
     assert found and [f for f in found if not f.passed] == []
+
+
+def test_a_run_that_is_to_run_out_of_memory_has_the_size_for_it(tmp_path):
+    words = whole_runs.words(
+        Target(GPU, True, tmp_path),
+        "full",
+        "demo",
+        *whole_runs.options(whole_runs.TOO_MUCH.split()),
+    )
+    keys = [key for option, key in pairwise(words) if option == "-o"]
+    config = config_file.load(starter.FOLDER / "demo.yaml", keys)
+    assert (config.rollout.batch_size, config.rollout.max_new_tokens) == (2048, 192)
 
 
 def test_the_benchmark_decodes_on_the_pretend_gpu(tmp_path):
