@@ -351,9 +351,9 @@ def _disable_dropout(module: LanguageModel) -> LanguageModel:
             # Numbers that a forward pass reads in training mode: of dropout, of dropped layers.
             if "drop" in name and isinstance(value, float):
                 vars(part)[name] = 0.0
-    for part in (module.lm, module.value_trunk):
-        if isinstance(part, PreTrainedModel):
-            _disable_dropout_of_config(part.config)
+    for model in (module.lm, module.value_trunk):
+        if isinstance(model, PreTrainedModel):
+            _disable_dropout_of_config(model.config)
     return module.eval()
 
 
