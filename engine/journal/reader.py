@@ -284,7 +284,7 @@ class JournalReader:
         rows = self._db.rows("SELECT data FROM telemetry ORDER BY time DESC LIMIT 1")
         try:
             return msgspec.json.decode(rows[0][0], type=Telemetry) if rows else None
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return None
 
     def events(self, last: int | None = None, after: int = 0) -> list[EventRow]:

@@ -176,7 +176,7 @@ class Session:
         """The contents of engine.json, None if missing. They may be stale: see :meth:`is_live`."""
         try:
             return msgspec.json.decode(self.engine_file.read_bytes(), type=EngineInfo)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, RecursionError):
             return None
 
     def write_engine(self, socket_path: str, version: str) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +24,8 @@ RECONNECT = 5.0
 """Seconds between two attempts to connect again."""
 POLL = 0.05
 """Seconds between two looks at a connection that is being made."""
+JOIN = 5.0
+"""Seconds for the thread to end with the connections."""
 FIRST = 60.0
 """Seconds that the first copy may take: somebody may have to type a passphrase."""
 
@@ -99,6 +102,7 @@ class RemoteSession:
         self._forwarded: str | None = None
         self._first = threading.Event()
         self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="remote session")
         self._problem: Exception | None = None
 
     def __enter__(self) -> "RemoteSession":
@@ -108,7 +112,7 @@ class RemoteSession:
             LinkError: ssh failed, or the other machine did.
             NoSuchSessionError: there is no such session.
         """
-        threading.Thread(target=self._follow, daemon=True, name="remote session").start()
+        self._thread.start()
         try:
             ready = self._first.wait(FIRST)
         except BaseException:
@@ -136,12 +140,21 @@ class RemoteSession:
     def close(self) -> None:
         """Ends the connections and deletes the copy."""
         self._stopped.set()
-        for process in (self._source, self._forward):
-            if process is not None:
-                process.terminate()
-                process.wait()
+        end = time.monotonic() + JOIN
+        # The thread may be starting a process, or writing into the copy.
+        while self._thread.is_alive() and time.monotonic() < end:
+            self._terminate()
+            self._thread.join(POLL)
+        for process in self._terminate():
+            process.wait()
         self._copy.close()
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _terminate(self) -> list[subprocess.Popen[bytes]]:
+        processes = [p for p in (self._source, self._forward) if p is not None]
+        for process in processes:
+            process.terminate()
+        return processes
 
     # -- in the thread -------------------------------------------------------------------------
 
@@ -161,16 +174,22 @@ class RemoteSession:
         """Copies the session until the connection ends. Raises LinkError if that is at once."""
         command = self._address.command(*self._arguments, options=self._batch_options())
         with tempfile.TemporaryFile() as errors:
-            self._source = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
-            )
-            for line in self._source.stdout or ():
-                message = decode(line)
-                self._copy.take(message)
-                if isinstance(message, Done):
-                    self._forward_socket()
-                    self._first.set()
-            code = self._source.wait()
+            try:
+                self._source = source = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+                )
+            except OSError as error:
+                raise LinkError(f"cannot run ssh: {error.strerror}") from error
+            try:
+                for line in source.stdout or ():
+                    message = decode(line)
+                    self._copy.take(message)
+                    if isinstance(message, Done):
+                        self._forward_socket()
+                        self._first.set()
+                code = source.wait()
+            finally:  # after an error nobody reads what it sends
+                source.terminate()
             errors.seek(0)
             if not self._first.is_set():
                 text = _last_line(errors.read(), code).removeprefix("rlhf-tui: ")

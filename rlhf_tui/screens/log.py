@@ -1,6 +1,7 @@
 """The engine's own output, searchable."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,12 +24,26 @@ STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 """Of the lines of the engine's loggers."""
 
 
-class LogRead(Message):
-    """New lines of the log; `fresh`: they replace all earlier ones."""
+@dataclass(frozen=True)
+class LogPart:
+    """What was read of a log."""
 
-    def __init__(self, folder: str, lines: list[str], at: int, *, fresh: bool) -> None:
+    lines: list[str]
+    """The whole lines."""
+    at: int
+    """The byte after the last of them."""
+    seen: int
+    """The byte after all that need not be read again, such as the beginning of a line."""
+    fresh: bool
+    """Whether the lines replace all earlier ones."""
+
+
+class LogRead(Message):
+    """The log of the session in a folder was read; `until`: up to that time."""
+
+    def __init__(self, folder: str, part: LogPart, until: str | None) -> None:
         super().__init__()
-        self.folder, self.lines, self.at, self.fresh = folder, lines, at, fresh
+        self.folder, self.part, self.until = folder, part, until
 
 
 class LogView(ScrollList):
@@ -85,7 +100,8 @@ class LogScreen(SessionScreen):
     def __init__(self) -> None:
         super().__init__()
         self._folder = ""
-        self._at = 0
+        self._at = self._seen = 0
+        self._until: str | None = None
         self._query = ""
 
     def compose_body(self) -> ComposeResult:
@@ -108,40 +124,33 @@ class LogScreen(SessionScreen):
         if session is None or not self.is_current:
             return
         if str(session.folder) != self._folder:
-            self._folder, self._at = str(session.folder), 0
+            self._folder, self._at, self._seen = str(session.folder), 0, 0
         position = session.position
         until = None if position is None else fmt.clock(position.time)
-        self.read_from(session.log_file, self._folder, self._at, until)
+        seen = self._seen if until == self._until else self._at
+        self.read_from(session.log_file, self._folder, self._at, seen, until)
 
     @work(thread=True, exclusive=True, group="log")
-    def read_from(self, path: Path, folder: str, at: int, until: str | None) -> None:
-        """Reads whole lines from byte `at` on; `until`: only those that were written by then."""
-        try:
-            size = path.stat().st_size
-            if size == at:
-                return
-            fresh = at == 0 or size < at
-            begin = max(size - MOST_BYTES, 0) if fresh and until is None else at
-            with path.open("rb") as file:
-                file.seek(begin)
-                data = file.read(MOST_BYTES)
-        except OSError:
-            return
-        end = data.rfind(b"\n") + 1 if until is None else written_until(data, until)
-        if not get_current_worker().is_cancelled and end:
-            lines = [_visible(x) for x in data[:end].decode("utf-8", "replace").split("\n")[:-1]]
-            self.post_message(LogRead(folder, lines, begin + end, fresh=fresh))
+    def read_from(self, path: Path, folder: str, at: int, seen: int, until: str | None) -> None:
+        """Reads what is new, see :func:`read_part`."""
+        part = read_part(path, at, seen, until)
+        if part is not None and not get_current_worker().is_cancelled:
+            self.post_message(LogRead(folder, part, until))
 
     def on_log_read(self, message: LogRead) -> None:
         """Shows lines that were read."""
-        if message.folder == self._folder and (message.fresh or message.at > self._at):
-            self._at = message.at
-            self.query_one(LogView).add(message.lines, fresh=message.fresh)
+        part = message.part
+        if message.folder != self._folder:
+            return
+        self._seen, self._until = part.seen, message.until
+        if part.lines and (part.fresh or part.at > self._at):
+            self._at = part.at
+            self.query_one(LogView).add(part.lines, fresh=part.fresh)
             self._about()
 
     def session_changed(self) -> None:
         """Drops the log of the last session."""
-        self._folder, self._at = "", 0
+        self._folder, self._at, self._seen = "", 0, 0
         self.query_one(LogView).add([], fresh=True)
 
     def _about(self) -> None:
@@ -205,6 +214,36 @@ class LogScreen(SessionScreen):
         self._query = view.matching = ""
         view.shift = 0
         self._about()
+
+
+def read_part(path: Path, at: int, seen: int, until: str | None) -> LogPart | None:
+    """Reads whole lines of a log; None if nothing is new, or the log cannot be read.
+
+    Args:
+        path: of the log.
+        at: the byte after the last line that was read.
+        seen: :attr:`LogPart.seen` of the last part; `at` for other lines than until then.
+        until: only lines that were written by then.
+    """
+    try:
+        size = path.stat().st_size
+        if size == seen:
+            return None
+        fresh = at == 0 or size < at
+        begin = max(size - MOST_BYTES, 0) if fresh and until is None else at
+        with path.open("rb") as file:
+            file.seek(begin)
+            data = file.read(MOST_BYTES)
+    except OSError:
+        return None
+    whole = data.rfind(b"\n") + 1
+    end = whole if until is None else written_until(data, until)
+    text = data[:end].decode("utf-8", "replace")
+    if len(data) == MOST_BYTES and not whole:  # a longer line is shown in pieces
+        end, text = len(data), data.decode("utf-8", "replace") + "\n"
+    lines = [_visible(line) for line in text.split("\n")[:-1]]
+    # Behind a line of a later time there is nothing to see until then.
+    return LogPart(lines, begin + end, begin + len(data) if end >= whole else size, fresh)
 
 
 def written_until(data: bytes, until: str) -> int:

@@ -227,7 +227,10 @@ def test_a_session_is_held_by_one_engine_which_is_named(make_session):
     assert not made.is_live()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"pid": "x"}', "\xff", pytest.param('{"x": ' + 100_000 * "[", id="deep")],
+)
 def test_a_damaged_engine_file_is_no_engine(make_session, text):
     made = make_session()
     made.engine_file.write_text(text, encoding="latin-1")

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from engine import starter
 from engine.config import file as config_file
 from engine.session.folder import create
+from engine.train.checkpoints.policy_folder import policy_files
+from engine.train.models.pretrained import DROPOUT_BEFORE
 from engine.train.ppo import chunked_loss
 from engine.train.step import generate_rollout, train_step
 from tests.train.conftest import SMALL
@@ -98,12 +100,19 @@ def test_a_run_starts_at_ratio_1_and_kl_0_and_samples_what_it_trains_on(
     assert abs(metrics["objective/kl"]) > 1e-6, "the update changed nothing"
 
 
-def test_no_dropout_is_left_where_activations_are_recomputed_in_training_mode(make_run, tmp_path):
-    folder = write_model(tmp_path / "opt", "opt")  # its layers have dropout as plain numbers
-    assert json.loads((folder / "config.json").read_text())["dropout"] == 0.1
-    run, _ = make_run(*overrides(folder), "parallel.activation_checkpointing=true")
+# Layers of the one have dropout as plain numbers; those of the other read the configuration.
+@pytest.mark.parametrize(("kind", "key"), [("opt", "dropout"), ("falcon", "hidden_dropout")])
+def test_no_dropout_is_left_where_activations_are_recomputed_in_training_mode(
+    make_run, tmp_path, kind, key
+):
+    file = write_model(tmp_path / kind, kind) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: 0.3}))
+    run, _ = make_run(*overrides(file.parent), "parallel.activation_checkpointing=true")
     metrics, _ = train_step(run, 1)
     assert metrics["val/ratio_var"] == pytest.approx(0, abs=1e-6)
+    saved = policy_files(run.policy, run.tokenizer)["config.json"]
+    assert json.loads(saved)[key] == 0.3
+    assert DROPOUT_BEFORE not in json.loads(saved)
 
 
 @pytest.mark.slow

@@ -188,6 +188,7 @@ FAILURES = {
     "texts": (reply({"scores": ["good"]}), "unusable reply"),
     "NaN": (reply({"scores": [float("nan")]}), "unusable reply"),
     "huge": (reply(b'{"scores": [1e999]}'), "out of range"),
+    "deep": (reply(b'{"x": ' + b"[" * 100_000), "unusable reply"),
     "too many": (reply({"scores": [1, 2]}), "2 scores for 1 responses"),
     "binary": (reply(b"\xff\xfe\x00"), "unusable reply"),
     "drip": (drip, r"no whole reply within 0\.3 s"),

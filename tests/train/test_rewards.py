@@ -1,6 +1,8 @@
 """Reward sources: how they are called, weighted sums of them, and errors."""
 
+import importlib
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,8 +94,6 @@ def module(tmp_path, monkeypatch):
         encoding="utf-8",
     )
     yield str(tmp_path)
-    import sys  # noqa: PLC0415
-
     sys.modules.pop("rewards_for_test", None)
     sys.path[:] = [p for p in sys.path if p != str(tmp_path)]
 
@@ -192,6 +192,18 @@ def test_a_file_in_the_working_directory_does_not_take_the_place_of_the_configur
     (elsewhere / "rewards_for_test.py").write_text(text, encoding="utf-8")
     monkeypatch.chdir(elsewhere)
     assert -5.0 not in function_reward(module, "length")(inputs, no_report)
+
+
+def test_a_file_named_like_a_module_of_python_is_a_source_and_hides_no_other_module(
+    module, inputs, tmp_path, monkeypatch
+):
+    text = "def score(completions, **_):\n    return [-5.0] * len(completions)\n"
+    for name in ("tabnanny", "colorsys"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    assert FunctionReward("tabnanny:score", module)(inputs, no_report) == [-5.0] * 3
+    del sys.modules["tabnanny"]
+    assert hasattr(importlib.import_module("colorsys"), "rgb_to_hsv")
 
 
 def test_equally_named_sources_of_a_mix_are_numbered(module, inputs, tokenizer):

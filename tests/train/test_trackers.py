@@ -1,6 +1,7 @@
 """Experiment trackers: run ids, failures and secrets, with real trackers in their own process."""
 
 import json
+import signal
 import stat
 
 import pytest
@@ -11,6 +12,7 @@ from engine.config import file as config_file
 from engine.errors import ConfigError
 from engine.launch.inputs import check_inputs
 from engine.session.folder import create
+from engine.train.reports import trackers as reports
 from engine.train.reports.tracker_kinds import KINDS, Header, make_tracker
 from engine.train.reports.trackers import TrackerProcess, shown_config
 
@@ -100,6 +102,25 @@ def test_a_resume_continues_the_runs_and_no_failure_ends_them(two_attempts):
     events = EventAccumulator(str(session.trackers / "mine"))
     events.Reload()
     assert [e.step for e in events.Scalars("objective/kl")] == [1, 2, 3, 3, 4]
+
+
+def test_trackers_that_take_nothing_are_ended_and_reported(tmp_path, monkeypatch):
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(1000)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name, value in (("PROGRAM", "sleeper"), ("PENDING", 1), ("FINISH_SECONDS", 0.1)):
+        monkeypatch.setattr(reports, name, value)
+    told = []
+    trackers = TrackerProcess(
+        create(tmp_path, "hung", demo(*OVERRIDES)), demo(*OVERRIDES), lambda _, t: told.append(t)
+    )
+    for step in (1, 2, 3, 4):  # more than the pipe and the queue hold
+        trackers.step(step, {f"metric {i}": 0.5 for i in range(10_000)}, [])
+    trackers.close()
+    assert [text.partition(":")[0] for text in told] == [
+        "trackers are 1 steps behind",
+        "trackers did not finish in time",
+    ]
+    assert trackers._process.returncode == -signal.SIGKILL
 
 
 def test_secrets_are_not_passed_on_and_files_are_the_owners(two_attempts):

@@ -4,9 +4,11 @@ import contextlib
 import os
 import sqlite3
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -22,6 +24,7 @@ from engine.protocol.client import Client
 from engine.protocol.rank_messages import StepReport
 from engine.session.folder import Session, create
 from rlhf_tui.commands.reading import sessions
+from rlhf_tui.remote import ssh as remote_ssh
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import decode, encode
 from rlhf_tui.remote.source import LOG_BYTES, SessionSource
@@ -58,6 +61,25 @@ sys.exit(subprocess.run(["sh", "-c", arguments[-1]]).returncode)
 """
 
 
+# Sends the session once and then something else; the file has the process id of its ssh.
+GARBLED = """#!{python}
+import os, subprocess, sys, time
+command = [sys.executable, "-m", "rlhf_tui.cli", *sys.argv[1:]]
+mirror = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+for line in mirror.stdout:
+    print(line, end="", flush=True)
+    if '"done"' in line:
+        break
+mirror.kill()
+ssh = os.getppid()
+with open("{pid}", "w") as file:
+    print(ssh, file=file)
+print("Connection to box is slow", flush=True)
+while os.getppid() == ssh:
+    time.sleep(0.05)
+"""
+
+
 @pytest.fixture
 def ssh(tmp_path, monkeypatch):
     """A stand-in for ssh whose other machine is this one."""
@@ -74,6 +96,14 @@ def wait(condition, what):
     while not condition():
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.02)
+
+
+def is_running(pid):
+    """Whether there is such a process that has not ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def seen(session):
@@ -228,6 +258,29 @@ def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path
     assert not Path(remote.root).exists()
     engine.server.close()
     engine.lock.release()
+
+
+def test_a_connection_whose_messages_cannot_be_used_is_ended(
+    session_maker, tmp_path, ssh, monkeypatch
+):
+    monkeypatch.setattr(remote_ssh, "RECONNECT", 2 * DEADLINE)
+    session_maker(tmp_path / "there", "run", 5)
+    pid = tmp_path / "pid"
+    program = tmp_path / "program"
+    program.write_text(GARBLED.format(python=sys.executable, pid=pid))
+    program.chmod(0o755)
+    monkeypatch.setenv(COMMAND, f"exec {program}")
+    arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
+    with RemoteSession(Address("box", name="run"), arguments):
+        wait(lambda: pid.exists() and pid.read_text(), "the other machine's program")
+        wait(lambda: not is_running(int(pid.read_text())), "the end of ssh")
+    assert "remote session" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_machine_without_ssh_is_told_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LinkError, match="cannot run ssh: No such file"):
+        RemoteSession(Address("box", name="run"), ["mirror", "run"]).__enter__()
 
 
 def test_what_goes_wrong_over_ssh_is_told_in_a_line(tmp_path, ssh):

@@ -7,7 +7,8 @@ from engine.errors import UserInputError
 from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.commands import view
-from rlhf_tui.screens.log import written_until
+from rlhf_tui.screens import log as log_screen
+from rlhf_tui.screens.log import read_part, written_until
 from rlhf_tui.state.feeds.feed import Feed
 from rlhf_tui.state.replay.feed import FRAME, ReplayFeed
 from rlhf_tui.state.replay.player import Player, ReplayOptions
@@ -205,3 +206,33 @@ def test_of_the_log_only_what_was_written_by_then_is_shown():
     assert log[: written_until(log, "2026-01-02 10:00:05")].endswith(b"more of it\n")
     assert written_until(log, "2026-01-02 09:00:00") == 0
     assert written_until(log, "2027-01-02 09:00:00") == len(log)
+
+
+def test_of_a_log_nothing_is_read_again_until_it_grows_or_the_time_goes_on(tmp_path):
+    path = tmp_path / "engine.log"
+    path.write_text("2026-01-02 10:00:00 one\n2026-01-02 10:00:09 two\nthe begin")
+    part = read_part(path, 0, 0, None)
+    assert part.lines == ["2026-01-02 10:00:00 one", "2026-01-02 10:00:09 two"]
+    assert read_part(path, part.at, part.seen, None) is None
+    early = read_part(path, 0, 0, "2026-01-02 10:00:05")
+    assert early.lines == ["2026-01-02 10:00:00 one"]
+    assert read_part(path, early.at, early.seen, "2026-01-02 10:00:05") is None
+    with path.open("a") as file:
+        file.write("ning\n")
+    assert read_part(path, part.at, part.seen, None).lines == ["the beginning"]
+    later = read_part(path, early.at, early.at, "2026-01-02 10:00:10")
+    assert later.lines == ["2026-01-02 10:00:09 two", "the beginning"]
+
+
+def test_of_a_log_a_line_that_is_too_long_to_be_read_at_once_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_screen, "MOST_BYTES", 20)
+    path = tmp_path / "engine.log"
+    path.write_text("short\n")
+    at = read_part(path, 0, 0, None).at
+    with path.open("a") as file:
+        file.write(30 * "x" + "\nend\n")
+    lines, part = [], read_part(path, at, at, None)
+    while part is not None:
+        lines += part.lines
+        part = read_part(path, part.at, part.seen, None)
+    assert lines == [20 * "x", 10 * "x", "end"]

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,6 +35,9 @@ from engine.train.models.language_model import AdapterFreePolicy, AnyModel, Lang
 from engine.train.models.quantised_linear import quantise
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
+
+DROPOUT_BEFORE = "dropout_before"
+"""In the configuration of a loaded model: the numbers of dropout that its file has, by key."""
 
 
 def load_policy(
@@ -313,6 +317,7 @@ def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int
 def save_configs(lm: PreTrainedModel, folder: str) -> None:
     """Writes the configuration of a model, and of its generation, as transformers reads them."""
     config = copy.deepcopy(lm.config)
+    vars(config).update(vars(config).pop(DROPOUT_BEFORE, {}))
     config.dtype = str(next(lm.parameters()).dtype).removeprefix("torch.")
     # fully_shard prefixes the name of the class.
     config.architectures = [type(lm).__name__.removeprefix("FSDP")]
@@ -346,7 +351,21 @@ def _disable_dropout(module: LanguageModel) -> LanguageModel:
             # Numbers that a forward pass reads in training mode: of dropout, of dropped layers.
             if "drop" in name and isinstance(value, float):
                 vars(part)[name] = 0.0
+    for model in (module.lm, module.value_trunk):
+        if isinstance(model, PreTrainedModel):
+            _disable_dropout_of_config(model.config)
     return module.eval()
+
+
+def _disable_dropout_of_config(config: PretrainedConfig) -> None:
+    """Sets the numbers to 0 that layers of falcon and gpt_neo read there in each forward pass.
+
+    :func:`save_configs` writes them as they were.
+    """
+    found = {k: v for k, v in vars(config).items() if "drop" in k and isinstance(v, float) and v}
+    if found:
+        vars(config).update(dict.fromkeys(found, 0.0))
+        vars(config)[DROPOUT_BEFORE] = found
 
 
 def _checkpoint_activations(policy: LanguageModel) -> None:

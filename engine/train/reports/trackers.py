@@ -5,6 +5,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -82,16 +83,18 @@ class TrackerProcess:
                 self._report(f"trackers are {PENDING} steps behind: they miss steps from {step} on")
 
     def close(self) -> None:
-        """Waits until the trackers have what was passed on, for a limited time."""
+        """Waits until the trackers have what was passed on, :data:`FINISH_SECONDS` in all."""
         self._closing = True
+        end = time.monotonic() + FINISH_SECONDS
         with contextlib.suppress(queue.Full):
             self._pending.put(None, timeout=FINISH_SECONDS)
         try:
-            status = self._process.wait(timeout=FINISH_SECONDS)
+            status = self._process.wait(timeout=max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
-        self._reader.join(FINISH_SECONDS)
+        # Its pipe has ended, unless a process that a tracker started has it open.
+        self._reader.join(max(1.0, end - time.monotonic()))
         if status:
             self._report("trackers did not finish in time: the last steps may be missing there")
 

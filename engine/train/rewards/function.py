@@ -1,10 +1,12 @@
 """Reward source: a Python function."""
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable
+import sysconfig
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,8 @@ from engine.session.file_signature import FileSignature, file_signature
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
+STANDARD_LIBRARY = (sysconfig.get_path("stdlib"), sysconfig.get_path("stdlib") + "/lib-dynload")
+"""Its folders on the import path: of modules in Python, and of those in C."""
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -46,10 +50,10 @@ class FunctionReward:
         self._source = source
         self._raised = False
         module_name = source.partition(":")[0]
-        first = [path, "."] if path else ["."]
-        sys.path[:] = [*first, *(folder for folder in sys.path if folder not in first)]
+        self._folders = [path, "."] if path else ["."]
         try:
-            self._module = importlib.import_module(module_name)
+            with _imported_from(self._folders):
+                self._module = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:
             # A user's module may raise anything on import; the user gets it on one line.
             raise UserInputError(
@@ -83,7 +87,8 @@ class FunctionReward:
     def _reload_if_changed(self) -> None:
         """Imports a changed file again. Raises whatever the file raises."""
         if (found := self._file_signature()) and found != self._signature:
-            self._module = importlib.reload(self._module)
+            with _imported_from(self._folders):
+                self._module = importlib.reload(self._module)
             self._find()
             self._signature = found
 
@@ -128,6 +133,27 @@ class FunctionReward:
             "completion_ids": inputs.ids,
             "trainer_state": SimpleNamespace(global_step=inputs.step),
         }
+
+
+@contextlib.contextmanager
+def _imported_from(folders: list[str]) -> Iterator[None]:
+    """Context in which these folders are searched first for modules.
+
+    Afterwards they are searched before installed packages, as for what the function itself imports,
+    but after the standard library: nothing else must import a `random.py` beside the function.
+    """
+    _search(folders, at=0)
+    try:
+        yield
+    finally:
+        others = [folder for folder in sys.path if folder not in folders]
+        library = [i for i, folder in enumerate(others) if folder in STANDARD_LIBRARY]
+        _search(folders, at=max(library, default=-1) + 1)
+
+
+def _search(folders: list[str], at: int) -> None:
+    others = [folder for folder in sys.path if folder not in folders]
+    sys.path[:] = [*others[:at], *folders, *others[at:]]
 
 
 async def _awaited(awaitable: Any) -> Any:

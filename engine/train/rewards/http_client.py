@@ -122,7 +122,7 @@ class Endpoint:
         """A reply as a struct. Raises RequestError."""
         try:
             return msgspec.json.decode(reply, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             shown = self.shown(reply.decode("utf-8", "replace"))
             raise RequestError(
                 f"{self.place}: unusable reply ({self.hide_secrets(error_text(error))}): {shown}"
