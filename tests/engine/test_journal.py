@@ -384,3 +384,16 @@ def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step
     with JournalReader(writer.session) as reader:
         assert reader.series("eval/score") == [(0, 2.0)]
         assert reader.series("eval/kl") == []
+
+
+def test_an_evaluation_before_the_first_step_is_a_row_of_step_0(writer):
+    with JournalReader(writer.session) as reader:
+        assert reader.metrics() == []
+    writer.journal.record_baseline({"eval/score": 1.0}, [])
+    writer.steps(1, 2)
+    with JournalReader(writer.session) as reader:
+        first, *steps = reader.metrics()
+        assert (first.step, first.attempt, first.time) == (0, 1, None)
+        assert (first.values["eval/score"], first.values["lr"]) == (1.0, None)
+        assert [row.step for row in steps] == [1, 2]
+        assert [row.step for row in reader.metrics(last=2)] == [1, 2]
