@@ -287,8 +287,8 @@ class JournalReader:
     def _before_first_step(self, names: dict[str, None]) -> dict[int, MetricRow]:
         """An empty row of step 0 if there are metrics of it, which no step has reported."""
         found = self._db.rows(
-            "SELECT max(attempt) FROM attempts WHERE from_step = 0 "
-            "AND EXISTS (SELECT 1 FROM names CROSS JOIN metrics WHERE metrics.name = names.id AND step = 0)"
+            "SELECT max(attempt) FROM attempts WHERE from_step = 0 AND EXISTS "
+            "(SELECT 1 FROM names CROSS JOIN metrics WHERE metrics.name = names.id AND step = 0)"
         )
         attempt = found[0][0]
         if attempt is None:

@@ -19,6 +19,24 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """The variance of x (B, T) over the mask (B, T), divided by its size; a scalar."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def statistics(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The `mean`, `std` (divided by n), `min` and `max` of x (B, T) over the mask; scalars.
+
+    x may be anything beyond the mask. Indexing by the mask would wait for the GPU.
+    """
+    return {
+        "mean": masked_mean(x, mask),
+        "std": masked_variance(x, mask).sqrt(),
+        "min": x.masked_fill(~mask, torch.inf).min(),
+        "max": x.masked_fill(~mask, -torch.inf).max(),
+    }
+
+
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Scales x (B, T) to variance 1 over the mask, and shifts it to mean 0.
 
@@ -43,12 +61,9 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(return − V)/Var(return) over the mask, a scalar; NaN if the returns are constant."""
-
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
-    total = variance(returns)
-    return torch.where(total > 0, 1 - variance(returns - values) / total, torch.nan)
+    total = masked_variance(returns, mask)
+    unexplained = masked_variance(returns - values, mask)
+    return torch.where(total > 0, 1 - unexplained / total, torch.nan)
 
 
 def as_float64(scalars: Iterable[Tensor]) -> Tensor:
