@@ -290,7 +290,7 @@ class JournalReader:
             "SELECT max(attempt) FROM attempts WHERE from_step = 0 AND EXISTS "
             "(SELECT 1 FROM names CROSS JOIN metrics WHERE metrics.name = names.id AND step = 0)"
         )
-        attempt = found[0][0]
+        attempt = found[0][0] if found else None  # no rows without a journal
         if attempt is None:
             return {}
         return {0: MetricRow(step=0, attempt=attempt, time=None, values=dict(names))}
@@ -389,6 +389,17 @@ class JournalReader:
             f"SELECT {columns} FROM checkpoints ORDER BY step, attempt"  # noqa: S608 - constants
         )
         return [c for c in (CheckpointRow(*row) for row in rows) if c.status in statuses]
+
+    def best_checkpoint(self, metric: str) -> int | None:
+        """The step of the checkpoint with the highest value of a metric, of equal ones the newest.
+
+        None if no checkpoint of the current timeline has a value of it.
+        """
+        found: list[tuple[float, int]] = []
+        for checkpoint in self.checkpoints(("complete",)):
+            rows = self._db.rows(VALUE_AT, {"name": metric, "step": checkpoint.step})
+            found += [(value, checkpoint.step) for (value,) in rows if value is not None]
+        return max(found)[1] if found else None
 
 
 def _command(row: tuple[Any, ...]) -> CommandRow:

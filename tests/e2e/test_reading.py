@@ -143,8 +143,9 @@ def make_annotated(whole, make_lab, request):
 @pytest.fixture(scope="module")
 def exported(whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    done = whole.lab.cli("export", "whole", "--policy", folder / "policy")
-    assert done.returncode == 0, done.stderr
+    best = whole.lab.json("status", "whole")["best_checkpoint"]
+    done = whole.lab.cli("export", "whole", "--policy", folder / "policy", "--best")
+    assert f"the policy of step {best} is in" in done.stdout, done.stderr
     return folder / "policy"
 
 

@@ -82,6 +82,17 @@ def test_without_a_terminal_only_y_deletes(session_maker, tmp_path, confirmed):
     assert ("give -y" in done.stderr) != confirmed
 
 
+def test_several_sessions_are_deleted_or_none_if_one_is_missing(session_maker, tmp_path):
+    root = tmp_path / "s"
+    sessions = [session_maker(root, name, 3) for name in ("one", "two", "three")]
+    arguments = ["rm", "-y", "--sessions", str(root)]
+    missing = CliRunner().invoke(cli, [*arguments, "one", "four"])
+    assert isinstance(missing.exception, NoSuchSessionError)
+    assert all(session.folder.exists() for session in sessions)
+    assert CliRunner().invoke(cli, [*arguments, "one", "two", "one"]).exit_code == 0
+    assert [session.folder.exists() for session in sessions] == [False, False, True]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_has_a_line_of_help(name):
     command = cli.get_command(click.Context(cli), name)

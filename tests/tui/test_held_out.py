@@ -18,6 +18,7 @@ from engine.protocol.rank_messages import Phase, Sample, StepReport
 from engine.session.folder import Session, create
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.cli import cli
+from rlhf_tui.format import size
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.series import Series
 from rlhf_tui.widgets.charts.chart import Chart
@@ -301,6 +302,17 @@ def test_the_status_has_the_last_held_out_score(folder):
     found = json.loads(CliRunner().invoke(cli, arguments).output)["held_out"]
     assert found["step"] == 60
     assert found["score"] == pytest.approx(last["eval/score"])
+
+
+def test_the_status_names_the_best_checkpoint_and_the_size_of_the_session(folder):
+    arguments = ["status", "evaluated", "--sessions", str(folder)]
+    found = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).output)
+    files = [path for path in (folder / "evaluated").rglob("*") if path.is_file()]
+    assert found["size"] == sum(path.stat().st_size for path in files)
+    assert found["best_checkpoint"] == max(found["checkpoints"])  # the scores rise
+    shown = CliRunner().invoke(cli, arguments).output
+    assert f"{found['best_checkpoint']} (best)" in shown
+    assert size(found["size"]) in shown
 
 
 async def test_the_best_checkpoint_is_marked_by_the_metric_of_the_configuration(opened, until):
