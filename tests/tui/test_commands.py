@@ -93,6 +93,14 @@ def test_several_sessions_are_deleted_or_none_if_one_is_missing(session_maker, t
     assert [session.folder.exists() for session in sessions] == [False, False, True]
 
 
+def test_a_fork_of_a_session_without_a_checkpoint_is_refused(session_maker, tmp_path):
+    session_maker(tmp_path / "s", "young", 3)
+    found = CliRunner().invoke(
+        cli, ["fork", "young", "--name", "new", "--detach", "--sessions", str(tmp_path / "s")]
+    )
+    assert str(found.exception) == "session 'young' has no checkpoint to fork from yet"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_has_a_line_of_help(name):
     command = cli.get_command(click.Context(cli), name)
