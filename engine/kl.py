@@ -41,9 +41,14 @@ def largest_change(horizon: float, episodes: int) -> float:
     return MAX_ERROR * episodes / horizon
 
 
+def horizon_for(change: float, episodes: int) -> float:
+    """The horizon, in responses, whose :func:`largest_change` is `change`."""
+    return MAX_ERROR * episodes / change
+
+
 def usual_horizon(episodes: int) -> int:
     """The horizon at which beta changes by at most 1 % in a step of so many responses."""
-    return round(MAX_ERROR * episodes / USUAL_CHANGE)
+    return round(horizon_for(USUAL_CHANGE, episodes))
 
 
 def next_beta(control: KLControl, kl: float, episodes: int) -> float:

@@ -100,6 +100,24 @@ class Metric(msgspec.Struct, frozen=True):
         return self.name.startswith(("eval/", "judged/"))
 
 
+STATISTICS = {
+    "mean": "mean",
+    "std": "standard deviation",
+    "min": "least",
+    "max": "greatest",
+}
+"""What is measured of a number that each response token has: the end of the name → its words."""
+
+
+def _statistics(quantity: str, unit: str, described: str) -> list[Metric]:
+    """The metrics of a number that each response token has, such as `values/mean`."""
+    return [
+        Metric(f"{quantity}/{name}", unit, f"{words} over tokens of {described}",
+               title=f"{quantity}, {name}")
+        for name, words in STATISTICS.items()
+    ]  # fmt: skip
+
+
 METRICS = (
     Metric(
         SCORE, "score",
@@ -185,6 +203,11 @@ METRICS = (
         "(`ppo.advantage: gae` only)",
         title="explained variance",
     ),
+    *_statistics("advantages", "", "the advantages in the updates, whitened if `ppo.whiten`"),
+    *_statistics("returns", "score",
+                 "the returns that the value function learns (`ppo.advantage: gae` only)"),
+    *_statistics("values", "score",
+                 "the values before the updates (`ppo.advantage: gae` only)"),
     Metric("val/redrawn_prompts", "prompts",
            "prompts drawn in place of those whose responses all had the same score, all attempts "
            "of the step together (with `rollout.dynamic` only)"),

@@ -263,7 +263,10 @@ class JournalReader:
         )
 
     def metrics(self, last: int | None = None) -> list[MetricRow]:
-        """One row per step of the current timeline, the last `last` or all, oldest first."""
+        """One row per step of the current timeline, the last `last` or all, oldest first.
+
+        The evaluation before the first step is a row of step 0.
+        """
         query = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
         steps = self._db.rows(query, (limit(last),))
         names = dict.fromkeys(
@@ -273,11 +276,24 @@ class JournalReader:
             step: MetricRow(step=step, attempt=attempt, time=time, values=dict(names))
             for step, attempt, time in reversed(steps)
         }
+        if last is None or len(rows) < last:
+            rows = self._before_first_step(names) | rows
         first = next(iter(rows), 0)
         for name, step, value in self._db.rows(METRICS_SINCE, (first,)):
             if step in rows:
                 rows[step].values[name] = value
         return list(rows.values())
+
+    def _before_first_step(self, names: dict[str, None]) -> dict[int, MetricRow]:
+        """An empty row of step 0 if there are metrics of it, which no step has reported."""
+        found = self._db.rows(
+            "SELECT max(attempt) FROM attempts WHERE from_step = 0 AND EXISTS "
+            "(SELECT 1 FROM names CROSS JOIN metrics WHERE metrics.name = names.id AND step = 0)"
+        )
+        attempt = found[0][0] if found else None  # no rows without a journal
+        if attempt is None:
+            return {}
+        return {0: MetricRow(step=0, attempt=attempt, time=None, values=dict(names))}
 
     def last_telemetry(self) -> Telemetry | None:
         """The newest reading of the machine; None if there is none, or not of this version."""
@@ -373,6 +389,17 @@ class JournalReader:
             f"SELECT {columns} FROM checkpoints ORDER BY step, attempt"  # noqa: S608 - constants
         )
         return [c for c in (CheckpointRow(*row) for row in rows) if c.status in statuses]
+
+    def best_checkpoint(self, metric: str) -> int | None:
+        """The step of the checkpoint with the highest value of a metric, of equal ones the newest.
+
+        None if no checkpoint of the current timeline has a value of it.
+        """
+        found: list[tuple[float, int]] = []
+        for checkpoint in self.checkpoints(("complete",)):
+            rows = self._db.rows(VALUE_AT, {"name": metric, "step": checkpoint.step})
+            found += [(value, checkpoint.step) for (value,) in rows if value is not None]
+        return max(found)[1] if found else None
 
 
 def _command(row: tuple[Any, ...]) -> CommandRow:

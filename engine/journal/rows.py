@@ -65,7 +65,8 @@ class MetricRow(Struct, frozen=True, kw_only=True):
 
     step: int
     attempt: int
-    time: float
+    time: float | None
+    """When it ended; None for step 0, the evaluation before the first."""
     values: dict[str, float | None]
     """Value of every metric of the session, None where undefined."""
 

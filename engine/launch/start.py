@@ -289,6 +289,7 @@ def fork(
         _copy_history(session, child, from_step)
     except (OSError, sqlite3.Error, JournalError) as error:
         shutil.rmtree(child.folder, ignore_errors=True)
+        _check_step(session, from_step)  # a live run may have removed it meanwhile
         raise SessionError(f"cannot copy {session.name} to {name}: {error}") from error
     changes = _setting_changes(overrides, new, _settings_at(session, old, from_step))
     return child, StartOptions(

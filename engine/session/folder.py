@@ -1,5 +1,6 @@
 """The folder of a session: its name, its files and its engine."""
 
+import contextlib
 import json
 import os
 import re
@@ -141,6 +142,15 @@ class Session:
         for leftover in self.folder.glob(f".{self.config_file.name}.*"):  # of a killed process
             leftover.unlink(missing_ok=True)
         write_atomically(self.config_file, config_file.dump_session(config))
+
+    def size(self) -> int:
+        """Bytes of its files, each of which it looks at. A fork has links to some of its parent."""
+        found = 0
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # of a checkpoint that is removed
+                    found += Path(folder, name).lstat().st_size
+        return found
 
     def is_live(self) -> bool:
         """Whether an engine holds the session's lock; False for a moment of its history."""

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError, error_text
-from engine.kl import largest_change, usual_horizon
+from engine.kl import horizon_for, largest_change, usual_horizon
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, PHASES, STEP_TIME, phase_time
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
@@ -140,10 +140,12 @@ def slow_controller(config: RunConfig) -> list[str]:
     exponent = config.train.steps * math.log1p(change)
     if kl.controller != "adaptive" or exponent >= math.log(LEAST_FACTOR):
         return []
+    enough = LEAST_FACTOR ** (1 / config.train.steps) - 1
+    horizon = min(usual_horizon(batch), max(1, math.floor(horizon_for(enough, batch))))
     return [
         f"the adaptive controller changes beta by at most {change:.2%} in a step, and by a factor "
         f"of {math.exp(exponent):.2g} in the whole run, too slowly for a KL that runs away; "
-        f"kl.horizon: {usual_horizon(batch)} allows 1% a step"
+        f"kl.horizon: {horizon} allows {100 * largest_change(horizon, batch):.2g}% a step"
     ]
 
 

@@ -17,6 +17,7 @@ from engine.config.sections.rollout import RolloutConfig
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
+from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
 from engine.launch.rollout.engine import TESTED_VLLM, find_vllm, rollout_python
@@ -26,6 +27,7 @@ from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
+    complete_name,
     existing,
     is_terminal,
     json_option,
@@ -39,22 +41,30 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "textual")
 
 
 @click.command()
-@name_argument
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_name)
 @sessions_option
 @click.option(
     "-y", "--yes", is_flag=True, help="Delete without confirmation; needed without a terminal."
 )
-def rm(root: Path, name: str, yes: bool) -> None:
-    """Delete a session and all its checkpoints."""
-    session = existing(root, name)
+def rm(root: Path, names: tuple[str, ...], yes: bool) -> None:
+    """Delete sessions with all their checkpoints."""
+    sessions = [existing(root, name) for name in dict.fromkeys(names)]
     if not yes and not os.isatty(0):  # the output may be piped; the question is on stderr
+        listed = ", ".join(f"'{session.name}'" for session in sessions)
         raise UserInputError(
-            f"stdin is not a terminal: give -y to delete session '{name}' without confirmation"
+            f"stdin is not a terminal: give -y to delete session {listed} without confirmation"
         )
+    for session in sessions:
+        _delete(session, yes=yes)
+
+
+def _delete(session: Session, *, yes: bool) -> None:
+    """Deletes a session, unless the answer to the question is no."""
     lock = session.acquire()
     try:
-        used = sum(f.stat().st_size for f in session.folder.rglob("*") if f.is_file())
-        question = f"delete session '{name}' and its checkpoints ({fmt.size(used)})?"
+        question = (
+            f"delete session '{session.name}' and its checkpoints ({fmt.size(session.size())})?"
+        )
         if not yes and not click.confirm(question, err=True):
             return
         shutil.rmtree(session.folder)
@@ -90,6 +100,7 @@ def rm(root: Path, name: str, yes: bool) -> None:
     "--step", type=click.IntRange(min=1), metavar="STEP",
     help="With --policy: the checkpoint.  [default: the last one]",
 )  # fmt: skip
+@click.option("--best", is_flag=True, help="With --policy: the best one by train.best_metric.")
 def export(
     root: Path,
     name: str,
@@ -99,16 +110,19 @@ def export(
     samples: Path | None,
     preferences: Path | None,
     step: int | None,
+    best: bool,
 ) -> None:
     """Export the policy, samples or preferences of a session."""
     session = existing(root, name)
-    if policy is None and ((samples is None and preferences is None) or merged or averaged):
+    if policy is None and ((samples is None and preferences is None) or merged or averaged or best):
         raise UserInputError(
             "export needs --policy DIR, --samples FILE or --preferences FILE; "
-            "--merged and --ema need --policy"
+            "--merged, --ema and --best need --policy"
         )
+    if best and step:
+        raise UserInputError("give --step or --best, not both")
     if policy is not None:
-        chosen = step or last_checkpoint(session)
+        chosen = step or (_best_checkpoint(session) if best else last_checkpoint(session))
         if chosen not in checkpoint_steps(session):
             missing = f"of step {step} " if step else ""
             raise NoSuchSessionError(f"session '{name}' has no checkpoint {missing}to export")
@@ -125,6 +139,16 @@ def export(
         say(f"wrote {fmt.plural(len(found), 'pair')} to {preferences}")
 
 
+def _best_checkpoint(session: Session) -> int:
+    """Raises NoSuchSessionError if no checkpoint has a value of `train.best_metric`."""
+    metric = session.config().train.best_metric
+    with JournalReader(session) as record:
+        best = record.best_checkpoint(metric)
+    if best is None:
+        raise NoSuchSessionError(f"no checkpoint of session '{session.name}' has a {metric}")
+    return best
+
+
 def _export_policy(session: Session, step: int, target: Path, part: str, *, merged: bool) -> str:
     """Writes a model folder, `part` of a checkpoint. Returns a line that describes it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -137,8 +161,10 @@ def _export_policy(session: Session, step: int, target: Path, part: str, *, merg
     adapted = config.lora.rank is not None
     if adapted and merged:
         _merge(session, step, part, target)
+        _set_modes(target)
         return f"the {what} of step {step} is in {target}, adapters merged"
     _copy_policy(source, target)
+    _set_modes(target)
     if adapted:
         which = "averaged adapters" if part == AVERAGED_POLICY else "adapters"
         return f"the {which} of step {step} are in {target}; base model: {config.model.policy}"
@@ -165,6 +191,15 @@ def _copy_policy(source: Path, target: Path) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True)
     except OSError as error:
         raise UserInputError(f"--policy: cannot write {target}: {error}") from error
+
+
+def _set_modes(target: Path) -> None:
+    """Lets those read the files whom the umask lets: safetensors makes its files private."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in target.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _write_lines(target: Path, rows: Iterable[Json]) -> None:

@@ -13,7 +13,7 @@ import click
 from engine import starter
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import UserInputError
+from engine.errors import NoSuchSessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine, start_or_remove
@@ -23,6 +23,7 @@ from engine.launch.start import (
     create_session,
     is_failed_start,
     is_new,
+    last_checkpoint,
     start_variable,
 )
 from engine.launch.start import fork as start_fork
@@ -201,8 +202,8 @@ def _resume(
 @click.command()
 @name_argument
 @click.option(
-    "--from", "from_step", type=click.IntRange(min=1), metavar="STEP", required=True,
-    help="The checkpoint to fork from.",
+    "--from", "from_step", type=click.IntRange(min=1), metavar="STEP",
+    help="The checkpoint to fork from.  [default: the last one]",
 )  # fmt: skip
 @click.option("--name", "new_name", metavar="NEW", required=True, help="The new session's name.")
 @click.option("--ema", is_flag=True, help="Begin with the averaged policy of train.ema.")
@@ -213,13 +214,16 @@ def fork(
     overrides: tuple[str, ...],
     mode: str | None,
     name: str,
-    from_step: int,
+    from_step: int | None,
     new_name: str,
     ema: bool,
     reseed: bool,
 ) -> None:
     """Fork a new session from a checkpoint of another."""
     session = existing(root, name)
+    from_step = from_step or last_checkpoint(session)
+    if not from_step:
+        raise NoSuchSessionError(f"session '{name}' has no checkpoint to fork from yet")
     old = session.config()
     child, start = start_fork(
         session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who(),

@@ -130,15 +130,12 @@ def _checkpoints(record: JournalReader, metric: str) -> list[ReportCheckpoint]:
     values = {
         row.step: dict(record.series(metric, row.step - 1, row.step)).get(row.step) for row in rows
     }
-    kept = [
-        (v, r.step) for r in rows if r.status == "complete" and (v := values[r.step]) is not None
-    ]
-    best = max(kept, default=None)  # of equal ones the newest, as on the screen
+    best = record.best_checkpoint(metric)
     return [
         ReportCheckpoint(
             row,
             values[row.step] if row.status != "superseded" else None,
-            row.status == "complete" and best is not None and row.step == best[1],
+            row.status == "complete" and row.step == best,
         )
         for row in rows
     ]

@@ -36,6 +36,7 @@ from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighligh
 from rlhf_tui.widgets.lines import Lines, justified
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
+from rlhf_tui.widgets.samples.shared_text import SharedText, shared_text
 from rlhf_tui.widgets.table import Table
 
 
@@ -152,7 +153,8 @@ class SamplesScreen(SessionScreen):
         key, samples.select = samples.select, None
         if samples.following:
             key = next(iter(samples.rows), None)
-        rows = [(k, cells_of(row)) for k, row in samples.rows.items()]
+        shared = self._shared_text()
+        rows = [(k, cells_of(row, shared)) for k, row in samples.rows.items()]
         empty = empty_list(samples, self.context.state)
         table.set_rows(rows, empty, key=key, lost=0)
         self.rows_read()
@@ -214,6 +216,9 @@ class SamplesScreen(SessionScreen):
         self.comparison.select(row)
         self._show_query()
 
+    def _shared_text(self) -> SharedText:
+        return shared_text(row.prompt for row in self.samples.rows.values())
+
     def selected(self) -> SampleRow | None:
         """The sample under the cursor."""
         return self.samples.rows.get(self.query_one(Table).key)
@@ -222,7 +227,7 @@ class SamplesScreen(SessionScreen):
         """Shows a sample of this page with another judgement."""
         key, view = key_of(row), self.query_one(SampleView)
         self.samples.rows[key] = row
-        self.query_one(Table).set_cells(key, cells_of(row))
+        self.query_one(Table).set_cells(key, cells_of(row, self._shared_text()))
         if view.sample is not None and key_of(view.sample) == key:
             view.read(row, view.arrays, view.kept)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from engine.errors import LinkError, RlhfError, SessionError
+from engine.errors import ConfigError, LinkError, RlhfError, SessionError
 from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.metrics import EVAL_SCORE, EVAL_SCORE_CI, KL, SCORE
@@ -47,6 +47,8 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     """In force. A mapping: a session of another version has other settings."""
     checkpoints: list[int] = []
     """Steps that can be resumed from."""
+    best_checkpoint: int | None = None
+    """The best of them by `train.best_metric`; None without one, and if it was not asked for."""
     message: str = ""
     pause_reason: str | None = None
     """What paused it: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
@@ -58,6 +60,9 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time before which its engine saves and ends; None without one."""
     updated: float | None = None
     """Time of its last step, or of the start of its last engine."""
+    size: int | None = None
+    """Bytes of its files; None if it was not asked for. A fork has links to files of its parent,
+    which count for both."""
     folder: str
 
     def as_json(self) -> Json:
@@ -86,6 +91,7 @@ def read_session_row(session: Session, *, ask: bool = False) -> SessionRow:
     Args:
         session: to read.
         ask: also asks its engine what it waits for; one that hangs takes :data:`REPLY_TIMEOUT`.
+            Also reads its size and its best checkpoint, for which it opens the configuration.
 
     Raises:
         RlhfError: its journal or its configuration cannot be read.
@@ -93,9 +99,19 @@ def read_session_row(session: Session, *, ask: bool = False) -> SessionRow:
     """
     with JournalReader(session) as record:
         row = session_row(session, record)
+        if ask:
+            best = _best_checkpoint(session, record)
+            row = msgspec.structs.replace(row, best_checkpoint=best, size=session.size())
     if not ask or row.pid is None:
         return row
     return msgspec.structs.replace(row, waits_for=_awaited(session))
+
+
+def _best_checkpoint(session: Session, record: JournalReader) -> int | None:
+    # All else of a session can be read with a configuration of another version.
+    with contextlib.suppress(ConfigError):
+        return record.best_checkpoint(session.config().train.best_metric)
+    return None
 
 
 def _awaited(session: Session) -> str | None:

@@ -1,6 +1,7 @@
 """The output of the reading commands, for running and for finished sessions."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -143,9 +144,18 @@ def make_annotated(whole, make_lab, request):
 @pytest.fixture(scope="module")
 def exported(whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    done = whole.lab.cli("export", "whole", "--policy", folder / "policy")
-    assert done.returncode == 0, done.stderr
+    best = whole.lab.json("status", "whole")["best_checkpoint"]
+    done = whole.lab.cli("export", "whole", "--policy", folder / "policy", "--best")
+    assert f"the policy of step {best} is in" in done.stdout, done.stderr
     return folder / "policy"
+
+
+def test_others_can_read_an_export_as_the_umask_says(exported):
+    umask = os.umask(0o077)
+    os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in exported.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert "model.safetensors" in modes
 
 
 @pytest.mark.slow

@@ -107,6 +107,13 @@ def test_a_step_without_a_checkpoint_is_refused_with_a_list_of_checkpoints(whole
     assert not Path(whole.lab.root / "never").exists()
 
 
+def test_a_fork_without_a_step_begins_with_the_last_checkpoint(whole):
+    done = whole.lab.cli("fork", "whole", "--name", "never")
+    assert done.returncode == 2
+    assert "step 8 is the end of 8 steps" in done.stderr
+    assert not Path(whole.lab.root / "never").exists()
+
+
 @pytest.mark.parametrize("key", ["seed=1", "data.column=other", "rollout.batch_size=8"])
 def test_a_resume_refuses_keys_that_determine_the_model_or_the_order_of_the_data(whole, key):
     done = whole.lab.cli("resume", "whole", "-o", key, "-o", "train.steps=9")

@@ -143,6 +143,17 @@ def test_checkpoints_after_a_resume_belong_to_the_past(writer):
         assert [(c.step, c.attempt) for c in record.checkpoints(("complete",))] == [(4, 2)]
 
 
+def test_the_best_checkpoint_is_the_newest_of_those_with_the_highest_value(writer):
+    for step, value in enumerate((1.0, 3.0, 3.0, 9.0, 2.0), start=1):
+        writer.steps(step, aim=value)
+    for step in (1, 2, 3, 5):
+        writer.checkpoint(step)
+    with JournalReader(writer.session) as record:
+        assert record.best_checkpoint("aim") == 3
+        assert record.best_checkpoint("lr") == 5
+        assert record.best_checkpoint("none") is None
+
+
 def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_say_so(writer):
     writer.journal.record_checkpoint(2, 1000, 1.0, 2.0)
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
@@ -384,3 +395,16 @@ def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step
     with JournalReader(writer.session) as reader:
         assert reader.series("eval/score") == [(0, 2.0)]
         assert reader.series("eval/kl") == []
+
+
+def test_an_evaluation_before_the_first_step_is_a_row_of_step_0(writer):
+    with JournalReader(writer.session) as reader:
+        assert reader.metrics() == []
+    writer.journal.record_baseline({"eval/score": 1.0}, [])
+    writer.steps(1, 2)
+    with JournalReader(writer.session) as reader:
+        first, *steps = reader.metrics()
+        assert (first.step, first.attempt, first.time) == (0, 1, None)
+        assert (first.values["eval/score"], first.values["lr"]) == (1.0, None)
+        assert [row.step for row in steps] == [1, 2]
+        assert [row.step for row in reader.metrics(last=2)] == [1, 2]

@@ -336,11 +336,13 @@ async def test_a_variable_that_is_not_set_is_said_at_the_start_and_with_each_mes
 
 
 async def test_a_command_receives_the_alert_as_json_and_its_text(tmp_path):
-    command = f'cat > {tmp_path}/alert; echo "$RLHF_TUI_SESSION: $RLHF_TUI_ALERT" > {tmp_path}/text'
-    await CommandChannel(command).send(of_alert("run", Alert("r", "notify", "too much", 7)))
-    received = json.loads((tmp_path / "alert").read_text())
+    command = f'cat >> {tmp_path}/all; echo "$RLHF_TUI_SESSION: $RLHF_TUI_ALERT" > {tmp_path}/text'
+    for _ in range(2):
+        await CommandChannel(command).send(of_alert("run", Alert("r", "notify", "too much", 7)))
+    received, again = map(json.loads, (tmp_path / "all").read_text().splitlines())
     assert received == {"rule": "r", "action": "notify", "text": "too much", "session": "run",
                         "step": 7, "kind": "alert", "level": "warning", "unsent": 0}  # fmt: skip
+    assert again == received  # a line each
     assert (tmp_path / "text").read_text() == "run: too much\n"
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shutil
 import sqlite3
 
 import pytest
@@ -31,6 +33,7 @@ from engine.launch.start import (
     resume,
     timeline_checkpoints,
 )
+from engine.session.checkpoints import checkpoint_path
 
 
 def test_a_run_goes_on_from_the_last_whole_checkpoint_of_its_timeline(writer):
@@ -176,6 +179,21 @@ def test_a_fork_that_cannot_copy_the_past_leaves_nothing_and_says_why(make_sessi
         file.seek(4096)
         file.write(b"\xff" * 20_000)  # its first page tells nothing of it
     with pytest.raises(SessionError, match="cannot copy run to child"):
+        fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    assert [f.name for f in writer.session.folder.parent.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_that_a_live_run_removes_while_it_is_copied_is_told(writer, monkeypatch):
+    writer.checkpoint(2)
+    folder = checkpoint_path(writer.session.checkpoints, 2)
+    link = os.link
+
+    def link_late(source, target):
+        shutil.rmtree(folder, ignore_errors=True)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_late)
+    with pytest.raises(NoSuchSessionError, match=r"no checkpoint of step 2 \(it has: none yet\)"):
         fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
     assert [f.name for f in writer.session.folder.parent.iterdir()] == ["run"]
 

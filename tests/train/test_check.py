@@ -94,18 +94,20 @@ def test_plain_prompts_of_a_chat_model_are_noted(make_run, chat_policy, template
 
 
 @pytest.mark.parametrize(
-    ("overrides", "noted"),
+    ("overrides", "advice"),
     [
-        (("kl.horizon=10000",), True),  # 1.00128^240 = 1.4
-        (("kl.horizon=1280",), False),
-        (("kl.horizon=10000", "train.steps=2000"), False),
-        (("kl.horizon=10000", "kl.controller=fixed"), False),
+        (("kl.horizon=10000",), ["kl.horizon: 1280 allows 1% a step"]),  # 1.00128^240 = 1.4
+        (("kl.horizon=1280",), []),
+        # So short a run needs more than the usual horizon allows: 1.01^60 = 1.8.
+        (("kl.horizon=1280", "train.steps=60"), ["kl.horizon: 547 allows 2.3% a step"]),
+        (("kl.horizon=547", "train.steps=60"), []),
+        (("kl.horizon=10000", "train.steps=2000"), []),
+        (("kl.horizon=10000", "kl.controller=fixed"), []),
     ],
 )
-def test_a_controller_that_is_too_slow_for_the_run_is_noted(overrides, noted):
+def test_a_controller_that_is_too_slow_for_the_run_is_noted_with_one_that_is_not(overrides, advice):
     demo = config_file.load(starter.FOLDER / "demo.yaml", overrides)
-    found = slow_controller(demo)
-    assert ["kl.horizon: 1280 allows 1% a step" in text for text in found] == [True] * noted
+    assert [text.partition("runs away; ")[2] for text in slow_controller(demo)] == advice
 
 
 @pytest.mark.parametrize(

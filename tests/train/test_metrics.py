@@ -198,6 +198,25 @@ def test_the_explained_variance_is_that_of_the_values_before_the_update(step):
 
 
 @modest
+@given(steps())
+def test_advantages_returns_and_values_are_described_over_response_tokens(step):
+    rollout, _, _, targets = step
+    metrics = measure(step)
+    described = {
+        "advantages": targets.advantages,
+        "returns": targets.returns,
+        "values": targets.old_values,
+    }
+    for name, tensor in described.items():
+        numbers = [float(tensor[p]) for p in tokens(rollout)]
+        assert same(metrics[f"{name}/mean"], mean(numbers))
+        deviation = math.sqrt(mean([(n - mean(numbers)) ** 2 for n in numbers]))
+        assert math.isclose(metrics[f"{name}/std"], deviation, rel_tol=1e-4, abs_tol=1e-5)
+        assert metrics[f"{name}/min"] == min(numbers)
+        assert metrics[f"{name}/max"] == max(numbers)
+
+
+@modest
 @given(steps(), st.floats(-1e4, 1e4, width=32))
 def test_padding_beyond_the_lengths_changes_no_metric(step, junk):
     rollout, scores, ref, targets = step
@@ -272,8 +291,9 @@ def test_without_a_value_function_its_metrics_are_left_out(plain_step):
     rollout, scores, ref, targets = plain_step
     without = Targets(targets.old_logprobs, targets.advantages)
     metrics = measure((rollout, scores, ref, without))
-    assert not {"loss/value_avg", "val/clipfrac_avg", "val/explained_var"} & set(metrics)
-    assert "loss/policy_avg" in metrics
+    of_values = {"loss/value_avg", "val/clipfrac_avg", "val/explained_var", "returns/mean"}
+    assert not (of_values | {"values/mean"}) & set(metrics)
+    assert {"loss/policy_avg", "advantages/mean"} <= set(metrics)
 
 
 def test_when_every_minibatch_was_skipped_no_metric_is_undefined(plain_step):

@@ -152,9 +152,10 @@ def test_a_trained_model_is_a_folder_that_a_run_scores_with(tmp_path):
 
 
 def test_a_language_model_gets_a_head_of_one_logit(tmp_path):
-    result, _ = train(tmp_path / "out", base="starter:policy", prompts=1)
+    out = tmp_path / "models" / "out"  # with a folder that is not there, either
+    result, _ = train(out, base="starter:policy", prompts=1)
     assert result.at_start is None
-    saved = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert saved["architectures"] == ["LlamaForSequenceClassification"]
     assert len(saved.get("id2label", {0: ""})) == 1
 

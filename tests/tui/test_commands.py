@@ -82,6 +82,25 @@ def test_without_a_terminal_only_y_deletes(session_maker, tmp_path, confirmed):
     assert ("give -y" in done.stderr) != confirmed
 
 
+def test_several_sessions_are_deleted_or_none_if_one_is_missing(session_maker, tmp_path):
+    root = tmp_path / "s"
+    sessions = [session_maker(root, name, 3) for name in ("one", "two", "three")]
+    arguments = ["rm", "-y", "--sessions", str(root)]
+    missing = CliRunner().invoke(cli, [*arguments, "one", "four"])
+    assert isinstance(missing.exception, NoSuchSessionError)
+    assert all(session.folder.exists() for session in sessions)
+    assert CliRunner().invoke(cli, [*arguments, "one", "two", "one"]).exit_code == 0
+    assert [session.folder.exists() for session in sessions] == [False, False, True]
+
+
+def test_a_fork_of_a_session_without_a_checkpoint_is_refused(session_maker, tmp_path):
+    session_maker(tmp_path / "s", "young", 3)
+    found = CliRunner().invoke(
+        cli, ["fork", "young", "--name", "new", "--detach", "--sessions", str(tmp_path / "s")]
+    )
+    assert str(found.exception) == "session 'young' has no checkpoint to fork from yet"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_has_a_line_of_help(name):
     command = cli.get_command(click.Context(cli), name)

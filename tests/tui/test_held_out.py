@@ -14,10 +14,12 @@ from engine.journal.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.journal.writer import JournalWriter
+from engine.metrics import SCORE
 from engine.protocol.rank_messages import Phase, Sample, StepReport
 from engine.session.folder import Session, create
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.cli import cli
+from rlhf_tui.format import size
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.series import Series
 from rlhf_tui.widgets.charts.chart import Chart
@@ -301,6 +303,31 @@ def test_the_status_has_the_last_held_out_score(folder):
     found = json.loads(CliRunner().invoke(cli, arguments).output)["held_out"]
     assert found["step"] == 60
     assert found["score"] == pytest.approx(last["eval/score"])
+
+
+def test_the_status_names_the_best_checkpoint_and_the_size_of_the_session(folder):
+    arguments = ["status", "evaluated", "--sessions", str(folder)]
+    found = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).output)
+    files = [path for path in (folder / "evaluated").rglob("*") if path.is_file()]
+    assert found["size"] == sum(path.stat().st_size for path in files)
+    assert found["best_checkpoint"] == max(found["checkpoints"])  # the scores rise
+    shown = CliRunner().invoke(cli, arguments).output
+    assert f"{found['best_checkpoint']} (best)" in shown
+    assert size(found["size"]) in shown
+
+
+def test_several_runs_are_compared_at_the_last_step_that_all_have(tmp_path):
+    for name, steps in (("a", 60), ("b", 60), ("c", 50)):
+        make_evaluated(tmp_path, steps, name)
+    arguments = ["diff", "a", "b", "c", "--sessions", str(tmp_path)]
+    found = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).output)
+    assert found["config"] == {"train.steps": [60, 60, 50]}
+    assert (found["step"], len(set(found["metrics"][SCORE]))) == (50, 1)
+    score = evaluation(40)[0]["eval/score"]
+    assert found["held_out"] == {"step": 40, "scores": [pytest.approx(score)] * 3}
+    shown = CliRunner().invoke(cli, arguments).output
+    assert shown.splitlines()[1].split() == ["train.steps", "60", "60", "50"]
+    assert shown.splitlines()[-1].split() == ["eval/score", "@", "40", *[f"{score:.3f}"] * 3]
 
 
 async def test_the_best_checkpoint_is_marked_by_the_metric_of_the_configuration(opened, until):

@@ -11,6 +11,7 @@ from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.samples.heat import COLD, HEAT, UNDEFINED, HeatScale
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, VIEWS, body, token_rows
+from rlhf_tui.widgets.samples.shared_text import shared_text
 from tests.judging import sample
 
 
@@ -66,6 +67,35 @@ def test_a_kl_that_is_undefined_is_no_zero():
     state.take(SessionUpdate(samples=[sample(3, score=None, kl=None)]))
     row = text(LatestSamplesPanel(state).rows(80, 5))[1]
     assert row.split()[:2] == ["–", "–"]
+
+
+SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
+CHAT = SYSTEM + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+ASKED = ("How is tea made ?", "How is soup made ?")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shown"),
+    [
+        ([CHAT.format(asked) for asked in ASKED], ASKED),
+        ([f"<s><|User|>{asked}<|Assistant|>" for asked in ASKED], ASKED),
+        ([f"Q: 1 + 1\nA: 2\n\nQ: {asked}\nA:" for asked in ASKED], [f"Q: {a}" for a in ASKED]),
+        (ASKED, ASKED),  # words that all have are part of the prompt
+        ([CHAT.format("same")] * 2, [CHAT.format("same").strip()] * 2),
+        (["a\n", "a\na\n"], ["a", "a"]),  # what both begin with overlaps what both end with
+    ],
+)
+def test_markup_that_all_prompts_of_a_list_share_is_left_out(prompts, shown):
+    shared = shared_text(prompts)
+    assert [shared.left_out(prompt) for prompt in prompts] == list(shown)
+
+
+def test_the_newest_responses_show_what_was_asked():
+    state = SessionState("run")
+    rows = [sample(3, index=i, prompt=CHAT.format(a)) for i, a in enumerate(ASKED)]
+    state.take(SessionUpdate(samples=rows))
+    shown = text(LatestSamplesPanel(state).rows(80, 5))[1:]
+    assert [asked in line for asked, line in zip(ASKED, shown, strict=True)] == [True, True]
 
 
 def test_responses_of_older_weights_say_of_which():

@@ -32,7 +32,7 @@ class CommandChannel:
             "RLHF_TUI_ALERT": message.text,
         }
         # Unlike json, this encoder writes null for NaN and infinity.
-        text = msgspec.json.encode(message.as_json())
+        text = msgspec.json.encode(message.as_json()) + b"\n"  # a file of them is JSON lines
         await run_program(["/bin/sh", "-c", self._command], text, environment)
 
 

@@ -19,6 +19,23 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """The variance of x (B, T) over the mask (B, T), divided by its size; a scalar."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def statistics(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The `mean`, `std` (divided by n), `min` and `max` of x (B, T) over the mask; scalars."""
+    wide = x.double()  # see whiten
+    return {
+        "mean": masked_mean(wide, mask),
+        "std": masked_variance(wide, mask).sqrt(),
+        # Indexing by the mask would wait for the GPU.
+        "min": x.masked_fill(~mask, torch.inf).min(),
+        "max": x.masked_fill(~mask, -torch.inf).max(),
+    }
+
+
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Scales x (B, T) to variance 1 over the mask, and shifts it to mean 0.
 
@@ -29,8 +46,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     # In float32 the mean of equal numbers is not that number: 1,000 times 100.7 would become 0.2.
     wide = x.double()
     mean = masked_mean(wide, mask)
-    variance = masked_mean((wide - mean) ** 2, mask)
-    whitened = (wide - mean) * torch.rsqrt(variance + 1e-8)
+    whitened = (wide - mean) * torch.rsqrt(masked_variance(wide, mask) + 1e-8)
     return ((whitened if shift_mean else whitened + mean) * mask).to(x.dtype)
 
 
@@ -45,13 +61,10 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(return − V)/Var(return) over the mask, a scalar; NaN if the returns are constant."""
-
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
     wide = returns.double()  # see whiten
-    total = variance(wide)
-    return torch.where(total > 0, 1 - variance(wide - values) / total, torch.nan)
+    total = masked_variance(wide, mask)
+    unexplained = masked_variance(wide - values, mask)
+    return torch.where(total > 0, 1 - unexplained / total, torch.nan)
 
 
 def as_float64(scalars: Iterable[Tensor]) -> Tensor:

@@ -57,6 +57,15 @@ def step_metrics(
         "tokens/response_len_mean": lengths.mean(),
         "tokens/truncated_frac": (~rollout.ended).sum(),
     }
+    learned = {
+        "advantages": targets.advantages,
+        "returns": targets.returns,
+        "values": targets.old_values,
+    }
+    for name, x in learned.items():
+        if x is not None:
+            found = masked.statistics(x, mask)
+            tensors |= {f"{name}/{statistic}": value for statistic, value in found.items()}
     numbers = masked.as_float64(tensors.values()).tolist()
     metrics = dict(zip(tensors, numbers, strict=True))
     metrics["tokens/truncated_frac"] /= len(scores)

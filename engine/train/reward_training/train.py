@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.errors import RlhfError, UserInputError
+from engine.errors import RlhfError
 from engine.protocol.programs.reward_training import RewardTrainingRequest, TrainedReward
 from engine.session.checkpoints import sync
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
@@ -115,8 +115,7 @@ def _write(request: RewardTrainingRequest, result: TrainedReward, base: BaseMode
 @contextlib.contextmanager
 def _part_of(out: Path) -> Iterator[Path]:
     """A folder beside `out`, which is removed unless it was renamed."""
-    if not out.parent.is_dir():
-        raise UserInputError(f"-o: there is no folder {out.parent}; create it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a killed process with the same id
     part.mkdir()

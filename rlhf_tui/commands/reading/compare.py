@@ -1,17 +1,21 @@
 """Commands that compare or evaluate finished steps: diff, guardrails."""
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
 
 from engine.config import file as config_file
 from engine.config.rules.supervision import check_rule
+from engine.config.schema import RunConfig
 from engine.config.sections.supervision import GuardrailConfig
 from engine.config.yaml_document import parse_yaml
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
-from engine.metrics import DISTINCT_2, KL, RESPONSE_LENGTH, SCORE
+from engine.metrics import DISTINCT_2, EVAL_SCORE, KL, RESPONSE_LENGTH, SCORE
 from engine.monitoring.recorded_steps import evaluate
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
@@ -30,28 +34,53 @@ HEADLINES = (SCORE, KL, RESPONSE_LENGTH, DISTINCT_2)
 
 @click.command()
 @name_argument
-@click.argument("other", shell_complete=complete_name)
+@click.argument("others", metavar="OTHER...", nargs=-1, required=True, shell_complete=complete_name)
 @sessions_option
 @json_option
-def diff(root: Path, name: str, other: str, as_json: bool) -> None:
-    """Compare the configuration and metrics of two sessions.
+def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
+    """Compare the configurations and metrics of sessions.
 
-    Metrics are those of the last step that both sessions have.
+    Metrics are those of the last step that all of them have; the held-out score that of the last
+    step at which all were evaluated.
     """
-    first, second = existing(root, name), existing(root, other)
-    changed = config_file.changes(first.config(), second.config())
-    with JournalReader(first) as a, JournalReader(second) as b:
-        step = min(a.last_step(), b.last_step())
+    names = [name, *others]
+    sessions = [existing(root, n) for n in names]
+    changed = _differences([session.config() for session in sessions])
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(JournalReader(session)) for session in sessions]
+        step = min(reader.last_step() for reader in readers)
         metrics = {
-            key: tuple(dict(r.series(key, after=step - 1)).get(step) for r in (a, b))
+            key: [dict(r.series(key, after=step - 1)).get(step) for r in readers]
             for key in HEADLINES
         }
+        evaluated = [dict(reader.series(EVAL_SCORE)) for reader in readers]
+    common = max(set[int].intersection(*map(set, evaluated)), default=None)
+    held_out = None
+    if common is not None:
+        held_out = {"step": common, "scores": [scores[common] for scores in evaluated]}
     if as_json:
-        print_json({"config": changed, "step": step, "metrics": metrics})
+        found = {"config": changed, "step": step, "metrics": metrics, "held_out": held_out}
+        print_json(found)
         return
-    rows = [[k, _shown(old), _shown(new)] for k, (old, new) in changed.items()]
+    rows = [[k, *map(_shown, values)] for k, values in changed.items()]
     rows += [[f"{k} @ {step}", *map(fmt.number, values)] for k, values in metrics.items()]
-    say(fmt.table(rows, ["", name, other]))
+    if common is not None:
+        rows.append(
+            [f"{EVAL_SCORE} @ {common}", *(fmt.number(scores[common]) for scores in evaluated)]
+        )
+    say(fmt.table(rows, ["", *names]))
+
+
+def _differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
+    """The keys whose values differ, sorted, with the value of each configuration."""
+    first, *others = configs
+    found = [config_file.changes(first, other) for other in others]
+    differences: dict[str, list[Any]] = {}
+    for key in sorted(set[str]().union(*found)):
+        value = next(changes[key][0] for changes in found if key in changes)
+        rest = [changes[key][1] if key in changes else value for changes in found]
+        differences[key] = [value, *rest]
+    return differences
 
 
 def _shown(value: object) -> str:

@@ -48,7 +48,7 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
         demo = fmt.command("demo", root=None if address else root)
         say(f"no sessions in {address or root}; start one with: {demo}")
     else:
-        header = ["name", "state", "step", "beta", "score", "KL", "last active", ""]
+        header = ["name", "state", "step", "beta", "score", "KL", "size", "last active", ""]
         folders = {str(s.folder) for s in local}
         cells = [_ls_cells(r, local=bool(address) or r.folder in folders) for r in rows]
         lines = fmt.aligned([header, *cells])
@@ -87,7 +87,8 @@ def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
     return [
         row.name if local else f"{row.name} ({row.folder})", row.state,
         f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score),
-        fmt.number(row.kl, 2), age, one_line(_reason(row), 100),
+        fmt.number(row.kl, 2), fmt.size(row.size) if row.size is not None else "–", age,
+        one_line(_reason(row), 100),
     ]  # fmt: skip
 
 
@@ -130,12 +131,15 @@ def status(root: Path, name: str, as_json: bool) -> None:
         score = fmt.with_interval(row.held_out.score, row.held_out.interval)
         say(f"  held-out    {score} (step {row.held_out.step})")
     say(f"  beta        {fmt.number(row.beta, 4)}")
-    steps = ", ".join(map(str, row.checkpoints))
+    steps = ", ".join(
+        f"{s} (best)" if s == row.best_checkpoint else str(s) for s in row.checkpoints
+    )
     say(f"  checkpoints {f'of step {steps}' if steps else 'none'}")
     say(f"  engine      {engine}")
     if row.deadline is not None:
         say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")
-    say(f"  folder      {row.folder}")
+    size = f", {fmt.size(row.size)}" if row.size is not None else ""
+    say(f"  folder      {row.folder}{size}")
     if row.state not in ENDED_STATES and not row.pid:
         say(f"  resume with {fmt.command('resume', row.name, root=Path(row.folder).parent)}")
     elif row.state == "paused":

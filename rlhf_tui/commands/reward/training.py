@@ -106,8 +106,8 @@ def _new_folder(out: Path) -> Path:
     target = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays what it is
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserInputError(f"-o: {out} exists already; give a new or empty folder")
-    if not target.parent.is_dir():
-        raise UserInputError(f"-o: there is no folder {target.parent}; create it first")
+    if not (nearest := next(path for path in target.parents if path.exists())).is_dir():
+        raise UserInputError(f"-o: {nearest} is no folder")
     return target
 
 

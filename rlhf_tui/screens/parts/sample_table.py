@@ -4,6 +4,7 @@ from engine.journal.rows import SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Piece
 from rlhf_tui.widgets.samples.judgement import mark
+from rlhf_tui.widgets.samples.shared_text import SharedText
 from rlhf_tui.widgets.table import Column, Table
 
 
@@ -31,8 +32,8 @@ def samples_table() -> SamplesTable:
     )
 
 
-def cells_of(row: SampleRow) -> list[Piece]:
-    """The cells of a row, in the order of the columns."""
+def cells_of(row: SampleRow, shared: SharedText) -> list[Piece]:
+    """The cells of a row, in the order of the columns; `shared` is that of the list's prompts."""
     score = row.score
     return [
         (str(row.step), "dim"),
@@ -42,7 +43,7 @@ def cells_of(row: SampleRow) -> list[Piece]:
         (str(row.length), ""),
         ("" if row.ended else "✂", "warn"),
         mark(row),
-        (row.prompt.strip(), "dim"),
+        (shared.left_out(row.prompt), "dim"),
         (row.response.strip(), ""),
     ]
 
