@@ -180,6 +180,8 @@ def test_commands_that_only_read_do_what_the_pages_say(recorded, monkeypatch, ca
     for command in sorted(done):
         for file in ("run.yaml", *command.words[1:]) if verb(command) == "init" else ():
             Path(file).unlink(missing_ok=True)  # it replaces none, the default one neither
+        if verb(command) == "export":
+            shutil.rmtree("folder", ignore_errors=True)
         try:
             cli.main(list(command.words), standalone_mode=False)
         except NAMED_ONLY:
