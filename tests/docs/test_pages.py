@@ -49,6 +49,22 @@ def test_every_example_is_a_configuration():
         config_file.load(path)
 
 
+def test_the_architecture_names_every_module_of_the_engine():
+    """In the row of its package. A package within another may have a row of its own."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(engine/[\w/]+)/` \| (.*) \|$", text, re.MULTILINE))
+    unnamed = []
+    for package, contents in rows.items():
+        named = set(re.findall(r"`(\w+)/?`", contents))
+        for path in (DOCS.parent / package).iterdir():
+            inner = (path / "__init__.py").exists() and f"{package}/{path.name}" not in rows
+            module = path.suffix == ".py" and path.stem != "__init__"
+            if (inner or module) and path.stem not in named:
+                unnamed.append(f"{package}/{path.name}")
+    assert unnamed == []
+    assert {f"engine/{name}" for name in ("config", "supervisor", "train", "train/ppo")} <= {*rows}
+
+
 def test_the_default_guard_rails_stand_on_the_page_of_the_app_with_their_thresholds():
     text = (DOCS / "tui.md").read_text(encoding="utf-8")
     for rule in DEFAULT_RULES:
