@@ -1,9 +1,8 @@
-"""Handles commands from clients, signals and guard rails, and reports the session's status."""
+"""Handles commands from clients, signals and guard rails."""
 
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sqlite3
 from functools import partial
@@ -18,7 +17,7 @@ from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions, timeline_checkpoints
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
-from engine.protocol.client_messages import CommandReply, CommandRequest, JournalAdvanced, Status
+from engine.protocol.client_messages import CommandReply, CommandRequest
 from engine.protocol.commands import (
     AnyCommand,
     Checkpoint,
@@ -37,10 +36,8 @@ from engine.session.states import ENDED_STATES
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.rank_processes import RankProcesses
-from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.threads import in_daemon_thread
-from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
 
@@ -61,21 +58,28 @@ class CommandHandler:
         config: RunConfig,
         *,
         journal: JournalWriter,
-        server: Server,
         publisher: EventPublisher,
         pending: PendingCommands,
         ranks: RankProcesses,
-        watchdog: Watchdog,
     ) -> None:
+        """Stores the other parts of the supervisor.
+
+        Args:
+            state: shared by all parts.
+            session: its checkpoints are those of roll backs.
+            config: as the run was started.
+            journal: records every command before it is carried out.
+            publisher: knows the session's state, and publishes its changes.
+            pending: gets the commands that rank 0 carries out.
+            ranks: the processes.
+        """
         self._state = state
         self._session = session
         self._config = config
         self._journal = journal
-        self._server = server
         self._publisher = publisher
         self._pending = pending
         self._ranks = ranks
-        self._watchdog = watchdog
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         """The roll backs, by id, whose checkpoints are being read."""
         self._unissued: tuple[Alert, CommandRequest] | None = None
@@ -112,7 +116,7 @@ class CommandHandler:
         else:
             commands.accept(request.id)
             self._carry_out(request, who)
-        self._server.notify_watchers()
+        self._publisher.rows_added()
         return commands.reply(request.id)
 
     def _carry_out_unrecorded(self, request: CommandRequest, who: str, reason: str) -> CommandReply:
@@ -187,12 +191,12 @@ class CommandHandler:
                     from_step=step, fresh=True, reseed=command.reseed, who=who
                 )
                 self._ranks.kill()
-            self._server.send_reply(commands.reply(command_id))
+            self._pending.send_reply(commands.reply(command_id))
         except sqlite3.Error as error:  # the next start rejects it in the journal, too
             reason = f"cannot write the journal: {error}"
             log.error("%s from %s: %s", command.name(), who, reason)  # noqa: TRY400
-            self._server.send_reply(CommandReply(id=command_id, status="rejected", reason=reason))
-        self._server.notify_watchers()
+            self._pending.send_reply(CommandReply(id=command_id, status="rejected", reason=reason))
+        self._publisher.rows_added()
 
     def _rollback_problem(self, step: int, damage: str | None) -> str | None:
         """Why a roll back cannot be carried out now that its checkpoint is read, or None."""
@@ -213,7 +217,7 @@ class CommandHandler:
         for command_id, task in list(self._rollbacks.items()):
             task.cancel()
             self._journal.commands.reject(command_id, "the run ended before it was carried out")
-            self._server.send_reply(self._journal.commands.reply(command_id))
+            self._pending.send_reply(self._journal.commands.reply(command_id))
         await asyncio.gather(*self._rollbacks.values(), return_exceptions=True)
         self._rollbacks.clear()
 
@@ -257,29 +261,3 @@ class CommandHandler:
             if isinstance(request.command, Pause) and reply.status == "accepted":
                 self._state.pause_reason = alert.cause
         self._unissued = None
-
-    def status(self) -> Status:
-        """The session's current status."""
-        state = self._state
-        moving = self._publisher.state in ("running", "pausing", "stopping")
-        return Status(
-            state=self._publisher.state,
-            step=self._journal.step,
-            total_steps=self._config.train.steps,
-            attempt=self._journal.attempt,
-            settings=state.settings,
-            phases=list(state.phases.values()),
-            step_seconds=state.timer.step_seconds,
-            boundary_in=state.timer.remaining() if moving else None,
-            pending=self._pending.rows(),
-            telemetry=self._watchdog.latest,
-            watchers=self._server.watchers,
-            pid=os.getpid(),
-            pause_reason=state.pause_reason if self._publisher.state == "paused" else None,
-        )
-
-    def journal_position(self) -> JournalAdvanced:
-        """The newest rows of the journal."""
-        return JournalAdvanced(
-            step=self._journal.step, event=self._journal.last_event, state=self._publisher.state
-        )

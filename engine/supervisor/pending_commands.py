@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from engine.config import file as config_file
 from engine.journal.command_log import CommandLog
-from engine.protocol.client_messages import PendingCommand
+from engine.protocol.client_messages import CommandReply, PendingCommand
 from engine.protocol.commands import BoundaryCommand, Pause, Unpause
 from engine.protocol.rank_messages import Applied, RankCommand
 from engine.supervisor.server import Server
@@ -66,7 +66,11 @@ class PendingCommands:
         self._recorded(command_id)
         self._commands.reject(command_id, reason)
         self._pending.pop(command_id, None)
-        self._server.send_reply(self._commands.reply(command_id))
+        self.send_reply(self._commands.reply(command_id))
+
+    def send_reply(self, reply: CommandReply) -> None:
+        """Sends a reply to every client that sent the command."""
+        self._server.send_reply(reply)
 
     def _recorded(self, command_id: str) -> _Pending | None:
         pending = self._pending.get(command_id)

@@ -1,4 +1,4 @@
-"""Publishes states and alerts: to the journal first, then to clients, channels, the observer."""
+"""Publishes what happens: to the journal first, then to clients, channels, the observer."""
 
 import logging
 from dataclasses import replace
@@ -8,7 +8,7 @@ from engine.journal.writer import JournalWriter
 from engine.monitoring.channels.message import of_alert, of_state
 from engine.monitoring.guardrails import Alert
 from engine.monitoring.notify import Notifier
-from engine.protocol.rank_messages import FromRank
+from engine.protocol.rank_messages import FromRank, Phase, StepReport
 from engine.session.states import State, is_legal
 from engine.supervisor.server import Server
 
@@ -115,8 +115,20 @@ class EventPublisher:
         """Publishes an alert without an action."""
         self.alert(Alert(rule, "notify", text, step))
 
+    def rows_added(self) -> None:
+        """Announces rows of the journal that others have written, such as a command's."""
+        self._server.notify_watchers()
+
+    def phase(self, phase: Phase) -> None:
+        """Shows a phase to the clients that watch; the journal has none."""
+        self._server.send_to_watchers(phase)
+
     def rank_message(self, message: FromRank) -> None:
-        """Hands a rank's message to the observer; call it after the journal is written."""
+        """Publishes a rank's message; call it after the journal is written."""
+        if isinstance(message, Phase):
+            self.phase(message)
+        else:
+            self._server.notify_watchers(soon=not isinstance(message, StepReport))
         if self._observer is not None:
             self._observer.message(message)
 

@@ -43,7 +43,7 @@ from engine.supervisor.attempt import Attempt
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.rank_processes import RankProcesses
-from engine.supervisor.server import Server, receive
+from engine.supervisor.server import receive
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
 
@@ -68,7 +68,6 @@ class RankMessageHandler:
         state: SupervisorState,
         *,
         journal: JournalWriter,
-        server: Server,
         publisher: EventPublisher,
         pending: PendingCommands,
         ranks: RankProcesses,
@@ -82,7 +81,6 @@ class RankMessageHandler:
         Args:
             state: shared by all parts.
             journal: written before anything else.
-            server: notifies the clients.
             publisher: publishes states, notices and messages.
             pending: the commands that rank 0 has not carried out yet.
             ranks: the processes.
@@ -93,7 +91,6 @@ class RankMessageHandler:
         """
         self._state = state
         self._journal = journal
-        self._server = server
         self._publisher = publisher
         self._pending = pending
         self._ranks = ranks
@@ -169,7 +166,7 @@ class RankMessageHandler:
             self._watchdog.extend_silence()  # the other ranks may wait for this one
             phase = Phase(rank=rank, step=self._journal.step, name=WAITING)
             self._state.phases[rank] = phase
-            self._server.send_to_watchers(phase)
+            self._publisher.phase(phase)
             await asyncio.sleep(RETRY_INTERVAL)
 
     def _end_wait(self, rank: int, before: Phase | None) -> None:
@@ -184,7 +181,7 @@ class RankMessageHandler:
             del self._state.phases[rank]
         else:
             self._state.phases[rank] = before
-            self._server.send_to_watchers(before)
+            self._publisher.phase(before)
 
     def _send_begin(self) -> None:
         """Sends rank 0 its start and the commands that are still pending."""
@@ -234,7 +231,6 @@ class RankMessageHandler:
             case Phase():
                 state.phases[message.rank] = message
                 state.timer.phase(message)
-                self._server.send_to_watchers(message)
             case Ready(info=info, settings=settings):
                 journal.record_event("ready", info)
                 journal.set_meta(settings=settings)
@@ -276,8 +272,6 @@ class RankMessageHandler:
                 raise LinkError("a second hello on one connection")
             case _:
                 assert_never(message)
-        if not isinstance(message, Phase):
-            self._server.notify_watchers(soon=not isinstance(message, StepReport))
         self._publisher.rank_message(message)
 
     def _record_step(self, report: StepReport) -> None:
@@ -314,7 +308,7 @@ class RankMessageHandler:
             self._show_state()
         elif message.changes:
             self._journal.set_meta(settings=state.settings)
-        self._server.send_reply(commands.reply(message.id))
+        self._pending.send_reply(commands.reply(message.id))
 
     def _notice(self, notice: Notice) -> None:
         if notice.rule == REWARD_CHANGED:

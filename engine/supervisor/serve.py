@@ -75,7 +75,7 @@ async def _serve(
     session.write_engine(str(path), __version__)
     registry.announce(session)
     await supervisor.server.start(
-        listener, supervisor.commands, supervisor.rank_messages.handle_connection
+        listener, supervisor.commands, supervisor, supervisor.rank_messages.handle_connection
     )
     watchdog = asyncio.create_task(
         supervisor.watchdog.run(supervisor.on_silence, supervisor.commands.on_alert)

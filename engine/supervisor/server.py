@@ -93,11 +93,15 @@ class Connection:
         self._writer.write(frame)
 
 
-class RequestHandler(Protocol):
-    """Handles the requests of clients."""
+class CommandReceiver(Protocol):
+    """Receives the commands of clients."""
 
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Accepts or rejects a command."""
+
+
+class StatusSource(Protocol):
+    """Knows what clients ask for."""
 
     def status(self) -> Status:
         """The session's current status."""
@@ -122,17 +126,19 @@ class Server:
     async def start(
         self,
         listener: socket.socket,
-        requests: RequestHandler,
+        commands: CommandReceiver,
+        source: StatusSource,
         handle_rank: RankConnectionHandler,
     ) -> None:
         """Begins to accept connections.
 
         Args:
             listener: a bound Unix socket.
-            requests: handles what clients ask.
+            commands: receives the commands of clients.
+            source: of status messages and of the newest rows.
             handle_rank: runs a rank's connection until it ends.
         """
-        self._requests = requests
+        self._commands, self._source = commands, source
         self._handle_rank = handle_rank
         self._server = await asyncio.start_unix_server(self._serve, sock=listener)
 
@@ -163,7 +169,7 @@ class Server:
         self._watchers.rows_added(soon=soon)
 
     def _journal_position(self) -> JournalAdvanced:
-        return self._requests.journal_position()
+        return self._source.journal_position()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -241,12 +247,12 @@ class Server:
         match message:
             case CommandRequest():
                 client.awaited.add(message.id)
-                reply = self._requests.handle(message, client.who)
+                reply = self._commands.handle(message, client.who)
                 client.send(reply)
                 if reply.final:
                     client.awaited.discard(message.id)
             case StatusRequest():
-                client.send(self._requests.status())
+                client.send(self._source.status())
             case Watch():
                 self._watch(client)
             case ClientHello():

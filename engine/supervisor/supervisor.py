@@ -8,6 +8,7 @@ It starts and monitors the ranks, and alone writes the journal. Commands are han
 import asyncio
 import contextlib
 import logging
+import os
 import sqlite3
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import Notifier, missing_variables
 from engine.monitoring.recorded_steps import rebuild
 from engine.monitoring.telemetry import busy_gpus
+from engine.protocol.client_messages import JournalAdvanced, Status
 from engine.protocol.commands import SetSetting
 from engine.protocol.rank_messages import RESTART_REASONS, WAIT_FOR, Failed, Phase
 from engine.session.folder import Session
@@ -53,7 +55,8 @@ log = logging.getLogger("engine")
 class Supervisor:
     """Starts the ranks, waits for their end, and decides whether to start them again.
 
-    The public attributes are its parts and the state that they share.
+    Tells clients the session's status. The public attributes are its parts and the state that they
+    share.
     """
 
     def __init__(
@@ -103,16 +106,13 @@ class Supervisor:
             session,
             config,
             journal=journal,
-            server=self.server,
             publisher=self.publisher,
             pending=self.pending,
             ranks=self.ranks,
-            watchdog=self.watchdog,
         )
         self.rank_messages = RankMessageHandler(
             self.state,
             journal=journal,
-            server=self.server,
             publisher=self.publisher,
             pending=self.pending,
             ranks=self.ranks,
@@ -120,6 +120,32 @@ class Supervisor:
             guardrails=Guardrails(config.guardrails, judges_of(config)),
             on_alert=self.commands.on_alert,
             on_error=self.abort,
+        )
+
+    def status(self) -> Status:
+        """The session's current status."""
+        state, current = self.state, self.publisher.state
+        moving = current in ("running", "pausing", "stopping")
+        return Status(
+            state=current,
+            step=self._journal.step,
+            total_steps=self._config.train.steps,
+            attempt=self._journal.attempt,
+            settings=state.settings,
+            phases=list(state.phases.values()),
+            step_seconds=state.timer.step_seconds,
+            boundary_in=state.timer.remaining() if moving else None,
+            pending=self.pending.rows(),
+            telemetry=self.watchdog.latest,
+            watchers=self.server.watchers,
+            pid=os.getpid(),
+            pause_reason=state.pause_reason if current == "paused" else None,
+        )
+
+    def journal_position(self) -> JournalAdvanced:
+        """The newest rows of the journal."""
+        return JournalAdvanced(
+            step=self._journal.step, event=self._journal.last_event, state=self.publisher.state
         )
 
     async def run(self) -> int:
@@ -189,7 +215,7 @@ class Supervisor:
         if others:
             waiting = Phase(rank=0, step=step, name=f"{WAIT_FOR}rlhf-tui join {address}")
             self.state.phases[0] = waiting
-            self.server.send_to_watchers(waiting)
+            self.publisher.phase(waiting)
             machines = "1 more machine" if others == 1 else f"{others} more machines"
             if needed < others:
                 machines += f" ({needed} at least)"

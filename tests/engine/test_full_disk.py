@@ -146,7 +146,7 @@ async def test_the_pause_of_a_guard_rail_waits_for_room_like_its_alert(
         assert [(c.command, c.status) for c in reader.commands()] == [("pause", "accepted")]
         assert reader.meta().state == "pausing"
     apply_pending(engine)
-    assert engine.supervisor.commands.status().pause_reason.startswith("non_finite_updates")
+    assert engine.supervisor.status().pause_reason.startswith("non_finite_updates")
 
 
 @pytest.mark.parametrize("commands", [[Pause()], [Pause(), Unpause()]])

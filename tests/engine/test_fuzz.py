@@ -70,7 +70,8 @@ async def converse(supervisor, folder, hostile):
     """Sends frames on connections of their own, after a hello and without; then asks for status."""
     listener, path = sockets.listen(folder)
     server = supervisor.server
-    await server.start(listener, supervisor.commands, supervisor.rank_messages.handle_connection)
+    served = supervisor.rank_messages.handle_connection
+    await server.start(listener, supervisor.commands, supervisor, served)
     hello = frames.encode(ClientHello(who="me"))
     try:
         async with asyncio.timeout(DEADLINE):

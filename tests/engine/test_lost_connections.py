@@ -92,7 +92,8 @@ async def crowded(engine, live, monkeypatch):
     listener, path = sockets.listen(live.folder)
     live.write_engine(str(path), "1")
     parts = engine.supervisor
-    await parts.server.start(listener, parts.commands, parts.rank_messages.handle_connection)
+    served = parts.rank_messages.handle_connection
+    await parts.server.start(listener, parts.commands, parts, served)
     yield engine
     parts.server.close()
 

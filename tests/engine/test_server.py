@@ -29,7 +29,7 @@ def test_an_end_with_a_client_attached_logs_no_error(tmp_path, caplog):
     async def serve():
         listener, path = sockets.listen(tmp_path)
         server = Server()
-        await server.start(listener, None, None)
+        await server.start(listener, None, None, None)
         reader, writer = await asyncio.open_unix_connection(path)
         writer.write(frames.encode(ClientHello(who="me")))
         assert await asyncio.wait_for(reader.read(1), DEADLINE), "the client is admitted"
@@ -62,7 +62,7 @@ def test_a_malformed_frame_closes_its_connection_and_logs_no_traceback(tmp_path,
     async def serve():
         listener, path = sockets.listen(tmp_path)
         server = Server()
-        await server.start(listener, None, None)
+        await server.start(listener, None, None, None)
         bad = [request_with(value) for value in MALFORMED.values()]
         for first in (frames.encode(ClientHello(who="me")), bad[1]):
             for frame in bad:
@@ -103,8 +103,8 @@ def serving(make_session):
         async def with_server():
             listener, path = sockets.listen(session.folder)
             session.write_engine(str(path), "1")
-            server = Server()
-            await server.start(listener, Requests(), None)
+            server, requests = Server(), Requests()
+            await server.start(listener, requests, requests, None)
             with contextlib.ExitStack() as stack:
 
                 async def connect(who="me"):
@@ -181,7 +181,7 @@ def test_a_client_that_never_reads_is_gone_soon_after_its_connection_was_closed(
     async def serve():
         listener, path = sockets.listen(tmp_path)
         server, requests = Server(), Requests()
-        await server.start(listener, requests, None)
+        await server.start(listener, requests, requests, None)
         deaf = sockets.connect(path, DEADLINE)
         deaf.sendall(frames.encode(hello))
         async with asyncio.timeout(DEADLINE):

@@ -91,7 +91,7 @@ async def test_a_guard_rail_stops_a_run_that_is_about_to_pause(engine):
 def pause_reasons(engine, writer):
     """The reason of the pause in the live status and in the journal."""
     with JournalReader(writer.session) as reader:
-        return {engine.supervisor.commands.status().pause_reason, reader.meta().pause_reason}
+        return {engine.supervisor.status().pause_reason, reader.meta().pause_reason}
 
 
 async def test_a_pause_by_a_guard_rail_has_its_reason_until_it_is_ended(engine, writer):

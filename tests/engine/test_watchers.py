@@ -55,7 +55,7 @@ def serving(tmp_path):
         async def with_server():
             listener, path = sockets.listen(tmp_path)
             server, journal = Server(), Journal()
-            await server.start(listener, journal, None)
+            await server.start(listener, None, journal, None)
             writers = []
 
             async def connect():

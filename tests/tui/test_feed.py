@@ -215,7 +215,7 @@ def serving(session):
             listener, path = sockets.listen(session.folder)
             session.write_engine(str(path), "1")
             server = Server()
-            await server.start(listener, Engine(20), None)
+            await server.start(listener, None, Engine(20), None)
             await test(server, journal)
             server.close()
 
