@@ -143,7 +143,7 @@ def test_checkpoints_after_a_resume_belong_to_the_past(writer):
         assert [(c.step, c.attempt) for c in record.checkpoints(("complete",))] == [(4, 2)]
 
 
-def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_say_so(writer):
+def test_a_checkpoint_that_is_resumed_from_is_complete_although_no_rank_reported_it(writer):
     writer.journal.record_checkpoint(2, 1000, 1.0, 2.0)
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_sa
         assert (told.step, told.payload.score) == (4, 1.5)
 
 
-def test_one_folder_is_one_checkpoint_though_nobody_lived_to_say_whose(writer):
+def test_one_folder_is_one_checkpoint_although_its_rank_died_before_reporting_it(writer):
     writer.checkpoint(2)
     writer.checkpoint(4)
     writer.journal.begin_attempt(2, fresh=True)
@@ -277,7 +277,7 @@ def test_undo_finds_the_last_change_that_was_not_taken_back(writer):
     assert writer.journal.commands.undoable(1) == []
 
 
-def test_a_command_is_taken_once_and_its_answer_stays(writer):
+def test_a_command_is_recorded_once_and_its_reply_stays(writer):
     writer.change("a", 2, 0.1, 0.2)
     assert not writer.journal.commands.record("a", "set", {}, "somebody else")
     answer = writer.journal.commands.reply("a")

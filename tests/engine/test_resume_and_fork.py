@@ -33,7 +33,7 @@ from engine.launch.start import (
 )
 
 
-def test_a_run_goes_on_from_the_last_whole_checkpoint_of_its_timeline(writer):
+def test_a_run_resumes_from_the_last_complete_checkpoint_of_its_timeline(writer):
     for step in (2, 4, 6):
         writer.checkpoint(step)
     assert last_checkpoint(writer.session) == 6
@@ -44,7 +44,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_of_its_timeline(writer):
     assert checkpoint_steps(writer.session) == [2, 4]
 
 
-def test_a_checkpoint_of_a_timeline_that_was_left_is_no_place_to_go_on_from(writer):
+def test_a_checkpoint_of_an_abandoned_timeline_cannot_be_resumed_from(writer):
     # It would leave a gap: the steps up to it are not this timeline's.
     for step in (2, 4):
         writer.checkpoint(step)
@@ -59,7 +59,9 @@ def test_a_checkpoint_of_a_timeline_that_was_left_is_no_place_to_go_on_from(writ
     assert timeline_checkpoints(writer.session) == [2]
 
 
-def test_nor_is_one_that_was_whole_before_the_journal_heard_of_it(writer):
+def test_a_checkpoint_whose_end_was_not_recorded_counts_until_its_timeline_is_abandoned(
+    writer,
+):
     writer.checkpoint(2)
     writer.journal.record_checkpoint(4, 1000, 0.5, 1.5)
     (writer.session.checkpoints / "step-000004").mkdir()
@@ -255,7 +257,7 @@ def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
         ("eval={every: 1, prompts: /nowhere/p.jsonl}", "eval.prompts: no file at"),
     ],
 )
-def test_what_is_not_there_is_told_before_anything_is_made(override, says):
+def test_what_is_missing_is_an_error_before_anything_is_made(override, says):
     with pytest.raises(ConfigError, match=says):
         check_inputs(config_file.load(starter.FOLDER / "demo.yaml", [override]))
 

@@ -111,7 +111,7 @@ def test_an_engine_that_is_dead_now_is_the_newest_entry():
     assert (state.timeline()[-1].kind, state.timeline()[-1].step) == ("crash", 50)
 
 
-def test_a_restart_is_told_once_with_its_error():
+def test_a_restart_is_one_entry_with_its_error():
     state = make_state(attempts=attempts(0, 20))
     error = "rank 0 was ended by SIGKILL"
     state.take(
@@ -143,7 +143,7 @@ def test_an_engine_that_stopped_did_not_die():
     assert told == ["started", "stopped", "resumed from step 30"]
 
 
-def test_a_fork_does_not_tell_its_parent_s_end_as_a_death():
+def test_a_fork_does_not_show_its_parent_s_end_as_a_crash():
     state = make_state(attempts=attempts(0, 20))
     first, second = events((1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20)))
     second = msgspec.structs.replace(second, data='{"fork": {"from": "run-1", "step": 20}}')
