@@ -112,6 +112,7 @@ def test_an_alert_says_in_brief_what_a_status_line_shows():
     (alert,) = rails(rule).check(4, {"objective/kl": 7.261}, {"target": 3.0})
     assert alert.text == "objective/kl is 7.261, above 2 × target (3)"
     assert alert.cause == "kl_runs_away at step 4: KL 7.261 > 6"
+    assert alert.as_data()["brief"] == "KL 7.261 > 6"
 
 
 def test_a_value_equal_to_a_threshold_raises_no_alert():

@@ -178,6 +178,22 @@ def test_a_reason_that_the_engine_recorded_is_taken_as_it_is():
     )
 
 
+def test_an_alert_is_shown_by_the_brief_text_of_its_rule():
+    state = make_state()
+    long = "tokens/response_len_mean drifted by +60% to 64 since step 20: it stays above …"
+    first = AlertEvent(
+        rule="length_drifts", text=long, brief="length drifted by +60% to 64", count=1
+    )
+    again = AlertEvent(
+        rule="length_drifts", text=long, brief="length drifted by +90% to 76", count=2
+    )
+    state.take(SessionUpdate(events=events((1, 40, first), (1, 50, again))))
+    assert [marker.text for marker in state.timeline()] == [
+        "length_drifts: length drifted by +60% to 64",
+        "length_drifts: length drifted by +90% to 76 (alert 2)",
+    ]
+
+
 def test_conditions_that_are_no_bounds_are_not_shortened():
     assert short_condition("a fell by 50% to 1") == "a fell by 50% to 1"
     assert short_condition("objective/kl is 7, above 2 × target (3)") == "KL 7 > 2 × target (3)"
