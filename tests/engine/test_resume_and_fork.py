@@ -20,6 +20,7 @@ from engine.errors import (
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.inputs import check_inputs
+from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import (
     StartOptions,
     adopted_checkpoint,
@@ -260,6 +261,20 @@ def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
 def test_what_is_missing_is_an_error_before_anything_is_made(override, says):
     with pytest.raises(ConfigError, match=says):
         check_inputs(config_file.load(starter.FOLDER / "demo.yaml", [override]))
+
+
+def test_a_secret_that_cannot_be_used_is_an_error_before_a_fork_is_made(writer, monkeypatch):
+    monkeypatch.setenv(SECRET_VARIABLE, "short")
+    machines = ["launch.nodes=2", "launch.rendezvous=localhost:29400"]
+    writer.checkpoint(2)
+    given = {"reseed": False, "overrides": machines, "who": "me"}
+    for start in (
+        lambda: resume(writer.session, from_step=None, **given),
+        lambda: fork(writer.session, "child", from_step=2, **given),
+    ):
+        with pytest.raises(UserInputError, match="less than 16 characters"):
+            start()
+    assert not writer.session.folder.with_name("child").exists()
 
 
 def test_forms_start_no_python_and_a_start_does(writer):
