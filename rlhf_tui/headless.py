@@ -55,7 +55,7 @@ class Printer:
                 "stopping: finishing the step and saving (ctrl+c again: stop without saving)"
             )
         elif state == "paused":
-            # An alert has said what paused it.
+            # An alert has been printed with what paused it.
             session = self._session
             resume = fmt.command("ctl", session.name, "unpause", root=session.folder.parent)
             self._print_above(f"paused; resume with: {resume}", sys.stderr)

@@ -12,7 +12,6 @@ from engine.config import file as config_file
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.launch import start as preparation
 from engine.launch.background import start_or_remove
-from engine.launch.secret import check_secret
 from engine.session.folder import Session as SessionFiles
 from engine.session.folder import all_sessions, find
 from engine.session.registry import live_sessions
@@ -130,9 +129,7 @@ def resume(
     options = preparation.resume(
         files, from_step=from_step, reseed=reseed, overrides=words, who=session.who
     )
-    config = preparation.resumed_config(files.config(), words)
-    check_secret(config)
-    total = config.train.steps
+    total = preparation.resumed_config(files.config(), words).train.steps
     # A session that crashed after its last checkpoint still has to record its end.
     if options.from_step >= total and session.state != "crashed":
         raise UserInputError(

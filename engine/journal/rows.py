@@ -154,6 +154,10 @@ class AlertEvent(Struct, frozen=True):
     rule: str = "alert"
     text: str = ""
     action: str = "notify"
+    brief: str = ""
+    """A shorter text: `KL 7.26 > 6`. Empty if there is none, and in earlier versions."""
+    count: int = 0
+    """Which alert of its rule in the run it is, from 1; 0 if it is not of a rule."""
 
 
 class CheckpointEvent(Struct, frozen=True):

@@ -135,16 +135,21 @@ def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -
 
     Raises:
         ConfigError: a file that the configuration names is missing or of the wrong kind.
-        UserInputError: the rollout engine is not installed.
+        UserInputError: the rollout engine is not installed, or a secret cannot be used.
         SessionNameError: the name is invalid or taken.
         SessionError: the folder cannot be created.
     """
     check_inputs(config)
-    check_rollout_engine(config)
-    check_secret(config)
+    _check_machine(config)
     if name is not None:
         remove_failed_start(Session(root / check_name(name)))
     return create(root, free_name(root, stem) if name is None else name, config)
+
+
+def _check_machine(config: RunConfig) -> None:
+    """Checks what a run needs of this machine besides files. Raises UserInputError."""
+    check_rollout_engine(config)
+    check_secret(config)
 
 
 def remove_failed_start(session: Session) -> None:
@@ -225,13 +230,13 @@ def resume(
         NoSuchSessionError: there is no checkpoint of that step.
         DamagedCheckpointError: that checkpoint is damaged.
         SessionError: the session belongs to another user.
-        UserInputError: there are checkpoints but no journal, and no step is chosen; or the rollout
-            engine is not installed.
+        UserInputError: there are checkpoints but no journal, and no step is chosen; the rollout
+            engine is not installed, or a secret cannot be used.
     """
     session.check_owner()
     old = session.config()
     new = resumed_config(old, overrides)
-    check_rollout_engine(new)
+    _check_machine(new)
     if from_step is not None:
         _check_step(session, from_step)
         _check_whole(session, from_step)
@@ -266,8 +271,8 @@ def fork(
         ConfigError: an override is wrong.
         NoSuchSessionError: there is no checkpoint of that step.
         SessionNameError: the new name cannot be used or is taken.
-        UserInputError: no step is left to train, the checkpoint has no averaged policy, or the
-            rollout engine is not installed.
+        UserInputError: no step is left to train, the checkpoint has no averaged policy, the rollout
+            engine is not installed, or a secret cannot be used.
         SessionError: the files cannot be copied, or the session belongs to another user.
     """
     session.check_owner()
@@ -282,7 +287,7 @@ def fork(
         )
     if ema:
         check_average(session, from_step)
-    check_rollout_engine(new)
+    _check_machine(new)
     remove_failed_start(Session(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
     try:

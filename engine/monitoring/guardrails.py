@@ -128,6 +128,8 @@ class Alert:
     def as_data(self) -> dict[str, Any]:
         """The data of the event `alert`."""
         data: dict[str, Any] = {"rule": self.rule, "action": self.action, "text": self.text}
+        if self.brief:
+            data["brief"] = self.brief
         if self.advice:
             data["advice"] = self.advice
         if self.count:

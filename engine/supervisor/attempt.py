@@ -32,7 +32,7 @@ class Attempt:
         self._rank0: asyncio.StreamWriter | None = None
         self._connected: set[int] = set()
         self._all_disconnected = asyncio.Event()
-        self._reported: set[int] = set()  # ranks that said why they failed
+        self._reported: set[int] = set()  # ranks that reported why they failed
         self.lost: list[int] = []
         """Ranks that disconnected without a reason, in order."""
 

@@ -1,6 +1,6 @@
 """The clients that watch, and what each of them was sent: the newest state, merged.
 
-Watchers are told states, not a list of messages: the journal holds every row, and a newer phase or
+Watchers are sent states, not a list of messages: the journal holds every row, and a newer phase or
 telemetry replaces an older one that was not sent yet. So what they cost does not grow with the
 number of steps or phases, and hardly with the number of watchers.
 """

@@ -90,7 +90,8 @@ def run_step(
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
         if problem.change is not None:
-            adjust(problem.change, f"{problem}; the step is repeated with {said(problem.change)}")
+            text = f"{problem}; the step is repeated with {change_text(problem.change)}"
+            adjust(problem.change, text)
 
 
 def attempt_step(
@@ -145,6 +146,6 @@ def smaller_micro_batch(config: RunConfig, ranks: int, phase: str) -> int | None
     return min(config.ppo.micro_batch_size, rows) // 2 or None
 
 
-def said(change: SettingChange) -> str:
+def change_text(change: SettingChange) -> str:
     """`ppo.micro_batch_size 8 instead of 16`."""
     return f"ppo.{change.key} {change.new} instead of {change.old}"

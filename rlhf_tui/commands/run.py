@@ -17,7 +17,6 @@ from engine.errors import NoSuchSessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine, start_or_remove
-from engine.launch.secret import check_secret
 from engine.launch.start import (
     StartOptions,
     create_session,
@@ -183,9 +182,7 @@ def _resume(
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
-    config = config_file.override(session.config(), overrides)
-    check_secret(config)
-    total = config.train.steps
+    total = config_file.override(session.config(), overrides).train.steps
     with JournalReader(session) as record:
         crashed = record.state() == "crashed"
     # A session that crashed after its last checkpoint still has to record its end.

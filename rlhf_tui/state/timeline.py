@@ -195,8 +195,8 @@ class _Timeline:
             case CheckpointEvent(score=score, kl=kl):
                 text = f"checkpoint, score {number(score)}, KL {number(kl, 2)}"
                 found = _marker(event, "checkpoint", text, abandoned=left)
-            case AlertEvent(rule=rule, text=text) if not self._repeats_error(rule, text):
-                text = f"{rule}: {short_condition(text.removeprefix('look here: '))}"
+            case AlertEvent() as alert if not self._repeats_error(alert):
+                text = f"{alert.rule}: {short_alert(alert)}"
                 found = _marker(event, "alert", text, abandoned=left)
             case ReferenceEvent(mix=mix):
                 text = f"reference: {mix:.0%} policy"
@@ -216,8 +216,8 @@ class _Timeline:
                     found = self._command(command, f"e{event.event}")
         return found
 
-    def _repeats_error(self, rule: str, text: str) -> bool:
-        return rule == RESTART and bool(self._error) and text.startswith(self._error)
+    def _repeats_error(self, alert: AlertEvent) -> bool:
+        return alert.rule == RESTART and bool(self._error) and alert.text.startswith(self._error)
 
     def _left(self, attempt: int, step: int) -> bool:
         """Whether a later attempt began before a step of this one."""
@@ -304,16 +304,24 @@ def pause_reason(
     for event in reversed(list(events)):
         alert = event.payload
         if isinstance(alert, AlertEvent) and alert.rule == rule and alert.action == "pause":
-            return f"{rule} at step {event.step}: {short_condition(alert.text)}"
+            return f"{rule} at step {event.step}: {short_alert(alert)}"
     return rule
+
+
+def short_alert(alert: AlertEvent) -> str:
+    """An alert in a few words: `KL 7.26 > 6`, or its whole text if there are none."""
+    if not alert.brief:
+        return short_condition(alert.text.removeprefix("look here: "))
+    return f"{alert.brief} (alert {alert.count})" if alert.count > 1 else alert.brief
 
 
 @functools.lru_cache(maxsize=8192)  # the timeline is made again with each new event
 def short_condition(text: str) -> str:
     """Shortens `objective/kl is 7.26, above 6` to `KL 7.26 > 6`; other texts stay as they are.
 
-    What is predicted becomes `KL 4.9, in 10 steps 7.1 > 6`. What a later alert of the rule says of
-    the last one becomes `KL 7.26 > 6 (alert 2)`.
+    For alerts of earlier versions, which recorded no brief text. What is predicted becomes `KL 4.9,
+    in 10 steps 7.1 > 6`. What a later alert of the rule says of the last one becomes `KL 7.26 > 6
+    (alert 2)`.
     """
     if found := _BOUND.fullmatch(text):
         sign = ">" if found["side"] == "above" else "<"

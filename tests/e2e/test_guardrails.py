@@ -90,7 +90,7 @@ def test_a_rule_fires_again_after_unpausing_once_the_metric_is_twice_as_far_beyo
     assert guarded.pauses[1] in (4, 5)
 
 
-def test_what_paused_the_run_is_said_while_it_is_paused(guarded):
+def test_what_paused_the_run_is_shown_while_it_is_paused(guarded):
     reasons = [
         "enough at step 2: episode 8 > 7",
         "enough at step 4: episode 16 > 7",

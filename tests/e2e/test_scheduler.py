@@ -139,7 +139,7 @@ def test_one_command_on_each_machine_of_a_job_starts_saves_and_resumes_the_run(m
     assert [p.wait(LONG) for p in start()] == [0, 0]  # it has finished
 
 
-def test_a_machine_that_no_scheduler_placed_is_told_so(lab, tmp_path):
+def test_a_machine_that_no_scheduler_placed_is_an_error_that_says_so(lab, tmp_path):
     (tmp_path / "run.yaml").write_text(CONFIG)
     done = lab.cli(
         "launch", tmp_path / "run.yaml", "-o", "launch.nodes=2", "-o", "launch.rendezvous=a:1"

@@ -70,7 +70,7 @@ def test_advantages_reach_less_far_with_a_fitted_value_function_and_its_returns_
         assert (ppo.lam, ppo.lam_value) == lambdas
 
 
-def test_a_fork_keeps_the_defaults_of_its_parent_and_is_told_where_they_are_others():
+def test_a_fork_keeps_the_defaults_of_its_parent_and_names_those_that_differ():
     fitted, parent = "model.value=reward_model", demo()
     for config, overrides, kept in (
         (parent, [fitted], {"ppo.lam": (0.95, 0.9), "ppo.lam_value": (None, 0.95)}),
@@ -141,7 +141,7 @@ def test_a_fork_keeps_the_defaults_of_its_parent_and_is_told_where_they_are_othe
         pytest.param("seed=" + "9" * 5000, "-o seed: ", id="long"),
     ],
 )
-def test_a_wrong_line_is_told_in_one_sentence(override, says):
+def test_a_wrong_line_is_an_error_of_one_sentence(override, says):
     with pytest.raises(ConfigError) as caught:
         demo(override)
     assert says in str(caught.value)
@@ -212,7 +212,7 @@ def test_a_fork_may_change_everything_but_what_the_checkpoint_depends_on():
     config_file.check_forkable(demo("lora.rank=8"), demo("lora.rank=8", "seed=1", "kl.beta=0.1"))
 
 
-def test_adapters_are_scaled_by_two_unless_told_otherwise():
+def test_adapters_are_scaled_by_two_by_default():
     assert demo("lora.rank=8").lora.alpha == 16
     assert demo("lora.rank=8", "lora.alpha=4").lora.alpha == 4
     assert demo().lora.alpha is None

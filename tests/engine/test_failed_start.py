@@ -87,7 +87,7 @@ def test_a_fork_that_failed_can_be_made_again_and_its_source_is_whole(writer, wr
         fork(writer.session, "child", **given)
 
 
-def test_an_engine_that_cannot_even_write_its_log_is_not_told_by_an_old_line(failed):
+def test_an_engine_that_cannot_write_its_log_is_not_explained_by_an_old_line(failed):
     session = failed()
     session.log_file.write_text("what went wrong last time\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -186,7 +186,7 @@ def test_any_value_in_a_journal_is_read_or_is_a_journal_error(writer, place):
 
 
 @pytest.mark.parametrize("path", corpus("states"), ids=lambda path: path.name)
-def test_a_recorded_state_is_read_or_told_as_damaged(tmp_path, path):
+def test_a_recorded_state_is_read_or_reported_as_damaged(tmp_path, path):
     (tmp_path / "state.json").write_bytes(path.read_bytes())
     mark_complete(tmp_path)
     assert find_damage(tmp_path) is None or "\n" not in find_damage(tmp_path)

@@ -41,14 +41,14 @@ def sample(index, score=0.0, kl=0.0, length=1):
     )
 
 
-def test_a_metric_that_swings_around_its_limit_is_told_once_until_it_has_been_well_for_a_while():
+def test_a_metric_that_swings_around_its_limit_raises_one_alert_until_it_is_well_for_a_while():
     rule = Rule(name="high", metric="m", above=1.0, clears_after=3)
     assert alert_steps(rails(rule), [0, 2, 1, 0, 2, 0, 0, 2, 0, 0, 0, 2]) == [2, 12]
     default = rails(Rule(name="high", metric="m", above=1.0))
     assert alert_steps(default, [2, *[0] * 19, 2, *[0] * 20, 2]) == [1, 42]
 
 
-def test_a_metric_that_swings_wider_and_wider_is_told_again():
+def test_a_metric_that_swings_wider_and_wider_raises_another_alert():
     rule = Rule(name="high", metric="m", above=6.0)
     assert alert_steps(rails(rule), [7, 0, 11, 0, 13, 0, 19, 0, 30]) == [1, 5, 9]
 
@@ -112,6 +112,7 @@ def test_an_alert_says_in_brief_what_a_status_line_shows():
     (alert,) = rails(rule).check(4, {"objective/kl": 7.261}, {"target": 3.0})
     assert alert.text == "objective/kl is 7.261, above 2 × target (3)"
     assert alert.cause == "kl_runs_away at step 4: KL 7.261 > 6"
+    assert alert.as_data()["brief"] == "KL 7.261 > 6"
 
 
 def test_a_value_equal_to_a_threshold_raises_no_alert():
@@ -233,7 +234,7 @@ def drifting(values, **keys):
     ]
 
 
-def test_a_steady_rise_is_told_before_its_bound_and_noise_and_what_is_above_are_not():
+def test_a_steady_rise_raises_an_alert_before_its_bound_and_noise_and_what_is_above_do_not():
     rule = Rule(name="r", metric="m", predicted_above=10.0, window=5)
     rise = [0.1 * step for step in range(1, 150)]
     assert alert_steps(rails(rule), rise) == [91]  # 9.1, and 10.1 ten steps later
@@ -249,7 +250,7 @@ FIRST = [10.0, 10.5, 10.0, 10.5]
 """Of median 10.25; their noise is 0.52."""
 
 
-def test_a_slow_drift_that_a_moving_mean_follows_is_told_with_the_stretch():
+def test_a_slow_drift_that_a_moving_mean_follows_raises_an_alert_with_its_steps():
     slow = [10 - 0.05 * step for step in range(150)]
     assert alert_steps(rails(Rule(name="r", metric="m", falls=0.5)), slow) == []
     ((step, since), *_) = drifting(FIRST + slow, drifts_down=0.5)
@@ -293,7 +294,7 @@ def diverging(judge, every, values):
 
 
 @pytest.mark.parametrize(("judge", "every"), [("reward/watched", 1), ("eval/score", 5)])
-def test_a_judge_that_falls_while_the_trained_score_rises_is_told(judge, every):
+def test_a_judge_that_falls_while_the_trained_score_rises_raises_an_alert(judge, every):
     rising = [step / 40 for step in range(60)]
     assert diverging(judge, every, [*rising, *[1.5] * 60]) == []
     (alert, *_) = diverging(judge, every, [*rising, *(1.5 - step / 40 for step in range(60))])

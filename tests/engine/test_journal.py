@@ -154,7 +154,7 @@ def test_the_best_checkpoint_is_the_newest_of_those_with_the_highest_value(write
         assert record.best_checkpoint("none") is None
 
 
-def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_say_so(writer):
+def test_a_checkpoint_that_is_resumed_from_is_complete_although_no_rank_reported_it(writer):
     writer.journal.record_checkpoint(2, 1000, 1.0, 2.0)
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_sa
         assert (told.step, told.payload.score) == (4, 1.5)
 
 
-def test_one_folder_is_one_checkpoint_though_nobody_lived_to_say_whose(writer):
+def test_one_folder_is_one_checkpoint_although_its_rank_died_before_reporting_it(writer):
     writer.checkpoint(2)
     writer.checkpoint(4)
     writer.journal.begin_attempt(2, fresh=True)
@@ -288,7 +288,7 @@ def test_undo_finds_the_last_change_that_was_not_taken_back(writer):
     assert writer.journal.commands.undoable(1) == []
 
 
-def test_a_command_is_taken_once_and_its_answer_stays(writer):
+def test_a_command_is_recorded_once_and_its_reply_stays(writer):
     writer.change("a", 2, 0.1, 0.2)
     assert not writer.journal.commands.record("a", "set", {}, "somebody else")
     answer = writer.journal.commands.reply("a")

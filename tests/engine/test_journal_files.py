@@ -89,7 +89,7 @@ def test_an_old_journal_is_read(old):
         assert record.past_series("objective/scores") == [(1, 2, 2.1)]
 
 
-def test_an_old_journal_is_migrated_and_goes_on(old):
+def test_an_old_journal_is_migrated_and_continued(old):
     journal = JournalWriter(old)
     assert (journal.attempt, journal.step) == (2, 3)
     journal.begin_attempt(3, fresh=False)

@@ -68,7 +68,7 @@ def test_an_unknown_label_is_refused(session):
         set_label(session, "p", answer(1), "nice", "ana")
 
 
-def test_after_a_roll_back_the_same_step_has_another_answer(writer):
+def test_after_a_roll_back_the_same_step_has_another_response(writer):
     writer.steps(1, 2)
     set_label(writer.session, "prompt 0", answer(2), "bad", "ana")
     writer.journal.begin_attempt(1, fresh=True)
@@ -106,7 +106,7 @@ def test_a_page_has_the_judgements_and_can_be_narrowed_to_them(writer):
         assert (noted.label, noted.note, noted.judgement.who) == (None, "look at this", "ben")
 
 
-def test_earlier_answers_are_those_to_the_same_prompt_newest_first(writer):
+def test_earlier_responses_are_those_to_the_same_prompt_newest_first(writer):
     writer.steps(1, 2, 3)
     writer.journal.begin_attempt(1, fresh=True)
     writer.steps(2, 3, 4)
@@ -121,7 +121,7 @@ def test_earlier_answers_are_those_to_the_same_prompt_newest_first(writer):
         assert record.samples.earlier(oldest) == []
 
 
-def test_the_reference_s_answer_is_that_of_the_last_probe_that_was_answered(writer):
+def test_the_reference_s_response_is_that_of_the_last_probe_that_was_carried_out(writer):
     def probe(command_id, text, said):
         writer.order(command_id, "probe", text=text)
         if said is None:

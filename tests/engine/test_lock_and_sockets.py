@@ -80,7 +80,7 @@ def test_a_child_does_not_inherit_it(tmp_path):
     child.communicate()
 
 
-def test_a_lock_that_cannot_be_made_is_told(tmp_path):
+def test_a_lock_that_cannot_be_made_is_an_error(tmp_path):
     with pytest.raises(SessionError, match="cannot lock"):
         lock.SessionLock(tmp_path / "nowhere" / "engine.lock")
 

@@ -147,7 +147,7 @@ def test_ends_failures_and_pauses_are_notified_by_their_urgency(state, reason, k
     assert of_state("run", "running", "", 4) is None
 
 
-def test_a_restart_is_told_from_other_alerts_and_a_pausing_rule_is_urgent():
+def test_a_restart_is_distinguished_from_other_alerts_and_a_pausing_rule_is_urgent():
     assert of_alert("run", Alert("restart", "notify", "rank 0 died", 3)).kind == "restart"
     assert of_alert("run", Alert("non_finite", "pause", "score is NaN", 3)).level == "error"
 
@@ -324,7 +324,7 @@ def test_only_http_is_spoken(url):
     assert "http://" in webhook.post(webhook.Post(url, b""))
 
 
-async def test_a_variable_that_is_not_set_is_said_at_the_start_and_with_each_message():
+async def test_a_variable_that_is_not_set_is_reported_at_the_start_and_with_each_message():
     hook = WebhookChannel(Webhook(url_variable="MY_HOOK"), 0, {})
     (text,) = missing_variables([hook, Recorder()])
     assert "notify.webhooks[0] (json): the environment variable MY_HOOK is not set" in text
@@ -346,7 +346,7 @@ async def test_a_command_receives_the_alert_as_json_and_its_text(tmp_path):
     assert (tmp_path / "text").read_text() == "run: too much\n"
 
 
-async def test_a_command_that_fails_is_told_whatever_it_prints():
+async def test_a_command_that_fails_is_reported_whatever_it_prints():
     with pytest.raises(NotificationError, match="exit status 3: \ufffdno route"):
         await CommandChannel(r"printf '\377no route' >&2; exit 3").send(MESSAGE)
 

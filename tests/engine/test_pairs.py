@@ -34,7 +34,7 @@ def test_the_same_words_are_no_pair(session):
     assert not session.labels_file.exists()
 
 
-def test_pairs_come_from_what_was_said_and_from_labels(session):
+def test_pairs_come_from_preferences_and_from_labels(session):
     prefer(session, "p", FROM_REFERENCE, answer(1), "ana")
     set_label(session, "p", answer(2), "good", "ana")
     set_label(session, "p", answer(3), "bad", "ben")
@@ -52,7 +52,7 @@ def test_pairs_come_from_what_was_said_and_from_labels(session):
     assert {r.prompt for r in rows} == {"p"}
 
 
-def test_no_pair_stands_there_twice_and_what_was_said_counts_before_labels(session):
+def test_no_pair_is_there_twice_and_preferences_count_before_labels(session):
     set_label(session, "p", answer(1), "good", "ana")
     set_label(session, "p", answer(2), "bad", "ana")
     # The same words once more, at other steps.
@@ -65,7 +65,7 @@ def test_no_pair_stands_there_twice_and_what_was_said_counts_before_labels(sessi
     assert (row.source, row.chosen, row.who) == ("pair", "answer 2.0", "ben")
 
 
-def test_without_a_pair_it_is_said_how_to_make_one(session):
+def test_without_a_pair_the_error_says_how_to_make_one(session):
     with pytest.raises(NoSuchSessionError, match=r"no preferences yet: .* attach run"):
         preference_pairs(session)
     set_label(session, "p", answer(1), "good", "ana")

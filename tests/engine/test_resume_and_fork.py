@@ -22,6 +22,7 @@ from engine.errors import (
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.inputs import check_inputs
+from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import (
     StartOptions,
     adopted_checkpoint,
@@ -36,7 +37,7 @@ from engine.launch.start import (
 from engine.session.checkpoints import checkpoint_path
 
 
-def test_a_run_goes_on_from_the_last_whole_checkpoint_of_its_timeline(writer):
+def test_a_run_resumes_from_the_last_complete_checkpoint_of_its_timeline(writer):
     for step in (2, 4, 6):
         writer.checkpoint(step)
     assert last_checkpoint(writer.session) == 6
@@ -47,7 +48,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_of_its_timeline(writer):
     assert checkpoint_steps(writer.session) == [2, 4]
 
 
-def test_a_checkpoint_of_a_timeline_that_was_left_is_no_place_to_go_on_from(writer):
+def test_a_checkpoint_of_an_abandoned_timeline_cannot_be_resumed_from(writer):
     # It would leave a gap: the steps up to it are not this timeline's.
     for step in (2, 4):
         writer.checkpoint(step)
@@ -62,7 +63,9 @@ def test_a_checkpoint_of_a_timeline_that_was_left_is_no_place_to_go_on_from(writ
     assert timeline_checkpoints(writer.session) == [2]
 
 
-def test_nor_is_one_that_was_whole_before_the_journal_heard_of_it(writer):
+def test_a_checkpoint_whose_end_was_not_recorded_counts_until_its_timeline_is_abandoned(
+    writer,
+):
     writer.checkpoint(2)
     writer.journal.record_checkpoint(4, 1000, 0.5, 1.5)
     (writer.session.checkpoints / "step-000004").mkdir()
@@ -273,9 +276,23 @@ def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
         ("eval={every: 1, prompts: /nowhere/p.jsonl}", "eval.prompts: no file at"),
     ],
 )
-def test_what_is_not_there_is_told_before_anything_is_made(override, says):
+def test_what_is_missing_is_an_error_before_anything_is_made(override, says):
     with pytest.raises(ConfigError, match=says):
         check_inputs(config_file.load(starter.FOLDER / "demo.yaml", [override]))
+
+
+def test_a_secret_that_cannot_be_used_is_an_error_before_a_fork_is_made(writer, monkeypatch):
+    monkeypatch.setenv(SECRET_VARIABLE, "short")
+    machines = ["launch.nodes=2", "launch.rendezvous=localhost:29400"]
+    writer.checkpoint(2)
+    given = {"reseed": False, "overrides": machines, "who": "me"}
+    for start in (
+        lambda: resume(writer.session, from_step=None, **given),
+        lambda: fork(writer.session, "child", from_step=2, **given),
+    ):
+        with pytest.raises(UserInputError, match="less than 16 characters"):
+            start()
+    assert not writer.session.folder.with_name("child").exists()
 
 
 def test_forms_start_no_python_and_a_start_does(writer):

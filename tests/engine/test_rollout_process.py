@@ -247,7 +247,7 @@ async def test_a_machine_that_has_generated_learns_of_the_end_although_another_o
         await waiting
 
 
-async def test_a_machine_of_another_version_is_told_so(make, tmp_path, monkeypatch):
+async def test_a_machine_of_another_version_is_refused_with_the_reason(make, tmp_path, monkeypatch):
     monkeypatch.setattr(port, "END_TIMEOUT", 0.0)
     monkeypatch.setattr(rollout_join, "Joined", functools.partial(Joined, software="0.0"))
     engines, _, _ = make(joined=True)

@@ -113,6 +113,6 @@ def test_the_address_has_the_scheduler_s_port_or_the_given_one():
 
 
 @pytest.mark.parametrize("host", ["rlhf-1", "another.name", ""])
-def test_a_pod_without_a_headless_service_is_told_so(host):
+def test_a_pod_without_a_headless_service_is_an_error_that_says_so(host):
     with pytest.raises(UserInputError, match="headless service"):
         scheduler.address(placement({"JOB_COMPLETION_INDEX": "1"}, host), 7)

@@ -120,7 +120,7 @@ def serving(make_session):
     lock.release()
 
 
-def test_a_watcher_too_many_is_told_so_and_can_stop_the_run(serving, monkeypatch):
+def test_a_watcher_too_many_is_refused_with_the_reason_and_can_stop_the_run(serving, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_WATCHERS", 1)
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
     monkeypatch.setattr(server_module, "FRESH", 0.0)

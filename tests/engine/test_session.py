@@ -209,7 +209,7 @@ def test_another_users_session_can_be_read_and_not_steered(another_user):
         Client(another_user, "me")
 
 
-def test_a_sessions_folder_that_is_a_file_is_told(tmp_path):
+def test_a_sessions_folder_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     config = config_file.load(starter.FOLDER / "demo.yaml")
     with pytest.raises(SessionError, match="cannot create"):

@@ -135,7 +135,7 @@ def test_a_client_does_not_believe_a_server_that_repeats_its_challenge():
             client_of(port)
 
 
-def test_what_is_no_client_is_closed_without_being_told_anything(server):
+def test_what_is_no_client_is_closed_without_a_reply(server):
     for words in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(200), b"\0" * 80):
         sock = raw(server.port)
         sock.sendall(words)

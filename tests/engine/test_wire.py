@@ -79,7 +79,7 @@ def test_what_a_client_says_arrives(message):
 
 @modest
 @given(values(Welcome | CommandReply | JournalAdvanced | Status | rank_messages.Phase))
-def test_what_an_engine_answers_arrives(message):
+def test_what_an_engine_replies_arrives(message):
     assert same(decode_to_client(body_of(message)), message)
 
 

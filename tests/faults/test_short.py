@@ -36,7 +36,7 @@ def test_nothing_acknowledged_is_lost_by_kills_at_points_of_a_save_and_a_command
         kills.run.end()
 
 
-def test_damage_at_the_boundaries_of_files_is_told_in_one_line_and_found(table, tmp_path):
+def test_damage_at_the_boundaries_of_files_is_an_error_of_one_line_and_found(table, tmp_path):
     corrupt_everything(tmp_path, table, DAMAGES, first=17)
     assert sum(row["tried"] for row in table.rows.values()) > 12
 

@@ -150,7 +150,7 @@ def test_a_normalisation_can_be_turned_on_and_off_by_a_resume(trained, make_run)
     assert (off.state.reward_mean, off.state.reward_std) == (0.0, 1.0)
 
 
-def test_another_reward_is_told_and_its_scales_are_measured_anew(make_run):
+def test_another_reward_is_reported_and_its_scales_are_measured_again(make_run):
     run, session = make_run("reward.normalise=reference", "reward.normalise_samples=8")
     train_step(run, 1)
     run.state.step = 1

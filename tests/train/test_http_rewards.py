@@ -230,7 +230,7 @@ def test_a_service_that_is_down_is_not_asked_about_every_response(service, mix, 
     assert len(service.requests) < 30  # two at a time
 
 
-def test_a_source_that_failed_tells_when_it_works_again(service, mix, inputs):
+def test_a_source_that_failed_reports_when_it_works_again(service, mix, inputs):
     service.stop()
     source = mix(service=service.url, retries=0)
     with pytest.raises(RewardCallError) as caught:

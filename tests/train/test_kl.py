@@ -222,6 +222,15 @@ def test_the_declared_estimators_are_those_of_the_key():
     assert get_args(get_type_hints(KLConfig)["estimator"]) == tuple(KL_ESTIMATORS)
 
 
+@pytest.mark.parametrize("name", ["k2", "k3"])
+def test_a_penalty_never_moves_a_token_away_from_the_reference(name):
+    log_ratio = torch.tensor([-1000.0, -25.0, -20.0, -1.0, 0.0, 1.0, 25.0], requires_grad=True)
+    penalty = KL_ESTIMATORS[name](log_ratio)
+    (gradient,) = torch.autograd.grad(penalty.sum(), log_ratio)
+    assert penalty.isfinite().all()
+    assert (gradient * log_ratio.detach() >= 0).all()
+
+
 @pytest.mark.parametrize(("name", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])
 def test_over_the_whole_distribution_an_unbiased_estimator_is_the_kl(name, unbiased):
     p, q = (

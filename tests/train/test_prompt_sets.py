@@ -357,7 +357,7 @@ def test_an_entry_that_another_run_made_meanwhile_is_used(
     assert [folder.stat().st_ino for folder in cached.iterdir()] == [made]
 
 
-def test_making_an_entry_tells_its_progress(tokenizer, write_rows, cached):
+def test_making_an_entry_reports_its_progress(tokenizer, write_rows, cached):
     told = []
     config = DataConfig(prompts=write_rows("p.jsonl", ROWS), cache=str(cached))
 

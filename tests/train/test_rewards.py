@@ -273,7 +273,7 @@ RAISING = {
 
 
 @pytest.mark.parametrize(("name", "message"), RAISING.items())
-def test_what_a_function_raises_is_told_with_step_and_response(module, call, name, message):
+def test_what_a_function_raises_is_reported_with_step_and_response(module, call, name, message):
     with pytest.raises(RewardCallError) as caught:
         call(function_reward(module, name))
     assert message in str(caught.value)
@@ -282,7 +282,7 @@ def test_what_a_function_raises_is_told_with_step_and_response(module, call, nam
     assert decode_from_rank(frames.encode(failed)[frames.HEADER.size :]) == failed
 
 
-def test_a_function_for_texts_is_told_that_completions_are_messages(module, inputs):
+def test_the_error_of_a_function_for_texts_says_that_completions_are_messages(module, inputs):
     mix = RewardMix(
         {"r": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "lower"))}, SINGLE_RANK, 0
     )

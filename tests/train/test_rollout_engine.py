@@ -105,7 +105,7 @@ def test_an_evaluation_of_averaged_weights_is_generated_with_these(make_run, eng
     assert ours["eval/ema_score"] != ours["eval/score"]
 
 
-def test_a_response_ends_at_a_stop_string_and_the_engine_is_told(make_run, engine):
+def test_a_response_ends_at_a_stop_string_and_the_engine_stops_generating_it(make_run, engine):
     run, _ = make_run(VLLM, "rollout.stop=[a, e]", "rollout.max_new_tokens=12")
     native, _ = make_run("rollout.stop=[a, e]", "rollout.max_new_tokens=12")
     ours = generate_rollout(run, 1, no_report)

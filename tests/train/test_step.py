@@ -174,8 +174,8 @@ def test_the_value_head_rate_scales_the_updates_of_the_value_head_only(make_run,
 def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):
     run, _ = make_run("ppo.stop_kl=1e-6", "train.learning_rate=1e-3")
     stats = optimise_once(run)
-    assert stats.stopped_early
-    assert stats.updates < 4
+    assert 0 < stats.updates < 4
+    assert stats.skipped == 0
 
 
 def test_responses_longer_than_the_models_positions_are_refused(make_run):

@@ -59,7 +59,7 @@ def test_the_configuration_is_written_as_hparams_and_adds_no_scalar(events_of_tw
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_files_that_cannot_be_written_are_told_once_and_a_new_one_follows(tmp_path):
+def test_files_that_cannot_be_written_are_reported_once_and_a_new_one_follows(tmp_path):
     told = []
     folder = tmp_path / "tb"
     events = EventFiles(folder, 0, lambda step, text: told.append(step), retry_seconds=0.0)

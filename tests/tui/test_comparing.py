@@ -67,7 +67,7 @@ async def test_d_goes_from_nothing_to_an_earlier_one_to_the_reference_and_back(
 
 
 @pytest.mark.parametrize(("forth", "back"), [("right", "left"), ("l", "h")])
-async def test_each_earlier_answer_comes_in_turn(samples, forth, back, until):
+async def test_each_earlier_response_comes_in_turn(samples, forth, back, until):
     async with samples() as (app, pilot):
         await pilot.press("d")
         await until(pilot, lambda: beside(app).row is not None)
@@ -79,7 +79,7 @@ async def test_each_earlier_answer_comes_in_turn(samples, forth, back, until):
         assert "(1/47)" in pane(app)
 
 
-async def test_the_next_answer_has_others_of_its_own(samples, until):
+async def test_the_next_response_has_others_of_its_own(samples, until):
     async with samples() as (app, pilot):
         await pilot.press("d", "n")
         await until(pilot, lambda: beside(app) and beside(app).row is not None)
@@ -89,7 +89,7 @@ async def test_the_next_answer_has_others_of_its_own(samples, until):
         await until(pilot, lambda: "OTHER, step 1 #0 (1/7)" in pane(app))
 
 
-async def test_esc_leaves_the_comparison_before_the_answer(samples, until):
+async def test_esc_leaves_the_comparison_before_the_response(samples, until):
     async with samples() as (app, pilot):
         await pilot.press("enter", "d")
         await until(pilot, lambda: beside(app).row is not None)
@@ -100,7 +100,7 @@ async def test_esc_leaves_the_comparison_before_the_answer(samples, until):
         assert app.screen.query_one(Table).has_focus
 
 
-async def test_tokens_hide_the_other_answer_and_d_shows_it_again(samples, until):
+async def test_tokens_hide_the_other_response_and_d_shows_it_again(samples, until):
     async with samples() as (app, pilot):
         await pilot.press("d")
         await until(pilot, lambda: beside(app).row is not None)
@@ -169,7 +169,9 @@ async def test_what_another_client_says_of_the_pair_is_seen(samples, judged, unt
 
 
 @pytest.mark.parametrize("keys", ["ny", "jo"])
-async def test_what_is_typed_ahead_never_pairs_answers_to_two_prompts(samples, judged, keys, until):
+async def test_what_is_typed_ahead_never_pairs_responses_to_two_prompts(
+    samples, judged, keys, until
+):
     with contextlib.closing(sqlite3.connect(judged.samples_file)) as db, db:
         db.execute("UPDATE samples SET prompt = 'another prompt' WHERE idx = 1")
     async with samples() as (app, pilot):
@@ -188,7 +190,7 @@ async def test_what_is_typed_ahead_never_pairs_answers_to_two_prompts(samples, j
         assert {side.index for side in pairs(judged)[0]} == {1}
 
 
-async def test_without_another_answer_the_keys_say_what_comes_first(samples, judged, until):
+async def test_without_another_response_the_keys_say_what_comes_first(samples, judged, until):
     async with samples() as (app, pilot):
         for key in ("y", "o", "left", "right"):
             await pilot.press(key)
@@ -210,7 +212,7 @@ async def test_read_only_no_pair_is_judged(samples, judged, until):
 # -- the reference's answer ------------------------------------------------------------------------
 
 
-async def test_a_living_engine_is_asked_for_the_reference_s_answer(samples, engine, until):
+async def test_a_live_engine_is_asked_for_the_reference_s_response(samples, engine, until):
     async with samples() as (app, pilot):
         await pilot.press("d", "d")
         await until(pilot, lambda: [c.text for c in engine] == [PROMPT])
@@ -220,7 +222,7 @@ async def test_a_living_engine_is_asked_for_the_reference_s_answer(samples, engi
         assert len(app.screen_stack) == 1, "no dialog"
 
 
-async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
+async def test_the_probe_s_refusal_is_shown(samples, engine, monkeypatch, until):
     from engine.protocol.client_messages import CommandReply  # noqa: PLC0415
     from rlhf_tui.state import command_sender  # noqa: PLC0415
 
@@ -237,7 +239,7 @@ async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
         await until(pilot, lambda: "press d" in pane(app))
 
 
-async def test_what_was_not_answered_yet_is_asked_by_d_not_by_going_to_it(samples, engine, until):
+async def test_the_reference_is_asked_by_d_not_by_selecting_a_response(samples, engine, until):
     # This engine writes no journal: what it answered is not found again.
     async with samples() as (app, pilot):
         await pilot.press("d", "d")
@@ -264,7 +266,7 @@ async def test_what_somebody_else_has_asked_meanwhile_is_not_asked_again(
         assert len(engine) == 1
 
 
-async def test_without_an_engine_it_is_said_how_to_start_one(samples, until):
+async def test_without_an_engine_a_notice_says_how_to_start_one(samples, until):
     async with samples() as (app, pilot):
         await pilot.press("d", "d")
         await until(pilot, lambda: "rlhf-tui resume judged" in pane(app))
@@ -280,7 +282,9 @@ async def test_read_only_the_reference_is_not_asked(samples, engine, monkeypatch
         assert engine == []
 
 
-async def test_a_prompt_with_a_single_answer_says_so(samples, judged, until):
+async def test_a_prompt_with_a_single_response_has_no_comparison_and_says_so(
+    samples, judged, until
+):
     with contextlib.closing(sqlite3.connect(judged.samples_file)) as db, db:
         db.execute("UPDATE samples SET prompt = 'another one' WHERE (step, idx) = (?, 0)", (STEPS,))
     async with samples() as (app, pilot):

@@ -44,7 +44,7 @@ def toned(rows, tone):
 
 
 @given(few_words, few_words)
-def test_what_two_answers_have_in_common_is_a_longest_subsequence_of_both(a, b):
+def test_what_two_responses_have_in_common_is_a_longest_subsequence_of_both(a, b):
     in_a, in_b = longest_common_subsequence(a, b)
     assert [a[i] for i in sorted(in_a)] == [b[i] for i in sorted(in_b)]
     assert len(in_a) == longest(a, b)
@@ -57,7 +57,7 @@ def test_the_words_of_each_alone_are_found():
     assert (own.common, own.cut) == (5, False)
 
 
-def test_long_answers_that_repeat_themselves_are_compared_as_far_as_it_goes():
+def test_long_responses_that_repeat_themselves_are_compared_as_far_as_it_goes():
     # difflib would be at it for hours.
     one, other = "a b " * 5 * MAX_WORDS, "b a a " * 5 * MAX_WORDS
     own = diff_words(one, other)
@@ -88,7 +88,7 @@ def test_no_line_of_a_text_is_too_long_and_nothing_is_lost(words, width):
     assert "".join("".join(lines).split()) == "".join(sanitise(words).split())
 
 
-def test_an_answer_without_a_blank_is_broken_in_one_pass():
+def test_a_response_without_a_blank_is_wrapped_in_one_pass():
     # Looked at from its end at each cut, one of this length would be at it for days.
     assert wrap("!" * 100_000, 60) == ["!" * 60] * 1_666 + ["!" * 40]
 
@@ -101,7 +101,7 @@ def held(one, other, **given):
     return ComparisonTarget("earlier", "OTHER, step 3 #1 (1/1)", one, answer(other), **given)
 
 
-def test_answers_stand_abreast_where_there_is_room_and_below_one_another_else():
+def test_responses_are_side_by_side_where_there_is_room_and_below_each_other_elsewhere():
     one, other = "the film was good", "the film was dull"
     wide = text(comparison(answer(one), held(one, other), SIDE_BY_SIDE))
     assert any("good" in line and "dull" in line for line in wide)
@@ -111,7 +111,7 @@ def test_answers_stand_abreast_where_there_is_room_and_below_one_another_else():
         assert lines.index("PROMPT") > max(i for i, line in enumerate(lines) if "dull" in line)
 
 
-def test_the_tones_of_the_two_are_told_apart_without_colour():
+def test_the_tones_of_the_two_are_distinguished_without_colour():
     looks = {TONES[name].style for name in ("mine", "theirs", "")}
     assert len(looks) == 3
 
@@ -125,7 +125,7 @@ def test_the_words_of_each_have_a_tone_of_their_own():
 
 @pytest.mark.parametrize("width", [60, 120])
 @pytest.mark.parametrize("better", ["this", "other"])
-def test_the_better_one_says_so_and_who_said_it(width, better):
+def test_the_preferred_one_is_marked_with_who_preferred_it(width, better):
     one, other = "the film was good", "the film was dull"
     lines = text(comparison(answer(one), held(one, other, better=better, who="ana"), width))
     (line,) = [x for x in lines if "better" in x and "ana" in x]
@@ -135,7 +135,7 @@ def test_the_better_one_says_so_and_who_said_it(width, better):
         assert (lines.index(line) > lines.index("the film was good")) == (better == "other")
 
 
-def test_answers_of_any_length_keep_to_the_width():
+def test_responses_of_any_length_keep_to_the_width():
     rng = random.Random(3)  # noqa: S311 - no secret
     one = " ".join(rng.choice(["good", "字" * 40, "x"]) for _ in range(300))
     other = " ".join(rng.choice(["good", "dull", "x"]) for _ in range(10))

@@ -90,7 +90,7 @@ def test_the_live_engine_of_a_fork_s_parent_has_not_died():
     assert not [line for line in found if line.startswith("crash")]
 
 
-def test_an_error_s_text_is_not_said_again():
+def test_an_error_s_text_is_not_repeated():
     events = [
         event("error", text="no memory: none"),
         event("alert", rule="restart", text="no memory: none: restart 1 of 3 from step 4"),

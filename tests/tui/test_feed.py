@@ -106,7 +106,7 @@ def test_a_replaced_journal_is_read_anew(following, session, session_maker, tmp_
     assert state.head.step == 7
 
 
-def test_a_journal_that_is_gone_is_said_and_its_return_is_noticed(following, session, tmp_path):
+def test_a_journal_that_is_gone_is_reported_and_its_return_is_noticed(following, session, tmp_path):
     state, _ = following(session)
     wait(lambda: state.known and state.head.step == 20)
     shutil.move(session.folder, tmp_path / "away")
@@ -115,7 +115,7 @@ def test_a_journal_that_is_gone_is_said_and_its_return_is_noticed(following, ses
     wait(lambda: state.problem == "" and state.head.step == 20)
 
 
-def test_a_damaged_journal_is_said(following, session):
+def test_a_damaged_journal_is_reported(following, session):
     session.journal_file.write_bytes(random.Random(1).randbytes(8192))  # noqa: S311 - no secret
     state, _ = following(session)
     wait(lambda: "journal" in state.problem)
@@ -246,7 +246,7 @@ def test_a_phase_is_shown_without_a_reading_of_the_journal(
     serving(test)
 
 
-def test_a_viewer_too_many_is_told_so_until_another_one_leaves(
+def test_a_viewer_too_many_is_refused_with_the_reason_until_another_one_leaves(
     session, following, serving, monkeypatch
 ):
     async def test(server, journal):

@@ -118,7 +118,7 @@ async def test_no_screen_shows_anything_raw(make_app, root, tmp_path, until):
 
 @given(text=hostile)
 @settings(max_examples=40, deadline=None)
-def test_any_prompt_and_answer_can_be_read(text):
+def test_any_prompt_and_response_can_be_read(text):
     row = sample(1, prompt=text, response=text, parts={text: 1.0, "b": None})
     assert body(row, None, "text", 40)
     row = replace(row, judgement=Judgement(label="good", note=text, who=text, time=0.0))

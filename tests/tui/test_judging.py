@@ -37,7 +37,7 @@ def shown(app):
     ("key", "label", "glyph"),
     [("plus", "good", "+"), ("minus", "bad", "-"), ("exclamation_mark", "hack", "!")],
 )
-async def test_a_key_labels_the_answer_and_takes_it_away_again(
+async def test_a_key_labels_the_response_and_again_removes_the_label(
     samples, judged, key, label, glyph, until
 ):
     async with samples() as (app, pilot):
@@ -85,7 +85,7 @@ async def test_after_a_roll_back_every_order_shows_what_there_is_now(samples, ju
         await until(pilot, lambda: app.screen.query_one(Table).count() == 8 * 3)
 
 
-def test_whatever_goes_wrong_in_writing_is_told():
+def test_whatever_goes_wrong_in_writing_is_reported():
     told = queue.Queue()
     judge = LabelWriter(told.put)
     judge.write("\ud800".encode)
@@ -110,7 +110,7 @@ async def test_what_no_longer_fits_the_filter_stays_until_the_list_is_read_again
         await until(pilot, lambda: table.count() == 1)
 
 
-async def test_read_only_nothing_is_judged_and_it_is_said(samples, judged, until):
+async def test_read_only_nothing_is_judged_and_a_notice_says_so(samples, judged, until):
     async with samples(read_only=True) as (app, pilot):
         for key in ("plus", "minus", "exclamation_mark", "W"):
             app.clear_notifications()
@@ -134,7 +134,7 @@ async def test_what_others_say_is_seen_without_an_engine_and_without_a_restart(
         assert any("see␛ here" in line for line in shown(app)[1])
 
 
-async def test_what_cannot_be_written_is_said_and_not_shown(samples, judged, until):
+async def test_what_cannot_be_written_is_reported_and_not_shown(samples, judged, until):
     async with samples() as (app, pilot):
         judged.labels_file.mkdir()
         await pilot.press("plus")
@@ -172,7 +172,7 @@ def test_words_of_the_filter_and_the_same_in_quotes():
 
 
 @pytest.mark.parametrize("label", [None, "good", "bad", "hack"])
-def test_a_mark_is_told_apart_without_colour(label):
+def test_a_mark_is_distinguished_without_colour(label):
     def shown(name, note):
         judgement = Judgement(label=name, note=note, who="ana", time=0.0)
         return mark(sample(1, judgement=judgement))[0]

@@ -138,7 +138,7 @@ async def test_judged_responses_are_not_in_the_queue(samples, judged, until):
         assert app.screen.queue.total == ALL - 1
 
 
-async def test_read_only_the_queue_does_not_open_and_it_is_said(samples, judged, until):
+async def test_read_only_the_queue_does_not_open_and_a_notice_says_so(samples, judged, until):
     async with samples(read_only=True) as (app, pilot):
         await pilot.press("J")
         await until(pilot, lambda: notices(app))

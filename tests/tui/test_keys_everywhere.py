@@ -172,9 +172,7 @@ async def test_sessions_are_started_and_deleted(browser, keys, words, until):
         assert app.ran[0][: len(words)] == words
 
 
-async def test_a_resume_that_had_nothing_to_do_is_told_in_its_own_words(
-    browser, monkeypatch, until
-):
+async def test_a_resume_that_had_nothing_to_do_shows_its_own_message(browser, monkeypatch, until):
     async with browser() as (app, pilot):
         words = "session 'frozen' has finished its 200 steps"
         monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ("", words))
@@ -183,7 +181,7 @@ async def test_a_resume_that_had_nothing_to_do_is_told_in_its_own_words(
         assert notices(app) == [words]
 
 
-async def test_the_last_words_of_our_own_command_are_told(make_app, tmp_path, running, until):
+async def test_the_last_line_of_our_own_command_is_shown(make_app, tmp_path, running, until):
     shutil.copytree(FINISHED, tmp_path / "finished")
     config = tmp_path / "finished" / "config.yaml"
     config.write_text(config.read_text().replace("@FOLDER@", str(tmp_path)))

@@ -70,7 +70,7 @@ def shown_samples(app):
     return [rows[key] for key in app.screen.query_one(Table).keys]
 
 
-async def test_the_answer_under_the_cursor_is_read(samples, until):
+async def test_the_response_under_the_cursor_is_read(samples, until):
     async with samples() as (app, pilot):
         reading, table = app.screen.query_one(SampleView), app.screen.query_one(Table)
         for key in (

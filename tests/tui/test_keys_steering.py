@@ -22,7 +22,7 @@ async def test_p_pauses(make_app, engine, running, until):
         await until(pilot, lambda: engine == [steering.Pause()])
 
 
-async def test_a_second_p_goes_on_although_the_first_is_not_read_back_yet(
+async def test_a_second_p_unpauses_although_the_first_is_not_read_back_yet(
     make_app, engine, running, until
 ):
     app = make_app()
@@ -135,7 +135,7 @@ async def test_w_writes_a_note(make_app, engine, running, until):
         await until(pilot, lambda: engine == [steering.Note(text="odd")])
 
 
-async def test_x_probes_and_shows_both_answers(make_app, engine, running, until):
+async def test_x_probes_and_shows_both_responses(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:
         await pilot.press("x")
@@ -149,7 +149,7 @@ async def test_x_probes_and_shows_both_answers(make_app, engine, running, until)
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-async def test_long_answers_to_a_probe_are_whole_and_scroll(make_app, size, running, until):
+async def test_long_responses_to_a_probe_are_whole_and_scroll(make_app, size, running, until):
     app = make_app()
     long = {"response": "word " * 600 + "end", "score": 1.0, "kl": 2.0}
     result = {"policy": long, "reference": long}
@@ -189,7 +189,7 @@ async def test_without_an_engine_a_command_names_what_starts_one(make_app, runni
         assert "rlhf-tui resume frozen" in str(notices(app))
 
 
-async def test_a_command_s_life_is_told(make_app, engine, running, until):
+async def test_each_status_of_a_command_is_shown(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:
         await pilot.press("c")

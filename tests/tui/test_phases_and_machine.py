@@ -165,6 +165,16 @@ def test_the_slowest_rank_is_marked_by_its_own_seconds():
     assert "7.8s" in marked[0]
 
 
+def test_the_longest_rank_fills_its_bar_whatever_phases_the_run_has():
+    phases = {"sync": 1.0, "generate": 2.0, "score": 0.3, "reference": 0.5, "fit": 1.0}
+    shown = text(machine_with([rank_of(0, seconds=phases | {"optimise": 3.0})]), 100, 8)
+    (bar,) = [line for line in shown.splitlines() if "rank 0" in line]
+    assert "·" not in bar
+    assert "▞ sync" in shown
+    assert "▚ fit" in shown
+    assert "sync" not in text(machine_with([rank_of(0)]), 100, 8)
+
+
 def test_no_rank_is_called_slow_where_none_stands_out():
     assert "slowest" not in text(machine_with([rank_of(0), rank_of(1, 2.05)]), 60, 8)
 

@@ -39,7 +39,7 @@ def test_a_number_that_is_none_is_shown_as_such_before_the_largest(mode, odd):
     assert "t1" in first
 
 
-def test_an_answer_of_nothing_but_undefined_numbers_can_be_read():
+def test_a_response_of_nothing_but_undefined_numbers_can_be_read():
     assert "– … –" in text(token_rows(arrays_of(math.nan, math.nan), "value", 60))[1]
 
 

@@ -230,7 +230,7 @@ def test_a_viewer_that_stalls_keeps_no_snapshot_of_the_journal_open(session_make
     journal.close()
 
 
-def test_what_is_no_message_is_told_in_a_line():
+def test_what_is_no_message_is_an_error_of_one_line():
     with pytest.raises(LinkError, match="'Welcome to box!'"):
         decode(b"Welcome to box!\n")
 
@@ -277,13 +277,13 @@ def test_a_connection_whose_messages_cannot_be_used_is_ended(
     assert "remote session" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_machine_without_ssh_is_told_in_a_line(tmp_path, monkeypatch):
+def test_a_machine_without_ssh_is_reported_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LinkError, match="cannot run ssh: No such file"):
         RemoteSession(Address("box", name="run"), ["mirror", "run"]).__enter__()
 
 
-def test_what_goes_wrong_over_ssh_is_told_in_a_line(tmp_path, ssh):
+def test_what_goes_wrong_over_ssh_is_an_error_of_one_line(tmp_path, ssh):
     with pytest.raises(LinkError, match="nowhere: ssh: Could not resolve"):
         RemoteSession(Address("nowhere", name="run"), ["mirror", "run"]).__enter__()
     arguments = ["mirror", "run", "--sessions", str(tmp_path)]

@@ -191,7 +191,7 @@ async def test_the_keys_of_a_replay_act_on_every_screen_and_nothing_is_sent(
         assert engine == []
 
 
-def test_an_impossible_beginning_is_told_in_a_line(root):
+def test_an_impossible_beginning_is_an_error_of_one_line(root):
     given = ["frozen", "--sessions", str(root), "--from", "999"]
     result = CliRunner().invoke(view.replay, given, standalone_mode=False)
     assert isinstance(result.exception, UserInputError)

@@ -337,7 +337,7 @@ def test_a_curve_of_one_value_has_a_picture(points):
     ET.fromstring(chart(Curve("objective/kl", points), [], 1))  # noqa: S314 - our own
 
 
-def test_ticks_are_round_and_tell_each_other_apart():
+def test_ticks_are_round_and_distinct():
     assert [tick_label(t, 0.5) for t in ticks(-0.4, 1.6)] == ["0.0", "0.5", "1.0", "1.5"]
     assert [tick_label(t, 2.5) for t in ticks(0, 11)] == ["0.0", "2.5", "5.0", "7.5", "10.0"]
     assert tick_label(0.00032, 0.00002) == "3.2e-4"

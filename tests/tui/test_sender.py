@@ -39,7 +39,7 @@ def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
     assert sum(r.reply.status == "applied" for r in replies) == 2
 
 
-def test_whatever_goes_wrong_in_sending_is_told_and_the_next_command_is_sent(
+def test_whatever_goes_wrong_in_sending_is_reported_and_the_next_command_is_sent(
     engine, monkeypatch, root
 ):
     kind, replies = command_sender.Client, []

@@ -81,7 +81,7 @@ def test_an_update_of_the_reference_is_marked_on_the_charts():
     assert marker.text == "reference: 60% policy"
 
 
-def test_a_digest_tells_what_came_since():
+def test_a_digest_lists_what_has_happened_since_the_last_visit():
     state = make_state()
     payload = AlertEvent(rule="kl", text="KL is high")
     alert = EventRow(event=9, time=900.0, attempt=1, step=40, kind="alert", payload=payload)

@@ -111,7 +111,7 @@ def test_an_engine_that_is_dead_now_is_the_newest_entry():
     assert (state.timeline()[-1].kind, state.timeline()[-1].step) == ("crash", 50)
 
 
-def test_a_restart_is_told_once_with_its_error():
+def test_a_restart_is_one_entry_with_its_error():
     state = make_state(attempts=attempts(0, 20))
     error = "rank 0 was ended by SIGKILL"
     state.take(
@@ -143,7 +143,7 @@ def test_an_engine_that_stopped_did_not_die():
     assert told == ["started", "stopped", "resumed from step 30"]
 
 
-def test_a_fork_does_not_tell_its_parent_s_end_as_a_death():
+def test_a_fork_does_not_show_its_parent_s_end_as_a_crash():
     state = make_state(attempts=attempts(0, 20))
     first, second = events((1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20)))
     second = msgspec.structs.replace(second, data='{"fork": {"from": "run-1", "step": 20}}')
@@ -176,6 +176,22 @@ def test_a_reason_that_the_engine_recorded_is_taken_as_it_is():
     assert "paused by disk full" in text(
         StatusLine(make_state(state="paused", pause_reason="disk full"))
     )
+
+
+def test_an_alert_is_shown_by_the_brief_text_of_its_rule():
+    state = make_state()
+    long = "tokens/response_len_mean drifted by +60% to 64 since step 20: it stays above …"
+    first = AlertEvent(
+        rule="length_drifts", text=long, brief="length drifted by +60% to 64", count=1
+    )
+    again = AlertEvent(
+        rule="length_drifts", text=long, brief="length drifted by +90% to 76", count=2
+    )
+    state.take(SessionUpdate(events=events((1, 40, first), (1, 50, again))))
+    assert [marker.text for marker in state.timeline()] == [
+        "length_drifts: length drifted by +60% to 64",
+        "length_drifts: length drifted by +90% to 76 (alert 2)",
+    ]
 
 
 def test_conditions_that_are_no_bounds_are_not_shortened():

@@ -56,9 +56,9 @@ class Rule(Section, frozen=True):
     lasts: Count = 1
     """Number of steps in a row on which `above` or `below` must hold; at most `window` + 1."""
     clears_after: Count | None = None
-    """Number of steps in a row on which the condition must not hold before the rule can fire anew,
-    so that a metric that swings around its limit is told once. Default: 20 with `notify`; 1 with
-    another action, which is carried out whenever the condition begins to hold."""
+    """Number of steps in a row on which the condition must not hold before the rule can fire
+    again, so that a metric that swings around its limit raises one alert. Default: 20 with
+    `notify`; 1 with another action, which is carried out whenever the condition begins to hold."""
     drifts_up: Positive | None = None
     """Fires when a sequential test (CUSUM) finds that the metric stays above the median of the
     run's first `window` steps by more than this fraction of it."""

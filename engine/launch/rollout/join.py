@@ -145,7 +145,7 @@ def find_run(
 
 
 def offer(machine: AuthenticatedConnection, *, joined_before: bool) -> RolloutJoinInfo:
-    """Says what this machine is; returns what it is told. Closes the connection if this raises.
+    """Sends what this machine is; returns the reply. Closes the connection if this raises.
 
     Raises:
         UserInputError: it cannot take part.
@@ -181,7 +181,7 @@ def generate(
 
     Args:
         machine: the first one.
-        info: what it has said.
+        info: its reply.
         rollout: names this machine's Python.
     """
     # Which GPUs and which Python the run uses on its first machine means nothing here.

@@ -48,7 +48,7 @@ def wait_for_machine(
     Args:
         port: the listening socket.
         secret: of :func:`~engine.protocol.rollout.join_messages.rollout_secret`.
-        info: what the machine is told.
+        info: sent to the machine.
     """
     with contextlib.closing(_joining(port, secret)) as joining:
         while True:
@@ -65,8 +65,8 @@ def announce_end(port: socket.socket, secret: bytes, machines: int) -> None:
     Args:
         port: the listening socket, from which no relay accepts any more.
         secret: as for :func:`wait_for_machine`.
-        machines: the number that have generated; it returns once they are told. Others that have
-            waited in vain are told, too.
+        machines: the number that have generated; it returns once they have been told so.
+            Others that have waited in vain are told, too.
     """
     deadline = time.monotonic() + END_TIMEOUT
     with contextlib.closing(_joining(port, secret)) as joining:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
-"""Bound on |log π_ref − log π| inside the exponential of k3, which keeps it finite."""
+"""Bound on log π_ref − log π in k3, which keeps its exponential finite."""
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -26,7 +26,9 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 def k3(log_ratio: Tensor) -> Tensor:
     """GRPO's penalty, π_ref/π − 1 − log(π_ref/π): unbiased and never negative."""
-    return (-log_ratio).clamp(max=LOG_RATIO_LIMIT).exp() - 1 + log_ratio
+    # In both terms: bounded in the exponential alone, k3 would fall beyond the bound.
+    bounded = log_ratio.clamp(min=-LOG_RATIO_LIMIT)
+    return (-bounded).exp() - 1 + bounded
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

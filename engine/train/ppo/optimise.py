@@ -75,10 +75,7 @@ def optimise(
         order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
         for k, rows in enumerate(order.chunk(config.ppo.minibatches)):
             sums = backward(ranks, learner, rollout, targets, rows, config, warming_up)
-            if stats.first is None:
-                stats.first = sums
             if config.ppo.stop_kl is not None and sums.approx_kl > config.ppo.stop_kl:
-                stats.stopped_early = True
                 optimiser.zero_grad(set_to_none=True)
                 learner.eval()
                 return stats

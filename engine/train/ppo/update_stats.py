@@ -48,8 +48,6 @@ class UpdateStats:
 
     sums: LossSums = field(default_factory=LossSums)
     """Over the minibatches that led to an update."""
-    first: LossSums | None = None
-    """The first minibatch's sums, before any update: their mean ratio must be 1."""
     grad_norms: list[float] = field(default_factory=list)
     """Of each update, before clipping."""
     updates: int = 0
@@ -57,5 +55,3 @@ class UpdateStats:
     """Minibatches without an update."""
     nonfinite: int = 0
     """Skipped minibatches whose loss or gradient was not finite."""
-    stopped_early: bool = False
-    """Whether `ppo.stop_kl` ended the epochs."""

@@ -27,7 +27,7 @@ PREFIX, COUNT = STARTED_KEY.split("/")
 """Of the keys of agents; and the key of the number of machines in a start, once it is settled."""
 COMING = COMING_KEY.removeprefix(f"{PREFIX}/")
 COMING_TIMEOUT = timedelta(seconds=120)
-"""For a machine that has said that it is coming."""
+"""For a machine that has announced itself."""
 CLOSED = 1_000_000
 """Added to the number of machines that have joined, so that a later one gets too high a number."""
 

@@ -90,7 +90,7 @@ def _crash(step: int) -> EventLine:
 
 
 def _line(row: EventRow, error: str) -> EventLine:
-    """The line of an event; what repeats the last error's text is said without it."""
+    """The line of an event; without what repeats the last error's text."""
     kind, text, tone = _describe(row)
     if error and kind in ("state", "restart"):
         text = text.replace(f"{error}: ", "", 1).removesuffix(f": {error}")

@@ -23,7 +23,7 @@ class Player:
     """Advances the offset in a recording. The app and the feed use it from their threads."""
 
     def __init__(self, speed: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Plays from offset 0 once :meth:`load` has told how long the recording is.
+        """Plays from offset 0 once :meth:`load` has set the length of the recording.
 
         Args:
             speed: seconds of the recording in a second.

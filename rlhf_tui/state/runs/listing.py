@@ -81,7 +81,7 @@ class SessionListCache:
         """Starts to read in a thread; who asks for the rows meanwhile waits for it."""
 
         def read() -> None:
-            with contextlib.suppress(OSError, RlhfError):  # who asks for the rows is told
+            with contextlib.suppress(OSError, RlhfError):  # raised to whoever asks for the rows
                 self.rows(root, metric)
 
         threading.Thread(target=read, daemon=True, name="listing").start()

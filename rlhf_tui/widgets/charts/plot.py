@@ -37,7 +37,7 @@ class Line(Struct, frozen=True):
     sparse: bool = False
     """Whether it has few points, each of which is marked with :data:`POINT`."""
     dotted: bool = False
-    """Whether only the extremes of each column are drawn: told apart from lines without colours."""
+    """Whether only the extremes of each column are drawn: without colours not a line."""
     interval: Series | None = None
     """Half the height of the bar at each point, by step; no bars for None."""
 

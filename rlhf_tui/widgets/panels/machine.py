@@ -8,8 +8,10 @@ from rlhf_tui.widgets.panels.panel import Panel, bar, heading
 
 SHORT, SHORTEST = 23, 19
 """Cells of a GPU in the two compact forms."""
-PHASE_BARS = {"generate": ("█", "s1"), "score": ("▓", "s2"), "reference": ("▒", "s3"),
-          "optimise": ("░", "s4")}  # fmt: skip
+PHASE_BARS = {
+    "sync": ("▞", "s5"), "generate": ("█", "s1"), "score": ("▓", "s2"), "reference": ("▒", "s3"),
+    "fit": ("▚", "s6"), "optimise": ("░", "s4"),
+}  # fmt: skip
 """Character and tone of a phase in a rank's bar. The characters differ for use without colour."""
 BEHIND = 1.05
 """A rank is marked as the slowest above this multiple of the second slowest rank's seconds."""
@@ -108,9 +110,10 @@ def _blocks(rank: RankLoad, width: int, longest: float) -> list[Piece]:
 
 
 def _legend(telemetry: Telemetry, width: int) -> str:
-    if not any(r.seconds for r in telemetry.ranks):
+    measured = {name for rank in telemetry.ranks for name in rank.seconds}
+    if not measured:
         return ""
-    names = [f"{char} {name}" for name, (char, _) in PHASE_BARS.items()]
+    names = [f"{char} {name}" for name, (char, _) in PHASE_BARS.items() if name in measured]
     legend = " ".join(names)
     return legend if len(legend) < width - 12 else " ".join(n[:5] for n in names)
 

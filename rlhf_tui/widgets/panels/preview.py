@@ -10,7 +10,7 @@ from engine.journal.rows import AlertEvent, SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_preview import METRICS, SessionPreview
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.timeline import short_condition
+from rlhf_tui.state.timeline import short_alert
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width
@@ -94,7 +94,7 @@ class PreviewNotes(Lines):
     def _alert(self) -> Row:
         for event in self._state.events:
             if isinstance(event.payload, AlertEvent):
-                return [(f" ! step {event.step}: {short_condition(event.payload.text)}", "warn")]
+                return [(f" ! step {event.step}: {short_alert(event.payload)}", "warn")]
         return [(" no alerts", "dim")]
 
 

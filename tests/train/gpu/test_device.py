@@ -56,7 +56,7 @@ def test_gpus_that_a_scheduler_has_not_assigned_are_an_error(monkeypatch):
     ],
     ids=["gpu", "nccl", "host"],
 )
-def test_running_out_of_memory_is_told_with_what_would_help_and_not_tried_again(error):
+def test_running_out_of_memory_is_reported_with_what_would_help_and_not_tried_again(error):
     failed = failed_message(error, None, 0)
     assert failed.final
     assert not failed.echo

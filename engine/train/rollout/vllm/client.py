@@ -221,7 +221,7 @@ class RolloutClient:
             raise self.lost(f"{self._the_engine} is gone: {error}") from error
 
     def _fail_with_reason(self) -> None:
-        """Raises what an engine that is gone has said before; returns if it said nothing."""
+        """Raises the error that an engine which is gone has reported; returns if there is none."""
         message = self._next()
         if isinstance(message, EngineFailed):
             raise self._error(message)
