@@ -129,7 +129,8 @@ def is_done(session: Session, overrides: tuple[str, ...]) -> bool:
         if step < total:
             return False
     why = f" ({reason})" if reason else ""
-    on = fmt.command("resume", session.name, root=session.folder.parent)
+    more = ["-o", f"train.steps={2 * step}"] if step >= session.config().train.steps else []
+    on = fmt.command("resume", session.name, *more, root=session.folder.parent)
     say(f"session '{session.name}' has finished at step {step}{why}; to train on: {on}")
     return True
 

@@ -187,6 +187,7 @@ def test_a_scheduler_that_repeats_a_finished_run_does_not_train_it_on(session_ma
     result = CliRunner().invoke(cli, [*arguments, "--sessions", str(tmp_path), "-o", "seed=1"])
     assert (result.exit_code, session.is_live()) == (0, False)
     assert result.output.startswith("session 'done' has finished at step 3")
+    assert "rlhf-tui resume done -o train.steps=6" in result.output  # without it nothing is left
 
 
 def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):

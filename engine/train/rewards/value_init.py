@@ -50,7 +50,7 @@ def load_value_model(
     if vocabularies[0] != vocabularies[1]:
         raise UserInputError(
             f"ppo.value_init: '{source.model}' does not read the policy's tokens: the value "
-            "function must"
+            "function must; with zero it begins with a new head"
         )
     model = load_classifier(path, ranks, strategy, torch.float32, read)
     scorer = score_layer(model, "ppo.value_init")
