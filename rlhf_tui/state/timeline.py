@@ -121,6 +121,22 @@ def timeline(
     return _Timeline(events, commands, attempts, reached).entries(crashed_at)
 
 
+def folded(markers: Iterable[Marker]) -> list[list[Marker]]:
+    """Puts checkpoints with nothing between them together, in the order of the markers.
+
+    Each other marker is alone, and those of an abandoned branch are apart from the others.
+    """
+    groups: list[list[Marker]] = []
+    for marker in markers:
+        last = groups[-1][-1] if groups else None
+        both = last is not None and last.kind == marker.kind == "checkpoint"
+        if last is not None and both and last.abandoned == marker.abandoned:
+            groups[-1].append(marker)
+        else:
+            groups.append([marker])
+    return groups
+
+
 class _Timeline:
     def __init__(
         self,

@@ -17,6 +17,8 @@ from engine.journal.rows import (
 )
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.timeline import short_condition
+from rlhf_tui.state.viewport import Viewport
+from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.status_lines import StatusLine
 from tests.tui.panels import command, make_state, text
 
@@ -84,6 +86,44 @@ def test_the_timeline_is_in_the_journal_s_order_whatever_step_and_clock_say():
 
 def test_the_effect_of_the_newest_change_is_not_that_of_an_abandoned_one():
     assert "step 21" in rolled_back().beta_source()
+
+
+def saved(*steps):
+    return [(1, step, CheckpointEvent(score=1.25, kl=2.5)) for step in steps]
+
+
+def timeline_of(*given):
+    state = make_state()
+    state.take(SessionUpdate(events=events(*given)))
+    return TimelinePanel(state, Viewport())
+
+
+def test_checkpoints_with_nothing_between_them_are_one_entry():
+    note = (1, 30, NoteEvent(text="odd", who="ana"))
+    panel = timeline_of(*saved(10, 20, 30), note, *saved(40))
+    assert panel.count() == 3
+    shown = text(panel, 39)
+    assert "  30 ▲ checkpoints at 10, 20, 30" in shown
+    assert "  40 ▲ checkpoint, score 1.250, KL 2.50" in shown
+
+
+def test_of_many_checkpoints_the_first_and_the_newest_are_named():
+    panel = timeline_of(*saved(*range(10, 1000, 10)))
+    assert text(panel, 39, 2).endswith("990 ▲ checkpoints at 10, … 980, 990")
+    assert text(panel, 20, 2).endswith("990 ▲ checkpoints at 10, … 990")
+
+
+def test_where_the_numbers_of_a_checkpoint_do_not_fit_none_is_cut():
+    assert text(timeline_of(*saved(10)), 38, 2).endswith("checkpoint, score 1.250")
+
+
+def test_checkpoints_of_an_abandoned_branch_are_an_entry_of_their_own():
+    state = make_state(attempts=attempts(0, 20))
+    state.take(SessionUpdate(events=events(*saved(10, 20, 30, 40))))
+    assert [[m.step for m in e] for e in TimelinePanel(state, Viewport()).entries()] == [
+        [30, 40],
+        [10, 20],
+    ]
 
 
 def test_an_engine_that_died_is_in_the_timeline_where_its_attempt_ended():
