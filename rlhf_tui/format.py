@@ -93,7 +93,11 @@ def number(value: float | None, digits: int = 3) -> str:
         text = f"{value:.{min(digits, 4 - exponent)}f}"
     else:
         text = f"{value:,.0f}"
-    return text if exponent >= -3 and len(text) <= NUMBER_WIDTH else _scientific(value, digits)
+    if exponent >= -3 and len(text) <= NUMBER_WIDTH:
+        return text
+    # With as many digits as fit, at most three.
+    texts = [scientific(value, decimals) for decimals in range(min(digits, 2), -1, -1)]
+    return next((text for text in texts if len(text) <= NUMBER_WIDTH), texts[-1])
 
 
 def with_interval(value: float | None, interval: float | None, digits: int = 2) -> str:
@@ -102,14 +106,10 @@ def with_interval(value: float | None, interval: float | None, digits: int = 2) 
     return text if interval is None else f"{text} ± {number(interval, digits)}"
 
 
-def _scientific(value: float, digits: int) -> str:
-    """With as many digits as fit, at most three: `1.12e-4`, `-1.1e-4`, `1.2e-10`."""
-    for decimals in range(min(digits, 2), -1, -1):
-        mantissa, _, exponent = f"{value:.{decimals}e}".partition("e")
-        text = f"{mantissa}e{int(exponent)}"
-        if len(text) <= NUMBER_WIDTH:
-            break
-    return text
+def scientific(value: float, decimals: int) -> str:
+    """A finite value with a short exponent: `1.12e-4`, `1.2e10`."""
+    mantissa, _, exponent = f"{value:.{decimals}e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def value_text(value: Any) -> str:
@@ -118,7 +118,10 @@ def value_text(value: Any) -> str:
         return "off"
     if isinstance(value, float):
         text = f"{value:.4g}"
-        return f"{value:.0f}" if "e+" in text and abs(value) < WRITTEN_OUT else text
+        if "e+" in text and abs(value) < WRITTEN_OUT:
+            return f"{value:.0f}"
+        mantissa, sign, exponent = text.partition("e")
+        return f"{mantissa}e{int(exponent)}" if sign else text
     if isinstance(value, list):
         return f"[{', '.join(map(value_text, value))}]"
     if isinstance(value, dict):  # a key without a value is one that was not given

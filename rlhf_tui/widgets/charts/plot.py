@@ -5,6 +5,7 @@ import math
 import msgspec
 from msgspec import Struct
 
+from rlhf_tui import format as fmt
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
 from rlhf_tui.widgets.charts.raster import BRAILLE, Column, Raster, Scale, column_of, decimate
@@ -370,7 +371,7 @@ def axis_text(value: float, digits: int | None) -> str:
     if value == 0:
         return "0"
     if size >= 1e6 or size < 1e-4:
-        return f"{value:.1e}"
+        return fmt.scientific(value, 1)
     text = f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
     if len(text) == GUTTER and text.startswith("0."):
         text = text[1:]
