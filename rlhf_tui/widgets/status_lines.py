@@ -11,13 +11,14 @@ STATE_MARKS = {
     "running": ("●", "good"),
     "pausing": ("◐", "warn"),
     "paused": ("‖", "warn"),
+    "waiting": ("⧗", "warn"),
     "stopping": ("◐", "warn"),
     "finished": ("✓", "good"),
     "stopped": ("■", "dim"),
     "failed": ("✗", "bad"),
     "crashed": ("✗", "bad"),
 }
-"""Mark and tone by state."""
+"""Mark and tone by state; `waiting` is one that waits for something from outside."""
 
 
 def paused_text(reason: str | None, step: int) -> str:
@@ -50,7 +51,8 @@ class Tabs(Panel):
         state = self.state
         right: list[Piece] = []
         if state.name:
-            right = [(f"{state.name}  ", "strong"), *state_pieces(state.head.state), (" ", "")]
+            shown = "waiting" if state.waiting else state.head.state
+            right = [(f"{state.name}  ", "strong"), *state_pieces(shown), (" ", "")]
         if self.note:
             right = [(f"{self.note}  ", "warn"), *right]
         self._room = width - row_width(right)
@@ -139,7 +141,7 @@ class StatusLine(Panel):
             facts.append((f"{memory:.1f}", "GB"))
         beta = state.setting("beta")
         if beta is not None and not state.starting:
-            facts.append((f"{beta:.4g}", "beta"))
+            facts.append((fmt.number(beta, 4), "beta"))
         if state.head.deadline is not None:
             facts.append((f"saves before {fmt.time_of_day(state.head.deadline)}", ""))
         if len(state.head.attempts) > 1:

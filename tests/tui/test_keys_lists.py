@@ -11,6 +11,7 @@ from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.dialogs.base import ChoiceDialog, Dialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.form import FormDialog
+from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
 from rlhf_tui.widgets.table import Table
@@ -49,7 +50,7 @@ def ran(monkeypatch):
 
     def run(_starter, arguments):
         found.append(arguments)
-        return "", ""
+        return CommandResult()
 
     monkeypatch.setattr(EngineStarter, "run_cli", run)
     return found

@@ -44,7 +44,7 @@ class SteeringPanel(Panel):
         """The most important lines first. A pending command always has a line."""
         state = self.state
         top = heading("Steering", self._keys(width), width)
-        if not state.head.settings:
+        if not state.head.settings and not state.starting:
             status = "settings not known yet" if state.known else "reading …"
             return [top, [(f" {status}", "dim")]]
         commands = [self._command(c, width) for c in self._recent()]
@@ -106,7 +106,7 @@ class SteeringPanel(Panel):
                 msgspec.structs.replace(now, controller="adaptive"), kl, self.state.batch_size
             )
             text = " adaptive: " if width < 50 else " unchanged; adaptive would give "
-            text += f"{adaptive:.4g}"
+            text += fmt.number(adaptive, 4)
             return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (text, "dim")]
         new = next_beta(now, kl, self.state.batch_size)
         change = new / now.beta - 1 if now.beta else 0.0
