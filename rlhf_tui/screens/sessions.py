@@ -135,8 +135,10 @@ class SessionsScreen(SessionScreen):
             [],
             [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
             [(" N ", "key"), ("starts a run from a configuration file", "")],
-            [(" or from a shell: ", "dim"), (command("demo"), "key"), ("  or  ", "dim"),
-             (command("run", "CONFIG"), "key")],
+            [],
+            [(" or from a shell:", "dim")],
+            [(f" {command('demo')}", "key")],
+            [(f" {command('run', 'CONFIG')}", "key")],
         ]  # fmt: skip
         table = self._table
         first, self._listed = not self._listed, True

@@ -225,7 +225,9 @@ class _Timeline:
             case StateEvent(state=state, text=text) if state in ENDED_STATES:
                 self._ended = True
                 if state != "failed" or not self._error:  # an error has an entry already
-                    found = _marker(event, "end", f"{state}: {text}" if text else state)
+                    said = text.startswith(state)  # "stopped at once, nothing was saved"
+                    words = [text] if said else [state, text]
+                    found = _marker(event, "end", ": ".join(filter(None, words)))
             case CommandEvent(id=command_id):
                 command = self._commands.pop(command_id, event.command)
                 if command is not None:

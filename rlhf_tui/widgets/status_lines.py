@@ -82,6 +82,9 @@ class StatusLine(Panel):
     """Step, time left, speed and memory; or the problem that keeps them from being read."""
 
     read_only = False
+    resume_key = ""
+    """The key that resumes the run, of which the command has no room: `r`, `r on 2 Dashboard`.
+    Empty if none does."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
@@ -103,25 +106,33 @@ class StatusLine(Panel):
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self, width: int) -> Piece | None:
-        """Why the run does not continue, with what resumes it where it fits."""
-        head, words = self.state.head, ("resume", self.state.name)
-        resume = self.state.command(*words)
+        """Why the run does not continue, with what resumes it: the command, or the key."""
+        head = self.state.head
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:
-            longer = self.state.command(*words, "-o", f"train.steps={2 * head.step}")
-            return f"extend: {longer}", "dim"
-        stopped = f"{first}; resume: {resume}" if first else f"resume: {resume}"
+            return self._with_resume(
+                "", width, "extend", "-o", f"train.steps={2 * head.step}"
+            ), "dim"
+        stopped = self._with_resume(first, width)
         waiting: Piece | None = None
         if self.state.live and not self.state.connected:
             refused = self.state.refused
             waiting = (refused, "warn") if refused else ("connecting to the engine …", "dim")
         return {
-            "crashed": (f"engine died; resume: {resume}", "bad"),
+            "crashed": (self._with_resume("engine died", width), "bad"),
             "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
             "finished": (stopped, "dim"),
             "stopped": (stopped, "dim"),
             "paused": (self._paused(width), "warn"),
         }.get(head.state, waiting)
+
+    def _with_resume(self, reason: str, width: int, verb: str = "resume", *options: str) -> str:
+        """The reason and the command that resumes the run; if it does not fit, the key."""
+        before = f"{reason}; " if reason else ""
+        text = f"{before}{verb}: {self.state.command('resume', self.state.name, *options)}"
+        if not self.resume_key or len(text) + 2 <= width:
+            return text
+        return f"{before}{verb} with {self.resume_key}"
 
     def _paused(self, width: int) -> str:
         text = paused_text(self.state.pause_reason(), self.state.head.step)

@@ -39,6 +39,21 @@ def test_a_run_that_waits_does_not_say_that_it_runs():
     assert "⧗ waiting" in text(Tabs(state, "dashboard", tuple(MODES)))
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"state": "crashed", "pid": None}, "engine died; resume with r"),
+        ({"state": "finished", "pid": None, "step": 100}, "extend with r"),
+    ],
+)
+def test_a_key_takes_the_place_of_a_command_that_does_not_fit(given, words):
+    line = StatusLine(make_state(**given))
+    assert "rlhf-tui resume run" in text(line, 44)  # no key resumes here
+    line.resume_key = "r"
+    assert text(line, 44).rstrip().endswith(words)
+    assert "rlhf-tui resume run" in text(line, 100)
+
+
 def test_time_left_is_reckoned_from_the_last_steps():
     assert "8m20s left" in text(StatusLine(make_state()))
 

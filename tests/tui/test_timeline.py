@@ -183,6 +183,15 @@ def test_an_engine_that_stopped_did_not_die():
     assert told == ["started", "stopped", "resumed from step 30"]
 
 
+def test_the_reason_of_an_end_that_names_the_state_stands_alone():
+    state = make_state()
+    ends = [(1, 30, StateEvent(state="stopped", text="stopped at once, nothing was saved")),
+            (1, 30, StateEvent(state="failed", text="out of memory"))]  # fmt: skip
+    state.take(SessionUpdate(events=events(*ends)))
+    told = [m.text for m in state.timeline()]
+    assert told == ["stopped at once, nothing was saved", "failed: out of memory"]
+
+
 def test_a_fork_does_not_tell_its_parent_s_end_as_a_death():
     state = make_state(attempts=attempts(0, 20))
     first, second = events((1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20)))
