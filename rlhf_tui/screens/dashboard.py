@@ -8,7 +8,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 from textual.widget import Widget
 
-from engine.metrics import title_of
+from engine.metrics import describe, title_of
+from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts.overlaying import OverlaysRead, RunOverlays
 from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
@@ -330,7 +331,7 @@ class DashboardScreen(SessionScreen):
     def _newest(self, name: str) -> str:
         state = self.context.state
         value = state.shape(name).last
-        return "" if value is None else f"{value:.4g}"
+        return "" if value is None else fmt.number(value, describe(name).digits)
 
     def action_others(self) -> None:
         """Asks which sessions' curves are overlaid."""
