@@ -154,6 +154,13 @@ def browser(make_app, monkeypatch, running, until):
     return open_browser
 
 
+async def test_nothing_of_the_line_below_is_left_beside_a_notice(browser, until):
+    async with browser() as (app, pilot):
+        app.say("read-only", "warning")
+        await until(pilot, lambda: notices(app))
+        assert app.screen.query_one("Toast").region.right == app.size.width
+
+
 async def test_enter_opens_a_session(browser, until):
     async with browser() as (app, pilot):
         await pilot.press("enter")

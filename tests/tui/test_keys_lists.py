@@ -56,6 +56,19 @@ def ran(monkeypatch):
     return found
 
 
+async def test_a_narrow_terminal_has_the_numbers_of_checkpoints_and_which_is_the_last(
+    make_app, running, until
+):
+    app = make_app()
+    async with running(app, (60, 18)) as pilot:
+        await pilot.press("4")
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() == 4)
+        first = table.text().splitlines()[1]
+        assert first.split()[0] == "200"
+        assert "7.50 last" in first
+
+
 async def cancel_roll_back(app, pilot, until):
     """Asks for a roll back to the second checkpoint, and cancels by the button with the focus."""
     await pilot.press("j", "r")
