@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported when a form is opened
     from rlhf_tui.dialogs.form import Values
 
 APPEARS = 10.0
-"""Seconds within which the folder of a new session exists."""
+"""Seconds within which the engine of a new session lives."""
 POLL_INTERVAL = 0.3
 OURS = "rlhf-tui: "
 """Begins each line that the command line itself writes to its error output."""

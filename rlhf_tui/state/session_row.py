@@ -126,10 +126,10 @@ def session_row(session: Session, record: JournalReader) -> SessionRow:
     started = attempts[-1].started if attempts else None
     # What an engine takes from a checkpoint is known once it is loaded; meanwhile the journal has
     # the settings of the attempt before, or none.
-    later = bool(attempts) and attempts[-1].from_step > 0
-    settings = {} if later and state == "starting" else meta.settings or {}
+    from_checkpoint = bool(attempts) and attempts[-1].from_step > 0
+    settings = {} if from_checkpoint and state == "starting" else meta.settings or {}
     beta = settings.get("beta")
-    if beta is None and not later:
+    if beta is None and not from_checkpoint:
         beta = session.config().kl.beta  # YAML is slow
     return SessionRow(
         name=session.name,

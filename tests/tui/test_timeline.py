@@ -111,6 +111,7 @@ def test_of_many_checkpoints_the_first_and_the_newest_are_named():
     panel = timeline_of(*saved(*range(10, 1000, 10)))
     assert text(panel, 39, 2).endswith("990 ▲ checkpoints at 10, … 980, 990")
     assert text(panel, 20, 2).endswith("990 ▲ checkpoints at 10, … 990")
+    assert text(timeline_of(*saved(10, 20)), 20, 2).endswith("checkpoints at 10, 20")
 
 
 def test_where_the_numbers_of_a_checkpoint_do_not_fit_none_is_cut():

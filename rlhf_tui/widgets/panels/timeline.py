@@ -160,6 +160,6 @@ def checkpoints_text(markers: list[Marker], room: int) -> str:
             text = text.rpartition(", ")[0]
         return text
     texts = [f"checkpoints at {', '.join(steps)}"] if len(steps) <= MOST_STEPS else []
-    newest = (", ".join(steps[-n:]) for n in range(min(len(steps) - 1, MOST_STEPS), 0, -1))
+    newest = (", ".join(steps[-n:]) for n in range(min(len(steps) - 2, MOST_STEPS), 0, -1))
     texts += [f"checkpoints at {steps[0]}, … {some}" for some in newest]
     return next((text for text in texts if len(text) <= room), texts[-1])
