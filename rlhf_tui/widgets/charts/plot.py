@@ -361,7 +361,10 @@ def _labelled(scale: Scale, rows: int) -> list[float]:
         count = 3 if rows < 10 else 5
         return [scale.value(i / (count - 1)) for i in range(count)]
     cells = round((scale.high - scale.low) / scale.grid)
-    stride = 1 if rows >= 2 * cells else 2
+    # At least two rows from one label to the next: of less, some would be even and some not.
+    stride = 1 if rows > 2 * cells else 2
+    if stride == 2 and (cells == 3 or rows <= cells):
+        return [scale.low, scale.high]
     return [scale.low + i * scale.grid for i in range(0, cells + 1, stride)]
 
 
