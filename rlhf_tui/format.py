@@ -1,57 +1,13 @@
 """Formatting of numbers, durations, tables and commands for people."""
 
 import math
-import os
-import shlex
-import shutil
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-PROGRAM, SESSIONS = "rlhf-tui", "RLHF_TUI_SESSIONS"
-"""The name of the program, and the variable with the folder of sessions that its user has set."""
+from engine.session import command_line
 
-
-def command(*words: str, root: Path | None = None) -> str:
-    """A command of rlhf-tui as it can be typed here: `.venv/bin/rlhf-tui ls` if not on PATH.
-
-    Args:
-        words: the command and its arguments.
-        root: the folder of sessions that it is about: added as `--sessions` if the command would
-            look in another one. None if it is about none, or is to be typed on another machine.
-    """
-    where = [] if root is None else _sessions_option(root)
-    return shlex.join([PROGRAM if shutil.which(PROGRAM) else _called(), *words, *where])
-
-
-def _called() -> str:
-    """The program as it was called; if another one was, such as that of `--headless`, its path."""
-    if Path(sys.argv[0]).name == PROGRAM:
-        return sys.argv[0]
-    installed = Path(sys.executable).with_name(PROGRAM)
-    if not installed.is_file():
-        return PROGRAM
-    path = _from_here(installed)
-    return path if os.sep in path else f"./{path}"
-
-
-def _sessions_option(root: Path) -> list[str]:
-    try:
-        if root.resolve() == Path(os.environ.get(SESSIONS) or "sessions").resolve():
-            return []
-    except OSError:  # the current folder is gone
-        return ["--sessions", str(root)]
-    return ["--sessions", _from_here(root.resolve())]
-
-
-def _from_here(path: Path) -> str:
-    """An absolute path as it is typed in the current folder."""
-    try:
-        below = path.relative_to(Path.cwd())
-    except (ValueError, OSError):
-        return str(path)
-    return str(below)
+command = command_line.command
+"""A command of rlhf-tui as it can be typed here; the engine's messages have it, too."""
 
 
 def duration(seconds: float) -> str:
@@ -93,7 +49,11 @@ def number(value: float | None, digits: int = 3) -> str:
         text = f"{value:.{min(digits, 4 - exponent)}f}"
     else:
         text = f"{value:,.0f}"
-    return text if exponent >= -3 and len(text) <= NUMBER_WIDTH else _scientific(value, digits)
+    if exponent >= -3 and len(text) <= NUMBER_WIDTH:
+        return text
+    # With as many digits as fit, at most three.
+    texts = [scientific(value, decimals) for decimals in range(min(digits, 2), -1, -1)]
+    return next((text for text in texts if len(text) <= NUMBER_WIDTH), texts[-1])
 
 
 def with_interval(value: float | None, interval: float | None, digits: int = 2) -> str:
@@ -102,14 +62,10 @@ def with_interval(value: float | None, interval: float | None, digits: int = 2) 
     return text if interval is None else f"{text} ± {number(interval, digits)}"
 
 
-def _scientific(value: float, digits: int) -> str:
-    """With as many digits as fit, at most three: `1.12e-4`, `-1.1e-4`, `1.2e-10`."""
-    for decimals in range(min(digits, 2), -1, -1):
-        mantissa, _, exponent = f"{value:.{decimals}e}".partition("e")
-        text = f"{mantissa}e{int(exponent)}"
-        if len(text) <= NUMBER_WIDTH:
-            break
-    return text
+def scientific(value: float, decimals: int) -> str:
+    """A finite value with a short exponent: `1.12e-4`, `1.2e10`."""
+    mantissa, _, exponent = f"{value:.{decimals}e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def value_text(value: Any) -> str:
@@ -118,7 +74,10 @@ def value_text(value: Any) -> str:
         return "off"
     if isinstance(value, float):
         text = f"{value:.4g}"
-        return f"{value:.0f}" if "e+" in text and abs(value) < WRITTEN_OUT else text
+        if "e+" in text and abs(value) < WRITTEN_OUT:
+            return f"{value:.0f}"
+        mantissa, sign, exponent = text.partition("e")
+        return f"{mantissa}e{int(exponent)}" if sign else text
     if isinstance(value, list):
         return f"[{', '.join(map(value_text, value))}]"
     if isinstance(value, dict):  # a key without a value is one that was not given

@@ -57,7 +57,7 @@ def last_reply(
             if not live:
                 raise LinkError(
                     f"the engine of '{session.name}' has ended, and its journal does not say "
-                    f"whether the command was carried out; see: rlhf-tui status {session.name}"
+                    f"whether the command was carried out; see: {session.command('status')}"
                 )
             if time.monotonic() > deadline:
                 raise TimeoutError

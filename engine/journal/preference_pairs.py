@@ -87,7 +87,7 @@ def _pair(
 def _no_pairs(session: Session, judged: list[JudgedResponse]) -> str:
     state = "judgements but no pair of responses to one prompt" if judged else "no preferences yet"
     return (
-        f"session '{session.name}' has {state}: on screen 3 of rlhf-tui attach {session.name}, "
+        f"session '{session.name}' has {state}: on screen 3 of {session.command('attach')}, "
         "compare a response with another one (d) and choose the better one (y, o), or label "
         "responses to one prompt good (+) and bad (-)"
     )

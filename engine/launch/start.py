@@ -335,7 +335,7 @@ def _check_history(session: Session) -> None:
         raise UserInputError(
             f"session '{session.name}' has checkpoints (of steps {', '.join(map(str, steps))}) but "
             f"its journal {session.journal_file} {problem}; restore that file, or continue without "
-            f"the history: rlhf-tui resume {session.name} --from {steps[-1]}"
+            f"the history: {session.command('resume', '--from', str(steps[-1]))}"
         )
 
 

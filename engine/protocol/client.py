@@ -70,7 +70,7 @@ class Client:
         if engine is None:
             raise NoSuchSessionError(
                 f"session '{session.name}' has no live engine; start one with: "
-                f"rlhf-tui resume {session.name}"
+                f"{session.command('resume')}"
             )
         if engine.host != socket.gethostname():
             raise NoSuchSessionError(

@@ -22,6 +22,7 @@ from engine.errors import (
     SessionNameError,
 )
 from engine.session import access, lock
+from engine.session.command_line import command
 from engine.session.position import Position
 
 if TYPE_CHECKING:
@@ -171,8 +172,12 @@ class Session:
             holder = f"pid {engine.pid} on {engine.host}" if engine else "another process"
             raise SessionLockedError(
                 f"session '{self.name}' already has an engine ({holder}); "
-                f"see: rlhf-tui status {self.name}"
+                f"see: {self.command('status')}"
             ) from None
+
+    def command(self, verb: str, *words: str) -> str:
+        """A command on this session as it can be typed here."""
+        return command(verb, self.name, *words, root=self.folder.parent)
 
     def check_owner(self, *, allow_root: bool = False) -> None:
         """Checks that the session belongs to this user, see :func:`access.check_owner`.
@@ -245,7 +250,7 @@ def create(root: Path, name: str, config: "RunConfig") -> Session:
                 f"cannot create a folder of sessions at {root}: it is a file"
             ) from None
         raise SessionNameError(
-            f"session '{name}' exists in {root}: resume it with rlhf-tui resume {name}, "
+            f"session '{name}' exists in {root}: resume it with {session.command('resume')}, "
             "or choose another --name"
         ) from None
     except OSError as error:
@@ -282,7 +287,8 @@ def find(root: Path, name: str, elsewhere: Iterable["Session"] = ()) -> Session:
         for other in elsewhere:
             if other.name == name:
                 return other
-        raise NoSuchSessionError(f"no session '{name}' in {root}; list sessions with: rlhf-tui ls")
+        listed = command("ls", root=root)
+        raise NoSuchSessionError(f"no session '{name}' in {root}; list sessions with: {listed}")
     return session
 
 

@@ -78,7 +78,7 @@ class Attempt:
         """Whether a rank reported a failure other than the loss of another rank."""
         return self.failure is not None and not self.failure.echo
 
-    def cause(self, status: int, launch: LaunchConfig, name: str) -> Failed:
+    def cause(self, status: int, launch: LaunchConfig, logs: str) -> Failed:
         """The reason of an irregular end.
 
         A rank's own report takes precedence over what the other ranks noticed of its end.
@@ -86,7 +86,7 @@ class Attempt:
         Args:
             status: exit status of the process that was started.
             launch: how the ranks were started.
-            name: the session's name, for the message.
+            logs: the command that shows the log, for the message.
         """
         failure = self.failure
         if failure is not None and not failure.echo:
@@ -98,7 +98,7 @@ class Attempt:
             text += f": rlhf-tui join {launch.rendezvous}"
             return msgspec.structs.replace(failure, text=text)
         rank = self.lost[0] if self.lost else 0
-        text = f"rank {rank} {describe_exit(status)}; see rlhf-tui logs {name}"
+        text = f"rank {rank} {describe_exit(status)}; see {logs}"
         return Failed(rank=rank, text=text)
 
 

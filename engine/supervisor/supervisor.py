@@ -264,7 +264,7 @@ class Supervisor:
             return code
         if attempt.ended is not None:
             return self._end_regularly(attempt.ended.reason)
-        failure = attempt.cause(status, launch, self._session.name)
+        failure = attempt.cause(status, launch, self._session.command("logs"))
         earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
         if earlier is not None and not state.stop_now:
             text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
@@ -377,7 +377,7 @@ class Supervisor:
         if attempt.failed_by_itself:
             self.ranks.kill()
         elif attempt.lost:
-            text = f"rank {attempt.lost[0]} has ended; see rlhf-tui logs {self._session.name}"
+            text = f"rank {attempt.lost[0]} has ended; see {self._session.command('logs')}"
             self._fail(text, attempt.lost[0])
         else:
             self._fail(f"rank {rank} has been silent for {seconds:.0f} s", rank)

@@ -46,8 +46,8 @@ def check_checkpoints(session: Session, reader: JournalReader) -> Iterator[Findi
             "checkpoints",
             f"the journal lacks the checkpoints of steps {listed(unknown)}: its newest rows are "
             "lost, or the folders were copied here",
-            f"restore journal.db, or continue from one with rlhf-tui resume {session.name} --from "
-            "STEP",
+            "restore journal.db, or continue from one with "
+            + session.command("resume", "--from", "STEP"),
         )
 
 

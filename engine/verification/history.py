@@ -56,14 +56,14 @@ def check_steps(database: ReadOnlyDatabase, attempts: list[AttemptRow]) -> Itera
 
 
 def check_commands(
-    database: ReadOnlyDatabase, reader: JournalReader, name: str, state: str | None
+    database: ReadOnlyDatabase, reader: JournalReader, resume: str, state: str | None
 ) -> Iterator[Finding]:
     """Checks that each command has its event, and an effect or a reason for its rejection.
 
     Args:
         database: the journal.
         reader: of the same session.
-        name: of the session, for advice.
+        resume: the command that resumes the session, for advice.
         state: of the session, read before the commands; None if an engine may carry them out.
     """
     commands = reader.commands()
@@ -94,12 +94,12 @@ def check_commands(
     waiting = [c.id for c in commands if c.status in UNFINISHED]
     if waiting and state == "crashed":
         text = f"commands were not carried out before the engine died: {listed(waiting)}"
-        yield note("commands", text, f"rlhf-tui resume {name} rejects them; then send them again")
+        yield note("commands", text, f"{resume} rejects them; then send them again")
     elif waiting and state in ENDED_STATES:
         text = (
             f"the run has ended, and commands were neither applied nor rejected: {listed(waiting)}"
         )
-        yield problem("commands", text, f"rlhf-tui resume {name} rejects them")
+        yield problem("commands", text, f"{resume} rejects them")
 
 
 def _is_numbered(database: ReadOnlyDatabase) -> bool:

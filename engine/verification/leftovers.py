@@ -43,7 +43,7 @@ def check_leftovers(session: Session, *, live: bool) -> Iterator[Finding]:
         yield note("leftovers", text, "the next engine replaces or removes them; they do no harm")
     if session.engine_file.exists():
         text = "engine.json is left: the engine was killed"
-        yield note("leftovers", text, f"rlhf-tui resume {session.name}")
+        yield note("leftovers", text, session.command("resume"))
     pids = _outliving(session)
     if pids:
         yield problem(

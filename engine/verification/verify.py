@@ -79,7 +79,7 @@ def _check_contents(session: Session) -> Iterator[Finding]:
         state = None if session.is_live() else reader.state()
         with samples.snapshot(), journal.snapshot():
             yield from check_steps(journal, reader.attempts())
-            yield from check_commands(journal, reader, session.name, state)
+            yield from check_commands(journal, reader, session.command("resume"), state)
             yield from check_settings(session, journal, reader)
             yield from check_samples(journal, samples, ended=state in ENDED_STATES)
         yield from check_labels(session, samples)
@@ -98,7 +98,7 @@ def _check_without_journal(session: Session) -> Iterator[Finding]:
         yield problem(
             "files",
             f"journal.db is missing; there are checkpoints of steps {listed(steps)}",
-            f"restore it, or: rlhf-tui resume {session.name} --from {steps[-1]}",
+            f"restore it, or: {session.command('resume', '--from', str(steps[-1]))}",
         )
 
 

@@ -333,7 +333,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     async def action_go(self, mode: str) -> None:
         """Shows another screen."""
         if mode != "sessions" and self.session is None:
-            self.say("open a session first: press enter")
+            self.say("open a session first: enter opens one, n starts a demo")
             return
         await self.switch_mode(mode)
 

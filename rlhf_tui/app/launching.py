@@ -15,15 +15,17 @@ from engine.errors import RlhfError
 from engine.session.folder import all_sessions, find
 from rlhf_tui.app.following import SessionFollower
 from rlhf_tui.screens.context import Say
-from rlhf_tui.state.messages import EngineStarted
+from rlhf_tui.state.messages import CommandResult, EngineStarted
 
 if TYPE_CHECKING:  # imported when a form is opened
     from rlhf_tui.app.forms.start import StartForm
     from rlhf_tui.dialogs.form import Values
 
 APPEARS = 10.0
-"""Seconds within which the folder of a new session exists."""
+"""Seconds within which the engine of a new session lives."""
 POLL_INTERVAL = 0.3
+OURS = "rlhf-tui: "
+"""Begins each line that the command line itself writes to its error output."""
 
 
 class EngineStarter:
@@ -113,10 +115,10 @@ class EngineStarter:
         self._say(f"starting: rlhf-tui {' '.join(arguments)}")
 
         def start() -> None:
-            problem, last_line = self.run_cli([*arguments, "--detach"])
+            result = self.run_cli([*arguments, "--detach"])
             new = {s.name for s in all_sessions(self._root)} - before
             started = name or next(iter(sorted(new)), "")
-            self._app.post_message(EngineStarted(started, problem, last_line))
+            self._app.post_message(EngineStarted(started, result))
 
         threading.Thread(target=start, daemon=True, name="start").start()
         # The dashboard is useful while the models are still loading.
@@ -126,20 +128,24 @@ class EngineStarter:
             self._open_when_created(before, self._now() + APPEARS)
 
     def _open_when_created(self, before: set[str], deadline: float) -> None:
-        new = sorted({s.name for s in all_sessions(self._root)} - before)
-        if new:
-            self._open_session(new[0])
+        # Until its engine runs, a new session looks as if its engine had died.
+        new = (s for s in all_sessions(self._root) if s.name not in before and s.is_live())
+        if (session := next(new, None)) is not None:
+            self._open_session(session.name)
         elif self._now() < deadline:
             self._app.set_timer(POLL_INTERVAL, lambda: self._open_when_created(before, deadline))
 
     def started(self, message: EngineStarted) -> None:
-        """Shows the result of a start; on the sessions screen, opens the session."""
-        if message.problem:
-            self._say(message.problem, "error")
+        """Shows what a start said; on the sessions screen, opens the session."""
+        result = message.result
+        for notice in result.notices:
+            self._say(notice, "warning")
+        if result.problem:
+            self._say(result.problem, "error")
             return
-        if not self._is_live(message.name) and message.last_line:
+        if not self._is_live(message.name) and result.last_line:
             # The run has nothing left to do. The last line of the command explains why.
-            self._say(message.last_line, "warning")
+            self._say(result.last_line, "warning")
         elif self._follower.state.name == message.name or self._app.current_mode != "sessions":
             self._say(f"'{message.name}' is running")
         elif message.name:
@@ -157,18 +163,14 @@ class EngineStarter:
             return
 
         def run() -> None:
-            problem, _ = self.run_cli(arguments)
-            severity: SeverityLevel = "error" if problem else "information"
-            self._app.call_later(self._say, problem or done, severity)
+            result = self.run_cli(arguments)
+            severity: SeverityLevel = "error" if result.problem else "information"
+            self._app.call_later(self._say, result.problem or done, severity)
 
         threading.Thread(target=run, daemon=True, name=arguments[0]).start()
 
-    def run_cli(self, arguments: list[str]) -> tuple[str, str]:
-        """Runs ``rlhf-tui`` and waits for its end. Call it in a thread.
-
-        Returns:
-            The last line of its error output, empty if it succeeded; the last line of its output.
-        """
+    def run_cli(self, arguments: list[str]) -> CommandResult:
+        """Runs ``rlhf-tui`` and waits for its end. Call it in a thread."""
         where = ["--sessions", str(self._root)]
         done = subprocess.run(  # noqa: S603 - ourselves
             [sys.executable, "-P", "-m", "rlhf_tui.cli", *arguments, *where],
@@ -176,7 +178,8 @@ class EngineStarter:
             check=False, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
         last_line = (done.stdout.strip().splitlines() or [""])[-1]
-        if done.returncode == 0:
-            return "", last_line
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return lines[-1].removeprefix("rlhf-tui: "), last_line
+        lines, problem = done.stderr.strip().splitlines(), ""
+        if done.returncode:
+            problem = lines.pop() if lines else f"exit code {done.returncode}"
+        notices = [line.removeprefix(OURS) for line in lines if line.startswith(OURS)]
+        return CommandResult(problem.removeprefix(OURS), last_line, notices)

@@ -11,7 +11,9 @@ from rlhf_tui.widgets.textual_internals import screens_of_current_mode
 NOTICE = 5.0
 """Seconds for which a notice replaces the line of keys."""
 SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
-"""Seconds for which a notice is shown in a box."""
+"""Seconds for which a notice is shown in a box at least."""
+READ_A_SECOND = 15.0
+"""Characters that are read in a second: a long notice is shown for longer."""
 
 
 def show_notice(app: App[None], text: str, severity: SeverityLevel) -> None:
@@ -27,4 +29,5 @@ def show_notice(app: App[None], text: str, severity: SeverityLevel) -> None:
     toasts = [toast for top in screens[-1:] for toast in top.query("Toast")]
     if sanitise(text) in [str(toast.render()) for toast in toasts]:
         return  # a key that is held down says it once
-    app.notify(sanitise(text), severity=severity, markup=False, timeout=SECONDS_SHOWN[severity])
+    timeout = max(SECONDS_SHOWN[severity], len(text) / READ_A_SECOND)
+    app.notify(sanitise(text), severity=severity, markup=False, timeout=timeout)

@@ -264,7 +264,7 @@ class Steering:
         if self._commands.read_only:
             return READ_ONLY
         if target is None:
-            return "no session is open: press 1 and open one"
+            return "no session selected; n starts a demo"
         if not target.live:
             return self._commands.no_engine(target)
         if target.state == "starting":

@@ -51,6 +51,8 @@ class SessionScreen(Screen[None]):
         if self.MODE != "sessions":
             status = StatusLine(context.state, id="status")
             status.read_only = not context.steers
+            if not context.read_only:
+                status.resume_key = "r" if self.MODE == "dashboard" else "r on 2 Dashboard"
             yield status
             if context.replaying:
                 yield ReplayLine(context.state, id="replay")

@@ -49,9 +49,9 @@ class CheckpointsScreen(SessionScreen):
         yield Table(
             [
                 Column("step", 7, right=True),
-                Column("attempt", 7, right=True),
+                Column("attempt", 7, right=True, least=66),
                 Column("saved", 19),
-                Column("size", 8, right=True),
+                Column("size", 8, right=True, least=74),
                 Column("score", 7, right=True),
                 Column("KL", 7, right=True),
                 Column("", 16, flexible=True),

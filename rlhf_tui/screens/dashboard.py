@@ -6,12 +6,15 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
+from textual.widget import Widget
 
-from engine.metrics import title_of
+from engine.metrics import describe, title_of
+from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts.overlaying import OverlaysRead, RunOverlays
 from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
 from rlhf_tui.state.viewport import WEIGHTS
+from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
@@ -92,6 +95,12 @@ class DashboardScreen(SessionScreen):
     def action_resume(self) -> None:
         """Asks for overrides, then resumes the run from its last checkpoint."""
         self.context.engines.ask_resume(self.context.state.name)
+
+    @property
+    def focus_chain(self) -> list[Widget]:
+        """What tab leads through: the charts are one panel, in which j and k lead on."""
+        chart = self.grid.current
+        return [w for w in super().focus_chain if w is chart or not isinstance(w, Chart)]
 
     @functools.cached_property
     def overlays(self) -> RunOverlays:
@@ -322,7 +331,7 @@ class DashboardScreen(SessionScreen):
     def _newest(self, name: str) -> str:
         state = self.context.state
         value = state.shape(name).last
-        return "" if value is None else f"{value:.4g}"
+        return "" if value is None else fmt.number(value, describe(name).digits)
 
     def action_others(self) -> None:
         """Asks which sessions' curves are overlaid."""

@@ -2,9 +2,11 @@
 
 import functools
 import re
+import threading
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -12,7 +14,7 @@ from textual.containers import Container
 from textual.worker import get_current_worker
 
 from engine.metrics import title_of
-from engine.session.folder import free_name
+from engine.session.folder import Session, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -29,6 +31,7 @@ from rlhf_tui.screens.parts.session_list import (
     short_path,
 )
 from rlhf_tui.state.messages import (
+    EnginesAsked,
     HeaderSelected,
     RowHighlighted,
     RowSelected,
@@ -38,6 +41,7 @@ from rlhf_tui.state.messages import (
 from rlhf_tui.state.session_row import (
     ListedSession,
     SessionRow,
+    awaited,
 )
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.lines import Lines, Row
@@ -45,6 +49,8 @@ from rlhf_tui.widgets.panels.preview import PreviewPanel
 
 READ_INTERVAL = 2.0
 """Seconds between two readings of the folder."""
+STILL = 10.0
+"""Seconds without a step from which on an engine is asked what it waits for."""
 
 
 class SessionsScreen(SessionScreen):
@@ -78,6 +84,9 @@ class SessionsScreen(SessionScreen):
         """The names of the marked sessions, in the order in which they were marked."""
         self._rows: dict[str, ListedSession] = {}
         self._listed = False
+        self._waits: dict[str, str] = {}
+        """What engines wait for, by the names of their sessions."""
+        self._asking = False
 
     @functools.cached_property
     def preview(self) -> HighlightedPreview:
@@ -118,14 +127,18 @@ class SessionsScreen(SessionScreen):
     def on_sessions_listed(self, message: SessionsListed) -> None:
         """Shows the rows."""
         self._rows = {s.row.name: s for s in message.rows}
+        self._ask_engines()
+        self._show_waits()
         command = self.context.state.command
         empty: list[Row] = [
             [(f" no sessions in {short_path(self.context.root)}", "dim")],
             [],
             [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
             [(" N ", "key"), ("starts a run from a configuration file", "")],
-            [(" or from a shell: ", "dim"), (command("demo"), "key"), ("  or  ", "dim"),
-             (command("run", "CONFIG"), "key")],
+            [],
+            [(" or from a shell:", "dim")],
+            [(f" {command('demo')}", "key")],
+            [(f" {command('run', 'CONFIG')}", "key")],
         ]  # fmt: skip
         table = self._table
         first, self._listed = not self._listed, True
@@ -140,6 +153,34 @@ class SessionsScreen(SessionScreen):
             if listed.row.name != self.context.state.name:  # the follower reads the open session
                 self.context.commands.run_read(SteeringTarget.of_row(listed.row))
         self.refresh_keys()
+
+    def _ask_engines(self) -> None:
+        """Asks the engines that take no steps what they wait for, in a thread."""
+        now = self.context.now()
+        rows = [s.row for s in self._rows.values() if s.row.pid and s.row.state != "paused"]
+        rows = [r for r in rows if r.updated is None or now - r.updated > STILL]
+        self._waits = {r.name: self._waits[r.name] for r in rows if r.name in self._waits}
+        if not rows or self._asking:
+            return
+        self._asking = True
+
+        def ask() -> None:
+            found = {row.name: awaited(Session(Path(row.folder))) for row in rows}
+            self.post_message(EnginesAsked({name: text for name, text in found.items() if text}))
+
+        threading.Thread(target=ask, daemon=True, name="ask").start()
+
+    def on_engines_asked(self, message: EnginesAsked) -> None:
+        """Shows what the engines wait for."""
+        self._asking, self._waits = False, message.waits
+        self._show_waits()
+        self._show_rows()
+        self._about()
+
+    def _show_waits(self) -> None:
+        for name, listed in self._rows.items():
+            row = msgspec.structs.replace(listed.row, waits_for=self._waits.get(name))
+            self._rows[name] = msgspec.structs.replace(listed, row=row)
 
     def _show_rows(self, empty: list[Row] | None = None) -> None:
         """Shows the rows in the order of the table; the cursor stays on its session."""

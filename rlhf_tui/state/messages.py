@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from msgspec import Struct
 from textual.message import Message
 
 from engine.protocol.client_messages import CommandReply
@@ -57,18 +58,32 @@ class SessionPreviewed(Message):
         self.preview = preview
 
 
+class CommandResult(Struct, frozen=True):
+    """What a command of the CLI said."""
+
+    problem: str = ""
+    """The last line of its error output; empty if it succeeded."""
+    last_line: str = ""
+    """Of its output."""
+    notices: list[str] = []
+    """The other lines of its error output that are its own, such as what a fork keeps."""
+
+
 class EngineStarted(Message):
-    """A command that starts an engine in the background has ended.
+    """A command that starts an engine in the background has ended."""
 
-    `problem` is the last line of its error output, empty if it succeeded; `last_line` that of its
-    output.
-    """
-
-    def __init__(self, name: str, problem: str, last_line: str) -> None:
+    def __init__(self, name: str, result: CommandResult) -> None:
         super().__init__()
         self.name = name
-        self.problem = problem
-        self.last_line = last_line
+        self.result = result
+
+
+class EnginesAsked(Message):
+    """Engines were asked what they wait for; `waits` has what, by the names of their sessions."""
+
+    def __init__(self, waits: dict[str, str]) -> None:
+        super().__init__()
+        self.waits = waits
 
 
 class RowSelected(Message):

@@ -36,6 +36,7 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int | None = None
     attempt: int = 0
     beta: float | None = None
+    """In force; None while an engine loads a checkpoint."""
     pid: int | None = None
     """Process id of its engine; None without an engine."""
     host: str | None = None
@@ -104,7 +105,7 @@ def read_session_row(session: Session, *, ask: bool = False) -> SessionRow:
             row = msgspec.structs.replace(row, best_checkpoint=best, size=session.size())
     if not ask or row.pid is None:
         return row
-    return msgspec.structs.replace(row, waits_for=_awaited(session))
+    return msgspec.structs.replace(row, waits_for=awaited(session))
 
 
 def _best_checkpoint(session: Session, record: JournalReader) -> int | None:
@@ -114,10 +115,11 @@ def _best_checkpoint(session: Session, record: JournalReader) -> int | None:
     return None
 
 
-def _awaited(session: Session) -> str | None:
+def awaited(session: Session) -> str | None:
     """What an engine waits for; None if nothing, or if it does not reply.
 
-    The journal cannot say it: the disk that has no room is the journal's.
+    The journal cannot say it: the disk that has no room is the journal's. An engine that hangs
+    takes :data:`REPLY_TIMEOUT`.
     """
     # Without a reply the row is still right; a command is what tells that an engine hangs.
     with contextlib.suppress(LinkError, SessionError, OSError):
@@ -137,9 +139,14 @@ def session_row(session: Session, record: JournalReader) -> SessionRow:
     held_out = read_held_out(record)
     engine = session.engine() if session.is_live() else None
     metrics = last.values if last is not None else {}
-    settings = meta.settings or {}
     started = attempts[-1].started if attempts else None
-    beta = settings["beta"] if "beta" in settings else session.config().kl.beta  # YAML is slow
+    # What an engine takes from a checkpoint is known once it is loaded; meanwhile the journal has
+    # the settings of the attempt before, or none.
+    from_checkpoint = bool(attempts) and attempts[-1].from_step > 0
+    settings = {} if from_checkpoint and state == "starting" else meta.settings or {}
+    beta = settings.get("beta")
+    if beta is None and not from_checkpoint:
+        beta = session.config().kl.beta  # YAML is slow
     return SessionRow(
         name=session.name,
         state=state,

@@ -239,6 +239,11 @@ class SessionState:
         return self.live and self.head.state == "starting"
 
     @property
+    def waiting(self) -> bool:
+        """Whether the engine waits for something from outside: room on the disk, a machine."""
+        return self.live and any(phase.waits_for for phase in self.phases)
+
+    @property
     def training(self) -> bool:
         """Whether the engine takes steps."""
         return self.live and self.head.state in ("running", "pausing", "stopping")

@@ -121,6 +121,22 @@ def timeline(
     return _Timeline(events, commands, attempts, reached).entries(crashed_at)
 
 
+def folded(markers: Iterable[Marker]) -> list[list[Marker]]:
+    """Puts checkpoints with nothing between them together, in the order of the markers.
+
+    Each other marker is alone, and those of an abandoned branch are apart from the others.
+    """
+    groups: list[list[Marker]] = []
+    for marker in markers:
+        last = groups[-1][-1] if groups else None
+        both = last is not None and last.kind == marker.kind == "checkpoint"
+        if last is not None and both and last.abandoned == marker.abandoned:
+            groups[-1].append(marker)
+        else:
+            groups.append([marker])
+    return groups
+
+
 class _Timeline:
     def __init__(
         self,
@@ -209,7 +225,9 @@ class _Timeline:
             case StateEvent(state=state, text=text) if state in ENDED_STATES:
                 self._ended = True
                 if state != "failed" or not self._error:  # an error has an entry already
-                    found = _marker(event, "end", f"{state}: {text}" if text else state)
+                    said = text.startswith(state)  # "stopped at once, nothing was saved"
+                    words = [text] if said else [state, text]
+                    found = _marker(event, "end", ": ".join(filter(None, words)))
             case CommandEvent(id=command_id):
                 command = self._commands.pop(command_id, event.command)
                 if command is not None:

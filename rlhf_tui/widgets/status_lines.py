@@ -11,13 +11,14 @@ STATE_MARKS = {
     "running": ("●", "good"),
     "pausing": ("◐", "warn"),
     "paused": ("‖", "warn"),
+    "waiting": ("⧗", "warn"),
     "stopping": ("◐", "warn"),
     "finished": ("✓", "good"),
     "stopped": ("■", "dim"),
     "failed": ("✗", "bad"),
     "crashed": ("✗", "bad"),
 }
-"""Mark and tone by state."""
+"""Mark and tone by state; `waiting` is one that waits for something from outside."""
 
 
 def paused_text(reason: str | None, step: int) -> str:
@@ -50,7 +51,8 @@ class Tabs(Panel):
         state = self.state
         right: list[Piece] = []
         if state.name:
-            right = [(f"{state.name}  ", "strong"), *state_pieces(state.head.state), (" ", "")]
+            shown = "waiting" if state.waiting else state.head.state
+            right = [(f"{state.name}  ", "strong"), *state_pieces(shown), (" ", "")]
         if self.note:
             right = [(f"{self.note}  ", "warn"), *right]
         self._room = width - row_width(right)
@@ -80,6 +82,9 @@ class StatusLine(Panel):
     """Step, time left, speed and memory; or the problem that keeps them from being read."""
 
     read_only = False
+    resume_key = ""
+    """The key that resumes the run, of which the command has no room: `r`, `r on 2 Dashboard`.
+    Empty if none does."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
@@ -101,25 +106,33 @@ class StatusLine(Panel):
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self, width: int) -> Piece | None:
-        """Why the run does not continue, with what resumes it where it fits."""
-        head, words = self.state.head, ("resume", self.state.name)
-        resume = self.state.command(*words)
+        """Why the run does not continue, with what resumes it: the command, or the key."""
+        head = self.state.head
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:
-            longer = self.state.command(*words, "-o", f"train.steps={2 * head.step}")
-            return f"extend: {longer}", "dim"
-        stopped = f"{first}; resume: {resume}" if first else f"resume: {resume}"
+            return self._with_resume(
+                "", width, "extend", "-o", f"train.steps={2 * head.step}"
+            ), "dim"
+        stopped = self._with_resume(first, width)
         waiting: Piece | None = None
         if self.state.live and not self.state.connected:
             refused = self.state.refused
             waiting = (refused, "warn") if refused else ("connecting to the engine …", "dim")
         return {
-            "crashed": (f"engine died; resume: {resume}", "bad"),
+            "crashed": (self._with_resume("engine died", width), "bad"),
             "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
             "finished": (stopped, "dim"),
             "stopped": (stopped, "dim"),
             "paused": (self._paused(width), "warn"),
         }.get(head.state, waiting)
+
+    def _with_resume(self, reason: str, width: int, verb: str = "resume", *options: str) -> str:
+        """The reason and the command that resumes the run; if it does not fit, the key."""
+        before = f"{reason}; " if reason else ""
+        text = f"{before}{verb}: {self.state.command('resume', self.state.name, *options)}"
+        if not self.resume_key or len(text) + 2 <= width:
+            return text
+        return f"{before}{verb} with {self.resume_key}"
 
     def _paused(self, width: int) -> str:
         text = paused_text(self.state.pause_reason(), self.state.head.step)
@@ -139,7 +152,7 @@ class StatusLine(Panel):
             facts.append((f"{memory:.1f}", "GB"))
         beta = state.setting("beta")
         if beta is not None and not state.starting:
-            facts.append((f"{beta:.4g}", "beta"))
+            facts.append((fmt.number(beta, 4), "beta"))
         if state.head.deadline is not None:
             facts.append((f"saves before {fmt.time_of_day(state.head.deadline)}", ""))
         if len(state.head.attempts) > 1:

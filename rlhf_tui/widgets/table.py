@@ -25,7 +25,6 @@ class Column:
         least: int = 0,
         share: int = 1,
         most: int = 0,
-        terminal: int = 0,
     ) -> None:
         """A column.
 
@@ -37,12 +36,11 @@ class Column:
             least: width of the table in cells below which the column is hidden.
             share: of a flexible column in the remaining width, relative to the others'.
             most: cells that a flexible column does not exceed; 0 for no limit.
-            terminal: width of the terminal in cells below which the column is hidden.
         """
         self.title, self.width = title, width
         self.right, self.flexible = right, flexible
         self.share, self.most = share, most
-        self.least, self.terminal = least, terminal
+        self.least = least
 
 
 class Table(ScrollList):
@@ -169,8 +167,7 @@ class Table(ScrollList):
 
     def _widths(self, width: int) -> list[tuple[Column, int]]:
         """The columns that are shown, with their cells."""
-        terminal = max(width, self.app.size.width)
-        shown = [c for c in self.columns if width >= c.least and terminal >= c.terminal]
+        shown = [c for c in self.columns if width >= c.least]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
         shares = sum(c.share for c in shown if c.flexible)
         found = []

@@ -350,6 +350,7 @@ def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
         assert [c.step for c in record.checkpoints()] == [2]
         assert [e.command.id for e in record.events() if e.kind == "command"] == ["early"]
         assert {s.step for s in record.samples.newest()} == {1, 2}
+        assert (record.meta().state, record.meta().total_steps) == ("starting", 0)
     # The source is as it was.
     assert scores(writer.session) == {1: 1.1, 2: 2.1, 3: 3.1}
 

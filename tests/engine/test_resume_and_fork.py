@@ -93,7 +93,9 @@ def without_journal(make_session, write_in):
 def test_a_resume_without_a_journal_does_not_start_over_from_step_0(without_journal, problem):
     if problem == "is empty":
         without_journal.journal_file.touch()
-    with pytest.raises(UserInputError, match=rf"journal\.db {problem};.*resume run --from 8$"):
+    # What is to be typed names the folder of sessions: it is not the default one.
+    typed = f"resume run --from 8 --sessions {without_journal.folder.parent}$"
+    with pytest.raises(UserInputError, match=rf"journal\.db {problem};.*{typed}"):
         resume(without_journal, from_step=None, reseed=False, overrides=[], who="me")
 
 

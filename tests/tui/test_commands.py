@@ -18,12 +18,14 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import NoSuchSessionError, SessionError
 from engine.journal.reader import JournalReader
+from engine.journal.writer import JournalWriter
 from engine.session.folder import create
 from rlhf_tui import identity
 from rlhf_tui.cli import COMMANDS, cli
 from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.steer import ctl
 from rlhf_tui.format import plural
+from rlhf_tui.state.session_row import read_session_row
 
 DEADLINE = 240.0
 
@@ -133,6 +135,19 @@ def test_ls_has_the_kl_of_the_last_step(root):
     header, row = CliRunner().invoke(cli, ["ls", *where]).output.splitlines()
     kl = json.loads(CliRunner().invoke(cli, ["status", "frozen", "--json", *where]).output)["kl"]
     assert row[header.index("KL") :].split()[0] == f"{kl:.2f}"
+
+
+def test_beta_is_not_known_while_a_checkpoint_is_loaded(session_maker, tmp_path):
+    session = session_maker(tmp_path / "sessions", "run", 3)
+    journal, lock = JournalWriter(session), session.acquire()
+    for from_step, known in ((0, True), (3, False)):
+        journal.begin_attempt(from_step, fresh=False)
+        journal.set_meta(state="starting")
+        assert (read_session_row(session).beta is not None) is known
+    journal.set_meta(state="running")
+    assert read_session_row(session).beta == 0.05
+    journal.close()
+    lock.release()
 
 
 def test_ls_marks_a_session_whose_configuration_is_cut_off(session_maker, tmp_path):

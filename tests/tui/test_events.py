@@ -102,7 +102,7 @@ async def test_a_click_selects_an_event_and_a_second_one_opens_it(alerts_app, ru
 async def test_the_timeline_is_moved_through_by_time_with_the_keys_of_a_list(make_app, running):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press(*["tab"] * 4)
+        await pilot.press("tab")
         assert app.screen.query_one(TimelinePanel).text().startswith("▸What happened")
         await pilot.press("j")
         newest = app.view.marker(app.state)
@@ -111,10 +111,20 @@ async def test_the_timeline_is_moved_through_by_time_with_the_keys_of_a_list(mak
         assert app.view.marker(app.state) == app.state.timeline()[0]
 
 
+async def test_enter_in_the_timeline_opens_the_newest_event_if_none_is_selected(
+    alerts_app, running, until
+):
+    app = alerts_app
+    async with running(app) as pilot:
+        await pilot.press("tab", "enter")
+        await until(pilot, lambda: isinstance(app.screen, EventDialog))
+        assert app.view.marker(app.state) == app.state.timeline()[-1]
+
+
 async def test_newer_events_are_counted_while_one_stays_selected(make_app, running):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press(*["tab"] * 4, "j")
+        await pilot.press("tab", "j")
         timeline, selected = app.screen.query_one(TimelinePanel), app.view.marker(app.state)
         assert "newer" not in timeline.text()
         notes = [

@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.journal.rows import SampleRow
 from rlhf_tui.format import NUMBER_WIDTH, command, number, value_text
+from rlhf_tui.screens.parts.sample_table import cells_of
+from rlhf_tui.widgets.charts.plot import axis_text
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,20 @@ def test_a_number_always_fits_its_column_and_is_near_the_value(value, digits):
     assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.5)
 
 
+@pytest.mark.parametrize(
+    ("kl", "shown"), [(12.34, "12.3"), (0.0012, "0.0012"), (3.56e-7, "3.56e-7")]
+)
+def test_the_list_of_responses_has_the_numbers_of_the_dashboard(kl, shown):
+    row = SampleRow(
+        step=1, index=0, attempt=1, prompt="", response="", score=1.0, kl=kl, length=3, ended=True
+    )
+    assert shown in [text for text, _ in cells_of(row)]
+
+
+def test_exponents_are_short_wherever_a_number_is_shown():
+    assert [number(1e-5), axis_text(1e-5, None), value_text(1e-5)] == ["1.00e-5", "1.0e-5", "1e-5"]
+
+
 def test_zero_has_no_sign():
     assert number(-0.0) == "0.000"
 
@@ -35,7 +52,7 @@ def test_zero_has_no_sign():
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (10000.0, "10000"), (1e-5, "1e-05"), (1e9, "1e+09"), (None, "off"),
+        (10000.0, "10000"), (1e-5, "1e-5"), (1e9, "1e9"), (None, "off"),
         ([{"name": "far", "above": 5.0, "below": None}], "[{name: far, above: 5}]"),
     ],
 )  # fmt: skip

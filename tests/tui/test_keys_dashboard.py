@@ -83,13 +83,18 @@ async def test_j_and_k_choose_a_chart(make_app, running):
             assert grid.current.has_focus
 
 
-async def test_tab_goes_from_chart_to_chart(make_app, running):
+async def test_tab_leaves_the_charts_and_returns_to_the_one_that_had_the_focus(make_app, running):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("tab")
-        assert app.screen.query_one(ChartGrid).charts[1].has_focus
-        await pilot.press("shift+tab")
-        assert app.screen.query_one(ChartGrid).charts[0].has_focus
+        charts = app.screen.query_one(ChartGrid).charts
+        for key in ("tab", "shift+tab"):
+            await pilot.press("j")
+            assert app.focused in charts
+            left = app.focused
+            await pilot.press(key)
+            assert app.focused not in charts
+            await pilot.press("tab" if key == "shift+tab" else "shift+tab")
+            assert app.focused is left
 
 
 async def test_plus_minus_comma_stop_and_zero_choose_the_window(make_app, running):

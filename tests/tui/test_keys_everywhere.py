@@ -12,6 +12,7 @@ from engine.session.folder import Session
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.dialogs.help import COLUMN, HelpDialog, help_groups, stacked
+from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.scroll_list import ScrollText
@@ -144,13 +145,20 @@ def browser(make_app, monkeypatch, running, until):
         app = make_app(None)
         app.ran = []
         monkeypatch.setattr(
-            app.engines, "run_cli", lambda arguments: app.ran.append(arguments) or ("", "")
+            app.engines, "run_cli", lambda arguments: app.ran.append(arguments) or CommandResult()
         )
         async with running(app) as pilot:
             await until(pilot, lambda: app.screen.query_one(Table).count() >= 1)
             yield app, pilot
 
     return open_browser
+
+
+async def test_nothing_of_the_line_below_is_left_beside_a_notice(browser, until):
+    async with browser() as (app, pilot):
+        app.say("read-only", "warning")
+        await until(pilot, lambda: notices(app))
+        assert app.screen.query_one("Toast").region.right == app.size.width
 
 
 async def test_enter_opens_a_session(browser, until):
@@ -175,10 +183,27 @@ async def test_sessions_are_started_and_deleted(browser, keys, words, until):
 async def test_a_resume_that_had_nothing_to_do_shows_its_own_message(browser, monkeypatch, until):
     async with browser() as (app, pilot):
         words = "session 'frozen' has finished its 200 steps"
-        monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ("", words))
+        result = CommandResult(last_line=words, notices=["kept from 'frozen': ppo.epochs 2"])
+        monkeypatch.setattr(app.engines, "run_cli", lambda arguments: result)
         app.engines.start(["resume", "frozen"], "frozen")
         await until(pilot, lambda: notices(app))
-        assert notices(app) == [words]
+        assert notices(app) == [*result.notices, words]
+
+
+def test_a_command_s_own_lines_are_told_apart_from_those_of_its_libraries(
+    make_app, tmp_path, monkeypatch
+):
+    program = tmp_path / "python"
+    program.write_text(
+        "#!/bin/sh\n{ echo 'rlhf-tui: one'; echo noise; echo 'rlhf-tui: two'; } >&2\n"
+        "echo first; echo last\nexit ${CODE:-0}\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    run = make_app(None).engines.run_cli
+    assert run([]) == CommandResult(last_line="last", notices=["one", "two"])
+    monkeypatch.setenv("CODE", "1")
+    assert run([]) == CommandResult(problem="two", last_line="last", notices=["one"])
 
 
 async def test_the_last_line_of_our_own_command_is_shown(make_app, tmp_path, running, until):

@@ -11,6 +11,7 @@ from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.dialogs.base import ChoiceDialog, Dialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.form import FormDialog
+from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
 from rlhf_tui.widgets.table import Table
@@ -49,10 +50,23 @@ def ran(monkeypatch):
 
     def run(_starter, arguments):
         found.append(arguments)
-        return "", ""
+        return CommandResult()
 
     monkeypatch.setattr(EngineStarter, "run_cli", run)
     return found
+
+
+async def test_a_narrow_terminal_has_the_numbers_of_checkpoints_and_which_is_the_last(
+    make_app, running, until
+):
+    app = make_app()
+    async with running(app, (60, 18)) as pilot:
+        await pilot.press("4")
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() == 4)
+        first = table.text().splitlines()[1]
+        assert first.split()[0] == "200"
+        assert "7.50 last" in first
 
 
 async def cancel_roll_back(app, pilot, until):

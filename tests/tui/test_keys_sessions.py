@@ -5,15 +5,16 @@ import contextlib
 import pytest
 from textual.events import Key
 
+from engine.journal.writer import JournalWriter
 from engine.protocol.commands import Note, Pause, SetBeta, Stop, Unpause
 from engine.session.folder import EngineInfo, Session
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
-from rlhf_tui.screens import base
+from rlhf_tui.screens import base, sessions
 from rlhf_tui.state import command_sender
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.table import Table
-from tests.tui.screen import notices
+from tests.tui.screen import cells, notices
 
 STEPS = 3
 
@@ -72,6 +73,21 @@ async def test_p_pauses_the_highlighted_run_and_not_the_open_one(
         assert app.session.name == "one"
         footer = app.screen.query_one(KeyFooter)
         await until(pilot, lambda: "two: pause: applied" in footer.text(), "the notice")
+
+
+async def test_a_run_that_takes_no_steps_says_what_it_waits_for(
+    two_runs, engine, monkeypatch, until
+):
+    monkeypatch.setattr(sessions, "awaited", lambda session: f"room for {session.name}")
+    async with two_runs() as (app, pilot):
+        for name in ("one", "two"):
+            with contextlib.closing(JournalWriter(Session(app.root / name))) as journal:
+                journal.set_meta(state="running")
+        app.screen.read_sessions()
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: "⧗" in cells(table, 0) and "⧗" in cells(table, 1))
+        assert "waiting" in cells(table, 0)
+        assert "waits for room for two" in app.screen.query_one("#about").text()
 
 
 async def test_a_pause_of_one_run_does_not_count_for_another(two_runs, engine, addressed, until):

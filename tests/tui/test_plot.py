@@ -1,5 +1,7 @@
 """A chart as characters and styles."""
 
+import itertools
+
 import pytest
 
 from rlhf_tui.state.series import Series
@@ -15,7 +17,7 @@ from rlhf_tui.widgets.charts.plot import (
     paint,
     scale_of,
 )
-from rlhf_tui.widgets.charts.raster import BRAILLE, decimate
+from rlhf_tui.widgets.charts.raster import BRAILLE, Scale, decimate
 
 RISE = Series([(s, s / 10) for s in range(1, 101)])
 
@@ -51,6 +53,16 @@ def test_labels_are_round_however_many_cells_the_scale_has():
     ]
     assert [text for _, text in labels(scale, 8)] == ["0.75", "1.25", "1.75"]
     assert [text for _, text in labels(scale, 4)] == ["0.75", "2.00"]
+
+
+@pytest.mark.parametrize("cells", [2, 3, 4, 5])
+@pytest.mark.parametrize("rows", range(5, 20))
+def test_labels_are_apart_by_about_as_many_rows(cells, rows):
+    scale = Scale(0.0, float(cells), grid=1.0)
+    at = [row for row, _ in labels(scale, rows)]
+    apart = [above - below for above, below in itertools.pairwise(at)]
+    assert min(apart) >= 2
+    assert max(apart) - min(apart) <= 1
 
 
 def test_labels_of_a_narrow_range_differ():

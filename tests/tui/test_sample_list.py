@@ -212,8 +212,8 @@ async def test_probes_are_found_again_with_their_prompts(samples, judged, until)
         assert not notices(app)
 
 
-async def test_the_prompt_has_a_column_from_100_columns_on(samples):
-    for width, there in ((99, False), (100, True)):
+async def test_the_prompt_has_a_column_only_where_much_of_it_can_be_read(samples):
+    for width, there in ((80, False), (120, False), (160, True)):
         async with samples(size=(width, 24)) as (app, _):
             header = app.screen.query_one(Table).text().splitlines()[0]
             assert ("prompt" in header) is there

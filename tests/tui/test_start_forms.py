@@ -1,6 +1,7 @@
 """The forms that start runs: overrides are checked while they are typed, and nothing is left."""
 
 import contextlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from textual.widgets import Input
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.forms.overrides import FormError, check_config_file, split_overrides
 from rlhf_tui.dialogs.form import FormDialog
+from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.completing_input import KeySuggester, completions
 from rlhf_tui.widgets.table import Table
 
@@ -23,7 +25,7 @@ def seat(session_maker, tmp_path, monkeypatch, running, until):
         app = RlhfApp(tmp_path / "sessions", name, now=lambda: 1_700_003_600.0, follow=False)
         app.ran = []
         monkeypatch.setattr(
-            app.engines, "run_cli", lambda arguments: app.ran.append(arguments) or ("", "")
+            app.engines, "run_cli", lambda arguments: app.ran.append(arguments) or CommandResult()
         )
         async with running(app, size) as pilot:
             if name is None:
@@ -52,6 +54,27 @@ async def test_r_on_the_dashboard_of_a_finished_run_resumes_it_with_other_settin
         await until(pilot, lambda: app.ran)
         options = ["-o", "train.steps=100", "-o", "kl.beta=0.3", "--detach"]
         assert app.ran == [["resume", "frozen", *options]]
+
+
+async def test_a_new_run_is_opened_once_its_engine_lives(
+    session_maker, tmp_path, monkeypatch, running, until
+):
+    root = tmp_path / "sessions"
+    session_maker(root, "one", 3)
+    app = RlhfApp(root, None, now=lambda: 1_700_003_600.0, follow=False)
+    ended = threading.Event()
+    monkeypatch.setattr(app.engines, "run_cli", lambda _words: CommandResult(str(ended.wait())))
+    async with running(app) as pilot:
+        table = app.screen.query_one(Table)
+        app.engines.start(["demo"], "")
+        new = session_maker(root, "new", 3)
+        await until(pilot, lambda: table.count() == 2)
+        assert app.current_mode == "sessions"
+        lock = new.acquire()
+        await until(pilot, lambda: app.current_mode == "dashboard")
+        assert app.state.name == "new"
+        lock.release()
+        ended.set()
 
 
 async def test_no_scrollbar_takes_the_only_line_of_a_field(seat, until):

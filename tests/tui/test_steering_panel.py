@@ -16,6 +16,17 @@ def restart_from(step):
     return msgspec.structs.replace(FIRST, attempt=2, from_step=step)
 
 
+def test_a_first_start_says_that_it_starts():
+    panel = SteeringPanel(make_state(state="starting", settings={}))
+    assert "starting …" in text(panel)
+
+
+def test_the_target_s_unit_is_left_out_where_it_has_no_room():
+    panel = SteeringPanel(make_state(settings=SETTINGS | {"target": 0.5}))
+    assert "target 0.5 nats" in text(panel, 42)
+    assert "target 0.5\n" in text(panel, 41)
+
+
 def test_the_next_beta_is_the_controller_s():
     # e = 6.6/6 - 1 = 0.1 and n/horizon = 0.1, so beta grows by 1 %.
     assert "0.0505   +1.0%" in text(SteeringPanel(make_state(kl=6.6)))

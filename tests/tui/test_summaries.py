@@ -6,6 +6,7 @@ import pytest
 
 from engine.config.settings import SettingChange
 from engine.journal.rows import AlertEvent, CheckpointEvent, EventRow, decode_payload
+from engine.protocol.rank_messages import WAIT_FOR, Phase
 from rlhf_tui.app.digest import digest
 from rlhf_tui.screens.modes import MODES
 from rlhf_tui.state.feeds.updates import SessionUpdate
@@ -30,6 +31,27 @@ from tests.tui.panels import command, make_state, text
 )
 def test_a_state_says_what_helps(given, words):
     assert words in text(StatusLine(make_state(**given)))
+
+
+def test_a_run_that_waits_does_not_say_that_it_runs():
+    state = make_state()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name=f"{WAIT_FOR}room on the disk")]))
+    assert "⧗ waiting" in text(Tabs(state, "dashboard", tuple(MODES)))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"state": "crashed", "pid": None}, "engine died; resume with r"),
+        ({"state": "finished", "pid": None, "step": 100}, "extend with r"),
+    ],
+)
+def test_a_key_takes_the_place_of_a_command_that_does_not_fit(given, words):
+    line = StatusLine(make_state(**given))
+    assert "rlhf-tui resume run" in text(line, 44)  # no key resumes here
+    line.resume_key = "r"
+    assert text(line, 44).rstrip().endswith(words)
+    assert "rlhf-tui resume run" in text(line, 100)
 
 
 def test_time_left_is_reckoned_from_the_last_steps():

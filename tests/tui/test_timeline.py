@@ -17,6 +17,8 @@ from engine.journal.rows import (
 )
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.timeline import short_condition
+from rlhf_tui.state.viewport import Viewport
+from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.status_lines import StatusLine
 from tests.tui.panels import command, make_state, text
 
@@ -86,6 +88,45 @@ def test_the_effect_of_the_newest_change_is_not_that_of_an_abandoned_one():
     assert "step 21" in rolled_back().beta_source()
 
 
+def saved(*steps):
+    return [(1, step, CheckpointEvent(score=1.25, kl=2.5)) for step in steps]
+
+
+def timeline_of(*given):
+    state = make_state()
+    state.take(SessionUpdate(events=events(*given)))
+    return TimelinePanel(state, Viewport())
+
+
+def test_checkpoints_with_nothing_between_them_are_one_entry():
+    note = (1, 30, NoteEvent(text="odd", who="ana"))
+    panel = timeline_of(*saved(10, 20, 30), note, *saved(40))
+    assert panel.count() == 3
+    shown = text(panel, 39)
+    assert "  30 ▲ checkpoints at 10, 20, 30" in shown
+    assert "  40 ▲ checkpoint, score 1.250, KL 2.50" in shown
+
+
+def test_of_many_checkpoints_the_first_and_the_newest_are_named():
+    panel = timeline_of(*saved(*range(10, 1000, 10)))
+    assert text(panel, 39, 2).endswith("990 ▲ checkpoints at 10, … 980, 990")
+    assert text(panel, 20, 2).endswith("990 ▲ checkpoints at 10, … 990")
+    assert text(timeline_of(*saved(10, 20)), 20, 2).endswith("checkpoints at 10, 20")
+
+
+def test_where_the_numbers_of_a_checkpoint_do_not_fit_none_is_cut():
+    assert text(timeline_of(*saved(10)), 38, 2).endswith("checkpoint, score 1.250")
+
+
+def test_checkpoints_of_an_abandoned_branch_are_an_entry_of_their_own():
+    state = make_state(attempts=attempts(0, 20))
+    state.take(SessionUpdate(events=events(*saved(10, 20, 30, 40))))
+    assert [[m.step for m in e] for e in TimelinePanel(state, Viewport()).entries()] == [
+        [30, 40],
+        [10, 20],
+    ]
+
+
 def test_an_engine_that_died_is_in_the_timeline_where_its_attempt_ended():
     state = make_state(attempts=attempts(0, 20))
     state.take(
@@ -141,6 +182,15 @@ def test_an_engine_that_stopped_did_not_die():
     )
     told = [m.text for m in state.timeline()]
     assert told == ["started", "stopped", "resumed from step 30"]
+
+
+def test_the_reason_of_an_end_that_names_the_state_stands_alone():
+    state = make_state()
+    ends = [(1, 30, StateEvent(state="stopped", text="stopped at once, nothing was saved")),
+            (1, 30, StateEvent(state="failed", text="out of memory"))]  # fmt: skip
+    state.take(SessionUpdate(events=events(*ends)))
+    told = [m.text for m in state.timeline()]
+    assert told == ["stopped at once, nothing was saved", "failed: out of memory"]
 
 
 def test_a_fork_does_not_show_its_parent_s_end_as_a_crash():

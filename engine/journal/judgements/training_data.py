@@ -100,7 +100,7 @@ def _check(found: Judgements, sessions: Sequence[Session]) -> None:
     names = ", ".join(session.name for session in sessions)
     good, other = found.good, len(found.labels) - found.good
     have = f"{names}: {len(found.preferences)} preferences, {good} labels good, {other} bad or hack"
-    how = f"judge more with J on screen 3 of rlhf-tui attach {sessions[0].name}"
+    how = f"judge more with J on screen 3 of {sessions[0].command('attach')}"
     if len(found) < LEAST:
         raise UserInputError(
             f"a reward model needs at least {LEAST} judgements and there are {len(found)} "

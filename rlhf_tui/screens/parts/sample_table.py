@@ -25,7 +25,7 @@ def samples_table() -> SamplesTable:
             Column("len", 4, right=True),
             Column("", 1),
             Column("", 2),
-            Column("prompt", 10, flexible=True, terminal=100),
+            Column("prompt", 10, flexible=True, least=90),
             Column("response", 10, flexible=True, share=2),
         ],
         id="samples",
@@ -49,8 +49,5 @@ def cells_of(row: SampleRow, shared: SharedText) -> list[Piece]:
 
 
 def _kl(value: float | None) -> str:
-    """In six cells; the KL of the first steps is near 0, or rounding noise such as 3.56e-07."""
-    size = abs(value or 0)
-    if 0 < size < 0.005:
-        return f"{value:.0e}"
-    return fmt.number(value, 2 if size < 0.1 else 1)
+    """One decimal is enough, except near 0, where the KL of the first steps is."""
+    return fmt.number(value, 2 if abs(value or 0) < 0.1 else 1)

@@ -1,6 +1,6 @@
 """The list of the sessions screen: its columns, its orders, and the lines about a session."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,15 +83,19 @@ class SessionColumns:
             found.setdefault(title, _by_setting(key))
         return found
 
-    def columns(self, sessions: Iterable[ListedSession]) -> list[Column]:
-        """The columns, wide enough for the settings of these sessions."""
+    def columns(self, sessions: Collection[ListedSession]) -> list[Column]:
+        """The columns, wide enough for the states, steps and settings of these sessions."""
         title = self.title
-        curve = Column(f"{title} curve"[:SPARK_WIDTH], SPARK_WIDTH, least=78)
+        # Numbers end where the curve begins.
+        curve = Column(f" {title} curve"[: SPARK_WIDTH + 1], SPARK_WIDTH + 1, least=78)
         value = Column(title, max(7, min(len(title) + 1, SPARK_WIDTH)), right=True)
         head = [Column("", 1), Column("name", 14, flexible=True)]
         if not self.with_settings:
+            states = max((len(s.row.state) for s in sessions), default=0)
+            # As wide as at the end of the run, so that no column moves meanwhile.
+            steps = max((len(_steps(s.row, s.row.total_steps)) for s in sessions), default=0)
             return [
-                *head, Column("state", 9), Column("step", 11, right=True),
+                *head, Column("state", max(states, 9)), Column("step", max(steps, 7), right=True),
                 Column("beta", 7, right=True), value,
                 Column("KL", 7, right=True, least=LEAST_WITH_KL), curve,
                 Column("active", 8, right=True),
@@ -108,18 +112,22 @@ class SessionColumns:
     def cells(self, listed: ListedSession, now: float, *, marked: bool) -> list[Piece]:
         """The cells of a row, in the order of the columns; `now` is the wall clock."""
         row = listed.row
-        mark, tone = STATE_MARKS.get(row.state, ("✗", "bad"))
+        state = "waiting" if row.waits_for else row.state
+        mark, tone = STATE_MARKS.get(state, ("✗", "bad"))
         head = [(mark, tone), (MARK * marked + row.name, "strong")]
         value = (fmt.number(listed.value, 3), "strong")
         if self.with_settings:
             settings = [(_setting(listed, key), "") for key in self._keys]
-            return [*head, (f"{row.step:,}", ""), value, (listed.spark, "s1"), *settings]
+            return [*head, (f"{row.step:,}", ""), value, (f" {listed.spark}", "s1"), *settings]
         age = fmt.duration(now - row.updated) if row.updated else "–"
-        steps = f"{row.step:,}/{row.total_steps:,}" if row.total_steps else "–"
         return [
-            *head, (row.state, tone), (steps, ""), (fmt.number(row.beta, 4), ""), value,
-            (fmt.number(row.kl, 2), ""), (listed.spark, "s1"), (age, "dim"),
+            *head, (state, tone), (_steps(row, row.step), ""), (fmt.number(row.beta, 4), ""), value,
+            (fmt.number(row.kl, 2), ""), (f" {listed.spark}", "s1"), (age, "dim"),
         ]  # fmt: skip
+
+
+def _steps(row: SessionRow, done: int | None) -> str:
+    return f"{done:,}/{row.total_steps:,}" if row.total_steps else "–"
 
 
 def _by_setting(key: str) -> Order:
@@ -183,7 +191,9 @@ def lines_about(row: SessionRow, width: int, resume: str) -> list[Row]:
         [(f" {short_path(row.folder)}", "dim")],
         [*facts, ("   checkpoints ", "dim"), (steps, "")],
     ]
-    if row.pause_reason:
+    if row.waits_for:
+        found.append([(f" waits for {row.waits_for}", "warn")])
+    elif row.pause_reason:
         found.append([(f" {paused_text(row.pause_reason, row.step)}", "warn")])
     elif row.message:
         tone = "bad" if row.state in ("failed", "unreadable") else "dim"

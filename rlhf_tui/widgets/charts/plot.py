@@ -5,6 +5,7 @@ import math
 import msgspec
 from msgspec import Struct
 
+from rlhf_tui import format as fmt
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
 from rlhf_tui.widgets.charts.raster import BRAILLE, Column, Raster, Scale, column_of, decimate
@@ -365,7 +366,10 @@ def _labelled(scale: Scale, rows: int) -> list[float]:
         count = 3 if rows < 10 else 5
         return [scale.value(i / (count - 1)) for i in range(count)]
     cells = round((scale.high - scale.low) / scale.grid)
-    stride = 1 if rows >= 2 * cells else 2
+    # At least two rows from one label to the next: of less, some would be even and some not.
+    stride = 1 if rows > 2 * cells else 2
+    if stride == 2 and (cells == 3 or rows <= cells):
+        return [scale.low, scale.high]
     return [scale.low + i * scale.grid for i in range(0, cells + 1, stride)]
 
 
@@ -375,7 +379,7 @@ def axis_text(value: float, digits: int | None) -> str:
     if value == 0:
         return "0"
     if size >= 1e6 or size < 1e-4:
-        return f"{value:.1e}"
+        return fmt.scientific(value, 1)
     text = f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
     if len(text) == GUTTER and text.startswith("0."):
         text = text[1:]

@@ -44,7 +44,7 @@ class SteeringPanel(Panel):
         """The most important lines first. A pending command always has a line."""
         state = self.state
         top = heading("Steering", self._keys(width), width)
-        if not state.head.settings:
+        if not state.head.settings and not state.starting:
             status = "settings not known yet" if state.known else "reading …"
             return [top, [(f" {status}", "dim")]]
         commands = [self._command(c, width) for c in self._recent()]
@@ -52,7 +52,7 @@ class SteeringPanel(Panel):
             # The settings in the journal are those of the last step of the last attempt, which
             # may be on an abandoned branch. Those in force are known once the models are loaded.
             return [top, *self._starting(), *commands[: max(height - 3, 0)]]
-        body = [self._beta(width), self._kl(), self._next(width), *self._others(width)]
+        body = [self._beta(width), self._kl(width), self._next(width), *self._others(width)]
         room = max(height - 1 - min(len(commands), 1 if height < 8 else 5), 3)
         body = body[:room]
         return [top, *body, *commands[: max(height - 1 - len(body), 0)]]
@@ -81,7 +81,7 @@ class SteeringPanel(Panel):
             (f" · {state.beta_source(short=width < 50)}", "dim"),
         ]
 
-    def _kl(self) -> Row:
+    def _kl(self, width: int) -> Row:
         state = self.state
         kl, target = state.series(metrics.KL).last, state.setting("target")
         row: list[Piece] = [*_label("KL"), (f"{fmt.number(kl, 2):<8}", "strong")]
@@ -91,7 +91,8 @@ class SteeringPanel(Panel):
                 ("▲", "warn") if ratio > 1.2 else ("▼", "warn") if ratio < 0.8 else ("•", "good")
             )
             row += [(f" {arrow} {ratio:.2f}×", tone)]
-        return [*row, (f" target {value_text(target)} nats", "dim")]
+        row.append((f" target {value_text(target)}", "dim"))
+        return [*row, (" nats", "dim")] if row_width(row) + len(" nats") <= width else row
 
     def _next(self, width: int) -> Row:
         now = settings_of(self.state)
@@ -106,7 +107,7 @@ class SteeringPanel(Panel):
                 msgspec.structs.replace(now, controller="adaptive"), kl, self.state.batch_size
             )
             text = " adaptive: " if width < 50 else " unchanged; adaptive would give "
-            text += f"{adaptive:.4g}"
+            text += fmt.number(adaptive, 4)
             return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (text, "dim")]
         new = next_beta(now, kl, self.state.batch_size)
         change = new / now.beta - 1 if now.beta else 0.0

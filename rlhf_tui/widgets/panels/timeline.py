@@ -8,18 +8,25 @@ from textual.binding import Binding, BindingType
 from rlhf_tui import format as fmt
 from rlhf_tui.state.messages import RowHighlighted, RowSelected
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, sender
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, folded, sender
 from rlhf_tui.state.viewport import Viewport
-from rlhf_tui.widgets.lines import Row, justified
+from rlhf_tui.widgets.lines import Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import heading
 from rlhf_tui.widgets.scroll_list import ScrollList
 
 WITH_CLOCK = 60
 """Cells from which on each entry has its time of day."""
+LEAST_STEP = 3
+"""Cells of a step at least."""
+MOST_STEPS = 20
+"""The newest checkpoints of an entry whose steps are listed at most."""
 
 
 class TimelinePanel(ScrollList):
-    """One line per entry. Posts :class:`RowHighlighted` and :class:`RowSelected` with its key."""
+    """One line per entry. Posts :class:`RowHighlighted` and :class:`RowSelected` with its key.
+
+    Checkpoints with nothing between them are one entry; its key is that of the newest.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "open", show=False)]
     read_only = False
@@ -28,24 +35,39 @@ class TimelinePanel(ScrollList):
         """`view` has the selected entry, which the charts share."""
         super().__init__(id="timeline")
         self.state, self.view = state, view
+        self._folded: tuple[list[Marker], list[list[Marker]]] = [], []
+        """The timeline, and its entries, newest first."""
+        self._step_width = LEAST_STEP
 
     def read(self, state: SessionState, view: Viewport) -> None:
         """Shows another state, or another selection."""
         self.state, self.view = state, view
         self.update()
 
-    def entries(self) -> list[Marker]:
-        """The entries, newest first."""
-        return self.state.timeline()[::-1]
+    def entries(self) -> list[list[Marker]]:
+        """The entries, newest first: each is a marker, or several checkpoints, oldest first."""
+        markers = self.state.timeline()
+        if self._folded[0] is not markers:
+            self._folded = markers, folded(markers)[::-1]
+            self._step_width = max([LEAST_STEP, *(len(str(m.step)) for m in markers)])
+        return self._folded[1]
+
+    def _selected(self) -> int | None:
+        """The index of the entry with the selected marker."""
+        selected = self.view.selected
+        if selected is None:
+            return None
+        found = (i for i, e in enumerate(self.entries()) if any(m.key == selected for m in e))
+        return next(found, None)
 
     # -- the list ------------------------------------------------------------------------------
 
     def rows(self, width: int, height: int) -> list[Row]:
         """The heading and the entries; the selected one stays in sight."""
-        keys = [entry.key for entry in self.entries()]
-        self.with_cursor = self.view.selected in keys
-        if self.view.selected in keys:
-            self.cursor = keys.index(self.view.selected)
+        selected = self._selected()
+        self.with_cursor = selected is not None
+        if selected is not None:
+            self.cursor = selected
         elif not self.has_focus:
             self.top = 0
         self._clamp()  # the header counts the entries above the window
@@ -53,7 +75,7 @@ class TimelinePanel(ScrollList):
 
     def count(self) -> int:
         """The number of entries."""
-        return len(self.state.timeline())
+        return len(self.entries())
 
     def header(self, width: int) -> list[Row]:
         """The title with the number of entries above the window, and the keys."""
@@ -69,15 +91,18 @@ class TimelinePanel(ScrollList):
 
     def row(self, index: int, width: int) -> Row:
         """An entry: step, sign, text, and who it was or that its branch is abandoned."""
-        entry = self.state.timeline()[-1 - index]
+        markers = self.entries()[index]
+        entry = markers[-1]
         tone = MARKER_TONES[entry.kind]
         text_tone = tone if entry.kind in ("alert", "crash") else ""
-        left: list[tuple[str, str]] = [(f" {entry.step:>6} ", "dim")]
+        left: list[tuple[str, str]] = [(f" {entry.step:>{self._step_width}} ", "dim")]
         if width >= WITH_CLOCK:
             left.insert(0, (f" {fmt.clock(entry.time)[11:16]}", "dim"))
         left += [(f"{MARKER_GLYPHS[entry.kind]} ", "dim" if entry.abandoned else tone)]
-        left += [(entry.text, "dim" if entry.abandoned else text_tone)]
         note = "abandoned" if entry.abandoned else sender(entry.who)
+        room = width - row_width(left) - (len(note) + 3 if note else 0)
+        text = checkpoints_text(markers, room) if entry.kind == "checkpoint" else entry.text
+        left += [(text, "dim" if entry.abandoned else text_tone)]
         return justified(left, [(f" {note} ", "dim")], width) if note else left
 
     def on_focus(self) -> None:
@@ -99,8 +124,9 @@ class TimelinePanel(ScrollList):
         """Selects the entry under the cursor at once: the next key may be queued already."""
         entries = self.entries()
         if entries:
-            self.view.select(self.state, entries[self.cursor])
-            self.post_message(RowHighlighted("timeline", entries[self.cursor].key))
+            entry = entries[self.cursor][-1]
+            self.view.select(self.state, entry)
+            self.post_message(RowHighlighted("timeline", entry.key))
 
     def action_move(self, lines: int) -> None:
         """Moves by entries; at first to the newest one in sight."""
@@ -108,20 +134,32 @@ class TimelinePanel(ScrollList):
 
     def action_choose(self) -> None:
         """Opens the selected entry, or the newest one in sight."""
-        entries = self.entries()
-        if entries:
-            self._open(entries[self.cursor if self.with_cursor else self.top])
+        if not self.entries():
+            return
+        if not self.with_cursor:
+            self.go(self.top)
+        self.post_message(RowSelected("timeline", self.view.selected or ""))
 
     def on_click(self, event: events.Click) -> None:
         """Selects an entry; a second click opens it."""
         line = event.y - len(self.header(self.size.width))
         if line < 0 or self.top + line >= self.count():
             return
-        entry = self.entries()[self.top + line]
-        again = entry.key == self.view.selected
-        self.go(self.top + line)
-        if again:
-            self._open(entry)
+        if self.top + line == self._selected():
+            self.action_choose()
+        else:
+            self.go(self.top + line)
 
-    def _open(self, entry: Marker) -> None:
-        self.post_message(RowSelected("timeline", entry.key))
+
+def checkpoints_text(markers: list[Marker], room: int) -> str:
+    """`checkpoints at 10, 20, 30`, in less room the first and the newest; one has its numbers."""
+    steps = [str(m.step) for m in markers]
+    if len(steps) == 1:
+        text = markers[0].text
+        while len(text) > room and ", " in text:  # no number is cut
+            text = text.rpartition(", ")[0]
+        return text
+    texts = [f"checkpoints at {', '.join(steps)}"] if len(steps) <= MOST_STEPS else []
+    newest = (", ".join(steps[-n:]) for n in range(min(len(steps) - 2, MOST_STEPS), 0, -1))
+    texts += [f"checkpoints at {steps[0]}, … {some}" for some in newest]
+    return next((text for text in texts if len(text) <= room), texts[-1])
