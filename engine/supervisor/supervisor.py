@@ -330,12 +330,12 @@ class Supervisor:
         if attempt.ended is not None:
             text = f"training has ended after step {step}"
         else:
-            text = attempt.cause(status, self._config.launch, self._session.name).text
+            text = attempt.cause(status, self._config.launch, self._session.command("logs")).text
         kept = f"the checkpoint of step {saved} is complete" if saved else "there is no checkpoint"
         return (
             f"{text}, which cannot be recorded in {self._session.folder} ({error}); the steps up "
             f"to {step} are recorded and {kept}; solve this, then: "
-            f"rlhf-tui resume {self._session.name}"
+            f"{self._session.command('resume')}"
         )
 
     def _restart_with(self, failure: Failed) -> None:
