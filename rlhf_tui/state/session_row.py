@@ -36,7 +36,7 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int | None = None
     attempt: int = 0
     beta: float | None = None
-    """In force; None while an engine loads a checkpoint."""
+    """In force; None while a fork loads its checkpoint."""
     pid: int | None = None
     """Process id of its engine; None without an engine."""
     host: str | None = None
@@ -140,11 +140,10 @@ def session_row(session: Session, record: JournalReader) -> SessionRow:
     engine = session.engine() if session.is_live() else None
     metrics = last.values if last is not None else {}
     started = attempts[-1].started if attempts else None
-    # What an engine takes from a checkpoint is known once it is loaded; meanwhile the journal has
-    # the settings of the attempt before, or none.
-    from_checkpoint = bool(attempts) and attempts[-1].from_step > 0
-    settings = {} if from_checkpoint and state == "starting" else meta.settings or {}
+    settings = meta.settings or {}
     beta = settings.get("beta")
+    # What a fork takes from its checkpoint is known once that is loaded.
+    from_checkpoint = bool(attempts) and attempts[-1].from_step > 0
     if beta is None and not from_checkpoint:
         beta = session.config().kl.beta  # YAML is slow
     return SessionRow(

@@ -1,5 +1,6 @@
 """What holds for all commands of the shell: the folder, who sits there, who is asked."""
 
+import contextlib
 import getpass
 import json
 import os
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import NoSuchSessionError, SessionError
+from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.session.folder import create
@@ -137,17 +139,15 @@ def test_ls_has_the_kl_of_the_last_step(root):
     assert row[header.index("KL") :].split()[0] == f"{kl:.2f}"
 
 
-def test_beta_is_not_known_while_a_checkpoint_is_loaded(session_maker, tmp_path):
-    session = session_maker(tmp_path / "sessions", "run", 3)
-    journal, lock = JournalWriter(session), session.acquire()
-    for from_step, known in ((0, True), (3, False)):
-        journal.begin_attempt(from_step, fresh=False)
-        journal.set_meta(state="starting")
-        assert (read_session_row(session).beta is not None) is known
-    journal.set_meta(state="running")
-    assert read_session_row(session).beta == 0.05
-    journal.close()
-    lock.release()
+def test_beta_is_not_known_while_a_fork_loads_its_checkpoint(session_maker, tmp_path):
+    parent = session_maker(tmp_path / "sessions", "parent", 3)
+    child = create(tmp_path / "sessions", "child", parent.config())
+    copy_until(parent, child, 3)
+    with contextlib.closing(JournalWriter(child)) as journal:
+        journal.begin_attempt(3, fresh=False)
+        assert read_session_row(child).beta is None
+        journal.set_meta(settings={"beta": 0.07})  # as the engine does once it has loaded
+        assert read_session_row(child).beta == 0.07
 
 
 def test_ls_marks_a_session_whose_configuration_is_cut_off(session_maker, tmp_path):
