@@ -68,6 +68,14 @@ class Acknowledged:
         """Steps reported complete."""
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended. One whose parent has not waited for it has."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class FaultRun:
     """One session with a reward of its own."""
 
@@ -98,7 +106,8 @@ class FaultRun:
         added = {"PYTHONPATH": f"{HOOKS}:{HOOKS.parents[2]}"} | (environment or {})
         with _environment(added):
             pid = start_engine(self.session, start, timeout=0.0)
-        until(lambda: self.session.is_live() or not psutil.pid_exists(pid), "an engine", WAIT)
+        # One that was killed at a point may have ended before it is looked at.
+        until(lambda: self.session.is_live() or not is_running(pid), "an engine", WAIT)
         return pid
 
     def state(self) -> str:
