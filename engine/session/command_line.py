@@ -1,4 +1,4 @@
-"""Commands of rlhf-tui as messages show them: they can be pasted where they are shown."""
+"""Command lines of rlhf-tui in messages, which can be pasted into the shell they are shown in."""
 
 import os
 import shlex

@@ -34,9 +34,9 @@ from rlhf_tui.screens.parts.sample_query_line import empty_list, not_shown_yet, 
 from rlhf_tui.screens.parts.sample_table import cells_of, samples_table
 from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, justified
+from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
-from rlhf_tui.widgets.samples.shared_text import SharedText, shared_text
 from rlhf_tui.widgets.table import Table
 
 
@@ -153,8 +153,8 @@ class SamplesScreen(SessionScreen):
         key, samples.select = samples.select, None
         if samples.following:
             key = next(iter(samples.rows), None)
-        shared = self._shared_text()
-        rows = [(k, cells_of(row, shared)) for k, row in samples.rows.items()]
+        affixes = self._common_affixes()
+        rows = [(k, cells_of(row, affixes)) for k, row in samples.rows.items()]
         empty = empty_list(samples, self.context.state)
         table.set_rows(rows, empty, key=key, lost=0)
         self.rows_read()
@@ -216,8 +216,8 @@ class SamplesScreen(SessionScreen):
         self.comparison.select(row)
         self._show_query()
 
-    def _shared_text(self) -> SharedText:
-        return shared_text(row.prompt for row in self.samples.rows.values())
+    def _common_affixes(self) -> CommonAffixes:
+        return common_affixes(row.prompt for row in self.samples.rows.values())
 
     def selected(self) -> SampleRow | None:
         """The sample under the cursor."""
@@ -227,7 +227,7 @@ class SamplesScreen(SessionScreen):
         """Shows a sample of this page with another judgement."""
         key, view = key_of(row), self.query_one(SampleView)
         self.samples.rows[key] = row
-        self.query_one(Table).set_cells(key, cells_of(row, self._shared_text()))
+        self.query_one(Table).set_cells(key, cells_of(row, self._common_affixes()))
         if view.sample is not None and key_of(view.sample) == key:
             view.read(row, view.arrays, view.kept)
 

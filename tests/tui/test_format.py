@@ -10,7 +10,7 @@ from engine.journal.rows import SampleRow
 from rlhf_tui.format import NUMBER_WIDTH, command, number, value_text
 from rlhf_tui.screens.parts.sample_table import cells_of
 from rlhf_tui.widgets.charts.plot import axis_text
-from rlhf_tui.widgets.samples.shared_text import SharedText
+from rlhf_tui.widgets.samples.common_affixes import CommonAffixes
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_list_of_responses_has_the_numbers_of_the_dashboard(kl, shown):
     row = SampleRow(
         step=1, index=0, attempt=1, prompt="", response="", score=1.0, kl=kl, length=3, ended=True
     )
-    assert shown in [text for text, _ in cells_of(row, SharedText())]
+    assert shown in [text for text, _ in cells_of(row, CommonAffixes())]
 
 
 def test_exponents_are_short_wherever_a_number_is_shown():

@@ -9,9 +9,9 @@ from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.steering import SteeringPanel
+from rlhf_tui.widgets.samples.common_affixes import common_affixes
 from rlhf_tui.widgets.samples.heat import COLD, HEAT, UNDEFINED, HeatScale
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, VIEWS, body, token_rows
-from rlhf_tui.widgets.samples.shared_text import shared_text
 from tests.judging import sample
 
 
@@ -86,8 +86,8 @@ ASKED = ("How is tea made ?", "How is soup made ?")
     ],
 )
 def test_markup_that_all_prompts_of_a_list_share_is_left_out(prompts, shown):
-    shared = shared_text(prompts)
-    assert [shared.left_out(prompt) for prompt in prompts] == list(shown)
+    affixes = common_affixes(prompts)
+    assert [affixes.removed_from(prompt) for prompt in prompts] == list(shown)
 
 
 def test_the_newest_responses_show_what_was_asked():

@@ -3,8 +3,8 @@
 from engine.journal.rows import SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Piece
+from rlhf_tui.widgets.samples.common_affixes import CommonAffixes
 from rlhf_tui.widgets.samples.judgement import mark
-from rlhf_tui.widgets.samples.shared_text import SharedText
 from rlhf_tui.widgets.table import Column, Table
 
 
@@ -32,8 +32,8 @@ def samples_table() -> SamplesTable:
     )
 
 
-def cells_of(row: SampleRow, shared: SharedText) -> list[Piece]:
-    """The cells of a row, in the order of the columns; `shared` is that of the list's prompts."""
+def cells_of(row: SampleRow, affixes: CommonAffixes) -> list[Piece]:
+    """The cells of a row, in the order of the columns; `affixes` of the list's prompts."""
     score = row.score
     return [
         (str(row.step), "dim"),
@@ -43,7 +43,7 @@ def cells_of(row: SampleRow, shared: SharedText) -> list[Piece]:
         (str(row.length), ""),
         ("" if row.ended else "✂", "warn"),
         mark(row),
-        (shared.left_out(row.prompt), "dim"),
+        (affixes.removed_from(row.prompt), "dim"),
         (row.response.strip(), ""),
     ]
 

@@ -6,7 +6,7 @@ from engine.journal.rows import SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.panel import Panel, heading
-from rlhf_tui.widgets.samples.shared_text import SharedText, shared_text
+from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
 
 
 class LatestSamplesPanel(Panel):
@@ -30,16 +30,16 @@ def newest_responses(
     versions = [s.weights_version for s in newest if s.weights_version is not None]
     if versions and min(versions) < step - 1:  # generated ahead
         title += f", weights of step {min(versions)}"
-    shared = shared_text(sample.prompt for sample in newest)
+    affixes = common_affixes(sample.prompt for sample in newest)
     return [
         heading(title, keys, width),
-        *(_response(sample, width, shared) for sample in newest[: height - 1]),
+        *(_response(sample, width, affixes) for sample in newest[: height - 1]),
     ]
 
 
-def _response(sample: SampleRow, width: int, shared: SharedText) -> Row:
+def _response(sample: SampleRow, width: int, affixes: CommonAffixes) -> Row:
     wide = width >= 60
-    prompt, most = shared.left_out(sample.prompt), max(width // 4, 8)
+    prompt, most = affixes.removed_from(sample.prompt), max(width // 4, 8)
     if len(prompt) > most:
         prompt = "…" + prompt[1 - most :]
     return [
