@@ -22,7 +22,7 @@ def refused(lab, name, *arguments):
     [
         ("ppo.epocs=2", "ppo.epocs", "ppo.epochs"),
         ("ppo.epochs=two", "ppo.epochs", "a whole number"),
-        ("ppo.clip_range=1.5", "ppo.clip_range", "< 1"),
+        ("ppo.clip_range=1.5", "ppo.clip_range", "<= 1"),
         ("kl.beta=-1", "kl.beta", ">= 0"),
         ("kl.beta=.inf", "kl.beta", "finite"),
         ("kl.controller=loose", "kl.controller", "adaptive, fixed"),

@@ -131,7 +131,7 @@ LEAST = {
 MOST = {
     "kl.beta": 100, "kl.target": 10_000, "kl.horizon": 1e9, "kl.beta_min": 1, "kl.beta_max": 1e4,
     "train.learning_rate": 1, "train.save_every": 10**9, "train.steps": 10**7,
-    "train.keep_last": 10**9, "train.weight_decay": 1, "ppo.clip_range": 0.99, "ppo.epochs": 100,
+    "train.keep_last": 10**9, "train.weight_decay": 1, "ppo.clip_range": 1, "ppo.epochs": 100,
     "ppo.stop_kl": 1e6, "ppo.max_grad_norm": 1e9, "ppo.micro_batch_size": 10**6,
     "ppo.clip_range_high": 5.0, "ppo.dual_clip": 10, "ppo.entropy_coef": 10, "ppo.lam_value": 1,
     "ppo.lam_alpha": 10, "reward.overlong.penalty": 100, "rollout.dynamic_limit": 100,
@@ -244,6 +244,7 @@ REFUSED = {
     "nothing to obey": (
         ["reward.model=null", "reward.mix=[{model: a, weight: 0}]"], "weight is not 0",
     ),
+    "a dual clip with cispo": (["ppo.policy_loss=cispo", "ppo.dual_clip=3"], "leave it out"),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number > 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"ppo\.entropy_coef must be.*>= 0"),

@@ -27,6 +27,7 @@ GROUP, LIMIT = 4, 6
 LENGTHS = torch.tensor([6, 2, 5, 1])
 AGGREGATION = {
     "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
+    "cispo": "token",
 }  # fmt: skip
 """TRL's `loss_type` → `ppo.loss_aggregation`."""
 
@@ -132,9 +133,11 @@ def ours(trainer, inputs, case):
     logprobs, entropies = token_logprobs_and_entropies(logits, inputs["completion_ids"], 1.0)
     size = losses.MinibatchSize(int(mask.sum()), len(mask), LIMIT)
     weights = losses.AGGREGATIONS[AGGREGATION[case["loss_type"]]](size, LENGTHS)
+    cispo = case["loss_type"] == "cispo"  # theirs has no lower bound
     terms = losses.policy_terms(
-        logprobs, inputs["old_per_token_logps"], inputs["advantages"][:, None], mask, 0.2,
-        case["ratio"], clip_range_high=case["high"], dual_clip=case["delta"], row_weights=weights,
+        logprobs, inputs["old_per_token_logps"], inputs["advantages"][:, None], mask,
+        1.0 if cispo else 0.2, case["ratio"], policy_loss="cispo" if cispo else "clipped",
+        clip_range_high=case["high"], dual_clip=case["delta"], row_weights=weights,
     )  # fmt: skip
     loss = terms.loss
     if case["beta"]:
@@ -156,6 +159,7 @@ CASES = [
         ("dapo", "token", 0.28, None, 0.0, 0.0),
         ("dr_grpo", "token", None, None, 0.1, 0.0),
         ("dr_grpo", "token", 0.28, 1.5, 0.0, 0.0),
+        ("cispo", "token", 0.3, None, 0.1, 0.0),
     ]
 ]
 
@@ -180,6 +184,8 @@ def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
     inputs["ref_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=3)
     grpo.loss_type, grpo.beta = case["loss_type"], case["beta"]
     grpo.epsilon_high = case["high"] or 0.2
+    if case["loss_type"] == "cispo":  # theirs is the bound itself
+        grpo.epsilon_high += 1
     grpo.importance_sampling_level = "token" if case["ratio"] == "token" else "sequence"
     grpo.args.use_bias_correction_kl = False  # DeepSeek-V3.2; the engine has the KL of GRPO
     grpo.args.delta, grpo.entropy_coef = case["delta"], case["entropy"]

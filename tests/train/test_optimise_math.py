@@ -144,15 +144,18 @@ def slow_sums(policy, rollout, targets, rows, config):
                 "token": gaps[t], "sequence": sum(gaps), "sequence_mean": sum(gaps) / len(gaps)
             }[config.ppo.ratio]  # fmt: skip
             rho, a = log_rho.clamp(-20, 20).exp(), targets.advantages[i, t]
-            unclipped, clipped = -a * rho, -a * rho.clamp(1 - clip, 1 + high)
-            term = unclipped if unclipped >= clipped else clipped
+            bounded = rho.clamp(1 - clip, 1 + high)
+            unclipped, clipped = -a * rho, -a * bounded
+            term, active = (unclipped, False) if unclipped >= clipped else (clipped, True)
+            if config.ppo.policy_loss == "cispo":
+                term, active = -a * bounded.detach() * logprob, bool(bounded != rho)
             if dual is not None and a < 0 and term > -a * dual:
                 term = -a * dual
                 sums.dual_clipped += 1
             sums.tokens += 1
             sums.policy_loss += weight * term.item()
-            sums.clipped_high += bool(clipped > unclipped and rho > 1)
-            sums.clipped_low += bool(clipped > unclipped and rho < 1)
+            sums.clipped_high += bool(active and rho > 1)
+            sums.clipped_low += bool(active and rho < 1)
             if config.ppo.entropy_coef:
                 sums.entropy += weight * entropy.item()
                 term = term - config.ppo.entropy_coef * entropy
@@ -224,6 +227,8 @@ def one_thread():
         {"loss_aggregation": "sequence", "kl": KLConfig(beta=0.5, **K3), "entropy_coef": 0.1},
         {"kl": KLConfig(beta=0.5, **K3), "ratio": "sequence"},
         {"ratio": "sequence_mean", "loss_aggregation": "sequence", "clip_range": 0.02},
+        {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
+        {"policy_loss": "cispo", "ratio": "sequence", "clip_range": 0.5, "clip_range_high": 0.2},
     ],
     ids=[
         "defaults",
@@ -235,6 +240,8 @@ def one_thread():
         "sequence mean, k3, entropy",
         "k3",
         "mean ratio",
+        "cispo",
+        "cispo, sequence ratio",
     ],
 )
 def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):

@@ -7,6 +7,7 @@ error of `exp`.
 """
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -318,6 +319,12 @@ def test_the_two_clip_ranges_and_the_dual_clip_bound_each_token(batch, low, high
     assert float(got.dual_clipped) == counts["dual"]
 
 
+def test_every_policy_loss_and_aggregation_can_be_chosen():
+    keys = get_type_hints(PPOConfig)
+    assert set(get_args(keys["policy_loss"])) == set(losses.POLICY_LOSSES)
+    assert set(get_args(keys["loss_aggregation"])) == set(losses.AGGREGATIONS)
+
+
 @modest
 @given(batches(3), st.sampled_from(sorted(losses.AGGREGATIONS)))
 def test_an_aggregation_is_the_mean_that_its_name_says(batch, name):
@@ -360,6 +367,29 @@ def test_only_unclipped_tokens_have_a_gradient(batch, clip, kind):
         log_rho = slow_log_ratio(new, old, mask, kind).get((i, t), 0.0)
         if abs(log_rho) != 20:  # at the clamp either one-sided derivative is right
             assert near(leaf.grad[i, t], want, sizes[i, t])
+
+
+@modest
+@given(batches(3), st.sampled_from([0.2, 1.0]), st.sampled_from([0.3, 4.0]), KINDS)
+def test_with_cispo_each_token_has_the_gradient_of_its_clipped_ratio(batch, low, high, kind):
+    lengths, new, old, advantages = batch
+    mask = masked.response_mask(lengths, new.shape[1])
+    leaf = new.clone().requires_grad_()
+    got = losses.policy_terms(
+        leaf, old, advantages, mask, low, kind, policy_loss="cispo", clip_range_high=high
+    )
+    got.loss.backward()
+    loss, size, gradient, counts = 0.0, 0.0, torch.zeros_like(new), [0, 0]
+    for (i, t), log_rho in slow_log_ratio(new, old, mask, kind).items():
+        a, bounded = float(advantages[i, t]), min(1 + high, max(1 - low, math.exp(log_rho)))
+        gradient[i, t] = -a * bounded
+        loss += -a * bounded * float(new[i, t])
+        size += abs(a * bounded * float(new[i, t]))
+        counts[0] += a != 0 and math.exp(log_rho) > 1 + high
+        counts[1] += a != 0 and math.exp(log_rho) < 1 - low
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-5, atol=1e-5)
+    assert near(got.loss.detach(), loss, size)
+    assert [float(got.clipped_high), float(got.clipped_low)] == counts
 
 
 @modest

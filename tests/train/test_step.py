@@ -57,6 +57,12 @@ VARIANTS = {
         "model.value=reward_model",
         "reward.normalise=reference",
     ],
+    "cispo": [
+        "ppo.advantage=grpo",
+        "ppo.policy_loss=cispo",
+        "ppo.clip_range=1",
+        "ppo.clip_range_high=4",
+    ],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
 }
 

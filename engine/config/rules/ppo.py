@@ -52,6 +52,11 @@ def _check_objective(config: RunConfig) -> None:
             "kl.place: loss needs kl.estimator: k2 or k3, because the gradient of k1 is zero in "
             "expectation and would not hold the policy back"
         )
+    if ppo.policy_loss == "cispo" and ppo.dual_clip is not None:
+        raise ConfigError(
+            "ppo.dual_clip has no effect with ppo.policy_loss: cispo, whose ratios are bounded by "
+            "ppo.clip_range_high: leave it out"
+        )
     if kl.reference_update.every and config.lora.rank is not None:
         raise ConfigError(
             "kl.reference_update cannot be combined with lora.rank: the reference is the policy "

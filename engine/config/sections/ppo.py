@@ -56,9 +56,13 @@ class PPOConfig(Section, frozen=True):
     """Optimiser steps per pass."""
     micro_batch_size: Count = 16
     """Responses per forward and backward pass. Affects memory and speed, not the result."""
-    clip_range: Annotated[float, Meta(ge=1e-9, lt=1)] = 0.2
+    policy_loss: Literal["clipped", "cispo"] = "clipped"
+    """Loss of a token: `clipped` is PPO's, in which a token whose ratio is clipped has no gradient;
+    `cispo` is -advantage · log π times the clipped ratio as a constant, so that every token has one
+    (MiniMax-M1, with `clip_range: 1`; ScaleRL has `clip_range_high: 4`)."""
+    clip_range: Annotated[float, Meta(ge=1e-9, le=1)] = 0.2
     """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
-    1 ± ε."""
+    1 ± ε. 1: no lower bound."""
     clip_range_high: Annotated[float, Meta(ge=1e-9, le=1e6)] | None = None
     """ε of the upper bound alone, `clip_range` being that of the lower (DAPO's clip-higher; its
     paper uses 0.28). Default: `clip_range`."""

@@ -5,9 +5,9 @@ including the one that ended the response. All other tensors are float32. Sums a
 
 Sources: Schulman et al. 2017 (PPO); Ye et al. 2020, arXiv 1912.09729 (dual clip); Yu et al. 2025,
 arXiv 2503.14476 (DAPO: the upper clip range, the token mean); Liu et al. 2025, arXiv 2503.20783
-(Dr. GRPO: the constant divisor); Zheng et al. 2025, arXiv 2507.18071 (GSPO: the mean ratio); Huang
-et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and verl (implementation details). docs/ppo.md has
-the formulas.
+(Dr. GRPO: the constant divisor); Zheng et al. 2025, arXiv 2507.18071 (GSPO: the mean ratio);
+MiniMax 2025, arXiv 2506.13585 (CISPO); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and
+verl (implementation details). docs/ppo.md has the formulas.
 """
 
 from collections.abc import Callable
@@ -36,12 +36,42 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, kind: str) -
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
+def clipped_objective(
+    logprobs: Tensor, rho: Tensor, clipped_rho: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    """PPO's max(−Âρ, −Â·clip(ρ)): a clipped token has no gradient."""
+    del logprobs
+    unclipped, clipped = -advantages * rho, -advantages * clipped_rho
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def cispo(
+    logprobs: Tensor, rho: Tensor, clipped_rho: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    """CISPO's −Â·clip(ρ)·log π with clip(ρ) a constant: a clipped token keeps a gradient.
+
+    Where nothing is clipped and ρ is the token's own, the gradient is that of −Âρ.
+    """
+    clipped = (clipped_rho != rho) & (advantages != 0)
+    return -advantages * clipped_rho.detach() * logprobs, clipped
+
+
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {"clipped": clipped_objective, "cispo": cispo}
+"""The loss of a token, by `ppo.policy_loss`.
+
+Each function takes log π and ρ (with gradient), ρ clipped, and Â, and returns the losses and
+whether each is that of a clipped ratio; (B, T) all.
+"""
+
+
 @dataclass(frozen=True)
 class PolicyTerms:
     """Sums over the mask. Divide by the minibatch's token count over all ranks."""
 
     loss: Tensor
-    """Σ w·max(−Âρ, −Â·clip(ρ)), with gradient; w is 1 unless rows have weights."""
+    """Σ w·l, with gradient; l is by `ppo.policy_loss`, w is 1 unless rows have weights."""
     clipped_high: Tensor
     """Number of tokens whose loss is the clipped term, with ρ above the range."""
     clipped_low: Tensor
@@ -66,11 +96,14 @@ def policy_terms(
     clip_range: float,
     kind: str = "token",
     *,
+    policy_loss: str = "clipped",
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
     row_weights: Tensor | None = None,
 ) -> PolicyTerms:
-    """The negated clipped objective (Schulman et al. 2017, eq. 7), summed over response tokens.
+    """The policy's loss, summed over response tokens.
+
+    By default the negated clipped objective (Schulman et al. 2017, eq. 7).
 
     Args:
         logprobs: log π, with gradient.
@@ -79,6 +112,7 @@ def policy_terms(
         mask: the response tokens.
         clip_range: ρ is clipped to 1 − this …
         kind: `ppo.ratio`, see :func:`log_ratio`.
+        policy_loss: `ppo.policy_loss`, see :data:`POLICY_LOSSES`.
         clip_range_high: … and to 1 + this; `clip_range` when left out (DAPO's clip-higher).
         dual_clip: bounds a token's loss where Â < 0 to −Â times this (dual-clip PPO).
         row_weights: (B,), of each response's tokens in the loss; see :data:`AGGREGATIONS`.
@@ -86,17 +120,16 @@ def policy_terms(
     high = clip_range if clip_range_high is None else clip_range_high
     log_rho = log_ratio(logprobs, old_logprobs, mask, kind)
     rho = log_rho.exp()
-    unclipped = -advantages * rho
-    clipped = -advantages * rho.clamp(1 - clip_range, 1 + high)
-    tokens = torch.maximum(unclipped, clipped)
+    clipped_rho = rho.clamp(1 - clip_range, 1 + high)
+    tokens, clipped = POLICY_LOSSES[policy_loss](logprobs, rho, clipped_rho, advantages)
     dual = torch.zeros_like(mask)
     if dual_clip is not None:
         bound = -advantages * dual_clip
         dual = (advantages < 0) & (bound < tokens) & mask
         tokens = torch.where(dual, bound, tokens)
     with torch.no_grad():
-        active = (clipped > unclipped) & mask
-        clipped_high, clipped_low = (active & (rho > 1)).sum(), (active & (rho < 1)).sum()
+        clipped = clipped & mask
+        clipped_high, clipped_low = (clipped & (rho > 1)).sum(), (clipped & (rho < 1)).sum()
         squared_log_ratio = (log_rho**2).sum()
         ratio, squared_ratio = (rho * mask).sum(), (rho**2 * mask).sum()
     loss = weighted_sum(tokens, mask, row_weights)

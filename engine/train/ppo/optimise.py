@@ -306,7 +306,7 @@ def _policy_loss_of_tokens(
 def _policy_loss(
     logprobs: Tensor, entropies: Tensor | None, inputs: PolicyInputs, config: RunConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped objective, less the entropy bonus, plus the KL penalty with `kl.place: loss`.
+    """The policy's loss, less the entropy bonus, plus the KL penalty with `kl.place: loss`.
 
     Args:
         logprobs: (n, t'), with gradient.
@@ -320,7 +320,8 @@ def _policy_loss(
     ppo, mask, weights = config.ppo, inputs.mask, inputs.weights
     terms = losses.policy_terms(
         logprobs, inputs.old_logprobs, inputs.advantages, mask, ppo.clip_range, ppo.ratio,
-        clip_range_high=ppo.clip_range_high, dual_clip=ppo.dual_clip, row_weights=weights,
+        policy_loss=ppo.policy_loss, clip_range_high=ppo.clip_range_high, dual_clip=ppo.dual_clip,
+        row_weights=weights,
     )  # fmt: skip
     sums = {
         "tokens": mask.sum(),
