@@ -230,7 +230,7 @@ METRICS = (
     Metric("policy/rollout_weight", "",
            "mean weight of a token (with `ppo.rollout_correction` only)", title="rollout weight"),
     Metric("policy/rollout_capped_frac", "fraction of tokens",
-           "tokens whose weight was above `ppo.rollout_correction_cap` (with "
+           "tokens whose weight was beyond `ppo.rollout_correction_cap` or `_floor` (with "
            "`ppo.rollout_correction` only)"),
     Metric(
         VERSION_LAG, "updates",

@@ -9,7 +9,7 @@ import torch
 from engine.config.sections.ppo import PPOConfig
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.losses import policy_terms
-from engine.train.ppo.rollout_correction import correction_weights
+from engine.train.ppo.rollout_correction import correction
 from engine.train.step import generate_rollout, train_step
 
 OLD = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -0.2, -9.0]])
@@ -17,26 +17,35 @@ SAMPLED = torch.tensor([[-1.2, -3.5, -0.4], [-3.0, -0.1, 0.0]])
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 
 
-def by_hand(kind, cap):
-    """Token by token, as the definition reads."""
-    weights = torch.ones_like(OLD)
+def by_hand(kind, cap, floor=0.0):
+    """Token by token, as the definition reads: the weights, and which of them are bounded."""
+    weights, bounded = torch.ones_like(OLD), torch.zeros_like(MASK)
     for i, j in MASK.nonzero().tolist():
-        ratio = math.exp(OLD[i, j] - SAMPLED[i, j])
-        weights[i, j] = min(ratio, cap) if kind == "truncate" else ratio * (ratio <= cap)
-    return weights
+        tokens = MASK[i].nonzero().flatten().tolist() if kind.startswith("sequence") else [j]
+        ratio = math.exp(sum(float(OLD[i, t] - SAMPLED[i, t]) for t in tokens))
+        bounded[i, j] = not floor <= ratio <= cap
+        weights[i, j] = min(max(ratio, floor), cap)
+        if kind.endswith("mask") and bounded[i, j]:
+            weights[i, j] = 0.0
+    return weights, bounded
 
 
-@pytest.mark.parametrize("kind", ["truncate", "mask"])
-@pytest.mark.parametrize("cap", [1.0, 2.0, 10.0])
-def test_the_weights_are_those_of_the_definition(kind, cap):
-    assert torch.allclose(correction_weights(OLD, SAMPLED, MASK, kind, cap), by_hand(kind, cap))
+@pytest.mark.parametrize("kind", ["truncate", "mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize(("cap", "floor"), [(1.0, 0.0), (2.0, 0.95), (10.0, 0.5)])
+def test_the_weights_are_those_of_the_definition(kind, cap, floor):
+    config = PPOConfig(
+        rollout_correction=kind, rollout_correction_cap=cap, rollout_correction_floor=floor
+    )
+    found, (weights, bounded) = correction(OLD, SAMPLED, MASK, config), by_hand(kind, cap, floor)
+    assert torch.allclose(found.weights, weights)
+    assert torch.equal(found.bounded, bounded)
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
 def test_a_weighted_advantage_weights_the_clipped_loss_of_its_token(dual_clip):
     torch.manual_seed(0)
     logprobs, advantages = OLD + 0.4 * torch.randn_like(OLD), torch.randn_like(OLD)
-    weights = by_hand("truncate", 2.0)
+    weights, _ = by_hand("truncate", 2.0)
 
     def loss(i, j, advantage):
         alone = torch.zeros_like(MASK)

@@ -26,8 +26,8 @@ def _check_ahead(config: RunConfig) -> None:
         )
     if config.ppo.rollout_correction == "none":
         raise ConfigError(
-            "rollout.ahead needs ppo.rollout_correction: truncate or mask, because the responses "
-            "are sampled with older weights than those that are updated"
+            "rollout.ahead needs ppo.rollout_correction: truncate or mask, for instance, because "
+            "the responses are sampled with older weights than those that are updated"
         )
     if rollout.transfer != "file":
         raise ConfigError(

@@ -81,13 +81,18 @@ class PPOConfig(Section, frozen=True):
     mask_truncated: bool = False
     """Sets the advantages of responses that were cut off to 0, so that the policy learns nothing
     from what they score (DAPO's overlong filtering). A KL or an entropy in the loss counts them."""
-    rollout_correction: Literal["none", "truncate", "mask"] = "none"
+    rollout_correction: Literal[
+        "none", "truncate", "mask", "sequence_truncate", "sequence_mask"
+    ] = "none"
     """Weights a token's policy loss by the probability that the policy gives it over the one that
     it was sampled with, where these differ: with `rollout.engine: vllm`, or in bfloat16. `truncate`
-    bounds the weight by `rollout_correction_cap` (truncated importance sampling), `mask` drops
-    tokens beyond it."""
+    bounds the weight by `rollout_correction_cap` and `_floor` (truncated importance sampling),
+    `mask` makes it 0 beyond them (IcePop with 5 and 0.5). `sequence_truncate` and `sequence_mask`
+    give all tokens of a response the weight of the whole response."""
     rollout_correction_cap: Annotated[float, Meta(ge=1, le=1e6)] = 2.0
-    """Bound of the weight of `rollout_correction`."""
+    """Upper bound of the weight of `rollout_correction`."""
+    rollout_correction_floor: Fraction = 0.0
+    """Lower bound of that weight."""
     gamma: Fraction = 1.0
     """Discount γ (gae, reinforce_plus_plus and remax)."""
     lam: Fraction | None = None

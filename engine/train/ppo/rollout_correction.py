@@ -1,11 +1,12 @@
 """Corrects for rollouts whose sampling distribution is not exactly that of the policy.
 
 Another engine, or generation in bfloat16, samples from a slightly different distribution μ than the
-policy π_old that the trainer computes. The clipped objective divides by π_old, so each token's loss
-is weighted by π_old/μ. The weight is not differentiated.
+policy π_old that the trainer computes. The policy's loss divides by π_old, so each token's loss is
+weighted by π_old/μ, of the token or of its whole response. The weight is not differentiated.
 
 Source: truncated importance sampling, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
-You Off-Policy RL Training"; `token_truncate` and `token_mask` in TRL.
+You Off-Policy RL Training"; a band of ratios, Ling Team 2025, arXiv 2510.18855 (IcePop);
+`token_truncate`, `token_mask`, `sequence_truncate` and `sequence_mask` in TRL.
 """
 
 import dataclasses
@@ -21,33 +22,44 @@ TAIL = 0.99
 """The quantile of the gap that is reported beside its mean and its maximum."""
 
 
-def correction_weights(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, kind: str, cap: float
-) -> Tensor:
-    """The weight of each token, (B, T) float32; 1 outside the mask.
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """Importance weights of tokens, (B, T) each; 1 and false outside the mask."""
+
+    weights: Tensor
+    """float32."""
+    bounded: Tensor
+    """bool: whether π_old/μ was beyond a bound."""
+
+
+def correction(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, config: PPOConfig
+) -> Correction:
+    """The weights by `ppo.rollout_correction`, which must not be `none`.
 
     Args:
         old_logprobs: (B, T): log π_old, by the trainer.
         rollout_logprobs: (B, T): log μ, by whoever sampled.
         mask: (B, T) bool: the response tokens.
-        kind: `truncate` for min(π_old/μ, cap); `mask` for π_old/μ, and 0 where that exceeds cap.
-        cap: > 0.
+        config: the kind and the bounds.
     """
-    ratio = ((old_logprobs - rollout_logprobs) * mask).exp()
-    if kind == "truncate":
-        return ratio.clamp(max=cap)
-    return ratio.masked_fill(ratio > cap, 0.0)
+    low, high = config.rollout_correction_floor, config.rollout_correction_cap
+    difference = (old_logprobs - rollout_logprobs) * mask
+    if config.rollout_correction.startswith("sequence_"):
+        difference = difference.sum(1, keepdim=True) * mask
+    ratio = difference.exp()
+    bounded = ((ratio < low) | (ratio > high)) & mask
+    if config.rollout_correction.endswith("mask"):
+        return Correction(ratio.masked_fill(bounded, 0.0), bounded)
+    return Correction(torch.where(mask, ratio.clamp(low, high), 1.0), bounded)
 
 
 def with_rollout_correction(targets: Targets, rollout: Rollout, config: PPOConfig) -> Targets:
     """Adds the weights of `ppo.rollout_correction` to what the epochs train on."""
     if config.rollout_correction == "none":
         return targets
-    weights = correction_weights(
-        targets.old_logprobs, rollout.logprobs, rollout.mask, config.rollout_correction,
-        config.rollout_correction_cap,
-    )  # fmt: skip
-    return dataclasses.replace(targets, token_weights=weights)
+    found = correction(targets.old_logprobs, rollout.logprobs, rollout.mask, config)
+    return dataclasses.replace(targets, token_weights=found.weights)
 
 
 def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[str, float]:
@@ -63,8 +75,8 @@ def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[s
         "val/rollout_kl": (torch.expm1(gap) - gap).mean(),
     }
     if targets.token_weights is not None:
-        capped = gap.exp() > config.rollout_correction_cap
+        found = correction(targets.old_logprobs, rollout.logprobs, mask, config)
         metrics["policy/rollout_weight"] = targets.token_weights[mask].double().mean()
-        metrics["policy/rollout_capped_frac"] = capped.double().mean()
+        metrics["policy/rollout_capped_frac"] = found.bounded[mask].double().mean()
     # Copied together: the host waits once.
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
