@@ -142,24 +142,30 @@ def ours(trainer, inputs, case):
     loss = terms.loss
     if case["beta"]:
         kl = k3((logprobs - inputs["ref_per_token_logps"]) * mask)
+        if case["weighted"]:
+            old = inputs["old_per_token_logps"]
+            kl = kl * losses.log_ratio(logprobs, old, mask, case["ratio"]).exp()
         loss = loss + case["beta"] * losses.weighted_sum(kl, mask, weights)
     if case["entropy"]:
         loss = loss - case["entropy"] * losses.weighted_sum(entropies, mask, weights)
     return loss / size.tokens
 
 
-KEYS = ("loss_type", "ratio", "high", "delta", "beta", "entropy")
+KEYS = ("loss_type", "ratio", "high", "delta", "beta", "entropy", "weighted")
 CASES = [
     dict(zip(KEYS, case, strict=True))
     for case in [
-        ("grpo", "token", None, None, 0.0, 0.0),
-        ("grpo", "token", 0.28, 1.5, 0.1, 0.0),
-        ("grpo", "sequence_mean", 0.28, None, 0.1, 0.0),
-        ("bnpo", "token", None, 1.5, 0.1, 0.3),  # their entropy is always the mean over tokens
-        ("dapo", "token", 0.28, None, 0.0, 0.0),
-        ("dr_grpo", "token", None, None, 0.1, 0.0),
-        ("dr_grpo", "token", 0.28, 1.5, 0.0, 0.0),
-        ("cispo", "token", 0.3, None, 0.1, 0.0),
+        ("grpo", "token", None, None, 0.0, 0.0, False),
+        ("grpo", "token", 0.28, 1.5, 0.1, 0.0, False),
+        ("grpo", "sequence_mean", 0.28, None, 0.1, 0.0, False),
+        # Their entropy is always the mean over tokens.
+        ("bnpo", "token", None, 1.5, 0.1, 0.3, False),
+        ("dapo", "token", 0.28, None, 0.0, 0.0, False),
+        ("dr_grpo", "token", None, None, 0.1, 0.0, False),
+        ("dr_grpo", "token", 0.28, 1.5, 0.0, 0.0, False),
+        ("cispo", "token", 0.3, None, 0.1, 0.0, False),
+        ("grpo", "token", None, None, 0.1, 0.0, True),
+        ("grpo", "sequence_mean", None, None, 0.1, 0.0, True),
     ]
 ]
 
@@ -187,7 +193,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
     if case["loss_type"] == "cispo":  # theirs is the bound itself
         grpo.epsilon_high += 1
     grpo.importance_sampling_level = "token" if case["ratio"] == "token" else "sequence"
-    grpo.args.use_bias_correction_kl = False  # DeepSeek-V3.2; the engine has the KL of GRPO
+    grpo.args.use_bias_correction_kl = case["weighted"]
     grpo.args.delta, grpo.entropy_coef = case["delta"], case["entropy"]
     vars(grpo)["_entropy_bonus_enabled"] = bool(case["entropy"])
     found = []

@@ -242,11 +242,17 @@ def test_over_the_whole_distribution_an_unbiased_estimator_is_the_kl(name, unbia
     assert (abs(got - want) < 1e-12) == unbiased
 
 
-@pytest.mark.parametrize(("name", "right"), [("k1", False), ("k2", True)])
-def test_in_the_loss_k2_has_the_gradient_of_the_kl_and_k1_has_none(name, right):
+@pytest.mark.parametrize(
+    ("name", "weighted", "right"),
+    [("k1", False, False), ("k2", False, True), ("k1", True, True), ("k3", True, True)],
+)
+def test_in_the_loss_some_estimators_have_the_gradient_of_the_kl(name, weighted, right):
+    """With weights, in expectation over the samples of an older policy; else over the policy's."""
     z = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64).requires_grad_()
     q = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)
     p = z.softmax(0)
     (want,) = torch.autograd.grad((p * (p / q).log()).sum(), z, retain_graph=True)
-    (got,) = torch.autograd.grad((p.detach() * KL_ESTIMATORS[name]((p / q).log())).sum(), z)
+    old = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64) if weighted else p.detach()
+    rho = p / old if weighted else 1.0
+    (got,) = torch.autograd.grad((old * rho * KL_ESTIMATORS[name]((p / q).log())).sum(), z)
     assert torch.allclose(got, want if right else torch.zeros(3).double(), atol=1e-12)

@@ -162,6 +162,7 @@ def slow_sums(policy, rollout, targets, rows, config):
             if config.kl.place == "loss":
                 d = logprob - targets.ref_logprobs[i, t]
                 kl = d**2 / 2 if config.kl.estimator == "k2" else (-d).exp() - 1 + d
+                kl = kl * rho if config.kl.importance_weighted else kl
                 sums.kl += weight * kl.item()
                 term = term + config.kl.beta * kl
             sums.squared_log_ratio += log_rho.item() ** 2
@@ -226,6 +227,8 @@ def one_thread():
         {"loss_aggregation": "sequence_sum_constant", "kl": KLConfig(beta=0.5, **K2)},
         {"loss_aggregation": "sequence", "kl": KLConfig(beta=0.5, **K3), "entropy_coef": 0.1},
         {"kl": KLConfig(beta=0.5, **K3), "ratio": "sequence"},
+        {"kl": KLConfig(beta=0.5, **K3, importance_weighted=True), "ratio": "sequence_mean"},
+        {"kl": KLConfig(beta=0.5, **K2, importance_weighted=True)},
         {"ratio": "sequence_mean", "loss_aggregation": "sequence", "clip_range": 0.02},
         {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
         {"policy_loss": "cispo", "ratio": "sequence", "clip_range": 0.5, "clip_range_high": 0.2},
@@ -239,6 +242,8 @@ def one_thread():
         "constant divisor, k2",
         "sequence mean, k3, entropy",
         "k3",
+        "weighted k3, mean ratio",
+        "weighted k2",
         "mean ratio",
         "cispo",
         "cispo, sequence ratio",

@@ -47,11 +47,13 @@ def _check_batches(config: RunConfig) -> None:
 
 def _check_objective(config: RunConfig) -> None:
     kl, ppo = config.kl, config.ppo
-    if kl.place == "loss" and kl.estimator == "k1":
+    if kl.place == "loss" and kl.estimator == "k1" and not kl.importance_weighted:
         raise ConfigError(
-            "kl.place: loss needs kl.estimator: k2 or k3, because the gradient of k1 is zero in "
-            "expectation and would not hold the policy back"
+            "kl.place: loss needs kl.estimator: k2 or k3 (or kl.importance_weighted), because the "
+            "gradient of k1 is zero in expectation and would not hold the policy back"
         )
+    if kl.importance_weighted and kl.place != "loss":
+        raise ConfigError("kl.importance_weighted has no effect without kl.place: loss")
     if ppo.policy_loss == "cispo" and ppo.dual_clip is not None:
         raise ConfigError(
             "ppo.dual_clip has no effect with ppo.policy_loss: cispo, whose ratios are bounded by "

@@ -166,6 +166,9 @@ class KLConfig(Section, frozen=True):
     place: Literal["reward", "loss"] = "reward"
     """Where beta times the estimate goes: it is subtracted from the reward, or added to the loss
     (GRPO)."""
+    importance_weighted: bool = False
+    """With `place: loss`, multiplies a token's estimate by its probability ratio (`ppo.ratio`), so
+    that the gradient of k1 and k3 is that of the KL (DeepSeek-V3.2; the default of TRL's GRPO)."""
     target: Positive = 6.0
     """KL that the adaptive controller aims for, in nats per response."""
     horizon: Positive = 10_000.0

@@ -339,9 +339,11 @@ def _policy_loss(
         sums["entropy"] = entropy.detach()
         loss = loss - ppo.entropy_coef * entropy
     if inputs.ref_logprobs is not None:
-        estimate = KL_ESTIMATORS[config.kl.estimator]
-        log_ratio = (logprobs - inputs.ref_logprobs) * mask
-        kl = losses.weighted_sum(estimate(log_ratio), mask, weights)
+        estimates = KL_ESTIMATORS[config.kl.estimator]((logprobs - inputs.ref_logprobs) * mask)
+        if config.kl.importance_weighted:
+            log_rho = losses.log_ratio(logprobs, inputs.old_logprobs, mask, ppo.ratio)
+            estimates = estimates * log_rho.exp()
+        kl = losses.weighted_sum(estimates, mask, weights)
         sums["kl"] = kl.detach()
         loss = loss + config.kl.beta * kl
     return loss, sums
