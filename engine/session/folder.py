@@ -154,8 +154,19 @@ class Session:
         return found
 
     def is_live(self) -> bool:
-        """Whether an engine holds the session's lock; False for a moment of its history."""
+        """Whether an engine holds the session's lock; False for a moment of its history.
+
+        Raises:
+            SessionError: it cannot be told.
+        """
         return self.position is None and lock.is_held(self.lock_file)
+
+    def may_be_live(self) -> bool:
+        """Whether an engine runs it or that cannot be told, which later readings of it report."""
+        try:
+            return self.is_live()
+        except SessionError:
+            return True
 
     def acquire(self) -> lock.SessionLock:
         """Locks the session for one engine.

@@ -266,7 +266,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     def detach(self, code: int = 0) -> None:
         """Restores the terminal; the exit message names the engine that keeps running."""
         self.follower.leave()
-        engine = self.session.engine() if self.session and self.session.is_live() else None
+        engine = self.session.engine() if self.session and self.session.may_be_live() else None
         if engine is not None and self.session is not None:
             name = self.origin or self.session.name
             self.exit_message = (

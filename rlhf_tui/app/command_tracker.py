@@ -5,6 +5,7 @@ from pathlib import Path
 
 from textual.app import App
 
+from engine.errors import SessionError
 from engine.journal.rows import ProbeResult
 from engine.protocol.commands import Command, Note, Probe
 from rlhf_tui import format as fmt
@@ -60,11 +61,15 @@ class CommandTracker:
         """Whether a command would reach an engine; shows a notice if not."""
         if self.read_only:
             self._say(READ_ONLY, "warning")
-        elif not target.session.is_live():
+            return False
+        try:
+            live = target.session.is_live()
+        except SessionError as error:
+            self._say(str(error), "error")
+            return False
+        if not live:
             self._say(self.no_engine(target), "warning")
-        else:
-            return True
-        return False
+        return live
 
     def send(
         self,

@@ -55,6 +55,14 @@ def test_asking_does_not_take_it(tmp_path):
     assert not lock.is_held(path)
 
 
+def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_free(tmp_path):
+    path = tmp_path / "engine.lock"
+    path.symlink_to(path)
+    with pytest.raises(SessionError, match="cannot tell whether an engine holds"):
+        lock.is_held(path)
+    assert not lock.is_held(tmp_path / "nowhere" / "engine.lock")
+
+
 def test_another_process_is_seen_and_refuses(holder):
     path, _ = holder
     assert lock.is_held(path)

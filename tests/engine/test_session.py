@@ -284,6 +284,9 @@ def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp
     assert registry.live_sessions() == [living]
     assert len(list(folder.iterdir())) == 3
     held.release()
+    living.lock_file.unlink()
+    living.lock_file.symlink_to(living.lock_file)  # it cannot be told whether it is held
+    assert registry.live_sessions() == [living]
     registry.withdraw(living)
     assert registry.live_sessions() == []
 

@@ -111,4 +111,4 @@ class SessionListCache:
 def _signature(session: Session) -> object:
     journal = session.journal_file
     files = (journal, journal.with_name("journal.db-wal"), session.config_file)
-    return *map(file_signature, files), session.is_live()
+    return *map(file_signature, files), session.may_be_live()
