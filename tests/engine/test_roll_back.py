@@ -2,6 +2,7 @@
 
 import signal
 import sqlite3
+import threading
 from contextlib import closing
 
 from engine.launch.start import StartOptions
@@ -47,6 +48,22 @@ async def test_a_roll_back_whose_journal_cannot_be_read_any_more_is_rejected(eng
     reply = await settled(writer, reply.id)
     assert (reply.status, engine.shared.next) == ("rejected", None)
     assert "journal.db" in reply.reason
+
+
+async def test_a_roll_back_for_which_no_thread_can_be_started_is_rejected_and_bars_no_other(
+    engine, writer, monkeypatch
+):
+    writer.checkpoint(2)
+
+    def start(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", start)
+        reply = await settled(writer, engine.send(Rollback(step=2)).id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert "can't start new thread" in reply.reason
+    assert (await settled(writer, engine.send(Rollback(step=2)).id)).status == "applied"
 
 
 async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, writer):
