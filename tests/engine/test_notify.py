@@ -96,8 +96,11 @@ class Recorder:
 
     name = "recorder"
 
-    def __init__(self, error=None):
-        self.messages, self.error = [], error
+    def __init__(self, error=None, missing=()):
+        self.messages, self.error, self.missing = [], error, missing
+
+    def missing_variables(self):
+        return self.missing
 
     async def send(self, message):
         self.messages.append(message)
@@ -326,8 +329,9 @@ def test_only_http_is_spoken(url):
 
 async def test_a_variable_that_is_not_set_is_reported_at_the_start_and_with_each_message():
     hook = WebhookChannel(Webhook(url_variable="MY_HOOK"), 0, {})
-    (text,) = missing_variables([hook, Recorder()])
-    assert "notify.webhooks[0] (json): the environment variable MY_HOOK is not set" in text
+    first, second = missing_variables([hook, Recorder(), Recorder(missing=["MY_TOKEN"])])
+    assert "notify.webhooks[0] (json): the environment variable MY_HOOK is not set" in first
+    assert "recorder: the environment variable MY_TOKEN is not set" in second
     with pytest.raises(NotificationError, match="MY_HOOK is not set"):
         await hook.send(MESSAGE)
 
