@@ -252,6 +252,15 @@ def resume(
     )
 
 
+def steps_done(session: Session, start: StartOptions) -> int | None:
+    """The number of the run's steps if a resume would find all of them done, else None."""
+    total = config_file.override(session.config(), start.overrides).train.steps
+    with JournalReader(session) as reader:
+        crashed = reader.state() == "crashed"
+    # A session that crashed after its last checkpoint still has to record its end.
+    return total if start.from_step >= total and not crashed else None
+
+
 def fork(
     session: Session,
     name: str,
