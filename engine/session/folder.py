@@ -22,7 +22,7 @@ from engine.errors import (
     SessionNameError,
 )
 from engine.session import access, lock
-from engine.session.command_line import command
+from engine.session.command_line import command, recorded_command
 from engine.session.position import Position
 
 if TYPE_CHECKING:
@@ -189,6 +189,10 @@ class Session:
     def command(self, verb: str, *words: str) -> str:
         """A command on this session as it can be typed here."""
         return command(verb, self.name, *words, root=self.folder.parent)
+
+    def recorded_command(self, verb: str) -> str:
+        """A command on this session for a message of its engine, which is read elsewhere, too."""
+        return recorded_command(verb, self.name, root=self.folder.parent)
 
     def check_owner(self, *, allow_root: bool = False) -> None:
         """Checks that the session belongs to this user, see :func:`access.check_owner`.

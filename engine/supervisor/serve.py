@@ -56,7 +56,7 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
     except (OSError, sqlite3.Error) as error:
         raise SessionError(
             f"cannot write in {session.folder}: {error}; "
-            f"solve this, then: {session.command('resume')}"
+            f"solve this, then: {session.recorded_command('resume')}"
         ) from error
     finally:
         session.engine_file.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
+from rlhf_tui import format as fmt
 from rlhf_tui.app import hangup, replaying, steering
 from rlhf_tui.app.command_tracker import CommandTracker
 from rlhf_tui.app.following import TICK, SessionFollower
@@ -133,14 +134,13 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
         super().__init__()
         self.animation_level = "none"
-        shell_root = self.root if origin is None else None
         self.follower = SessionFollower(
             self, self.preferences, self.who,
             now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
-            root=shell_root, origin=origin,
+            root=self.root, origin=origin,
         )  # fmt: skip
         tracker = CommandTracker(
-            self, self.who, target=self.steering_target, root=shell_root,
+            self, self.who, target=self.steering_target, root=self.root,
             read_only=not self.steers, say=self.say,
         )  # fmt: skip
         self.commands = steering.Steering(self, tracker, self.say)
@@ -268,10 +268,12 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.follower.leave()
         engine = self.session.engine() if self.session and self.session.may_be_live() else None
         if engine is not None and self.session is not None:
-            name = self.session.name if self.origin is None else self.origin.address
+            if self.origin is None:
+                attach = self.state.command("attach", self.session.name)
+            else:
+                attach = fmt.command("attach", self.origin.address)
             self.exit_message = (
-                f"detached; engine pid {engine.pid} still running; "
-                f"reattach with {self.state.command('attach', name)}"
+                f"detached; engine pid {engine.pid} still running; reattach with {attach}"
             )
         self.exit(return_code=code)
 

@@ -27,7 +27,7 @@ class CommandTracker:
         who: str,
         *,
         target: Callable[[], SteeringTarget | None],
-        root: Path | None,
+        root: Path,
         read_only: bool,
         say: Say,
     ) -> None:
@@ -37,7 +37,7 @@ class CommandTracker:
             app: takes the replies.
             who: the operator.
             target: returns the run that the keys act on; None if no run is selected.
-            root: the folder of sessions; None if they are copies of another machine's.
+            root: the folder of sessions.
             read_only: nothing may be sent.
             say: shows a notice.
         """

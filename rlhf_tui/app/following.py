@@ -50,7 +50,7 @@ class SessionFollower:
         follow: bool,
         say: Say,
         draw: DrawScreens,
-        root: Path | None,
+        root: Path,
         replay: ReplayOptions | None = None,
         origin: Origin | None = None,
     ) -> None:
@@ -64,7 +64,7 @@ class SessionFollower:
             follow: False reads each session once and never again.
             say: shows a notice.
             draw: draws the visible screens.
-            root: the folder of sessions; None if they are copies of another machine's.
+            root: the folder of sessions.
             replay: shows sessions as they were, from their beginning; the first one that is opened
                 from the step of these options. None: as they are.
             origin: the session of which the open one is a copy; None for the session itself.

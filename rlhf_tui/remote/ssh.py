@@ -14,6 +14,7 @@ from types import TracebackType
 from msgspec import Struct
 
 from engine.errors import LinkError, NoSuchSessionError, UserInputError, shortened
+from engine.session.command_line import mark_copies
 from rlhf_tui import format as fmt
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import Done, decode
@@ -102,6 +103,7 @@ class RemoteSession:
         self._address = address
         self._arguments = arguments
         self.root = Path(tempfile.mkdtemp(prefix="rlhf-tui-"))
+        mark_copies(self.root)
         self._socket = self.root / "s"
         self._copy = SessionCopy(self.root, self._socket)
         self._source: subprocess.Popen[bytes] | None = None

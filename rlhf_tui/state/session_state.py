@@ -58,7 +58,7 @@ class SessionState:
             name: of the session.
             batch_size: responses of a step.
             now: the wall clock.
-            root: its folder's parent; None for a copy of a session of another machine.
+            root: its folder's parent; None: commands name no folder.
         """
         self.name = name
         self._root = root
