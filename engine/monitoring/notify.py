@@ -146,7 +146,8 @@ class Notifier:
         if message.kind != "alert":  # the end of a run must not be lost in a flood of alerts
             return None
         now = self._now()
-        while self._alerts and now - self._alerts[0] >= HOUR:
+        # One of the future was sent before the clock was set back: it must not count for longer.
+        while self._alerts and not 0 <= now - self._alerts[0] < HOUR:
             self._alerts.popleft()
         if len(self._alerts) >= self._max_per_hour:
             self._unsent += 1

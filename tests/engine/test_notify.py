@@ -175,6 +175,12 @@ async def test_in_quiet_hours_only_errors_are_sent(hours, time_of_day, quiet):
     assert [m.kind for m in sent] == (["failure"] if quiet else ["alert", "failure"])
 
 
+async def test_a_clock_that_is_set_back_does_not_keep_alerts_back():
+    day = 86_400.0
+    sent = await submitted(NotifyConfig(max_per_hour=1), MESSAGE, MESSAGE, clock=[2 * day, day])
+    assert len(sent) == 2
+
+
 async def test_the_rate_limit_keeps_alerts_back_for_an_hour_and_never_the_end(caplog):
     caplog.set_level("INFO")
     end = of_state("run", "finished", "", 9)
