@@ -17,6 +17,7 @@ from engine.errors import (
     JournalError,
     NoSuchSessionError,
     SessionError,
+    SessionNameError,
     UserInputError,
 )
 from engine.journal.fork import copy_until
@@ -143,7 +144,14 @@ def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -
     _check_machine(config)
     if name is not None:
         remove_failed_start(Session(root / check_name(name)))
-    return create(root, free_name(root, stem) if name is None else name, config)
+        return create(root, name, config)
+    while True:
+        free = free_name(root, stem)
+        try:
+            return create(root, free, config)
+        except SessionNameError:  # several starts at once choose the same free name
+            if not (root / free).exists():
+                raise
 
 
 def _check_machine(config: RunConfig) -> None:
