@@ -111,7 +111,7 @@ class CommandHandler:
             check_command(command, self._moment())
             if isinstance(command, Rollback) and self._rollbacks:
                 raise CommandRejectedError(ROLLING_BACK)
-        except RlhfError as error:
+        except (RlhfError, OSError) as error:  # the latter of the folder of checkpoints
             commands.reject(request.id, str(error))
         else:
             commands.accept(request.id)
@@ -215,7 +215,7 @@ class CommandHandler:
             return "the run is stopping: resume it first"
         try:
             steps = timeline_checkpoints(self._session)
-        except JournalError as error:
+        except (JournalError, OSError) as error:
             return str(error)
         if step not in steps:  # removed, or left behind by a restart, while it was read
             return f"step {step} is no longer a checkpoint of this run"
