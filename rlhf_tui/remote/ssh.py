@@ -3,18 +3,17 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 
 from msgspec import Struct
 
 from engine.errors import LinkError, NoSuchSessionError, UserInputError, shortened
 from engine.session.command_line import mark_copies
+from engine.session.temporary_folders import TemporaryFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import Done, decode
@@ -90,7 +89,8 @@ class RemoteSession:
     """A session of another machine: its copy, kept up to date, and its engine's socket.
 
     Attributes:
-        root: the private folder that has the copy; deleted at the end.
+        root: the private folder that has the copy; deleted at the end, or if this process is
+            killed, when the next such folder is created.
     """
 
     def __init__(self, address: Address, arguments: list[str]) -> None:
@@ -102,7 +102,8 @@ class RemoteSession:
         """
         self._address = address
         self._arguments = arguments
-        self.root = Path(tempfile.mkdtemp(prefix="rlhf-tui-"))
+        self._folder = TemporaryFolder()
+        self.root = self._folder.path
         mark_copies(self.root)
         self._socket = self.root / "s"
         self._copy = SessionCopy(self.root, self._socket)
@@ -177,7 +178,7 @@ class RemoteSession:
         for process in self._terminate():
             process.wait()
         self._copy.close()
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._folder.close()
 
     def _terminate(self) -> list[subprocess.Popen[bytes]]:
         processes = [p for p in (self._source, self._forward) if p is not None]

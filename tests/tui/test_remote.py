@@ -24,6 +24,8 @@ from engine.metrics import EVAL_SCORE
 from engine.protocol.client import Client
 from engine.protocol.rank_messages import StepReport
 from engine.session.folder import Session, create
+from engine.session.lock import is_held
+from engine.session.temporary_folders import LOCK
 from rlhf_tui.commands.reading import sessions
 from rlhf_tui.remote import ssh as remote_ssh
 from rlhf_tui.remote.copy import SessionCopy
@@ -247,6 +249,7 @@ def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path
     with RemoteSession(Address("box", name="run"), arguments) as remote:
         copy = Session(remote.root / remote.name)
         assert copy.is_live()
+        assert is_held(remote.root / LOCK)  # by which what a killed process leaves is removed
         assert seen(copy)["events"] == seen(session)["events"]
 
         def answers():
