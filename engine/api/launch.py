@@ -129,9 +129,7 @@ def resume(
     options = preparation.resume(
         files, from_step=from_step, reseed=reseed, overrides=words, who=session.who
     )
-    total = preparation.resumed_config(files.config(), words).train.steps
-    # A session that crashed after its last checkpoint still has to record its end.
-    if options.from_step >= total and session.state != "crashed":
+    if (total := preparation.steps_done(files, options)) is not None:
         raise UserInputError(
             f"session '{session.name}' has finished its {total} steps; to extend it, give "
             f"overrides={{'train.steps': {2 * total}}}"

@@ -61,7 +61,7 @@ class SessionReader:
 
     @property
     def is_live(self) -> bool:
-        """Whether an engine runs it."""
+        """Whether an engine runs it. Raises SessionError if that cannot be told."""
         return self._files.is_live()
 
     @property

@@ -43,7 +43,7 @@ class AttemptRow(Struct, frozen=True, kw_only=True):
     """Whether changes of settings after that step are not repeated."""
     started: float
     ended: float | None
-    """None if the attempt is live or was killed."""
+    """When its engine ended; None if that lives, was killed, or began another attempt."""
     pid: int
     host: str
     version: str
@@ -183,6 +183,21 @@ class AttemptEvent(Struct, frozen=True):
     from_step: int = 0
     fresh: bool = False
     fork: ForkedFrom | None = None
+
+
+def engine_died_before(begun: AttemptEvent, attempts: Mapping[int, AttemptRow]) -> bool:
+    """Whether the engine of the attempt before died: it wrote no end, and another one followed.
+
+    Args:
+        begun: the attempt that followed.
+        attempts: by number.
+    """
+    if begun.fork is not None:  # the attempts before are its parent's, whose engine may live
+        return False
+    last, next_ = attempts.get(begun.attempt - 1), attempts.get(begun.attempt)
+    if last is None or next_ is None or last.ended is not None:
+        return False
+    return (last.pid, last.host) != (next_.pid, next_.host)
 
 
 class ErrorEvent(Struct, frozen=True):

@@ -342,7 +342,8 @@ def on_network(folder: Path) -> bool:
     """Whether a folder is on a network file system, according to /proc/self/mountinfo."""
     longest, kind = -1, ""
     path = str(folder.resolve())
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+    mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())  # of any names
+    for line in mounts.rstrip("\n").split("\n"):
         before, _, after = line.partition(" - ")
         mount = before.split()[4].replace("\\040", " ")
         inside = path == mount or path.startswith(mount.rstrip("/") + "/")

@@ -17,6 +17,7 @@ from engine.errors import (
     JournalError,
     NoSuchSessionError,
     SessionError,
+    SessionNameError,
     UserInputError,
 )
 from engine.journal.fork import copy_until
@@ -143,7 +144,14 @@ def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -
     _check_machine(config)
     if name is not None:
         remove_failed_start(Session(root / check_name(name)))
-    return create(root, free_name(root, stem) if name is None else name, config)
+        return create(root, name, config)
+    while True:
+        free = free_name(root, stem)
+        try:
+            return create(root, free, config)
+        except SessionNameError:  # several starts at once choose the same free name
+            if not (root / free).exists():
+                raise
 
 
 def _check_machine(config: RunConfig) -> None:
@@ -250,6 +258,15 @@ def resume(
         changes=_setting_changes(overrides, new, _settings_at(session, old, from_step)),
         who=who,
     )
+
+
+def steps_done(session: Session, start: StartOptions) -> int | None:
+    """The number of the run's steps if a resume would find all of them done, else None."""
+    total = config_file.override(session.config(), start.overrides).train.steps
+    with JournalReader(session) as reader:
+        crashed = reader.state() == "crashed"
+    # A session that crashed after its last checkpoint still has to record its end.
+    return total if start.from_step >= total and not crashed else None
 
 
 def fork(

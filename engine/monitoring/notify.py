@@ -38,6 +38,9 @@ class Channel(Protocol):
     def name(self) -> str:
         """Its key in the configuration, for the log."""
 
+    def missing_variables(self) -> list[str]:
+        """The environment variables that it needs and that are not set."""
+
     async def send(self, message: Notification) -> None:
         """Sends one message. It may take any time: it is cancelled after :data:`TIMEOUT`.
 
@@ -74,12 +77,11 @@ def open_channels(config: NotifyConfig) -> list[Channel]:
 
 
 def missing_variables(channels: Sequence[Channel]) -> list[str]:
-    """A sentence for each environment variable that a webhook needs and that is not set."""
+    """A sentence for each environment variable that a channel needs and that is not set."""
     return [
         f"{channel.name}: the environment variable {name} is not set, so nothing can be sent"
         for channel in channels
-        if isinstance(channel, WebhookChannel)
-        for name in channel.missing()
+        for name in channel.missing_variables()
     ]
 
 
@@ -144,7 +146,8 @@ class Notifier:
         if message.kind != "alert":  # the end of a run must not be lost in a flood of alerts
             return None
         now = self._now()
-        while self._alerts and now - self._alerts[0] >= HOUR:
+        # One of the future was sent before the clock was set back: it must not count for longer.
+        while self._alerts and not 0 <= now - self._alerts[0] < HOUR:
             self._alerts.popleft()
         if len(self._alerts) >= self._max_per_hour:
             self._unsent += 1

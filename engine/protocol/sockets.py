@@ -6,6 +6,7 @@ without sockets, as on some networks and in some containers, the socket is creat
 folder under /tmp.
 """
 
+import hashlib
 import os
 import socket
 import time
@@ -43,7 +44,9 @@ def listen(folder: Path, name: str = NAME) -> tuple[socket.socket, Path]:
         return _listen_in(folder, name)
     except OSError:
         try:
-            return _listen_in(private_temporary_folder(), f"{os.getpid()}.{name}")
+            # Not by process id, of which containers that share /tmp have the same.
+            of_folder = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
+            return _listen_in(private_temporary_folder(), f"{of_folder}.{name}")
         except OSError as error:
             raise SessionError(f"cannot create a socket for {folder}: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""Access rights of sessions: modes of files and folders, and the check of the owner.
+"""Access rights: modes of files and folders, and the check of a session's owner.
 
 A session's configuration can name Python code, so anyone who can write to a session can run code as
 the user who resumes it. Modes are therefore set explicitly and do not depend on the umask.
@@ -70,6 +70,21 @@ def create_file(path: Path) -> None:
         OSError: the file cannot be created.
     """
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+
+
+def open_to_umask(folder: Path) -> None:
+    """Lets those read the files of a model folder whom the umask lets.
+
+    For models outside of sessions: safetensors makes its files private, whatever the umask.
+
+    Raises:
+        OSError: the mode of a file cannot be changed.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:

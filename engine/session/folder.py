@@ -22,7 +22,7 @@ from engine.errors import (
     SessionNameError,
 )
 from engine.session import access, lock
-from engine.session.command_line import command
+from engine.session.command_line import command, recorded_command
 from engine.session.position import Position
 
 if TYPE_CHECKING:
@@ -154,8 +154,19 @@ class Session:
         return found
 
     def is_live(self) -> bool:
-        """Whether an engine holds the session's lock; False for a moment of its history."""
+        """Whether an engine holds the session's lock; False for a moment of its history.
+
+        Raises:
+            SessionError: it cannot be told.
+        """
         return self.position is None and lock.is_held(self.lock_file)
+
+    def may_be_live(self) -> bool:
+        """Whether an engine runs it or that cannot be told, which later readings of it report."""
+        try:
+            return self.is_live()
+        except SessionError:
+            return True
 
     def acquire(self) -> lock.SessionLock:
         """Locks the session for one engine.
@@ -178,6 +189,10 @@ class Session:
     def command(self, verb: str, *words: str) -> str:
         """A command on this session as it can be typed here."""
         return command(verb, self.name, *words, root=self.folder.parent)
+
+    def recorded_command(self, verb: str) -> str:
+        """A command on this session for a message of its engine, which is read elsewhere, too."""
+        return recorded_command(verb, self.name, root=self.folder.parent)
 
     def check_owner(self, *, allow_root: bool = False) -> None:
         """Checks that the session belongs to this user, see :func:`access.check_owner`.

@@ -45,14 +45,21 @@ class SessionLock:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock. Does not take it."""
+    """Whether a process holds the lock. Does not take it.
+
+    Raises:
+        SessionError: it cannot be told, such as without a free file descriptor.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+        try:
+            query = _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
+            kind = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))[0]
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    try:
-        query = _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
-        kind = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))[0]
-        return bool(kind != fcntl.F_UNLCK)
-    finally:
-        os.close(fd)
+    except OSError as error:
+        text = f"cannot tell whether an engine holds {path}: {error.strerror}"
+        raise SessionError(text) from error
+    return bool(kind != fcntl.F_UNLCK)

@@ -55,7 +55,7 @@ def live_sessions() -> list[Session]:
         if host != socket.gethostname():  # a home folder that several machines share
             continue
         session = Session(Path(folder))
-        if session.is_live():
+        if session.may_be_live():
             found.append(session)
         else:
             # On a read-only file system the stale entry stays, which does no harm.

@@ -111,7 +111,7 @@ class CommandHandler:
             check_command(command, self._moment())
             if isinstance(command, Rollback) and self._rollbacks:
                 raise CommandRejectedError(ROLLING_BACK)
-        except RlhfError as error:
+        except (RlhfError, OSError) as error:  # the latter of the folder of checkpoints
             commands.reject(request.id, str(error))
         else:
             commands.accept(request.id)
@@ -179,11 +179,10 @@ class CommandHandler:
         must not end the run.
         """
         step, commands = command.step, self._journal.commands
-        folder = checkpoint_path(self._session.checkpoints, step)
-        damage = await in_daemon_thread(partial(find_damage, folder))
+        unusable = await self._unusable(step)
         self._rollbacks.pop(command_id)
         try:
-            if problem := self._rollback_problem(step, damage):
+            if problem := self._rollback_problem(step, unusable):
                 commands.reject(command_id, problem)
             else:
                 commands.apply(command_id, step + 1, [])
@@ -198,19 +197,29 @@ class CommandHandler:
             self._pending.send_reply(CommandReply(id=command_id, status="rejected", reason=reason))
         self._publisher.rows_added()
 
-    def _rollback_problem(self, step: int, damage: str | None) -> str | None:
+    async def _unusable(self, step: int) -> str | None:
+        """Why a checkpoint cannot be rolled back to, None if all of its files are whole."""
+        folder = checkpoint_path(self._session.checkpoints, step)
+        try:
+            damage = await in_daemon_thread(partial(find_damage, folder))
+        except Exception as error:  # such as no thread can be started; the command must end
+            log.exception("the checkpoint of step %d cannot be read", step)
+            return f"the checkpoint of step {step} cannot be read: {error}; the run continues"
+        if damage is None:
+            return None
+        return f"the checkpoint of step {step} is damaged: {damage}; the run continues"
+
+    def _rollback_problem(self, step: int, unusable: str | None) -> str | None:
         """Why a roll back cannot be carried out now that its checkpoint is read, or None."""
         if self._state.stopping:
             return "the run is stopping: resume it first"
         try:
             steps = timeline_checkpoints(self._session)
-        except JournalError as error:
+        except (JournalError, OSError) as error:
             return str(error)
         if step not in steps:  # removed, or left behind by a restart, while it was read
             return f"step {step} is no longer a checkpoint of this run"
-        if damage:
-            return f"the checkpoint of step {step} is damaged: {damage}; the run continues"
-        return None
+        return unusable
 
     async def finish_rollbacks(self) -> None:
         """Rejects the roll backs whose checkpoints are still being read, as the run has ended."""

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sqlite3
+from pathlib import Path
 
 from engine import __version__
 from engine.config import file as config_file
@@ -56,11 +57,10 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
     except (OSError, sqlite3.Error) as error:
         raise SessionError(
             f"cannot write in {session.folder}: {error}; "
-            f"solve this, then: {session.command('resume')}"
+            f"solve this, then: {session.recorded_command('resume')}"
         ) from error
     finally:
-        session.engine_file.unlink(missing_ok=True)
-        session.secret_file.unlink(missing_ok=True)
+        _remove(session.engine_file, session.secret_file)
         lock.release()
 
 
@@ -88,11 +88,20 @@ async def _serve(
         raise
     finally:
         listener.close()
-        path.unlink(missing_ok=True)
+        _remove(path)
         registry.withdraw(session)
     if code == UserInputError.exit_code:  # the next resume uses the previous one
         session.write_config(before)
     return code
+
+
+def _remove(*files: Path) -> None:
+    """Removes files of an engine that ends. One that stays does not hide why it has ended."""
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:  # such as a disk that has become read-only
+            log.warning("cannot remove %s: %s", file, error.strerror)
 
 
 async def _run(supervisor: Supervisor, listener: socket.socket) -> int:

@@ -264,7 +264,7 @@ class Supervisor:
             return code
         if attempt.ended is not None:
             return self._end_regularly(attempt.ended.reason)
-        failure = attempt.cause(status, launch, self._session.command("logs"))
+        failure = attempt.cause(status, launch, self._session.recorded_command("logs"))
         earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
         if earlier is not None and not state.stop_now:
             text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
@@ -330,12 +330,14 @@ class Supervisor:
         if attempt.ended is not None:
             text = f"training has ended after step {step}"
         else:
-            text = attempt.cause(status, self._config.launch, self._session.command("logs")).text
+            text = attempt.cause(
+                status, self._config.launch, self._session.recorded_command("logs")
+            ).text
         kept = f"the checkpoint of step {saved} is complete" if saved else "there is no checkpoint"
         return (
             f"{text}, which cannot be recorded in {self._session.folder} ({error}); the steps up "
             f"to {step} are recorded and {kept}; solve this, then: "
-            f"{self._session.command('resume')}"
+            f"{self._session.recorded_command('resume')}"
         )
 
     def _restart_with(self, failure: Failed) -> None:
@@ -377,7 +379,7 @@ class Supervisor:
         if attempt.failed_by_itself:
             self.ranks.kill()
         elif attempt.lost:
-            text = f"rank {attempt.lost[0]} has ended; see {self._session.command('logs')}"
+            text = f"rank {attempt.lost[0]} has ended; see {self._session.recorded_command('logs')}"
             self._fail(text, attempt.lost[0])
         else:
             self._fail(f"rank {rank} has been silent for {seconds:.0f} s", rank)

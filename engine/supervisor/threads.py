@@ -16,6 +16,7 @@ async def in_daemon_thread(function: Callable[[], T]) -> T:
     must do no harm if it is cut short, such as one that only reads.
 
     Raises:
+        RuntimeError: no thread can be started.
         Exception: what the function raises.
     """
     future: Future[T] = Future()

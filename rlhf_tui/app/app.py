@@ -21,6 +21,7 @@ from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
+from rlhf_tui import format as fmt
 from rlhf_tui.app import hangup, replaying, steering
 from rlhf_tui.app.command_tracker import CommandTracker
 from rlhf_tui.app.following import TICK, SessionFollower
@@ -33,7 +34,7 @@ from rlhf_tui.dialogs.digest import OWN_KEYS, DigestDialog
 from rlhf_tui.identity import who
 from rlhf_tui.screens import modes
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.screens.context import AppContext
+from rlhf_tui.screens.context import AppContext, Origin
 from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.feeds.first_read import FirstRead
 from rlhf_tui.state.messages import CommandAnswered, EngineStarted, SessionUpdated
@@ -97,7 +98,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         follow: bool = True,
         first_read: FirstRead | None = None,
         replay: ReplayOptions | None = None,
-        origin: str = "",
+        origin: Origin | None = None,
         listing: SessionListCache | None = None,
     ) -> None:
         """Opens a folder of sessions, or one session in it.
@@ -110,13 +111,13 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             follow: False reads each session once and never again, for tests.
             first_read: a summary of that session whose reading has begun.
             replay: shows sessions as they were, and disables commands; None: as they are.
-            origin: the address of the session of which this one is a copy: commands reach it, but
-                nothing else may be changed. Empty for the session itself.
+            origin: the session of which this one is a copy: commands reach it, but nothing else
+                may be changed. None for the session itself.
             listing: of the folder, whose reading may have begun.
         """
         self.root = root.resolve()
         self.steers = not read_only and replay is None
-        self.read_only = not self.steers or bool(origin)
+        self.read_only = not self.steers or origin is not None
         self.origin = origin
         self.listing = listing or SessionListCache()
         self.replaying = replay is not None
@@ -133,14 +134,13 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
         super().__init__()
         self.animation_level = "none"
-        shell_root = None if origin else self.root
         self.follower = SessionFollower(
             self, self.preferences, self.who,
             now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
-            root=shell_root,
+            root=self.root, origin=origin,
         )  # fmt: skip
         tracker = CommandTracker(
-            self, self.who, target=self.steering_target, root=shell_root,
+            self, self.who, target=self.steering_target, root=self.root,
             read_only=not self.steers, say=self.say,
         )  # fmt: skip
         self.commands = steering.Steering(self, tracker, self.say)
@@ -266,12 +266,14 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     def detach(self, code: int = 0) -> None:
         """Restores the terminal; the exit message names the engine that keeps running."""
         self.follower.leave()
-        engine = self.session.engine() if self.session and self.session.is_live() else None
+        engine = self.session.engine() if self.session and self.session.may_be_live() else None
         if engine is not None and self.session is not None:
-            name = self.origin or self.session.name
+            if self.origin is None:
+                attach = self.state.command("attach", self.session.name)
+            else:
+                attach = fmt.command("attach", self.origin.address)
             self.exit_message = (
-                f"detached; engine pid {engine.pid} still running; "
-                f"reattach with {self.state.command('attach', name)}"
+                f"detached; engine pid {engine.pid} still running; reattach with {attach}"
             )
         self.exit(return_code=code)
 
@@ -387,7 +389,7 @@ def open_app(
     read_only: bool,
     first_read: FirstRead | None = None,
     replay: ReplayOptions | None = None,
-    origin: str = "",
+    origin: Origin | None = None,
     listing: SessionListCache | None = None,
 ) -> int:
     """Runs the app on a folder of sessions, or on one of them; see :class:`RlhfApp`.

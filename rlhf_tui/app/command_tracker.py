@@ -5,6 +5,7 @@ from pathlib import Path
 
 from textual.app import App
 
+from engine.errors import SessionError
 from engine.journal.rows import ProbeResult
 from engine.protocol.commands import Command, Note, Probe
 from rlhf_tui import format as fmt
@@ -26,7 +27,7 @@ class CommandTracker:
         who: str,
         *,
         target: Callable[[], SteeringTarget | None],
-        root: Path | None,
+        root: Path,
         read_only: bool,
         say: Say,
     ) -> None:
@@ -36,7 +37,7 @@ class CommandTracker:
             app: takes the replies.
             who: the operator.
             target: returns the run that the keys act on; None if no run is selected.
-            root: the folder of sessions; None if they are copies of another machine's.
+            root: the folder of sessions.
             read_only: nothing may be sent.
             say: shows a notice.
         """
@@ -60,11 +61,15 @@ class CommandTracker:
         """Whether a command would reach an engine; shows a notice if not."""
         if self.read_only:
             self._say(READ_ONLY, "warning")
-        elif not target.session.is_live():
+            return False
+        try:
+            live = target.session.is_live()
+        except SessionError as error:
+            self._say(str(error), "error")
+            return False
+        if not live:
             self._say(self.no_engine(target), "warning")
-        else:
-            return True
-        return False
+        return live
 
     def send(
         self,

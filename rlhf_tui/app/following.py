@@ -14,7 +14,7 @@ from engine.session.folder import Session
 from rlhf_tui.app.digest import began, curves_are_read, digest
 from rlhf_tui.app.replaying import ReplayControls
 from rlhf_tui.dialogs.digest import DigestDialog
-from rlhf_tui.screens.context import Say
+from rlhf_tui.screens.context import Origin, Say
 from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.feeds.feed import Feed, SessionFeed
 from rlhf_tui.state.feeds.updates import SessionUpdate
@@ -50,8 +50,9 @@ class SessionFollower:
         follow: bool,
         say: Say,
         draw: DrawScreens,
-        root: Path | None,
+        root: Path,
         replay: ReplayOptions | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Opens no session yet.
 
@@ -63,9 +64,10 @@ class SessionFollower:
             follow: False reads each session once and never again.
             say: shows a notice.
             draw: draws the visible screens.
-            root: the folder of sessions; None if they are copies of another machine's.
+            root: the folder of sessions.
             replay: shows sessions as they were, from their beginning; the first one that is opened
                 from the step of these options. None: as they are.
+            origin: the session of which the open one is a copy; None for the session itself.
         """
         self._app = app
         self._preferences = preferences
@@ -76,6 +78,7 @@ class SessionFollower:
         self._draw_screens = draw
         self._root = root
         self._replay = replay
+        self._origin = origin
         self.session: Session | None = None
         self.state = SessionState(now=now, root=root)
         self.view = self._new_view()
@@ -193,7 +196,9 @@ class SessionFollower:
 
     def tick(self) -> None:
         """Draws the clocks, which advance between two updates."""
-        if self.state.live and not self._draw_due:
+        stale = "" if self._origin is None else self._origin.stale
+        changed, self.state.stale = stale != self.state.stale, stale
+        if (self.state.live or changed) and not self._draw_due:
             self._draw()
         if self._now() - self._seen_saved > SAVE_SEEN_INTERVAL:
             # The terminal may disappear at any time, so what was seen is saved regularly.

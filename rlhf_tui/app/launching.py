@@ -129,7 +129,7 @@ class EngineStarter:
 
     def _open_when_created(self, before: set[str], deadline: float) -> None:
         # Until its engine runs, a new session looks as if its engine had died.
-        new = (s for s in all_sessions(self._root) if s.name not in before and s.is_live())
+        new = (s for s in all_sessions(self._root) if s.name not in before and s.may_be_live())
         if (session := next(new, None)) is not None:
             self._open_session(session.name)
         elif self._now() < deadline:

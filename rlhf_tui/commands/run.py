@@ -24,6 +24,7 @@ from engine.launch.start import (
     is_new,
     last_checkpoint,
     start_variable,
+    steps_done,
 )
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
@@ -183,11 +184,7 @@ def _resume(
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
-    total = config_file.override(session.config(), overrides).train.steps
-    with JournalReader(session) as record:
-        crashed = record.state() == "crashed"
-    # A session that crashed after its last checkpoint still has to record its end.
-    if start.from_step >= total and not crashed:
+    if (total := steps_done(session, start)) is not None:
         more, root = f"train.steps={2 * total}", session.folder.parent
         say(
             f"session '{session.name}' has finished its {fmt.plural(total, 'step')}; to extend it: "

@@ -25,6 +25,7 @@ from rlhf_tui.commands.options import (
 )
 
 if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
+    from rlhf_tui.screens.context import Origin
     from rlhf_tui.state.feeds.first_read import FirstRead
     from rlhf_tui.state.replay.player import ReplayOptions
     from rlhf_tui.state.runs.listing import SessionListCache
@@ -132,7 +133,7 @@ def _attach_remote(text: str, folder: Path | None, *, read_only: bool, tail: int
     arguments += ["--sessions", str(folder)] if folder is not None else []
     with RemoteSession(address, arguments) as remote:
         session = Session(remote.root / remote.name)
-        return open_screen(remote.root, session, read_only=read_only, origin=text)
+        return open_screen(remote.root, session, read_only=read_only, origin=remote)
 
 
 def browse(root: Path) -> None:
@@ -149,7 +150,7 @@ def open_screen(
     *,
     read_only: bool = False,
     replay: "ReplayOptions | None" = None,
-    origin: str = "",
+    origin: "Origin | None" = None,
 ) -> int:
     """Runs the app on a folder of sessions, or on one of them. Returns the exit code.
 
@@ -158,7 +159,7 @@ def open_screen(
         session: one of its sessions; None for the browser.
         read_only: sends no commands.
         replay: shows the session as it was.
-        origin: the address of what the session is a copy of; empty for the session itself.
+        origin: what the session is a copy of; None for the session itself.
     """
     # Modules and long sessions allocate millions of objects that are not garbage; with the default
     # thresholds, collections took a third of the time until the first curve.

@@ -1,6 +1,5 @@
 """A copy of a session of another machine: a folder that readers and clients use like any other."""
 
-import contextlib
 import sqlite3
 from pathlib import Path
 from socket import gethostname
@@ -33,7 +32,7 @@ class SessionCopy:
         """The path of the engine's socket on its machine; None without an engine."""
 
     def take(self, message: Message) -> None:
-        """Writes a message. Raises LinkError, sqlite3.Error or OSError."""
+        """Writes a message. Raises LinkError, SessionError, sqlite3.Error or OSError."""
         match message:
             case Hello():
                 self._begin(message)
@@ -114,5 +113,4 @@ class SessionCopy:
         info = EngineInfo(engine.pid, gethostname(), str(self._socket), __version__)
         write_atomically(self.session.engine_file, msgspec.json.encode(info).decode() + "\n")
         if self._lock is None:
-            with contextlib.suppress(OSError):
-                self._lock = SessionLock(self.session.lock_file)
+            self._lock = SessionLock(self.session.lock_file)

@@ -52,7 +52,7 @@ class SessionSource:
         return Hello(VERSION, self._session.name, config)
 
     def changes(self) -> Iterator[Message]:
-        """What is new since the last call; nothing if nothing is. Raises JournalError."""
+        """What is new since the last call; nothing if nothing is. Raises SessionError."""
         session = self._session
         engine = session.engine() if session.is_live() else None
         journal = session.journal_file

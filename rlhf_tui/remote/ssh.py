@@ -3,17 +3,18 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 
 from msgspec import Struct
 
 from engine.errors import LinkError, NoSuchSessionError, UserInputError, shortened
+from engine.session.command_line import mark_copies
+from engine.session.temporary_folders import TemporaryFolder
+from rlhf_tui import format as fmt
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import Done, decode
 
@@ -26,6 +27,8 @@ POLL = 0.05
 """Seconds between two looks at a connection that is being made."""
 JOIN = 5.0
 """Seconds for the thread to end with the connections."""
+SILENCE = 30.0
+"""Seconds without a message after which a connection counts as broken: three heartbeats."""
 FIRST = 60.0
 """Seconds that the first copy may take: somebody may have to type a passphrase."""
 
@@ -45,6 +48,10 @@ class Address(Struct, frozen=True):
         if found is None or found["host"].startswith("-"):
             raise UserInputError(f"'{text}' is no address: use ssh://[USER@]HOST[:PORT]/NAME")
         return cls(found["host"], found["port"] or "", found["name"] or "")
+
+    def __str__(self) -> str:
+        port = f":{self.port}" if self.port else ""
+        return f"ssh://{self.host}{port}/{self.name}"
 
     def ssh(self, *options: str) -> list[str]:
         """The command line of ssh, to which a command for the other machine can be appended."""
@@ -82,7 +89,8 @@ class RemoteSession:
     """A session of another machine: its copy, kept up to date, and its engine's socket.
 
     Attributes:
-        root: the private folder that has the copy; deleted at the end.
+        root: the private folder that has the copy; deleted at the end, or if this process is
+            killed, when the next such folder is created.
     """
 
     def __init__(self, address: Address, arguments: list[str]) -> None:
@@ -94,7 +102,9 @@ class RemoteSession:
         """
         self._address = address
         self._arguments = arguments
-        self.root = Path(tempfile.mkdtemp(prefix="rlhf-tui-"))
+        self._folder = TemporaryFolder()
+        self.root = self._folder.path
+        mark_copies(self.root)
         self._socket = self.root / "s"
         self._copy = SessionCopy(self.root, self._socket)
         self._source: subprocess.Popen[bytes] | None = None
@@ -104,6 +114,9 @@ class RemoteSession:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True, name="remote session")
         self._problem: Exception | None = None
+        """Why the connection has ended; None while there is one."""
+        self._updated: float | None = None
+        """When the copy was last known to be up to date; None before the first copy."""
 
     def __enter__(self) -> "RemoteSession":
         """Waits for the first copy.
@@ -118,7 +131,7 @@ class RemoteSession:
         except BaseException:
             self.close()
             raise
-        if not ready or self._copy.session is None or self._problem is not None:
+        if not ready or self._updated is None:
             problem = self._problem or LinkError(f"{self._address.host} does not answer")
             self.close()
             raise problem
@@ -131,6 +144,23 @@ class RemoteSession:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def address(self) -> str:
+        """The address of the session."""
+        return str(self._address)
+
+    @property
+    def stale(self) -> str:
+        """Why the copy is not kept up to date at the moment; empty while it is."""
+        problem, updated = self._problem, self._updated
+        if updated is None:
+            return ""
+        if problem is not None:
+            return f"not updated since {fmt.time_of_day(updated)}, connecting again: {problem}"
+        if time.time() - updated > SILENCE:
+            return f"{self._address.host} has sent nothing since {fmt.time_of_day(updated)}"
+        return ""
 
     @property
     def name(self) -> str:
@@ -148,7 +178,7 @@ class RemoteSession:
         for process in self._terminate():
             process.wait()
         self._copy.close()
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._folder.close()
 
     def _terminate(self) -> list[subprocess.Popen[bytes]]:
         processes = [p for p in (self._source, self._forward) if p is not None]
@@ -162,16 +192,22 @@ class RemoteSession:
         while not self._stopped.is_set():
             try:
                 self._receive()
-            except Exception as error:  # raised in the main thread if it is the first
-                self._problem = self._problem or error
+            except Exception as error:  # shown to the user, see `stale`
+                self._problem = error
             if not self._first.is_set():
-                self._first.set()  # the first connection failed: reported to the user, not repeated
+                self._first.set()  # the first connection failed: raised, and not repeated
                 return
-            self._problem = None
             self._stopped.wait(RECONNECT)
 
     def _receive(self) -> None:
-        """Copies the session until the connection ends. Raises LinkError if that is at once."""
+        """Copies the session until the connection ends, which is an error in any case.
+
+        Raises:
+            NoSuchSessionError: there is no such session.
+            LinkError: ssh has ended, or sent what is no message.
+            SessionError: the copy cannot be locked.
+            sqlite3.Error, OSError: the copy cannot be written.
+        """
         command = self._address.command(*self._arguments, options=self._batch_options())
         with tempfile.TemporaryFile() as errors:
             try:
@@ -186,15 +222,15 @@ class RemoteSession:
                     self._copy.take(message)
                     if isinstance(message, Done):
                         self._forward_socket()
+                        self._updated, self._problem = time.time(), None
                         self._first.set()
                 code = source.wait()
             finally:  # after an error nobody reads what it sends
                 source.terminate()
             errors.seek(0)
-            if not self._first.is_set():
-                text = _last_line(errors.read(), code).removeprefix("rlhf-tui: ")
-                kind = NoSuchSessionError if code == NoSuchSessionError.exit_code else LinkError
-                raise kind(f"{self._address.host}: {text}")
+            text = _last_line(errors.read(), code).removeprefix("rlhf-tui: ")
+            kind = NoSuchSessionError if code == NoSuchSessionError.exit_code else LinkError
+            raise kind(f"{self._address.host}: {text}")
 
     def _batch_options(self) -> tuple[str, ...]:
         """Options of ssh: once the app has the terminal, nobody is asked for a passphrase there."""

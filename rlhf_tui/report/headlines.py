@@ -1,7 +1,5 @@
 """The main metrics at the start and at the end of a run."""
 
-from statistics import fmean
-
 from msgspec import Struct
 
 from engine.journal.reader import JournalReader
@@ -58,7 +56,7 @@ def _headline(record: JournalReader, name: str, last: int) -> Headline | None:
 
 def _mean(points: list[tuple[int, float | None]]) -> float | None:
     known = [value for _, value in points if value is not None]
-    return fmean(known) if known else None
+    return sum(known) / len(known) if known else None
 
 
 def _held_out(record: JournalReader, name: str) -> Headline | None:

@@ -1,7 +1,6 @@
 """What operators and guard rails changed, with the metrics before and after."""
 
 from collections.abc import Iterable, Sequence
-from statistics import fmean
 
 import msgspec
 from msgspec import Struct
@@ -68,4 +67,4 @@ def _effects(record: JournalReader, step: int) -> dict[str, Effect]:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    return sum(known) / len(known) if known else None

@@ -15,6 +15,7 @@ from rlhf_tui.report import sections
 from rlhf_tui.report.curves import Curve, Point
 from rlhf_tui.report.data import Report
 from rlhf_tui.report.sections import LONGEST_TEXT, TableData, cut, sample_heading
+from rlhf_tui.state.series import bounded
 from rlhf_tui.text import one_line, sanitise
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -117,7 +118,7 @@ def spark(values: Sequence[float]) -> str:
     width = min(SPARK_WIDTH, len(values))
     groups = [values[i * len(values) // width : (i + 1) * len(values) // width]
               for i in range(width)]  # fmt: skip
-    means = [sum(group) / len(group) for group in groups]
+    means = [sum(map(bounded, group)) / len(group) for group in groups]
     low, high = min(means), max(means)
     top = len(BLOCKS) - 1
     return "".join(BLOCKS[round((m - low) / ((high - low) or 1) * top)] for m in means)

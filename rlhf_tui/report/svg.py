@@ -6,11 +6,11 @@ Colours are classes, which the style sheet of the page resolves; text is escaped
 import math
 from collections.abc import Sequence
 from html import escape
-from itertools import accumulate
 
 from msgspec import Struct
 
 from rlhf_tui.report.curves import Curve, Point
+from rlhf_tui.state.series import bounded
 from rlhf_tui.text import one_line
 
 WIDTH, HEIGHT = 400, 200
@@ -90,7 +90,7 @@ def chart(curve: Curve, marks: Sequence[Mark], last_step: int) -> str:
         f'aria-label="{_text(curve.title)}">',
         *_axes(scale),
         *_marks(marks, scale),
-        *(_line(points, scale, "ghost") for points in curve.branches),
+        *(_line(_drawn(points), scale, "ghost") for points in curve.branches),
         *_other(curve, scale),
         *_curve(curve, scale),
         "</svg>",
@@ -103,8 +103,8 @@ def _look(name: str) -> str:
 
 
 def _scale(curve: Curve, last_step: int) -> Scale:
-    values = [v for points in (curve.points, curve.other, *curve.branches) for _, v in points]
-    values = [v for v in values if math.isfinite(v)] or [0.0]
+    all_points = (curve.points, curve.other, *curve.branches)
+    values = [v for points in all_points for _, v in _drawn(points)] or [0.0]
     low, high = min(values), max(values)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     bottom = low if low == 0 else low - room
@@ -184,7 +184,7 @@ def _marks(marks: Sequence[Mark], scale: Scale) -> list[str]:
 
 
 def _curve(curve: Curve, scale: Scale) -> list[str]:
-    points = [p for p in curve.points if math.isfinite(p[1])]
+    points = _drawn(curve.points)
     if not points:
         return []
     if len(points) < FEW:
@@ -199,7 +199,7 @@ def _curve(curve: Curve, scale: Scale) -> list[str]:
 
 
 def _other(curve: Curve, scale: Scale) -> list[str]:
-    points = [p for p in curve.other if math.isfinite(p[1])]
+    points = _drawn(curve.other)
     if not points:
         return []
     smooth = not curve.is_set and len(points) >= LEAST_SMOOTHED
@@ -209,14 +209,18 @@ def _other(curve: Curve, scale: Scale) -> list[str]:
 def moving_mean(points: Sequence[Point]) -> list[Point]:
     """The mean around each point; at the ends, over fewer points on either side."""
     reach = max(2, len(points) // SMOOTHED_SHARE)
-    sums = [0.0, *accumulate(value for _, value in points)]
     means = []
     for i, (step, _) in enumerate(points):
         near = min(reach, i, len(points) - 1 - i)
-        means.append((step, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
+        means.append((step, sum(v for _, v in points[i - near : i + near + 1]) / (2 * near + 1)))
     return means
 
 
+def _drawn(points: Sequence[Point]) -> list[Point]:
+    """The points with a finite value, bounded, so that scales and means do not overflow."""
+    return [(step, bounded(value)) for step, value in points if math.isfinite(value)]
+
+
 def _line(points: Sequence[Point], scale: Scale, name: str) -> str:
-    spots = " ".join(f"{scale.x(s):.1f},{scale.y(v):.1f}" for s, v in points if math.isfinite(v))
+    spots = " ".join(f"{scale.x(s):.1f},{scale.y(v):.1f}" for s, v in points)
     return f'<polyline {_look(name)} points="{spots}"/>'

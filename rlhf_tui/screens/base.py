@@ -46,7 +46,8 @@ class SessionScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Tabs, the status line, the screen's own widgets, the keys."""
         context = self.context
-        note = context.origin if context.steers else "read-only"
+        origin = "" if context.origin is None else context.origin.address
+        note = origin if context.steers else "read-only"
         yield Tabs(context.state, self.MODE, tuple(MODES), note=note)
         if self.MODE != "sessions":
             status = StatusLine(context.state, id="status")

@@ -138,7 +138,7 @@ class CheckpointsScreen(SessionScreen):
         if found is None or target is None:
             return
         name, step = target.name, found.step
-        if target.session.is_live():
+        if target.session.may_be_live():
             self.context.commands.roll_back(target, step)
             return
 

@@ -78,6 +78,18 @@ class EngineActions(Protocol):
         """Asks for a name and overrides, then forks `name` from the checkpoint of `step`."""
 
 
+class Origin(Protocol):
+    """The session of another machine of which the open one is a copy."""
+
+    @property
+    def address(self) -> str:
+        """Its address, `ssh://HOST/NAME`."""
+
+    @property
+    def stale(self) -> str:
+        """Why the copy is not kept up to date at the moment; empty while it is."""
+
+
 class AppContext(Protocol):
     """The app as its screens see it."""
 
@@ -87,8 +99,8 @@ class AppContext(Protocol):
     """Whether nothing of the session's files may be changed."""
     steers: bool
     """Whether commands may be sent."""
-    origin: str
-    """The address of the session of which the open one is a copy; empty for the session itself."""
+    origin: Origin | None
+    """The session of which the open one is a copy; None for the session itself."""
     replaying: bool
     """Whether sessions are shown as they were."""
     who: str

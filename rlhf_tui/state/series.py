@@ -7,10 +7,21 @@ from collections.abc import Iterable
 
 BLOCK = 64
 """Points for which one pair of extremes is stored."""
+LARGEST = 1e300
+"""Greatest size of a value that is drawn, and one over the smallest."""
+
+
+def bounded(value: float) -> float:
+    """The value, or one near it whose sums, differences and logarithm do not overflow or underflow.
+
+    Args:
+        value: of any size, infinite ones included; not NaN.
+    """
+    return 0.0 if abs(value) < 1 / LARGEST else min(max(value, -LARGEST), LARGEST)
 
 
 class Series:
-    """Values by step, steps increasing. Undefined values are left out."""
+    """Values by step, steps increasing, none beyond :data:`LARGEST`; without undefined ones."""
 
     def __init__(
         self, points: Iterable[tuple[float, float | None]] = (), *, fractional: bool = False
@@ -50,8 +61,12 @@ class Series:
         del self._low[first:], self._high[first:]
         for start in range(first * BLOCK, len(self.values), BLOCK):
             block = self.values[start : start + BLOCK]
-            self._low.append(min(block))
-            self._high.append(max(block))
+            low, high = min(block), max(block)
+            if low < -LARGEST or high > LARGEST:
+                self.values[start : start + BLOCK] = array("d", map(bounded, block))
+                low, high = bounded(low), bounded(high)
+            self._low.append(low)
+            self._high.append(high)
 
     def extremes(self, first: int, end: int) -> tuple[float, float]:
         """The lowest and highest value of points `first` to `end` - 1 (at least one)."""

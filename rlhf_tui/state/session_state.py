@@ -58,7 +58,7 @@ class SessionState:
             name: of the session.
             batch_size: responses of a step.
             now: the wall clock.
-            root: its folder's parent; None for a copy of a session of another machine.
+            root: its folder's parent; None: commands name no folder.
         """
         self.name = name
         self._root = root
@@ -74,6 +74,8 @@ class SessionState:
         self.refused = ""
         """Why the engine takes no further viewer; empty if it does."""
         self.problem = ""
+        self.stale = ""
+        """Why the copy of another machine's session is not kept up to date; empty while it is."""
         self.replay: ReplayStatus | None = None
         """Where the replay is that is shown; None for a session as it is now."""
         self.phase_since: dict[int, float] = {}

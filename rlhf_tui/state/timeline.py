@@ -8,11 +8,9 @@ import bisect
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from msgspec import Struct
 
-from engine.journal.json_values import decoded
 from engine.journal.rows import (
     AlertEvent,
     AttemptEvent,
@@ -25,6 +23,7 @@ from engine.journal.rows import (
     NoteEvent,
     ReferenceEvent,
     StateEvent,
+    engine_died_before,
 )
 from engine.metrics import title_of
 from engine.protocol.commands import COMMANDS, Pause, Rollback, Stop, Undo, Unpause
@@ -147,7 +146,7 @@ class _Timeline:
     ) -> None:
         self._events = events
         self._commands = {c.id: c for c in commands}
-        self._attempts = attempts
+        self._attempts = {a.attempt: a for a in attempts}
         self._reached = reached
         self._rolled_back = {
             c.attempt for c in commands if c.command == Rollback.name() and c.status == "applied"
@@ -165,9 +164,10 @@ class _Timeline:
         last: EventRow | None = None
         for event in self._events:
             if isinstance(event.payload, AttemptEvent):
-                if self._died_before(event, last) and last is not None:
+                died = engine_died_before(event.payload, self._attempts)
+                if died and last is not None:
                     found.append(self._death(last, event.step))
-                found.append(self._attempt(event, event.payload))
+                found.append(self._attempt(event, event.payload, died=died))
                 self._error, self._ended = "", False
             elif (marker := self._entry(event)) is not None:
                 found.append(marker)
@@ -178,27 +178,22 @@ class _Timeline:
 
     # -- attempts and their ends ---------------------------------------------------------------
 
-    def _died_before(self, event: EventRow, last: EventRow | None) -> bool:
-        """Whether an engine died: an attempt of this session did not end before the next one."""
-        if last is None or _fork(event):  # a fork has its parent's events up to its step
-            return False
-        return not (self._ended or self._error or last.attempt in self._rolled_back)
-
     def _death(self, last: EventRow, at_least: int) -> Marker:
         """The end of an engine that was killed, some time after its last event."""
         step = max(last.step, self._reached.get(last.attempt, at_least))
         return Marker(step, "crash", DIED, time=last.time, key=f"died-{last.attempt}")
 
-    def _attempt(self, event: EventRow, payload: AttemptEvent) -> Marker:
+    def _attempt(self, event: EventRow, payload: AttemptEvent, *, died: bool) -> Marker:
         step = payload.from_step
-        if fork := _fork(event):
-            text = f"forked from {fork.get('from')} at step {fork.get('step')}"
+        if (fork := payload.fork) is not None:
+            text = f"forked from {fork.source} at step {fork.step}"
         elif payload.attempt == 1:
             text = "started"
         elif payload.attempt - 1 in self._rolled_back:
             text = f"continues from step {step}"
         else:
-            verb = "restarted" if self._error and not self._ended else "resumed"
+            same_engine = not (self._ended or died)
+            verb = "restarted" if self._error and same_engine else "resumed"
             text = f"{verb} from step {step}"
         return _marker(event, "attempt", text, step=step)
 
@@ -240,7 +235,7 @@ class _Timeline:
     def _left(self, attempt: int, step: int) -> bool:
         """Whether a later attempt began before a step of this one."""
         if attempt not in self._kept:
-            later = (a.from_step for a in self._attempts if a.attempt > attempt)
+            later = (a.from_step for a in self._attempts.values() if a.attempt > attempt)
             self._kept[attempt] = min(later, default=None)
         kept = self._kept[attempt]
         return kept is not None and kept < step
@@ -269,12 +264,6 @@ class _Timeline:
                 at = bisect.bisect(found, command.queued, key=lambda m: m.time)
                 found.insert(at, marker)
         return found
-
-
-def _fork(event: EventRow) -> dict[str, Any]:
-    """Where an attempt was forked from: `from`, a text, and `step`; empty if it was not."""
-    found: dict[str, Any] = decoded(event.data, dict[str, Any]).get("fork") or {}
-    return found
 
 
 def _shown(command: CommandRow) -> bool:

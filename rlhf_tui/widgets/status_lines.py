@@ -106,7 +106,12 @@ class StatusLine(Panel):
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self, width: int) -> Piece | None:
-        """Why the run does not continue, with what resumes it: the command, or the key."""
+        """Why the run does not continue, with what resumes it: the command, or the key.
+
+        Of a copy that is not kept up to date, why: what it shows of the run may hold no longer.
+        """
+        if self.state.stale:
+            return self.state.stale, "warn"
         head = self.state.head
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:

@@ -114,3 +114,12 @@ async def test_a_start_that_fails_before_its_ranks_leaves_nothing_behind(
     assert not list((tmp_path / "state").rglob("live/*"))
     assert session.config() == before
     session.acquire().release()
+
+
+async def test_a_file_that_cannot_be_removed_does_not_hide_why_an_engine_has_ended(make_session):
+    session = make_session("run")
+    session.journal_file.mkdir()
+    session.engine_file.mkdir()
+    with pytest.raises(SessionError, match=r"cannot open .*journal\.db"):
+        await supervise(session, StartOptions())
+    session.acquire().release()

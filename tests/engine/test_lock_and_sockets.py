@@ -55,6 +55,14 @@ def test_asking_does_not_take_it(tmp_path):
     assert not lock.is_held(path)
 
 
+def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_free(tmp_path):
+    path = tmp_path / "engine.lock"
+    path.symlink_to(path)
+    with pytest.raises(SessionError, match="cannot tell whether an engine holds"):
+        lock.is_held(path)
+    assert not lock.is_held(tmp_path / "nowhere" / "engine.lock")
+
+
 def test_another_process_is_seen_and_refuses(holder):
     path, _ = holder
     assert lock.is_held(path)
@@ -126,15 +134,16 @@ def test_a_stale_socket_or_file_gives_way(tmp_path):
 def test_where_no_socket_can_lie_it_lies_in_a_folder_of_the_users(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    folder = tmp_path / "no-sockets-here"
-    folder.mkdir()
-    # A folder in its place stands for a file system without sockets.
-    (folder / sockets.NAME).mkdir()
+    folder, other = tmp_path / "no-sockets-here", tmp_path / "nor-here"
+    for each in (folder, other):  # a folder in its place stands for a file system without sockets
+        (each / sockets.NAME).mkdir(parents=True)
     listener, path = sockets.listen(folder)
-    with listener:
+    with listener, sockets.listen(other)[0]:
         assert path.parent.parent == tmp_path / "tmp"
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         sockets.connect(path).close()
+        listener.settimeout(10)  # the other one has not taken its place
+        listener.accept()[0].close()
 
 
 def test_a_folder_in_tmp_that_others_can_enter_is_not_used(tmp_path, monkeypatch):

@@ -96,8 +96,11 @@ class Recorder:
 
     name = "recorder"
 
-    def __init__(self, error=None):
-        self.messages, self.error = [], error
+    def __init__(self, error=None, missing=()):
+        self.messages, self.error, self.missing = [], error, missing
+
+    def missing_variables(self):
+        return self.missing
 
     async def send(self, message):
         self.messages.append(message)
@@ -170,6 +173,12 @@ async def test_in_quiet_hours_only_errors_are_sent(hours, time_of_day, quiet):
     failure = of_state("run", "failed", "died", 9)
     sent = await submitted(NotifyConfig(quiet_hours=hours), MESSAGE, failure, clock=[now] * 9)
     assert [m.kind for m in sent] == (["failure"] if quiet else ["alert", "failure"])
+
+
+async def test_a_clock_that_is_set_back_does_not_keep_alerts_back():
+    day = 86_400.0
+    sent = await submitted(NotifyConfig(max_per_hour=1), MESSAGE, MESSAGE, clock=[2 * day, day])
+    assert len(sent) == 2
 
 
 async def test_the_rate_limit_keeps_alerts_back_for_an_hour_and_never_the_end(caplog):
@@ -326,8 +335,9 @@ def test_only_http_is_spoken(url):
 
 async def test_a_variable_that_is_not_set_is_reported_at_the_start_and_with_each_message():
     hook = WebhookChannel(Webhook(url_variable="MY_HOOK"), 0, {})
-    (text,) = missing_variables([hook, Recorder()])
-    assert "notify.webhooks[0] (json): the environment variable MY_HOOK is not set" in text
+    first, second = missing_variables([hook, Recorder(), Recorder(missing=["MY_TOKEN"])])
+    assert "notify.webhooks[0] (json): the environment variable MY_HOOK is not set" in first
+    assert "recorder: the environment variable MY_TOKEN is not set" in second
     with pytest.raises(NotificationError, match="MY_HOOK is not set"):
         await hook.send(MESSAGE)
 

@@ -1,12 +1,16 @@
 """Roll backs: their checkpoint is read while the run goes on, and may be gone afterwards."""
 
+import errno
+import os
 import signal
 import sqlite3
+import threading
 from contextlib import closing
 
 from engine.launch.start import StartOptions
 from engine.protocol.commands import Rollback, Stop
 from engine.session.checkpoints import checkpoint_path
+from engine.supervisor import command_handler
 from tests.engine.supervised import until
 
 
@@ -47,6 +51,42 @@ async def test_a_roll_back_whose_journal_cannot_be_read_any_more_is_rejected(eng
     reply = await settled(writer, reply.id)
     assert (reply.status, engine.shared.next) == ("rejected", None)
     assert "journal.db" in reply.reason
+
+
+async def test_a_roll_back_for_which_no_thread_can_be_started_is_rejected_and_bars_no_other(
+    engine, writer, monkeypatch
+):
+    writer.checkpoint(2)
+
+    def start(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", start)
+        reply = await settled(writer, engine.send(Rollback(step=2)).id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert "can't start new thread" in reply.reason
+    assert (await settled(writer, engine.send(Rollback(step=2)).id)).status == "applied"
+
+
+async def test_a_roll_back_is_rejected_while_the_checkpoints_cannot_be_listed(
+    engine, writer, monkeypatch
+):
+    """As on a network file system that is gone for a while: when it is asked, or has been read."""
+    writer.checkpoint(2)
+
+    def unreadable(_session):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as context:
+        context.setattr(command_handler, "timeline_checkpoints", unreadable)
+        reply = engine.send(Rollback(step=2))
+        assert (reply.status, "Stale file handle" in reply.reason) == ("rejected", True)
+    reply = engine.send(Rollback(step=2))
+    monkeypatch.setattr(command_handler, "timeline_checkpoints", unreadable)
+    reply = await settled(writer, reply.id)
+    assert (reply.status, "Stale file handle" in reply.reason) == ("rejected", True)
+    assert engine.shared.next is None
 
 
 async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, writer):

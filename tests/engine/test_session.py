@@ -26,6 +26,7 @@ from engine.errors import (
 from engine.journal import labels
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
+from engine.launch import start
 from engine.launch.start import (
     fork,
     resume,
@@ -271,6 +272,19 @@ def test_a_session_that_has_ended_says_so_whoever_holds_it(writer, state):
         assert record.state() == state
 
 
+def test_starts_at_once_without_a_name_get_different_ones(tmp_path, monkeypatch):
+    config = config_file.load(starter.FOLDER / "demo.yaml")
+
+    def taken_meanwhile(root, stem):
+        free = session_folder.free_name(root, stem)
+        if free == "run":
+            session_folder.create(root, free, config)  # by another start
+        return free
+
+    monkeypatch.setattr(start, "free_name", taken_meanwhile)
+    assert start.create_session(tmp_path / "sessions", None, "run", config).name == "run-2"
+
+
 def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert registry.live_sessions() == []
@@ -284,6 +298,9 @@ def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp
     assert registry.live_sessions() == [living]
     assert len(list(folder.iterdir())) == 3
     held.release()
+    living.lock_file.unlink()
+    living.lock_file.symlink_to(living.lock_file)  # it cannot be told whether it is held
+    assert registry.live_sessions() == [living]
     registry.withdraw(living)
     assert registry.live_sessions() == []
 

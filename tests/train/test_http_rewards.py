@@ -106,6 +106,7 @@ def test_a_remote_reward_model_of_openrlhf_gets_whole_sequences_and_labels(
     source = mix(
         service=service.url, protocol="openrlhf", http={"label_column": "gold"}, batch_size=3
     )
+    inputs.batch.prompts[1].row["gold"] = None  # of a data set of a mixture without the column
     assert scores(source, inputs) == [1.0, 2.0, 3.5]
     eos = tokenizer.eos_token
     (request,) = service.requests
@@ -113,7 +114,7 @@ def test_a_remote_reward_model_of_openrlhf_gets_whole_sequences_and_labels(
         "The film" + TEXTS[0] + eos, "The film" + TEXTS[1] + eos, "The film" + TEXTS[2],
     ]  # fmt: skip
     assert request["prompts"] == ["The film"] * 3
-    assert request["labels"] == [0, 1, 2]
+    assert request["labels"] == [0, None, 2]
 
 
 def test_an_end_that_the_tokenizer_does_not_know_has_no_text(service, mix, inputs):

@@ -27,6 +27,7 @@ from rlhf_tui.cli import COMMANDS, cli
 from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.steer import ctl
 from rlhf_tui.format import plural
+from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.session_row import read_session_row
 
 DEADLINE = 240.0
@@ -333,3 +334,14 @@ def test_a_shell_completes_commands_and_names_of_sessions(root, monkeypatch):
 def test_the_script_of_a_shell_asks_by_the_variable_that_the_program_reads(shell):
     script = CliRunner().invoke(cli, ["completion", shell]).output
     assert f"_RLHF_TUI_COMPLETE={shell}_complete" in script
+
+
+def test_ls_says_why_a_session_cannot_be_read_beside_the_others(session_maker, tmp_path):
+    root = tmp_path / "sessions"
+    session_maker(root, "one", 3)
+    lock = session_maker(root, "two", 3).lock_file
+    lock.symlink_to(lock)
+    states = {s.row.name: s.row.state for s in SessionListCache().rows(root)}
+    assert states == {"one": "finished", "two": "unreadable"}
+    rows = json.loads(CliRunner().invoke(cli, ["ls", "--json", "--sessions", str(root)]).output)
+    assert "cannot tell whether an engine holds" in rows[1]["message"]

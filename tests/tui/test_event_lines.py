@@ -71,7 +71,7 @@ def test_an_event_is_a_line_without_ids_windows_and_epochs(row, line):
 def test_an_engine_that_died_stands_between_its_attempt_and_the_next():
     events = [event("attempt", attempt=n) for n in (1, 2, 3)]
     attempts = [attempt(1, pid=7), attempt(2, pid=8), attempt(3, pid=8)]
-    died = "crash: the engine died without a message"
+    died = "crash: engine died (no exit message)"
     assert [line == died for line in lines(*events, attempts=attempts)] == [
         False,
         True,

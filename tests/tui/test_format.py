@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.journal.rows import SampleRow
+from engine.session.command_line import mark_copies
+from engine.session.folder import Session
 from rlhf_tui.format import NUMBER_WIDTH, command, number, value_text
 from rlhf_tui.screens.parts.sample_table import cells_of
 from rlhf_tui.widgets.charts.plot import axis_text
@@ -107,3 +109,20 @@ def test_a_command_about_a_session_finds_it_from_the_current_folder(
     if variable is not None:
         monkeypatch.setenv("RLHF_TUI_SESSIONS", variable)
     assert command("ls", root=tmp_path / root).endswith(f"rlhf-tui ls{shown}")
+
+
+def test_a_command_that_an_engine_records_can_be_typed_in_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "rlhf-tui").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("RLHF_TUI_SESSIONS", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    typed = f"{tmp_path}/rlhf-tui logs run --sessions {tmp_path}"
+    assert Session(tmp_path / "run").recorded_command("logs") == typed
+
+
+def test_a_command_about_a_copy_is_one_of_the_session_s_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", ["/opt/bin/rlhf-tui"])
+    mark_copies(tmp_path)
+    assert Session(tmp_path / "run").command("resume") == "rlhf-tui resume run"

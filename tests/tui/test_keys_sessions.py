@@ -162,3 +162,20 @@ async def test_keys_typed_before_the_list_is_read_act_on_its_rows(
         app.post_message(Key("G", "G"))
         app.post_message(Key("enter", "\r"))
         await until(pilot, lambda: app.session is not None, "an open session")
+
+
+async def test_a_run_whose_lock_cannot_be_looked_at_is_not_steered_and_says_why(
+    two_runs, tmp_path, until
+):
+    session = Session(tmp_path / "sessions" / "two")
+    lock = session.acquire()
+    session.write_engine("nowhere", "1")
+    async with two_runs() as (app, pilot):
+        await pilot.press("w", *"hi")
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        lock.release()
+        session.lock_file.unlink()
+        session.lock_file.symlink_to(session.lock_file)
+        await pilot.press("enter")
+        await until(pilot, lambda: notices(app))
+        assert "cannot tell whether an engine holds" in notices(app)[0]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from rlhf_tui.state.series import Series
+from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.charts.plot import (
     BAND,
@@ -158,7 +158,12 @@ def test_any_size_can_be_painted():
 @pytest.mark.parametrize("log", [False, True])
 def test_the_smallest_and_largest_numbers_can_be_painted(values, log):
     curve = Series(list(enumerate(values, 1)))
-    picture = paint(plot_of(last=2, lines=[Line(curve, "s1")], log=log), 60, 12)
+    lines = [
+        Line(curve, "s2", sparse=True, interval=curve), Line(Smoothed(curve, 0.5), "s3"),
+        Line(curve, "s1"),
+    ]  # fmt: skip
+    paint(plot_of(first=1.5, last=2, lines=lines, log=log), 60, 12)  # cut between two points
+    picture = paint(plot_of(last=2, lines=lines, log=log), 60, 12)
     assert any(char > chr(BRAILLE) for row in picture.chars[1:-1] for char in row[GUTTER:])
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,12 +24,15 @@ from engine.metrics import EVAL_SCORE
 from engine.protocol.client import Client
 from engine.protocol.rank_messages import StepReport
 from engine.session.folder import Session, create
+from engine.session.lock import is_held
+from engine.session.temporary_folders import LOCK
 from rlhf_tui.commands.reading import sessions
 from rlhf_tui.remote import ssh as remote_ssh
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import decode, encode
 from rlhf_tui.remote.source import LOG_BYTES, SessionSource
 from rlhf_tui.remote.ssh import COMMAND, Address, RemoteSession
+from rlhf_tui.widgets.status_lines import StatusLine
 
 SCORE = "objective/scores"
 DEADLINE = 60.0
@@ -245,6 +249,7 @@ def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path
     with RemoteSession(Address("box", name="run"), arguments) as remote:
         copy = Session(remote.root / remote.name)
         assert copy.is_live()
+        assert is_held(remote.root / LOCK)  # by which what a killed process leaves is removed
         assert seen(copy)["events"] == seen(session)["events"]
 
         def answers():
@@ -271,10 +276,46 @@ def test_a_connection_whose_messages_cannot_be_used_is_ended(
     program.chmod(0o755)
     monkeypatch.setenv(COMMAND, f"exec {program}")
     arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
-    with RemoteSession(Address("box", name="run"), arguments):
+    with RemoteSession(Address("box", name="run"), arguments) as remote:
         wait(lambda: pid.exists() and pid.read_text(), "the other machine's program")
         wait(lambda: not is_running(int(pid.read_text())), "the end of ssh")
+        wait(lambda: remote.stale, "the reason")
+        assert "connecting again: the other machine sent something else" in remote.stale
     assert "remote session" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_copy_that_cannot_be_written_any_more_says_so_until_it_can(
+    session_maker, tmp_path, ssh, monkeypatch
+):
+    monkeypatch.setattr(remote_ssh, "RECONNECT", 0.1)
+    session = session_maker(tmp_path / "there", "run", 5)
+    arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
+    with RemoteSession(Address("box", name="run"), arguments) as remote:
+        assert not remote.stale
+        copy = Session(remote.root / remote.name)
+        copy.lock_file.mkdir()
+        engine = StandInEngine(session)
+        wait(lambda: remote.stale, "the reason")
+        assert remote.stale.endswith(
+            f"connecting again: cannot lock {copy.lock_file}: Is a directory"
+        )
+        copy.lock_file.rmdir()
+        wait(lambda: not remote.stale, "the next connection")
+        assert copy.is_live()
+    engine.server.close()
+    engine.lock.release()
+
+
+async def test_the_app_says_that_the_copy_is_stale(make_app, running, until):
+    origin = SimpleNamespace(address="ssh://box/frozen", stale="")
+    app = make_app(origin=origin)
+    async with running(app) as pilot:
+        status = app.screen.query_one(StatusLine)
+        origin.stale = "not updated since 14:03, connecting again: box: \x1b[31mConnection refused"
+        await until(pilot, lambda: "not updated since 14:03" in status.text())
+        assert "\x1b" not in status.text()
+        origin.stale = ""
+        await until(pilot, lambda: "not updated" not in status.text())
 
 
 def test_a_machine_without_ssh_is_reported_in_a_line(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The report: one page that is complete, small, and harmless whatever the model wrote."""
 
+import math
 import re
 import shutil
 import sqlite3
@@ -331,10 +332,21 @@ def test_a_picture_is_well_formed_and_within_its_frame(report):
 
 
 @pytest.mark.parametrize(
-    "points", [[(1, 0.0)], [(1, 5.0), (2, 5.0)], [(1, float("inf")), (2, 1.0)], [(0, -1e-9)]]
+    "values",
+    [[0.0], [5.0, 5.0], [math.inf, 1.0], [-1e-9], [-1.7e308, 1.7e308], [-5e-324, 5e-324], [1e-320]],
 )
-def test_a_curve_of_one_value_has_a_picture(points):
-    ET.fromstring(chart(Curve("objective/kl", points), [], 1))  # noqa: S314 - our own
+@pytest.mark.parametrize("times", [1, 50])
+def test_a_curve_of_any_values_has_a_picture_and_a_line_of_blocks(values, times):
+    curve = Curve("objective/kl", list(enumerate(values * times, 1)))
+    picture = chart(curve, [], 1)
+    ET.fromstring(picture)  # noqa: S314 - our own
+    assert not re.search(r"\b(nan|inf)\b", picture)
+    assert markdown.spark([value for _, value in curve.points])
+
+
+def test_a_moving_mean_is_exact_after_a_spike():
+    spiked = [(step, 1e18 if step == 3 else 1.0) for step in range(100)]
+    assert moving_mean(spiked)[20:] == spiked[20:]
 
 
 def test_ticks_are_round_and_distinct():

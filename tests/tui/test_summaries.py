@@ -1,5 +1,6 @@
 """How a run stands and what happened, in a line or two each."""
 
+import math
 import time
 
 import pytest
@@ -164,3 +165,4 @@ def test_a_sparkline_rises_with_its_values():
     assert spark([float(i) for i in range(100)], 8) == "▁▂▃▄▅▆▇█"
     assert spark([]) == ""
     assert len(set(spark([1.0, 1.0, 1.0]))) == 1
+    assert spark([-1.7e308, math.inf, 0.0]) == "▁█▅"

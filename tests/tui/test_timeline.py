@@ -12,22 +12,24 @@ from engine.journal.rows import (
     CommandEvent,
     ErrorEvent,
     EventRow,
+    ForkedFrom,
     NoteEvent,
     StateEvent,
 )
 from rlhf_tui.state.feeds.updates import SessionUpdate
-from rlhf_tui.state.timeline import short_condition
+from rlhf_tui.state.timeline import DIED, short_condition
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.status_lines import StatusLine
 from tests.tui.panels import command, make_state, text
 
 
-def attempts(*from_steps):
+def attempts(*from_steps, each_killed=False):
+    """Attempts of one engine, or of an engine each that was killed."""
     return [
         AttemptRow(
-            attempt=number, from_step=step, fresh=False, started=1.0, ended=None, pid=7,
-            host="box", version="1",
+            attempt=number, from_step=step, fresh=False, started=1.0, ended=None,
+            pid=number if each_killed else 7, host="box", version="1",
         )
         for number, step in enumerate(from_steps, start=1)
     ]  # fmt: skip
@@ -128,7 +130,7 @@ def test_checkpoints_of_an_abandoned_branch_are_an_entry_of_their_own():
 
 
 def test_an_engine_that_died_is_in_the_timeline_where_its_attempt_ended():
-    state = make_state(attempts=attempts(0, 20))
+    state = make_state(attempts=attempts(0, 20, each_killed=True))
     state.take(
         SessionUpdate(
             events=events(
@@ -144,6 +146,34 @@ def test_an_engine_that_died_is_in_the_timeline_where_its_attempt_ended():
         (22, "crash", "engine died (no exit message)"),
         (20, "attempt", "resumed from step 20"),
     ]
+
+
+def test_an_engine_that_starts_its_ranks_again_without_an_error_has_not_died():
+    state = make_state(attempts=attempts(0, 20))
+    state.take(
+        SessionUpdate(
+            events=events(
+                (1, 0, AttemptEvent(attempt=1)),
+                (1, 20, AlertEvent(rule="machines", text="starts again with another machine")),
+                (2, 20, AttemptEvent(attempt=2, from_step=20)),
+            )
+        )
+    )
+    assert [m.kind for m in state.timeline()] == ["attempt", "alert", "attempt"]
+
+
+def test_an_engine_that_was_killed_between_an_error_and_its_restart_has_died():
+    state = make_state(attempts=attempts(0, 20, each_killed=True))
+    state.take(
+        SessionUpdate(
+            events=events(
+                (1, 0, AttemptEvent(attempt=1)),
+                (1, 20, ErrorEvent(text="rank 0 was ended by SIGKILL")),
+                (2, 20, AttemptEvent(attempt=2, from_step=20)),
+            )
+        )
+    )
+    assert [m.text for m in state.timeline()[2:]] == [DIED, "resumed from step 20"]
 
 
 def test_an_engine_that_is_dead_now_is_the_newest_entry():
@@ -194,9 +224,11 @@ def test_the_reason_of_an_end_that_names_the_state_stands_alone():
 
 
 def test_a_fork_does_not_show_its_parent_s_end_as_a_crash():
-    state = make_state(attempts=attempts(0, 20))
+    state = make_state(attempts=attempts(0, 20, each_killed=True))
     first, second = events((1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20)))
-    second = msgspec.structs.replace(second, data='{"fork": {"from": "run-1", "step": 20}}')
+    origin = ForkedFrom(source="run-1", step=20)
+    forked = msgspec.structs.replace(second.payload, fork=origin)
+    second = msgspec.structs.replace(second, payload=forked)
     state.take(SessionUpdate(events=[first, second]))
     assert [m.text for m in state.timeline()] == ["started", "forked from run-1 at step 20"]
 

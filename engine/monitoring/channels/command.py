@@ -25,6 +25,10 @@ class CommandChannel:
     def __init__(self, command: str) -> None:
         self._command = command
 
+    def missing_variables(self) -> list[str]:
+        """None: it reads none."""
+        return []
+
     async def send(self, message: Notification) -> None:
         """Runs the command. Raises NotificationError."""
         environment = os.environ | {

@@ -23,6 +23,10 @@ class EmailChannel:
         self._addresses = list(addresses)
         self._program = program or "sendmail"
 
+    def missing_variables(self) -> list[str]:
+        """None: it reads none."""
+        return []
+
     async def send(self, message: Notification) -> None:
         """Runs sendmail.
 

@@ -60,8 +60,8 @@ class WebhookChannel:
         self._thread: threading.Thread | None = None
         self.name = f"notify.webhooks[{index}] ({webhook.format})"
 
-    def missing(self) -> list[str]:
-        """The environment variables that are named and not set."""
+    def missing_variables(self) -> list[str]:
+        """The environment variables that its configuration names and that are not set."""
         named = (self._webhook.url_variable, self._webhook.token_variable)
         return [name for name in named if name is not None and not self._environment.get(name)]
 
@@ -72,7 +72,7 @@ class WebhookChannel:
             NotificationError: a variable is not set, the server cannot be reached or refuses, or
                 the thread of an earlier message still waits for the server.
         """
-        if missing := self.missing():
+        if missing := self.missing_variables():
             raise NotificationError(f"the environment variable {missing[0]} is not set")
         if self._thread is not None and self._thread.is_alive():
             raise NotificationError("the server still keeps an earlier message waiting")

@@ -6,6 +6,8 @@ from typing import Any
 from engine.errors import RewardError, shortened
 from engine.train.rewards.source import RewardInputs
 
+LARGEST_SCORE = 3.4028234663852886e38
+"""The largest number in float32."""
 SHOWN_SCORE = 100
 """Characters of a score in an error message."""
 SHOWN_TEXT = 120
@@ -16,7 +18,8 @@ def validate_scores(name: str, scores: Any, inputs: RewardInputs) -> list[float 
     """Converts a source's scores to floats.
 
     Raises:
-        RewardError: there is not one score per response, or one is neither None nor finite.
+        RewardError: there is not one score per response, or one is neither None nor a finite
+            number in float32, with which the policy is trained.
     """
     if not isinstance(scores, list):
         raise RewardError(
@@ -34,12 +37,13 @@ def validate_scores(name: str, scores: Any, inputs: RewardInputs) -> list[float 
             number = None if score is None else float(score)
         except (TypeError, ValueError, OverflowError):  # the last for integers over 1e308
             number = math.nan
-        if number is not None and not math.isfinite(number):
+        if number is not None and not abs(number) <= LARGEST_SCORE:
             raise RewardError(
                 f"reward '{name}' returned {_shown_score(score)} for response {i} of step "
                 f"{inputs.step} (prompt: {shown_prompt(inputs, i)}, "
                 f"response: {shown(inputs.texts[i])}): "
-                "a score is a finite number, or None if the source does not score the response"
+                "a score is a finite number of 32 bits, or None if the source does not score the "
+                "response"
             )
         numbers.append(number)
     return numbers

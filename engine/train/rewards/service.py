@@ -52,7 +52,9 @@ class OpenRLHFProtocol:
     """OpenRLHF's remote reward model (`--remote_rm_url`).
 
     A request has `query` (prompts with their responses, special tokens included), `prompts` and
-    `labels`. A reply has `rewards`; its `scores` and `extra_logs` are not used.
+    `labels` (empty texts without a column of labels; null for a prompt whose data set lacks it, as
+    `datasets` fills it in when OpenRLHF mixes data sets). A reply has `rewards`; its `scores` and
+    `extra_logs` are not used.
     """
 
     def __init__(self, label_column: str | None, vocabulary: dict[str, int]) -> None:

@@ -20,10 +20,11 @@ from engine.journal.rows import (
     NoteEvent,
     ReadyEvent,
     StateEvent,
+    engine_died_before,
 )
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import Tone
-from rlhf_tui.state.timeline import command_text
+from rlhf_tui.state.timeline import DIED, command_text
 
 STATE_TONES: dict[str, Tone] = {
     "running": "good", "finished": "good", "pausing": "warn", "paused": "warn",
@@ -66,9 +67,7 @@ def event_lines(
     step, error = 0, ""
     for row in rows:
         payload = row.payload
-        # A fork has the attempts of its parent, whose engine may live.
-        begins = isinstance(payload, AttemptEvent) and payload.fork is None
-        if begins and _died(by_number, row.attempt - 1):
+        if isinstance(payload, AttemptEvent) and engine_died_before(payload, by_number):
             yield _crash(step)
         yield _line(row, error)
         step = row.step
@@ -77,16 +76,8 @@ def event_lines(
         yield _crash(step)
 
 
-def _died(attempts: dict[int, AttemptRow], number: int) -> bool:
-    """Whether an engine died in its attempt: it wrote no end, and another engine followed."""
-    attempt, following = attempts.get(number), attempts.get(number + 1)
-    if attempt is None or following is None or attempt.ended is not None:
-        return False
-    return (attempt.pid, attempt.host) != (following.pid, following.host)
-
-
 def _crash(step: int) -> EventLine:
-    return EventLine(None, step, "crash", "the engine died without a message", "bad")
+    return EventLine(None, step, "crash", DIED, "bad")
 
 
 def _line(row: EventRow, error: str) -> EventLine:

@@ -227,7 +227,7 @@ class SampleComparison:
 
     def _may_ask(self, row: SampleRow) -> bool:
         session = self._context.session
-        live = session is not None and session.is_live() and self._context.steers
+        live = session is not None and session.may_be_live() and self._context.steers
         return live and row.prompt not in self._probed
 
     def _ask(self, prompt: str) -> None:

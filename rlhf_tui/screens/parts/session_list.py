@@ -12,6 +12,7 @@ from rlhf_tui.format import value_text
 from rlhf_tui.state.runs.differences import differing, short_names
 from rlhf_tui.state.runs.listing import SPARK_WIDTH
 from rlhf_tui.state.session_row import ListedSession, SessionRow
+from rlhf_tui.state.timeline import DIED
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS, paused_text
 from rlhf_tui.widgets.table import Column, Table
@@ -199,7 +200,7 @@ def lines_about(row: SessionRow, width: int, resume: str) -> list[Row]:
         tone = "bad" if row.state in ("failed", "unreadable") else "dim"
         found.append([(f" {row.message}", tone)])
     elif row.state == "crashed":
-        reason = "engine died (no exit message); resume: "
+        reason = f"{DIED}; resume: "
         found.append([(f" {reason}", "bad"), (resume, "key")])
     return found
 

@@ -14,6 +14,7 @@ from engine.journal.reader import JournalReader
 from engine.session.file_signature import file_signature
 from engine.session.folder import Session, all_sessions
 from rlhf_tui.state.runs.differences import configuration_of
+from rlhf_tui.state.series import bounded
 from rlhf_tui.state.session_row import ListedSession, session_row, unreadable_row
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -26,6 +27,7 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     """A sparkline of `width` blocks; each one is the mean of its share of the values."""
     if not values:
         return ""
+    values = [bounded(value) for value in values]
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
@@ -111,4 +113,4 @@ class SessionListCache:
 def _signature(session: Session) -> object:
     journal = session.journal_file
     files = (journal, journal.with_name("journal.db-wal"), session.config_file)
-    return *map(file_signature, files), session.is_live()
+    return *map(file_signature, files), session.may_be_live()

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Struct
 
 from rlhf_tui import format as fmt
-from rlhf_tui.state.series import Series
+from rlhf_tui.state.series import Series, bounded
 from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
 from rlhf_tui.widgets.charts.raster import BRAILLE, Column, Raster, Scale, column_of, decimate
 
@@ -311,14 +311,14 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
     highs = [c.high for line in columns for c in line]
     if not lows:
         return None
-    low, high = _bounded(min(lows)), _bounded(max(highs))
+    low, high = bounded(min(lows)), bounded(max(highs))
     # A target far above all values would flatten the curve: the scale then leaves it out.
     if plot.target is not None and plot.target * (1 + plot.band) <= 2.5 * high:
         low = min(low, plot.target * (1 - plot.band))
         high = max(high, plot.target * (1 + plot.band))
     if plot.log and high > 0:
         positive = [v for v in (*lows, *highs) if v > 0]
-        low = max(low, _bounded(min(positive)), high * 1e-9)
+        low = max(low, bounded(min(positive)), high * 1e-9)
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         return Scale(10.0**bottom, 10.0 ** max(top, bottom + 1), log=True)
     if low < 0 < high and -low * 50 < high - low:
@@ -329,11 +329,6 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
     grid = _round_up((high - low) / 4)
     low, high = math.floor(low / grid + 1e-9) * grid, math.ceil(high / grid - 1e-9) * grid
     return Scale(low, high, grid=grid)
-
-
-def _bounded(value: float) -> float:
-    """The value, or one near it whose differences and logarithm neither overflow nor underflow."""
-    return 0.0 if abs(value) < 1e-300 else min(max(value, -1e300), 1e300)
 
 
 def _round_up(value: float) -> float:
