@@ -23,6 +23,7 @@ from engine.journal.rows import (
     ErrorEvent,
     EventRow,
     NoteEvent,
+    ReadyEvent,
     ReferenceEvent,
     StateEvent,
 )
@@ -217,6 +218,8 @@ class _Timeline:
             case ReferenceEvent(mix=mix):
                 text = f"reference: {mix:.0%} policy"
                 found = _marker(event, "command", text, "schedule", abandoned=left)
+            case ReadyEvent(notes=[_, *_] as notes):
+                found = _marker(event, "attempt", "; ".join(notes))
             case NoteEvent(text=text, who=who):
                 found = _marker(event, "note", text, who, abandoned=left)
             case ErrorEvent(text=text):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.metrics import BETA, KL, SCORE, STEP_TIME, TOKENS_PER_SECOND
-from engine.protocol.rank_messages import Phase, StepReport
+from engine.protocol.rank_messages import Phase, Ready, StepReport
 from engine.session.folder import Session
 from rlhf_tui.headless import Printer, PrinterHandler, print_exception
 
@@ -31,6 +31,7 @@ def print_all(printer):
     printer.alert(HOSTILE, 3)
     printer.state("stopped", HOSTILE)
     printer.message(Phase(rank=0, step=1, name=HOSTILE))
+    printer.message(Ready(info={"notes": [HOSTILE]}, settings={}))
     print_exception(type(error), error, error.__traceback__)
 
 
@@ -41,6 +42,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
     for text in (out.replace("\r\x1b[K", ""), err):
         assert not set(text) & set("\x1b\x07\x9b\r\u202e")
     assert "restart 1 of 3" in err
+    assert "note: " in err
     assert err.count("Traceback") == 2
 
 
