@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from engine.session import command_line
+from engine.session.folder import DiskUsage
 
 command = command_line.command
 """A command of rlhf-tui as it can be typed here; the engine's messages have it, too."""
@@ -93,6 +94,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def freed(usage: DiskUsage) -> str:
+    """What deleting a session frees: `frees 1.2 GB`."""
+    if usage.freed == usage.size:
+        return f"frees {size(usage.size)}"
+    return f"frees {size(usage.freed)} of {size(usage.size)}: other sessions have links to the rest"
 
 
 def clock(timestamp: float) -> str:

@@ -102,7 +102,7 @@ def read_session_row(session: Session, *, ask: bool = False) -> SessionRow:
         row = session_row(session, record)
         if ask:
             best = _best_checkpoint(session, record)
-            row = msgspec.structs.replace(row, best_checkpoint=best, size=session.size())
+            row = msgspec.structs.replace(row, best_checkpoint=best, size=session.disk_usage().size)
     if not ask or row.pid is None:
         return row
     return msgspec.structs.replace(row, waits_for=awaited(session))
