@@ -87,6 +87,13 @@ def value_text(value: Any) -> str:
     return str(value)
 
 
+def change(key: str, old: Any, new: Any) -> str:
+    """A setting's change: `beta 0.1 → 0.2`, or `beta 0.1 unchanged`."""
+    if old == new:
+        return f"{key} {value_text(new)} unchanged"
+    return f"{key} {value_text(old)} → {value_text(new)}"
+
+
 def size(count: float) -> str:
     """Bytes as `1.2 GB`, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
