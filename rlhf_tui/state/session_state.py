@@ -112,6 +112,13 @@ class SessionState:
         """A command of rlhf-tui about this session, as it can be typed once the app is left."""
         return fmt.command(*words, root=self._root)
 
+    @property
+    def unread(self) -> str:
+        """What stands in the place of all that is unknown before anything was read; else empty."""
+        if self.known:
+            return ""
+        return "cannot be read" if self.problem else "reading …"
+
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""
         if update.replay is not None:

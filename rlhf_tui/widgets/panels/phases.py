@@ -18,6 +18,8 @@ class PhaseStrip(Panel):
     def rows(self, width: int, height: int) -> list[Row]:
         """The ranks furthest behind, if not all fit."""
         phases = self.state.phases
+        if self.state.unread:
+            return [[(f" {self.state.unread}", "dim")]]
         if self.state.head.state == "starting":
             # Others are of the attempt before.
             phases = [p for p in phases if not _is_of_step(p) and p.name != PAUSED]
