@@ -23,7 +23,7 @@ from engine.session.folder import Session
 from engine.supervisor.serve import supervise
 from rlhf_tui import format as fmt
 from rlhf_tui.state.time_left import StepSeconds, until_end
-from rlhf_tui.text import one_line, sanitise
+from rlhf_tui.text import escape_unencodable, one_line, sanitise
 
 
 class Printer:
@@ -175,6 +175,7 @@ def print_exception(
 def main() -> None:
     """Runs the session to its end and exits with the supervisor's exit code."""
     sys.excepthook = print_exception
+    escape_unencodable()
     session = Session(Path(sys.argv[1]))
     start = received_start()
     new = is_new(session, start)

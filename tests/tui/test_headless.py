@@ -1,5 +1,6 @@
 """What a run in the foreground prints, and that nothing in it controls the terminal."""
 
+import io
 import logging
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from engine.metrics import BETA, KL, SCORE, STEP_TIME, TOKENS_PER_SECOND
 from engine.protocol.rank_messages import Phase, Ready, StepReport
 from engine.session.folder import Session
 from rlhf_tui.headless import Printer, PrinterHandler, print_exception
+from rlhf_tui.text import escape_unencodable
 
 RUN = Session(Path("sessions/run"))
 HOSTILE = "\x1b]52;c;c3RvbGVu\x07 \x9b31m \u202e turned"
@@ -44,6 +46,14 @@ def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
     assert "restart 1 of 3" in err
     assert "note: " in err
     assert err.count("Traceback") == 2
+
+
+def test_what_the_encoding_of_a_locale_lacks_is_printed_as_an_escape(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    escape_unencodable()
+    Printer(RUN, 8, live=False).state("stopped", "beta \u2192 0.2 \u00b1 1")
+    assert written.getvalue() == b"beta \\u2192 0.2 \xb1 1\n"
 
 
 def test_only_warnings_and_errors_of_the_log_are_printed(capsys):
