@@ -32,9 +32,11 @@ PEAK_MEMORY = "perf/peak_memory_gb"
 
 EVALUATE = "evaluate"
 """The phase of a held-out evaluation, which only the steps with an evaluation have."""
-PHASES = ("sync", "generate", "score", "reference", "fit", "optimise", EVALUATE, "checkpoint")
-"""The phases of a step, in order. Each has a metric, see :func:`phase_time`."""
-PHASES_OF_SOME_RUNS = ("sync", "fit")
+SYNC = "sync"
+PHASES = (SYNC, "generate", "score", "reference", "fit", "optimise", EVALUATE, "checkpoint")
+"""The phases of a step, in order. Each has a metric, see :func:`phase_time`. With `rollout.ahead`
+:data:`SYNC` sends the weights for the next step, after `generate` or `score`."""
+PHASES_OF_SOME_RUNS = (SYNC, "fit")
 """Those that depend on the configuration. Other runs do not have their metric."""
 
 REWARD_SOURCE = "reward/NAME"
@@ -287,7 +289,7 @@ METRICS = (
            title="gradient norm"),
     Metric(LEARNING_RATE, "", "learning rate of this step", title="learning rate", is_set=True),
     Metric(EPISODE, "responses", "number of responses so far"),
-    Metric(phase_time("sync"), "seconds",
+    Metric(phase_time(SYNC), "seconds",
            "duration of sending the weights to a rollout engine of its own; 0 if it had them "
            "(`rollout.engine: vllm` only)"),
     Metric(phase_time("generate"), "seconds",

@@ -17,7 +17,7 @@ import click
 from engine import __version__
 from engine.errors import RlhfError, UserInputError
 from rlhf_tui.commands.options import colors_option, sessions_option
-from rlhf_tui.text import one_line
+from rlhf_tui.text import escape_unencodable, one_line
 
 COMMANDS = {
     "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "machines",
@@ -94,6 +94,7 @@ def main() -> None:
     130 interrupted.
     """
     open_standard_files()
+    escape_unencodable()
     try:
         cli.main(standalone_mode=False)
         sys.stdout.flush()  # here, where an error is still shown in one line

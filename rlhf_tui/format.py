@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from engine.session import command_line
+from engine.session.folder import DiskUsage
 
 command = command_line.command
 """A command of rlhf-tui as it can be typed here; the engine's messages have it, too."""
@@ -86,6 +87,13 @@ def value_text(value: Any) -> str:
     return str(value)
 
 
+def change(key: str, old: Any, new: Any) -> str:
+    """A setting's change: `beta 0.1 → 0.2`, or `beta 0.1 unchanged`."""
+    if old == new:
+        return f"{key} {value_text(new)} unchanged"
+    return f"{key} {value_text(old)} → {value_text(new)}"
+
+
 def size(count: float) -> str:
     """Bytes as `1.2 GB`, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -93,6 +101,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def freed(usage: DiskUsage) -> str:
+    """What deleting a session frees: `frees 1.2 GB`."""
+    if usage.freed == usage.size:
+        return f"frees {size(usage.size)}"
+    return f"frees {size(usage.freed)} of {size(usage.size)}: other sessions have links to the rest"
 
 
 def clock(timestamp: float) -> str:

@@ -18,12 +18,12 @@ from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, is_new, received_start
-from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, StepReport
+from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, Ready, StepReport
 from engine.session.folder import Session
 from engine.supervisor.serve import supervise
 from rlhf_tui import format as fmt
 from rlhf_tui.state.time_left import StepSeconds, until_end
-from rlhf_tui.text import one_line, sanitise
+from rlhf_tui.text import escape_unencodable, one_line, sanitise
 
 
 class Printer:
@@ -71,11 +71,17 @@ class Printer:
         self._print_above(text, sys.stderr)
 
     def message(self, message: FromRank) -> None:
-        """Prints a step's summary, a finished checkpoint or, on a terminal, the current phase."""
+        """Prints a step's summary, a finished checkpoint, or what there is to note at the start.
+
+        On a terminal also the current phase.
+        """
         match message:
             case Phase(rank=0, name=name, done=done, total=total):
                 self._phase = one_line(f"{name} {done}/{total}" if total else name)
                 self._redraw()
+            case Ready(info=info):
+                for text in info.get("notes", []):
+                    self._print_above(one_line(f"note: {text}"), sys.stderr)
             case StepReport():
                 self._show_step(message)
             case CheckpointComplete(step=step):
@@ -169,6 +175,7 @@ def print_exception(
 def main() -> None:
     """Runs the session to its end and exits with the supervisor's exit code."""
     sys.excepthook = print_exception
+    escape_unencodable()
     session = Session(Path(sys.argv[1]))
     start = received_start()
     new = is_new(session, start)

@@ -4,7 +4,10 @@ Terminals execute the control sequences that they receive. :func:`sanitise` repl
 symbols. All untrusted text that is printed or drawn must pass through it.
 """
 
+import codecs
+import io
 import re
+import sys
 
 # Complete sequences are replaced first, so that their parameters do not remain as text. An
 # unterminated string sequence extends to the end of the text. Any other ESC is a control character.
@@ -35,3 +38,13 @@ def one_line(text: str, width: int | None = None) -> str:
     """Sanitised text on one line, cut to `width` characters with an ellipsis."""
     line = sanitise(text).replace("\n", "\u2424").replace("\t", " ")
     return line if width is None or len(line) <= width else line[: max(0, width - 1)] + "…"
+
+
+def escape_unencodable() -> None:
+    r"""Lets stdout and stderr write what their encoding lacks as an escape: `\u2192`.
+
+    In a locale such as en_US.ISO-8859-1 an arrow or a response in Japanese would else be an error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="backslashreplace")

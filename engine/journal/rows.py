@@ -210,7 +210,10 @@ class ErrorEvent(Struct, frozen=True):
 
 
 class ReadyEvent(Struct, frozen=True):
-    """Models and data are loaded. Keys of the JSON depend on the run."""
+    """Models and data are loaded. Further keys of the JSON depend on the run."""
+
+    notes: list[str] = []
+    """What is allowed in the configuration but seldom meant; in the first attempt only."""
 
 
 class ReferenceEvent(Struct, frozen=True):

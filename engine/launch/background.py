@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
-from engine.journal.rows import AlertEvent
+from engine.journal.rows import AlertEvent, ReadyEvent
 from engine.launch.start import StartOptions, is_new, start_variable
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
@@ -37,7 +37,8 @@ def start_engine(
         start: the first attempt.
         timeout: seconds to wait for the models to be loaded.
         waiting: called with the session's state at each poll.
-        notice: called with the text of each alert that was recorded until this function returns.
+        notice: called with the text of each alert and each note on the configuration that was
+            recorded until this function returns.
 
     Returns:
         The engine's process id.
@@ -132,8 +133,12 @@ def _last_event(session: Session) -> int:
 def _pass_on(session: Session, after: int, notice: Callable[[str], None]) -> None:
     with JournalReader(session) as reader:
         for event in reader.events(after=after):
-            if isinstance(event.payload, AlertEvent):
-                notice(event.payload.text)
+            match event.payload:
+                case AlertEvent(text=text):
+                    notice(text)
+                case ReadyEvent(notes=notes):
+                    for text in notes:
+                        notice(f"note: {text}")
 
 
 def _attempts(session: Session) -> int:

@@ -40,6 +40,15 @@ class EngineInfo(msgspec.Struct, frozen=True):
     version: str
 
 
+class DiskUsage(msgspec.Struct, frozen=True):
+    """How much room the files of a session take, in bytes."""
+
+    size: int
+    """Of all files. A fork has links to files of its parent, which count for both."""
+    freed: int
+    """Of the files that have no other name: what deleting the session frees."""
+
+
 @dataclass(frozen=True)
 class Session:
     """The folder of one run and the paths in it."""
@@ -144,14 +153,16 @@ class Session:
             leftover.unlink(missing_ok=True)
         write_atomically(self.config_file, config_file.dump_session(config))
 
-    def size(self) -> int:
-        """Bytes of its files, each of which it looks at. A fork has links to some of its parent."""
-        found = 0
+    def disk_usage(self) -> DiskUsage:
+        """The size of its files, each of which it looks at."""
+        size = freed = 0
         for folder, _, names in os.walk(self.folder):
             for name in names:
                 with contextlib.suppress(FileNotFoundError):  # of a checkpoint that is removed
-                    found += Path(folder, name).lstat().st_size
-        return found
+                    found = os.lstat(f"{folder}/{name}")
+                    size += found.st_size
+                    freed += found.st_size if found.st_nlink == 1 else 0
+        return DiskUsage(size, freed)
 
     def is_live(self) -> bool:
         """Whether an engine holds the session's lock; False for a moment of its history.

@@ -6,7 +6,6 @@ on two prompts and times one on a few more. The last line of standard output is 
 it writes is in a temporary folder, which it removes.
 """
 
-import math
 import sys
 
 import msgspec
@@ -16,7 +15,6 @@ from transformers.utils.logging import disable_progress_bar
 from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError, error_text
-from engine.kl import horizon_for, largest_change, usual_horizon
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, PHASES, STEP_TIME, phase_time
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
@@ -30,6 +28,7 @@ from engine.train.models.language_model import parameter_count
 from engine.train.models.memory_check import check_memory
 from engine.train.models.trusted_code import trusted_code
 from engine.train.out_of_memory import is_out_of_memory, memory_text
+from engine.train.reports.setup_notes import setup_notes
 from engine.train.reward_scales import fit_scales
 from engine.train.rollout.rollout import ReportProgress
 from engine.train.run import Run
@@ -41,8 +40,6 @@ MORE_PROMPTS = 32
 noise, and the longest response, which a small batch may lack."""
 LONGEST_STEP = 60.0
 """Seconds that the third step may take, if each prompt adds as much as the first ones took."""
-LEAST_FACTOR = 4.0
-"""By which the adaptive controller should be able to change beta within a run."""
 RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
 """How far the mean ratio before an update may be from 1; rounding explains less."""
 
@@ -75,7 +72,7 @@ def check(config: RunConfig) -> CheckResult:
             session, small, begin, ranks, _report, lambda _rule, text: warnings.append(text)
         )
         fit_scales(run, small)
-        warnings += [*suggested_value(config, run), *plain_prompts(run), *slow_controller(config)]
+        warnings += [*suggested_value(config, run), *setup_notes(config, run)]
         return _try(config, run, warnings)
     finally:
         folder.close()
@@ -118,34 +115,6 @@ def suggested_value(config: RunConfig, run: Run) -> list[str]:
     return [
         "the reward model reads the policy's tokens: a run may learn more from each response with "
         "model.value: reward_model (docs/ppo.md)"
-    ]
-
-
-def plain_prompts(run: Run) -> list[str]:
-    """A line if the policy has a chat template and prompts are neither messages nor rendered."""
-    prompt = run.prompts.for_step(1)[0]
-    rendered = any(token in prompt.text for token in run.tokenizer.all_special_tokens)
-    if not run.tokenizer.chat_template or prompt.messages is not None or rendered:
-        return []
-    return [
-        "the policy has a chat template, but prompts are given to it as plain text; data.chat: "
-        "true makes each of them the message of a user (docs/models.md)"
-    ]
-
-
-def slow_controller(config: RunConfig) -> list[str]:
-    """A line if the adaptive controller can hardly change beta in the whole run."""
-    batch, kl = config.rollout.batch_size, config.kl
-    change = largest_change(kl.horizon, batch)
-    exponent = config.train.steps * math.log1p(change)
-    if kl.controller != "adaptive" or exponent >= math.log(LEAST_FACTOR):
-        return []
-    enough = LEAST_FACTOR ** (1 / config.train.steps) - 1
-    horizon = min(usual_horizon(batch), max(1, math.floor(horizon_for(enough, batch))))
-    return [
-        f"the adaptive controller changes beta by at most {change:.2%} in a step, and by a factor "
-        f"of {math.exp(exponent):.2g} in the whole run, too slowly for a KL that runs away; "
-        f"kl.horizon: {horizon} allows {100 * largest_change(horizon, batch):.2g}% a step"
     ]
 
 

@@ -102,7 +102,7 @@ def _adopt_reward(
     if before not in ("", reward):
         text = (
             f"from step {state.step + 1} on scores come from {reward}, before from "
-            f"{before}: they are not comparable"
+            f"{before}: they are not comparable, and kl.beta may need another value"
         )
         log.info(text)
         changed(text)

@@ -56,6 +56,7 @@ from engine.train.out_of_memory import (
     run_step,
 )
 from engine.train.reports.recorders import open_recorders
+from engine.train.reports.setup_notes import setup_notes
 from engine.train.reward_scales import fit_scales
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
@@ -180,7 +181,11 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
         log.warning(text)
         notify("dtype", text)
     boundary = Boundary(session, run, begin, link)
-    link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
+    notes = setup_notes(config, run) if begin.attempt == 1 else []
+    for text in notes:
+        log.warning(text)
+    info = run_info(run) | ({"notes": notes} if notes else {})
+    link.send(Ready(info=info, settings=msgspec.to_builtins(settings_of(run.config))))
     recorders = (
         open_recorders(session, config, begin.from_step, report_recorder_problem)
         if ranks.is_lead

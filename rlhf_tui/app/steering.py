@@ -25,7 +25,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.app.command_tracker import READ_ONLY, CommandTracker, when
 from rlhf_tui.app.forms.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
-from rlhf_tui.format import value_text
+from rlhf_tui.format import change, value_text
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.steering_target import SteeringTarget, settings_in_force
@@ -99,7 +99,7 @@ class Steering:
         if beta is None:
             return
         new = float(f"{beta * factor:.4g}")
-        self.command(target, SetBeta(value=new), f"beta {value_text(beta)} → {value_text(new)}")
+        self.command(target, SetBeta(value=new), change("beta", beta, new))
 
     def _toggle_adaptive(self, target: SteeringTarget) -> None:
         """Switches between the adaptive controller and a fixed beta."""
@@ -141,6 +141,8 @@ class Steering:
                 value = parse_value(key, text, settings)
             except RlhfError as error:
                 return False, str(error)
+            if value == old:
+                return True, "unchanged"
             return True, f"{value_text(old)} → {value_text(value)}   {when(target)}"
 
         def send(text: str | None) -> None:
@@ -149,7 +151,7 @@ class Steering:
                 command: Command = (
                     SetBeta(value=value) if key == "beta" else SetSetting(key=key, value=value)
                 )
-                self.command(target, command, f"{key} {value_text(old)} → {value_text(value)}")
+                self.command(target, command, change(key, old, value))
 
         hint: list[Row] = [[(f"{LIVE_SETTINGS[key]}, now ", "dim"), (value_text(old), "strong")]]
         if key in OFF:

@@ -63,9 +63,8 @@ def _delete(session: Session, *, yes: bool) -> None:
     """Deletes a session, unless the answer to the question is no."""
     lock = session.acquire()
     try:
-        question = (
-            f"delete session '{session.name}' and its checkpoints ({fmt.size(session.size())})?"
-        )
+        freed = fmt.freed(session.disk_usage())
+        question = f"delete session '{session.name}' and its checkpoints ({freed})?"
         if not yes and not click.confirm(question, err=True):
             return
         shutil.rmtree(session.folder)

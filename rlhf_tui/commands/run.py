@@ -224,12 +224,6 @@ def fork(
         session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who(),
         ema=ema,
     )  # fmt: skip
-    before, after = old.reward.scored_by, child.config().reward.scored_by
-    if after != before:
-        _show_notice(
-            f"from step {from_step + 1} on scores come from {after}, before from {before}: they "
-            "are not comparable, and kl.beta may need another value"
-        )
     if kept := config_file.kept_defaults(old, overrides):
         values = ", ".join(
             f"{key} {fmt.value_text(value)} (default now {fmt.value_text(default)})"

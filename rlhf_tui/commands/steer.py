@@ -46,6 +46,7 @@ from rlhf_tui.commands.options import (
     utf8_text,
 )
 from rlhf_tui.identity import who
+from rlhf_tui.state.timeline import changes_text
 from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
@@ -117,9 +118,7 @@ class CtlCall:
             soon = "" if seconds_left is None else f", in about {fmt.duration(seconds_left)}"
             say(f"accepted: applies at the next step boundary{soon}")
         elif reply.status == "applied":
-            changes = ", ".join(
-                f"{c.key} {fmt.value_text(c.old)} → {fmt.value_text(c.new)}" for c in reply.changes
-            )
+            changes = changes_text(reply.changes)
             say(f"applied at step {reply.step}" + (f": {one_line(changes)}" if changes else ""))
             if isinstance(command, Probe):
                 say(f"prompt: {one_line(command.text)}")

@@ -1,6 +1,7 @@
 """The command that opens the dashboard, attach, and the session browser."""
 
 import gc
+import io
 import os
 import sys
 import time
@@ -165,6 +166,9 @@ def open_screen(
     # thresholds, collections took a third of the time until the first curve.
     gc.set_threshold(200_000, 20, 20)
     terminal_colors.choose(os.environ)
+    # Textual draws on it, and whatever the locale says, hardly a terminal does not take UTF-8.
+    if isinstance(sys.__stderr__, io.TextIOWrapper):
+        sys.__stderr__.reconfigure(encoding="utf-8")
     first_read = begin_first_read(session) if session is not None and replay is None else None
     listing = begin_listing(root) if session is None else None
     from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual is slow to import

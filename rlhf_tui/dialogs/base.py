@@ -132,6 +132,10 @@ class ChoiceDialog(Dialog[str]):
                     variant="error" if choice.danger else "default",
                 )  # fmt: skip
 
+    def say(self, rows: list[Row]) -> None:
+        """Replaces the text."""
+        self.query_one(MessageLine).say(rows)
+
     def on_button_pressed(self, event: "Button.Pressed") -> None:
         """Closes with the choice of a button."""
         self.close_with((event.button.id or "").removeprefix("answer-"))

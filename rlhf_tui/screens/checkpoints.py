@@ -113,6 +113,8 @@ class CheckpointsScreen(SessionScreen):
         self.refresh_content()
 
     def _empty(self) -> list[Row]:
+        if unread := self.context.state.unread:
+            return [[(f" {unread}", "dim")]]
         every = self.context.state.setting("save_every")
         saved = f"one is saved every {every} steps" if every else "one is saved at the end"
         hint: list[Piece] = [(f" {saved}", "dim")]

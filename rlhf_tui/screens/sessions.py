@@ -389,18 +389,29 @@ class SessionsScreen(SessionScreen):
             return
         name, count = row.name, len(row.checkpoints)
         rows: list[Row] = [
-            [("Its journal, its samples and ", ""), (f"{count} checkpoints", "strong"),
+            [("Its journal, its samples and ", ""), (fmt.plural(count, "checkpoint"), "strong"),
              (" are deleted. This cannot be undone.", "")],
             [(short_path(row.folder), "dim")],
         ]  # fmt: skip
         choices = [Choice("c", "Cancel", "cancel"), Choice("d", "Delete", "delete", danger=True)]
+        dialog = ChoiceDialog(f"Delete session {name}?", [*rows, []], choices)
 
         def chosen(result: str | None) -> None:
             if result == "delete":
                 self.context.forget_session(name)
                 self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
-        self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), chosen)
+        self.app.push_screen(dialog, chosen)
+        self.show_freed(Session(Path(row.folder)), dialog, rows)
+
+    @work(thread=True, group="freed")
+    def show_freed(self, session: Session, dialog: ChoiceDialog, rows: list[Row]) -> None:
+        """Adds what deleting a session frees to the rows of a dialog, which may be closed."""
+        try:
+            freed: Row = [(fmt.freed(session.disk_usage()), "dim")]
+        except OSError:  # deleting it says so
+            return
+        dialog.call_later(dialog.say, [*rows, freed])
 
 
 def matching(pattern: str, names: list[str]) -> list[str] | None:

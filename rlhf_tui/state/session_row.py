@@ -1,6 +1,8 @@
 """A session as `ls` and `status` print it and the sessions screen shows it."""
 
 import contextlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -16,6 +18,8 @@ from rlhf_tui.identity import who
 
 REPLY_TIMEOUT = 2.0
 """Seconds to wait for an engine that is asked what it waits for."""
+READERS = 8
+"""Threads that read the rows of several sessions."""
 
 
 class HeldOutScore(msgspec.Struct, frozen=True):
@@ -86,13 +90,15 @@ class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
     """Its configuration, flat, if it was asked for; live settings as they are in force."""
 
 
-def read_session_row(session: Session, *, ask: bool = False) -> SessionRow:
+def read_session_row(session: Session, *, ask: bool = False, best: bool = False) -> SessionRow:
     """Reads the row of a session.
 
     Args:
         session: to read.
         ask: also asks its engine what it waits for; one that hangs takes :data:`REPLY_TIMEOUT`.
-            Also reads its size and its best checkpoint, for which it opens the configuration.
+            Also reads its size, for which it looks at each of its files.
+        best: also reads its best checkpoint. Where there is one, it opens the configuration, which
+            takes some ten milliseconds.
 
     Raises:
         RlhfError: its journal or its configuration cannot be read.
@@ -101,11 +107,30 @@ def read_session_row(session: Session, *, ask: bool = False) -> SessionRow:
     with JournalReader(session) as record:
         row = session_row(session, record)
         if ask:
-            best = _best_checkpoint(session, record)
-            row = msgspec.structs.replace(row, best_checkpoint=best, size=session.size())
+            row = msgspec.structs.replace(row, size=session.disk_usage().size)
+        if best and row.checkpoints:
+            found = _best_checkpoint(session, record)
+            row = msgspec.structs.replace(row, best_checkpoint=found)
     if not ask or row.pid is None:
         return row
     return msgspec.structs.replace(row, waits_for=awaited(session))
+
+
+def read_session_rows(sessions: Iterable[Session], *, best: bool) -> list[SessionRow]:
+    """The rows of several sessions in their order, see :func:`read_session_row` with `ask`.
+
+    One that cannot be read has the reason in its row. They are read in threads: most of the time
+    goes into waiting for a network file system, or for an engine that hangs.
+    """
+
+    def read(session: Session) -> SessionRow:
+        try:
+            return read_session_row(session, ask=True, best=best)
+        except (RlhfError, OSError) as error:
+            return unreadable_row(session, error)
+
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(read, sessions))
 
 
 def _best_checkpoint(session: Session, record: JournalReader) -> int | None:

@@ -20,6 +20,7 @@ from engine.metrics import (
     RESPONSE_LENGTH,
     SCORE,
     STEP_TIME,
+    SYNC,
     TOKENS_PER_SECOND,
     phase_time,
     with_drawn,
@@ -38,6 +39,8 @@ ALWAYS = (
     STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY, *map(phase_time, PHASES),
 )  # fmt: skip
 """Metrics that are always read, whichever charts are shown."""
+BEFORE_SYNC = ("generate", "score")
+"""What `sync` may follow in a step, with `rollout.ahead`."""
 RECENT = 10
 """Steps of `recent_mean`, and of the means before and after an intervention."""
 
@@ -80,6 +83,8 @@ class SessionState:
         """Where the replay is that is shown; None for a session as it is now."""
         self.phase_since: dict[int, float] = {}
         self._optimise = time_left.OptimiseEnd()
+        self._before_sync = ""
+        """The phase that `sync` was last seen to follow in its step; empty if it came first."""
         self._clear()
 
     def _clear(self) -> None:
@@ -108,6 +113,13 @@ class SessionState:
     def command(self, *words: str) -> str:
         """A command of rlhf-tui about this session, as it can be typed once the app is left."""
         return fmt.command(*words, root=self._root)
+
+    @property
+    def unread(self) -> str:
+        """What stands in the place of all that is unknown before anything was read; else empty."""
+        if self.known:
+            return ""
+        return "cannot be read" if self.problem else "reading …"
 
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""
@@ -165,8 +177,12 @@ class SessionState:
     def _take_phases(self, phases: list[Phase]) -> None:
         before = {p.rank: (p.name, p.step) for p in self.phases}
         for phase in phases:
-            if before.get(phase.rank) != (phase.name, phase.step):
+            name, step = before.get(phase.rank, ("", 0))
+            if (name, step) != (phase.name, phase.step):
                 self.phase_since[phase.rank] = self.now()
+                if phase.name == SYNC:
+                    same = step == phase.step and name in BEFORE_SYNC
+                    self._before_sync = name if same else ""
         self.phases = phases
         if phases:
             self._optimise.take(phases[0], self.now())
@@ -204,12 +220,17 @@ class SessionState:
     def step_phases(self, now: Phase) -> tuple[str, ...]:
         """The phases of the step that a rank is in, in order; `now` is among them in any case.
 
-        Before the first step is done, or the configuration read, others may be missing.
+        Before the first step is done, or the configuration read, others may be missing. `sync`
+        comes first, or with `rollout.ahead` after `generate` or `score`, where it was seen.
         """
         absent = {p for p in PHASES_OF_SOME_RUNS if phase_time(p) not in self.names}
         if not self.eval_every or now.step % self.eval_every:
             absent.add(EVALUATE)
-        return tuple(p for p in PHASES if p not in absent or p == now.name)
+        phases = [p for p in PHASES if p not in absent or p == now.name]
+        if SYNC in phases and self._before_sync in phases:
+            phases.remove(SYNC)
+            phases.insert(phases.index(self._before_sync) + 1, SYNC)
+        return tuple(phases)
 
     def smoothed(self, name: str, weight: float) -> Series:
         """A metric's moving average."""

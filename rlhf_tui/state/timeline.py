@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
+from engine.config.settings import SettingChange
+from engine.journal.json_values import decoded
 from engine.journal.rows import (
     AlertEvent,
     AttemptEvent,
@@ -21,6 +23,7 @@ from engine.journal.rows import (
     ErrorEvent,
     EventRow,
     NoteEvent,
+    ReadyEvent,
     ReferenceEvent,
     StateEvent,
     engine_died_before,
@@ -28,7 +31,7 @@ from engine.journal.rows import (
 from engine.metrics import title_of
 from engine.protocol.commands import COMMANDS, Pause, Rollback, Stop, Undo, Unpause
 from engine.session.states import ENDED_STATES
-from rlhf_tui.format import number, value_text
+from rlhf_tui.format import change, number, value_text
 
 MARKER_GLYPHS = {
     "command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎", "crash": "✗",
@@ -78,13 +81,9 @@ class Marker(Struct, frozen=True):
 
 
 def command_text(command: CommandRow) -> str:
-    """Returns a command as text: `beta 0.05 → 0.08`, `pause`.
-
-    Settings that a command named but did not change are left out, unless it changed none.
-    """
+    """Returns a command as text: `beta 0.05 → 0.08`, `pause`."""
     if command.changes:
-        changed = [c for c in command.changes if c.old != c.new] or command.changes
-        text = ", ".join(f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in changed)
+        text = changes_text(command.changes)
         return f"undo: {text}" if command.command == Undo.name() else text
     if command.command == Rollback.name():
         reseeded = ", new random seed" if command.args.get("reseed") else ""
@@ -93,6 +92,15 @@ def command_text(command: CommandRow) -> str:
         return "stop now" if command.args.get("now") else "stop"
     given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
     return f"{command.command} {given}".strip()
+
+
+def changes_text(changes: Sequence[SettingChange]) -> str:
+    """Returns `beta 0.05 → 0.08, target 6 → 8`.
+
+    Settings that a command named but did not change are left out, unless it changed none.
+    """
+    changed = [c for c in changes if c.old != c.new] or changes
+    return ", ".join(change(c.key, c.old, c.new) for c in changed)
 
 
 def sender(who: str) -> str:
@@ -212,6 +220,8 @@ class _Timeline:
             case ReferenceEvent(mix=mix):
                 text = f"reference: {mix:.0%} policy"
                 found = _marker(event, "command", text, "schedule", abandoned=left)
+            case ReadyEvent(notes=[_, *_] as notes):
+                found = _marker(event, "attempt", "; ".join(notes))
             case NoteEvent(text=text, who=who):
                 found = _marker(event, "note", text, who, abandoned=left)
             case ErrorEvent(text=text):

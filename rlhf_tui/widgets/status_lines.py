@@ -17,6 +17,7 @@ STATE_MARKS = {
     "stopped": ("■", "dim"),
     "failed": ("✗", "bad"),
     "crashed": ("✗", "bad"),
+    "unreadable": ("✗", "bad"),
 }
 """Mark and tone by state; `waiting` is one that waits for something from outside."""
 
@@ -52,7 +53,10 @@ class Tabs(Panel):
         right: list[Piece] = []
         if state.name:
             shown = "waiting" if state.waiting else state.head.state
-            right = [(f"{state.name}  ", "strong"), *state_pieces(shown), (" ", "")]
+            if state.unread:
+                shown = "unreadable" if state.problem else ""
+            mark = state_pieces(shown) if shown else []
+            right = [(f"{state.name}  ", "strong"), *mark, (" ", "")]
         if self.note:
             right = [(f"{self.note}  ", "warn"), *right]
         self._room = width - row_width(right)
@@ -91,8 +95,8 @@ class StatusLine(Panel):
         state = self.state
         if state.problem:
             return [[(f" {state.problem}", "bad")]]
-        if not state.known:
-            return [[(" reading …", "dim")]]
+        if state.unread:
+            return [[(f" {state.unread}", "dim")]]
         head = state.head
         left: list[Piece] = [(" step ", "dim"), (f"{head.step}", "strong")]
         if head.total_steps:

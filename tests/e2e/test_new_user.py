@@ -109,6 +109,18 @@ def test_a_complete_session_of_a_new_user(run, wait_until):
     assert run.betas()[last + 1] == 0.25
 
 
+@pytest.mark.slow
+def test_who_goes_straight_to_run_reads_what_check_notes(lab):
+    run = lab.run("straight", "kl.horizon=10000", steps=60)
+    run.hold(1)
+    try:
+        assert "rlhf-tui: note: the adaptive controller changes beta" in run.start().stderr
+        (ready,) = run.events("ready")
+        assert "kl.horizon: " in ready["notes"][0]
+    finally:
+        run.end()
+
+
 def marked(screen):
     """Whether the axis below a curve has the marker of a change."""
     return any("◆" in line for line in screen.splitlines() if "──" in line)

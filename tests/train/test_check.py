@@ -9,7 +9,8 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
 from engine.protocol.programs.check_result import TimedStep
-from engine.train.check import check, plain_prompts, reduced, slow_controller, suggested_value
+from engine.train.check import check, reduced, suggested_value
+from engine.train.reports.setup_notes import plain_prompts, slow_controller
 from rlhf_tui.commands.check import report, step_estimate
 from tests.train.conftest import SMALL
 
@@ -103,6 +104,7 @@ def test_plain_prompts_of_a_chat_model_are_noted(make_run, chat_policy, template
         (("kl.horizon=547", "train.steps=60"), []),
         (("kl.horizon=10000", "train.steps=2000"), []),
         (("kl.horizon=10000", "kl.controller=fixed"), []),
+        (("kl.horizon=10000", "train.steps=20"), []),  # a trial
     ],
 )
 def test_a_controller_that_is_too_slow_for_the_run_is_noted_with_one_that_is_not(overrides, advice):

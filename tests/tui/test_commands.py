@@ -73,6 +73,16 @@ def test_deleting_asks_whoever_sits_there_wherever_the_output_goes(session_maker
     assert session.folder.exists() == (answer == "n")
 
 
+def test_a_locale_without_utf_8_gets_escapes_and_no_error(session_maker, tmp_path):
+    session_maker(tmp_path / "s", "mine", 80)
+    command = [sys.executable, "-m", "rlhf_tui.cli", "events", "mine", "--sessions"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "s")], env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert b"beta 0.05 \\u2192 0.08" in done.stdout
+
+
 @pytest.mark.parametrize("confirmed", [False, True])
 def test_without_a_terminal_only_y_deletes(session_maker, tmp_path, confirmed):
     session = session_maker(tmp_path / "s", "mine", 3)

@@ -43,6 +43,14 @@ WINDOW = {"rule": "kl_high", "text": "KL is 7", "window": [1, 2], "samples": [{"
     [
         (command(changes=CHANGE), "command: ana: beta 0.1 → 0.2, applied at step 5"),
         (
+            command(changes=[*CHANGE, SettingChange(key="target", old=6.0, new=6)]),
+            "command: ana: beta 0.1 → 0.2, applied at step 5",
+        ),
+        (
+            command(changes=[SettingChange(key="controller", old="adaptive", new="adaptive")]),
+            "command: ana: controller adaptive unchanged, applied at step 5",
+        ),
+        (
             command(status="rejected", reason="no"),
             "command: ana: beta 0.2, rejected: no",
         ),
@@ -60,6 +68,11 @@ WINDOW = {"rule": "kl_high", "text": "KL is 7", "window": [1, 2], "samples": [{"
         (
             event("attempt", attempt=2, from_step=4, fork={"from": "run", "step": 4}),
             "attempt: 2: forked from step 4 of run",
+        ),
+        (event("ready", device="cpu"), "ready: models and data are loaded"),
+        (
+            event("ready", device="cpu", notes=["a chat model"]),
+            "ready: models and data are loaded; a chat model",
         ),
         (event("of a newer version", a=1), 'of a newer version: {"a": 1}'),
     ],

@@ -128,11 +128,13 @@ def test_further_metrics_are_read_when_wanted(following, session):
     wait(lambda: len(state.series("grad_norm")) == 20)
 
 
-def test_a_session_without_a_journal_yet_is_starting(following, session):
+def test_a_session_without_a_journal_is_starting_at_first_and_then_has_crashed(following, session):
     session.journal_file.unlink()
     state, _ = following(session)
     wait(lambda: state.known)
     assert state.head.state == "starting"
+    os.utime(session.config_file, (0, 0))
+    wait(lambda: state.head.state == "crashed")
 
 
 def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, monkeypatch):

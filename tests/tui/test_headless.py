@@ -1,14 +1,16 @@
 """What a run in the foreground prints, and that nothing in it controls the terminal."""
 
+import io
 import logging
 from pathlib import Path
 
 import pytest
 
 from engine.metrics import BETA, KL, SCORE, STEP_TIME, TOKENS_PER_SECOND
-from engine.protocol.rank_messages import Phase, StepReport
+from engine.protocol.rank_messages import Phase, Ready, StepReport
 from engine.session.folder import Session
 from rlhf_tui.headless import Printer, PrinterHandler, print_exception
+from rlhf_tui.text import escape_unencodable
 
 RUN = Session(Path("sessions/run"))
 HOSTILE = "\x1b]52;c;c3RvbGVu\x07 \x9b31m \u202e turned"
@@ -31,6 +33,7 @@ def print_all(printer):
     printer.alert(HOSTILE, 3)
     printer.state("stopped", HOSTILE)
     printer.message(Phase(rank=0, step=1, name=HOSTILE))
+    printer.message(Ready(info={"notes": [HOSTILE]}, settings={}))
     print_exception(type(error), error, error.__traceback__)
 
 
@@ -41,7 +44,16 @@ def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
     for text in (out.replace("\r\x1b[K", ""), err):
         assert not set(text) & set("\x1b\x07\x9b\r\u202e")
     assert "restart 1 of 3" in err
+    assert "note: " in err
     assert err.count("Traceback") == 2
+
+
+def test_what_the_encoding_of_a_locale_lacks_is_printed_as_an_escape(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    escape_unencodable()
+    Printer(RUN, 8, live=False).state("stopped", "beta \u2192 0.2 \u00b1 1")
+    assert written.getvalue() == b"beta \\u2192 0.2 \xb1 1\n"
 
 
 def test_only_warnings_and_errors_of_the_log_are_printed(capsys):

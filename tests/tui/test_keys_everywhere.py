@@ -9,9 +9,10 @@ from textual.events import Key
 
 from engine.protocol.commands import Note
 from engine.session.folder import Session
-from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.dialogs.help import COLUMN, HelpDialog, help_groups, stacked
+from rlhf_tui.format import freed
 from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
@@ -227,6 +228,31 @@ async def test_deleting_and_starting_ask_and_cancel_has_the_focus(browser, key, 
         await pilot.press("enter")
         await until(pilot, lambda: len(app.screen_stack) == 1)
         assert app.ran == []
+
+
+def text_of_dialog(app):
+    """The text above the buttons of the dialog in sight; empty if there is none."""
+    return "".join(line.text() for line in app.screen.query(MessageLine))
+
+
+async def test_deleting_says_how_much_room_only_the_session_itself_takes(
+    session_maker, make_app, tmp_path, running, until
+):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    own, shared = session.checkpoints / "own", tmp_path / "shared"
+    shared.write_bytes(bytes(2_000_000))
+    (session.checkpoints / "shared").hardlink_to(shared)
+    app = make_app(None, root=session.folder.parent)
+    async with running(app) as pilot:
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
+        for size in (0, 5_000_000):
+            own.write_bytes(bytes(size))
+            usage = session.disk_usage()
+            assert (usage.size - usage.freed, usage.freed > 5_000_000) == (2_000_000, size > 0)
+            await pilot.press("d")
+            await until(pilot, lambda u=usage: freed(u) in text_of_dialog(app), freed(usage))
+            await pilot.press("escape")
+            await until(pilot, lambda: len(app.screen_stack) == 1)
 
 
 async def test_an_empty_folder_says_what_starts_a_run(make_app, tmp_path, running, until):

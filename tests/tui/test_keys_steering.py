@@ -57,8 +57,10 @@ async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, 
     async with running(app) as pilot:
         await pilot.press("b")
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
-        await pilot.press(*"0.12")
+        await until(pilot, lambda: app.screen.query("#effect"))
         effect = app.screen.query_one("#effect")
+        await until(pilot, lambda: effect.text().strip() == "unchanged")
+        await pilot.press(*"0.12")
         await until(pilot, lambda: "0.08 → 0.12" in effect.text())
         said = " ".join(line.text() for line in app.screen.query(MessageLine))
         assert "adaptive controller changes it from there" in said

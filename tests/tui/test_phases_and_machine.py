@@ -1,5 +1,7 @@
 """What the panels say of the step in hand, of the ranks and of what they run on, line by line."""
 
+import re
+
 import pytest
 
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
@@ -45,6 +47,23 @@ def test_a_phase_that_only_some_runs_have_is_part_of_their_steps(name):
     assert f"{name} 0.7s" in text(PhaseStrip(state), 120, 1)
     state.take(SessionUpdate(phases=[]))
     assert f"{name} 0.7s" in text(PhaseStrip(state), 120, 1)
+
+
+@pytest.mark.parametrize("before", ["generate", "score"])
+def test_sync_stands_where_it_comes_which_is_not_first_with_rollout_ahead(before):
+    state = make_state()
+    curves = {"time/sync": [(step, 0.7) for step in range(41, 51)]}
+    state.take(SessionUpdate(names=[*state.names, *curves], curves=curves))
+    for name in (before, "sync"):
+        state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name=name)]))
+    shown = text(PhaseStrip(state), 120, 1)
+    assert re.search(rf"✓ {before}( \S+)? ▶ sync", shown)
+    left = state.boundary_in()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=52, name="generate")]))
+    assert text(PhaseStrip(state), 120, 1).startswith(" ▶ generate")
+    assert state.boundary_in() > left
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=53, name="sync")]))
+    assert text(PhaseStrip(state), 120, 1).startswith(" ▶ sync · generate")
 
 
 def test_loading_shows_progress_too():

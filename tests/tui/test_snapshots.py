@@ -12,6 +12,29 @@ CASES = [(screen, size) for screen in SCREENS for size in SIZES]
 CASES += [(screen, (160, 50)) for screen in ("labels", "beside", "abreast")]
 
 
+UNCHANGED = 10
+"""How often a screen is looked at without a change before it counts as complete."""
+
+
+async def read(app, pilot, until):
+    """Waits until the session is read; the newest samples come last."""
+    await until(pilot, lambda: app.state.samples, "the session")
+
+
+async def drawn(app, pilot, until):
+    """Waits until no thread reads for the screen and its picture does not change."""
+    pictures = []
+
+    def unchanged():
+        if any(worker.is_running for worker in app.workers):
+            pictures.clear()
+            return False
+        pictures.append(app.export_screenshot())
+        return pictures[-UNCHANGED:] == pictures[-1:] * UNCHANGED
+
+    await until(pilot, unchanged, "a screen that does not change")
+
+
 @pytest.mark.parametrize(
     ("screen", "size"), CASES, ids=[f"{screen}-{w}x{h}" for screen, (w, h) in CASES]
 )
@@ -24,10 +47,9 @@ def test_a_screen_looks_as_it_did(
         request.getfixturevalue("engine")
 
     async def settle(pilot):
-        await until(pilot, lambda: app.state.known)
+        await read(app, pilot, until)
         await pilot.press(*SCREENS[screen])
-        for _ in range(10):
-            await pilot.pause(0.05)
+        await drawn(app, pilot, until)
 
     assert snap_compare(app, terminal_size=size, run_before=settle)
 
@@ -38,7 +60,7 @@ def test_a_theme_looks_as_it_did(snap_compare, make_app, theme, until):
     app.theme = theme
 
     async def settle(pilot):
-        await until(pilot, lambda: app.state.known)
-        await pilot.pause(0.2)
+        await read(app, pilot, until)
+        await drawn(app, pilot, until)
 
     assert snap_compare(app, terminal_size=(80, 24), run_before=settle)

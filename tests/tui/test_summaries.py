@@ -13,8 +13,12 @@ from rlhf_tui.screens.modes import MODES
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.runs.listing import spark
+from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.cursor import CursorPanel
+from rlhf_tui.widgets.panels.phases import PhaseStrip
+from rlhf_tui.widgets.panels.steering import SteeringPanel
+from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs
 from tests.tui.panels import command, make_state, text
 
@@ -68,6 +72,17 @@ def test_a_problem_takes_the_line():
     state = make_state()
     state.take(SessionUpdate(problem="the journal is gone"))
     assert "the journal is gone" in text(StatusLine(state))
+
+
+@pytest.mark.parametrize(("problem", "shown"), [("", "reading …"), ("no", "cannot be read")])
+def test_a_session_of_which_nothing_was_read_is_not_said_to_start(problem, shown):
+    state = SessionState("run")
+    state.take(SessionUpdate(problem=problem))
+    tabs = text(Tabs(state, "dashboard", tuple(MODES)))
+    assert "starting" not in tabs
+    assert ("✗ unreadable" in tabs) == bool(problem)
+    for panel in (PhaseStrip(state), SteeringPanel(state), TimelinePanel(state, Viewport())):
+        assert shown in text(panel)
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120])

@@ -14,6 +14,7 @@ from engine.journal.rows import (
     EventRow,
     ForkedFrom,
     NoteEvent,
+    ReadyEvent,
     StateEvent,
 )
 from rlhf_tui.state.feeds.updates import SessionUpdate
@@ -98,6 +99,13 @@ def timeline_of(*given):
     state = make_state()
     state.take(SessionUpdate(events=events(*given)))
     return TimelinePanel(state, Viewport())
+
+
+def test_what_is_noted_at_the_start_is_an_entry_that_is_no_alert():
+    plain, noted = (1, 0, ReadyEvent()), (1, 0, ReadyEvent(notes=["a slow controller"]))
+    assert timeline_of(plain).count() == 0
+    (entry,) = timeline_of(noted).state.timeline()
+    assert (entry.kind, entry.text) == ("attempt", "a slow controller")
 
 
 def test_checkpoints_with_nothing_between_them_are_one_entry():

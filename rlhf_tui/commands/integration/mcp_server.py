@@ -40,7 +40,7 @@ from engine.session.registry import live_sessions
 from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.reading.event_lines import event_lines
 from rlhf_tui.identity import who
-from rlhf_tui.state.session_row import read_session_row, unreadable_row
+from rlhf_tui.state.session_row import read_session_row, read_session_rows
 from rlhf_tui.text import one_line, sanitise
 
 INSTRUCTIONS = """\
@@ -136,18 +136,16 @@ class ReadingTools:
     def list_sessions(self) -> Json:
         """List the runs: state, step, score, KL in nats per response, beta (the KL coefficient)."""
         local = all_sessions(self._root)
-        rows = []
-        for session in [*local, *(s for s in live_sessions() if s not in local)]:
-            try:
-                row = read_session_row(session, ask=True)
-            except (RlhfError, OSError) as error:
-                row = unreadable_row(session, error)
-            rows.append({k: v for k, v in row.as_json().items() if k not in ("settings", "pid")})
-        return {"sessions": rows}
+        elsewhere = (s for s in live_sessions() if s not in local)
+        rows = read_session_rows([*local, *elsewhere], best=True)
+        hidden = ("settings", "pid")
+        return {
+            "sessions": [{k: v for k, v in r.as_json().items() if k not in hidden} for r in rows]
+        }
 
     def status(self, session: Name) -> Json:
         """Show a run: state and its reason, step, settings in force, steps with checkpoints."""
-        return read_session_row(existing(self._root, session), ask=True).as_json()
+        return read_session_row(existing(self._root, session), ask=True, best=True).as_json()
 
     def metrics(self, session: Name) -> Json:
         """List the metrics of a run: unit, what each means, step and value of the newest point."""

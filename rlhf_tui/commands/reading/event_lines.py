@@ -108,8 +108,8 @@ def _describe(row: EventRow) -> tuple[str, str, Tone]:  # noqa: PLR0911 - one sh
             return "attempt", _attempt(row.payload), ""
         case ErrorEvent(text=text):
             return "error", text, "bad"
-        case ReadyEvent():
-            return "ready", "models and data are loaded", ""
+        case ReadyEvent(notes=notes):
+            return "ready", "; ".join(["models and data are loaded", *notes]), ""
         case _:  # another version may write kinds that this one does not know
             return row.kind, row.data, ""
 

@@ -7,8 +7,8 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from engine.errors import LinkError, RlhfError, UserInputError
-from engine.session.folder import Session, all_sessions
+from engine.errors import LinkError, UserInputError
+from engine.session.folder import all_sessions
 from engine.session.registry import live_sessions
 from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
@@ -21,7 +21,7 @@ from rlhf_tui.commands.options import (
     sessions_option,
 )
 from rlhf_tui.commands.reading.event_lines import STATE_TONES
-from rlhf_tui.state.session_row import SessionRow, read_session_row, unreadable_row
+from rlhf_tui.state.session_row import SessionRow, read_session_row, read_session_rows
 from rlhf_tui.text import one_line
 
 
@@ -41,7 +41,8 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
         rows = _remote_rows(address, ["--sessions", str(root)] if given else [])
     else:
         elsewhere = [s for s in live_sessions() if s not in local]
-        rows = [_read_row(s) for s in [*local, *elsewhere]]
+        # Only the JSON has the best checkpoints, which take most of the time.
+        rows = read_session_rows([*local, *elsewhere], best=as_json)
     if as_json:
         print_json([r.as_json() for r in rows])
     elif not rows:
@@ -72,14 +73,6 @@ def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
         return msgspec.json.decode(output, type=list[SessionRow])
     except msgspec.DecodeError as error:
         raise LinkError(f"{parsed.host} sent no list of sessions: {error}") from error
-
-
-def _read_row(session: Session) -> SessionRow:
-    """A session's row; if it cannot be read, one with the reason."""
-    try:
-        return read_session_row(session, ask=True)
-    except (RlhfError, OSError) as error:
-        return unreadable_row(session, error)
 
 
 def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
@@ -117,7 +110,7 @@ def _reasons(row: SessionRow) -> list[str]:
 @json_option
 def status(root: Path, name: str, as_json: bool) -> None:
     """Show a session's status."""
-    row = read_session_row(existing(root, name), ask=True)
+    row = read_session_row(existing(root, name), ask=True, best=True)
     if as_json:
         print_json(row.as_json())
         return

@@ -89,5 +89,4 @@ def empty_list(samples: SampleList, state: SessionState) -> list[Row]:
         return [[(" no held-out responses yet; E shows those of training", "dim")]]
     if not state.head.step:
         return [[(" no responses before the first step is done", "dim")]]
-    samples_command = state.command("samples", state.name)
-    return [[(f" no responses were kept (log.samples); see {samples_command}", "dim")]]
+    return [[(" no responses were kept (log.samples)", "dim")]]

@@ -198,7 +198,8 @@ def lines_about(row: SessionRow, width: int, resume: str) -> list[Row]:
         found.append([(f" {paused_text(row.pause_reason, row.step)}", "warn")])
     elif row.message:
         tone = "bad" if row.state in ("failed", "unreadable") else "dim"
-        found.append([(f" {row.message}", tone)])
+        reason = row.message.replace(f" of {row.folder}", "")  # it is above
+        found.append([(f" {reason}", tone)])
     elif row.state == "crashed":
         reason = f"{DIED}; resume: "
         found.append([(f" {reason}", "bad"), (resume, "key")])

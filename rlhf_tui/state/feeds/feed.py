@@ -27,6 +27,8 @@ SHORTEST = 0.3
 IDLE = 1.0
 """Seconds after which it reads again without new rows: labels have no message."""
 RECONNECT = 0.5
+APPEARS = 30.0
+"""Seconds after the start of a run in which its engine may not live yet."""
 
 
 class SessionFeed(Protocol):
@@ -151,10 +153,12 @@ class Feed:
             self._output.post(SessionUpdate(reset=True))
 
     def _send_head_of_new(self) -> None:
-        """Posts the summary of a session whose engine has not written yet."""
-        if self._changes.head is None:
-            self._changes.head = SessionSummary("starting", 0, 0, {}, "", [], None, None)
-            self._output.post(SessionUpdate(head=self._changes.head))
+        """Posts the summary of a session whose engine has not written yet, or never will."""
+        written = self._session.config_file.stat().st_mtime
+        starting = self._session.is_live() or time.time() - written < APPEARS
+        state = "starting" if starting else "crashed"
+        head = SessionSummary(state, 0, 0, {}, "", [], None, None)
+        self._output.post(SessionUpdate(head=head))
 
     def _close(self) -> None:
         if self._record is not None:

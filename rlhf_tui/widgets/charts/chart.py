@@ -151,6 +151,8 @@ class Chart(Widget, can_focus=True):
     def _empty(self, name: str) -> str:
         if self.state.problem:
             return "cannot be read"
+        if self.state.unread:
+            return self.state.unread
         if name == metrics.AGREEMENT:
             return self.state.agreement.problem or "no judgements to compare yet"
         if self.state.names and name not in self.state.names:

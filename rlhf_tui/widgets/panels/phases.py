@@ -18,6 +18,8 @@ class PhaseStrip(Panel):
     def rows(self, width: int, height: int) -> list[Row]:
         """The ranks furthest behind, if not all fit."""
         phases = self.state.phases
+        if self.state.unread:
+            return [[(f" {self.state.unread}", "dim")]]
         if self.state.head.state == "starting":
             # Others are of the attempt before.
             phases = [p for p in phases if not _is_of_step(p) and p.name != PAUSED]
@@ -27,9 +29,16 @@ class PhaseStrip(Panel):
             return [self._last_step(width, "")]
         if self.state.head.state == "paused":
             return [self._last_step(width, "paused; ")]
-        shown = sorted(phases, key=lambda p: (p.step, _progress(p)))[: max(height, 1)]
+        shown = sorted(phases, key=lambda p: (p.step, self._progress(p)))[: max(height, 1)]
         several = len(phases) > 1
         return [self._line(phase, width, several) for phase in sorted(shown, key=lambda p: p.rank)]
+
+    def _progress(self, phase: Phase) -> float:
+        """A rank's progress in its step, in phases; -1 while it loads."""
+        if phase.name not in PHASES:
+            return -1
+        done = self.state.step_phases(phase).index(phase.name)
+        return done + (phase.done / phase.total if phase.total else 0)
 
     def _last_step(self, width: int, state: str) -> Row:
         """How long the last step and its phases took, after `state`."""
@@ -116,10 +125,3 @@ def _durations(times: list[tuple[str, float]]) -> list[Piece]:
 def _is_of_step(phase: Phase) -> bool:
     """Whether a rank is in a step. The evaluation before the first one has step 0."""
     return phase.name in PHASES and phase.step > 0
-
-
-def _progress(phase: Phase) -> float:
-    """A rank's progress in its step, in phases; -1 while it loads."""
-    if phase.name not in PHASES:
-        return -1
-    return PHASES.index(phase.name) + (phase.done / phase.total if phase.total else 0)

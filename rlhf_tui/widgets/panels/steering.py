@@ -45,7 +45,7 @@ class SteeringPanel(Panel):
         state = self.state
         top = heading("Steering", self._keys(width), width)
         if not state.head.settings and not state.starting:
-            status = "settings not known yet" if state.known else "reading …"
+            status = state.unread or "settings not known yet"
             return [top, [(f" {status}", "dim")]]
         commands = [self._command(c, width) for c in self._recent()]
         if state.starting:

@@ -87,7 +87,8 @@ class TimelinePanel(ScrollList):
 
     def empty(self) -> list[Row]:
         """What will be here."""
-        return [[(" nothing yet: changes, alerts and checkpoints appear here", "dim")]]
+        nothing = "nothing yet: changes, alerts and checkpoints appear here"
+        return [[(f" {self.state.unread or nothing}", "dim")]]
 
     def row(self, index: int, width: int) -> Row:
         """An entry: step, sign, text, and who it was or that its branch is abandoned."""

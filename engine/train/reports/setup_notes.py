@@ -1,0 +1,51 @@
+"""What is allowed in a configuration but seldom meant: noted by `check`, and when a run starts."""
+
+import math
+
+from engine.config.schema import RunConfig
+from engine.kl import horizon_for, largest_change, usual_horizon
+from engine.train.run import Run
+
+LEAST_FACTOR = 4.0
+"""By which the adaptive controller should be able to change beta within a run."""
+TRIAL_STEPS = 50
+"""A run that is shorter is a trial, for which no controller needs to be quick enough."""
+
+
+def setup_notes(config: RunConfig, run: Run) -> list[str]:
+    """A line for each thing that is seldom meant.
+
+    Args:
+        config: of the run.
+        run: with its prompts and tokenizer loaded; its own configuration may be a smaller one.
+    """
+    return [*plain_prompts(run), *slow_controller(config)]
+
+
+def plain_prompts(run: Run) -> list[str]:
+    """A line if the policy has a chat template and prompts are neither messages nor rendered."""
+    prompt = run.prompts.for_step(1)[0]
+    rendered = any(token in prompt.text for token in run.tokenizer.all_special_tokens)
+    if not run.tokenizer.chat_template or prompt.messages is not None or rendered:
+        return []
+    return [
+        "the policy has a chat template, but prompts are given to it as plain text; data.chat: "
+        "true makes each of them the message of a user (docs/models.md)"
+    ]
+
+
+def slow_controller(config: RunConfig) -> list[str]:
+    """A line if the adaptive controller can hardly change beta in the whole run."""
+    batch, kl = config.rollout.batch_size, config.kl
+    change = largest_change(kl.horizon, batch)
+    exponent = config.train.steps * math.log1p(change)
+    trial = config.train.steps < TRIAL_STEPS
+    if kl.controller != "adaptive" or trial or exponent >= math.log(LEAST_FACTOR):
+        return []
+    enough = LEAST_FACTOR ** (1 / config.train.steps) - 1
+    horizon = min(usual_horizon(batch), max(1, math.floor(horizon_for(enough, batch))))
+    return [
+        f"the adaptive controller changes beta by at most {change:.2%} in a step, and by a factor "
+        f"of {math.exp(exponent):.2g} in the whole run, too slowly for a KL that runs away; "
+        f"kl.horizon: {horizon} allows {100 * largest_change(horizon, batch):.2g}% a step"
+    ]
