@@ -205,6 +205,16 @@ def test_a_scheduler_that_repeats_a_finished_run_does_not_train_it_on(session_ma
     assert "rlhf-tui resume done -o train.steps=6" in result.output  # without it nothing is left
 
 
+@pytest.mark.parametrize("option", [("--step", "2"), ("--best",), ("--ema",), ("--merged",)])
+def test_an_option_of_the_policy_is_refused_where_none_is_exported(session_maker, tmp_path, option):
+    session_maker(tmp_path / "s", "mine", 3)
+    target = tmp_path / "samples.jsonl"
+    arguments = ["export", "mine", "--samples", str(target), "--sessions", str(tmp_path / "s")]
+    done = CliRunner().invoke(cli, [*arguments, *option])
+    assert option[0] in str(done.exception)
+    assert not target.exists()
+
+
 def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
     session_maker(tmp_path / "s", "mine", 3)
     target = tmp_path / "rows"
