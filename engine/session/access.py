@@ -72,6 +72,21 @@ def create_file(path: Path) -> None:
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
 
 
+def follow_umask(folder: Path) -> None:
+    """Lets those read the files of a folder whom the umask lets: safetensors makes its own private.
+
+    For a model that leaves the session.
+
+    Raises:
+        OSError: the mode of a file cannot be changed.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:
     """Checks that a session belongs to this user.
 

@@ -56,7 +56,8 @@ def evaluate(
     if as_json:
         print_json({"step": chosen} | result)
         return
-    say(f"step {chosen}, {len(result['samples'])} responses to held-out prompts")
+    count = fmt.plural(len(result["samples"]), "response")
+    say(f"step {chosen}, {count} to held-out prompts")
     rows = [
         [metric, fmt.number(value, describe(metric).digits), describe(metric).unit]
         for metric, value in result["metrics"].items()

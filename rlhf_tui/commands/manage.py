@@ -23,6 +23,7 @@ from engine.launch.environment import clean_environment
 from engine.launch.rollout.engine import TESTED_VLLM, find_vllm, rollout_python
 from engine.launch.start import check_average, checkpoint_steps, last_checkpoint
 from engine.protocol import sockets
+from engine.session import access
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
@@ -162,10 +163,10 @@ def _export_policy(session: Session, step: int, target: Path, part: str, *, merg
     adapted = config.lora.rank is not None
     if adapted and merged:
         _merge(session, step, part, target)
-        _set_modes(target)
+        access.follow_umask(target)
         return f"the {what} of step {step} is in {target}, adapters merged"
     _copy_policy(source, target)
-    _set_modes(target)
+    access.follow_umask(target)
     if adapted:
         which = "averaged adapters" if part == AVERAGED_POLICY else "adapters"
         return f"the {which} of step {step} are in {target}; base model: {config.model.policy}"
@@ -192,15 +193,6 @@ def _copy_policy(source: Path, target: Path) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True)
     except OSError as error:
         raise UserInputError(f"--policy: cannot write {target}: {error}") from error
-
-
-def _set_modes(target: Path) -> None:
-    """Lets those read the files whom the umask lets: safetensors makes its files private."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    for path in target.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
 
 
 def _write_lines(target: Path, rows: Iterable[Json]) -> None:

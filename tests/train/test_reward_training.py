@@ -129,6 +129,8 @@ def test_a_trained_model_is_a_folder_that_a_run_scores_with(tmp_path):
     assert result.in_force is not None and result.at_start is not None
     assert lines[0].startswith("training starter:reward on cpu")
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
+    modes = {p.stat().st_mode for p in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # whoever may read the card may read the weights
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for words in ("`run`", "2 preferences, 32 responses labelled good", "before training",
                   "Scores of all judged responses", "rlhf-tui reward train run"):  # fmt: skip

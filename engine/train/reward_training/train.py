@@ -10,6 +10,7 @@ import msgspec
 
 from engine.errors import RlhfError
 from engine.protocol.programs.reward_training import RewardTrainingRequest, TrainedReward
+from engine.session.access import follow_umask
 from engine.session.checkpoints import sync
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.reward_training.base import BaseModel, read_base
@@ -102,6 +103,7 @@ def _write(request: RewardTrainingRequest, result: TrainedReward, base: BaseMode
             (part / CARD).write_text(card(request, result), encoding="utf-8")
             text = msgspec.json.format(msgspec.json.encode(result), indent=1)
             (part / RESULT).write_bytes(text + b"\n")
+            follow_umask(part)
             for path in [*part.rglob("*"), part]:
                 sync(path)
             if out.exists():
