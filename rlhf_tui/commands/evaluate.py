@@ -71,9 +71,22 @@ def evaluation_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfi
 
     Raises:
         ConfigError: an override is wrong.
-        UserInputError: the configuration has no held-out prompts.
+        UserInputError: the configuration has no held-out prompts, or would hold out others than
+            the run did, which trained on them.
     """
-    config = config_file.override(config, overrides)
+    trained, config = config, config_file.override(config, overrides)
+    if config.eval.holdout > trained.eval.holdout:
+        kept = trained.eval.holdout or "none"
+        raise UserInputError(
+            f"eval.holdout: {config.eval.holdout} prompts of data.prompts cannot be evaluated, as "
+            f"the run held {kept} back and trained on the others: give others, "
+            "-o eval.prompts=FILE -o eval.holdout=0"
+        )
+    if config.eval.holdout and config.seed != trained.seed:
+        raise UserInputError(
+            f"seed must be that of the run ({trained.seed}): it determines which prompts it held "
+            "back (the seed of the evaluation is eval.seed)"
+        )
     if config.eval.prompts is None and not config.eval.holdout:
         raise UserInputError(
             "this run has no held-out prompts; give some: -o eval.prompts=FILE (and -o eval.column)"

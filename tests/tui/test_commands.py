@@ -215,6 +215,25 @@ def test_an_option_of_the_policy_is_refused_where_none_is_exported(session_maker
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["eval.holdout=5"], "the run held 2 back and trained on the others"),
+        (["seed=7"], "seed must be that of the run (0)"),
+    ],
+)
+def test_prompts_that_were_trained_on_are_not_evaluated_as_held_out(
+    session_maker, tmp_path, overrides, problem
+):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    config = config_file.override(session.config(), ["eval.holdout=2", "eval.every=1"])
+    session.write_config(config)
+    given = [word for override in overrides for word in ("-o", override)]
+    done = CliRunner().invoke(cli, ["eval", "mine", *given, "--sessions", str(tmp_path / "s")])
+    assert problem in str(done.exception)
+    assert done.exception.exit_code == 2
+
+
 def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
     session_maker(tmp_path / "s", "mine", 3)
     target = tmp_path / "rows"
