@@ -234,6 +234,17 @@ def test_prompts_that_were_trained_on_are_not_evaluated_as_held_out(
     assert done.exception.exit_code == 2
 
 
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "words",
+    [("replay", "x", "--speed"), ("ctl", "x", "pause", "--timeout"), ("join", "h:1", "--wait")],
+)
+def test_a_number_of_an_option_is_finite(words, number):
+    result = CliRunner().invoke(cli, [*words, number])
+    assert result.exit_code == 2
+    assert "is not " in result.output
+
+
 def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
     session_maker(tmp_path / "s", "mine", 3)
     target = tmp_path / "rows"
