@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RlhfError, UserInputError
+from rlhf_tui.output_file import write_output
 
 FORMATS = ("csv", "json", "parquet")
 Row = dict[str, Any]
@@ -64,24 +65,23 @@ def write_file(rows: Sequence[Row], form: str, output: Path) -> int:
     try:
         if not output.parent.is_dir():
             raise FileNotFoundError(2, os.strerror(2))
-        if form == "parquet":
-            _write_parquet(rows, output)
-        else:
-            text = csv_text(rows) if form == "csv" else json.dumps(rows, allow_nan=False) + "\n"
-            part = output.with_name(f".{output.name}.{os.getpid()}")
-            try:
-                part.write_text(text, encoding="utf-8", newline="")
-                part.replace(output)
-            finally:
-                part.unlink(missing_ok=True)
-        return output.stat().st_size
+        data = _bytes(rows, form)
+        write_output(output, data)
     except OSError as error:
         raise UserInputError(f"cannot write {output}: {error.strerror}; give another -o") from error
+    return len(data)
 
 
-def _write_parquet(rows: Sequence[Row], output: Path) -> None:
-    done = subprocess.run(  # noqa: S603 - our own module; pyarrow is not imported here
-        [sys.executable, "-P", "-m", "engine.train.reports.write_parquet", str(output)],
+def _bytes(rows: Sequence[Row], form: str) -> bytes:
+    if form == "parquet":
+        return _parquet(rows)
+    text = csv_text(rows) if form == "csv" else json.dumps(rows, allow_nan=False) + "\n"
+    return text.encode()
+
+
+def _parquet(rows: Sequence[Row]) -> bytes:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "engine.train.reports.write_parquet"],
         input=json.dumps(columns_of(rows)).encode(),
         capture_output=True,
         check=False,
@@ -90,4 +90,5 @@ def _write_parquet(rows: Sequence[Row], output: Path) -> None:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         if "pyarrow" in lines[-1] and "ModuleNotFoundError" in lines[-1]:
             raise RlhfError("Parquet needs pyarrow: pip install pyarrow, or use --format csv")
-        raise RlhfError(f"cannot write {output}: {lines[-1]}")
+        raise RlhfError(f"cannot write Parquet: {lines[-1]}")
+    return done.stdout

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import msgspec
+
 from engine.api.session_reader import SessionReader
+from engine.config.type_errors import expected
 from engine.errors import CommandRejectedError, SessionError, UserInputError
 from engine.journal.last_reply import last_reply
 from engine.journal.notes import add_note
@@ -130,11 +133,13 @@ class Session(SessionReader):
 
         Raises:
             CommandRejectedError: the engine has rejected it; the message has the reason.
+            UserInputError: an argument is of a wrong type.
             NoSuchSessionError: the session has no live engine on this machine.
             LinkError: the engine does not reply, or has gone.
             SessionError: the session belongs to another user.
             TimeoutError: it is not applied in time. It stays pending.
         """
+        _check_types(command)
         with Client(self.files, self.who) as client:
             reply = client.send(command)
             if timeout != 0 and not reply.final:
@@ -239,3 +244,16 @@ class Session(SessionReader):
             return add_note(self.files, text, self.who)
         reply = self.send(Note(text=text))
         return (reply.step or 1) - 1  # the reply has the next step
+
+
+def _check_types(command: AnyCommand) -> None:
+    """The engine closes a connection that sends what it cannot decode. Raises UserInputError."""
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=type(command))
+    except msgspec.ValidationError as error:
+        text, _, at = str(error).partition(" - at `$.")
+        wanted = expected(text)
+        problem = f"{at.rstrip('`')} must be {wanted}" if wanted else text
+        raise UserInputError(f"{command.name()}: {problem}") from error
+    except (TypeError, ValueError, OverflowError) as error:  # numpy's numbers; a broken text
+        raise UserInputError(f"{command.name()}: {error}") from error

@@ -45,8 +45,24 @@ class CommandLog:
             for applied, command, text in rows
         ]
 
-    def record(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
-        """Writes a queued command and its event. Returns False if the id exists already."""
+    def record(
+        self,
+        command_id: str,
+        command: str,
+        args: dict[str, Any],
+        who: str,
+        *,
+        rejected: bool = False,
+    ) -> bool:
+        """Writes a queued command and its event. Returns False if the id exists already.
+
+        Args:
+            command_id: of the command.
+            command: its name.
+            args: its arguments.
+            who: sent it.
+            rejected: whether :meth:`reject` follows; a rejected note is no note in the history.
+        """
         with self._db:
             new = self._db.execute(
                 "INSERT OR IGNORE INTO commands "
@@ -62,7 +78,7 @@ class CommandLog:
                     self._events.attempt,
                 ),
             ).rowcount
-            if new and command == Note.name():
+            if new and command == Note.name() and not rejected:
                 self._events.write("note", {"id": command_id, "who": who, "text": args["text"]})
             elif new:
                 self._events.write("command", {"id": command_id})

@@ -104,20 +104,28 @@ class CommandHandler:
     ) -> CommandReply:
         """`again`: a command that is in the journal already was recorded but not carried out."""
         command, commands = request.command, self._journal.commands
-        new = commands.record(request.id, command.name(), config_file.as_mapping(command), who)
+        problem = self._problem(command)
+        args = config_file.as_mapping(command)
+        new = commands.record(request.id, command.name(), args, who, rejected=problem is not None)
         if not new and not again:
             return commands.reply(request.id)
-        try:
-            check_command(command, self._moment())
-            if isinstance(command, Rollback) and self._rollbacks:
-                raise CommandRejectedError(ROLLING_BACK)
-        except (RlhfError, OSError) as error:  # the latter of the folder of checkpoints
-            commands.reject(request.id, str(error))
+        if problem is not None:
+            commands.reject(request.id, problem)
         else:
             commands.accept(request.id)
             self._carry_out(request, who)
         self._publisher.rows_added()
         return commands.reply(request.id)
+
+    def _problem(self, command: AnyCommand) -> str | None:
+        """Why a command is rejected; None if it is accepted."""
+        try:
+            check_command(command, self._moment())
+            if isinstance(command, Rollback) and self._rollbacks:
+                raise CommandRejectedError(ROLLING_BACK)
+        except (RlhfError, OSError) as error:  # the latter of the folder of checkpoints
+            return str(error)
+        return None
 
     def _carry_out_unrecorded(self, request: CommandRequest, who: str, reason: str) -> CommandReply:
         command = request.command

@@ -311,6 +311,12 @@ def _check_frozen_models(
 
 def _check_response_length(run: Run) -> None:
     limit, configured = max_response_tokens(run), run.config.rollout.max_new_tokens
+    if limit is not None and limit < 1:
+        raise UserInputError(
+            f"the longest prompt has {run.prompts.longest} tokens and the model "
+            f"{limit + run.prompts.longest} positions, which leaves none for a response: lower "
+            "data.max_prompt_tokens to leave long prompts out"
+        )
     if limit is not None and configured > limit:
         raise UserInputError(
             f"rollout.max_new_tokens ({configured}) may be {limit} at most: the model has no more "

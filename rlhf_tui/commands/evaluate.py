@@ -56,7 +56,8 @@ def evaluate(
     if as_json:
         print_json({"step": chosen} | result)
         return
-    say(f"step {chosen}, {len(result['samples'])} responses to held-out prompts")
+    count = fmt.plural(len(result["samples"]), "response")
+    say(f"step {chosen}, {count} to held-out prompts")
     rows = [
         [metric, fmt.number(value, describe(metric).digits), describe(metric).unit]
         for metric, value in result["metrics"].items()
@@ -70,9 +71,22 @@ def evaluation_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfi
 
     Raises:
         ConfigError: an override is wrong.
-        UserInputError: the configuration has no held-out prompts.
+        UserInputError: the configuration has no held-out prompts, or would hold out others than
+            the run did, which trained on them.
     """
-    config = config_file.override(config, overrides)
+    trained, config = config, config_file.override(config, overrides)
+    if config.eval.holdout > trained.eval.holdout:
+        kept = trained.eval.holdout or "none"
+        raise UserInputError(
+            f"eval.holdout: {config.eval.holdout} prompts of data.prompts cannot be evaluated, as "
+            f"the run held {kept} back and trained on the others: give others, "
+            "-o eval.prompts=FILE -o eval.holdout=0"
+        )
+    if config.eval.holdout and config.seed != trained.seed:
+        raise UserInputError(
+            f"seed must be that of the run ({trained.seed}): it determines which prompts it held "
+            "back (the seed of the evaluation is eval.seed)"
+        )
     if config.eval.prompts is None and not config.eval.holdout:
         raise UserInputError(
             "this run has no held-out prompts; give some: -o eval.prompts=FILE (and -o eval.column)"

@@ -17,6 +17,7 @@ from engine.launch.inputs import check_inputs
 from engine.monitoring.telemetry import gpu_count
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import is_terminal, override_option, say
+from rlhf_tui.output_file import write_output
 from rlhf_tui.text import one_line
 
 STARTER = {
@@ -139,8 +140,8 @@ def write(file: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
         try:
             check_inputs(config_file.load(draft))
-            draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
+        write_output(file, text.encode())
     except OSError as error:
         raise UserInputError(f"cannot write {file}: {error.strerror}") from error

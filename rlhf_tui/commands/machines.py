@@ -20,7 +20,7 @@ from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE, read_secret
 from engine.session.folder import Session, check_name
 from engine.session.states import ENDED_STATES
-from rlhf_tui.commands.options import override_option, sessions_option
+from rlhf_tui.commands.options import FiniteRange, override_option, sessions_option
 from rlhf_tui.commands.run import is_done, is_started, start_or_resume
 
 STOPPED_EARLY = 75
@@ -29,7 +29,7 @@ LONGEST_END = 60.0
 """Seconds that the first machine may take to end after its ranks."""
 wait_option = click.option(
     "--wait",
-    type=click.FloatRange(min=1),
+    type=FiniteRange(min=1),
     default=600.0,
     show_default=True,
     metavar="SECONDS",

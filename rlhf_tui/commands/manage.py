@@ -114,10 +114,11 @@ def export(
 ) -> None:
     """Export the policy, samples or preferences of a session."""
     session = existing(root, name)
-    if policy is None and ((samples is None and preferences is None) or merged or averaged or best):
+    of_policy = merged or averaged or best or step
+    if policy is None and ((samples is None and preferences is None) or of_policy):
         raise UserInputError(
             "export needs --policy DIR, --samples FILE or --preferences FILE; "
-            "--merged, --ema and --best need --policy"
+            "--step, --merged, --ema and --best need --policy"
         )
     if best and step:
         raise UserInputError("give --step or --best, not both")

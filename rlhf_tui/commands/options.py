@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -88,6 +89,17 @@ colors_option: Decorator = click.option(
     callback=_set_colors,
     help="The terminal's colours, if they are not recognised.  [default: $RLHF_TUI_COLORS or auto]",
 )
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range. `nan`, which is in every range of click, and `inf` are refused."""
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> float:
+        """The number. Raises `click.BadParameter`."""
+        number: float = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", parameter, context)
+        return number
 
 
 def complete_name(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:

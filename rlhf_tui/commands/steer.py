@@ -37,6 +37,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     JSON,
     SESSIONS,
+    FiniteRange,
     existing,
     json_option,
     name_argument,
@@ -131,7 +132,7 @@ class CtlCall:
 @name_argument
 @sessions_option
 @click.option("--wait", is_flag=True, help=WAIT)
-@click.option("--timeout", default=600.0, metavar="SECONDS", help=TIMEOUT)
+@click.option("--timeout", type=FiniteRange(min=0), default=600.0, metavar="SECONDS", help=TIMEOUT)
 @json_option
 @click.option("--id", "command_id", metavar="ID", help=COMMAND_ID)
 @click.pass_context
@@ -229,7 +230,7 @@ def _shared_option(flag: str, attribute: str, text: str, **options: Any) -> clic
     """An option of `ctl` that may also follow the verb; it sets an attribute of the call."""
 
     def callback(context: click.Context, _option: click.Parameter, value: Any) -> None:
-        if value:
+        if value is not None and value is not False:  # given; 0 seconds are
             setattr(context.obj, attribute, value)
 
     return click.Option([flag], help=text, expose_value=False, callback=callback, **options)
@@ -238,7 +239,7 @@ def _shared_option(flag: str, attribute: str, text: str, **options: Any) -> clic
 def _shared_options() -> list[click.Option]:
     return [
         _shared_option("--wait", "wait", WAIT, is_flag=True),
-        _shared_option("--timeout", "timeout", TIMEOUT, type=float, metavar="SECONDS"),
+        _shared_option("--timeout", "timeout", TIMEOUT, type=FiniteRange(min=0), metavar="SECONDS"),
         _shared_option("--json", "as_json", JSON, is_flag=True),
         _shared_option("--id", "command_id", COMMAND_ID, metavar="ID"),
         _shared_option("--sessions", "root", SESSIONS, type=click.Path(path_type=Path)),

@@ -17,6 +17,7 @@ from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
 from rlhf_tui.commands.options import (
+    FiniteRange,
     colors_option,
     complete_name,
     existing,
@@ -70,7 +71,7 @@ def attach(
 @sessions_option
 @colors_option
 @click.option(
-    "--speed", type=click.FloatRange(0.01, 100_000), default=20.0, show_default=True,
+    "--speed", type=FiniteRange(0.01, 100_000), default=20.0, show_default=True,
     metavar="N", help="Seconds of the run that a second shows.",
 )  # fmt: skip
 @click.option(

@@ -84,9 +84,7 @@ def read_curves(record: JournalReader, agreement: Agreement) -> list[Curve]:
     several = len(record.attempts()) > 1
     curves = []
     for name in names:
-        # An outline begins with step 1; step 0 has the evaluation before it.
-        values = record.series(name, until=0) + outlines.get(name, [])
-        points = [(step, value) for step, value in values if value is not None]
+        points = [(step, v) for step, v in outlines.get(name, []) if v is not None]
         if points:
             branches = _branches(record, name) if several else []
             curves.append(Curve(name, points, branches))

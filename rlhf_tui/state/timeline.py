@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from msgspec import Struct
 
 from engine.config.settings import SettingChange
-from engine.journal.json_values import decoded
 from engine.journal.rows import (
     AlertEvent,
     AttemptEvent,

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import engine
@@ -98,6 +99,21 @@ def test_a_run_without_an_engine_takes_notes_and_no_other_command(run):
         run.note(" ")
     with pytest.raises(NoSuchSessionError, match="has no live engine"):
         run.pause()
+
+
+@pytest.mark.parametrize(
+    ("send", "problem"),
+    [
+        (lambda run: run.set_beta("high"), "beta: value must be a number, got text"),
+        (lambda run: run.set_kl("adaptiv"), "kl: Invalid enum value 'adaptiv'"),
+        (lambda run: run.set(5, 5), "set: key must be text, got a whole number"),
+        (lambda run: run.set("epochs", 2**70), "set: can't serialize ints"),
+        (lambda run: run.set_beta(np.float32(0.1)), "beta: Encoding objects of type numpy.float32"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_told_before_anything_is_sent(run, send, problem):
+    with pytest.raises(UserInputError, match=problem):
+        send(run)
 
 
 def test_a_note_does_not_end_the_attempt_of_an_engine_that_died(run):

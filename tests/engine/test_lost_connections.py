@@ -108,8 +108,9 @@ async def test_a_wait_ends_with_its_command_although_its_connection_gave_way(ctl
     assert done.stdout == "applied at step 4\n"
 
 
-async def test_a_wait_without_a_connection_has_its_time_limit(ctl, crowded, live):
-    waiting = asyncio.create_task(asyncio.to_thread(ctl, "pause", "--wait", "--timeout", 0.7))
+@pytest.mark.parametrize("seconds", [0.7, 0])
+async def test_a_wait_without_a_connection_has_its_time_limit(ctl, crowded, live, seconds):
+    waiting = asyncio.create_task(asyncio.to_thread(ctl, "pause", "--wait", "--timeout", seconds))
     await until(crowded.supervisor.pending.messages)
     with await asyncio.to_thread(Client, live, "another"):
         done = await waiting

@@ -20,7 +20,7 @@ from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions
 from engine.monitoring import notify
 from engine.monitoring.channels import webhook
-from engine.monitoring.channels.command import CommandChannel
+from engine.monitoring.channels.command import MOST_OUTPUT, CommandChannel
 from engine.monitoring.channels.message import (
     Notification,
     NotificationError,
@@ -367,6 +367,12 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
         return False
+
+
+async def test_a_command_cannot_fill_the_memory_with_what_it_prints():
+    flood = CommandChannel(f"printf '\\377no route' >&2; head -c {2 * MOST_OUTPUT} /dev/zero >&2")
+    with pytest.raises(NotificationError, match="exit status 1: \ufffdno route"):
+        await flood.send(MESSAGE)
 
 
 async def test_a_command_that_hangs_is_killed_with_its_children(tmp_path):

@@ -11,7 +11,7 @@ from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, last_checkpoint
 from engine.protocol import rank_messages
-from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
+from engine.protocol.commands import Note, Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
 from engine.protocol.rank_messages import (
     Adjusted,
     Applied,
@@ -184,6 +184,17 @@ async def test_a_command_that_cannot_be_checked_is_rejected_with_the_reason(engi
     reply = engine.send(Rollback(step=2))
     assert reply.status == "rejected"
     assert "journal.db" in reply.reason
+
+
+async def test_a_rejected_note_is_a_rejected_command_and_no_note(engine, writer):
+    assert engine.send(Note(text=" ")).status == "rejected"
+    assert engine.send(Note(text="look")).status == "applied"
+    with JournalReader(writer.session) as record:
+        events = [e for e in record.events() if e.kind in ("note", "command")]
+    assert [(e.kind, getattr(e.payload, "text", None)) for e in events] == [
+        ("command", None),
+        ("note", "look"),
+    ]
 
 
 async def test_only_failures_of_ready_ranks_count_against_a_command(engine, writer):

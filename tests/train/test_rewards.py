@@ -30,6 +30,7 @@ from engine.protocol.rank_messages import decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls
+from engine.train.rewards.encoding import EncodedResponses
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.model import RewardModel
@@ -367,6 +368,14 @@ def test_padding_never_hides_the_end_of_a_response(foreign_classifier, inputs, t
             [inputs.texts[i]], [True], 7,
         )  # fmt: skip
         assert together[i] == pytest.approx(reward(one, no_report)[0], abs=1e-5)
+
+
+def test_padding_is_a_token_of_the_model_that_no_response_ends_with():
+    encoded = EncodedResponses([[0, 1, 2], [3, 1], [0]], None, None, vocabulary=4)
+    assert encoded.pad_of([0, 2]) == 3  # in neither of them
+    assert encoded.pad_of([0, 1]) == 0  # all are in them
+    with pytest.raises(UserInputError, match=r"none is left to pad .* lower reward\.batch_size"):
+        EncodedResponses([[0], [0, 1]], None, None, vocabulary=2).pad_of([0, 1])
 
 
 @pytest.fixture

@@ -189,6 +189,13 @@ def test_responses_longer_than_the_models_positions_are_refused(make_run):
         make_run("rollout.max_new_tokens=300")
 
 
+def test_prompts_that_leave_no_position_for_a_response_are_refused(make_run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "film " * 400}) + "\n")
+    with pytest.raises(UserInputError, match=r"leaves none .* lower data\.max_prompt_tokens"):
+        make_run(f"data.prompts={prompts}")
+
+
 def test_a_non_finite_minibatch_is_skipped_and_counted(shared_run):
     run, _ = shared_run()
     before = parameters(run)

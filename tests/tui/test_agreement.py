@@ -1,14 +1,24 @@
 """The agreement of scores with judgements: in the app, in reports and in commands."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from engine.config import file as config_file
 from engine.journal.labels import Response, set_label
 from engine.journal.reader import JournalReader
 from engine.metrics import AGREEMENT
+from engine.protocol.programs.reward_training import (
+    Calibration,
+    HeldOutAgreement,
+    ScoreScale,
+    TrainedReward,
+)
 from rlhf_tui.cli import cli
+from rlhf_tui.commands.reward.training import fork_command
 from rlhf_tui.report import html, markdown
 from rlhf_tui.report.data import read_report
 from rlhf_tui.widgets.charts.chart import Chart
@@ -122,3 +132,40 @@ def test_too_few_judgements_are_refused(session_maker, tmp_path):
     found = run(session, "reward", "train", "plain", "-o", str(tmp_path / "out"))
     assert "at least 20 judgements and there are 0" in str(found.exception)
     assert found.exception.exit_code == 2
+
+
+REWARDS = (
+    {"model": "starter:reward"},
+    {"model": "org/other", "revision": "main", "label": 3, "pair": True},
+    {"function": "rewards:score"},
+    {"service": "http://localhost:1/score", "protocol": "openrlhf", "http": {"label_column": "a"}},
+    {"judge": "http://localhost:1/v1", "judging": {"model": "judge", "scale": [1, 10]}},
+    {"mix": [{"model": "starter:reward"}, {"function": "rewards:score", "weight": 0.5}]},
+)
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: next(iter(reward)))
+@pytest.mark.parametrize("label", [None, 2])
+def test_the_next_command_can_be_pasted_and_names_the_trained_model(
+    session, reward, label, tmp_path, monkeypatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = str(tmp_path / "rewards, new: #2")
+    tree = config_file.to_tree(session.config())
+    config = config_file.from_mapping(tree | {"reward": reward}, tmp_path)
+    held_out = HeldOutAgreement(judgements=5, agreement=0.8, low=0.6, high=0.9)
+    result = TrainedReward(
+        out=out, base="starter:policy", device="cpu", preferences=20, good=0, other=0,
+        trained_on=10, validated_on=5, held_out=5, split_by="prompt", epochs=1, best_epoch=1,
+        losses=[], in_force=None, at_start=None, trained=held_out, old_scale=None,
+        calibration=Calibration(comparisons=5, stated=0.7, right=0.8, log_loss=0.5),
+        new_scale=ScoreScale(0.0, 1.0), label=label, pair=True,
+    )  # fmt: skip
+    words = shlex.split(fork_command(session, config.reward, result))
+    program, verb, name, *options, flag, root = words
+    assert (Path(program).name, verb, name, flag) == ("rlhf-tui", "fork", "judged", "--sessions")
+    assert root == str(session.folder.parent)
+    given = [options[i + 1] for i, word in enumerate(options) if word == "-o"]
+    (model,) = config_file.override(config, given).reward.models()
+    assert (model.model, model.label, model.pair, model.revision) == (out, label, True, None)

@@ -216,6 +216,46 @@ def test_a_scheduler_that_repeats_a_finished_run_does_not_train_it_on(session_ma
     assert "rlhf-tui resume done -o train.steps=6" in result.output  # without it nothing is left
 
 
+@pytest.mark.parametrize("option", [("--step", "2"), ("--best",), ("--ema",), ("--merged",)])
+def test_an_option_of_the_policy_is_refused_where_none_is_exported(session_maker, tmp_path, option):
+    session_maker(tmp_path / "s", "mine", 3)
+    target = tmp_path / "samples.jsonl"
+    arguments = ["export", "mine", "--samples", str(target), "--sessions", str(tmp_path / "s")]
+    done = CliRunner().invoke(cli, [*arguments, *option])
+    assert option[0] in str(done.exception)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["eval.holdout=5"], "the run held 2 back and trained on the others"),
+        (["seed=7"], "seed must be that of the run (0)"),
+    ],
+)
+def test_prompts_that_were_trained_on_are_not_evaluated_as_held_out(
+    session_maker, tmp_path, overrides, problem
+):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    config = config_file.override(session.config(), ["eval.holdout=2", "eval.every=1"])
+    session.write_config(config)
+    given = [word for override in overrides for word in ("-o", override)]
+    done = CliRunner().invoke(cli, ["eval", "mine", *given, "--sessions", str(tmp_path / "s")])
+    assert problem in str(done.exception)
+    assert done.exception.exit_code == 2
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "words",
+    [("replay", "x", "--speed"), ("ctl", "x", "pause", "--timeout"), ("join", "h:1", "--wait")],
+)
+def test_a_number_of_an_option_is_finite(words, number):
+    result = CliRunner().invoke(cli, [*words, number])
+    assert result.exit_code == 2
+    assert "is not " in result.output
+
+
 def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
     session_maker(tmp_path / "s", "mine", 3)
     target = tmp_path / "rows"

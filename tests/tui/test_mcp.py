@@ -86,9 +86,11 @@ async def test_a_long_curve_is_reduced_and_ends_with_the_newest_value(root):
         short = await result(
             connection, "curve", session="frozen", metric="objective/kl", points=400
         )
-    assert len(curve["steps"]) <= 22
+    assert 10 < len(curve["steps"]) <= 20
     assert (curve["steps"][-1], curve["values"][-1]) == (whole.steps[-1], whole.values[-1])
-    assert min(curve["values"]) == pytest.approx(min(whole.values))
+    assert {min(whole.values), max(whole.values)} <= set(curve["values"])
+    at = dict(zip(whole.steps, whole.values, strict=True))
+    assert curve["values"] == [at[step] for step in curve["steps"]]
     assert short["values"] == whole.values.tolist()
 
 

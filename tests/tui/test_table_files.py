@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 
 import pyarrow.parquet as pq
 import pytest
@@ -59,3 +60,23 @@ def test_rows_with_other_keys_leave_fields_empty():
 def test_what_cannot_be_written_is_refused_in_one_line(printed, arguments, message):
     with pytest.raises(UserInputError, match=message):
         printed("metrics", "frozen", *arguments)
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
+def test_a_pipe_is_written_to_and_not_replaced(printed, tmp_path, form):
+    pipe = tmp_path / "rows"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        printed("metrics", "frozen", "--last", "1", "--format", form, "-o", pipe)
+        assert os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(printed, tmp_path):
+    (tmp_path / "link.csv").symlink_to("rows.csv")
+    printed("metrics", "frozen", "-o", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "rows.csv").read_text().startswith("step,")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from engine.monitoring.channels.message import Notification, NotificationError, 
 
 LONGEST_OUTPUT = 500
 """Bytes of what a failed command printed that the log repeats."""
+MOST_OUTPUT = 1 << 20
+"""Bytes of errors that a command can write: they are in the host's memory."""
 
 
 class CommandChannel:
@@ -46,12 +49,15 @@ async def run_program(
     """Runs a program with an input, in a process group of its own; kills that if it is cancelled.
 
     Its errors go to memory, not to a pipe: a process that it leaves behind would hold that open.
+    After :data:`MOST_OUTPUT` bytes its writes fail.
 
     Raises:
         NotificationError: it cannot be run, or it ends with another status than 0.
     """
-    errors = os.memfd_create("errors")
+    errors = os.memfd_create("errors", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        os.ftruncate(errors, MOST_OUTPUT)  # takes no memory yet
+        fcntl.fcntl(errors, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         process = await asyncio.create_subprocess_exec(
             *arguments,
             stdin=asyncio.subprocess.PIPE,

@@ -63,7 +63,6 @@ class RewardTrainer:
         self._settings = settings
         self._rate = base.learning_rate(settings.learning_rate)
         self._device = next(base.model.parameters()).device
-        self._model.config.pad_token_id = encoded.pad
         self._level = 0.0
         self._threshold = nn.Parameter(torch.zeros((), device=self._device))
 
@@ -82,6 +81,7 @@ class RewardTrainer:
 
     def _forward(self, rows: Sequence[int]) -> Tensor:
         """Scores of some rows, (n,) float32."""
+        self._model.config.pad_token_id = self._encoded.pad_of(rows)
         on_gpu = self._device.type == "cuda"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=on_gpu):
             logits = self._model(**self._encoded.batch(rows, self._device)).logits

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.errors import UserInputError
 from engine.train.data.chat_template import render_chat
 from engine.train.data.prompts import Prompt
 
@@ -21,8 +22,10 @@ class EncodedResponses:
     sequences: list[list[int]]
     types: list[list[int]] | None
     """Token types, if the tokenizer tells the texts of a pair apart by them."""
-    pad: int
-    """The token id to pad with. Set it as the model's `pad_token_id` before a forward pass."""
+    pad: int | None
+    """The token id to pad with; None for another one in each batch."""
+    vocabulary: int
+    """Number of token ids of the model."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -31,10 +34,31 @@ class EncodedResponses:
         """All row indices, the longest first."""
         return sorted(range(len(self)), key=lambda i: len(self.sequences[i]), reverse=True)
 
+    def pad_of(self, rows: Sequence[int]) -> int:
+        """The token id that pads some rows; make it the model's `pad_token_id` for them.
+
+        Raises:
+            UserInputError: there is none, as the rows end with all tokens that there are.
+        """
+        if self.pad is not None:
+            return self.pad
+        # Decoder classifiers take the score at the last token that is not pad; those that bring
+        # code of their own may take it before the first pad.
+        used = {token for i in rows for token in self.sequences[i]}
+        last = {self.sequences[i][-1] for i in rows if self.sequences[i]}
+        for taken in (used, last):
+            if len(taken) < self.vocabulary:
+                return next(pad for pad in range(self.vocabulary) if pad not in taken)
+        raise UserInputError(
+            f"the reward model has {self.vocabulary} tokens, and none is left to pad {len(rows)} "
+            "responses with: lower reward.batch_size, or give the model a pad token that is not "
+            "its end-of-sequence token"
+        )
+
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """The arguments of a forward pass: n rows, right-padded to the longest, (n, T) int64."""
         width = max(len(self.sequences[i]) for i in rows)
-        ids = torch.full((len(rows), width), self.pad)
+        ids = torch.full((len(rows), width), self.pad_of(rows))
         mask, kinds = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
         for k, i in enumerate(rows):
             ids[k, : len(self.sequences[i])] = torch.tensor(self.sequences[i])
@@ -73,6 +97,7 @@ class RewardEncoding:
         """
         self._tokenizer = tokenizer
         self._pad = _pad_id(tokenizer, model.config)
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._pair = pair
         self._limit = min(max_tokens, _positions(model) or max_tokens)
         self.same_tokens = not pair and tokenizer.get_vocab() == policy_vocabulary
@@ -103,8 +128,7 @@ class RewardEncoding:
     def _encoded(
         self, sequences: list[list[int]], types: list[list[int]] | None
     ) -> EncodedResponses:
-        pad = _unused_id(sequences) if self._pad is None else self._pad
-        return EncodedResponses(sequences, types, pad)
+        return EncodedResponses(sequences, types, self._pad, self._vocabulary)
 
     def _encode(self, prompt: Prompt, response: str) -> Any:
         """What the classifier's own tokenizer makes of a prompt and a response."""
@@ -144,9 +168,3 @@ def _pad_id(tokenizer: Any, config: Any) -> int | None:
     """
     pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
     return None if pad is None or pad == tokenizer.eos_token_id else int(pad)
-
-
-def _unused_id(sequences: list[list[int]]) -> int:
-    """The smallest token id that occurs in none of the sequences, to pad with."""
-    used = {i for ids in sequences for i in ids}
-    return next(i for i in range(len(used) + 1) if i not in used)

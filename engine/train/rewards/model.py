@@ -126,13 +126,13 @@ class RewardModel:
     @torch.no_grad()
     def _scores(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         encoded = self._encoding(inputs.batch.prompts, inputs.ids, inputs.texts)
-        self._model.config.pad_token_id = encoded.pad
         order = encoded.by_length()
         scores: list[float | None] = [None] * len(encoded)
         states: dict[int, Tensor] = {}
         for first in range(0, len(order), self._size):
             rows = order[first : first + self._size]
             batch = encoded.batch(rows, self._device)
+            self._model.config.pad_token_id = encoded.pad_of(rows)
             if self._recorded is None:
                 logits = self._model(**batch).logits
             else:

@@ -7,7 +7,7 @@ assistant gets as the tool's error.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -165,20 +165,16 @@ class ReadingTools:
         self,
         session: Name,
         metric: Annotated[str, Field(description="A name from metrics, such as objective/kl.")],
-        points: Annotated[int, Field(ge=2, le=MOST_POINTS)] = 100,
+        points: Annotated[int, Field(ge=3, le=MOST_POINTS)] = 100,
     ) -> Json:
         """Read one metric over the steps.
 
         A long curve is reduced to the minimum and the maximum of spans of steps; the last point is
         the newest value.
         """
-        found = existing(self._root, session)
-        steps = Session(found.folder).curve(metric)  # raises for a name that there is not
-        if len(steps) <= points:
-            return {"steps": steps.steps.tolist(), "values": steps.values.tolist()}
-        with JournalReader(found) as reader:
-            rows = reader.outlines([metric], points // 2).get(metric, [])
-        return {"steps": [step for step, _ in rows], "values": [value for _, value in rows]}
+        curve = Session(existing(self._root, session).folder).curve(metric)
+        kept = _shown_points(curve.values, points)
+        return {"steps": [curve.steps[i] for i in kept], "values": [curve.values[i] for i in kept]}
 
     def samples(
         self,
@@ -205,6 +201,23 @@ class ReadingTools:
             crashed = reader.state() == "crashed"
         lines = event_lines(rows, attempts, crashed=crashed)
         return {"events": [one_line(line.columns) for line in lines]}
+
+
+def _shown_points(values: Sequence[float], most: int) -> list[int]:
+    """The indices of at most `most` values (3 or more), in order: all, or those of the extremes.
+
+    NaN is no extreme.
+    """
+    count = len(values)
+    if count <= most:
+        return list(range(count))
+    spans = (most - 1) // 2
+    kept = {count - 1}
+    for span in range(spans):
+        inside = range(span * count // spans, (span + 1) * count // spans)
+        if finite := [i for i in inside if math.isfinite(values[i])]:
+            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+    return sorted(kept)
 
 
 class SteeringTools:

@@ -1,6 +1,5 @@
 """The command that writes a session as one page: report."""
 
-import os
 from pathlib import Path
 
 import click
@@ -8,6 +7,7 @@ import click
 from engine.errors import UserInputError
 from rlhf_tui.commands.options import existing, name_argument, say, sessions_option
 from rlhf_tui.format import size
+from rlhf_tui.output_file import write_output
 
 SUFFIXES = (".html", ".htm", ".md")
 
@@ -38,12 +38,8 @@ def report(root: Path, name: str, output: Path | None, other: str | None) -> Non
     contents = read_report(session, other=existing(root, other) if other else None)
     form = markdown if output.suffix == ".md" else html
     data = form.page(contents).encode()
-    part = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        part.write_bytes(data)
-        part.replace(output)
+        write_output(output, data)
     except OSError as error:
         raise UserInputError(f"cannot write {output}: {error.strerror}; give another -o") from error
-    finally:
-        part.unlink(missing_ok=True)
     say(f"{output}: {size(len(data))}")

@@ -1,6 +1,8 @@
 """The command that trains a reward model on judgements: reward train."""
 
+import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import msgspec
 
 from engine.config.model_folder import has_config
 from engine.config.reward_training import parse_settings
+from engine.config.rules.reward import SOURCE_OPTIONS
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.errors import UserInputError
@@ -32,6 +35,9 @@ from rlhf_tui.commands.options import (
 )
 from rlhf_tui.engine_program import stream_engine_program
 from rlhf_tui.text import one_line
+
+OTHER_OPTIONS = [key for key, kinds in SOURCE_OPTIONS.items() if "model" not in kinds]
+"""Keys of `reward` that are refused for a reward model."""
 
 
 @click.command()
@@ -178,32 +184,34 @@ def _agreement(found: HeldOutAgreement) -> str:
 
 def fork_command(session: Session, reward: RewardConfig, result: TrainedReward) -> str:
     """The command that continues a session with the trained model."""
-    keys: dict[str, str] = {"model": result.out}
+    keys: dict[str, object] = {"model": result.out}
     if result.label is not None and result.base != reward.model:
-        keys["label"] = str(result.label)
+        keys["label"] = result.label
     if result.pair:
-        keys["pair"] = "true"
+        keys["pair"] = True
     if reward.mix:
-        inner = ", ".join(f"{key}: {value}" for key, value in keys.items())
-        options = [f"reward.mix=[{{{inner}}}]"]
+        options = [f"reward.mix={_yaml([keys])}"]
     else:
         # What the session's reward has, and this model has not.
-        unset = {"function": None, "service": None, "judge": None, "revision": None}
-        unset |= {} if result.label is not None else {"label": None}
-        keys |= {key: "null" for key in unset if getattr(reward, key) is not None}
-        keys |= {"pair": "false"} if reward.pair and not result.pair else {}
-        options = [f"reward.{key}={value}" for key, value in keys.items()]
+        unset = {"function", "service", "judge", "revision", "pair", *OTHER_OPTIONS} - keys.keys()
+        unset |= {"label"} if result.label is None else set()
+        defaults = RewardConfig()
+        for key in sorted(unset):
+            default = getattr(defaults, key)
+            if getattr(reward, key) != default:
+                keys[key] = {} if isinstance(default, msgspec.Struct) else default
+        options = [f"reward.{key}={_yaml(value)}" for key, value in keys.items()]
     step = last_checkpoint(session)
     if step >= session.config().train.steps:
         options.append(f"train.steps={2 * step}")
-    name = free_name(session.folder.parent, session.name)
-    words = [
-        "rlhf-tui",
-        "fork",
-        session.name,
-        "--from",
-        str(step) if step else "STEP",
-        "--name",
-        name,
-    ]
-    return one_line(shlex.join([*words, *(word for option in options for word in ("-o", option))]))
+    words = ["--from", str(step) if step else "STEP"]
+    words += ["--name", free_name(session.folder.parent, session.name)]
+    words += [word for option in options for word in ("-o", option)]
+    return one_line(session.command("fork", *words))
+
+
+def _yaml(value: object) -> str:
+    """A value as `-o` reads it: JSON, or a text as it is where YAML leaves it alone."""
+    if isinstance(value, str) and not re.search(r": | #|:$", value):
+        return value
+    return json.dumps(value, ensure_ascii=False)

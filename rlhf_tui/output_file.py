@@ -1,0 +1,25 @@
+"""Files that commands write where their user says."""
+
+import os
+from pathlib import Path
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Writes a file, which is replaced if it exists: whole or not at all.
+
+    A link stays, and the file that it leads to is replaced. A device or a pipe, such as
+    `/dev/stdout`, is written to; root would otherwise replace it by a file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    file = path.resolve()
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        part.write_bytes(data)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
