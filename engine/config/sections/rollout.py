@@ -79,7 +79,7 @@ class RolloutConfig(Section, frozen=True):
     that are one update old when they are trained on (`rollout.engine: vllm` only; needs
     `ppo.rollout_correction`)."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
-    """Responses per step, over all ranks."""
+    """Responses per step, over all ranks. More make the gradient less noisy and a step longer."""
     at_once: Count | None = None
     """The most responses that a rank generates at once; the others wait until one has ended. Limits
     the memory of the key-value cache; responses change by rounding only. Default: all of them."""
