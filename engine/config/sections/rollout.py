@@ -84,7 +84,7 @@ class RolloutConfig(Section, frozen=True):
     """The most responses that a rank generates at once; the others wait until one has ended. Limits
     the memory of the key-value cache; responses change by rounding only. Default: all of them."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Whether `native` compiles the model's layers for decoding (torch.compile), which takes some
+    """Whether `native` compiles the model's layers for decoding (torch.compile), which takes 10 to
     20 s once per start and needs a C compiler. `auto`: on a GPU, for layers of 50 million weights
     or more, without `model.kernels: liger`. A model that cannot be compiled is used as it is."""
     per_prompt: Count | None = None
