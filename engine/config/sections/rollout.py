@@ -75,7 +75,7 @@ class RolloutConfig(Section, frozen=True):
     """Level of vLLM's sleep mode between batches, which frees GPU memory for the ranks: 1 keeps the
     weights in host memory, 2 has them sent again for each batch; 0 for none."""
     ahead: Annotated[int, Meta(ge=0, le=1)] = 0
-    """With 1, the responses of the next step are generated beside the rest of a step, with weights
+    """With 1, the responses of the next step are generated during the rest of a step, with weights
     that are one update old when they are trained on (`rollout.engine: vllm` only; needs
     `ppo.rollout_correction`)."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
