@@ -142,7 +142,7 @@ class RewardConfig(ScoreOrigin, frozen=True):
     clip: Positive | None = None
     """Clips scores to ±clip, after normalising."""
     missing_eos_penalty: Coefficient | None = None
-    """Subtracted from the score of a truncated response."""
+    """Subtracted from the score of a truncated response; 1 is usual with normalised scores."""
     overlong: OverlongConfig = OverlongConfig()
     batch_size: Count = 32
     """Responses per forward pass of a reward model, or per request to a service."""
