@@ -2,10 +2,12 @@
 
 ``python -m scripts.pictures.operating SESSIONS [NAME]...`` carries out the commands of the page
 with the sessions in the folder SESSIONS, one after another, and writes what the dashboard shows of
-each to docs/screens/operating-NAME.svg. A session that is there already is not run again. A run
-takes two to five minutes on a core.
+each to docs/screens/operating-NAME.svg, and what its guard rails saw to
+tests/data/operating/NAME.json, by which a test holds the alerts of the page. A session that is
+there already is not run again. A run takes two to five minutes on a core.
 """
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +16,12 @@ import tempfile
 from pathlib import Path
 
 from engine import metrics
+from engine.config.file import as_mapping
+from engine.config.settings import settings_of
+from engine.journal.reader import JournalReader
+from engine.monitoring.divergence import judges_of
+from engine.monitoring.guardrails import DEFAULT_RULES
+from engine.session.folder import Session
 from rlhf_tui.state.preferences import Preferences, preferences_file, save
 from scripts.pictures.run import program, run
 from scripts.pictures.svg import picture
@@ -22,6 +30,7 @@ from scripts.pictures.terminal import Terminal
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "operating.md"
 SCREENS = ROOT / "docs" / "screens"
+RECORDED = ROOT / "tests" / "data" / "operating"
 SIZE = (120, 34)
 COMMAND = re.compile(r"^rlhf-tui (run .*--name (\S+).*)$", re.MULTILINE)
 CHARTS = [
@@ -51,6 +60,28 @@ def take_picture(sessions: Path, name: str) -> Path:
     return path
 
 
+def record(sessions: Path, name: str) -> Path:
+    """Writes the metrics that the default guard rails look at, to six digits; returns the file."""
+    session = Session(sessions / name)
+    config = session.config()
+    judges = judges_of(config)
+    with JournalReader(session) as reader:
+        names = sorted({rule.metric for rule in DEFAULT_RULES} | judges)
+        series = {name: [_rounded(v) for _, v in reader.series(name)] for name in names}
+    recorded = {
+        "settings": as_mapping(settings_of(config)),
+        "judges": sorted(judges),
+        "metrics": {name: values for name, values in series.items() if values},
+    }
+    path = RECORDED / f"{name}.json"
+    path.write_text(json.dumps(recorded) + "\n", encoding="utf-8")
+    return path
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
 def main() -> None:
     """Makes the named runs, by default all, and prints what the guard rails said."""
     sessions, *names = sys.argv[1:]
@@ -65,6 +96,7 @@ def main() -> None:
                 os.chdir(ROOT)  # where the paths of the page begin
                 run(*words, "--sessions", str(root), "--headless")
             print(take_picture(root, name))
+            print(record(root, name))
             print(run("guardrails", name, "--sessions", str(root)))
 
 

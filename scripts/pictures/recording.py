@@ -81,7 +81,7 @@ def record(terminal: Terminal, sessions: Path) -> tuple[list[Frame], int]:
 
 def keys_after() -> Iterator[tuple[str, float]]:
     """Keys, and the seconds for which their effects are shown."""
-    yield from (("N", SHORT), ("N", LONG), ("Escape", STEP))
+    yield from (("N", LONG), ("Escape", STEP))  # the last event: beta was set
     yield from (("3", SHORT), ("j", STEP), ("j", STEP), ("d", LONG), ("v", LONG), ("v", SHORT))
     yield from (("2", SHORT), ("q", LONG))
 

@@ -63,4 +63,5 @@ class ParallelConfig(Section, frozen=True):
     `offload` holds them in host memory and moves them to the device while they are used. On a CPU,
     unsharded ones are always memory-mapped from a file."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of storing them."""
+    """Recompute activations in the backward pass instead of storing them: much less memory, and
+    about a third more arithmetic in the updates."""

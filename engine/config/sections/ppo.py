@@ -51,7 +51,8 @@ class PPOConfig(Section, frozen=True):
     `reinforce_plus_plus` uses the rewards from each token on, whitened over the batch; `remax` uses
     them less the score of a greedy response to the prompt, which it generates in addition."""
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
-    """Passes over the rollout of a step."""
+    """Passes over the rollout of a step. More learn more from each response and move the policy
+    further, up to where too many tokens are clipped (`policy/clipfrac_avg`)."""
     minibatches: Count = 4
     """Optimiser steps per pass."""
     micro_batch_size: Count = 16
@@ -70,7 +71,8 @@ class PPOConfig(Section, frozen=True):
     """Bounds the loss of a token whose advantage is negative to this multiple of -advantage
     (dual-clip PPO; 3 is usual). Default: no bound."""
     entropy_coef: Coefficient = 0.0
-    """Weight of the entropy bonus: this times the mean entropy is subtracted from the loss."""
+    """Weight of the entropy bonus: this times the mean entropy is subtracted from the loss. Where
+    it is used, 0.001 to 0.01 are usual."""
     loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
     """How the policy loss of a minibatch is made of its tokens' losses: `token` is their mean,
     `sequence` the mean over responses of their means (GRPO), `sequence_sum_constant` the mean over
@@ -132,8 +134,8 @@ class PPOConfig(Section, frozen=True):
     value_warmup: Whole = 0
     """Number of first steps that train the value function only (value pretraining, VC-PPO)."""
     stop_kl: Positive | None = None
-    """Ends the updates of a step when the approximate KL to the rollout's policy exceeds this.
-    Default: never."""
+    """Ends the updates of a step when the approximate KL to the rollout's policy, in nats per
+    token, exceeds this. `policy/approxkl_avg` has the usual values. Default: never."""
     max_grad_norm: Positive = 1.0
     """Clips the norm of the gradient to this."""
 
@@ -159,7 +161,8 @@ class KLConfig(Section, frozen=True):
     controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` adjusts beta after each step to keep the KL near the target."""
     beta: Coefficient = 0.05
-    """Initial coefficient."""
+    """What a nat of KL costs, in units of the score: more keeps the policy closer to the reference.
+    With the controller `adaptive` the first value."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """What is penalised at each token, with d = log π - log π_ref: `k1` is d, `k2` is d²/2, `k3` is
     exp(-d) - 1 + d (GRPO). `objective/kl` and the adaptive controller use k1 in every case."""
@@ -170,7 +173,8 @@ class KLConfig(Section, frozen=True):
     """With `place: loss`, multiplies a token's estimate by its probability ratio (`ppo.ratio`), so
     that the gradient of k1 and k3 is that of the KL (DeepSeek-V3.2; the default of TRL's GRPO)."""
     target: Positive = 6.0
-    """KL that the adaptive controller aims for, in nats per response."""
+    """KL that you accept, in nats per response: the adaptive controller aims for it, and guard
+    rails compare the KL with it under either controller."""
     horizon: Positive = 10_000.0
     """Number of responses over which the adaptive controller changes beta by a factor of at most
     about e^0.2: in a step by at most 20 % × `rollout.batch_size` / horizon. Ziegler et al. 2019

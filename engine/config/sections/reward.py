@@ -142,12 +142,13 @@ class RewardConfig(ScoreOrigin, frozen=True):
     clip: Positive | None = None
     """Clips scores to ±clip, after normalising."""
     missing_eos_penalty: Coefficient | None = None
-    """Subtracted from the score of a truncated response."""
+    """Subtracted from the score of a truncated response; 1 is usual with normalised scores."""
     overlong: OverlongConfig = OverlongConfig()
     batch_size: Count = 32
     """Responses per forward pass of a reward model, or per request to a service."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the weights and of the computation of reward models."""
+    """Data type of the weights and of the computation of reward models; `bfloat16` takes half the
+    memory, and on a GPU a fraction of the time."""
     max_tokens: Count = 1024
     """Tokens of prompt and response that a reward model reads; earlier tokens are cut off."""
     retries: Annotated[int, Meta(ge=0, le=10)] = 3

@@ -75,16 +75,16 @@ class RolloutConfig(Section, frozen=True):
     """Level of vLLM's sleep mode between batches, which frees GPU memory for the ranks: 1 keeps the
     weights in host memory, 2 has them sent again for each batch; 0 for none."""
     ahead: Annotated[int, Meta(ge=0, le=1)] = 0
-    """With 1, the responses of the next step are generated beside the rest of a step, with weights
+    """With 1, the responses of the next step are generated during the rest of a step, with weights
     that are one update old when they are trained on (`rollout.engine: vllm` only; needs
     `ppo.rollout_correction`)."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
-    """Responses per step, over all ranks."""
+    """Responses per step, over all ranks. More make the gradient less noisy and a step longer."""
     at_once: Count | None = None
     """The most responses that a rank generates at once; the others wait until one has ended. Limits
     the memory of the key-value cache; responses change by rounding only. Default: all of them."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Whether `native` compiles the model's layers for decoding (torch.compile), which takes some
+    """Whether `native` compiles the model's layers for decoding (torch.compile), which takes 10 to
     20 s once per start and needs a C compiler. `auto`: on a GPU, for layers of 50 million weights
     or more, without `model.kernels: liger`. A model that cannot be compiled is used as it is."""
     per_prompt: Count | None = None

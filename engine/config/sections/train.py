@@ -44,7 +44,8 @@ class TrainConfig(Section, frozen=True):
     max_hours: Positive | None = None
     """Saves a checkpoint and ends the run after this many hours of training. Default: no limit."""
     learning_rate: Annotated[float, Meta(ge=1e-12, le=10)] = 1e-5
-    """Learning rate of AdamW, before the schedule is applied."""
+    """Learning rate of AdamW, before the schedule is applied. About 1e-6 is usual for all weights
+    of a model of a billion parameters; smaller models and adapters take more."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up; `linear` and `cosine` decay to nearly 0 at the last step."""
     warmup_steps: Whole = 0
