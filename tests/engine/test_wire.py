@@ -186,7 +186,7 @@ def test_a_command_says_what_it_changes(command, values):
         SetKLController(controller="fixed", horizon=-1),
         SetKLController(controller="fixed", beta_min=11.0), SetSetting(key="beta_max", value=1e-5),
         SetSetting(key="epochs", value=0), SetSetting(key="epochs", value=1.5),
-        SetSetting(key="clip_range", value=1),
+        SetSetting(key="clip_range", value=1.5),
         SetSetting(key="learning_rate", value="1"), SetSetting(key="seed", value=1),
         SetSetting(key="", value=1),
         SetSetting(key="temperature", value=[]), SetSetting(key="controller", value="loose"),

@@ -158,7 +158,7 @@ def browser(make_app, monkeypatch, running, until):
 async def test_nothing_of_the_line_below_is_left_beside_a_notice(browser, until):
     async with browser() as (app, pilot):
         app.say("read-only", "warning")
-        await until(pilot, lambda: notices(app))
+        await until(pilot, lambda: notices(app) and app.screen.query_one("Toast").region)
         assert app.screen.query_one("Toast").region.right == app.size.width
 
 
