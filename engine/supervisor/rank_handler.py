@@ -59,8 +59,6 @@ EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O error
 ROOM, UNLOCKED = "room on the disk", "another program to unlock the journal"
 """What the run waits for then, and while somebody else keeps the journal locked, such as a viewer
 that was stopped while it read: on a network file system readers lock it, too."""
-WAITING = f"{WAIT_FOR}{ROOM}"
-"""Name of the phase that clients see meanwhile."""
 
 
 class RankMessageHandler:

@@ -68,7 +68,7 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
         with no_room_for_files():
             to_engine.write(frames.encode(CheckpointComplete(step=4)))
             await until(lambda: "waiting for room" in caplog.text)
-            assert engine.shared.phases[0].name == rank_handler.WAITING
+            assert engine.shared.phases[0].waits_for == rank_handler.ROOM
             assert engine.send(SetBeta(value=0.2)).status == "rejected"
         await until(lambda: "can be written again" in caplog.text)
         assert not engine.shared.phases
@@ -98,7 +98,7 @@ async def test_a_step_waits_while_another_program_locks_the_journal(
     async with server:
         to_engine.write(frames.encode(report))
         await until(lambda: 0 in engine.shared.phases)
-        assert engine.shared.phases[0].waits_for == "another program to unlock the journal"
+        assert engine.shared.phases[0].waits_for == rank_handler.UNLOCKED
         locked = False
         await until(lambda: writer.journal.step == 1)
         await until(lambda: not engine.shared.phases)
