@@ -52,7 +52,7 @@ log = logging.getLogger("engine")
 FAILURE_GRACE = 3.0
 """Seconds between a rank's failure and the end of the others, for their own reports."""
 RETRY_INTERVAL = 2.0
-"""Seconds between attempts to write a journal whose disk is full."""
+"""Seconds between attempts to write a journal whose disk is full or that is locked."""
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
 EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
