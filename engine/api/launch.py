@@ -1,7 +1,6 @@
 """Starts runs, and finds sessions by name."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from engine.config import file as config_file
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.launch import start as preparation
 from engine.launch.background import start_or_remove
+from engine.session.command_line import sessions_folder
 from engine.session.folder import Session as SessionFiles
 from engine.session.folder import all_sessions, find
 from engine.session.registry import live_sessions
@@ -189,7 +189,7 @@ def _started(
 
 
 def _root(folder: str | Path | None) -> Path:
-    return Path(folder or os.environ.get("RLHF_TUI_SESSIONS") or "sessions").resolve()
+    return (Path(folder) if folder else sessions_folder()).resolve()
 
 
 def _as_words(overrides: Overrides | None) -> list[str]:

@@ -52,7 +52,8 @@ class Client:
             timeout: seconds to wait for each reply that does not depend on a training step.
 
         Raises:
-            NoSuchSessionError: the session has no live engine on this machine.
+            NoSuchSessionError: the session has no live engine on this machine, or one that cannot
+                be reached yet.
             LinkError: the engine does not reply.
             RefusedByEngineError: its protocol has another version.
             SessionError: the session belongs to another user, and this user is not root.
@@ -66,11 +67,15 @@ class Client:
 
     def _connect(self) -> None:
         session = self._session
-        engine = session.engine() if session.is_live() else None
-        if engine is None:
+        if not session.is_live():
             raise NoSuchSessionError(
                 f"session '{session.name}' has no live engine; start one with: "
                 f"{session.command('resume')}"
+            )
+        engine = session.engine()
+        if engine is None:
+            raise NoSuchSessionError(
+                f"the engine of '{session.name}' is just starting or ending: try again"
             )
         if engine.host != socket.gethostname():
             raise NoSuchSessionError(

@@ -249,6 +249,7 @@ def check_command(command: Command, moment: Moment) -> None:
     Raises:
         CommandRejectedError: the arguments are wrong, or the command does not fit the state.
         JournalError: the session cannot be read.
+        OSError: its checkpoints cannot be listed.
     """
     command.check_arguments()
     if moment.state == "stopping" and not command.while_stopping:

@@ -15,6 +15,11 @@ COPIES = ".copies"
 """A file in a folder whose sessions are copies of those of another machine."""
 
 
+def sessions_folder() -> Path:
+    """The folder of sessions where none is given: the one that its user has set, or ./sessions."""
+    return Path(os.environ.get(SESSIONS_VARIABLE) or "sessions")
+
+
 def mark_copies(root: Path) -> None:
     """Marks a folder of copies: commands about its sessions are to be typed on their machine.
 
@@ -69,7 +74,7 @@ def _installed() -> Path | None:
 
 def _sessions_option(root: Path) -> list[str]:
     try:
-        if root.resolve() == Path(os.environ.get(SESSIONS_VARIABLE) or "sessions").resolve():
+        if root.resolve() == sessions_folder().resolve():
             return []
     except OSError:  # the current folder is gone
         return ["--sessions", str(root)]

@@ -52,12 +52,13 @@ log = logging.getLogger("engine")
 FAILURE_GRACE = 3.0
 """Seconds between a rank's failure and the end of the others, for their own reports."""
 RETRY_INTERVAL = 2.0
-"""Seconds between attempts to write a journal whose disk is full."""
+"""Seconds between attempts to write a journal whose disk is full or that is locked."""
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
 EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
-WAITING = f"{WAIT_FOR}room on the disk"
-"""Name of the phase that clients see meanwhile."""
+ROOM, UNLOCKED = "room on the disk", "another program to unlock the journal"
+"""What the run waits for then, and while somebody else keeps the journal locked, such as a viewer
+that was stopped while it read: on a network file system readers lock it, too."""
 
 
 class RankMessageHandler:
@@ -135,13 +136,13 @@ class RankMessageHandler:
                 self._watchdog.rank_disconnected(rank)
 
     async def _handle_when_writable(self, rank: int, attempt: Attempt, message: FromRank) -> None:
-        """Handles one message; waits while the journal's disk has no room.
+        """Handles one message; waits while the journal's disk has no room, or it is locked.
 
         The rank trains on until the socket's buffer is full of its reports, and then waits, so no
         step is lost. A run that is being stopped does not wait: the error ends it. Once the next
         attempt has begun, the message is dropped: it would be written as one of that attempt.
         """
-        waited = False
+        waits_for = ""
         before = self._state.phases.get(rank)
         while attempt is self._state.attempt:
             self._watchdog.message_received(rank, message)  # waiting is no silence of the rank
@@ -150,32 +151,33 @@ class RankMessageHandler:
             except sqlite3.OperationalError as error:
                 if self._state.stop_now:  # the ranks are dead
                     return
-                code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
-                if code not in NO_ROOM or self._state.stopping:
+                reason = _awaited(error)
+                if reason is None or self._state.stopping:
                     raise
-                if not waited:
-                    text = f"cannot write the journal: {error}; waiting for room on the disk"
+                if not waits_for:
+                    text = f"cannot write the journal: {error}; waiting for {reason}"
                     log.error(text)  # noqa: TRY400 - one line: a full disk needs no traceback
-                    self._publisher.notify_unrecorded("disk", text)
-                waited = True
+                    rule = "disk" if reason == ROOM else "journal"
+                    self._publisher.notify_unrecorded(rule, text)
+                waits_for = reason
             else:
-                if waited:
+                if waits_for:
                     log.warning("the journal can be written again; the run continues")
-                    self._end_wait(rank, before)
+                    self._end_wait(rank, before, waits_for)
                 return
             self._watchdog.extend_silence()  # the other ranks may wait for this one
-            phase = Phase(rank=rank, step=self._journal.step, name=WAITING)
+            phase = Phase(rank=rank, step=self._journal.step, name=f"{WAIT_FOR}{waits_for}")
             self._state.phases[rank] = phase
             self._publisher.phase(phase)
             await asyncio.sleep(RETRY_INTERVAL)
 
-    def _end_wait(self, rank: int, before: Phase | None) -> None:
+    def _end_wait(self, rank: int, before: Phase | None, waited_for: str) -> None:
         """Shows the phase before the wait, unless the rank has reported another one.
 
         A rank of a paused run, whose save has ended, reports none until it is unpaused.
         """
         now = self._state.phases.get(rank)
-        if now is None or now.name != WAITING:
+        if now is None or now.waits_for != waited_for:
             return
         if before is None:
             del self._state.phases[rank]
@@ -366,3 +368,12 @@ class RankMessageHandler:
         else:
             reason = self._state.pause_reason if self._state.paused else None
             self._publisher.set_state(state, reason or "")
+
+
+def _awaited(error: sqlite3.OperationalError) -> str | None:
+    """What lets the journal be written again; None after an error that ends the run."""
+    code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
+    if code in NO_ROOM:
+        return ROOM
+    # The low byte is the kind of error; the rest says more.
+    return UNLOCKED if code & 0xFF == sqlite3.SQLITE_BUSY else None

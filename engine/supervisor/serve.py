@@ -55,8 +55,10 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
             except sqlite3.Error as error:  # what the run has come to matters more
                 log.warning("cannot record when the attempt ended: %s", error)
     except (OSError, sqlite3.Error) as error:
+        # SQLite does not name its file, and other errors are not always of this folder.
+        failed = "write in" if isinstance(error, sqlite3.Error) else "run the session in"
         raise SessionError(
-            f"cannot write in {session.folder}: {error}; "
+            f"cannot {failed} {session.folder}: {error}; "
             f"solve this, then: {session.recorded_command('resume')}"
         ) from error
     finally:

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from engine.errors import NoSuchSessionError, UserInputError
-from engine.session.command_line import SESSIONS_VARIABLE
+from engine.session.command_line import SESSIONS_VARIABLE, sessions_folder
 from engine.session.folder import Session, all_sessions, find
 from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
@@ -104,7 +104,7 @@ class FiniteRange(click.FloatRange):
 
 def complete_name(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
     """The names of sessions that begin so, for the completion of shells."""
-    root = context.params.get("root") or os.environ.get(SESSIONS_VARIABLE) or "sessions"
+    root = context.params.get("root") or sessions_folder()
     found = {s.name for s in (*all_sessions(Path(root).resolve()), *live_sessions())}
     return sorted(name for name in found if name.startswith(begun))
 

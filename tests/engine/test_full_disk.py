@@ -68,13 +68,42 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
         with no_room_for_files():
             to_engine.write(frames.encode(CheckpointComplete(step=4)))
             await until(lambda: "waiting for room" in caplog.text)
-            assert engine.shared.phases[0].name == rank_handler.WAITING
+            assert engine.shared.phases[0].waits_for == rank_handler.ROOM
             assert engine.send(SetBeta(value=0.2)).status == "rejected"
         await until(lambda: "can be written again" in caplog.text)
         assert not engine.shared.phases
         to_engine.close()
     with JournalReader(writer.session) as reader:
         assert [c.status for c in reader.checkpoints(("complete",))] == ["complete"]
+    assert engine.shared.attempt.failure is None
+
+
+async def test_a_step_waits_while_another_program_locks_the_journal(
+    engine, writer, tmp_path, monkeypatch, caplog
+):
+    """As a viewer does on a network file system if it is stopped while it reads."""
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    record, locked = writer.journal.record_step, True
+
+    def record_unless_locked(report):
+        if locked:  # SQLite itself waits for half a minute first
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY_SNAPSHOT
+            raise error
+        record(report)
+
+    monkeypatch.setattr(writer.journal, "record_step", record_unless_locked)
+    server, _, to_engine = await rank_connection(engine, tmp_path)
+    report = StepReport(step=1, metrics={"time/step": 1.0}, samples=[], settings={"beta": 0.1})
+    async with server:
+        to_engine.write(frames.encode(report))
+        await until(lambda: 0 in engine.shared.phases)
+        assert engine.shared.phases[0].waits_for == rank_handler.UNLOCKED
+        locked = False
+        await until(lambda: writer.journal.step == 1)
+        await until(lambda: not engine.shared.phases)
+        to_engine.close()
+    assert "cannot write the journal: database is locked; waiting for" in caplog.text
     assert engine.shared.attempt.failure is None
 
 

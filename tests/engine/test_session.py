@@ -245,6 +245,14 @@ def test_a_session_without_an_engine_cannot_be_connected_to(make_session):
         Client(made, "me")
 
 
+def test_an_engine_that_only_begins_is_not_to_be_started_again(make_session):
+    made = make_session()
+    held = made.acquire()
+    with pytest.raises(NoSuchSessionError, match="just starting or ending: try again"):
+        Client(made, "me")
+    held.release()
+
+
 def test_an_engine_on_another_host_is_named(make_session):
     made = make_session()
     held = made.acquire()

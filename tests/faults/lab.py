@@ -25,7 +25,7 @@ from engine.protocol.commands import AnyCommand, Note, Pause, SetSetting, Unpaus
 from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import create
 from engine.session.states import LIVE_STATES
-from engine.supervisor.rank_handler import WAITING
+from engine.supervisor.rank_handler import ROOM
 from engine.verification.verify import verify
 from tests.e2e.lab import PROGRAM, numbers, processes, until
 
@@ -240,7 +240,7 @@ class FaultRun:
     def waits_for_room(self) -> bool:
         """Whether the supervisor says that the journal's disk is full."""
         with contextlib.suppress(RlhfError, OSError), Client(self.session, "faults") as client:
-            return any(phase.name == WAITING for phase in client.status().phases)
+            return any(phase.waits_for == ROOM for phase in client.status().phases)
         return False
 
     def watchers(self) -> int:
