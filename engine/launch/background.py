@@ -11,6 +11,7 @@ from pathlib import Path
 from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, ReadyEvent
+from engine.launch.environment import LOG_ENCODING
 from engine.launch.start import StartOptions, is_new, start_variable
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
@@ -53,7 +54,7 @@ def start_engine(
     with session.log_file.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - this program
             [sys.executable, "-P", "-m", "engine", str(session.folder)],
-            env=os.environ | start_variable(start),
+            env=os.environ | LOG_ENCODING | start_variable(start),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

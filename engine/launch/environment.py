@@ -61,6 +61,12 @@ Each time the kernel would clear every page, which took a fifth of a step's proc
 Blocks over 8 MB are returned: keeping them fragments the heap and costs too much memory."""
 
 
+LOG_ENCODING = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
+"""Of processes that write engine.log, which is read as UTF-8 whatever the locale.
+
+Without it a reward function that prints a response is an error in some locales."""
+
+
 GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 """CUDA numbers GPUs as the driver's tools do, and `launch.gpus`. By default the fastest is 0."""
 
@@ -137,7 +143,7 @@ def rank_environment(launch: LaunchConfig) -> dict[str, str]:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join(chosen_gpus(launch.gpus))
     defaults = OPENMP_WAITING | MALLOC_SETTINGS | mkl_settings() | GPU_ORDER
     defaults |= allocator_settings(launch)
-    found = defaults | clean_environment() | settings
+    found = defaults | clean_environment() | settings | LOG_ENCODING
     found.pop(TF32_OVERRIDE, None)
     return found
 

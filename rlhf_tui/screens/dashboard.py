@@ -175,7 +175,8 @@ class DashboardScreen(SessionScreen):
         # Before the first step no event is on the charts, and an alert may have paused the run.
         markers = state.markers() or state.timeline()
         if not markers:
-            self.context.say("no events yet: changes, alerts, checkpoints and notes are marked")
+            none = "no events yet: changes, alerts, checkpoints and notes are marked"
+            self.context.say(state.unread or none)
             return
         keys = [m.key for m in markers]
         if view.selected in keys:

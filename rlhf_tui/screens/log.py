@@ -54,6 +54,8 @@ class LogView(ScrollList):
         self.lines: list[str] = []
         self.hint: list[Row] = []
         self.shift = 0
+        self.match: int | None = None
+        """The index of the line that a search has led to."""
 
     def count(self) -> int:
         """The number of lines."""
@@ -72,11 +74,13 @@ class LogView(ScrollList):
             tone = "bad"
         elif "warning" in lower:
             tone = "warn"
-        return [(" ", ""), (line[self.shift :], tone)]
+        sign = ("▸", "accent") if index == self.match else (" ", "")
+        return [sign, (line[self.shift :], tone)]
 
     def add(self, lines: list[str], *, fresh: bool) -> None:
         """Appends lines, or with `fresh` replaces all of them."""
         at_end = fresh or self.top >= self.count() - self.page_size
+        self.match = None if fresh else self.match
         self.lines = (lines if fresh else self.lines + lines)[-MOST_LINES:]
         if at_end:
             self.top = max(self.count() - self.page_size, 0)
@@ -162,8 +166,11 @@ class LogScreen(SessionScreen):
         ]
         row: list[Piece] = [(f" {view.count():,} lines", "dim")]
         if self._query:
-            hits = sum(self._query.lower() in line.lower() for line in view.lines)
-            row += [("   ", ""), (self._query, "match"), (f"  in {hits:,} lines, n N", "dim")]
+            hits, number = self._hits(), "in "
+            if view.match is not None and view.match in hits:
+                number = f"{hits.index(view.match) + 1:,} of "
+            lines = f"  {number}{len(hits):,} lines, n N"
+            row += [("   ", ""), (self._query, "match"), (lines, "dim")]
         if view.shift:
             row.append((f"   from column {view.shift + 1}", "dim"))
         self.query_one("#about", Lines).show([row])
@@ -182,6 +189,7 @@ class LogScreen(SessionScreen):
         def take(text: str | None) -> None:
             if text is not None:
                 self._query = self.query_one(LogView).matching = text
+                self.query_one(LogView).match = None
                 if text:
                     self.action_match(-1)
                 self._about()
@@ -190,17 +198,31 @@ class LogScreen(SessionScreen):
         dialog = InputDialog("Search the log", [], given, lambda _: (True, ""), verb="search")
         self.app.push_screen(dialog, take)
 
+    def _hits(self) -> list[int]:
+        """The indices of the lines that contain the searched text."""
+        query = self._query.lower()
+        return [i for i, line in enumerate(self.query_one(LogView).lines) if query in line.lower()]
+
     def action_match(self, way: int) -> None:
-        """Moves to the next line that contains the searched text."""
-        view, query = self.query_one(LogView), self._query.lower()
-        hits = [i for i, line in enumerate(view.lines) if query in line.lower()]
+        """Leads to the next line that contains the searched text, from the last one if in sight.
+
+        From the first or the last line in sight otherwise: a search begins with the newest one.
+        """
+        view, hits = self.query_one(LogView), self._hits()
         if not hits:
             self.context.say(f"'{self._query}' is not in the log")
             return
+        seen = range(view.top, view.top + view.page_size)
+        at = seen.start - 1 if way > 0 else seen.stop
+        if view.match is not None and view.match in seen:
+            at = view.match
         if way > 0:
-            view.go(next((i for i in hits if i > view.top), hits[0]))
+            view.match = next((i for i in hits if i > at), hits[0])
         else:
-            view.go(next((i for i in reversed(hits) if i < view.top), hits[-1]))
+            view.match = next((i for i in reversed(hits) if i < at), hits[-1])
+        if view.match not in seen:
+            view.go(view.match)
+        self._about()
 
     def action_shift(self, by: int) -> None:
         """Moves sideways in long lines."""
@@ -212,7 +234,7 @@ class LogScreen(SessionScreen):
         """Ends the search and moves back to the first column."""
         view = self.query_one(LogView)
         self._query = view.matching = ""
-        view.shift = 0
+        view.match, view.shift = None, 0
         self._about()
 
 

@@ -306,7 +306,8 @@ class SessionsScreen(SessionScreen):
             found = matching(text, names)
             if found is None:
                 return False, "not a regular expression"
-            return True, f"marks {fmt.plural(len(found), 'session')}: {' '.join(found)}"
+            listed = f": {' '.join(found)}" if found else ""
+            return True, f"marks {fmt.plural(len(found), 'session')}{listed}"
 
         def take(text: str | None) -> None:
             if text is not None:
@@ -336,7 +337,10 @@ class SessionsScreen(SessionScreen):
         names = dict.fromkeys(n for s in self._rows.values() for n in s.metrics)
         title = title_of(self._columns.metric)
         shown = self._columns.metric
-        options = [Option(n, n, "shown" if n == shown else "", title_of(n)) for n in names]
+        options = [
+            Option(n, n, "shown" if n == shown else "", title_of(n) if title_of(n) != n else "")
+            for n in names
+        ]
 
         def take(name: str | None) -> None:
             if name:

@@ -42,7 +42,7 @@ class SessionPreview(Struct, frozen=True):
     """The name of the session that it is compared with; empty: the defaults."""
     differences: tuple[Difference, ...] = ()
     problem: str = ""
-    """Why it cannot be read."""
+    """Why it cannot be read; with an update, why no settings are compared."""
 
 
 def read_preview(session: Session, other: Session | None) -> SessionPreview:
@@ -63,9 +63,12 @@ def read_preview(session: Session, other: Session | None) -> SessionPreview:
                 events=[alert] if alert is not None else [],
                 samples=record.samples.newest(RESPONSES),
             )
-        differences = _differences(session, other)
     except (RlhfError, OSError) as error:
         return SessionPreview(str(session.folder), problem=str(error))
+    try:
+        differences = _differences(session, other)
+    except (RlhfError, OSError) as error:  # a configuration, such as one of another version
+        return SessionPreview(str(session.folder), update, problem=str(error))
     return SessionPreview(str(session.folder), update, against, differences)
 
 

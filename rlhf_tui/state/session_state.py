@@ -51,7 +51,7 @@ class SessionState:
     def __init__(
         self,
         name: str = "",
-        batch_size: int = 1,
+        batch_size: int | None = None,
         now: Callable[[], float] = time.time,
         root: Path | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class SessionState:
 
         Args:
             name: of the session.
-            batch_size: responses of a step.
+            batch_size: responses of a step; None until the configuration is read.
             now: the wall clock.
             root: its folder's parent; None: commands name no folder.
         """

@@ -28,6 +28,15 @@ def test_variables_of_another_launcher_do_not_reach_the_ranks(monkeypatch):
     assert "PATH" in environment
 
 
+def test_ranks_print_utf_8_in_any_locale(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    printed = subprocess.run(
+        [sys.executable, "-c", "print('\\u2192 \\ud800')"], env=rank_environment(LaunchConfig()),
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert printed.stdout == "\u2192 \\ud800\n".encode()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_ranks_end_if_their_parent_dies_while_they_load(tmp_path, count):
     another = {PARENT_VARIABLE: "1", STORE_VARIABLE: "tcp:127.0.0.1:1", JOINED_VARIABLE: "1"}

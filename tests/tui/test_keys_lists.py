@@ -242,13 +242,15 @@ async def test_the_log_is_searched(make_app, running, until):
         await until(pilot, lambda: view.count() == 303)
         await pilot.press("slash")
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
-        await pilot.press(*"step 2 ", "enter")
-        await until(pilot, lambda: view.matching == "step 2")
-        top = view.top
-        await pilot.press("N")
-        assert view.top < top
-        await pilot.press("n")
-        assert view.top == top
+        await pilot.press(*"step 29", "enter")
+        await until(pilot, lambda: view.matching == "step 29")
+        found = []
+        for key in ("n", "n", "N", "N", "N"):
+            found.append(view.lines[view.match].split()[2])
+            await pilot.press(key)
+        # The newest line in sight first, then from the oldest on, and back.
+        assert found == ["299", "29", "290", "29", "299"]
+        assert view.lines[view.match].split()[2] == "298"
         await pilot.press("g", "right")
         assert (view.top, view.shift) == (0, 20)
         await pilot.press("left", "G", "escape")

@@ -56,6 +56,17 @@ async def test_the_preview_shows_the_highlighted_run_and_what_differs_from_the_o
         assert "file is not a database" in " ".join(notes.text().split())
 
 
+async def test_a_configuration_that_cannot_be_read_hides_no_curves(folder, running, until):
+    (folder / "other" / "config.yaml").write_text("model: [\n")
+    app = RlhfApp(folder, None, now=lambda: 1_700_003_600.0, follow=False)
+    async with running(app) as pilot:
+        await highlight(pilot, until, app, "other")
+        notes, newest = app.screen.query_one(PreviewNotes), app.screen.query_one(PreviewSamples)
+        await until(pilot, lambda: "config.yaml,line2" in "".join(notes.text().split()))
+        assert "Newest responses, step 3" in newest.text()
+        assert all("cannot be read" not in chart.text() for chart in app.screen.query(Chart))
+
+
 async def test_the_preview_is_beside_the_table_below_it_or_hidden_and_the_name_is_near_its_state(
     folder, running, until
 ):

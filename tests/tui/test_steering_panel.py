@@ -32,6 +32,12 @@ def test_the_next_beta_is_the_controller_s():
     assert "0.0505   +1.0%" in text(SteeringPanel(make_state(kl=6.6)))
 
 
+def test_the_next_beta_is_unknown_without_the_batch_size_of_the_configuration():
+    state = make_state(kl=6.6)
+    state.batch_size = None
+    assert "next    unknown: config.yaml is not read" in text(SteeringPanel(state))
+
+
 def test_a_saturated_controller_says_so():
     panel = SteeringPanel(make_state(kl=60.0))
     assert "+2.0% saturated: ×2 in 36 steps" in text(panel)  # 1.02^36 = 2.04

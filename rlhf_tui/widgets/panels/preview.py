@@ -43,7 +43,7 @@ class PreviewPanel(Container):
         """Replaces what is shown."""
         state = SessionState(name)
         state.take(preview.update)
-        state.problem = preview.problem
+        state.problem = "" if state.known else preview.problem
         for chart in self.query(Chart):
             chart.state = state
             chart.update()
@@ -70,7 +70,9 @@ class PreviewNotes(Lines):
         if not preview.folder:
             return []
         if preview.problem:
-            return [[(f" {line}", "bad")] for line in wrap(preview.problem, width - 2)]
+            alert = [self._alert()] if self._state.known else []
+            problem = wrap(preview.problem, width - 2)
+            return [*alert, *([(f" {line}", "bad")] for line in problem)]
         other = preview.against or "the defaults"
         rows: list[Row] = [
             self._alert(), heading(f"{self._state.name}: settings unlike {other}", "", width)

@@ -95,21 +95,23 @@ class SteeringPanel(Panel):
         return [*row, (" nats", "dim")] if row_width(row) + len(" nats") <= width else row
 
     def _next(self, width: int) -> Row:
-        now = settings_of(self.state)
+        now, batch_size = settings_of(self.state), self.state.batch_size
         kl = self.state.series(metrics.KL).last
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
             first = not self.state.head.step
             reason = "after the first step" if first else "unknown: the last step has no KL"
             return [*row, (reason, "dim")]
+        if batch_size is None:
+            return [*row, ("unknown: config.yaml is not read", "dim")]
         if now.controller == "fixed":
             adaptive = next_beta(
-                msgspec.structs.replace(now, controller="adaptive"), kl, self.state.batch_size
+                msgspec.structs.replace(now, controller="adaptive"), kl, batch_size
             )
             text = " adaptive: " if width < 50 else " unchanged; adaptive would give "
             text += fmt.number(adaptive, 4)
             return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (text, "dim")]
-        new = next_beta(now, kl, self.state.batch_size)
+        new = next_beta(now, kl, batch_size)
         change = new / now.beta - 1 if now.beta else 0.0
         row += [(f"{fmt.number(new, 4):<8}", ""), (f" {_percent(change)}", "accent")]
         if new in (now.beta_min, now.beta_max):
