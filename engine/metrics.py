@@ -60,6 +60,9 @@ EVAL_EMA_LENGTH = "eval/ema_response_len_mean"
 EVAL_TIME = "time/evaluate"
 """The metrics of a held-out evaluation, which only the steps with an evaluation have."""
 
+SCORES = (SCORE, EVAL_SCORE, EVAL_EMA_SCORE)
+"""Mean scores by `reward`: not comparable with those of before it was changed."""
+
 AGREEMENT = "judged/agreement"
 """How far the scores agree with the operators' judgements. Readers compute it from labels.db, so
 that it changes with each judgement; the journal does not have it."""

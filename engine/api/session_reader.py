@@ -32,6 +32,13 @@ class SessionReader:
             SessionError: this user cannot read the folder.
         """
         self._files = session_folder.Session(Path(folder).resolve())
+        self._check_exists()
+
+    def _check_exists(self) -> None:
+        """Without its files a session would read as one that crashed before its first step.
+
+        Raises NoSuchSessionError or SessionError.
+        """
         try:
             exists = self._files.config_file.is_file()
         except OSError as error:
@@ -159,6 +166,7 @@ class SessionReader:
             query: without one, the newest responses of the current timeline, the newest last. With
                 one, the first of those that it selects, in its order.
         """
+        self._check_exists()
         with SampleReader(self._files) as reader:
             if query is not None:
                 return reader.page(query, -1 if last is None else last)
@@ -185,6 +193,7 @@ class SessionReader:
             return reader.checkpoints(("complete",))
 
     def _reader(self) -> JournalReader:
+        self._check_exists()
         return JournalReader(self._files)
 
 

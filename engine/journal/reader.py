@@ -29,6 +29,7 @@ from engine.journal.rows import (
     decode_payload,
 )
 from engine.journal.samples import SampleReader
+from engine.metrics import SCORES
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import REWARD_CHANGED
 from engine.session.folder import Session
@@ -393,10 +394,14 @@ class JournalReader:
     def best_checkpoint(self, metric: str) -> int | None:
         """The step of the checkpoint with the highest value of a metric, of equal ones the newest.
 
-        None if no checkpoint of the current timeline has a value of it.
+        None if no checkpoint of the current timeline has a value of it. Scores of an earlier reward
+        are not compared.
         """
+        changes = self.reward_changes() if metric in SCORES else []
         found: list[tuple[float, int]] = []
         for checkpoint in self.checkpoints(("complete",)):
+            if changes and checkpoint.step <= changes[-1]:
+                continue
             rows = self._db.rows(VALUE_AT, {"name": metric, "step": checkpoint.step})
             found += [(value, checkpoint.step) for (value,) in rows if value is not None]
         return max(found)[1] if found else None

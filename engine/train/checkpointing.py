@@ -195,12 +195,12 @@ class CheckpointManager:
         have asked for them; a new checkpoint of the same step replaces them. A checkpoint that
         cannot be read is left alone as well.
         """
-        train = self._run.config.train
+        train, scored_by = self._run.config.train, self._run.state.scored_by
         scores = {saved_step: -math.inf if best is None else best.rank}
         for step, folder in complete_checkpoints(self._folder).items():
             if step in self._branch and step < saved_step:
                 with contextlib.suppress(CheckpointError):
-                    scores[step] = checkpoint_folder.read_best(folder, train.best_metric)
+                    scores[step] = checkpoint_folder.read_best(folder, train.best_metric, scored_by)
         self._branch.add(saved_step)
         return checkpoint_folder.to_remove(scores, train.keep_last, train.keep_best)
 

@@ -122,6 +122,14 @@ def test_a_note_does_not_end_the_attempt_of_an_engine_that_died(run):
         assert [attempt.ended for attempt in reader.attempts()] == [None]
 
 
+def test_a_session_that_was_deleted_meanwhile_is_told(run):
+    shutil.rmtree(run.folder)
+    reads = (lambda: run.state, lambda: run.samples(last=1), lambda: run.wait_for_end(timeout=1))
+    for read in reads:
+        with pytest.raises(NoSuchSessionError, match="there is no session in "):
+            read()
+
+
 def test_a_session_is_found_by_its_name(run):
     shutil.copytree(run.folder, run.folder.with_name("by hand"))  # no name that we would give
     assert [s.name for s in sessions()] == ["by hand", "run"]

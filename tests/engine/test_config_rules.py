@@ -235,6 +235,7 @@ REFUSED = {
         "rollout.dynamic cannot be combined with model.value",
     ),
     "a buffer longer than a response": (["reward.overlong.buffer=1000"], r"may be.*at most"),
+    "a stop that is everywhere": (['rollout.stop=[".", ""]'], "stop must not contain an empty"),
     "a reference without weights of its own": (
         ["kl.reference_update.every=5", "lora.rank=8"], "without its adapters",
     ),

@@ -17,6 +17,8 @@ from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
 from engine.journal.samples import SampleQuery, SampleReader
+from engine.metrics import SCORE
+from engine.protocol.rank_messages import REWARD_CHANGED
 
 
 def scores(session):
@@ -152,6 +154,16 @@ def test_the_best_checkpoint_is_the_newest_of_those_with_the_highest_value(write
         assert record.best_checkpoint("aim") == 3
         assert record.best_checkpoint("lr") == 5
         assert record.best_checkpoint("none") is None
+
+
+def test_the_best_checkpoint_is_one_of_the_reward_in_force(writer):
+    for step, value in enumerate((9.0, 1.0, 2.0), start=1):
+        if step == 2:
+            writer.journal.record_event("alert", {"rule": REWARD_CHANGED, "text": ""}, 1)
+        writer.steps(step, **{SCORE: value, "aim": value})
+        writer.checkpoint(step)
+    with JournalReader(writer.session) as record:
+        assert [record.best_checkpoint(name) for name in (SCORE, "aim")] == [3, 1]
 
 
 def test_a_checkpoint_that_is_resumed_from_is_complete_although_no_rank_reported_it(writer):

@@ -416,21 +416,29 @@ def test_a_checkpoint_replaces_one_of_the_same_step(trained):
     run, session = trained
     save(run, session, score=1.0)
     folder = save(run, session, score=2.0)
-    assert checkpoint_folder.read_best(folder, SCORE) == 2.0
+    assert checkpoint_folder.read_best(folder, SCORE, run.state.scored_by) == 2.0
     assert [p.name for p in session.checkpoints.iterdir()] == ["step-000001"]
 
 
 def test_checkpoints_are_compared_by_the_metric_that_is_best_metric_now(trained):
     run, session = trained
     folder = save(run, session, score=2.0, best=MetricValue("eval/score", 3.0))
-    found = [checkpoint_folder.read_best(folder, m) for m in ("eval/score", SCORE, "eval/kl")]
-    assert found == [3.0, 2.0, -math.inf]
+    metrics, own = ("eval/score", SCORE, "eval/kl"), run.state.scored_by
+    assert [checkpoint_folder.read_best(folder, m, own) for m in metrics] == [3.0, 2.0, -math.inf]
+
+
+def test_scores_of_another_reward_are_not_compared(trained):
+    run, session = trained
+    folder = save(run, session, score=2.0, best=MetricValue("eval/reward/judge", 3.0))
+    metrics = (SCORE, "eval/score", "eval/reward/judge")
+    found = [checkpoint_folder.read_best(folder, m, "another one") for m in metrics]
+    assert found == [-math.inf, -math.inf, 3.0]
 
 
 def test_a_checkpoint_of_a_step_whose_metrics_are_not_finite_can_be_read(trained):
     run, session = trained
     folder = save(run, session, score=math.nan, best=MetricValue(SCORE, math.nan))
-    assert checkpoint_folder.read_best(folder, SCORE) == -math.inf
+    assert checkpoint_folder.read_best(folder, SCORE, run.state.scored_by) == -math.inf
     assert resumed(session).state.step == 1
 
 

@@ -55,9 +55,14 @@ class Broken(Lines):
 
     def log(self, values, step=None, **kwargs):
         raise OSError("no route\\nto host")
+
+class Ends(Broken):
+    def store_init_configuration(self, values):
+        raise SystemExit("no account")
 '''
 OVERRIDES = (
-    "log.trackers=[tensorboard, 'my_trackers:Lines', 'my_trackers:Broken', 'absent:Tracker']",
+    "log.trackers=[tensorboard, 'my_trackers:Lines', 'my_trackers:Broken', 'absent:Tracker', "
+    "'my_trackers:Ends']",
     "log.project=films", "notify.command=send --as s3cret",
 )  # fmt: skip
 
@@ -98,7 +103,9 @@ def test_a_resume_continues_the_runs_and_no_failure_ends_them(two_attempts):
     assert lines[1][2]["objective/kl"] == 0.5
     problems = [text for _, text in told]
     assert problems.count("my_trackers:Broken did not take the metrics of step 1: no route") == 1
-    assert len(problems) == 4  # two trackers with one each, in two attempts
+    # Ends failed after it had an id, so the second attempt does not pass the configuration again.
+    assert problems.count("my_trackers:Ends cannot be started: no account") == 1
+    assert len(problems) == 6  # three trackers with one each, in two attempts
     events = EventAccumulator(str(session.trackers / "mine"))
     events.Reload()
     assert [e.step for e in events.Scalars("objective/kl")] == [1, 2, 3, 3, 4]

@@ -377,7 +377,8 @@ def test_a_shell_completes_commands_and_names_of_sessions(root, monkeypatch):
     monkeypatch.setenv("RLHF_TUI_SESSIONS", str(root))
     completion = ShellComplete(cli, {}, "rlhf-tui", "_RLHF_TUI_COMPLETE")
     assert "status" in [c.value for c in completion.get_completions([], "sta")]
-    assert [c.value for c in completion.get_completions(["status"], "fro")] == ["frozen"]
+    for words in (["status"], ["reward", "train"], ["reward", "agreement"]):
+        assert [c.value for c in completion.get_completions(words, "fro")] == ["frozen"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -11,6 +11,11 @@ def check_rollout(config: RunConfig) -> None:
     Raises:
         ConfigError: keys contradict each other; the message names them and a remedy.
     """
+    if "" in config.rollout.stop:
+        raise ConfigError(
+            "rollout.stop must not contain an empty text, which would end each response after its "
+            "first token"
+        )
     if config.rollout.ahead:
         _check_ahead(config)
     if config.rollout.separate:

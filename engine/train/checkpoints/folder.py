@@ -21,7 +21,7 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings, apply_settings, invalid_values, settings_of
 from engine.errors import CheckpointError, DamagedCheckpointError
-from engine.metrics import SCORE
+from engine.metrics import SCORE, SCORES
 from engine.session.checkpoints import (
     COMPLETE,
     STATE,
@@ -219,12 +219,19 @@ def read_state(folder: Path, *, verify: bool = True) -> SavedState:
     return content.state
 
 
-def read_best(folder: Path, metric: str) -> float:
+def read_best(folder: Path, metric: str, scored_by: str) -> float:
     """Reads the value by which `train.keep_best` compares; -∞ if the checkpoint does not have it.
 
     Each has the mean score, and the metric that was `train.best_metric` when it was saved.
+
+    Args:
+        folder: the folder of the checkpoint.
+        metric: the one to compare by.
+        scored_by: the reward in force; scores of another one are not comparable.
     """
     content = _read_file(folder)
+    if metric in SCORES and content.state.scored_by not in ("", scored_by):
+        return -math.inf
     best = content.best
     if best is None or best.metric != metric:
         best = MetricValue(metric, content.score if metric == SCORE else None)

@@ -30,6 +30,8 @@ FINISH_SECONDS = 60
 IDS = "runs.json"
 """Tracker → the id of this session's run."""
 LOCK = ".lock"
+FAILURES = (Exception, SystemExit)
+"""Of any package. Some call `sys.exit`, which would end the other trackers, too."""
 
 Report = Callable[[str], None]
 
@@ -102,17 +104,17 @@ class TrackerRun:
         """Passes the metrics of a step on."""
         try:
             self._tracker.log(values, step=step)
-        except Exception as error:  # any package's
+        except FAILURES as error:
             self._failed(f"the metrics of step {step}", error)
 
     def finish(self) -> None:
         """Ends the tracker's part of this attempt."""
         try:
             self._tracker.finish()
-        except Exception as error:  # any package's
+        except FAILURES as error:
             self._failed("the end of the run", error)
 
-    def _failed(self, what: str, error: Exception) -> None:
+    def _failed(self, what: str, error: BaseException) -> None:
         if not self._reported:
             self._reported = True
             self._report(f"{self._name} did not take {what}: {first_line(error)}")
@@ -134,7 +136,7 @@ def start_all(header: Header, report: Report) -> list[TrackerRun]:
                 ids[name] = run_id()
                 write_atomically(file, json.dumps(ids, indent=1))
                 tracker.store_init_configuration(header.config)
-        except Exception as error:  # any package's
+        except FAILURES as error:
             report(f"{name} cannot be started: {first_line(error)}")
             continue
         runs.append(TrackerRun(name, tracker, report))

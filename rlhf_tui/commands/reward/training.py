@@ -27,6 +27,7 @@ from engine.protocol.programs.reward_training import (
 from engine.session.folder import Session, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
+    complete_name,
     existing,
     json_option,
     print_json,
@@ -41,7 +42,9 @@ OTHER_OPTIONS = [key for key, kinds in SOURCE_OPTIONS.items() if "model" not in 
 
 
 @click.command()
-@click.argument("names", metavar="SESSION...", nargs=-1, required=True)
+@click.argument(
+    "names", metavar="SESSION...", nargs=-1, required=True, shell_complete=complete_name
+)
 @sessions_option
 @click.option(
     "--base", metavar="MODEL",
