@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks import machine
@@ -195,8 +196,12 @@ def _measure_queries(session: Session, steps: int) -> dict[str, float]:
         "page of samples by score (ms)": SampleQuery(order="score"),
         "page of samples with a word (ms)": SampleQuery(text="nowhere to be found"),
     }.items():
-        results[name] = measure(lambda r, q=query: r.samples.page(q, 50), times=3)
+        results[name] = measure(partial(_page, query), times=3)
     return results
+
+
+def _page(query: SampleQuery, reader: JournalReader) -> object:
+    return reader.samples.page(query, 50)
 
 
 def _time(function: Callable[[], object], times: int = 7) -> float:

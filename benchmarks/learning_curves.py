@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 BETA = 0.05
@@ -33,10 +33,15 @@ class Curve:
     def cut(self, steps: int) -> "Curve":
         """The first steps alone."""
         updates = self.updates * steps // len(self.scores)
-        parts = (values[:steps] for values in (self.scores, self.kl, self.cpu))
-        held_out = [e for e in self.held_out if e[0] <= steps]
-        others = {name: values[:steps] for name, values in self.others.items()}
-        return Curve(self.side, self.seed, *parts, updates, held_out, others)
+        return replace(
+            self,
+            scores=self.scores[:steps],
+            kl=self.kl[:steps],
+            cpu=self.cpu[:steps],
+            updates=updates,
+            held_out=[e for e in self.held_out if e[0] <= steps],
+            others={name: values[:steps] for name, values in self.others.items()},
+        )
 
     def objective(self, part: slice = slice(None)) -> float:
         """The mean of score − β·KL over a part of the steps."""

@@ -175,7 +175,8 @@ def run_trl(seed: int, steps: int) -> Curve:
             def on_train_begin(self, *_args: Any, **_named: Any) -> None:
                 recorders.append(Recorder())
 
-            def on_log(self, *_args: Any, logs: dict[str, float], **_named: Any) -> None:
+            def on_log(self, *_args: Any, **named: Any) -> None:
+                logs = named["logs"]
                 if "objective/scores" in logs:
                     recorders[0].step(logs)
 
@@ -263,7 +264,9 @@ def main() -> None:
         wanted = itertools.product(range(options.seeds), options.sides)
         missing = [(side, seed) for seed, side in wanted if (side, seed) not in done]
         with ThreadPoolExecutor(options.workers) as pool:
-            ends = list(pool.map(lambda run: start(*run, options.steps, out, deadline), missing))
+            ends = list(
+                pool.map(lambda run: start(run[0], run[1], options.steps, out, deadline), missing)
+            )
         curves = read(out, options.steps)
     print(machine.describe())
     print(

@@ -121,10 +121,9 @@ def measure_browser(home: Path, many: Path, one: Path, times: int) -> None:
     def listed(data: bytes) -> bool:
         return b"run-00" in data
 
-    commands = [
-        [sys.executable, "-m", "rlhf_tui.cli", "--sessions", str(folder)] for folder in (one, many)
-    ]
-    print(f"browser of one and of many      {pairs(home, times, *commands, (listed, listed))}")
+    browser = [sys.executable, "-m", "rlhf_tui.cli", "--sessions"]
+    found = pairs(home, times, [*browser, str(one)], [*browser, str(many)], (listed, listed))
+    print(f"browser of one and of many      {found}")
 
 
 def measure_overlay(home: Path, many: Path) -> None:

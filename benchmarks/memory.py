@@ -18,15 +18,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from engine import starter
@@ -34,7 +34,7 @@ from engine.journal.reader import JournalReader
 from engine.session.folder import Session
 
 TOLERANCE = 0.25
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SMOLLM2_135M = LlamaConfig(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, **SPECIAL,
@@ -122,14 +122,13 @@ def write_model(model: str, root: Path) -> list[str]:
     policy, reward = root / model, root / f"{model}-reward"
     if not policy.exists():
         config = SHAPES[model]
-        kind = LlamaForCausalLM if model == "smollm2" else Qwen2ForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
         small = LlamaConfig(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-            vocab_size=config.vocab_size, num_labels=1, **SPECIAL,
+            vocab_size=config.vocab_size, **(SPECIAL | {"num_labels": 1}),
         )  # fmt: skip
         for built, folder in (
-            (kind(config), policy),
+            (AutoModelForCausalLM.from_config(config), policy),
             (LlamaForSequenceClassification(small), reward),
         ):
             built.save_pretrained(folder)
@@ -152,7 +151,9 @@ def run(root: Path, name: str, overrides: list[str]) -> tuple[float, float]:
         raise RunError("\n  ".join([f"exit code {done.returncode}", *output[-5:]]))
     with JournalReader(Session(root / "sessions" / name)) as reader:
         ready = next((e.as_json() for e in reader.events() if e.kind == "ready"), {})
-        measured = max((v for _, v in reader.series("perf/peak_memory_gb")), default=0.0)
+        measured = max(
+            (v for _, v in reader.series("perf/peak_memory_gb") if v is not None), default=0.0
+        )
     if "planned_memory_gb" not in ready or not measured:
         raise RunError("the journal holds no estimate or no measured peak")
     return float(ready["planned_memory_gb"]), measured

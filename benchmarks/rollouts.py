@@ -13,9 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+)
 
 from engine import starter
 from engine.config import file as config_file
@@ -23,6 +29,7 @@ from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.rollout.engine import rollout_command, rollout_environment, shared_folder
 from engine.memory.rollout_engine import cache_bytes
 from engine.protocol import frames, sockets
+from engine.protocol.frames import Message
 from engine.protocol.rollout.messages import (
     Continue,
     Generate,
@@ -46,10 +53,10 @@ PROMPT = 16
 """Tokens of each prompt."""
 
 
-class NoText:
+class NoText(PreTrainedTokenizerBase):
     """Takes the place of a tokenizer."""
 
-    def decode(self, *_args: object, **_options: object) -> str:
+    def decode(self, *_args: Any, **_options: Any) -> str:
         """No text."""
         return ""
 
@@ -72,7 +79,7 @@ class Engine:
         self.socket.settimeout(None)
         self.ask(start)
 
-    def ask(self, message: object) -> object:
+    def ask(self, message: Message) -> Message:
         """Sends a message; returns its reply."""
         self.socket.sendall(frames.encode(message))
         while isinstance(reply := decode_from_engine(frames.receive(self.socket)), Progress):
@@ -103,7 +110,7 @@ def main() -> None:
     if options.shape == "starter":
         config = AutoConfig.from_pretrained(starter.FOLDER / "policy")
     torch.manual_seed(0)
-    lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    lm: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     rows, tokens = options.rows, options.tokens
     ids = torch.randint(3, config.vocab_size, (rows, PROMPT))
     uniforms = torch.rand(rows, tokens, dtype=torch.float64)
@@ -121,7 +128,8 @@ def main() -> None:
                 model=folder, dtype="float32", max_tokens=PROMPT + tokens, max_responses=rows,
                 cache_bytes=cache_bytes(
                     demo.rollout, "float32", config.num_hidden_layers,
-                    config.num_key_value_heads * head, PROMPT + tokens,
+                    (config.num_key_value_heads or config.num_attention_heads) * head,
+                    PROMPT + tokens,
                 ),
             ),
         )  # fmt: skip

@@ -8,6 +8,7 @@ same work.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -32,7 +33,7 @@ class Shape:
     kv_heads: int
     vocabulary: int
 
-    def config(self, **more: object) -> LlamaConfig:
+    def config(self, **more: Any) -> LlamaConfig:
         """The configuration for transformers, with tied embeddings."""
         return LlamaConfig(
             hidden_size=self.hidden,

@@ -54,7 +54,8 @@ def rollout_forward(
     values = None if values is None else values[:, -width - 1 : -1]
     if logits is None or want == "values":
         return torch.zeros(responses.shape, device=responses.device), values, width
-    logprobs = forward.token_logprobs(logits[:, -width - 1 : -1], responses, temperature)
+    # By way of the module, where a benchmark may have put another one.
+    logprobs = forward.token_logprobs(logits[:, -width - 1 : -1], responses, temperature)  # type: ignore[attr-defined]  # imported there
     return logprobs, values, width
 
 

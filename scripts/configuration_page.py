@@ -6,6 +6,7 @@ types, defaults and docstrings. A test compares the page with the code.
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from engine import metrics
@@ -42,7 +43,7 @@ LIST_ITEMS = {
     "A webhook of `notify.webhooks`": "Webhook",
     "The settings of `reward train`": "RewardTrainingConfig",
 }
-TYPE_NAMES = [
+TYPE_NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"Annotated\[(\w+), Meta\((ge|gt)=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
     (r"Annotated\[int, Meta\(ge=0\)\]", "whole number ≥ 0"),
     (r"tuple\[Decay, Decay\]", "two numbers in [0, 1)"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -22,12 +23,8 @@ from engine.train.run import Run
 @contextmanager
 def without_graphs() -> Iterator[None]:
     """Context in which no CUDA graph is captured."""
-    kept = decoder.can_capture
-    decoder.can_capture = lambda *_: False
-    try:
+    with mock.patch.object(decoder, "can_capture", lambda *_: False):
         yield
-    finally:
-        decoder.can_capture = kept
 
 
 def respond(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _no_progress(_done: int, _total: int) -> None:
 
 def moved(rollout: Rollout, device: torch.device) -> Rollout:
     """A rollout with all its tensors on another device."""
-    changed = {
+    changed: dict[str, Any] = {
         f.name: value.to(device)
         for f in fields(rollout)
         if isinstance(value := getattr(rollout, f.name), Tensor)

@@ -82,7 +82,7 @@ def metrics(target: Target, name: str) -> dict[str, dict[int, float]]:
     """All metrics of a session by name and step, times and memory left out."""
     with JournalReader(session(target, name)) as reader:
         return {
-            metric: dict(reader.series(metric))
+            metric: {step: value for step, value in reader.series(metric) if value is not None}
             for metric in reader.metric_names()
             if not metric.startswith(("time/", "perf/", "gpu/", "system/"))
         }
@@ -198,7 +198,7 @@ def sharded_on_one(target: Target) -> Iterator[Finding]:
     if not target.real:
         yield Finding("FSDP2 on one GPU", passed=True, measured="needs NCCL")
         return
-    store = dist.FileStore(str(target.folder / "store"), 1)
+    store = dist.FileStore(str(target.folder / "store"), 1)  # type: ignore[attr-defined]  # torch exports it without saying so
     dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=target.device)
     try:
         mesh = init_device_mesh("cuda", (1,))

@@ -67,7 +67,7 @@ def sample_rows(
     return rows
 
 
-def _rounded(value: float) -> float:
+def _rounded(value: float | torch.Tensor) -> float:
     return round(float(value), 4)
 
 
@@ -123,7 +123,7 @@ def _sample_figures(
         scores = score_rows(reward, rows, tokenizer.pad_token_id, 256)
     ended = [r[-1] == tokenizer.eos_token_id for r in rows]
     lengths = [len(r) for r in rows]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(list(rows), skip_special_tokens=True)
     quantiles = torch.quantile(scores, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
     return {
         "samples": len(rows),

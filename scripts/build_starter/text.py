@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCABULARY = 4096
@@ -44,13 +44,12 @@ def train_tokenizer(sentences: Iterable[str], folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer saved by `train_tokenizer`."""
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
-    return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Return the ids of ``sentence<eos>`` for each text."""
-    eos = tokenizer.convert_tokens_to_ids(EOS)
+    eos = tokenizer.eos_token_id
     return [[*ids, eos] for ids in tokenizer(list(texts)).input_ids]
 
 

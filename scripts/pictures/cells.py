@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.cells import cell_len
 
@@ -52,25 +53,30 @@ def cells_of(output: str) -> list[list[Cell]]:
     return rows
 
 
+def _replaced(style: Style, name: str, value: Any) -> Style:
+    return replace(style, **{name: value})
+
+
 def _styled(style: Style, numbers: list[int]) -> Style:
     while numbers:
         n, numbers = numbers[0], numbers[1:]
         if n == 0:
             style = Style()
         elif n in ON:
-            style = replace(style, **{ON[n]: True})
+            style = _replaced(style, ON[n], value=True)
         elif n in OFF:
-            style = replace(style, **dict.fromkeys(OFF[n], False))
+            for name in OFF[n]:
+                style = _replaced(style, name, value=False)
         elif n in (38, 48):
             size = 2 if numbers[0] == 5 else 4
             given, numbers = numbers[1:size], numbers[size:]
             colour: Colour = given[0] if size == 2 else (given[0], given[1], given[2])
-            style = replace(style, **{"fore" if n == 38 else "back": colour})
+            style = _replaced(style, "fore" if n == 38 else "back", colour)
         elif n in (39, 49):
-            style = replace(style, **{"fore" if n == 39 else "back": None})
+            style = _replaced(style, "fore" if n == 39 else "back", None)
         else:
             for first, name, base in ((30, "fore", 0), (40, "back", 0), (90, "fore", 8),
                                       (100, "back", 8)):  # fmt: skip
                 if first <= n < first + 8:
-                    style = replace(style, **{name: n - first + base})
+                    style = _replaced(style, name, n - first + base)
     return style

@@ -7,7 +7,6 @@
 
 import argparse
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -74,9 +73,14 @@ def save_png(svg: str, path: Path, zoom: float = 1.0) -> None:
     )  # fmt: skip
 
 
+def _size(word: str) -> tuple[int, int]:
+    width, height = word.split("x")
+    return int(width), int(height)
+
+
 def _draw(out: Path, sessions: Path, name: str, chosen: argparse.Namespace) -> None:
     names = chosen.screen or SCREENS
-    for size in [tuple(map(int, s.split("x"))) for s in chosen.size] or SIZES:
+    for size in chosen.size or SIZES:
         for colours in chosen.colours or COLOURS:
             found = list(screens(sessions, name, size, colours, names).items())
             each = PER_SHEET.get(size[0], 4)
@@ -92,7 +96,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--sessions", type=Path)
     parser.add_argument("--name", default=PAUSED)
-    parser.add_argument("--size", action="append", default=[])
+    parser.add_argument("--size", action="append", default=[], type=_size, metavar="WxH")
     parser.add_argument("--colours", action="append", default=[], choices=list(COLOURS))
     parser.add_argument("--screen", action="append", default=[], choices=SCREENS)
     chosen = parser.parse_args()
@@ -105,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
