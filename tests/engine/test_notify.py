@@ -356,6 +356,16 @@ async def test_a_command_receives_the_alert_as_json_and_its_text(tmp_path):
     assert (tmp_path / "text").read_text() == "run: too much\n"
 
 
+async def test_a_text_that_no_environment_takes_is_sent_all_the_same(tmp_path):
+    text = "\0" + "x" * 200_000
+    message = Notification("run", "pause", "error", text, 3)
+    await CommandChannel(
+        f'cat > {tmp_path}/json; printf %s "$RLHF_TUI_ALERT" > {tmp_path}/text'
+    ).send(message)
+    assert json.loads((tmp_path / "json").read_text())["text"] == text
+    assert (tmp_path / "text").read_text().startswith(" xxx")
+
+
 async def test_a_command_that_fails_is_reported_whatever_it_prints():
     with pytest.raises(NotificationError, match="exit status 3: \ufffdno route"):
         await CommandChannel(r"printf '\377no route' >&2; exit 3").send(MESSAGE)

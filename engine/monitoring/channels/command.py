@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from engine.errors import shortened
 from engine.monitoring.channels.message import Notification, NotificationError, one_line
 
 LONGEST_OUTPUT = 500
 """Bytes of what a failed command printed that the log repeats."""
+LONGEST_VARIABLE = 10_000
+"""Characters of the text in the environment: Linux takes 128 KiB, and no NUL. The JSON has all."""
 MOST_OUTPUT = 1 << 20
 """Bytes of errors that a command can write: they are in the host's memory."""
 
@@ -36,7 +39,7 @@ class CommandChannel:
         """Runs the command. Raises NotificationError."""
         environment = os.environ | {
             "RLHF_TUI_SESSION": message.session,
-            "RLHF_TUI_ALERT": message.text,
+            "RLHF_TUI_ALERT": shortened(message.text.replace("\0", " "), LONGEST_VARIABLE),
         }
         # Unlike json, this encoder writes null for NaN and infinity.
         text = msgspec.json.encode(message.as_json()) + b"\n"  # a file of them is JSON lines
