@@ -330,6 +330,20 @@ def test_several_runs_are_compared_at_the_last_step_that_all_have(tmp_path):
     assert shown.splitlines()[-1].split() == ["eval/score", "@", "40", *[f"{score:.3f}"] * 3]
 
 
+def test_entries_of_lists_are_compared_key_by_key(tmp_path):
+    def mix(*entries):
+        return f"[{', '.join(f'{{function: a:b, weight: {w}, name: {n}}}' for n, w in entries)}]"
+
+    for name, entries in (("a", [("x", 1)]), ("b", [("x", 2), ("y", 1)])):
+        create(tmp_path, name, config_of(**{"reward.model": "null", "reward.mix": mix(*entries)}))
+    shown = CliRunner().invoke(cli, ["diff", "a", "b", "--sessions", str(tmp_path)]).output
+    rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown.splitlines()[1:]}
+    assert rows["reward.mix[0].weight"].split() == ["1", "2"]
+    assert rows["reward.mix[1]"].split(maxsplit=1)[0] == "–"
+    assert "name: y" in rows["reward.mix[1]"]
+    assert "reward.mix[0].name" not in rows
+
+
 async def test_the_best_checkpoint_is_marked_by_the_metric_of_the_configuration(opened, until):
     async with opened((80, 24), ["4"]) as (app, pilot):
         table = app.screen.query_one(Table)

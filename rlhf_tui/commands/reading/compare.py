@@ -1,7 +1,8 @@
 """Commands that compare or evaluate finished steps: diff, guardrails."""
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
         found = {"config": changed, "step": step, "metrics": metrics, "held_out": held_out}
         print_json(found)
         return
-    rows = [[k, *map(_shown, values)] for k, values in changed.items()]
+    parts = [part for key, values in changed.items() for part in _parts(key, values)]
+    rows = [[key, *map(_shown, values)] for key, values in parts]
     rows += [[f"{k} @ {step}", *map(fmt.number, values)] for k, values in metrics.items()]
     if common is not None:
         rows.append(
@@ -83,11 +85,27 @@ def _differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
     return differences
 
 
+def _parts(key: str, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Where the values of a key differ, by entry of a list and by key of an entry."""
+    if all(value == values[0] for value in values):
+        return
+    if all(isinstance(value, dict) for value in values):
+        for name in dict.fromkeys(name for value in values for name in value):
+            yield from _parts(f"{key}.{name}", [value.get(name) for value in values])
+    elif all(isinstance(value, list) for value in values) and any(
+        isinstance(entry, dict) for value in values for entry in value
+    ):
+        for i, entries in enumerate(itertools.zip_longest(*values)):
+            yield from _parts(f"{key}[{i}]", list(entries))
+    else:
+        yield key, values
+
+
 def _shown(value: object) -> str:
     """A configuration value as in YAML, on one line; `–` if it is not set."""
     if value is None:
         return "–"
-    return one_line(str(value).lower() if isinstance(value, bool) else str(value))
+    return str(value).lower() if isinstance(value, bool) else one_line(fmt.value_text(value))
 
 
 @click.command()

@@ -89,6 +89,8 @@ def samples(
             rows = with_judgements(session, reader.newest(count))
     if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output):
         return
+    if not rows:
+        say("no responses to held-out prompts" if held_out else "no samples")
     for row in rows:
         score, kl = fmt.number(row.score), fmt.number(row.kl, 2)
         label = f"  {row.label}" if row.label else ""
