@@ -133,8 +133,9 @@ class ChoiceDialog(Dialog[str]):
                 )  # fmt: skip
 
     def say(self, rows: list[Row]) -> None:
-        """Replaces the text."""
-        self.query_one(MessageLine).say(rows)
+        """Replaces the text; does nothing while the dialog is being closed."""
+        for line in self.query(MessageLine):
+            line.say(rows)
 
     def on_button_pressed(self, event: "Button.Pressed") -> None:
         """Closes with the choice of a button."""

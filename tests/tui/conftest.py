@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -210,11 +211,14 @@ def judge(session: Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def frozen_folder(tmp_path_factory) -> Path:
-    """One folder for all tests that only read."""
+def frozen_folder(tmp_path_factory) -> Iterator[Path]:
+    """One folder for all tests that only read; fails if one of them has judged a response."""
     root = tmp_path_factory.mktemp("frozen") / "sessions"
-    judge(make_session(root))
-    return root
+    session = make_session(root)
+    judge(session)
+    judgements = session.labels_file.read_bytes()
+    yield root
+    assert session.labels_file.read_bytes() == judgements, "a test has changed what all share"
 
 
 @pytest.fixture
