@@ -100,17 +100,29 @@ def _check_without_journal(session: Session) -> Iterator[Finding]:
             f"journal.db is missing; there are checkpoints of steps {listed(steps)}",
             f"restore it, or: {session.command('resume', '--from', str(steps[-1]))}",
         )
+        return
+    if responses := _response_count(session):
+        yield problem(
+            "files",
+            f"journal.db is missing; samples.db has {responses} responses of its steps",
+            "restore it: without it and without a checkpoint the session cannot be continued",
+        )
+
+
+def _response_count(session: Session) -> int:
+    samples = ReadOnlyDatabase(session.samples_file, schema.SAMPLES)
+    with closing(samples):
+        counted = samples.rows("SELECT count(*) FROM samples")
+    return int(counted[0][0]) if counted else 0
 
 
 def _contents(session: Session) -> Contents:
-    samples = ReadOnlyDatabase(session.samples_file, schema.SAMPLES)
-    with closing(samples), JournalReader(session) as reader, LabelReader(session) as labels:
-        counted = samples.rows("SELECT count(*) FROM samples")
+    with JournalReader(session) as reader, LabelReader(session) as labels:
         return Contents(
             state=reader.state(),
             checkpoints=len(complete_checkpoints(session.checkpoints)),
             steps=reader.last_step(),
             commands=len(reader.commands()),
-            samples=int(counted[0][0]) if counted else 0,
+            samples=_response_count(session),
             labels=len(labels.judgements()) + len(labels.preferences()),
         )

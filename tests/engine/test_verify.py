@@ -141,6 +141,9 @@ FILE_DAMAGE = {
     "files: cannot read": lambda s: overwrite(s.samples_file, b"no database!"),
     "files: config.yaml:": lambda s: s.config_file.write_text("train: {steps: none}"),
     "files: journal.db is missing": lambda s: s.journal_file.unlink(),
+    "files: journal.db is missing; samples.db has": (
+        lambda s: (s.journal_file.unlink(), shutil.rmtree(s.checkpoints))
+    ),
     "samples: samples.db is missing": lambda s: s.samples_file.unlink(),
     "checkpoints: the checkpoint of step 4 is damaged: weights": lambda s: overwrite(
         s.checkpoints / "step-000004" / "weights", b"x"
