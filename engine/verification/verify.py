@@ -54,9 +54,9 @@ def verify(session: Session) -> Verified:
     findings = [*check_access(session), *check_leftovers(session, live=live)]
     findings += _check_config(session)
     findings += check_databases(session, live=live)
-    if not session.journal_file.is_file():
-        findings += _check_without_journal(session)
     try:
+        if not session.journal_file.is_file():
+            findings += _check_without_journal(session)
         for finding in _check_contents(session):
             findings.append(finding)
         contents = _contents(session)

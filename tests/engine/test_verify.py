@@ -139,6 +139,11 @@ def add(session, name, text=b""):
 FILE_DAMAGE = {
     "files: cannot read the journal": lambda s: overwrite(s.journal_file, b"\xff" * 40, 4096),
     "files: cannot read": lambda s: overwrite(s.samples_file, b"no database!"),
+    "files: cannot read /": lambda s: (
+        overwrite(s.samples_file, b"no database!"),
+        s.journal_file.unlink(),
+        shutil.rmtree(s.checkpoints),
+    ),
     "files: config.yaml:": lambda s: s.config_file.write_text("train: {steps: none}"),
     "files: journal.db is missing": lambda s: s.journal_file.unlink(),
     "files: journal.db is missing; samples.db has": (
