@@ -97,6 +97,8 @@ class Lab:
         self.environment = os.environ | {
             "PATH": f"{Path(PROGRAM).parent}{os.pathsep}{os.environ['PATH']}",
             "RLHF_TUI_SESSIONS": str(root),
+            # Not those of whoever runs the tests, whose preferences change the screens.
+            "XDG_CONFIG_HOME": str(gates / "config"),
             "XDG_STATE_HOME": str(gates / "state"),
             "HF_HUB_OFFLINE": "1",
             "TERM": "dumb",
