@@ -15,8 +15,11 @@ def guarded(either_lab, place, wait_until):
     box = place / f"alerts-{'light' if lab.is_light else 'model'}"
     box.mkdir()
     rule = "{name: enough, metric: episode, above: 7, action: pause}"
+    # A function's own score beyond float32 would end the run; ten times this one is infinite.
+    mix = "[{model: 'starter:reward'}, {function: 'gate:score', weight: 10}]"
     run = lab.run(
         "guarded",
+        f"reward.mix={mix}",
         f"guardrails.rules=[{rule}]",
         f'notify.command=cat > {box}/$$.part; echo "$RLHF_TUI_ALERT" > {box}/$$.text; '
         f"mv {box}/$$.part {box}/$$.json",
@@ -24,7 +27,7 @@ def guarded(either_lab, place, wait_until):
     # While step 3 is held, the supervisor requests the pause for step 2, possibly before step 3
     # begins. The same holds for the others.
     run.hold(3, 5, 7)
-    run.score_at(6, "1e39")
+    run.score_at(6, "1e39" if lab.is_light else "3e38")
     run.follower = None
     run.start()
     run.pauses, run.shown, run.statuses = [], [], []
