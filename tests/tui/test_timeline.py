@@ -156,32 +156,30 @@ def test_an_engine_that_died_is_in_the_timeline_where_its_attempt_ended():
     ]
 
 
-def test_an_engine_that_starts_its_ranks_again_without_an_error_has_not_died():
-    state = make_state(attempts=attempts(0, 20))
-    state.take(
-        SessionUpdate(
-            events=events(
-                (1, 0, AttemptEvent(attempt=1)),
-                (1, 20, AlertEvent(rule="machines", text="starts again with another machine")),
-                (2, 20, AttemptEvent(attempt=2, from_step=20)),
-            )
-        )
+def restarted(rows, event):
+    """The timeline of a run with an event at step 20, from which a second attempt starts."""
+    state = make_state(attempts=rows)
+    found = events(
+        (1, 0, AttemptEvent(attempt=1)),
+        (1, 20, event),
+        (2, 20, AttemptEvent(attempt=2, from_step=20)),
     )
-    assert [m.kind for m in state.timeline()] == ["attempt", "alert", "attempt"]
+    state.take(SessionUpdate(events=found))
+    return state.timeline()
+
+
+def test_an_engine_that_starts_its_ranks_again_without_an_error_has_not_died():
+    timeline = restarted(
+        attempts(0, 20), AlertEvent(rule="machines", text="starts again with another machine")
+    )
+    assert [m.kind for m in timeline] == ["attempt", "alert", "attempt"]
 
 
 def test_an_engine_that_was_killed_between_an_error_and_its_restart_has_died():
-    state = make_state(attempts=attempts(0, 20, each_killed=True))
-    state.take(
-        SessionUpdate(
-            events=events(
-                (1, 0, AttemptEvent(attempt=1)),
-                (1, 20, ErrorEvent(text="rank 0 was ended by SIGKILL")),
-                (2, 20, AttemptEvent(attempt=2, from_step=20)),
-            )
-        )
+    timeline = restarted(
+        attempts(0, 20, each_killed=True), ErrorEvent(text="rank 0 was ended by SIGKILL")
     )
-    assert [m.text for m in state.timeline()[2:]] == [DIED, "resumed from step 20"]
+    assert [m.text for m in timeline[2:]] == [DIED, "resumed from step 20"]
 
 
 def test_an_engine_that_is_dead_now_is_the_newest_entry():

@@ -1,99 +1,25 @@
-"""The PPO numerics compared with slow loops over samples and tokens.
-
-The drawn numbers are multiples of 1/64, which are exact in float32. So float32 and the loops, in
-double precision, take the same branch of every max and clip. The tolerance of a sum is 1e-5 of the
-sum of its terms' magnitudes: a few float32 roundings (6e-8 each) over at most 32 terms, and the
-error of `exp`.
-"""
+"""Masked statistics and advantage estimators compared with slow loops over samples and tokens."""
 
 import math
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.sections.ppo import ADVANTAGES, PPOConfig
 from engine.train.ppo import advantages, losses, masked
 from engine.train.ppo.advantages import AdvantageInputs, generalised_advantages, make_targets
-
-CLIPS = st.sampled_from([0.1, 0.2, 0.3])
-KINDS = st.sampled_from(["token", "sequence", "sequence_mean"])
-modest = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-@st.composite
-def batches(draw, tables, limit=4):
-    """Lengths (B,), a width T that may exceed them all, and `tables` tables (B, T)."""
-    b, t = draw(st.integers(1, 4)), draw(st.integers(1, 8))
-    some = st.lists(st.integers(1, t), min_size=b, max_size=b)
-    lengths = draw(st.one_of(some, st.just([t] * b), st.just([1] * b)))
-    size = 64 * limit
-    numbers = st.lists(st.integers(-size, size), min_size=b * t, max_size=b * t)
-    values = [torch.tensor(draw(numbers)).reshape(b, t) / 64 for _ in range(tables)]
-    return (torch.tensor(lengths), *values)
-
-
-@st.composite
-def masks(draw, tables):
-    """A mask with gaps and at least one token per row, and `tables` tables (B, T)."""
-    lengths, *values = draw(batches(tables))
-    b, t = values[0].shape
-    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=b * t, max_size=b * t)))
-    mask = mask.reshape(b, t)
-    mask[torch.arange(b), lengths - 1] = True
-    return (mask, *values)
-
-
-def near(got, want, size=1.0):
-    return abs(float(got) - want) <= 1e-5 * (1.0 + size)
-
-
-def kept(mask):
-    """The (row, token) pairs of a mask."""
-    return [(i, t) for i, row in enumerate(mask.tolist()) for t, on in enumerate(row) if on]
-
-
-def slow_log_ratio(new, old, mask, kind):
-    """{(i, t): log ρ}."""
-    result = {}
-    for i, t in kept(mask):
-        tokens = [t] if kind == "token" else [s for j, s in kept(mask) if j == i]
-        total = sum(float(new[i, s]) - float(old[i, s]) for s in tokens)
-        total /= len(tokens) if kind == "sequence_mean" else 1
-        result[i, t] = min(20.0, max(-20.0, total))
-    return result
-
-
-def slow_policy(new, old, advantages, mask, clip, kind, high=None):
-    """{(i, t): (loss, whether the clip is active, log ρ, ρ)}."""
-    high = clip if high is None else high
-    result = {}
-    for (i, t), log_rho in slow_log_ratio(new, old, mask, kind).items():
-        rho, a = math.exp(log_rho), float(advantages[i, t])
-        unclipped, clipped = -a * rho, -a * min(1 + high, max(1 - clip, rho))
-        result[i, t] = (max(unclipped, clipped), clipped > unclipped, log_rho, rho)
-    return result
-
-
-def slow_gae(rewards, values, mask, gamma, lam):
-    """{(i, t): advantage}, over the tokens of the mask alone."""
-    result = {}
-    for i in range(len(rewards)):
-        advantage = following = 0.0
-        for t in reversed([t for j, t in kept(mask) if j == i]):
-            delta = float(rewards[i, t]) + gamma * following - float(values[i, t])
-            advantage = delta + gamma * lam * advantage
-            following = float(values[i, t])
-            result[i, t] = advantage
-    return result
-
-
-def slow_moments(x, mask):
-    numbers = [float(x[i, t]) for i, t in kept(mask)]
-    mean = math.fsum(numbers) / len(numbers)
-    return mean, math.fsum((n - mean) ** 2 for n in numbers) / len(numbers)
+from tests.train.ppo_loops import (
+    KINDS,
+    batches,
+    kept,
+    masks,
+    modest,
+    near,
+    slow_gae,
+    slow_moments,
+)
 
 
 @modest
@@ -267,157 +193,6 @@ def test_advantages_and_returns_may_have_lambdas_of_their_own(batch, lam_value, 
         for _, t in for_policy:
             assert near(targets.advantages[i, t], for_policy[0, t], 64)
             assert near(targets.returns[i, t], for_value[0, t] + float(values[i, t]), 64)
-
-
-@modest
-@given(batches(2, limit=32), KINDS)
-def test_log_ratios_are_clamped_to_twenty_and_zero_outside_the_mask(batch, kind):
-    lengths, new, old = batch
-    mask = masked.response_mask(lengths, new.shape[1])
-    got = losses.log_ratio(new, old, mask, kind)
-    want = slow_log_ratio(new, old, mask, kind)
-    for i in range(len(new)):
-        for t in range(new.shape[1]):
-            assert near(got[i, t], want.get((i, t), 0.0))
-
-
-@modest
-@given(st.one_of(masks(3), batches(3, limit=32)), CLIPS, KINDS)
-def test_policy_terms_are_the_sums_of_the_clipped_objective(batch, clip, kind):
-    first, new, old, advantages = batch
-    mask = first if first.dtype is torch.bool else masked.response_mask(first, new.shape[1])
-    terms = list(slow_policy(new, old, advantages, mask, clip, kind).values())
-    got = losses.policy_terms(new, old, advantages, mask, clip, kind)
-    assert near(got.loss, sum(x[0] for x in terms), sum(abs(x[0]) for x in terms))
-    assert float(got.clipped) == sum(x[1] for x in terms)
-    squares = sum(x[2] ** 2 for x in terms)
-    assert near(got.squared_log_ratio, squares, squares)
-    assert near(got.ratio, sum(x[3] for x in terms), sum(x[3] for x in terms))
-    assert near(got.squared_ratio, sum(x[3] ** 2 for x in terms), sum(x[3] ** 2 for x in terms))
-
-
-@modest
-@given(batches(3), CLIPS, st.sampled_from([0.15, 0.28, 3.0]), st.sampled_from([1.01, 3.0]))
-def test_the_two_clip_ranges_and_the_dual_clip_bound_each_token(batch, low, high, dual):
-    lengths, new, old, advantages = batch
-    mask = masked.response_mask(lengths, new.shape[1])
-    got = losses.policy_terms(new, old, advantages, mask, low, clip_range_high=high, dual_clip=dual)
-    loss, counts = 0.0, {"high": 0, "low": 0, "dual": 0}
-    for (i, t), (term, active, _, rho) in slow_policy(
-        new, old, advantages, mask, low, "token", high
-    ).items():
-        counts["high"] += active and rho > 1
-        counts["low"] += active and rho < 1
-        a = float(advantages[i, t])
-        bounded = a < 0 and -a * dual < term
-        counts["dual"] += bounded
-        loss += -a * dual if bounded else term
-        assert not (bounded and active)
-    assert near(got.loss, loss, float((advantages.abs() * mask).sum()) * math.exp(8))
-    assert float(got.clipped_high) == counts["high"]
-    assert float(got.clipped_low) == counts["low"]
-    assert float(got.dual_clipped) == counts["dual"]
-
-
-def test_every_policy_loss_and_aggregation_can_be_chosen():
-    keys = get_type_hints(PPOConfig)
-    assert set(get_args(keys["policy_loss"])) == set(losses.POLICY_LOSSES)
-    assert set(get_args(keys["loss_aggregation"])) == set(losses.AGGREGATIONS)
-
-
-@modest
-@given(batches(3), st.sampled_from(sorted(losses.AGGREGATIONS)))
-def test_an_aggregation_is_the_mean_that_its_name_says(batch, name):
-    lengths, new, old, advantages = batch
-    mask, n = masked.response_mask(lengths, new.shape[1]), len(lengths)
-    terms = slow_policy(new, old, advantages, mask, 0.2, "token")
-    sums = [sum(x[0] for (j, _), x in terms.items() if j == i) for i in range(n)]
-    want = {
-        "token": sum(sums) / len(terms),
-        "sequence": sum(s / k for s, k in zip(sums, lengths.tolist(), strict=True)) / n,
-        "sequence_sum_constant": sum(s / 11 for s in sums) / n,
-    }
-    size = losses.MinibatchSize(tokens=len(terms), responses=n, max_new_tokens=11)
-    weights = losses.AGGREGATIONS[name](size, lengths)
-    got = losses.policy_terms(new, old, advantages, mask, 0.2, row_weights=weights)
-    magnitude = sum(abs(x[0]) for x in terms.values())
-    assert near(got.loss / size.tokens, want[name], magnitude)
-
-
-@modest
-@given(batches(3), CLIPS, KINDS)
-def test_only_unclipped_tokens_have_a_gradient(batch, clip, kind):
-    lengths, new, old, advantages = batch
-    mask = masked.response_mask(lengths, new.shape[1])
-    leaf = new.clone().requires_grad_()
-    losses.policy_terms(leaf, old, advantages, mask, clip, kind).loss.backward()
-    expected = dict.fromkeys([(i, t) for i in range(len(new)) for t in range(new.shape[1])], 0.0)
-    sizes = dict(expected)
-    for (i, t), (_, clipped, log_rho, rho) in slow_policy(
-        new, old, advantages, mask, clip, kind
-    ).items():
-        if clipped or abs(log_rho) >= 20:
-            continue
-        tokens = [t] if kind == "token" else range(int(lengths[i]))
-        share = rho / len(tokens) if kind == "sequence_mean" else rho
-        for s in tokens:
-            expected[i, s] -= float(advantages[i, t]) * share
-            sizes[i, s] += abs(float(advantages[i, t])) * share
-    for (i, t), want in expected.items():
-        log_rho = slow_log_ratio(new, old, mask, kind).get((i, t), 0.0)
-        if abs(log_rho) != 20:  # at the clamp either one-sided derivative is right
-            assert near(leaf.grad[i, t], want, sizes[i, t])
-
-
-@modest
-@given(batches(3), st.sampled_from([0.2, 1.0]), st.sampled_from([0.3, 4.0]), KINDS)
-def test_with_cispo_each_token_has_the_gradient_of_its_clipped_ratio(batch, low, high, kind):
-    lengths, new, old, advantages = batch
-    mask = masked.response_mask(lengths, new.shape[1])
-    leaf = new.clone().requires_grad_()
-    got = losses.policy_terms(
-        leaf, old, advantages, mask, low, kind, policy_loss="cispo", clip_range_high=high
-    )
-    got.loss.backward()
-    loss, size, gradient, counts = 0.0, 0.0, torch.zeros_like(new), [0, 0]
-    for (i, t), log_rho in slow_log_ratio(new, old, mask, kind).items():
-        a, bounded = float(advantages[i, t]), min(1 + high, max(1 - low, math.exp(log_rho)))
-        gradient[i, t] = -a * bounded
-        loss += -a * bounded * float(new[i, t])
-        size += abs(a * bounded * float(new[i, t]))
-        counts[0] += a != 0 and math.exp(log_rho) > 1 + high
-        counts[1] += a != 0 and math.exp(log_rho) < 1 - low
-    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-5, atol=1e-5)
-    assert near(got.loss.detach(), loss, size)
-    assert [float(got.clipped_high), float(got.clipped_low)] == counts
-
-
-@modest
-@given(batches(3), st.sampled_from([None, 0.2, 0.25, 1.0]))
-def test_value_terms_are_half_the_larger_squared_error(batch, clip):
-    lengths, values, old, returns = batch
-    mask = masked.response_mask(lengths, values.shape[1])
-    loss, active = 0.0, 0
-    for i, t in kept(mask):
-        v, v_old, r = float(values[i, t]), float(old[i, t]), float(returns[i, t])
-        unclipped = (v - r) ** 2
-        clipped = unclipped
-        if clip is not None:
-            clipped = (min(v_old + clip, max(v_old - clip, v)) - r) ** 2
-        # 0.2 is not exact in float32, so the two are equal only where V was not clipped.
-        loss += 0.5 * max(unclipped, clipped)
-        active += clipped > unclipped
-    got_loss, got_active = losses.value_terms(values, old, returns, mask, clip)
-    assert near(got_loss, loss, loss)
-    assert float(got_active) == active
-
-
-def test_values_within_the_range_do_not_count_as_clipped_by_rounding():
-    old, values = torch.rand(2, 8, 400, generator=torch.Generator().manual_seed(0)) * 0.19
-    returns, mask = torch.ones_like(old), torch.ones_like(old, dtype=torch.bool)
-    loss, clipped = losses.value_terms(values, old, returns, mask, 0.2)
-    assert clipped == 0
-    assert loss == losses.value_terms(values, old, returns, mask, None)[0]
 
 
 @modest
