@@ -27,7 +27,7 @@ GROUP, LIMIT = 4, 6
 LENGTHS = torch.tensor([6, 2, 5, 1])
 AGGREGATION = {
     "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
-    "cispo": "token",
+    "cispo": "token", "sapo": "sequence",
 }  # fmt: skip
 """TRL's `loss_type` → `ppo.loss_aggregation`."""
 
@@ -133,11 +133,13 @@ def ours(trainer, inputs, case):
     logprobs, entropies = token_logprobs_and_entropies(logits, inputs["completion_ids"], 1.0)
     size = losses.MinibatchSize(int(mask.sum()), len(mask), LIMIT)
     weights = losses.AGGREGATIONS[AGGREGATION[case["loss_type"]]](size, LENGTHS)
-    cispo = case["loss_type"] == "cispo"  # theirs has no lower bound
+    kind = case["loss_type"]
     terms = losses.policy_terms(
         logprobs, inputs["old_per_token_logps"], inputs["advantages"][:, None], mask,
-        1.0 if cispo else 0.2, case["ratio"], policy_loss="cispo" if cispo else "clipped",
-        clip_range_high=case["high"], dual_clip=case["delta"], row_weights=weights,
+        1.0 if kind == "cispo" else 0.2,  # theirs has no lower bound
+        case["ratio"], policy_loss=kind if kind in losses.POLICY_LOSSES else "clipped",
+        clip_range_high=case["high"], dual_clip=case["delta"], temperatures=(1.0, 1.05),
+        row_weights=weights,
     )  # fmt: skip
     loss = terms.loss
     if case["beta"]:
@@ -164,6 +166,8 @@ CASES = [
         ("dr_grpo", "token", None, None, 0.1, 0.0, False),
         ("dr_grpo", "token", 0.28, 1.5, 0.0, 0.0, False),
         ("cispo", "token", 0.3, None, 0.1, 0.0, False),
+        ("sapo", "token", None, None, 0.1, 0.0, False),
+        ("sapo", "sequence_mean", None, None, 0.0, 0.0, False),
         ("grpo", "token", None, None, 0.1, 0.0, True),
         ("grpo", "sequence_mean", None, None, 0.1, 0.0, True),
     ]

@@ -149,6 +149,9 @@ def slow_sums(policy, rollout, targets, rows, config):
             term, active = (unclipped, False) if unclipped >= clipped else (clipped, True)
             if config.ppo.policy_loss == "cispo":
                 term, active = -a * bounded.detach() * logprob, bool(bounded != rho)
+            if config.ppo.policy_loss == "sapo":
+                tau = config.ppo.sapo_temperature if a > 0 else config.ppo.sapo_temperature_negative
+                term, active = -a * 4 / tau / (1 + (-tau * (rho - 1)).exp()), False
             if dual is not None and a < 0 and term > -a * dual:
                 term = -a * dual
                 sums.dual_clipped += 1
@@ -232,6 +235,7 @@ def one_thread():
         {"ratio": "sequence_mean", "loss_aggregation": "sequence", "clip_range": 0.02},
         {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
         {"policy_loss": "cispo", "ratio": "sequence", "clip_range": 0.5, "clip_range_high": 0.2},
+        {"policy_loss": "sapo", "sapo_temperature": 2.0, "sapo_temperature_negative": 3.0},
     ],
     ids=[
         "defaults",
@@ -247,6 +251,7 @@ def one_thread():
         "mean ratio",
         "cispo",
         "cispo, sequence ratio",
+        "sapo",
     ],
 )
 def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):
@@ -254,7 +259,7 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
     minibatch = make_minibatch(policy)
     rows = torch.tensor([5, 0, 2, 3])
     loss, sums = slow_sums(policy, *minibatch, rows, config)
-    assert 0 < sums.clipped < sums.tokens
+    assert 0 < sums.clipped < sums.tokens or config.ppo.policy_loss == "sapo"
     assert bool(sums.dual_clipped) == (config.ppo.dual_clip is not None)
     assert bool(sums.entropy) == bool(config.ppo.entropy_coef)
     assert bool(sums.kl) == (config.kl.place == "loss")

@@ -63,6 +63,7 @@ VARIANTS = {
         "ppo.clip_range=1",
         "ppo.clip_range_high=4",
     ],
+    "sapo": ["ppo.advantage=grpo", "ppo.policy_loss=sapo"],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
 }
 

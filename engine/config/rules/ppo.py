@@ -59,6 +59,11 @@ def _check_objective(config: RunConfig) -> None:
             "ppo.dual_clip has no effect with ppo.policy_loss: cispo, whose ratios are bounded by "
             "ppo.clip_range_high: leave it out"
         )
+    if ppo.policy_loss == "sapo" and (ppo.dual_clip, ppo.clip_range_high) != (None, None):
+        raise ConfigError(
+            "ppo.dual_clip and ppo.clip_range_high have no effect with ppo.policy_loss: sapo, "
+            "which clips nothing: leave them out"
+        )
     if kl.reference_update.every and config.lora.rank is not None:
         raise ConfigError(
             "kl.reference_update cannot be combined with lora.rank: the reference is the policy "

@@ -57,10 +57,15 @@ class PPOConfig(Section, frozen=True):
     """Optimiser steps per pass."""
     micro_batch_size: Count = 16
     """Responses per forward and backward pass. Affects memory and speed, not the result."""
-    policy_loss: Literal["clipped", "cispo"] = "clipped"
+    policy_loss: Literal["clipped", "cispo", "sapo"] = "clipped"
     """Loss of a token: `clipped` is PPO's, in which a token whose ratio is clipped has no gradient;
     `cispo` is -advantage · log π times the clipped ratio as a constant, so that every token has one
-    (MiniMax-M1, with `clip_range: 1`; ScaleRL has `clip_range_high: 4`)."""
+    (MiniMax-M1, with `clip_range: 1`; ScaleRL has `clip_range_high: 4`); `sapo` clips nothing: the
+    gradient fades smoothly as the ratio leaves 1 (Qwen)."""
+    sapo_temperature: Positive = 1.0
+    """How fast it fades, with `policy_loss: sapo`, where the advantage is positive."""
+    sapo_temperature_negative: Positive = 1.05
+    """The same where the advantage is negative, whose gradients are the less stable ones."""
     clip_range: Annotated[float, Meta(ge=1e-9, le=1)] = 0.2
     """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
     1 ± ε. 1: no lower bound."""

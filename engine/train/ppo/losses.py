@@ -6,8 +6,8 @@ including the one that ended the response. All other tensors are float32. Sums a
 Sources: Schulman et al. 2017 (PPO); Ye et al. 2020, arXiv 1912.09729 (dual clip); Yu et al. 2025,
 arXiv 2503.14476 (DAPO: the upper clip range, the token mean); Liu et al. 2025, arXiv 2503.20783
 (Dr. GRPO: the constant divisor); Zheng et al. 2025, arXiv 2507.18071 (GSPO: the mean ratio);
-MiniMax 2025, arXiv 2506.13585 (CISPO); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and
-verl (implementation details). docs/ppo.md has the formulas.
+MiniMax 2025, arXiv 2506.13585 (CISPO); Gao et al. 2025, arXiv 2511.20347 (SAPO); Huang et al. 2024,
+arXiv 2403.17031, and TRL, OpenRLHF and verl (implementation details). docs/ppo.md has the formulas.
 """
 
 from collections.abc import Callable
@@ -36,33 +36,57 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, kind: str) -
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def clipped_objective(
-    logprobs: Tensor, rho: Tensor, clipped_rho: Tensor, advantages: Tensor
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the policy loss of a token is computed from; (B, T) each."""
+
+    logprobs: Tensor
+    """Log π, with gradient."""
+    rho: Tensor
+    """ρ, with gradient."""
+    clipped_rho: Tensor
+    """ρ clipped to the range."""
+    advantages: Tensor
+    temperatures: tuple[float, float]
+    """τ where Â > 0, and elsewhere (SAPO only)."""
+
+
+def clipped_objective(x: TokenInputs) -> tuple[Tensor, Tensor]:
     """PPO's max(−Âρ, −Â·clip(ρ)): a clipped token has no gradient."""
-    del logprobs
-    unclipped, clipped = -advantages * rho, -advantages * clipped_rho
+    unclipped, clipped = -x.advantages * x.rho, -x.advantages * x.clipped_rho
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
-def cispo(
-    logprobs: Tensor, rho: Tensor, clipped_rho: Tensor, advantages: Tensor
-) -> tuple[Tensor, Tensor]:
+def cispo(x: TokenInputs) -> tuple[Tensor, Tensor]:
     """CISPO's −Â·clip(ρ)·log π with clip(ρ) a constant: a clipped token keeps a gradient.
 
     Where nothing is clipped and ρ is the token's own, the gradient is that of −Âρ.
     """
-    clipped = (clipped_rho != rho) & (advantages != 0)
-    return -advantages * clipped_rho.detach() * logprobs, clipped
+    clipped = (x.clipped_rho != x.rho) & (x.advantages != 0)
+    return -x.advantages * x.clipped_rho.detach() * x.logprobs, clipped
 
 
-PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+def sapo(x: TokenInputs) -> tuple[Tensor, Tensor]:
+    """SAPO's −Â·4/τ·σ(τ·(ρ − 1)): the gradient of −Âρ at ρ = 1, fading smoothly away from there.
 
-POLICY_LOSSES: dict[str, PolicyLoss] = {"clipped": clipped_objective, "cispo": cispo}
+    No ratio counts as clipped.
+    """
+    positive, other = x.temperatures
+    tau = torch.where(x.advantages > 0, positive, other)
+    gate = torch.sigmoid(tau * (x.rho - 1)) * 4 / tau
+    return -x.advantages * gate, torch.zeros_like(x.rho, dtype=torch.bool)
+
+
+PolicyLoss = Callable[[TokenInputs], tuple[Tensor, Tensor]]
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "clipped": clipped_objective,
+    "cispo": cispo,
+    "sapo": sapo,
+}
 """The loss of a token, by `ppo.policy_loss`.
 
-Each function takes log π and ρ (with gradient), ρ clipped, and Â, and returns the losses and
-whether each is that of a clipped ratio; (B, T) all.
+Each function returns the losses and whether each is that of a clipped ratio; (B, T) both.
 """
 
 
@@ -99,6 +123,7 @@ def policy_terms(
     policy_loss: str = "clipped",
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
+    temperatures: tuple[float, float] = (1.0, 1.0),
     row_weights: Tensor | None = None,
 ) -> PolicyTerms:
     """The policy's loss, summed over response tokens.
@@ -115,13 +140,15 @@ def policy_terms(
         policy_loss: `ppo.policy_loss`, see :data:`POLICY_LOSSES`.
         clip_range_high: … and to 1 + this; `clip_range` when left out (DAPO's clip-higher).
         dual_clip: bounds a token's loss where Â < 0 to −Â times this (dual-clip PPO).
+        temperatures: see :class:`TokenInputs`.
         row_weights: (B,), of each response's tokens in the loss; see :data:`AGGREGATIONS`.
     """
     high = clip_range if clip_range_high is None else clip_range_high
     log_rho = log_ratio(logprobs, old_logprobs, mask, kind)
     rho = log_rho.exp()
     clipped_rho = rho.clamp(1 - clip_range, 1 + high)
-    tokens, clipped = POLICY_LOSSES[policy_loss](logprobs, rho, clipped_rho, advantages)
+    inputs = TokenInputs(logprobs, rho, clipped_rho, advantages, temperatures)
+    tokens, clipped = POLICY_LOSSES[policy_loss](inputs)
     dual = torch.zeros_like(mask)
     if dual_clip is not None:
         bound = -advantages * dual_clip

@@ -321,7 +321,7 @@ def _policy_loss(
     terms = losses.policy_terms(
         logprobs, inputs.old_logprobs, inputs.advantages, mask, ppo.clip_range, ppo.ratio,
         policy_loss=ppo.policy_loss, clip_range_high=ppo.clip_range_high, dual_clip=ppo.dual_clip,
-        row_weights=weights,
+        temperatures=(ppo.sapo_temperature, ppo.sapo_temperature_negative), row_weights=weights,
     )  # fmt: skip
     sums = {
         "tokens": mask.sum(),
