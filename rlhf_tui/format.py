@@ -73,6 +73,8 @@ def value_text(value: Any) -> str:
     """Returns a setting's value as short text."""
     if value is None:
         return "off"
+    if isinstance(value, bool):
+        return str(value).lower()  # as in YAML
     if isinstance(value, float):
         text = f"{value:.4g}"
         if "e+" in text and abs(value) < WRITTEN_OUT:

@@ -55,7 +55,7 @@ def test_zero_has_no_sign():
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (10000.0, "10000"), (1e-5, "1e-5"), (1e9, "1e9"), (None, "off"),
+        (10000.0, "10000"), (1e-5, "1e-5"), (1e9, "1e9"), (None, "off"), (False, "false"),
         ([{"name": "far", "above": 5.0, "below": None}], "[{name: far, above: 5}]"),
     ],
 )  # fmt: skip

@@ -105,7 +105,7 @@ def _shown(value: object) -> str:
     """A configuration value as in YAML, on one line; `–` if it is not set."""
     if value is None:
         return "–"
-    return str(value).lower() if isinstance(value, bool) else one_line(fmt.value_text(value))
+    return one_line(fmt.value_text(value))
 
 
 @click.command()

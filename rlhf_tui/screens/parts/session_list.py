@@ -184,13 +184,14 @@ def lines_about(row: SessionRow, width: int, resume: str) -> list[Row]:
     has crashed.
     """
     engine = f"engine pid {row.pid} on {row.host}" if row.pid else "no engine"
-    steps = ", ".join(map(str, row.checkpoints[-6:])) or "none"
+    steps = ", ".join(map(str, row.checkpoints[-6:]))
+    saved = f"at step {steps}" if steps else "none"
     facts: list[Piece] = [(" ", ""), (engine, "")]
     if width < LEAST_WITH_KL:
         facts += [("   KL ", "dim"), (fmt.number(row.kl, 2), "")]
     found: list[Row] = [
         [(f" {short_path(row.folder)}", "dim")],
-        [*facts, ("   checkpoints ", "dim"), (steps, "")],
+        [*facts, ("   checkpoints ", "dim"), (saved, "")],
     ]
     if row.waits_for:
         found.append([(f" waits for {row.waits_for}", "warn")])
