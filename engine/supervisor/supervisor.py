@@ -92,7 +92,7 @@ class Supervisor:
         settings = config_file.as_mapping(settings_of(config))
         self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
         self.server = Server()
-        self._notifier = Notifier(config.notify)
+        self._notifier = Notifier(config.notify, root=session.folder.parent)
         self.publisher = EventPublisher(
             session.name, journal, self.server, self._notifier, observer
         )
