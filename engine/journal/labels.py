@@ -29,6 +29,11 @@ from engine.session.folder import Session
 LABELS = ("good", "bad", "hack")
 BUSY = 10.0
 """Seconds to wait for the change of another client."""
+NEXT = (
+    "(SELECT ifnull(max(seq), 0) + 1 FROM "
+    "(SELECT seq FROM judgements UNION ALL SELECT seq FROM preferences))"
+)
+"""The number of a row that is being written, in SQL."""
 
 Key = tuple[int, int, int]
 """Attempt, step, index."""
@@ -56,6 +61,8 @@ class JudgedResponse(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     response: Response
     judgement: Judgement
+    order: float
+    """Greater than that of what was judged before, in this session. Times may not be."""
 
 
 class Preference(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +73,8 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True):
     rejected: Response
     who: str
     time: float
+    order: float = 0.0
+    """As of :class:`JudgedResponse`; 0 if it is not recorded yet."""
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -107,10 +116,10 @@ def _judge(
         )
         db.execute(
             "INSERT INTO judgements "  # noqa: S608 - one of two constant columns
-            f"(attempt, step, idx, prompt, response, who, time, {column}) "
-            "VALUES (:attempt, :step, :index, :prompt, :response, :who, :time, :value) "
+            f"(attempt, step, idx, prompt, response, who, time, {column}, seq) "
+            f"VALUES (:attempt, :step, :index, :prompt, :response, :who, :time, :value, {NEXT}) "
             "ON CONFLICT DO UPDATE SET who = excluded.who, time = excluded.time, "
-            f"{column} = excluded.{column}",
+            f"seq = excluded.seq, {column} = excluded.{column}",
             values | {"prompt": prompt, "who": who, "time": time.time(), "value": value},
         )
         db.execute("DELETE FROM judgements WHERE label IS NULL AND note IS NULL")
@@ -128,7 +137,7 @@ def prefer(session: Session, prompt: str, chosen: Response, rejected: Response, 
     with _writing(session.labels_file) as db:
         _delete_preference(db, prompt, chosen, rejected)
         db.execute(
-            "INSERT INTO preferences VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO preferences VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {NEXT})",  # noqa: S608 - a constant
             (
                 prompt, chosen.response, rejected.response,
                 chosen.attempt, chosen.step, chosen.index,
@@ -197,6 +206,10 @@ class LabelReader:
             session.labels_file, schema.LABELS, views_of(session, label_views)
         )
 
+        numbered = self._db.version >= schema.JUDGEMENTS_ARE_NUMBERED
+        # A copy of an older file has no numbers.
+        self._order = "ifnull(seq, time)" if numbered else "time"
+
     def __enter__(self) -> Self:
         return self
 
@@ -215,34 +228,36 @@ class LabelReader:
         return int(rows[0][0]) if rows else 0
 
     def judgements(self) -> dict[Key, JudgedResponse]:
-        """All judgements, sorted by time."""
+        """All judgements, in the order in which they were made."""
         rows = self._db.rows(
-            "SELECT attempt, step, idx, prompt, response, label, note, who, time "
-            "FROM judgements ORDER BY time"
+            "SELECT attempt, step, idx, prompt, response, label, note, who, time, "  # noqa: S608 - constants
+            f"{self._order} AS number FROM judgements ORDER BY number"
         )
         return {
             (attempt, step, index): JudgedResponse(
                 prompt=prompt,
                 response=Response(response=response, attempt=attempt, step=step, index=index),
                 judgement=Judgement(label=label, note=note, who=who, time=time),
+                order=order,
             )
-            for attempt, step, index, prompt, response, label, note, who, time in rows
+            for attempt, step, index, prompt, response, label, note, who, time, order in rows
         }
 
     def preferences(self, prompt: str | None = None) -> list[Preference]:
-        """All preferences, or those of one prompt, sorted by time."""
+        """All preferences, or those of one prompt, in the order in which they were recorded."""
         rows = self._db.rows(
-            "SELECT prompt, who, time, chosen, chosen_attempt, chosen_step, chosen_idx, "
+            f"SELECT prompt, who, time, {self._order} AS number, "  # noqa: S608 - constants
+            "chosen, chosen_attempt, chosen_step, chosen_idx, "
             "rejected, rejected_attempt, rejected_step, rejected_idx FROM preferences "
-            "WHERE :prompt IS NULL OR prompt = :prompt ORDER BY time",
+            "WHERE :prompt IS NULL OR prompt = :prompt ORDER BY number",
             {"prompt": prompt},
         )
         return [
             Preference(
-                prompt=text, who=who, time=time, chosen=_response(columns[:4]),
+                prompt=text, who=who, time=time, order=order, chosen=_response(columns[:4]),
                 rejected=_response(columns[4:]),
             )
-            for text, who, time, *columns in rows
+            for text, who, time, order, *columns in rows
         ]  # fmt: skip
 
 

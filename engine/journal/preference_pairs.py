@@ -33,7 +33,7 @@ class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def preference_pairs(session: Session) -> list[PreferencePair]:
-    """All preference pairs of a session, each once, sorted by time.
+    """All preference pairs of a session, each once, in the order of the judgements.
 
     A pair is either a recorded preference (`source` "pair"), or a response labelled good and one
     labelled bad or hack to the same prompt ("labels"). For the same two responses, a recorded
@@ -45,26 +45,32 @@ def preference_pairs(session: Session) -> list[PreferencePair]:
     """
     with LabelReader(session) as labels:
         preferences, judged = labels.preferences(), list(labels.judgements().values())
-    rows = [_pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time) for p in preferences]
+    rows = [
+        (p.order, _pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time)) for p in preferences
+    ]
     rows += _labelled(judged)
     if not rows:
         raise NoSuchSessionError(_no_pairs(session, judged))
-    unique: dict[tuple[str, frozenset[str]], PreferencePair] = {}
-    for row in sorted(rows, key=lambda r: (r.source != "pair", -r.time)):
-        unique.setdefault((row.prompt, frozenset((row.chosen, row.rejected))), row)
-    return sorted(unique.values(), key=lambda r: r.time)
+    unique: dict[tuple[str, frozenset[str]], tuple[float, PreferencePair]] = {}
+    for order, row in sorted(rows, key=lambda r: (r[1].source != "pair", -r[0])):
+        unique.setdefault((row.prompt, frozenset((row.chosen, row.rejected))), (order, row))
+    return [row for _, row in sorted(unique.values(), key=lambda r: r[0])]
 
 
-def _labelled(judged: list[JudgedResponse]) -> list[PreferencePair]:
+def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, PreferencePair]]:
+    """The pairs that labels make, each with the order of the later label."""
     worse: dict[str, list[JudgedResponse]] = {}
     for response in judged:
         if response.judgement.label in WORSE:
             worse.setdefault(response.prompt, []).append(response)
     return [
-        _pair(
-            "labels", good.prompt, good.response, bad.response,
-            " and ".join(dict.fromkeys((good.judgement.who, bad.judgement.who))),
-            max(good.judgement.time, bad.judgement.time),
+        (
+            max(good.order, bad.order),
+            _pair(
+                "labels", good.prompt, good.response, bad.response,
+                " and ".join(dict.fromkeys((good.judgement.who, bad.judgement.who))),
+                max(good, bad, key=lambda j: j.order).judgement.time,
+            ),
         )
         for good in judged
         if good.judgement.label == "good"

@@ -144,7 +144,20 @@ LABELS: list[str] = [
         PRIMARY KEY (prompt, chosen, rejected)
     ) WITHOUT ROWID;
     """,
+    # The order in which rows of both tables were written: the wall clock may be set back.
+    """
+    ALTER TABLE judgements ADD COLUMN seq INTEGER;
+    ALTER TABLE preferences ADD COLUMN seq INTEGER;
+    CREATE TEMP TABLE times AS SELECT time, row_number() OVER (ORDER BY time) AS seq
+        FROM (SELECT time FROM judgements UNION SELECT time FROM preferences);
+    UPDATE judgements SET seq = t.seq FROM times t WHERE t.time = judgements.time;
+    UPDATE preferences SET seq = t.seq FROM times t WHERE t.time = preferences.time;
+    DROP TABLE times;
+    """,
 ]
+
+JUDGEMENTS_ARE_NUMBERED = 2
+"""The version of labels.db from which judgements and preferences have `seq`."""
 
 
 def migrate(db: sqlite3.Connection, migrations: list[str], path: Path) -> None:

@@ -32,6 +32,10 @@ NETWORK_FILE_SYSTEMS = {
     "9p", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "fuse.juicefs",
 }  # fmt: skip
 """File systems on which the shared memory of WAL does not work between hosts."""
+OPEN_TIMEOUT = 30.0
+"""Seconds to wait for other programs that lock the files, at the start and at the end."""
+LOCK_TIMEOUT = 2.0
+"""The same while the run lives. The event loop stands still meanwhile."""
 
 
 class AdoptedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +65,28 @@ class JournalWriter:
         """Whether the current attempt is of this process."""
         self.commands = CommandLog(self._db, self._events)
 
+    def begin_serving(self) -> None:
+        """From now on a locked file is waited for only briefly: the event loop has other work."""
+        self._wait_for_locks(LOCK_TIMEOUT)
+
+    def _wait_for_locks(self, seconds: float) -> None:
+        for db in (self._db, self._samples):
+            db.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
+
+    def check_unlocked(self) -> None:
+        """Looks, without waiting, whether another program keeps this one from writing.
+
+        Raises:
+            sqlite3.OperationalError: it does, see :func:`is_busy`.
+        """
+        self._wait_for_locks(0.0)
+        try:
+            for db in (self._db, self._samples):
+                db.execute("BEGIN EXCLUSIVE")  # without WAL, readers are in the way, too
+                db.rollback()
+        finally:
+            self._wait_for_locks(LOCK_TIMEOUT)
+
     @property
     def attempt(self) -> int:
         """Number of the current attempt, from 1."""
@@ -82,6 +108,7 @@ class JournalWriter:
         One that a killed engine began stays without an end, by which readers know of its death.
         """
         try:
+            self._wait_for_locks(OPEN_TIMEOUT)
             if self._began:
                 with self._db:
                     self._db.execute(
@@ -338,6 +365,12 @@ class JournalWriter:
         )
 
 
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether an error means that another program keeps a file locked."""
+    # The low byte is the kind of error; the rest says more. None if Python raised it.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+
+
 def on_network(folder: Path) -> bool:
     """Whether a folder is on a network file system, according to /proc/self/mountinfo."""
     longest, kind = -1, ""
@@ -355,7 +388,7 @@ def on_network(folder: Path) -> bool:
 def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
     try:
         access.create_file(path)
-        db = sqlite3.connect(path, timeout=30.0)
+        db = sqlite3.connect(path, timeout=OPEN_TIMEOUT)
         db.execute(f"PRAGMA journal_mode = {mode}")
         db.execute("PRAGMA synchronous = NORMAL")
         schema.migrate(db, migrations, path)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from engine.config.rules.supervision import parse_quiet_hours
@@ -101,6 +102,7 @@ class Notifier:
         config: NotifyConfig,
         channels: Sequence[Channel] | None = None,
         *,
+        root: Path | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         """Sends nothing yet.
@@ -108,12 +110,13 @@ class Notifier:
         Args:
             config: the `notify` section.
             channels: those of the configuration if None.
+            root: the folder of sessions, for messages that say how to open theirs.
             now: the Unix time.
         """
         self._level = LEVELS.index(config.level)
         self._quiet = parse_quiet_hours(config.quiet_hours) if config.quiet_hours else None
         self._max_per_hour = config.max_per_hour
-        self._now = now
+        self._root, self._now = root, now
         self.channels = list(open_channels(config) if channels is None else channels)
         # One message at a time and in order on each channel, or a slow one would accumulate them.
         self._locks = [asyncio.Lock() for _ in self.channels]
@@ -130,7 +133,7 @@ class Notifier:
         if (why := self._withheld(message)) is not None:
             log.info("notification not sent (%s): %s", why, message.title)
             return
-        message = replace(message, unsent=self._unsent)
+        message = replace(message, unsent=self._unsent, root=self._root)
         self._unsent = 0
         for channel, lock in zip(self.channels, self._locks, strict=True):
             task = asyncio.create_task(self._deliver(channel, lock, message))

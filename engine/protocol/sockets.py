@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import SessionError
-from engine.session.access import private_temporary_folder
+from engine.session.access import FILE_MODE, private_temporary_folder
 
 NAME = "engine.sock"
 ROLLOUT_NAME = "rollout.sock"
@@ -82,16 +82,15 @@ def _listen_in(folder: Path, name: str) -> tuple[socket.socket, Path]:
     path = folder / name
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
     try:
         with _short_address(path) as address:
             sock.bind(address)
+            # Nobody can connect before listen(); a umask would be that of all threads.
+            os.chmod(address, FILE_MODE)  # noqa: PTH101 - the address is no path of its own
         sock.listen(64)
     except OSError:
         sock.close()
         raise
-    finally:
-        os.umask(mask)
     return sock, path
 
 

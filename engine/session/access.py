@@ -80,11 +80,17 @@ def open_to_umask(folder: Path) -> None:
     Raises:
         OSError: the mode of a file cannot be changed.
     """
-    umask = os.umask(0o077)
-    os.umask(umask)
+    umask = _umask()
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~umask)
+
+
+def _umask() -> int:
+    """This process's umask, read without changing it: other threads create files meanwhile."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    (found,) = (line for line in status.splitlines() if line.startswith("Umask:"))
+    return int(found.split()[1], 8)
 
 
 def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:

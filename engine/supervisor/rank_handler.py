@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Callable
 from typing import assert_never
 
@@ -10,7 +11,7 @@ import msgspec
 
 from engine.config.settings import SettingChange, invalid_values
 from engine.errors import LinkError
-from engine.journal.writer import JournalWriter
+from engine.journal.writer import JournalWriter, is_busy
 from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages
@@ -53,6 +54,8 @@ FAILURE_GRACE = 3.0
 """Seconds between a rank's failure and the end of the others, for their own reports."""
 RETRY_INTERVAL = 2.0
 """Seconds between attempts to write a journal whose disk is full or that is locked."""
+STOP_TIMEOUT = 30.0
+"""Seconds in which a run that is being stopped waits for a locked journal."""
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
 EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
@@ -139,20 +142,24 @@ class RankMessageHandler:
         """Handles one message; waits while the journal's disk has no room, or it is locked.
 
         The rank trains on until the socket's buffer is full of its reports, and then waits, so no
-        step is lost. A run that is being stopped does not wait: the error ends it. Once the next
-        attempt has begun, the message is dropped: it would be written as one of that attempt.
+        step is lost. A run that is being stopped does not wait for room, and not long for a lock:
+        the error ends it. Once the next attempt has begun, the message is dropped: it would be
+        written as one of that attempt.
         """
-        waits_for = ""
+        waits_for, since = "", time.monotonic()
         before = self._state.phases.get(rank)
         while attempt is self._state.attempt:
             self._watchdog.message_received(rank, message)  # waiting is no silence of the rank
             try:
+                if waits_for == UNLOCKED:
+                    self._journal.check_unlocked()  # without stopping the event loop
                 self.handle(message)
             except sqlite3.OperationalError as error:
                 if self._state.stop_now:  # the ranks are dead
                     return
                 reason = _awaited(error)
-                if reason is None or self._state.stopping:
+                late = reason == ROOM or time.monotonic() - since > STOP_TIMEOUT
+                if reason is None or (self._state.stopping and late):
                     raise
                 if not waits_for:
                     text = f"cannot write the journal: {error}; waiting for {reason}"
@@ -375,5 +382,4 @@ def _awaited(error: sqlite3.OperationalError) -> str | None:
     code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
     if code in NO_ROOM:
         return ROOM
-    # The low byte is the kind of error; the rest says more.
-    return UNLOCKED if code & 0xFF == sqlite3.SQLITE_BUSY else None
+    return UNLOCKED if is_busy(error) else None

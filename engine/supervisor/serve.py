@@ -84,6 +84,7 @@ async def _serve(
         supervisor = Supervisor(session, config, journal, path, start, observer)
         session.write_engine(str(path), __version__)
         registry.announce(session)
+        journal.begin_serving()
         code = await _run(supervisor, listener)
     except UserInputError:
         session.write_config(before)

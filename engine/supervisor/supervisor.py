@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import JournalError, SessionError
 from engine.journal.reader import JournalReader
-from engine.journal.writer import JournalWriter
+from engine.journal.writer import JournalWriter, is_busy
 from engine.launch.secret import needs_secret, secret_of_run
 from engine.launch.start import (
     StartOptions,
@@ -43,7 +44,12 @@ from engine.supervisor.attempt import Attempt
 from engine.supervisor.command_handler import CommandHandler
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher, Observer
-from engine.supervisor.rank_handler import RankMessageHandler
+from engine.supervisor.rank_handler import (
+    RETRY_INTERVAL,
+    STOP_TIMEOUT,
+    UNLOCKED,
+    RankMessageHandler,
+)
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.rollout_engines import RolloutEngines
 from engine.supervisor.server import Server
@@ -86,7 +92,7 @@ class Supervisor:
         settings = config_file.as_mapping(settings_of(config))
         self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
         self.server = Server()
-        self._notifier = Notifier(config.notify)
+        self._notifier = Notifier(config.notify, root=session.folder.parent)
         self.publisher = EventPublisher(
             session.name, journal, self.server, self._notifier, observer
         )
@@ -152,6 +158,7 @@ class Supervisor:
     async def run(self) -> int:
         """Runs attempts until none follows; returns the exit code of the last one."""
         state, code = self.state, 0
+        await self._journal_unlocked()
         if self._config.launch.device != "cpu":
             for text in busy_gpus(self._config.launch.gpus):
                 self.publisher.notice("busy_gpu", text, self._journal.step)
@@ -168,6 +175,7 @@ class Supervisor:
         """Starts the ranks and waits for their end; sets `state.next` if an attempt follows."""
         state = self.state
         state.attempt = Attempt(start)
+        await self._journal_unlocked()
         self._journal.begin_attempt(
             start.from_step,
             fresh=start.fresh,
@@ -186,9 +194,32 @@ class Supervisor:
         status = await self.ranks.wait()
         await self.rollout.stop()
         await state.attempt.wait_disconnected()
+        await self._journal_unlocked()
         if state.next is not None:  # rolled back
             return 0
         return self.conclude(status)
+
+    async def _journal_unlocked(self) -> None:
+        """Waits while another program keeps the journal locked.
+
+        Not long if the run is being stopped: what is written next then raises the error.
+        """
+        since, told = time.monotonic(), False
+        while True:
+            try:
+                self._journal.check_unlocked()
+            except sqlite3.OperationalError as error:
+                late = time.monotonic() - since > STOP_TIMEOUT
+                if not is_busy(error) or (self.state.stopping and late):
+                    return
+                if not told:
+                    text = f"cannot write the journal: {error}; waiting for {UNLOCKED}"
+                    log.error(text)  # noqa: TRY400 - one line: a lock needs no traceback
+                    self.publisher.notify_unrecorded("journal", text)
+                told = True
+            else:
+                return
+            await asyncio.sleep(RETRY_INTERVAL)
 
     async def _guardrails(self, from_step: int) -> Guardrails:
         """The guard rails as the timeline up to a checkpoint has left them.

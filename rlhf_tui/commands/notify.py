@@ -1,6 +1,7 @@
 """The command that tries the channels of notifications: notify test."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -31,24 +32,25 @@ def test(root: Path, name: str) -> None:
     URLs and tokens come from this terminal's environment. Level, quiet hours and rate limit do not
     apply.
     """
-    session, config = _section(root, name)
+    message, config = _section(root, name)
     channels = open_channels(config)
     if not channels:
         raise UserInputError(
             f"{name} names no channel: set notify.command, notify.webhooks or notify.email"
         )
-    failed = asyncio.run(_try_all(channels, trial(session)))
+    failed = asyncio.run(_try_all(channels, message))
     if failed:
         raise UnsentError(f"{failed} of {len(channels)} channels failed")
 
 
-def _section(root: Path, name: str) -> tuple[str, NotifyConfig]:
-    """The name to send in messages, and the `notify` section."""
+def _section(root: Path, name: str) -> tuple[Notification, NotifyConfig]:
+    """The message to send, and the `notify` section."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        return path.stem, config_file.load(path).notify
+        return trial(path.stem), config_file.load(path).notify
     session = existing(root, name)
-    return session.name, session.config().notify
+    message = replace(trial(session.name), root=session.folder.resolve().parent)
+    return message, session.config().notify
 
 
 async def _try_all(channels: list[Channel], message: Notification) -> int:

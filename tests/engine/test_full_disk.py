@@ -1,13 +1,15 @@
 """A journal that cannot be written: stops need none, everything else waits or is rejected."""
 
+import asyncio
 import resource
 import signal
 import sqlite3
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
 from engine.errors import SessionError
+from engine.journal import writer as journal_writer
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
 from engine.metrics import NONFINITE_UPDATES
@@ -21,7 +23,7 @@ from engine.protocol.rank_messages import (
     Ready,
     StepReport,
 )
-from engine.supervisor import rank_handler
+from engine.supervisor import rank_handler, supervisor
 from engine.supervisor.attempt import Attempt
 from tests.engine.supervised import apply_pending, rank_connection, until
 
@@ -78,33 +80,81 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
     assert engine.shared.attempt.failure is None
 
 
+@pytest.fixture
+def locked(engine, writer, monkeypatch):
+    """A context in which another program keeps the journal locked, which nobody waits for long."""
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(supervisor, "RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(journal_writer, "LOCK_TIMEOUT", 0.0)
+    writer.journal.begin_serving()
+
+    @contextmanager
+    def lock():
+        with closing(sqlite3.connect(writer.session.journal_file)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            yield
+
+    return lock
+
+
 async def test_a_step_waits_while_another_program_locks_the_journal(
-    engine, writer, tmp_path, monkeypatch, caplog
+    engine, writer, tmp_path, locked, caplog
 ):
     """As a viewer does on a network file system if it is stopped while it reads."""
-    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
-    record, locked = writer.journal.record_step, True
-
-    def record_unless_locked(report):
-        if locked:  # SQLite itself waits for half a minute first
-            error = sqlite3.OperationalError("database is locked")
-            error.sqlite_errorcode = sqlite3.SQLITE_BUSY_SNAPSHOT
-            raise error
-        record(report)
-
-    monkeypatch.setattr(writer.journal, "record_step", record_unless_locked)
     server, _, to_engine = await rank_connection(engine, tmp_path)
     report = StepReport(step=1, metrics={"time/step": 1.0}, samples=[], settings={"beta": 0.1})
     async with server:
-        to_engine.write(frames.encode(report))
-        await until(lambda: 0 in engine.shared.phases)
-        assert engine.shared.phases[0].waits_for == rank_handler.UNLOCKED
-        locked = False
+        with locked():
+            to_engine.write(frames.encode(report))
+            await until(lambda: 0 in engine.shared.phases)
+            assert engine.shared.phases[0].waits_for == rank_handler.UNLOCKED
+            assert engine.send(SetBeta(value=0.2)).status == "rejected"
         await until(lambda: writer.journal.step == 1)
         await until(lambda: not engine.shared.phases)
         to_engine.close()
     assert "cannot write the journal: database is locked; waiting for" in caplog.text
     assert engine.shared.attempt.failure is None
+
+
+async def test_a_run_begins_and_ends_once_another_program_unlocks_the_journal(
+    engine, writer, locked, monkeypatch, caplog
+):
+    started, ended = asyncio.Event(), asyncio.Event()
+
+    async def start(_variables):
+        started.set()
+
+    async def wait():
+        await ended.wait()
+        return 0
+
+    monkeypatch.setattr(engine.supervisor.ranks, "start", start)
+    monkeypatch.setattr(engine.supervisor.ranks, "wait", wait)
+    engine.shared.next = StartOptions()
+    with locked():
+        run = asyncio.create_task(engine.supervisor.run())
+        await until(lambda: "waiting for another program" in caplog.text)
+        assert not started.is_set()
+    await asyncio.wait_for(started.wait(), 60)
+    engine.shared.attempt.ended = Ended(step=0, reason="finished")
+    engine.receive(Ready(info={}, settings=engine.shared.settings))
+    caplog.clear()
+    with locked():
+        ended.set()
+        await until(lambda: "waiting for another program" in caplog.text)
+    assert await asyncio.wait_for(run, 60) == 0
+    assert engine.state == "finished"
+    with JournalReader(writer.session) as reader:
+        assert reader.meta().state == "finished"
+
+
+async def test_a_run_that_is_stopped_does_not_wait_long_for_a_locked_journal(
+    engine, locked, monkeypatch
+):
+    monkeypatch.setattr(supervisor, "STOP_TIMEOUT", 0.0)
+    engine.shared.next, engine.shared.stopping = StartOptions(), True
+    with locked(), pytest.raises(sqlite3.OperationalError, match="locked"):
+        await asyncio.wait_for(engine.supervisor.run(), 60)
 
 
 def test_a_step_that_is_written_when_there_is_room_again_has_its_metrics(writer):

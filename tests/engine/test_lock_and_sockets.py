@@ -11,6 +11,7 @@ import pytest
 from engine.errors import SessionError, SessionLockedError
 from engine.protocol import sockets
 from engine.session import lock
+from engine.session.access import open_to_umask
 
 HOLD = """
 import sys
@@ -117,6 +118,21 @@ def test_a_socket_is_its_owners_alone(tmp_path):
     with listener:
         assert stat.S_ISSOCK(path.stat().st_mode)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_modes_are_set_without_changing_the_umask_of_other_threads(tmp_path, monkeypatch):
+    mask = os.umask(0o027)
+    monkeypatch.setattr(os, "umask", None)  # whose calls fail from now on
+    try:
+        sock, path = sockets.listen(tmp_path)
+        (tmp_path / "model").write_text("")
+        open_to_umask(tmp_path)
+    finally:
+        monkeypatch.undo()
+        os.umask(mask)
+    with sock:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o640
 
 
 def test_a_stale_socket_or_file_gives_way(tmp_path):

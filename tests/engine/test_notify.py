@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import threading
 import time
+from email import message_from_bytes, policy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -424,6 +425,21 @@ async def test_an_e_mail_has_one_subject_line_and_goes_to_each_address(tmp_path)
     headers = (tmp_path / "letter").read_text().partition("\n\n")[0].splitlines()
     assert "Subject: [rlhf-tui] run step 7: high Bcc: eve@example.org" in headers
     assert not [h for h in headers if h.startswith("Bcc")]
+
+
+async def test_an_e_mail_says_how_to_open_the_session_on_its_machine_and_on_another(tmp_path):
+    program, root = tmp_path / "sendmail", tmp_path / "my sessions"
+    program.write_text(f"#!/bin/sh\ncat > {tmp_path}/letter\n")
+    program.chmod(0o700)
+    mail = EmailChannel(["a@example.org"], str(program))
+    notifier = Notifier(NotifyConfig(), [mail], root=root)
+    notifier.submit(MESSAGE)
+    await notifier.finish()
+    letter = message_from_bytes((tmp_path / "letter").read_bytes(), policy=policy.default)
+    body, host, name = letter.get_content(), socket.gethostname(), MESSAGE.session
+    assert f"On {host}:\n" in body
+    assert f"rlhf-tui attach {name} --sessions '{root}'\n" in body
+    assert f"\nrlhf-tui attach ssh://{host}/{name} --sessions '{root}'\n" in body
 
 
 async def test_an_e_mail_without_a_mail_program_says_what_to_do():

@@ -1,11 +1,16 @@
 """Of two answers the better one, and the pairs that an export makes of what was said."""
 
+import sqlite3
+import time
+from contextlib import closing
+
 import pytest
 
 from engine.errors import NoSuchSessionError, UserInputError
+from engine.journal import schema
 from engine.journal.labels import LabelReader, Response, forget_preference, prefer, set_label
 from engine.journal.preference_pairs import preference_pairs
-from tests.judging import answer
+from tests.judging import answer, judgements
 
 FROM_REFERENCE = Response(response="the reference's")
 
@@ -63,6 +68,32 @@ def test_no_pair_is_there_twice_and_preferences_count_before_labels(session):
     prefer(session, "p", answer(2), answer(1), "ben")
     (row,) = preference_pairs(session)
     assert (row.source, row.chosen, row.who) == ("pair", "answer 2.0", "ben")
+
+
+def test_the_later_judgement_counts_though_the_clock_was_set_back(session, monkeypatch):
+    set_label(session, "p", answer(1), "good", "ana")
+    set_label(session, "p", answer(2), "bad", "ana")
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    set_label(session, "p", answer(3, response="answer 1.0"), "bad", "ana")
+    set_label(session, "p", answer(4, response="answer 2.0"), "good", "ana")
+    prefer(session, "p", answer(5), answer(6), "ana")
+    first, second = preference_pairs(session)
+    assert (first.chosen, first.rejected, first.time) == ("answer 2.0", "answer 1.0", 1000.0)
+    assert second.source == "pair"
+
+
+def test_judgements_of_an_earlier_version_come_first_in_the_order_of_their_times(session):
+    columns = "attempt, step, idx, prompt, response, label, who, time"
+    with closing(sqlite3.connect(session.labels_file)) as db, db:
+        schema.migrate(db, schema.LABELS[: schema.JUDGEMENTS_ARE_NUMBERED - 1], session.labels_file)
+        for step, time_ in ((1, 3e9), (2, 2e9)):
+            db.execute(
+                f"INSERT INTO judgements ({columns}) VALUES (1, ?, 0, 'p', 'r', 'good', 'ana', ?)",  # noqa: S608
+                (step, time_),
+            )
+    assert list(judgements(session)) == [(2, 0), (1, 0)]
+    set_label(session, "p", answer(3), "good", "ana")  # migrates the file
+    assert list(judgements(session)) == [(2, 0), (1, 0), (3, 0)]
 
 
 def test_without_a_pair_the_error_says_how_to_make_one(session):

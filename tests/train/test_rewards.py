@@ -471,6 +471,23 @@ def test_a_folder_without_a_classifier_is_an_error_on_one_line(tmp_path, tokeniz
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["model", "function"])
+def test_a_source_that_cannot_be_loaded_is_named_by_its_key(tmp_path, tokenizer, kind):
+    bad = RewardSource(**{kind: str(tmp_path) if kind == "model" else "no_such_module:score"})
+    for config, evaluated, key in (
+        (RewardConfig(**{kind: getattr(bad, kind)}), None, f"reward.{kind}:"),
+        (
+            RewardConfig(mix=[RewardSource(model="starter:reward"), bad]),
+            None,
+            f"reward.mix[1].{kind}:",
+        ),
+        (RewardConfig(model="starter:reward"), [bad], f"eval.rewards[0].{kind}:"),
+    ):
+        with pytest.raises(UserInputError) as caught:
+            load_rewards(LoadContext(config, tokenizer.get_vocab(), SINGLE_RANK), evaluated)
+        assert str(caught.value).startswith(key)
+
+
 def trained_scores(normaliser, raw, lengths=None, limit=8, **of_reward):
     n = len(raw)
     lengths = torch.ones(n, dtype=torch.int64) if lengths is None else torch.tensor(lengths)

@@ -1,6 +1,7 @@
 """What is sent to operators: one notification of an alert or of a change of the session's state."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import RlhfError
@@ -40,6 +41,8 @@ class Notification:
     """Further keys of the JSON, such as the evidence of an alert."""
     unsent: int = 0
     """Alerts before this one that the rate limit kept back."""
+    root: Path | None = None
+    """The folder of sessions, an absolute path; None if the message is of no session."""
 
     @property
     def title(self) -> str:

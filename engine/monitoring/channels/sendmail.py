@@ -1,12 +1,15 @@
 """`notify.email`: e-mail by the machine's own sendmail program."""
 
+import shlex
 import shutil
+import socket
 from collections.abc import Sequence
 from email.message import EmailMessage
 from email.policy import SMTP
 
 from engine.monitoring.channels.command import run_program
 from engine.monitoring.channels.message import Notification, NotificationError
+from engine.session.command_line import PROGRAM, recorded_command
 
 FOLDERS = "/usr/sbin:/usr/lib:/usr/local/sbin"
 """Where sendmail is besides $PATH, which often leaves out the programs of administrators."""
@@ -47,5 +50,16 @@ class EmailChannel:
         letter["To"] = ", ".join(self._addresses)
         letter["Subject"] = f"[rlhf-tui] {message.title[:LONGEST_SUBJECT]}"
         letter["Auto-Submitted"] = "auto-generated"
-        letter.set_content(f"{message.title}\n\nrlhf-tui attach {message.session}\n")
+        letter.set_content(f"{message.title}\n{_how_to_open(message)}")
         return letter
+
+
+def _how_to_open(message: Notification) -> str:
+    """The commands that show the session: a letter is read on any machine."""
+    if message.root is None:
+        return ""
+    host = socket.gethostname()
+    here = recorded_command("attach", message.session, root=message.root)
+    address = f"ssh://{host}/{message.session}"
+    there = shlex.join([PROGRAM, "attach", address, "--sessions", str(message.root)])
+    return f"\nOn {host}:\n{here}\n\nOn another machine:\n{there}\n"

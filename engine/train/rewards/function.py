@@ -37,17 +37,18 @@ class FunctionReward:
     function can be mended while the run is paused. Other modules that it imports are not.
     """
 
-    def __init__(self, source: str, path: str | None) -> None:
+    def __init__(self, source: str, path: str | None, key: str = "reward") -> None:
         """Imports the function.
 
         Args:
             source: `module:function`.
             path: a folder to import the module from; the working directory is searched after it.
+            key: of the source in the configuration, for errors.
 
         Raises:
             UserInputError: the module cannot be imported, or has no such function.
         """
-        self._source = source
+        self._source, self._key = source, key
         self._raised = False
         module_name = source.partition(":")[0]
         self._folders = [path, "."] if path else ["."]
@@ -57,7 +58,7 @@ class FunctionReward:
         except (Exception, SystemExit) as error:
             # A user's module may raise anything on import; the user gets it on one line.
             raise UserInputError(
-                f"reward.function: cannot import '{module_name}' (looked in {path or '.'}): "
+                f"{key}.function: cannot import '{module_name}' (looked in {path or '.'}): "
                 f"{type(error).__name__}: {error_text(error)}"
             ) from error
         self._signature = self._file_signature()
@@ -69,7 +70,7 @@ class FunctionReward:
         function = getattr(self._module, name, None)
         if not callable(function):
             raise UserInputError(
-                f"reward.function: module '{module_name}' has no function '{name}'"
+                f"{self._key}.function: module '{module_name}' has no function '{name}'"
             )
         self._function = function
         parameters = inspect.signature(function).parameters.values()
@@ -161,7 +162,7 @@ async def _awaited(awaitable: Any) -> Any:
 
 
 def _load(source: RewardSource, context: LoadContext) -> FunctionReward:
-    return FunctionReward(source.value, context.config.path)
+    return FunctionReward(source.value, context.config.path, context.key)
 
 
 KIND = SourceKind(

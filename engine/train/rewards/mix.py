@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -261,14 +261,17 @@ def load_rewards(
 
     Args:
         context: the run.
-        configured: the sources. Default: those of the section `reward`.
+        configured: those of `eval.rewards`. Default: those of the section `reward`.
         taken: names of other sources.
 
     Raises:
         UserInputError: a source cannot be loaded.
     """
     sources: dict[str, WeightedReward] = {}
-    for source in context.config.sources() if configured is None else configured:
+    given = context.config.sources() if configured is None else list(configured)
+    numbered = "eval.rewards" if configured is not None else "reward.mix" if len(given) > 1 else ""
+    for i, source in enumerate(given):
+        context = replace(context, key=f"{numbered}[{i}]" if numbered else "reward")
         kind = KINDS[source.kind]
         runs_here = kind.runs_on is RunsOn.EVERY_RANK or context.ranks.is_lead
         reward = kind.load(source, context) if runs_here else None

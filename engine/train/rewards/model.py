@@ -50,6 +50,7 @@ class RewardModel:
         *,
         pair: bool = False,
         read: ReadOptions = NO_OPTIONS,
+        key: str = "reward",
     ) -> None:
         """Reads the classifier on rank 0 and its shape on the others; then call :meth:`place`.
 
@@ -62,17 +63,18 @@ class RewardModel:
             strategy: `ddp` or `fsdp`.
             pair: whether the tokenizer gets prompt and response as a pair of texts.
             read: how the classifier is read.
+            key: of the source in the configuration, for errors.
 
         Raises:
             UserInputError: the classifier cannot be loaded, or `label` does not select a logit.
         """
         path = starter.resolve(source)
-        tokenizer = load_tokenizer(path, "reward.model", ranks, read)
+        tokenizer = load_tokenizer(path, f"{key}.model", ranks, read)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        model = load_classifier(path, ranks, strategy, dtype, read)
+        model = load_classifier(path, ranks, strategy, dtype, read, f"{key}.model")
         self._source = source
         self._strategy = strategy
-        self._label = label_index(source, label, model.config)
+        self._label = label_index(source, label, model.config, key)
         model.config.use_cache = False  # a decoder would fill one for nothing
         self._model = model.eval().requires_grad_(False)
         self._device = ranks.device
@@ -222,6 +224,7 @@ def load_classifier(
     strategy: str,
     dtype: torch.dtype,
     read: ReadOptions = NO_OPTIONS,
+    key: str = "reward.model",
 ) -> Any:
     """Reads a sequence classifier on rank 0, and its shape on the others, on the meta device.
 
@@ -234,10 +237,10 @@ def load_classifier(
     sharded = shards_weights(ranks, strategy)
     if ranks.is_lead:
         kind = AutoModelForSequenceClassification
-        model, stored = read_model(kind, path, "reward.model", dtype, read, sharded=sharded)
+        model, stored = read_model(kind, path, key, dtype, read, sharded=sharded)
     with broadcast_files(ranks, model and model.config) as folder:
         if model is None:
-            shape = read_shape(path, folder, "reward.model", read)
+            shape = read_shape(path, folder, key, read)
             with without_weights(ranks):
                 model = AutoModelForSequenceClassification.from_config(
                     shape, dtype=dtype, trust_remote_code=read.trust_remote_code
@@ -247,7 +250,7 @@ def load_classifier(
     return model
 
 
-def label_index(source: str, label: int | str | None, config: Any) -> int:
+def label_index(source: str, label: int | str | None, config: Any, key: str = "reward") -> int:
     """The index of the logit that is the score. Raises UserInputError."""
     count, names = config.num_labels, {v: k for k, v in (config.id2label or {}).items()}
     listed = ", ".join(f"{i}: {n}" for n, i in names.items())
@@ -255,20 +258,21 @@ def label_index(source: str, label: int | str | None, config: Any) -> int:
         if count == 1:
             return 0
         raise UserInputError(
-            f"reward.label: '{source}' has {count} labels: choose the one that is the score "
+            f"{key}.label: '{source}' has {count} labels: choose the one that is the score "
             f"({listed})"
         )
     if isinstance(label, str) and label in names:
         return int(names[label])
     if isinstance(label, int) and 0 <= label < count:
         return label
-    raise UserInputError(f"reward.label: '{source}' has no label {label!r} (it has {listed})")
+    raise UserInputError(f"{key}.label: '{source}' has no label {label!r} (it has {listed})")
 
 
 def _load(source: RewardSource, context: LoadContext) -> RewardModel:
     model = RewardModel(
         source.value, source.label, context.config, context.policy_vocabulary, context.ranks,
         context.strategy, pair=source.pair, read=reward_options(source),
+        key=context.key,
     )  # fmt: skip
     model.place(context.ranks, on_host=context.on_host)
     return model

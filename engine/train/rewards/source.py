@@ -98,6 +98,8 @@ class LoadContext:
     """How models are placed on the ranks: `ddp` or `fsdp`."""
     on_host: bool = False
     """Whether frozen models are moved to the device only while they are used."""
+    key: str = "reward"
+    """Of the source in the configuration, for errors, such as `eval.rewards[0]`."""
 
 
 @dataclass(frozen=True)
