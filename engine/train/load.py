@@ -56,7 +56,7 @@ from engine.train.rollout.ahead import rollout_ahead
 from engine.train.rollout.backend import BACKENDS
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
-from engine.train.run import Announce, Run, max_response_tokens
+from engine.train.run import Announce, Run, max_sequence_tokens
 
 log = logging.getLogger("engine")
 
@@ -310,28 +310,30 @@ def _check_frozen_models(
 
 
 def _check_response_length(run: Run) -> None:
-    limit, configured = max_response_tokens(run), run.config.rollout.max_new_tokens
-    if limit is not None and limit < 1:
+    positions, configured = max_sequence_tokens(run), run.config.rollout.max_new_tokens
+    if positions is None:
+        return
+    limit = positions - run.prompts.longest
+    if limit < 1:
         raise UserInputError(
-            f"the longest prompt has {run.prompts.longest} tokens and the model "
-            f"{limit + run.prompts.longest} positions, which leaves none for a response: lower "
-            "data.max_prompt_tokens to leave long prompts out"
+            f"the longest prompt has {run.prompts.longest} tokens and the model {positions} "
+            "positions, which leaves none for a response: lower data.max_prompt_tokens to leave "
+            "long prompts out"
         )
-    if limit is not None and configured > limit:
+    if configured > limit:
         raise UserInputError(
             f"rollout.max_new_tokens ({configured}) may be {limit} at most: the model has no more "
             f"positions after the longest prompt ({run.prompts.longest} tokens; lower "
             "data.max_prompt_tokens to leave long prompts out)"
         )
-    if run.held_out is None or limit is None:
+    if run.held_out is None:
         return
     wanted = run.config.eval.max_new_tokens or configured
     longest = max(len(p.ids) for p in run.held_out.prompts)
-    if longest + wanted > limit + run.prompts.longest:
+    if longest + wanted > positions:
         raise UserInputError(
-            f"eval.max_new_tokens ({wanted}) is too large: the model has "
-            f"{limit + run.prompts.longest} positions, and the longest prompt to evaluate takes "
-            f"{longest}"
+            f"eval.max_new_tokens ({wanted}) is too large: the model has {positions} positions, "
+            f"and the longest prompt to evaluate takes {longest}"
         )
 
 

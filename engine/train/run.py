@@ -110,7 +110,13 @@ class Run:
         return SavedState.of(self.state, self.config, self.settings_after_step)
 
 
-def max_response_tokens(run: Run) -> int | None:
-    """New tokens that fit after the longest prompt; None if the model has no position limit."""
+def max_sequence_tokens(run: Run) -> int | None:
+    """Tokens of a prompt and its response that the policy can read; None if it has no limit."""
     positions = getattr(run.policy.lm.config, "max_position_embeddings", None)
-    return None if positions is None else int(positions) - run.prompts.longest
+    return None if positions is None else int(positions)
+
+
+def max_response_tokens(run: Run) -> int | None:
+    """New tokens that fit after the longest prompt; None if the policy has no limit."""
+    most = max_sequence_tokens(run)
+    return None if most is None else most - run.prompts.longest

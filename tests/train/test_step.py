@@ -2,10 +2,13 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from engine import starter
 from engine.errors import CommandRejectedError, UserInputError
 from engine.train.greedy_baseline import greedy_scores
 from engine.train.models.language_model import fingerprint
@@ -321,6 +324,22 @@ def test_a_probe_with_a_prompt_of_the_data_has_its_other_columns(make_run, tmp_p
     )  # fmt: skip
     for prompt in run.prompts.for_step(1):
         assert set(answer_probe(run, prompt.text)) == {"policy", "reference"}
+
+
+@pytest.mark.parametrize("tokens", [54, 55])
+def test_a_probe_is_rejected_that_has_too_many_tokens_for_the_positions_of_the_model(
+    make_run, tmp_path, tokens
+):
+    tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+    shape = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    for part in (GPT2LMHeadModel(shape), tokenizer):
+        part.save_pretrained(tmp_path)
+    run, _ = make_run(f"model.policy={tmp_path}")
+    text = " film" * tokens
+    assert len(tokenizer(text)["input_ids"]) == tokens
+    rejects = pytest.raises(CommandRejectedError, match="1 to 54 tokens, not 55")
+    with rejects if tokens > 54 else nullcontext():
+        answer_probe(run, text)
 
 
 class CountingBackend:

@@ -113,7 +113,7 @@ class RolloutConfig(Section, frozen=True):
 
     def in_process(self) -> Self:
         """The same where no program of its own runs: native rollouts, which differ by rounding."""
-        return replace(self, engine="native") if self.separate else self
+        return replace(self, engine="native", ahead=0) if self.separate else self
 
     @property
     def local_engines(self) -> int:

@@ -12,7 +12,7 @@ from engine.train.ppo.forward import score_tokens
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardCallError, RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
-from engine.train.run import Run
+from engine.train.run import Run, max_sequence_tokens
 
 PROBE_SEED = 0
 """The same for both models and all probes, so that differences are due to the models alone."""
@@ -47,10 +47,11 @@ def answer_probe(run: Run, text: str) -> dict[str, Any]:
 
 def _tokenise(run: Run, text: str) -> Prompt:
     (ids,) = tokenise_texts(run.tokenizer, [text])
-    if not 0 < len(ids) <= run.config.data.max_prompt_tokens:
-        raise CommandRejectedError(
-            f"a probe needs 1 to {run.config.data.max_prompt_tokens} tokens, not {len(ids)}"
-        )
+    most, positions = run.config.data.max_prompt_tokens, max_sequence_tokens(run)
+    if positions is not None:
+        most = min(most, positions - run.config.rollout.max_new_tokens)
+    if not 0 < len(ids) <= most:
+        raise CommandRejectedError(f"a probe needs 1 to {most} tokens, not {len(ids)}")
     return Prompt(ids, text, {run.config.data.column: text})
 
 
