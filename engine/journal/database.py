@@ -16,7 +16,7 @@ Views = Callable[[int], list[str]]
 
 
 class ReadOnlyDatabase:
-    """A database opened for reading. A missing database reads as empty."""
+    """A database opened for reading. A missing one reads as empty until it is there."""
 
     def __init__(self, path: Path, migrations: list[str], views: Views | None = None) -> None:
         """Opens the file if it exists.
@@ -30,17 +30,23 @@ class ReadOnlyDatabase:
             JournalError: the file cannot be read, or a newer version wrote it.
         """
         self._path = path
-        self.connection = open_read_only(path, len(migrations))
-        """None if the file is missing or has no tables yet."""
-        self.version = 0 if self.connection is None else schema.schema_version(self.connection)
+        self._migrations = migrations
+        self._views = views
+        self.connection: sqlite3.Connection | None = None
+        """None while the file is missing or has no tables."""
+        self.version = 0
         """Number of migrations applied when the file was opened. Readers do not migrate."""
-        if views is not None and self.connection is not None:
-            self._create(views(self.version))
+        self._open()
 
-    def _create(self, statements: list[str]) -> None:
-        self.rows("PRAGMA temp_store = MEMORY")
-        for statement in statements:
-            self.rows(statement)
+    def _open(self) -> None:
+        self.connection = open_read_only(self._path, len(self._migrations))
+        if self.connection is None:
+            return
+        self.version = schema.schema_version(self.connection)
+        if self._views is not None:
+            self.rows("PRAGMA temp_store = MEMORY")
+            for statement in self._views(self.version):
+                self.rows(statement)
 
     def close(self) -> None:
         """Closes the file."""
@@ -70,6 +76,9 @@ class ReadOnlyDatabase:
         Raises:
             JournalError: the file cannot be read.
         """
+        if self.connection is None:
+            # Who follows a session that starts may open the file before it has its tables.
+            self._open()
         if self.connection is None:
             return []
         parameters = dict(values) if isinstance(values, Mapping) else tuple(values)

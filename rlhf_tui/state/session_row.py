@@ -80,6 +80,8 @@ class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
     """A session as the browser lists it."""
 
     row: SessionRow
+    started: float = 0.0
+    """Unix time of the start of its last engine; 0 if none has begun."""
     spark: str = ""
     """The newest values of the chosen metric as a line of blocks."""
     value: float | None = None

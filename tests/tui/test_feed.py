@@ -137,6 +137,22 @@ def test_a_session_without_a_journal_is_starting_at_first_and_then_has_crashed(f
     wait(lambda: state.head.state == "crashed")
 
 
+def test_files_that_have_no_tables_yet_are_read_once_they_have(session):
+    files = (session.journal_file, session.samples_file)
+    written = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(b"")  # as their writer has them at first
+    state = SessionState(session.name)
+    feed = Feed(session, "tester", NAMES, state.take)
+    feed.read_all()
+    assert state.head.step == 0
+    for file, content in zip(files, written, strict=True):
+        file.write_bytes(content)
+    feed.read_all()
+    assert (state.head.state, state.head.step) == ("finished", 20)
+    assert state.samples
+
+
 def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, monkeypatch):
     monkeypatch.setattr(journal_changes, "LONG", 10)
     seen = []

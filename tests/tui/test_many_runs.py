@@ -1,10 +1,13 @@
 """Many runs at once: marked, overlaid and aligned, listed by any metric and by what differs."""
 
+import contextlib
 import threading
 
 import pytest
 
 from engine.journal.database import ReadOnlyDatabase
+from engine.journal.writer import JournalWriter
+from engine.protocol.rank_messages import StepReport
 from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.picker import PickerDialog, matches
@@ -191,6 +194,21 @@ def test_keys_have_their_last_part_as_title_where_that_says_enough():
     keys = differing([one, two])
     assert keys == ["kl.beta", "model.path", "eval.steps", "train.steps"]
     assert list(short_names(keys).values()) == ["beta", "model.path", "eval.steps", "train.steps"]
+
+
+def test_live_sessions_keep_their_order_at_each_step(tmp_path, session_maker):
+    cache, journals = SessionListCache(), []
+    with contextlib.ExitStack() as stack:
+        for name in ("first", "second"):
+            session = session_maker(tmp_path, name, 4)
+            stack.callback(session.acquire().release)
+            session.write_engine("nowhere", "1")
+            journal = stack.enter_context(contextlib.closing(JournalWriter(session)))
+            journal.begin_attempt(4, fresh=False)
+            journals.append(journal)
+        for step, journal in enumerate(journals * 2, 5):
+            journal.record_step(StepReport(step=step, metrics={}, samples=[], settings={}))
+            assert [s.row.name for s in cache.rows(tmp_path)] == ["second", "first"]
 
 
 def test_a_list_reads_each_session_in_a_few_queries_and_only_once(runs, queries):

@@ -48,11 +48,16 @@ def listed_session(session: Session, metric: str = metrics.SCORE) -> ListedSessi
             row = session_row(session, record)
             points = record.series(metric, after=max(row.step - SPARK_STEPS, 0))
             names = record.metric_names()
+            attempts = record.attempts()
     except (RlhfError, OSError) as error:
         return ListedSession(row=unreadable_row(session, error))
     values = [value for _, value in points if value is not None]
     return ListedSession(
-        row=row, spark=spark(values), value=values[-1] if values else None, metrics=tuple(names)
+        row=row,
+        started=attempts[-1].started if attempts else 0.0,
+        spark=spark(values),
+        value=values[-1] if values else None,
+        metrics=tuple(names),
     )
 
 
@@ -67,7 +72,7 @@ class SessionListCache:
     def rows(
         self, root: Path, metric: str = metrics.SCORE, *, settings: bool = False
     ) -> list[ListedSession]:
-        """All sessions, those with an engine first, then the newest.
+        """All sessions: those with an engine, the last started first, then the last active.
 
         Args:
             root: the folder of sessions.
@@ -76,8 +81,7 @@ class SessionListCache:
         """
         with self._lock:
             found = [self._row(s, metric, settings=settings) for s in all_sessions(root)]
-        found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))
-        return found
+        return sorted(found, key=_place)
 
     def begin(self, root: Path, metric: str) -> None:
         """Starts to read in a thread; who asks for the rows meanwhile waits for it."""
@@ -108,6 +112,13 @@ class SessionListCache:
                 known = changed, {}  # the row says what is wrong, or opening the session does
             self._configurations[session.folder] = known
         return known[1]
+
+
+def _place(listed: ListedSession) -> tuple[bool, float, str]:
+    row = listed.row
+    # By its last step a live session would change places with another at every step.
+    time = listed.started if row.pid is not None else row.updated or 0.0
+    return row.pid is None, -time, row.name
 
 
 def _signature(session: Session) -> object:
