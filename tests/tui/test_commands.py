@@ -226,6 +226,25 @@ def test_an_option_of_the_policy_is_refused_where_none_is_exported(session_maker
     assert not target.exists()
 
 
+def test_a_policy_that_cannot_be_copied_whole_leaves_no_folder(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    policy = session.checkpoints / "step-000003" / "policy"
+    policy.mkdir(parents=True)
+    (policy / "config.json").write_text("{}")
+    (policy / "model.safetensors").symlink_to("nowhere")
+    for name in ("state.json", "COMPLETE"):
+        (policy.parent / name).write_text("{}")
+    target, folder = tmp_path / "to", str(tmp_path / "s")
+    arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
+    done = CliRunner().invoke(cli, arguments)
+    assert f"--policy: cannot write {target}" in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    (policy / "model.safetensors").unlink()
+    target.mkdir()  # an empty folder is as good as none
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
