@@ -283,6 +283,39 @@ def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
     assert plural(1, "sample") == "1 sample"
 
 
+def test_an_interrupt_while_the_program_is_imported_is_one_line(tmp_path):
+    (tmp_path / "click.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_tui", "ls"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "rlhf-tui: interrupted\n")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from rlhf_tui.cli import cli
+exec_ = os.execve
+def interrupted(*arguments):
+    signal.raise_signal(signal.SIGINT)
+    exec_(*arguments)
+os.execve = interrupted
+cli.main(sys.argv[1:], standalone_mode=False)
+"""
+
+
+def test_an_interrupt_of_a_run_that_becomes_the_engine_is_one_line(tmp_path):
+    words = ["demo", "--headless", "--name", "mine", "--sessions", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *words],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    started, interrupted = done.stderr.splitlines()
+    assert started.startswith("session mine: starting")
+    assert interrupted == "rlhf-tui: interrupted"
+
+
 def test_doctor_prints_words_not_python(tmp_path):
     printed = CliRunner().invoke(cli, ["doctor", "--sessions", str(tmp_path)]).output
     assert re.search(r"^gpus +(none|\w)", printed, re.MULTILINE)
