@@ -7,6 +7,7 @@ this one (exec), so that `ps` shows the session's folder. $RLHF_TUI_START is a S
 import asyncio
 import logging
 import shutil
+import signal
 import sys
 from pathlib import Path
 from traceback import format_exception
@@ -180,6 +181,7 @@ def main() -> None:
     start = received_start()
     new = is_new(session, start)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by who started it
         total = _total_steps(session, start)
         printer = Printer(session, total, live=sys.stdout.isatty())
         logging.basicConfig(handlers=[PrinterHandler(printer)], format="%(message)s")
@@ -188,6 +190,9 @@ def main() -> None:
     except RlhfError as error:
         print(f"rlhf-tui: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
         code = error.exit_code
+    except KeyboardInterrupt:  # before a stop could be asked for, or after the end
+        print("rlhf-tui: interrupted", file=sys.stderr)  # noqa: T201
+        code = 130
     if code == 2 and new:
         # Nothing was trained: a new session with wrong input is removed.
         shutil.rmtree(session.folder, ignore_errors=True)

@@ -17,14 +17,15 @@ FORMATS = ("csv", "json", "parquet")
 Row = dict[str, Any]
 
 
-def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:
+def columns_of(rows: Sequence[Row], names: Sequence[str] = ()) -> dict[str, list[Any]]:
     """The columns of rows, in the order in which they appear; what a row lacks is None.
 
-    The entries of a mapping become columns `KEY/NAME`, lists become JSON.
+    Without rows there are those of `names`: a table has a header in any case. The entries of a
+    mapping become columns `KEY/NAME`, lists become JSON.
     """
     flat = [dict(_flat(row)) for row in rows]
-    names = dict.fromkeys(name for row in flat for name in row)
-    return {name: [row.get(name) for row in flat] for name in names}
+    found = dict.fromkeys(name for row in flat for name in row) or names
+    return {name: [row.get(name) for row in flat] for name in found}
 
 
 def _flat(row: Row) -> Iterable[tuple[str, Any]]:
@@ -37,9 +38,9 @@ def _flat(row: Row) -> Iterable[tuple[str, Any]]:
             yield key, value
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: Sequence[Row], names: Sequence[str] = ()) -> str:
     """Rows as CSV with a header, lines ended by a newline; None is an empty field."""
-    columns = columns_of(rows)
+    columns = columns_of(rows, names)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -47,13 +48,14 @@ def csv_text(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def write_file(rows: Sequence[Row], form: str, output: Path) -> int:
+def write_file(rows: Sequence[Row], form: str, output: Path, names: Sequence[str] = ()) -> int:
     """Writes rows to a file, which is replaced if it exists.
 
     Args:
         rows: the rows.
         form: one of :data:`FORMATS`.
         output: the file.
+        names: of the columns where there are no rows.
 
     Returns:
         Its bytes.
@@ -65,24 +67,24 @@ def write_file(rows: Sequence[Row], form: str, output: Path) -> int:
     try:
         if not output.parent.is_dir():
             raise FileNotFoundError(2, os.strerror(2))
-        data = _bytes(rows, form)
+        data = _bytes(rows, form, names)
         write_output(output, data)
     except OSError as error:
         raise UserInputError(f"cannot write {output}: {error.strerror}; give another -o") from error
     return len(data)
 
 
-def _bytes(rows: Sequence[Row], form: str) -> bytes:
+def _bytes(rows: Sequence[Row], form: str, names: Sequence[str]) -> bytes:
     if form == "parquet":
-        return _parquet(rows)
-    text = csv_text(rows) if form == "csv" else json.dumps(rows, allow_nan=False) + "\n"
+        return _parquet(columns_of(rows, names))
+    text = csv_text(rows, names) if form == "csv" else json.dumps(rows, allow_nan=False) + "\n"
     return text.encode()
 
 
-def _parquet(rows: Sequence[Row]) -> bytes:
+def _parquet(columns: dict[str, list[Any]]) -> bytes:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "engine.train.reports.write_parquet"],
-        input=json.dumps(columns_of(rows)).encode(),
+        input=json.dumps(columns).encode(),
         capture_output=True,
         check=False,
     )

@@ -96,7 +96,7 @@ def sessions(folder: str | Path | None = None) -> list[Session]:
 
 
 def resume(
-    session: Session,
+    session: Session | str,
     *,
     from_step: int | None = None,
     reseed: bool = False,
@@ -106,7 +106,7 @@ def resume(
     """Resumes a session that has ended, in the background.
 
     Args:
-        session: it must have no live engine.
+        session: it, or its name, as for :func:`attach`; it must have no live engine.
         from_step: the checkpoint's step; later steps become an abandoned branch. Default: the last
             checkpoint, and nothing is abandoned.
         reseed: whether to sample other responses than before.
@@ -118,12 +118,13 @@ def resume(
 
     Raises:
         ConfigError: an override is wrong, or would change the model or the data's order.
-        NoSuchSessionError: there is no checkpoint of that step.
+        NoSuchSessionError: there is no such session, or no checkpoint of that step.
         SessionLockedError: the session has a live engine.
         UserInputError: all its steps are done, and `train.steps` does not ask for more.
         CheckpointError: the chosen checkpoint is damaged.
         SessionError: the run ended before the training began, or belongs to another user.
     """
+    session = _opened(session)
     files, words = session.files, _as_words(overrides)
     files.acquire().release()  # raises if the session is live
     options = preparation.resume(
@@ -138,7 +139,7 @@ def resume(
 
 
 def fork(
-    session: Session,
+    session: Session | str,
     name: str,
     *,
     from_step: int,
@@ -150,7 +151,7 @@ def fork(
     """Forks a new session from a checkpoint of another, and starts it in the background.
 
     Args:
-        session: live or ended; it stays as it is.
+        session: it, or its name, as for :func:`attach`; live or ended, it stays as it is.
         name: of the new session, in the same folder.
         from_step: the checkpoint's step.
         reseed: whether to sample other responses than the other session did.
@@ -163,12 +164,13 @@ def fork(
 
     Raises:
         ConfigError: an override is wrong.
-        NoSuchSessionError: there is no checkpoint of that step.
+        NoSuchSessionError: there is no such session, or no checkpoint of that step.
         SessionNameError: the new name cannot be used or is taken.
         UserInputError: the checkpoint has no averaged policy.
         SessionError: the files cannot be copied, the session belongs to another user, or the run
             ended before the training began.
     """
+    session = _opened(session)
     child, options = preparation.fork(
         session.files,
         name,
@@ -179,6 +181,10 @@ def fork(
         ema=ema,
     )
     return _started(child, options, session.who, timeout)
+
+
+def _opened(session: Session | str) -> Session:
+    return attach(session) if isinstance(session, str) else session
 
 
 def _started(

@@ -118,6 +118,7 @@ class JournalReader:
             pause_reason=decoded(values.get("pause_reason", "null"), str | None),
             deadline=decoded(values.get("deadline", "null"), float | None),
             exit_code=decoded(values.get("exit_code", "null"), int | None),
+            best_metric=decoded(values.get("best_metric", "null"), str | None),
         )
         position = self.session.position
         if position is None:

@@ -31,6 +31,8 @@ class SessionMeta(Struct, frozen=True, kw_only=True):
     """Unix time before which the run saves and ends; None without one."""
     exit_code: int | None = None
     """Of the last engine that ended regularly; None while one lives, or if it was killed."""
+    best_metric: str | None = None
+    """`train.best_metric`; None in a session whose last engine was of an earlier version."""
 
 
 class AttemptRow(Struct, frozen=True, kw_only=True):

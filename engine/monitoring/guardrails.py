@@ -87,7 +87,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="value_head_idle", metric=EXPLAINED_VARIANCE, below=0.05, lasts=50, window=50,
-        advice="the value head has learnt nothing: raise value_coef or its rate, or use rloo",
+        advice="if scores still differ: raise value_coef or the value head's rate, or use rloo",
     ),
     Rule(
         name="dead_groups", metric=ZERO_STD, above=0.7, lasts=5,

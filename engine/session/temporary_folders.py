@@ -1,14 +1,16 @@
-"""Temporary folders that are removed even if the process that made them was killed."""
+"""Temporary folders: removed even if their process was killed, or moved into their place."""
 
 import contextlib
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import SessionError
 from engine.session import lock
+from engine.session.checkpoints import sync
 
 PREFIX = "rlhf-tui-"
 LOCK = ".rlhf-tui.lock"
@@ -42,6 +44,31 @@ class TemporaryFolder:
         """Removes the folder with its contents."""
         self._lock.release()  # on NFS an open file keeps its folder from being removed
         self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """Context that yields a new folder beside `out` and moves it there unless the context raises.
+
+    So `out` is there with all of its files or not at all, also if the process is killed.
+
+    Raises:
+        OSError: a folder cannot be created or synced, or `out` exists and is not an empty folder.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process with the same id
+    part.mkdir()
+    try:
+        yield part
+        for path in [*part.rglob("*"), part]:
+            sync(path)
+        if out.exists():
+            out.rmdir()  # an empty folder; another one raises
+        part.rename(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from engine import __version__
 from engine.config import file as config_file
 from engine.config.deadline import deadline
+from engine.config.schema import RunConfig
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions
@@ -72,12 +73,8 @@ async def _serve(
     """Runs all attempts, with the socket open and the session in the registry."""
     before = session.config()
     config = config_file.override(before, start.overrides)
-    session.write_config(config)
-    journal.set_meta(
-        total_steps=config.train.steps,
-        deadline=deadline(config.train, os.environ),
-        exit_code=None,
-    )
+    _use(config, session, journal)
+    journal.set_meta(deadline=deadline(config.train, os.environ), exit_code=None)
     journal.commands.reject_unfinished("the engine ended before it was carried out")
     listener, path = sockets.listen(session.folder)
     try:
@@ -87,15 +84,21 @@ async def _serve(
         journal.begin_serving()
         code = await _run(supervisor, listener)
     except UserInputError:
-        session.write_config(before)
+        _use(before, session, journal)
         raise
     finally:
         listener.close()
         _remove(path)
         registry.withdraw(session)
     if code == UserInputError.exit_code:  # the next resume uses the previous one
-        session.write_config(before)
+        _use(before, session, journal)
     return code
+
+
+def _use(config: RunConfig, session: Session, journal: JournalWriter) -> None:
+    """Writes the configuration; in the journal, too, what lists show, as YAML is slow to read."""
+    session.write_config(config)
+    journal.set_meta(total_steps=config.train.steps, best_metric=config.train.best_metric)
 
 
 def _remove(*files: Path) -> None:

@@ -26,6 +26,7 @@ from engine.protocol import sockets
 from engine.session.access import open_to_umask
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
+from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     complete_name,
@@ -160,12 +161,17 @@ def _export_policy(session: Session, step: int, target: Path, part: str, *, merg
     what = "averaged policy" if part == AVERAGED_POLICY else "policy"
     config = session.config()
     adapted = config.lora.rank is not None
+    try:
+        with written_whole(target.resolve()) as folder:
+            if adapted and merged:
+                _merge(session, step, part, folder)
+            else:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+            open_to_umask(folder)
+    except OSError as error:
+        raise UserInputError(f"--policy: cannot write {target}: {error}") from error
     if adapted and merged:
-        _merge(session, step, part, target)
-        open_to_umask(target)
         return f"the {what} of step {step} is in {target}, adapters merged"
-    _copy_policy(source, target)
-    open_to_umask(target)
     if adapted:
         which = "averaged adapters" if part == AVERAGED_POLICY else "adapters"
         return f"the {which} of step {step} are in {target}; base model: {config.model.policy}"
@@ -185,13 +191,6 @@ def _merge(session: Session, step: int, part: str, target: Path) -> None:
         errors = done.stderr.strip().splitlines() or [f"merging ended with {done.returncode}"]
         kind = UserInputError if done.returncode == UserInputError.exit_code else SessionError
         raise kind(errors[-1])
-
-
-def _copy_policy(source: Path, target: Path) -> None:
-    try:
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    except OSError as error:
-        raise UserInputError(f"--policy: cannot write {target}: {error}") from error
 
 
 def _write_lines(target: Path, rows: Iterable[Json]) -> None:

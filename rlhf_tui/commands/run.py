@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -281,4 +282,6 @@ def _become_engine(session: Session, start: StartOptions) -> None:
     click.echo(one_line(f"session {session.name}: {action}; folder {session.folder}"), err=True)
     sys.stdout.flush()
     words = [sys.executable, "-P", "-m", "rlhf_tui.headless", str(session.folder)]
+    # Held until that module is imported and handles it: Python would print a traceback.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.execve(sys.executable, words, os.environ | start_variable(start))  # noqa: S606 - our own

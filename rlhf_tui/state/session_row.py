@@ -99,8 +99,8 @@ def read_session_row(session: Session, *, ask: bool = False, best: bool = False)
         session: to read.
         ask: also asks its engine what it waits for; one that hangs takes :data:`REPLY_TIMEOUT`.
             Also reads its size, for which it looks at each of its files.
-        best: also reads its best checkpoint. Where there is one, it opens the configuration, which
-            takes some ten milliseconds.
+        best: also reads its best checkpoint. Where an earlier version has run the session, it
+            opens the configuration, which takes some ten milliseconds.
 
     Raises:
         RlhfError: its journal or its configuration cannot be read.
@@ -138,7 +138,8 @@ def read_session_rows(sessions: Iterable[Session], *, best: bool) -> list[Sessio
 def _best_checkpoint(session: Session, record: JournalReader) -> int | None:
     # All else of a session can be read with a configuration of another version.
     with contextlib.suppress(ConfigError):
-        return record.best_checkpoint(session.config().train.best_metric)
+        metric = record.meta().best_metric or session.config().train.best_metric
+        return record.best_checkpoint(metric)
     return None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import engine
-from engine.api import Session, attach, resume, sessions, start
+from engine.api import Session, attach, fork, resume, sessions, start
 from engine.errors import (
     CommandRejectedError,
     ConfigError,
@@ -172,3 +172,13 @@ def test_a_finished_run_is_resumed_only_for_more_steps(run, writer):
     writer.checkpoint(3)
     with pytest.raises(UserInputError, match="has finished its 3 steps"):
         resume(run, overrides={"train.steps": 3})
+
+
+def test_a_session_is_resumed_and_forked_by_its_name(run, writer):
+    writer.checkpoint(3)
+    with pytest.raises(UserInputError, match="has finished its 3 steps"):
+        resume(run.name, overrides={"train.steps": 3})
+    with pytest.raises(NoSuchSessionError, match="checkpoint"):
+        fork(run.name, "second", from_step=7)
+    with pytest.raises(NoSuchSessionError, match="'absent'"):
+        resume("absent")

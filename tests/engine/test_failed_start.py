@@ -5,6 +5,7 @@ import resource
 import pytest
 
 from engine.errors import SessionError, SessionNameError, UserInputError
+from engine.journal.reader import JournalReader
 from engine.launch.background import start_engine
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import StartOptions, fork, is_failed_start, remove_failed_start
@@ -109,10 +110,14 @@ async def test_a_start_that_fails_before_its_ranks_leaves_nothing_behind(
     session = make_session("run", "launch.nodes=2", "launch.rendezvous=127.0.0.1:29400")
     before = session.config()
     with pytest.raises(UserInputError, match=SECRET_VARIABLE):
-        await supervise(session, StartOptions(overrides=["train.steps=7"]))
+        given = ["train.steps=7", "train.best_metric=objective/kl"]
+        await supervise(session, StartOptions(overrides=given))
     assert not (session.folder / sockets.NAME).exists()
     assert not list((tmp_path / "state").rglob("live/*"))
     assert session.config() == before
+    with JournalReader(session) as reader:
+        found = reader.meta()
+    assert (found.total_steps, found.best_metric) == (before.train.steps, before.train.best_metric)
     session.acquire().release()
 
 

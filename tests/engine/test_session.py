@@ -35,7 +35,7 @@ from engine.protocol.client import Client
 from engine.session import folder as session_folder
 from engine.session import registry
 from engine.session.states import ENDED_STATES, LIVE_STATES
-from engine.session.temporary_folders import LOCK, TemporaryFolder
+from engine.session.temporary_folders import LOCK, TemporaryFolder, written_whole
 
 modest = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -132,6 +132,22 @@ def test_temporary_folders_of_killed_processes_are_removed_by_the_next(tmp_path,
     for folder in (alive, newest):
         folder.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_written_whole_is_not_there_after_a_kill(tmp_path):
+    out = tmp_path / "model"
+    code = (
+        "import os; from pathlib import Path\n"
+        "from engine.session.temporary_folders import written_whole\n"
+        f"with written_whole(Path({str(out)!r})) as part:\n"
+        "    (part / 'config.json').write_text('{}'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert not out.exists()
+    with written_whole(out) as part:
+        (part / "config.json").write_text("{}")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["config.json"]
 
 
 def test_no_umask_opens_a_session_or_its_folder_to_others(tmp_path):

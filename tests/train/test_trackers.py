@@ -14,6 +14,7 @@ from engine.launch.inputs import check_inputs
 from engine.session.folder import create
 from engine.train.reports import trackers as reports
 from engine.train.reports.tracker_kinds import KINDS, Header, make_tracker
+from engine.train.reports.tracker_program import MAX_LOG
 from engine.train.reports.trackers import TrackerProcess, shown_config
 
 MODULE = '''
@@ -58,6 +59,7 @@ class Broken(Lines):
 
 class Ends(Broken):
     def store_init_configuration(self, values):
+        print("too much " * 2_000_000)
         raise SystemExit("no account")
 '''
 OVERRIDES = (
@@ -109,6 +111,14 @@ def test_a_resume_continues_the_runs_and_no_failure_ends_them(two_attempts):
     events = EventAccumulator(str(session.trackers / "mine"))
     events.Reload()
     assert [e.step for e in events.Scalars("objective/kl")] == [1, 2, 3, 3, 4]
+
+
+def test_a_tracker_that_prints_too_much_does_not_fill_the_disk(two_attempts):
+    session, _ = two_attempts
+    text = (session.trackers / "trackers.log").read_bytes()
+    assert b"this is not a problem" in text
+    assert b"left out" in text
+    assert len(text) <= MAX_LOG
 
 
 def test_trackers_that_take_nothing_are_ended_and_reported(tmp_path, monkeypatch):

@@ -226,6 +226,25 @@ def test_an_option_of_the_policy_is_refused_where_none_is_exported(session_maker
     assert not target.exists()
 
 
+def test_a_policy_that_cannot_be_copied_whole_leaves_no_folder(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    policy = session.checkpoints / "step-000003" / "policy"
+    policy.mkdir(parents=True)
+    (policy / "config.json").write_text("{}")
+    (policy / "model.safetensors").symlink_to("nowhere")
+    for name in ("state.json", "COMPLETE"):
+        (policy.parent / name).write_text("{}")
+    target, folder = tmp_path / "to", str(tmp_path / "s")
+    arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
+    done = CliRunner().invoke(cli, arguments)
+    assert f"--policy: cannot write {target}" in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    (policy / "model.safetensors").unlink()
+    target.mkdir()  # an empty folder is as good as none
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
@@ -262,6 +281,39 @@ def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
     arguments = ["export", "mine", "--samples", str(target), "--sessions", str(tmp_path / "s")]
     assert CliRunner().invoke(cli, arguments).output == f"wrote 24 samples to {target}\n"
     assert plural(1, "sample") == "1 sample"
+
+
+def test_an_interrupt_while_the_program_is_imported_is_one_line(tmp_path):
+    (tmp_path / "click.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_tui", "ls"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "rlhf-tui: interrupted\n")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from rlhf_tui.cli import cli
+exec_ = os.execve
+def interrupted(*arguments):
+    signal.raise_signal(signal.SIGINT)
+    exec_(*arguments)
+os.execve = interrupted
+cli.main(sys.argv[1:], standalone_mode=False)
+"""
+
+
+def test_an_interrupt_of_a_run_that_becomes_the_engine_is_one_line(tmp_path):
+    words = ["demo", "--headless", "--name", "mine", "--sessions", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *words],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    started, interrupted = done.stderr.splitlines()
+    assert started.startswith("session mine: starting")
+    assert interrupted == "rlhf-tui: interrupted"
 
 
 def test_doctor_prints_words_not_python(tmp_path):

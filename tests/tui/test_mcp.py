@@ -122,6 +122,22 @@ async def test_an_error_is_one_line_that_says_what_to_do(root):
     assert "did you mean 'objective/kl'" in metric
 
 
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("set_beta", {"value": True}),
+        ("set_setting", {"key": "beta", "value": True}),
+        ("rollback", {"step": True}),
+        ("samples", {"count": True}),
+        ("curve", {"metric": "objective/kl", "points": True}),
+    ],
+)
+async def test_true_is_no_number(root, tool, arguments):
+    async with client(root, steering=True) as connection:
+        refused = await result(connection, tool, session="frozen", **arguments)
+    assert "no numbers" in refused
+
+
 async def test_what_an_assistant_does_stands_under_its_name(session_maker, tmp_path):
     session = session_maker(tmp_path / "s", "mine", 3)
     async with client(tmp_path / "s", steering=True) as connection:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.errors import UserInputError
+from engine.metrics import METRICS
 from rlhf_tui.cli import cli
 from rlhf_tui.table_files import columns_of
 
@@ -39,6 +40,21 @@ def test_every_format_holds_the_same_rows(printed, tmp_path, command):
     assert f"{len(rows):,} rows" in said
     assert pq.read_table(tmp_path / "rows.parquet").to_pydict() == columns
     assert [f.name for f in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+@pytest.mark.parametrize("command", ["metrics", "samples"])
+def test_a_table_without_rows_has_the_columns_of_every_table(printed, tmp_path, root, command):
+    full = columns_of(json.loads(printed(command, "frozen", "--json")))
+    metrics = {metric.name for metric in METRICS}
+    config_file = root / "frozen" / "config.yaml"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_bytes(config_file.read_bytes())
+    empty = [command, "new", "--sessions", tmp_path]
+    header = printed(*empty, "--format", "csv").removesuffix("\n").split(",")
+    assert header == [name for name in full if "/" not in name and name not in metrics]
+    assert "0 rows" in printed(*empty, "-o", tmp_path / "rows.parquet")
+    assert pq.read_table(tmp_path / "rows.parquet").column_names == header
+    assert json.loads(printed(*empty, "--json")) == []
 
 
 def test_rows_with_other_keys_leave_fields_empty():

@@ -7,11 +7,14 @@ to standard error. Its folder is the session's `trackers/`, where trackers that 
 them.
 """
 
+import contextlib
 import json
 import math
 import os
 import signal
+import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +33,10 @@ FINISH_SECONDS = 60
 IDS = "runs.json"
 """Tracker → the id of this session's run."""
 LOCK = ".lock"
+MAX_LOG = 10_000_000
+"""Bytes of what trackers print that are kept: the first half and the newest of the rest."""
+LOG_INTERVAL = 1.0
+"""Seconds between looks at their size."""
 FAILURES = (Exception, SystemExit)
 """Of any package. Some call `sys.exit`, which would end the other trackers, too."""
 
@@ -56,6 +63,7 @@ def main() -> None:
         problems.write(" ".join(text.split()) + "\n")
         problems.flush()
 
+    threading.Thread(target=keep_log_short, daemon=True, name="log").start()
     os.umask(0o077)  # what trackers write is the owner's, too
     header = msgspec.json.decode(sys.stdin.buffer.readline(), type=Header)
     PartialState(cpu=True)  # the trackers' own logger asks for it
@@ -72,7 +80,24 @@ def main() -> None:
         run.finish()
     lock.release()
     sys.stderr.flush()
+    shorten_log()
     os._exit(0)  # threads of a package may keep the interpreter from ending
+
+
+def keep_log_short() -> None:
+    """Shortens the log whenever it is too long, also while a tracker prints and does not return."""
+    while True:
+        time.sleep(LOG_INTERVAL)
+        shorten_log()
+
+
+def shorten_log() -> None:
+    """Cuts standard error, a file that is appended to, if it is longer than :data:`MAX_LOG`."""
+    with contextlib.suppress(OSError):  # a tracker must go on without a log, as on a full disk
+        status = os.fstat(2)
+        if stat.S_ISREG(status.st_mode) and status.st_size > MAX_LOG:
+            os.ftruncate(2, MAX_LOG // 2)
+            os.write(2, b"\n... left out: trackers print too much ...\n")
 
 
 def wait_for_lock() -> SessionLock:

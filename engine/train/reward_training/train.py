@@ -1,9 +1,6 @@
 """Trains a reward model on judgements, evaluates it and writes its folder."""
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,7 +8,7 @@ import msgspec
 from engine.errors import RlhfError
 from engine.protocol.programs.reward_training import RewardTrainingRequest, TrainedReward
 from engine.session.access import open_to_umask
-from engine.session.checkpoints import sync
+from engine.session.temporary_folders import written_whole
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.reward_training.base import BaseModel, read_base
 from engine.train.reward_training.card import CARD, RESULT, card
@@ -97,31 +94,12 @@ def _write(request: RewardTrainingRequest, result: TrainedReward, base: BaseMode
     """Writes model, tokenizer and card beside the folder, then moves them into its place."""
     out = Path(request.out)
     try:
-        with _part_of(out) as part:
+        with written_whole(out) as part:
             base.model.save_pretrained(part)
             base.tokenizer.save_pretrained(part)
             (part / CARD).write_text(card(request, result), encoding="utf-8")
             text = msgspec.json.format(msgspec.json.encode(result), indent=1)
             (part / RESULT).write_bytes(text + b"\n")
             open_to_umask(part)
-            for path in [*part.rglob("*"), part]:
-                sync(path)
-            if out.exists():
-                out.rmdir()  # an empty folder; another one raises
-            part.rename(out)
-            sync(out.parent)
     except OSError as error:
         raise RlhfError(f"cannot write {out}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _part_of(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, which is removed unless it was renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process with the same id
-    part.mkdir()
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp_types import ToolAnnotations
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from engine import __version__
 from engine.api import Session
@@ -60,7 +60,17 @@ APPLY_TIMEOUT = 20.0
 
 Tool = Callable[..., Json]
 Name = Annotated[str, Field(description="The session's name, from list_sessions.")]
-Rows = Annotated[int, Field(ge=1, le=MOST_ROWS)]
+
+
+def _no_boolean(value: Any) -> Any:
+    """For Python and pydantic true is 1, by which a slip would set beta to 1."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")  # noqa: TRY004 - pydantic reports these
+    return value
+
+
+NoBoolean = BeforeValidator(_no_boolean)
+Rows = Annotated[int, Field(ge=1, le=MOST_ROWS), NoBoolean]
 READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 STEERS = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=False)
 DISCARDS = ToolAnnotations(read_only_hint=False, destructive_hint=True, open_world_hint=False)
@@ -165,7 +175,7 @@ class ReadingTools:
         self,
         session: Name,
         metric: Annotated[str, Field(description="A name from metrics, such as objective/kl.")],
-        points: Annotated[int, Field(ge=3, le=MOST_POINTS)] = 100,
+        points: Annotated[int, Field(ge=3, le=MOST_POINTS), NoBoolean] = 100,
     ) -> Json:
         """Read one metric over the steps.
 
@@ -234,7 +244,9 @@ class SteeringTools:
         """Continue a paused run."""
         return self._send(session, Unpause(), context)
 
-    def set_beta(self, session: Name, value: float, context: Context[Any, Any]) -> Json:
+    def set_beta(
+        self, session: Name, value: Annotated[float, NoBoolean], context: Context[Any, Any]
+    ) -> Json:
         """Set beta, the KL coefficient, from the next step on."""
         return self._send(session, SetBeta(value=value), context)
 
@@ -242,7 +254,7 @@ class SteeringTools:
         self,
         session: Name,
         key: Annotated[str, Field(description="A name among status's settings.")],
-        value: float | str | None,
+        value: Annotated[float | str | None, NoBoolean],
         context: Context[Any, Any],
     ) -> Json:
         """Change a setting of a run, such as learning_rate, from the next step on."""
@@ -267,7 +279,11 @@ class SteeringTools:
         return {"step": self._opened(session, context).note(text)}
 
     def rollback(
-        self, session: Name, step: int, context: Context[Any, Any], reseed: bool = False
+        self,
+        session: Name,
+        step: Annotated[int, NoBoolean],
+        context: Context[Any, Any],
+        reseed: bool = False,
     ) -> Json:
         """Return to the checkpoint of a step. The steps after it become an abandoned branch.
 

@@ -41,6 +41,13 @@ COLUMNS = {
 """Metrics that `metrics` prints, with their titles."""
 HELD_OUT = {EVAL_SCORE: "held-out score", EVAL_KL: "held-out KL"}
 """Printed, too, if one of the steps has them."""
+STEP_FIELDS = ("step", "attempt", "time")
+SAMPLE_FIELDS = (
+    "step", "index", "attempt", "prompt", "response", "score", "kl", "length", "ended",
+    "weights_version", "label", "note",
+)  # fmt: skip
+"""The columns of every table of metrics and of samples; those of metrics and of reward sources
+depend on the run."""
 
 
 @click.command()
@@ -58,7 +65,7 @@ def metrics(
     """
     with JournalReader(existing(root, name)) as record:
         rows = record.metrics(last)
-    if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output):
+    if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output, STEP_FIELDS):
         return
     columns = COLUMNS | {k: t for k, t in HELD_OUT.items() if any(k in r.values for r in rows)}
     body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in columns)] for r in rows]
@@ -87,7 +94,8 @@ def samples(
             rows = reader.evaluated()[-count if count else 0 :]
         else:
             rows = with_judgements(session, reader.newest(count))
-    if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output):
+    form = "json" if as_json else form
+    if printed_rows([r.as_json() for r in rows], form, output, SAMPLE_FIELDS):
         return
     if not rows:
         say("no responses to held-out prompts" if held_out else "no samples")

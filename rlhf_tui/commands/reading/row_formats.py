@@ -1,7 +1,7 @@
 """Options of commands that print rows: --format and -o."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return form(output(command))
 
 
-def printed_rows(rows: list[dict[str, Any]], form: str | None, output: Path | None) -> bool:
+def printed_rows(
+    rows: list[dict[str, Any]], form: str | None, output: Path | None, names: Sequence[str]
+) -> bool:
     """Prints rows in a format, or writes them to a file.
 
     Args:
         rows: the objects that --json prints.
         form: from --format.
         output: from -o.
+        names: of the columns where there are no rows.
 
     Returns:
         False if neither was asked for.
@@ -50,14 +53,14 @@ def printed_rows(rows: list[dict[str, Any]], form: str | None, output: Path | No
             f"-o {output}: name the file .csv, .json or .parquet, or give --format"
         )
     if output is not None:
-        size = write_file(rows, form, output)
+        size = write_file(rows, form, output, names)
         say(f"{output}: {fmt.plural(len(rows), 'row')}, {fmt.size(size)}")
     elif form == "json":
         print_json(rows)
     elif form == "parquet":
         raise UserInputError("--format parquet is not text: give -o FILE")
     else:
-        text = csv_text(rows)
+        text = csv_text(rows, names)
         # A file or a program gets the text as it is; a terminal would run its control sequences.
         text = sanitise(text) if sys.stdout.isatty() else text
         click.echo(text.encode("utf-8", "backslashreplace"), nl=False)
