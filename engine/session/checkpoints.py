@@ -69,7 +69,7 @@ def find_damage(folder: Path) -> str | None:
         What is wrong with the first damaged file, to follow "the checkpoint ... is damaged: "; None
         if all files are as they were written.
     """
-    if problem := find_state_damage(folder):
+    if problem := _find_state_damage(folder):
         return problem
     try:
         sums = msgspec.json.decode((folder / STATE).read_bytes(), type=_Sums).hashes
@@ -88,7 +88,7 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def find_state_damage(folder: Path) -> str | None:
+def _find_state_damage(folder: Path) -> str | None:
     """Like :func:`find_damage`, for state.json alone. An empty COMPLETE, without a sum, passes."""
     try:
         expected = (folder / COMPLETE).read_text(encoding="ascii").strip()

@@ -55,7 +55,8 @@ def check(config: RunConfig) -> CheckResult:
     """Loads everything, takes two steps, and times a larger one if those of the run are larger.
 
     Raises:
-        RlhfError: something cannot be loaded or used, or the run does not start at ratio 1.
+        RlhfError: something cannot be loaded or used, or the run does not start at ratio 1 with a
+            finite loss.
     """
     folder = TemporaryFolder()
     try:
@@ -121,10 +122,12 @@ def suggested_value(config: RunConfig, run: Run) -> list[str]:
 def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
     prompts = run.prompts.for_step(1)
     first, samples = train_step(run, 1)
-    ratio = first.get("val/ratio")
+    name, ratio = type(run.policy.lm).__name__, first.get("val/ratio")
+    if first["policy/nonfinite_updates"]:
+        raise RlhfError(f"{name}: the loss of the first update, or its gradient, is not finite")
     if ratio is not None and abs(ratio - 1) > RATIO_LIMIT[config.model.dtype]:
         raise RlhfError(
-            f"{type(run.policy.lm).__name__}: the probability ratio is {ratio:.4g} before the "
+            f"{name}: the probability ratio is {ratio:.4g} before the "
             "first update, not 1: this architecture cannot be trained safely here"
         )
     run.state.step = 1

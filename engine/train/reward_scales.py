@@ -78,7 +78,7 @@ def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
     There are `reward.normalise_samples` of them.
     """
     count = config.reward.normalise_samples
-    prompts = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
+    prompts = run.prompts.in_steps_of(count).for_step(1)
     options = SamplingOptions(
         seed=config.seed,
         step=0,

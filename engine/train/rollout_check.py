@@ -14,7 +14,6 @@ GAP_LIMIT = 1e-4
 MIXED_GAP_LIMIT = 0.5
 """The same in bfloat16, where only gross errors can be distinguished from rounding."""
 
-
 ENGINE_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.3}
 """Nats per token, mean over a step, by which an engine with the right weights may differ."""
 
@@ -77,7 +76,7 @@ def check_weights(run: Run, step: int, rollout: Rollout, old_logprobs: Tensor) -
     if not present.any():
         return
     gap = float(masked.masked_mean((old_logprobs - rollout.logprobs).abs(), present))
-    if gap > ENGINE_GAP_LIMIT[run.config.model.dtype]:
+    if not gap <= ENGINE_GAP_LIMIT[run.config.model.dtype]:  # NaN, too
         raise RlhfError(
             f"the rollout engine's log-probabilities differ from the policy's by {gap:.2g} nats "
             "per token: it does not compute the same model"
@@ -112,7 +111,7 @@ def check_first_rollout(
         want="logits",
     )
     gap = float((full - rollout.logprobs[few] * rollout.mask[few]).abs().max())
-    if gap > (GAP_LIMIT if exact else MIXED_GAP_LIMIT):
+    if not gap <= (GAP_LIMIT if exact else MIXED_GAP_LIMIT):  # NaN, too
         raise RlhfError(
             f"{name}: log-probabilities while generating and in a full forward pass differ by "
             f"{gap:.2g} nats on a token, more than rounding explains: this architecture cannot be "

@@ -5,6 +5,7 @@ generating are those of a full forward pass.
 """
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from engine import starter
 from engine.config import file as config_file
+from engine.errors import RlhfError
 from engine.session.folder import create
 from engine.train.checkpoints.policy_folder import policy_files
 from engine.train.models.pretrained import DROPOUT_BEFORE
@@ -98,6 +100,14 @@ def test_a_run_starts_at_ratio_1_and_kl_0_and_samples_what_it_trains_on(
     run.state.step = 1
     metrics, _ = train_step(run, 2)
     assert abs(metrics["objective/kl"]) > 1e-6, "the update changed nothing"
+
+
+def test_a_model_whose_log_probabilities_are_not_numbers_is_refused(make_run, tmp_path):
+    run, _ = make_run(*overrides(write_model(tmp_path / "gpt2", "gpt2")))
+    with torch.no_grad():
+        run.policy.lm.lm_head.weight[5] = math.nan
+    with pytest.raises(RlhfError, match="differ by nan nats"):
+        train_step(run, 1)
 
 
 # Layers of the one have dropout as plain numbers; those of the other read the configuration.

@@ -7,7 +7,7 @@ import pytest
 
 from engine import starter
 from engine.config import file as config_file
-from engine.errors import UserInputError
+from engine.errors import RlhfError, UserInputError
 from engine.protocol.programs.check_result import TimedStep
 from engine.train.check import check, reduced, suggested_value
 from engine.train.reports.setup_notes import plain_prompts, slow_controller
@@ -40,6 +40,10 @@ def rewards(completions, **_):
     return [0.0] * len(completions)
 
 
+def huge_rewards(completions, **_):
+    return [1e30] * len(completions)
+
+
 def config(*overrides):
     return config_file.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
 
@@ -62,6 +66,13 @@ def test_a_whole_step_is_taken_on_two_prompts_and_nothing_is_left(temporary):
     assert "ratio 1.0000, KL 0.0000" in lines
     assert result.larger_step is not None and result.larger_step.responses == 12
     assert "240 steps of 24 responses on 2 ranks: about " in lines
+
+
+def test_a_loss_that_is_not_finite_is_a_finding(temporary):
+    tried = config("reward.model=null", f"reward.function={__name__}:huge_rewards",
+                   "reward.clip=null")  # fmt: skip
+    with pytest.raises(RlhfError, match="loss of the first update, or its gradient, is not finite"):
+        check(tried)
 
 
 def test_a_run_that_generates_ahead_is_tried_with_native_rollouts(temporary):

@@ -26,7 +26,6 @@ from engine.session.checkpoints import (
     COMPLETE,
     STATE,
     find_damage,
-    find_state_damage,
     sha256,
     sync,
 )
@@ -201,20 +200,15 @@ def to_remove(scores: dict[int, float], keep_last: int, keep_best: int) -> list[
     return [s for s in sorted(scores) if s not in newest and s not in best]
 
 
-def read_state(folder: Path, *, verify: bool = True) -> SavedState:
-    """Reads the state of a checkpoint.
-
-    Args:
-        folder: the folder of the checkpoint.
-        verify: check every file against its SHA-256; one rank of several is enough.
+def read_state(folder: Path) -> SavedState:
+    """Reads the state of a checkpoint, and checks every file against its SHA-256.
 
     Raises:
         DamagedCheckpointError: a file is not as it was written.
         CheckpointError: the checkpoint is incomplete or of a newer format.
     """
     content = _read_file(folder)
-    problem = find_damage(folder) if verify else find_state_damage(folder)
-    if problem:
+    if problem := find_damage(folder):
         raise _damaged(folder, problem)
     return content.state
 

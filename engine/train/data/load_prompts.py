@@ -72,7 +72,6 @@ def load_prompts(
     *,
     per_step: int,
     seed: int,
-    key: str = "data",
 ) -> Prompts:
     """Reads and tokenises all prompts; leaves out those that are too short or too long.
 
@@ -81,13 +80,12 @@ def load_prompts(
         tokenizer: the policy's.
         per_step: prompts of a step, over all ranks.
         seed: determines the order.
-        key: the configuration section that errors name.
 
     Raises:
         UserInputError: the data cannot be read, or has no usable prompt. Names the file, the
             column or the row.
     """
-    return ordered(load_sets(config, tokenizer, key), config, per_step=per_step, seed=seed)
+    return ordered(load_sets(config, tokenizer), config, per_step=per_step, seed=seed)
 
 
 def ordered(sets: list[LoadedSet], config: DataConfig, *, per_step: int, seed: int) -> Prompts:

@@ -106,11 +106,6 @@ class PolicyTerms:
     ratio: Tensor
     squared_ratio: Tensor
 
-    @property
-    def clipped(self) -> Tensor:
-        """Number of tokens whose loss is the clipped term."""
-        return self.clipped_high + self.clipped_low
-
 
 def policy_terms(
     logprobs: Tensor,

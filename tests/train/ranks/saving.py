@@ -155,7 +155,7 @@ def load(group: Any, strategy: str, folder: Path) -> Any:
     kind = checkpoint_folder.read_optimiser(saved)
     policy = make_policy(strategy, 2, kind)
     optimiser = make_optimiser(policy, kind)
-    state = checkpoint_folder.read_state(saved, verify=rank() == 0)
+    state = checkpoint_folder.read_state(saved)
     assert shards.load_training(saved, policy, optimiser, group)
     average = PolicyAverage(policy, EMAConfig(decay=0.75))
     shards.load_average(saved, average.tensors(policy), group)
