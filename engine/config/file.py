@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from engine.config.names_elsewhere import KEYS_HERE, SECTIONS
 from engine.config.rules.run_config import check_config
 from engine.config.schema import FIXED_AT_START, FREE_ON_RESUME, RunConfig
 from engine.config.sections.ppo import DEFAULT_LAM, FITTED_VALUE_LAM
@@ -292,9 +293,15 @@ def _nearest(key: str) -> str:
     if "[" in section:  # an entry of a list
         fields = (f for kind in _types_at(section) for f in getattr(kind, "fields", ()))
         keys = [f"{section}.{field.encode_name}" for field in fields]
+    last = key.rpartition(".")[2]
+    if "[" not in section and (last in KEYS_HERE or key in SECTIONS):
+        here = KEYS_HERE.get(last, "")
+        pages = " (docs/from-*.md compare keys with those of other libraries)"
+        return (f"; did you mean '{here}'?" if here else "") + pages * (
+            here.rpartition(".")[2] != last
+        )
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not close:
-        last = key.rsplit(".", 1)[-1]
         close = [k for k in keys if k.rsplit(".", 1)[-1] == last][:1]
     return f"; did you mean '{close[0]}'?" if close else ""
 

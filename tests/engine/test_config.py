@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from engine.config import file as config_file
+from engine.config.names_elsewhere import KEYS_HERE
 from engine.config.sections.reward import RewardConfig
 from engine.config.settings import (
     LIVE_SETTINGS,
@@ -89,11 +90,18 @@ def test_a_fork_keeps_the_defaults_of_its_parent_and_names_those_that_differ():
     assert longer == {"eval.max_new_tokens": (tokens, 99)}
 
 
+def test_the_keys_that_other_libraries_names_stand_for_exist():
+    assert set(KEYS_HERE.values()) <= set(config_file.known_keys())
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
         ("ppo.epocs=2", "unknown key 'ppo.epocs'; did you mean 'ppo.epochs'?"),
         ("epochs=2", "unknown key 'epochs'; did you mean 'ppo.epochs'?"),
+        ("temperature=2", "unknown key 'temperature'; did you mean 'rollout.temperature'?"),
+        ("kl_coef=0.1", "unknown key 'kl_coef'; did you mean 'kl.beta'? (docs/from-*.md"),
+        ("algo.kl.init_coef=0.1", "unknown key 'algo' (docs/from-*.md"),
         ("ppo.epochs=0", "ppo.epochs must be a whole number >= 1 (it is 0)"),
         (
             "ppo.epochs=18446744073709551615",

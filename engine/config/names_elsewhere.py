@@ -1,0 +1,60 @@
+"""What other libraries call the keys of a configuration, to say what an unknown one is here.
+
+docs/from-trl.md, docs/from-openrlhf.md and docs/from-verl.md have them all, and what differs.
+"""
+
+_NAMES = {
+    "model.policy": "sft_model_path model_name_or_path pretrain",
+    "model.dtype": "bf16 param_dtype",
+    "data.prompts": "dataset_name prompt_data prompt_dataset train_files",
+    "data.column": "input_key prompt_key",
+    "data.split": "dataset_train_split",
+    "data.max_prompt_tokens": "max_prompt_length prompt_max_len",
+    "data.chat": "apply_chat_template",
+    "reward.model": "reward_model reward_model_path reward_pretrain",
+    "reward.function": "reward_funcs custom_reward_function",
+    "reward.service": "remote_rm_url remote_url",
+    "rollout.batch_size": "batch_size train_batch_size rollout_batch_size generation_batch_size",
+    "rollout.per_prompt": "num_generations n_samples_per_prompt rloo_k",
+    "rollout.max_new_tokens": (
+        "max_new_tokens response_length max_completion_length generate_max_len max_response_length"
+    ),
+    "rollout.temperature": "temperature",
+    "rollout.engine": "use_vllm",
+    "ppo.advantage": "adv_estimator advantage_estimator",
+    "ppo.epochs": "num_ppo_epochs ppo_epochs num_iterations max_epochs",
+    "ppo.minibatches": "num_mini_batches steps_per_generation ppo_mini_batch_size",
+    "ppo.micro_batch_size": (
+        "per_device_train_batch_size micro_train_batch_size micro_batch_size "
+        "ppo_micro_batch_size_per_gpu"
+    ),
+    "ppo.clip_range": "cliprange eps_clip clip_ratio clip_ratio_low epsilon",
+    "ppo.clip_range_high": "epsilon_high clip_ratio_high",
+    "ppo.value_clip": "cliprange_value",
+    "ppo.value_coef": "vf_coef",
+    "ppo.entropy_coef": "entropy_coeff",
+    "ppo.lam": "lambd",
+    "ppo.max_grad_norm": "max_norm grad_clip",
+    "ppo.loss_aggregation": "loss_type loss_agg_mode",
+    "kl.beta": "kl_coef init_kl_coef init_coef kl_loss_coef coef",
+    "kl.target": "target_kl kl_target",
+    "kl.estimator": "kl_estimator kl_loss_type",
+    "train.steps": (
+        "total_episodes num_train_epochs max_steps num_episodes total_training_steps total_epochs"
+    ),
+    "train.learning_rate": "lr actor_learning_rate",
+    "train.schedule": "lr_scheduler_type lr_scheduler",
+    "train.save_every": "save_steps save_freq",
+    "train.keep_last": "save_total_limit max_ckpt_num",
+    "eval.every": "eval_steps test_freq",
+    "log.trackers": "report_to logger",
+    "parallel.activation_checkpointing": "gradient_checkpointing enable_gradient_checkpointing",
+}
+
+KEYS_HERE = {name: key for key, names in _NAMES.items() for name in names.split()}
+"""The last part of a name → the key here. Names that several sections have are the rollout's."""
+
+SECTIONS = frozenset(
+    {"actor", "critic", "algo", "algorithm", "actor_rollout_ref", "trainer", "ref"}
+)
+"""Sections that there are in OpenRLHF or verl only."""
