@@ -76,17 +76,21 @@ def value_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()  # as in YAML
     if isinstance(value, float):
-        text = f"{value:.4g}"
-        if "e+" in text and abs(value) < WRITTEN_OUT:
-            return f"{value:.0f}"
-        mantissa, sign, exponent = text.partition("e")
-        return f"{mantissa}e{int(exponent)}" if sign else text
+        return _float_text(value)
     if isinstance(value, list):
         return f"[{', '.join(map(value_text, value))}]"
     if isinstance(value, dict):  # a key without a value is one that was not given
         given = (f"{key}: {value_text(v)}" for key, v in value.items() if v is not None)
         return "{" + ", ".join(given) + "}"
     return str(value)
+
+
+def _float_text(value: float) -> str:
+    text = f"{value:.4g}"
+    if "e+" in text and abs(value) < WRITTEN_OUT:
+        return f"{value:.0f}"
+    mantissa, sign, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if sign else text
 
 
 def change(key: str, old: Any, new: Any) -> str:
