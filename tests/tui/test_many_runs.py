@@ -14,6 +14,7 @@ from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.runs.overlay import Overlay, RunClock, aligned, read_clocks
 from rlhf_tui.state.series import Series
 from rlhf_tui.widgets.charts.grid import ChartGrid
+from rlhf_tui.widgets.lines import Lines
 from rlhf_tui.widgets.table import Table
 from tests.tui.conftest import config_of
 from tests.tui.screen import cells, notices
@@ -150,7 +151,11 @@ async def test_the_settings_that_differ_are_columns_by_which_the_list_is_sorted(
     app = make()
     async with running(app) as pilot:
         table = await listed(pilot, app)
-        await pilot.press("C")
+        about = app.screen.query_one("#about", Lines)
+        with app.listing._lock:  # as if there were 300 sessions
+            await pilot.press("C")
+            await until(pilot, lambda: "reading the settings of 3 sessions" in about.text())
+        await until(pilot, lambda: "reading" not in about.text())
         await until(pilot, lambda: "reward.batch_size" in table.text().splitlines()[0])
         titles = [column.title for column in table.columns]
         assert "steps" in titles  # train.steps differs, too
