@@ -4,6 +4,8 @@ import gc
 import os
 import sys
 
+import pytest
+
 from engine.launch.environment import mkl_settings
 
 # Tests that compute in this process do so as a rank does; MKL reads this when torch loads it.
@@ -14,6 +16,16 @@ for name, value in mkl_settings().items():
 # two hundred modules of ours again, and every process of pytest rewrites all assertions.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_user_folders(tmp_path_factory):
+    """The list of live sessions and the preferences are not those of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("user")
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+            patch.setenv(variable, str(folder / variable))
+        yield
 
 
 def pytest_collection_finish():

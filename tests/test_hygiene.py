@@ -4,6 +4,8 @@ import ast
 from collections import Counter
 from pathlib import Path
 
+from engine.session.access import user_folder
+
 TESTS = Path(__file__).parent
 PUBLIC = {"_exit", "_replace"}
 """Documented names that begin with an underscore: `os._exit`, a named tuple's `_replace`."""
@@ -44,6 +46,12 @@ def private_accesses(path):
         special = node.attr.startswith("__") and node.attr.endswith("__")
         if not own and not special and node.attr not in PUBLIC:
             yield node.attr
+
+
+def test_tests_have_a_state_folder_and_preferences_of_their_own(tmp_path_factory):
+    own = tmp_path_factory.getbasetemp()
+    for variable, default in (("XDG_STATE_HOME", ".local/state"), ("XDG_CONFIG_HOME", ".config")):
+        assert user_folder(variable, default).is_relative_to(own)
 
 
 def test_tests_use_what_is_public():

@@ -21,7 +21,7 @@ TRUNCATE_JOURNAL = (
     "OR (kind = 'alert' AND json_extract(data, '$.rule') = 'restart'))",
     "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
     "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason', 'deadline', "
-    "'exit_code', 'total_steps')",
+    "'exit_code', 'total_steps', 'best_metric')",
     "UPDATE meta SET value = json_quote('starting') WHERE key = 'state'",
     "DELETE FROM checkpoints WHERE step <> :step",
     "UPDATE checkpoints SET status = 'complete'",

@@ -185,6 +185,8 @@ class AttemptEvent(Struct, frozen=True):
     from_step: int = 0
     fresh: bool = False
     fork: ForkedFrom | None = None
+    new_engine: bool | None = None
+    """Whether it is the first one of its engine; None in sessions of earlier versions."""
 
 
 def engine_died_before(begun: AttemptEvent, attempts: Mapping[int, AttemptRow]) -> bool:
@@ -199,6 +201,9 @@ def engine_died_before(begun: AttemptEvent, attempts: Mapping[int, AttemptRow]) 
     last, next_ = attempts.get(begun.attempt - 1), attempts.get(begun.attempt)
     if last is None or next_ is None or last.ended is not None:
         return False
+    if begun.new_engine is not None:
+        return begun.new_engine
+    # After a restart of a container, another process may have the same ids.
     return (last.pid, last.host) != (next_.pid, next_.host)
 
 

@@ -161,7 +161,7 @@ class JournalWriter:
         with self._db:
             self._supersede(from_step, fresh)
             self._events.attempt += 1
-            self._began = True
+            new_engine, self._began = not self._began, True
             if reseed:
                 self._set_meta({"reseed": [from_step, self.attempt]})
             self._db.execute(
@@ -174,7 +174,10 @@ class JournalWriter:
                     "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'complete')",
                     (from_step, self.attempt, time.time(), adopt.size, adopt.score, adopt.kl),
                 )
-            data = {"attempt": self.attempt, "from_step": from_step, "fresh": fresh}
+            data = {
+                "attempt": self.attempt, "from_step": from_step, "fresh": fresh,
+                "new_engine": new_engine,
+            }  # fmt: skip
             self._events.write("attempt", data | ({"fork": origin} if origin else {}), from_step)
         self._events.step = from_step
         return self.attempt

@@ -62,7 +62,7 @@ Blocks over 8 MB are returned: keeping them fragments the heap and costs too muc
 
 
 LOG_ENCODING = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
-"""Of processes that write engine.log, which is read as UTF-8 whatever the locale.
+"""Of processes whose output is a log of the session, which is read as UTF-8 whatever the locale.
 
 Without it a reward function that prints a response is an error in some locales."""
 

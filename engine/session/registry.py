@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 
 from engine.session import access
-from engine.session.folder import Session
+from engine.session.folder import Session, write_atomically
 
 log = logging.getLogger("engine")
 
@@ -30,8 +30,7 @@ def announce(session: Session) -> None:
     try:
         access.make_folders(_folder())
         text = f"{session.folder}\n{socket.gethostname()}\n"
-        access.create_file(_entry(session))
-        _entry(session).write_text(text, encoding="utf-8")
+        write_atomically(_entry(session), text)  # others may be reading it
     except OSError as error:
         log.warning("this session will not be listed in other folders: %s", error)
 
@@ -47,10 +46,10 @@ def withdraw(session: Session) -> None:
 def live_sessions() -> list[Session]:
     """This user's live sessions on this machine, sorted by name. Deletes stale entries."""
     found = []
-    for entry in _folder().glob("*") if _folder().is_dir() else ():
+    for entry in _folder().glob("[!.]*") if _folder().is_dir() else ():
         try:
             folder, host = entry.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError, ValueError):  # removed or being written
+        except (OSError, UnicodeDecodeError, ValueError):  # removed, or of another kind
             continue
         if host != socket.gethostname():  # a home folder that several machines share
             continue
@@ -61,4 +60,7 @@ def live_sessions() -> list[Session]:
             # On a read-only file system the stale entry stays, which does no harm.
             with contextlib.suppress(OSError):
                 entry.unlink()
+                if session.may_be_live():  # an engine has begun meanwhile; its entry was removed
+                    announce(session)
+                    found.append(session)
     return sorted(found, key=lambda s: s.name)

@@ -217,7 +217,12 @@ class Supervisor:
                     log.error(text)  # noqa: TRY400 - one line: a lock needs no traceback
                     self.publisher.notify_unrecorded("journal", text)
                 told = True
+                phase = Phase(rank=0, step=self._journal.step, name=f"{WAIT_FOR}{UNLOCKED}")
+                self.state.phases[0] = phase
+                self.publisher.phase(phase)
             else:
+                if told:
+                    self.state.phases.pop(0, None)
                 return
             await asyncio.sleep(RETRY_INTERVAL)
 

@@ -7,7 +7,7 @@ same two steps.
 import logging
 import os
 import time
-from typing import assert_never
+from typing import Any, assert_never
 
 import msgspec
 
@@ -134,6 +134,13 @@ class Boundary:
         if follows:
             update_reference(self._run)
         return follows
+
+    def next_settings(self) -> dict[str, Any]:
+        """The settings of the next step, with what a resume repeats before it."""
+        settings: dict[str, Any] = msgspec.to_builtins(
+            self._settings.of_step(self._run.state.step + 1)
+        )
+        return settings
 
     def pause_before_step(self, error: RewardCallError) -> None:
         """Has :meth:`before_step` pause before a step whose reward could not be computed.

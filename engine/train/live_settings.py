@@ -5,7 +5,13 @@ from typing import Any
 import msgspec
 
 from engine.config.rules.run_config import check_change
-from engine.config.settings import SettingChange, change_settings, invalid_values, settings_of
+from engine.config.settings import (
+    SettingChange,
+    Settings,
+    change_settings,
+    invalid_values,
+    settings_of,
+)
 from engine.errors import CommandRejectedError
 from engine.protocol.commands import Undo
 from engine.protocol.rank_messages import Begin
@@ -39,6 +45,11 @@ class LiveSettings:
                 self._undoable.append(changes)
         # A step that is repeated must not have them again.
         self._to_repeat = [r for r in self._to_repeat if r.step != step]
+
+    def of_step(self, step: int) -> Settings:
+        """Those of the next step, with what :meth:`repeat` has not applied yet."""
+        repeated = {c.key: c.new for r in self._to_repeat if r.step == step for c in r.changes}
+        return settings_of(change_settings(self._run.config, repeated))
 
     def change(self, values: dict[str, Any]) -> list[SettingChange]:
         """Changes settings, so that :meth:`undo` can revert it.

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import torch
@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
-from engine.config.settings import SettingChange, settings_of
+from engine.config.settings import SettingChange
 from engine.errors import (
     DamagedCheckpointError,
     LinkError,
@@ -185,7 +185,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
     for text in notes:
         log.warning(text)
     info = run_info(run) | ({"notes": notes} if notes else {})
-    link.send(Ready(info=info, settings=msgspec.to_builtins(settings_of(run.config))))
+    link.send(Ready(info=info, settings=boundary.next_settings()))
     recorders = (
         open_recorders(session, config, begin.from_step, report_recorder_problem)
         if ranks.is_lead
@@ -211,7 +211,8 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
             changes = boundary.after_step(step, metrics, time.monotonic() - started)
             for recorder in recorders:
                 recorder.step(step, metrics, samples)
-            link.send(step_report(run, step, metrics, samples, changes, evaluation))
+            settings = boundary.next_settings()
+            link.send(step_report(run, step, metrics, samples, settings, changes, evaluation))
             boundary.checkpoints.save_if_due()
             if problem is not None:
                 boundary.pause_before_step(problem)
@@ -226,16 +227,27 @@ def step_report(
     step: int,
     metrics: dict[str, float],
     samples: list[Sample],
+    settings: dict[str, Any],
     changes: list[SettingChange],
     evaluation: Evaluation,
 ) -> StepReport:
-    """What is recorded of a finished step; `changes`: what the KL controller has changed."""
+    """What is recorded of a finished step.
+
+    Args:
+        run: after the step.
+        step: its number.
+        metrics: of the step.
+        samples: its responses.
+        settings: of the next step.
+        changes: what the KL controller has changed.
+        evaluation: after the step.
+    """
     update_step = run.state.reference_updated
     return StepReport(
         step=step,
         metrics=metrics,
         samples=samples,
-        settings=msgspec.to_builtins(settings_of(run.config)),
+        settings=settings,
         changes=changes,
         ranks=run.timer.ranks,
         reference_mix=run.config.kl.reference_update.mix if 0 < update_step == step - 1 else None,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from engine.config import file as config_file
-from engine.config.recipes import RECIPES, for_real_models
+from engine.config.recipes import MICRO_BATCH, RECIPES, for_real_models
 from engine.config.yaml_comments import commented
 from engine.errors import ConfigError, UserInputError
 from engine.launch.environment import torch_is_built_for_gpus
@@ -68,6 +68,11 @@ def init(
     text = head + commented(tree) + "\n"
     write(file, text)
     say(f"{file} is written; try it with: {fmt.command('check', str(file))}")
+    if answers["policy"] != STARTER["policy"] and "dtype" not in tree["model"]:
+        say(
+            "it is for a CPU, as no GPU was found here; for a GPU, give init or run: "
+            f"-o model.dtype=bfloat16 -o ppo.micro_batch_size={MICRO_BATCH['gpu']}"
+        )
 
 
 def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str, str]:

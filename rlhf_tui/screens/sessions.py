@@ -84,6 +84,8 @@ class SessionsScreen(SessionScreen):
         """The names of the marked sessions, in the order in which they were marked."""
         self._rows: dict[str, ListedSession] = {}
         self._listed = False
+        self._reading_settings = False
+        """Whether the settings that differ were asked for and are still being read."""
         self._waits: dict[str, str] = {}
         """What engines wait for, by the names of their sessions."""
         self._asking = False
@@ -127,6 +129,7 @@ class SessionsScreen(SessionScreen):
     def on_sessions_listed(self, message: SessionsListed) -> None:
         """Shows the rows."""
         self._rows = {s.row.name: s for s in message.rows}
+        self._reading_settings = False
         self._ask_engines()
         self._show_waits()
         command = self.context.state.command
@@ -222,6 +225,9 @@ class SessionsScreen(SessionScreen):
         lines = lines_about(row, self._table.size.width, resume) if row else []
         if self._marked:
             lines[:1] = [line_of_marks(len(self._marked))]
+        if self._reading_settings:  # some milliseconds for each session
+            count = fmt.plural(len(self._rows), "session")
+            lines[:1] = [[(f"reading the settings of {count} …", "dim")]]
         self.query_one("#about", Lines).show(lines)
         self.preview.ask(self._rows.get(self._table.key or ""))
 
@@ -356,6 +362,8 @@ class SessionsScreen(SessionScreen):
         """Shows the settings that differ instead of the usual columns, and back."""
         self._columns.with_settings = not self._columns.with_settings
         self._table.sorted_by = ""
+        self._reading_settings = self._columns.with_settings
+        self._about()
         self.read_sessions()
 
     def action_new(self) -> None:

@@ -135,6 +135,8 @@ async def test_a_run_begins_and_ends_once_another_program_unlocks_the_journal(
         run = asyncio.create_task(engine.supervisor.run())
         await until(lambda: "waiting for another program" in caplog.text)
         assert not started.is_set()
+        (phase,) = engine.supervisor.status().phases  # which is read without the journal
+        assert phase.waits_for == rank_handler.UNLOCKED
     await asyncio.wait_for(started.wait(), 60)
     engine.shared.attempt.ended = Ended(step=0, reason="finished")
     engine.receive(Ready(info={}, settings=engine.shared.settings))

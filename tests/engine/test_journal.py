@@ -15,7 +15,7 @@ from engine.journal import database, schema
 from engine.journal.database import open_read_only
 from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
-from engine.journal.rows import AlertEvent
+from engine.journal.rows import AlertEvent, engine_died_before
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.metrics import SCORE
 from engine.protocol.rank_messages import REWARD_CHANGED
@@ -174,6 +174,19 @@ def test_a_checkpoint_that_is_resumed_from_is_complete_although_no_rank_reported
         assert [c.step for c in record.checkpoints(("complete",))] == [4]
         (told,) = [e for e in record.events() if e.kind == "checkpoint"]
         assert (told.step, told.payload.score) == (4, 1.5)
+
+
+def test_an_engine_has_died_though_the_next_one_has_its_process_id_and_host(writer, write_in):
+    """As after a restart of a container, here by two writers of this process."""
+    writer.journal.begin_attempt(0, fresh=False)  # its ranks have started again
+    another = write_in(writer.session)
+    another.journal.begin_attempt(0, fresh=False)
+    another.journal.close()
+    with JournalReader(writer.session) as record:
+        begun = [e.payload for e in record.events() if e.kind == "attempt"]
+        attempts = {row.attempt: row for row in record.attempts()}
+    assert attempts[1].pid == attempts[2].pid == attempts[3].pid
+    assert [engine_died_before(each, attempts) for each in begun] == [False, False, True]
 
 
 def test_one_folder_is_one_checkpoint_although_its_rank_died_before_reporting_it(writer):

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from engine.config.sections.launch import LaunchConfig
+from engine.config.sections.rollout import RolloutConfig
 from engine.launch.environment import (
     JOINED_VARIABLE,
     STORE_VARIABLE,
@@ -17,6 +18,8 @@ from engine.launch.environment import (
     rank_environment,
 )
 from engine.launch.parent_death import PARENT_VARIABLE
+from engine.launch.rollout.engine import engine_environment
+from engine.launch.rollout.relay import relay_environment
 
 
 def test_variables_of_another_launcher_do_not_reach_the_ranks(monkeypatch):
@@ -28,10 +31,19 @@ def test_variables_of_another_launcher_do_not_reach_the_ranks(monkeypatch):
     assert "PATH" in environment
 
 
-def test_ranks_print_utf_8_in_any_locale(monkeypatch):
+@pytest.mark.parametrize(
+    "environment",
+    [
+        lambda: rank_environment(LaunchConfig()),
+        lambda: engine_environment(LaunchConfig(), RolloutConfig(), 0),
+        lambda: relay_environment("a secret"),
+    ],
+    ids=["rank", "rollout engine", "relay"],
+)
+def test_what_writes_a_log_prints_utf_8_in_any_locale(monkeypatch, environment):
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
     printed = subprocess.run(
-        [sys.executable, "-c", "print('\\u2192 \\ud800')"], env=rank_environment(LaunchConfig()),
+        [sys.executable, "-c", "print('\\u2192 \\ud800')"], env=environment(),
         stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     assert printed.stdout == "\u2192 \\ud800\n".encode()

@@ -329,6 +329,27 @@ def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp
     assert registry.live_sessions() == []
 
 
+def test_an_engine_that_begins_while_the_list_is_read_stays_in_it(
+    make_session, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    session, held = make_session(), []
+    registry.announce(session)  # stale: its engine was killed
+    is_live = session_folder.Session.may_be_live
+
+    def begins_meanwhile(asked):
+        live = is_live(asked)
+        if not held:
+            held.append(session.acquire())
+            registry.announce(session)
+        return live
+
+    monkeypatch.setattr(session_folder.Session, "may_be_live", begins_meanwhile)
+    assert registry.live_sessions() == [session]
+    assert registry.live_sessions() == [session]
+    held[0].release()
+
+
 def test_a_user_without_a_home_has_no_live_sessions(monkeypatch):
     def unknown(_uid):
         raise KeyError

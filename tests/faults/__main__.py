@@ -4,6 +4,7 @@ A run of all classes takes an hour or more; `--seconds` bounds the random kills.
 """
 
 import argparse
+import os
 import random
 import sys
 import tempfile
@@ -42,6 +43,8 @@ def main() -> int:
     options = parser.parse_args()
     root = options.out or Path(tempfile.mkdtemp(prefix="faults-"))
     root.mkdir(exist_ok=True)
+    for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):  # not those of whoever runs this
+        os.environ[variable] = str(root.resolve() / variable)
     table = Table(root / f"table-{options.seed}.json")
     rng = random.Random(options.seed)
     chosen = options.only or ["kills", "agents", "outside", "corruption", "light"]

@@ -78,6 +78,13 @@ def test_greedy_responses_do_not_depend_on_the_seed(make_run):
     assert [s.response for s in ours] == [s.response for s in theirs]
 
 
+def test_an_evaluation_without_word_pairs_has_no_fraction_of_different_ones(make_run):
+    run, _ = make_run(*EVALUATED, "eval.max_new_tokens=1")
+    found = evaluate_if_due(run, 0)
+    assert not [s for s in found.samples if len(s.response.split()) > 1]
+    assert "eval/distinct_2" not in found.metrics
+
+
 def test_a_watched_source_is_reported_and_changes_no_score(make_run):
     watched = "eval.rewards=[{model: 'starter:reward', name: watched, weight: 9}]"
     run, _ = make_run(*EVALUATED, watched)

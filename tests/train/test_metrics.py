@@ -4,6 +4,7 @@ The relative tolerance is 1e-5: float32 sums of at most 32 numbers.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -307,5 +308,12 @@ def test_distinct_2_is_the_fraction_of_different_word_pairs(responses):
     for words in responses:
         for i in range(len(words) - 1):
             pairs.append((words[i], words[i + 1]))  # noqa: PERF401
-    want = len(set(pairs)) / len(pairs) if pairs else 1.0
+    want = len(set(pairs)) / len(pairs) if pairs else None
     assert distinct_2([" ".join(words) for words in responses]) == pytest.approx(want)
+
+
+def test_responses_of_one_word_have_no_fraction_of_different_word_pairs(plain_step):
+    rollout, *others = plain_step
+    pairs, single = (replace(rollout, texts=[text] * 2) for text in ("two words", "word"))
+    assert measure((pairs, *others))["text/distinct_2"] == 0.5
+    assert "text/distinct_2" not in measure((single, *others))

@@ -297,6 +297,25 @@ def test_an_undo_that_later_changes_have_replaced_takes_nothing_back_in_a_resume
     assert run.config.kl.beta == 0.3
 
 
+def test_the_settings_that_are_reported_have_what_a_resume_repeats_before_the_next_step(
+    trained, link
+):
+    """The steering panel and the guard rails would otherwise have those of the checkpoint."""
+    run, session, _, _ = trained
+    in_force = run.config.kl.beta
+    repeated = [
+        RepeatedChange(
+            step=step, command="beta", changes=[SettingChange(key="beta", old=0.1, new=new)]
+        )
+        for step, new in ((2, 0.7), (3, 0.9))
+    ]
+    again = Boundary(session, run, Begin(attempt=2, from_step=1, repeat=repeated), link)
+    assert again.next_settings()["beta"] == 0.7
+    assert run.config.kl.beta == in_force
+    assert again.before_step()
+    assert run.config.kl.beta == again.next_settings()["beta"] == 0.7
+
+
 # -- a deadline ------------------------------------------------------------------------------------
 
 

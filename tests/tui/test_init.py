@@ -12,6 +12,7 @@ from engine.config import file as config_file
 from engine.config.recipes import RECIPES
 from engine.errors import RlhfError
 from engine.kl import largest_change
+from rlhf_tui.commands import init as init_module
 from rlhf_tui.commands.init import init
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -55,6 +56,17 @@ def test_what_is_written_is_the_recipe_with_a_comment_on_each_key(tmp_path, reci
     assert real.rollout.max_new_tokens == 256
     if real.kl.controller == "adaptive":
         assert largest_change(real.kl.horizon, real.rollout.batch_size) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("gpus", "dtype"), [(0, "float32"), (1, "bfloat16")])
+def test_without_a_gpu_it_says_what_a_run_on_one_needs(tmp_path, monkeypatch, gpus, dtype):
+    monkeypatch.setattr(init_module, "gpu_count", lambda: gpus)
+    monkeypatch.setattr(init_module, "torch_is_built_for_gpus", lambda: True)
+    file = tmp_path / "run.yaml"
+    said = write(file, "--policy", "org/model")
+    assert config_file.load(file).model.dtype == dtype
+    assert ("-o model.dtype=bfloat16" in said) == (not gpus)
+    assert "bfloat16" not in write(file, "--force")  # the starter's models are small
 
 
 def test_paths_are_read_from_where_they_were_given(tmp_path, monkeypatch):

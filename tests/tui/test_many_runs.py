@@ -17,6 +17,7 @@ from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.runs.overlay import Overlay, RunClock, aligned, read_clocks
 from rlhf_tui.state.series import Series
 from rlhf_tui.widgets.charts.grid import ChartGrid
+from rlhf_tui.widgets.lines import Lines
 from rlhf_tui.widgets.table import Table
 from tests.tui.conftest import config_of
 from tests.tui.screen import cells, notices
@@ -147,13 +148,24 @@ async def test_marked_runs_are_overlaid_on_the_highlighted_one(browser, running,
 
 
 async def test_the_settings_that_differ_are_columns_by_which_the_list_is_sorted(
-    browser, running, until
+    browser, running, until, monkeypatch
 ):
     make, listed = browser
     app = make()
     async with running(app) as pilot:
         table = await listed(pilot, app)
+        about = app.screen.query_one("#about", Lines)
+        read, rows = threading.Event(), app.listing.rows
+
+        def slowly(*args, **named):  # as of 300 sessions
+            assert read.wait(60)
+            return rows(*args, **named)
+
+        monkeypatch.setattr(app.listing, "rows", slowly)
         await pilot.press("C")
+        await until(pilot, lambda: "reading the settings of 3 sessions" in about.text())
+        read.set()
+        await until(pilot, lambda: "reading" not in about.text())
         await until(pilot, lambda: "reward.batch_size" in table.text().splitlines()[0])
         titles = [column.title for column in table.columns]
         assert "steps" in titles  # train.steps differs, too

@@ -15,6 +15,7 @@ from engine.errors import UserInputError
 from engine.launch.environment import (
     ALLOCATOR,
     GPU_ORDER,
+    LOG_ENCODING,
     MALLOC_SETTINGS,
     OLD_ALLOCATOR,
     OPENMP_WAITING,
@@ -81,7 +82,7 @@ def engine_environment(launch: LaunchConfig, rollout: RolloutConfig, engine: int
     elif (gpus := engine_gpus(launch, rollout, engine)) is not None:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     defaults = OPENMP_WAITING | MALLOC_SETTINGS | mkl_settings() | GPU_ORDER
-    return defaults | inherited | settings
+    return defaults | inherited | settings | LOG_ENCODING
 
 
 def engine_gpus(launch: LaunchConfig, rollout: RolloutConfig, engine: int) -> list[str] | None:

@@ -21,7 +21,7 @@ from typing import NoReturn
 import msgspec
 
 from engine.errors import LinkError, first_line
-from engine.launch.environment import clean_environment
+from engine.launch.environment import LOG_ENCODING, clean_environment
 from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
 from engine.launch.rollout.port import LOST_AFTER, wait_for_machine
 from engine.launch.secret import SECRET_VARIABLE
@@ -54,11 +54,12 @@ def relay_command(listener_fd: int, port_fd: int, folder: Path, engine: int) -> 
 
 def relay_environment(secret: str) -> dict[str, str]:
     """The environment of a relay; `secret` is that of the run."""
-    return clean_environment() | {
+    settings = {
         PARENT_VARIABLE: str(os.getpid()),
         SECRET_VARIABLE: secret,
         "PYTHONUNBUFFERED": "1",
     }
+    return clean_environment() | settings | LOG_ENCODING
 
 
 def main() -> NoReturn:

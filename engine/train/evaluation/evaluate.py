@@ -171,8 +171,9 @@ def _summarise(parts: list[_Scored], per_prompt: int) -> dict[str, float]:
         names.EVAL_KL: _mean(kl),
         names.EVAL_LENGTH: _mean(lengths),
         names.EVAL_TRUNCATED: 1 - _mean(ended),
-        names.EVAL_DISTINCT_2: distinct_2([t for p in parts for t in p.rollout.texts]),
     }
+    if (distinct := distinct_2([t for p in parts for t in p.rollout.texts])) is not None:
+        metrics[names.EVAL_DISTINCT_2] = distinct
     interval = confidence_interval(scores, per_prompt)
     if interval is not None:
         metrics[names.EVAL_SCORE_CI] = interval

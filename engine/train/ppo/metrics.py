@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config.schema import RunConfig
+from engine.metrics import DISTINCT_2
 from engine.protocol.rank_messages import RankTimes
 from engine.train.ppo import masked
 from engine.train.ppo.advantages import Targets, constant_groups
@@ -69,7 +70,9 @@ def step_metrics(
     numbers = masked.as_float64(tensors.values()).tolist()
     metrics = dict(zip(tensors, numbers, strict=True))
     metrics["tokens/truncated_frac"] /= len(scores)
-    metrics |= {"objective/kl_coef": beta, "text/distinct_2": distinct_2(rollout.texts)}
+    metrics["objective/kl_coef"] = beta
+    if (distinct := distinct_2(rollout.texts)) is not None:
+        metrics[DISTINCT_2] = distinct
     if config.kl.estimator != "k1":
         estimates = KL_ESTIMATORS[config.kl.estimator]((old - ref_logprobs) * mask) * mask
         metrics["objective/kl_penalty"] = float(estimates.sum(1).mean())
@@ -164,13 +167,13 @@ def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> d
     }
 
 
-def distinct_2(texts: list[str]) -> float:
-    """Distinct word bigrams divided by all word bigrams of the batch; 1 if there are none.
+def distinct_2(texts: list[str]) -> float | None:
+    """Distinct word bigrams divided by all word bigrams of the batch; None if there are none.
 
     distinct-2 (Li et al. 2016). Falls when responses repeat themselves or each other.
     """
     pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
+    return len(set(pairs)) / len(pairs) if pairs else None
 
 
 def peak_memory(device: torch.device) -> int:

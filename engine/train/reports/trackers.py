@@ -14,7 +14,7 @@ import msgspec
 from engine.config.file import flatten, to_tree
 from engine.config.schema import RunConfig
 from engine.errors import LinkError
-from engine.launch.environment import clean_environment
+from engine.launch.environment import LOG_ENCODING, clean_environment
 from engine.protocol.rank_messages import Sample
 from engine.session.access import create_file, make_folders
 from engine.session.folder import Session
@@ -124,7 +124,7 @@ class TrackerProcess:
 def environment() -> dict[str, str]:
     """The trackers' environment: not that of a rank, nor of an MPI process, and without a GPU."""
     kept = {k: v for k, v in clean_environment().items() if not k.startswith(LEFT_OUT)}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"} | LOG_ENCODING
 
 
 def shown_config(config: RunConfig) -> dict[str, Any]:
