@@ -64,7 +64,7 @@ class _Estimator:
         self._response = config.rollout.max_new_tokens
         self._length = models.prompt_tokens + self._response
         # With LoRA, the policy with disabled adapters serves as the reference.
-        self._shared_reference = layout.lora_rank is not None and config.model.reference is None
+        self._shared_reference = layout.lora_rank is not None and config.model.reference_is_policy
         self._adapters = self._adapter_parameters()
         has_value = config.trained_value is not None
         self._separate = has_value and config.model.value == "separate"

@@ -118,7 +118,7 @@ def check_first_rollout(
             "trained safely here"
         )
     kl = float(masked.sequence_kl(old_logprobs, ref_logprobs, rollout.mask).abs().mean())
-    starts_at_reference = run.config.model.reference is None and run.state.step == 0
+    starts_at_reference = run.config.model.reference_is_policy and run.state.step == 0
     if exact and starts_at_reference and kl > GAP_LIMIT * rollout.ids.shape[1]:
         raise RlhfError(
             f"{name}: the KL to the reference is {kl:.2g} nats before the first update, not 0"

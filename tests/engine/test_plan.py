@@ -129,7 +129,9 @@ def test_lora_needs_no_second_reference_and_moments_for_its_adapters_only():
     assert adapted.parts["optimiser"] == 8 * (16 * sum(sizes.linear.values()) + head)
     assert adapted.parts["optimiser"] < plain.parts["optimiser"] / 10
     assert adapted.parts["reference"] == 0
-    named = one("model.reference=starter:policy", layout=Layout(lora_rank=16))
+    again = one("model.reference=starter:policy", layout=Layout(lora_rank=16))
+    assert again.parts["reference"] == 0
+    named = one("model.reference=another/model", layout=Layout(lora_rank=16))
     assert named.parts["reference"] == plain.parts["reference"]
 
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import HTTPConfig, RewardConfig, RewardSource
-from engine.errors import UserInputError
+from engine.errors import RewardError, UserInputError
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls, http_client
@@ -147,6 +147,12 @@ def test_only_what_failed_is_asked_for_again(service, mix, inputs):
     assert scores(mix(service=service.url), inputs) == [len(t) for t in TEXTS]
     asked = [request["columns"]["gold"][0] for request in service.requests]
     assert sorted(asked) == sorted([0, 1, 2, asked[0], asked[0]])
+
+
+def test_a_score_beside_a_failure_is_checked_like_any_other(service, mix, inputs):
+    service.next = [reply({"scores": [1e300]}), reply({}, status=500)]
+    with pytest.raises(RewardError, match=r"returned 1e\+300 for response . of step 7"):
+        scores(mix(service=service.url), inputs)
 
 
 def test_a_service_that_asks_for_time_gets_it(service, mix, inputs, monkeypatch):

@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
+from engine.config import file as config_file
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError
@@ -22,7 +23,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models import lora
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
-from engine.train.models.pretrained import load_lm
+from engine.train.models.pretrained import load_lm, load_policy, load_reference
 from engine.train.step import train_step
 from tests.variants import some_of
 
@@ -233,6 +234,15 @@ def test_a_configured_reference_is_a_separate_model(shared_run, plain):
     assert not isinstance(run.reference, AdapterFreePolicy)
     assert torch.equal(logits(run.reference), logits(plain))
     assert run.state.base == run.state.reference
+
+
+def test_the_reference_is_the_policy_without_adapters_only_if_it_is_of_the_same_revision():
+    same = "model.revision=v2", "model.reference=starter:policy", "model.reference_revision=v2"
+    for keys, shared in ((same, True), (same[:2], False), (same[1:], False), (same[:1], True)):
+        config = config_file.load(starter.FOLDER / "demo.yaml", [RANK, *keys])
+        policy = load_policy(config, BASE, SINGLE_RANK, "ddp")
+        found = load_reference(config, policy, SINGLE_RANK, "ddp")
+        assert isinstance(found, AdapterFreePolicy) is shared, keys
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused(make_run, shared_run):

@@ -14,6 +14,7 @@ from engine.protocol.rank_messages import Begin
 from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.merge import merge
 from engine.train.checkpoints.saver import Saver
+from engine.train.checkpoints.shards import read_unsharded
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.language_model import (
@@ -102,6 +103,8 @@ def test_the_next_step_of_a_resumed_run_is_bitwise_equal(trained, assert_same_st
     folder = save(run, session)
     names = {f.name for f in (folder / "policy").iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    saved = read_unsharded(folder / "training")
+    assert saved and not any("packed" in name for name in saved), "the frozen weights are saved"
     again = load_run(
         session, session.config(), Begin(attempt=2, from_step=1), SINGLE_RANK,
         lambda *_: lambda *_: None,

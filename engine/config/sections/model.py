@@ -96,6 +96,12 @@ class ModelConfig(Section, frozen=True):
     liger-kernel's fused kernels: faster on a GPU, most of all while generating. Needs the extra
     `gpu`."""
 
+    @property
+    def reference_is_policy(self) -> bool:
+        """Whether the reference is the policy before training, also if it is named once more."""
+        named = (self.reference, self.reference_revision, None)
+        return self.reference is None or named == (self.policy, self.revision, self.gguf_file)
+
 
 class LoRAConfig(Section, frozen=True):
     """Low-rank adapters (LoRA): trains small adapters and freezes the weights of the model.

@@ -29,6 +29,7 @@ from engine.train.checkpoints.folder import read_optimiser
 from engine.train.distributed.exchange import fail_together
 from engine.train.distributed.sharding import zeros_by_rows
 from engine.train.models.language_model import AnyModel, LanguageModel
+from engine.train.models.quantised_linear import QuantisedLinear
 from engine.train.ppo.adamw_8bit import SCALE, block_size, scale_shape
 
 FILE_SIZE = 4 << 30
@@ -164,7 +165,9 @@ def load_training(
         tensors[key] = optimiser.state[parameters[name]][part] = _empty_state(
             part, parameters[name], stored[key], optimiser
         )
-    if wrong := {k for k in stored if k.startswith(VALUE)} ^ set(_value_tensors(policy)):
+    wrong = {k for k in stored if k.startswith(VALUE)} ^ set(_value_tensors(policy))
+    # Checkpoints of earlier versions hold packed weights, too.
+    if wrong := {k for k in wrong if not k.startswith(_packed_layers(policy))}:
         raise CheckpointError(f"{folder} holds a value function of another model: {min(wrong)}")
     if tensors:
         _read_into(tensors, folder, group)
@@ -262,7 +265,17 @@ def _value_tensors(policy: nn.Module) -> dict[str, Tensor]:
     """The value function, without frozen weights: those are loaded from `model.policy`."""
     tensors = policy.state_dict()
     frozen = {k for k, p in policy.named_parameters() if not p.requires_grad}
-    return {k: v for k, v in tensors.items() if k.startswith(VALUE) and k not in frozen}
+    packed = _packed_layers(policy)
+    return {
+        k: v
+        for k, v in tensors.items()
+        if k.startswith(VALUE) and k not in frozen and not k.startswith(packed)
+    }
+
+
+def _packed_layers(policy: nn.Module) -> tuple[str, ...]:
+    """What the names of weights in 4 bits begin with."""
+    return tuple(f"{n}." for n, m in policy.named_modules() if isinstance(m, QuantisedLinear))
 
 
 def _load(tensors: dict[str, Tensor], folder: Path) -> None:

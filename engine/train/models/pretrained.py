@@ -104,9 +104,9 @@ def load_reference(
     With LoRA, and if the reference is the same model as the policy, the reference shares the
     policy's weights.
     """
-    name = config.model.reference or config.model.policy
-    if config.lora.rank is not None and name == config.model.policy:
+    if config.lora.rank is not None and config.model.reference_is_policy:
         return AdapterFreePolicy(policy)
+    name = config.model.reference or config.model.policy
     key = "model.reference" if config.model.reference else "model.policy"
     dtype = compute_dtype(config)
     source, sharded = starter.resolve(name), shards_weights(ranks, strategy)

@@ -75,7 +75,8 @@ class SourceCall:
         except (Exception, SystemExit) as error:
             raise RewardCallError(_describe(name, error, part), _traceback(error)) from error
         self._scores |= zip(rows, scores, strict=True)
-        return [self._scores[i] for i in range(count)]
+        # Those of earlier calls, too, of which other responses failed.
+        return validate_scores(name, [self._scores[i] for i in range(count)], self._inputs)
 
 
 def retry_delays(retries: int) -> Iterator[float]:
