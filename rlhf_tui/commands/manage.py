@@ -125,9 +125,13 @@ def export(
         raise UserInputError("give --step or --best, not both")
     if policy is not None:
         chosen = step or (_best_checkpoint(session) if best else last_checkpoint(session))
-        if chosen not in checkpoint_steps(session):
+        steps = checkpoint_steps(session)
+        if chosen not in steps:
             missing = f"of step {step} " if step else ""
-            raise NoSuchSessionError(f"session '{name}' has no checkpoint {missing}to export")
+            listed = f" (it has: {', '.join(map(str, steps))})" if steps else ""
+            raise NoSuchSessionError(
+                f"session '{name}' has no checkpoint {missing}to export{listed}"
+            )
         part = AVERAGED_POLICY if averaged else POLICY
         say(_export_policy(session, chosen, policy, part, merged=merged))
     if samples is not None:

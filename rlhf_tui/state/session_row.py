@@ -64,7 +64,7 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float | None = None
     """Unix time before which its engine saves and ends; None without one."""
     updated: float | None = None
-    """Time of its last step, or of the start of its last engine."""
+    """Time of its last step or of the start of its last engine, whichever is later."""
     size: int | None = None
     """Bytes of its files; None if it was not asked for. A fork has links to files of its parent,
     which count for both."""
@@ -167,7 +167,9 @@ def session_row(session: Session, record: JournalReader) -> SessionRow:
     held_out = read_held_out(record)
     engine = session.engine() if session.is_live() else None
     metrics = last.values if last is not None else {}
-    started = attempts[-1].started if attempts else None
+    active = [attempts[-1].started] if attempts else []
+    if last is not None and last.time is not None:
+        active.append(last.time)
     settings = meta.settings or {}
     beta = settings.get("beta")
     # What a fork takes from its checkpoint is known once that is loaded.
@@ -191,7 +193,7 @@ def session_row(session: Session, record: JournalReader) -> SessionRow:
         message=meta.message,
         pause_reason=meta.pause_reason if state == "paused" else None,
         deadline=meta.deadline if engine else None,
-        updated=last.time if last is not None else started,
+        updated=max(active, default=None),
         folder=str(session.folder),
     )
 

@@ -2,7 +2,9 @@
 
 ``python -m scripts.pictures.contact_sheet OUT [--sessions DIR --name NAME] [--size 80x24]...
 [--colours 256]... [--screen beta]...`` writes PNG files to OUT, some screens a file. Without
-``--sessions`` it makes a session with a short real run first, which takes minutes.
+``--sessions`` it makes a session with a short real run first, which takes minutes. A session of
+yours gets a label where `+` is pressed, and the first one of the folder is drawn on the dashboard:
+give it a folder with a copy.
 """
 
 import argparse

@@ -47,7 +47,9 @@ def test_a_text_that_was_judged_twice_has_its_last_label(writer):
 def test_too_few_judgements_are_refused_with_what_to_do(make_session):
     session = make_session()
     label_many(session, 7)
-    with pytest.raises(UserInputError, match=r"at least 20 judgements and there are 7 .* J on"):
+    with pytest.raises(
+        UserInputError, match=r"at least 20 judgements and there are 7 .*counts once.* J on"
+    ):
         collect_judgements([session])
 
 

@@ -116,6 +116,17 @@ def test_a_fork_of_a_session_without_a_checkpoint_is_refused(session_maker, tmp_
     assert str(found.exception) == "session 'young' has no checkpoint to fork from yet"
 
 
+def test_an_export_of_a_missing_checkpoint_names_those_that_there_are(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "run", 3)
+    for step in (1, 3):
+        folder = session.checkpoints / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "COMPLETE").touch()
+    arguments = ["export", "run", "--policy", str(tmp_path / "p"), "--step", "2"]
+    found = CliRunner().invoke(cli, [*arguments, "--sessions", str(tmp_path / "s")])
+    assert str(found.exception).endswith("no checkpoint of step 2 to export (it has: 1, 3)")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_has_a_line_of_help(name):
     command = cli.get_command(click.Context(cli), name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 
 import pytest
 
@@ -218,6 +219,8 @@ def test_live_sessions_keep_their_order_at_each_step(tmp_path, session_maker):
             journal = stack.enter_context(contextlib.closing(JournalWriter(session)))
             journal.begin_attempt(4, fresh=False)
             journals.append(journal)
+            # A start counts as activity, even if its steps are those of long ago.
+            assert cache.rows(tmp_path)[0].row.updated == pytest.approx(time.time(), abs=600)
         for step, journal in enumerate(journals * 2, 5):
             journal.record_step(StepReport(step=step, metrics={}, samples=[], settings={}))
             assert [s.row.name for s in cache.rows(tmp_path)] == ["second", "first"]

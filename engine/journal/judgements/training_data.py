@@ -104,7 +104,7 @@ def _check(found: Judgements, sessions: Sequence[Session]) -> None:
     if len(found) < LEAST:
         raise UserInputError(
             f"a reward model needs at least {LEAST} judgements and there are {len(found)} "
-            f"({have}): {how}"
+            f"({have}; a text counts once, however often it was judged): {how}"
         )
     if len(found.preferences) < LEAST and min(good, other) < LEAST_OF_A_KIND:
         raise UserInputError(
