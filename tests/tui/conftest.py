@@ -152,6 +152,7 @@ def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
     journal.set_meta(total_steps=steps, state="running", message="", settings=settings)
     if steps > 120:
         write_steps(journal, settings, 1, 117, rng)
+        journal = JournalWriter(session)  # of another engine: the first one was killed
         journal.begin_attempt(100, fresh=False)
         write_steps(journal, settings, 101, steps, rng)
     else:
@@ -188,7 +189,7 @@ def freeze(session: Session) -> None:
             {"s": START},
         )
         last = "(SELECT max(attempt) FROM attempts)"
-        db.execute(  # the engine of an earlier attempt was killed
+        db.execute(
             f"UPDATE attempts SET started = ?, pid = 4242 + {last} - attempt, host = 'box'",  # noqa: S608 - a constant
             (START,),
         )
