@@ -19,13 +19,12 @@ from engine.train.ppo.metrics import source_metrics, speed_metrics, step_metrics
 from engine.train.ppo.optimise import optimise
 from engine.train.ppo.rollout_correction import with_rollout_correction
 from engine.train.reports.samples import kept_samples
-from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import ReportProgress, Rollout
 from engine.train.rollout.token_states import TokenStates
 from engine.train.rollout_check import check_rollout, version_lag
-from engine.train.run import Run
+from engine.train.run import Run, scores_for_training
 
 
 def train_step(
@@ -63,11 +62,7 @@ def train_step(
             run, step, scored, sampling_options(run, step), partial(score_rollout, run, step)
         )
         rollout = scored.rollout
-    normalise = Normaliser(state.reward_mean, state.reward_std)
-    scores = normalise(
-        scored.scores.to(run.device), config.reward, rollout.ended, rollout.lengths,
-        config.rollout.max_new_tokens,
-    )  # fmt: skip
+    scores = scores_for_training(run, scored.scores, rollout, config.rollout.max_new_tokens)
     greedy: Tensor | None = None
     if config.ppo.traits.greedy_baseline:
         greedy = greedy_scores(
