@@ -1,6 +1,7 @@
 """One PPO step, from prompts to metrics."""
 
 import dataclasses
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -96,7 +97,8 @@ def train_step(
         inputs = with_fitted_values(run, step, states, inputs)
     targets = make_targets(inputs)
     targets = with_rollout_correction(targets, rollout, config.ppo)
-    if targets.baseline is not None:
+    # A moving average that is not finite would stay so.
+    if targets.baseline is not None and math.isfinite(targets.baseline):
         state.baseline = targets.baseline
 
     # 5. Epochs of clipped updates.
@@ -225,13 +227,15 @@ def with_fitted_values(
 ) -> AdvantageInputs:
     """Fits the value function of `model.value: reward_model`, and gives the estimator its values.
 
-    Clears `states`, which are large, before the updates of the policy.
+    Weights that are not finite are not kept. Clears `states`, which are large, before the updates
+    of the policy.
     """
     state = run.state
     with run.timer.phase(run, step, "fit"):
         fit = fit_linear_value(
             state.value_weights, states, inputs, run.ranks, state.value_positions
         )
-    state.value_weights = fit.weights
+    if all(map(math.isfinite, fit.weights)):
+        state.value_weights = fit.weights
     states.clear()
     return dataclasses.replace(inputs, values=fit.values)
