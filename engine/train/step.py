@@ -80,7 +80,7 @@ def train_step(
             run.reference, rollout, config.rollout.temperature, config.ppo.micro_batch_size,
             rows=rows, want="logits", report=report,
         )  # fmt: skip
-        old_logprobs, old_values = old_policy_outputs(run, rollout, rows)
+        old_logprobs, old_values = old_policy_outputs(run, rollout, rows, report)
     ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
     if recorded is None:
         check_rollout(run, step, rollout, old_logprobs, ref_logprobs)
@@ -194,7 +194,12 @@ def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]
         return run.rewards(RewardInputs.of(rollout, step), report)
 
 
-def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+def old_policy_outputs(
+    run: Run,
+    rollout: Rollout,
+    rows: Tensor,
+    report: ReportProgress = lambda _done, _total: None,
+) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old of a rollout, by the policy before the update.
 
     In float32, the log-probabilities of a native rollout are used: they agree with a full forward
@@ -206,6 +211,7 @@ def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor
         run: the run.
         rollout: B responses of at most T tokens.
         rows: this rank's share of what is computed; (n,) int64.
+        report: called with (rows done, rows).
 
     Returns:
         log π_old and V_old, each (B, T) float32 and 0 beyond a response's length. V_old is 0
@@ -214,10 +220,14 @@ def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     logprobs, values = rollout.logprobs * rollout.mask, rollout.values * rollout.mask
     if run.config.model.dtype != "float32" or run.backend.separate:
-        logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=rows)
+        logprobs, values = score_tokens(
+            run.policy, rollout, temperature, size, rows=rows, report=report
+        )
         logprobs, values = run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
     elif run.policy.value_trunk is not None:
-        _, values = score_tokens(run.policy, rollout, temperature, size, rows=rows, want="values")
+        _, values = score_tokens(
+            run.policy, rollout, temperature, size, rows=rows, want="values", report=report
+        )
         values = run.ranks.all_reduce_sum(values)
     return logprobs, values
 

@@ -343,6 +343,21 @@ def test_a_step_whose_numbers_are_not_finite_leaves_nothing_to_the_next(make_run
     assert train_step(run, 3)[0]["policy/nonfinite_updates"] == 0
 
 
+@pytest.mark.parametrize("override", ["model.dtype=bfloat16", "model.value=separate"])
+def test_a_pass_of_the_policy_reports_its_progress_like_that_of_the_reference(make_run, override):
+    run, _ = make_run(override)
+    reports = []
+
+    def announce(_step, name, *_progress):
+        return lambda done, total: reports.append((name, done, total))
+
+    run.announce = announce
+    train_step(run, 1)
+    assert [r for r in reports if r[0] == "reference"] == 2 * [
+        ("reference", 4, 8), ("reference", 8, 8),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("tokens", [54, 55])
 def test_a_probe_is_rejected_that_has_too_many_tokens_for_the_positions_of_the_model(
     make_run, tmp_path, tokens

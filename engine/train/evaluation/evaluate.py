@@ -150,7 +150,9 @@ def _respond(
     rows = ranks.strided_share(rollout.rows)
     logprobs, reference = (
         ranks.all_reduce_sum(
-            score_tokens(model, rollout, KL_TEMPERATURE, size, rows=rows, want="logits")[0]
+            score_tokens(
+                model, rollout, KL_TEMPERATURE, size, rows=rows, want="logits", report=report
+            )[0]
         )
         for model in (run.policy, run.reference)
     )
