@@ -8,14 +8,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from engine.train.rewards.normalise import Normaliser
 from engine.train.rollout.backend import (
     GREEDY_TEMPERATURE,
     SamplingOptions,
     generate_responses,
 )
 from engine.train.rollout.rollout import Rollout
-from engine.train.run import Run
+from engine.train.run import Run, scores_for_training
 
 
 def greedy_scores(
@@ -38,15 +37,11 @@ def greedy_scores(
         (B,) float32 on the device: for each response the score of the greedy one to its prompt,
         normalised and clipped, with the same penalties.
     """
-    config, state = run.config, run.state
     greedy_options = dataclasses.replace(options, temperature=GREEDY_TEMPERATURE, per_prompt=1)
     prompts = rollout.batch.prompts[:: options.per_prompt]
     with run.timer.phase(run, step, "generate") as report:
         greedy = generate_responses(
             run.backend, run.policy, prompts, greedy_options, run.tokenizer, run.ranks, report
         )
-    scores = Normaliser(state.reward_mean, state.reward_std)(
-        score(greedy).to(run.device), config.reward, greedy.ended, greedy.lengths,
-        options.max_new_tokens,
-    )  # fmt: skip
+    scores = scores_for_training(run, score(greedy), greedy, options.max_new_tokens)
     return scores.repeat_interleave(options.per_prompt)

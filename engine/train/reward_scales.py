@@ -59,12 +59,11 @@ def fit_scales(run: Run, config: RunConfig) -> None:
         run.announce(state.step, "normalise reward")
         _normalise_rewards(run, config)
         state.value_weights = []  # those of other scores
+    total = Normaliser(state.reward_mean, state.reward_std)
     if config.ppo.value_init == "reward_model" and not state.step:
-        total = Normaliser(run.state.reward_mean, run.state.reward_std)
-        scale_value_head(run.policy, run.rewards, total)
+        scale_value_head(run.policy, rewards, total)
     if config.linear_value:
-        total = Normaliser(run.state.reward_mean, run.state.reward_std)
-        first = first_weights(run.rewards, total)
+        first = first_weights(rewards, total)
         weights = state.value_weights or first
         if len(weights) == len(first):  # of a version without other features, too
             weights = with_all_features(weights)

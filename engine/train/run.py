@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
@@ -22,9 +22,10 @@ from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.metrics import peak_memory
 from engine.train.rewards.mix import RewardMix
+from engine.train.rewards.normalise import Normaliser
 from engine.train.rollout.ahead import RolloutAhead
 from engine.train.rollout.backend import RolloutBackend
-from engine.train.rollout.rollout import ReportProgress
+from engine.train.rollout.rollout import ReportProgress, Rollout
 
 
 class PhaseTimer:
@@ -108,6 +109,24 @@ class Run:
         it at the second one, where a resume applies it, and where a roll back discards it.
         """
         return SavedState.of(self.state, self.config, self.settings_after_step)
+
+
+def scores_for_training(run: Run, raw: Tensor, rollout: Rollout, max_new_tokens: int) -> Tensor:
+    """Normalises and clips the raw scores of a rollout, and subtracts penalties.
+
+    Args:
+        run: with the scale of the scores.
+        raw: (B,) float32.
+        rollout: the B responses.
+        max_new_tokens: of them.
+
+    Returns:
+        (B,) float32 on the device.
+    """
+    normalise = Normaliser(run.state.reward_mean, run.state.reward_std)
+    return normalise(
+        raw.to(run.device), run.config.reward, rollout.ended, rollout.lengths, max_new_tokens
+    )
 
 
 def max_sequence_tokens(run: Run) -> int | None:

@@ -1,6 +1,7 @@
 """One PPO step, from prompts to metrics."""
 
 import dataclasses
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,13 +20,12 @@ from engine.train.ppo.metrics import source_metrics, speed_metrics, step_metrics
 from engine.train.ppo.optimise import optimise
 from engine.train.ppo.rollout_correction import with_rollout_correction
 from engine.train.reports.samples import kept_samples
-from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import ReportProgress, Rollout
 from engine.train.rollout.token_states import TokenStates
 from engine.train.rollout_check import check_rollout, version_lag
-from engine.train.run import Run
+from engine.train.run import Run, scores_for_training
 
 
 def train_step(
@@ -63,11 +63,7 @@ def train_step(
             run, step, scored, sampling_options(run, step), partial(score_rollout, run, step)
         )
         rollout = scored.rollout
-    normalise = Normaliser(state.reward_mean, state.reward_std)
-    scores = normalise(
-        scored.scores.to(run.device), config.reward, rollout.ended, rollout.lengths,
-        config.rollout.max_new_tokens,
-    )  # fmt: skip
+    scores = scores_for_training(run, scored.scores, rollout, config.rollout.max_new_tokens)
     greedy: Tensor | None = None
     if config.ppo.traits.greedy_baseline:
         greedy = greedy_scores(
@@ -84,7 +80,7 @@ def train_step(
             run.reference, rollout, config.rollout.temperature, config.ppo.micro_batch_size,
             rows=rows, want="logits", report=report,
         )  # fmt: skip
-        old_logprobs, old_values = old_policy_outputs(run, rollout, rows)
+        old_logprobs, old_values = old_policy_outputs(run, rollout, rows, report)
     ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
     if recorded is None:
         check_rollout(run, step, rollout, old_logprobs, ref_logprobs)
@@ -101,7 +97,8 @@ def train_step(
         inputs = with_fitted_values(run, step, states, inputs)
     targets = make_targets(inputs)
     targets = with_rollout_correction(targets, rollout, config.ppo)
-    if targets.baseline is not None:
+    # A moving average that is not finite would stay so.
+    if targets.baseline is not None and math.isfinite(targets.baseline):
         state.baseline = targets.baseline
 
     # 5. Epochs of clipped updates.
@@ -197,7 +194,12 @@ def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]
         return run.rewards(RewardInputs.of(rollout, step), report)
 
 
-def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+def old_policy_outputs(
+    run: Run,
+    rollout: Rollout,
+    rows: Tensor,
+    report: ReportProgress = lambda _done, _total: None,
+) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old of a rollout, by the policy before the update.
 
     In float32, the log-probabilities of a native rollout are used: they agree with a full forward
@@ -209,6 +211,7 @@ def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor
         run: the run.
         rollout: B responses of at most T tokens.
         rows: this rank's share of what is computed; (n,) int64.
+        report: called with (rows done, rows).
 
     Returns:
         log π_old and V_old, each (B, T) float32 and 0 beyond a response's length. V_old is 0
@@ -217,10 +220,14 @@ def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     logprobs, values = rollout.logprobs * rollout.mask, rollout.values * rollout.mask
     if run.config.model.dtype != "float32" or run.backend.separate:
-        logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=rows)
+        logprobs, values = score_tokens(
+            run.policy, rollout, temperature, size, rows=rows, report=report
+        )
         logprobs, values = run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
     elif run.policy.value_trunk is not None:
-        _, values = score_tokens(run.policy, rollout, temperature, size, rows=rows, want="values")
+        _, values = score_tokens(
+            run.policy, rollout, temperature, size, rows=rows, want="values", report=report
+        )
         values = run.ranks.all_reduce_sum(values)
     return logprobs, values
 
@@ -230,13 +237,15 @@ def with_fitted_values(
 ) -> AdvantageInputs:
     """Fits the value function of `model.value: reward_model`, and gives the estimator its values.
 
-    Clears `states`, which are large, before the updates of the policy.
+    Weights that are not finite are not kept. Clears `states`, which are large, before the updates
+    of the policy.
     """
     state = run.state
     with run.timer.phase(run, step, "fit"):
         fit = fit_linear_value(
             state.value_weights, states, inputs, run.ranks, state.value_positions
         )
-    state.value_weights = fit.weights
+    if all(map(math.isfinite, fit.weights)):
+        state.value_weights = fit.weights
     states.clear()
     return dataclasses.replace(inputs, values=fit.values)

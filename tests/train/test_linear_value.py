@@ -18,6 +18,7 @@ from engine.train.rewards.model import states_before
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.token_states import TokenStates
 from engine.train.step import generate_rollout, train_step
+from tests.train.gpu.pretend import GPU, pretend_gpu
 
 LINEAR = "model.value=reward_model"
 WIDTH, MAX_TOKENS = 4, 6
@@ -50,6 +51,24 @@ def drawn_step(lengths=(3, 5, 1, 4)):
         PPOConfig(lam=0.9, lam_value=0.7), beta=0.1, per_prompt=1, baseline=None,
     )  # fmt: skip
     return drawn(3 * WIDTH + 3).tolist(), states, inputs
+
+
+def test_the_responses_of_a_fit_on_a_gpu_are_not_copied_one_by_one():
+    def copies(*lengths):
+        weights, states, inputs = drawn_step(lengths)
+        there = {
+            name: value.to(GPU)
+            for name, value in vars(inputs).items()
+            if isinstance(value, torch.Tensor)
+        }
+        states.states = [x.to(GPU) for x in states.states]
+        before = gpu.counts()
+        fit_linear_value(weights, states, dataclasses.replace(inputs, **there), ranks, MAX_TOKENS)
+        return (gpu.counts() - before).copies
+
+    ranks = RankGroup(LaunchConfig(device="cpu"))
+    with pretend_gpu() as gpu:
+        assert copies(3, 5) == copies(3, 5, 1, 4)
 
 
 def fitted_by_hand(weights, states, inputs, without=None):

@@ -326,6 +326,39 @@ def test_a_probe_with_a_prompt_of_the_data_has_its_other_columns(make_run, tmp_p
         assert set(answer_probe(run, prompt.text)) == {"policy", "reference"}
 
 
+@pytest.mark.parametrize(
+    "overrides", [("ppo.advantage=reward", "ppo.baseline=running"), ("model.value=reward_model",)]
+)
+def test_a_step_whose_numbers_are_not_finite_leaves_nothing_to_the_next(make_run, overrides):
+    run, _ = make_run(*overrides)
+    train_step(run, 1)
+    kept = run.state.baseline, run.state.value_weights
+    weight = next(run.reference.parameters())
+    values = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    assert train_step(run, 2)[0]["policy/nonfinite_updates"] == 4
+    assert (run.state.baseline, run.state.value_weights) == kept
+    with torch.no_grad():
+        weight.copy_(values)
+    assert train_step(run, 3)[0]["policy/nonfinite_updates"] == 0
+
+
+@pytest.mark.parametrize("override", ["model.dtype=bfloat16", "model.value=separate"])
+def test_a_pass_of_the_policy_reports_its_progress_like_that_of_the_reference(make_run, override):
+    run, _ = make_run(override)
+    reports = []
+
+    def announce(_step, name, *_progress):
+        return lambda done, total: reports.append((name, done, total))
+
+    run.announce = announce
+    train_step(run, 1)
+    assert [r for r in reports if r[0] == "reference"] == 2 * [
+        ("reference", 4, 8), ("reference", 8, 8),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("tokens", [54, 55])
 def test_a_probe_is_rejected_that_has_too_many_tokens_for_the_positions_of_the_model(
     make_run, tmp_path, tokens

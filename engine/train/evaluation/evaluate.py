@@ -20,7 +20,6 @@ from engine.train.evaluation.held_out import HeldOut
 from engine.train.ppo import masked
 from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.metrics import distinct_2
-from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import (
     GREEDY_TEMPERATURE,
@@ -28,7 +27,7 @@ from engine.train.rollout.backend import (
     generate_responses,
 )
 from engine.train.rollout.rollout import ReportProgress, Rollout
-from engine.train.run import Run
+from engine.train.run import Run, scores_for_training
 
 RECORDED_CHARACTERS = 8_000_000
 """Of the responses that are recorded, with their prompts: what a message can hold."""
@@ -129,7 +128,7 @@ def _respond(
     report: ReportProgress,
 ) -> _Scored:
     """Generates and scores the responses to part `number` of the prompts."""
-    config, state, ranks = run.config, run.state, run.ranks
+    config, ranks = run.config, run.ranks
     evaluation, size = config.eval, config.ppo.micro_batch_size
     options = SamplingOptions(
         seed=derived_seed(evaluation.seed, "evaluation", number),
@@ -144,17 +143,16 @@ def _respond(
     )
     inputs = RewardInputs.of(rollout, step)
     raw, parts = run.rewards(inputs, report)
-    normalise = Normaliser(state.reward_mean, state.reward_std)
-    scores = normalise(
-        raw.to(run.device), config.reward, rollout.ended, rollout.lengths, options.max_new_tokens
-    )
+    scores = scores_for_training(run, raw, rollout, options.max_new_tokens)
     parts = parts if len(parts) > 1 else {}
     if held_out.rewards is not None:
         parts = parts | held_out.rewards.parts(inputs, report)
     rows = ranks.strided_share(rollout.rows)
     logprobs, reference = (
         ranks.all_reduce_sum(
-            score_tokens(model, rollout, KL_TEMPERATURE, size, rows=rows, want="logits")[0]
+            score_tokens(
+                model, rollout, KL_TEMPERATURE, size, rows=rows, want="logits", report=report
+            )[0]
         )
         for model in (run.policy, run.reference)
     )

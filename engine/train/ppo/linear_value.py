@@ -97,7 +97,8 @@ def fit_linear_value(
         root = torch.linalg.solve_triangular(factor, x.T, upper=False)
         hat = root.T @ root / tokens  # the block of the hat matrix: X·A⁻¹·Xᵀ
         residuals = errors[row, : len(x)] - x @ change
-        without = torch.linalg.solve(torch.eye(len(x)).to(hat) - hat, residuals)
+        identity = torch.eye(len(x), dtype=hat.dtype, device=hat.device)
+        without = torch.linalg.solve(identity - hat, residuals)
         values[row, : len(x)] = returns[row, : len(x)] - without.float()
     return LinearFit((w + change).tolist(), ranks.all_reduce_sum(values))
 

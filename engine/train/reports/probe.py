@@ -9,10 +9,9 @@ from engine.train.distributed.ranks import PeerRankError
 from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
 from engine.train.ppo.forward import score_tokens
-from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardCallError, RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
-from engine.train.run import Run, max_sequence_tokens
+from engine.train.run import Run, max_sequence_tokens, scores_for_training
 
 PROBE_SEED = 0
 """The same for both models and all probes, so that differences are due to the models alone."""
@@ -69,11 +68,7 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
         raw, _ = run.rewards(RewardInputs.of(rollout, state.step), retry=False)
     except (RewardError, RewardCallError, PeerRankError) as error:
         raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
-    normalise = Normaliser(state.reward_mean, state.reward_std)
-    score = normalise(
-        raw.to(run.device), config.reward, rollout.ended, rollout.lengths,
-        config.rollout.max_new_tokens,
-    )  # fmt: skip
+    score = scores_for_training(run, raw, rollout, config.rollout.max_new_tokens)
     reference, _ = score_tokens(
         run.reference, rollout, config.rollout.temperature, 1, want="logits"
     )
