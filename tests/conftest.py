@@ -4,6 +4,8 @@ import gc
 import os
 import sys
 
+from hypothesis import settings
+
 from engine.launch.environment import mkl_settings
 
 # Tests that compute in this process do so as a rank does; MKL reads this when torch loads it.
@@ -14,6 +16,11 @@ for name, value in mkl_settings().items():
 # two hundred modules of ours again, and every process of pytest rewrites all assertions.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+
+# On a busy machine an example takes as long as it takes.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_collection_finish():
