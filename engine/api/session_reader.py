@@ -202,6 +202,8 @@ def _check_metric(name: str, recorded: list[str]) -> None:
     declared = [metric.name for metric in METRICS]
     if name in recorded or name in declared or not recorded:
         return
-    close = difflib.get_close_matches(name, [*recorded, *declared], n=1)
+    known = [*declared, *recorded]
+    close = [m for m in known if m.rpartition("/")[2] == name]  # kl: objective/kl
+    close = close or difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else f"; it has {', '.join(recorded)}"
     raise UserInputError(f"there is no metric '{name}'{hint}")

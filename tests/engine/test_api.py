@@ -67,8 +67,9 @@ def test_all_metrics_are_read_by_default(run):
 
 def test_a_metric_without_a_value_is_nan_and_one_that_cannot_be_is_an_error(run):
     assert math.isnan(run.metric("eval/score"))
-    with pytest.raises(UserInputError, match="did you mean 'objective/kl'"):
-        run.metric("objective/kll")
+    for name in ("objective/kll", "kl"):
+        with pytest.raises(UserInputError, match="did you mean 'objective/kl'"):
+            run.metric(name)
 
 
 def test_samples_are_the_newest_or_those_of_a_query(run):
