@@ -25,6 +25,7 @@ MOST_FAST_LEVELS = 2_000
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What PyYAML raises for a value that does not fit its tag, such as `2020-13-45` or `!!int ''`, and
 for a thousand brackets."""
+_MERGE = "tag:yaml.org,2002:merge"
 _FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
@@ -37,20 +38,40 @@ class _Limits(yaml.constructor.SafeConstructor):
     """Limits what merge keys (`<<`) expand to, and refuses a key that is given twice."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # PyYAML flattens some mappings again, which then hold the keys that they override, too.
-        if not vars(node).setdefault("is_checked", False):
-            vars(node)["is_checked"] = True
-            _check_repeats(node)
+        """Puts the keys that merge keys stand for into a mapping, each key once.
+
+        PyYAML's own leaves a key's overridden values in the mapping, and from `<<: [*a, *b]` 6.0.4
+        takes b's value of a key that both have. By YAML's specification it is a's.
+        """
+        _check_repeats(node)
+        merges = [value for key, value in node.value if key.tag == _MERGE]
+        # Before the mappings are read that are merged: one may be this one.
+        node.value = [(key, value) for key, value in node.value if key.tag != _MERGE]
         super().flatten_mapping(node)
+        known = {_identity(key) for key, _ in node.value}
+        for merge in reversed(merges):
+            for source in merge.value if isinstance(merge, yaml.SequenceNode) else [merge]:
+                if not isinstance(source, yaml.MappingNode):
+                    problem = f"expected a mapping or list of mappings, but found {source.id}"
+                    raise yaml.constructor.ConstructorError(None, None, problem, source.start_mark)
+                self.flatten_mapping(source)
+                for key, value in source.value:
+                    if _identity(key) not in known:
+                        known.add(_identity(key))
+                        node.value.append((key, value))
         if len(node.value) > MAX_VALUES:
             raise ConfigError("merge keys (<<) expand to too many keys")
+
+
+def _identity(key: yaml.Node) -> Hashable:
+    return key.value if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def _check_repeats(node: yaml.MappingNode) -> None:
     """Raises ConfigError if a key stands in a mapping twice: YAML would take the second value."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
             line = key.start_mark.line + 1
             if key.value in lines:
                 first = lines[key.value]

@@ -127,7 +127,7 @@ LAUGHS = "\n".join(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (BOMB, "merge keys"),
+        (BOMB, "unknown key 'a0'"),
         ("kl: {beta: 1}\ndata: {}\nkl: {target: 1}", "'kl' is given twice, in lines 1 and 3"),
         (LAUGHS, "too large or contains itself"),
         ("model: &a [*a]", "too large or contains itself"),
@@ -181,3 +181,8 @@ def test_a_key_may_override_one_that_is_merged():
     text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\nd: {<<: [*b, *a]}\n"
     tree = parse_yaml(text, "here")
     assert (tree["b"], tree["c"], tree["d"]) == ({"x": 2, "y": 1}, {"x": 3, "y": 1}, tree["b"])
+
+
+def test_of_two_merged_sections_the_first_gives_a_key_that_both_have():
+    tree = parse_yaml("first: &a {key: 1}\nsecond: &b {key: 2}\nboth: {<<: [*a, *b]}\n", "here")
+    assert tree["both"] == tree["first"]

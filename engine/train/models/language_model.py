@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -28,6 +28,15 @@ class HiddenReader(Protocol):
 
     def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
         """Computes from the output layer's input, (n, keep, H), inside the forward pass."""
+
+
+def cache_name(parameters: Container[str]) -> str:
+    """What a `forward` with these parameters, or called with these, calls the key-value cache.
+
+    transformers renamed it in 5.24, and announces that 5.40 refuses the former name. The models of
+    other authors that a source may bring along have either.
+    """
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 class LanguageModel(nn.Module):
@@ -68,7 +77,9 @@ class LanguageModel(nn.Module):
             head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
         self._adapted = lora.adapted_layers(lm)
-        self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
+        parameters = inspect.signature(lm.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._cache_name = cache_name(parameters)
 
     def _keep_hidden(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._hidden = inputs[0]
@@ -139,7 +150,7 @@ class LanguageModel(nn.Module):
         separate = self.value_trunk is not None
         if want != "values" or not separate:
             inputs_of_lm = {
-                "input_ids": tokens, "past_key_values": cache, "use_cache": cache is not None,
+                "input_ids": tokens, self._cache_name: cache, "use_cache": cache is not None,
                 "logits_to_keep": keep, **inputs,
             }  # fmt: skip
             try:

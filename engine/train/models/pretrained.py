@@ -31,7 +31,12 @@ from engine.train.distributed.sharding import offload_between_uses, place_model
 from engine.train.models import lora
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.fused_kernels import use_fused_kernels
-from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
+from engine.train.models.language_model import (
+    AdapterFreePolicy,
+    AnyModel,
+    LanguageModel,
+    cache_name,
+)
 from engine.train.models.quantised_linear import quantise
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
@@ -237,8 +242,9 @@ def read_model(
 
 
 def _check_usable(lm: PreTrainedModel, key: str) -> None:
-    for needed in ("past_key_values", "logits_to_keep"):
-        if needed not in inspect.signature(lm.forward).parameters:
+    parameters = inspect.signature(lm.forward).parameters
+    for needed in (cache_name(parameters), "logits_to_keep"):
+        if needed not in parameters:
             raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
 
 

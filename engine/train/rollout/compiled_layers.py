@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 
 from engine.train.distributed.sharding import blocks
-from engine.train.models.language_model import AnyModel
+from engine.train.models.language_model import AnyModel, cache_name
 from engine.train.models.quantised_linear import packed_weight_count
 from engine.train.rollout.cast_weights import cast_weights
 from engine.train.rollout.cuda_graph import can_capture
@@ -111,13 +111,14 @@ class CompiledLayers:
         eager = layer.forward
 
         def forward(hidden: Tensor, *args: Any, **keywords: Any) -> Any:
-            cache = keywords.get("past_key_values")
+            name = cache_name(keywords)
+            cache = keywords.get(name)
             past = cache.layers[index] if isinstance(cache, DynamicCache) else None
             fixed = past.fixed() if isinstance(past, PreallocatedLayer) else None
             if hidden.shape[1] != 1 or fixed is None or args or not self.usable:
                 return eager(hidden, *args, **keywords)
             try:
-                output = compiled(layer, hidden, keywords | {"past_key_values": fixed})
+                output = compiled(layer, hidden, keywords | {name: fixed})
                 if self._checked:
                     return output
                 expected = eager(hidden, **keywords)
