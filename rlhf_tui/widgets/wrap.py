@@ -11,16 +11,25 @@ _WORDS = re.compile(r" *[^ ]+| +")
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Sanitised text in lines of at most `width` cells, broken between words if possible."""
+    """Sanitised text in lines of at most `width` cells, broken between words if possible.
+
+    Lines keep their indentation, up to half of the width. Of the first line one space is left
+    out: with it begins what most tokenizers make of a response.
+    """
     lines: list[str] = []
-    for paragraph in sanitise(text).replace("\t", "    ").split("\n"):
-        line, used = "", 0
-        for word in paragraph.split(" "):
+    text = sanitise(text).replace("\t", "    ").removeprefix(" ")
+    for paragraph in text.split("\n"):
+        words = paragraph.lstrip(" ")
+        used = min(len(paragraph) - len(words), width // 2) if words else 0
+        line, empty = " " * used, True
+        for word in words.split(" "):
             size = cell_len(word)
-            if line and used + 1 + size > width:
+            if not empty and used + 1 + size > width:
                 lines.append(line)
-                line, used = "", 0
-            line, used = (f"{line} {word}", used + 1 + size) if line else (word, size)
+                line, used, empty = "", 0, True
+            joint = "" if empty else " "
+            line, used = f"{line}{joint}{word}", used + len(joint) + size
+            empty = empty and not word
             if used > width:
                 *full, line = pieces(line, width)
                 lines += full

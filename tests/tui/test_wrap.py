@@ -2,10 +2,11 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.table import fitted
-from rlhf_tui.widgets.wrap import wrap_row
+from rlhf_tui.widgets.wrap import wrap, wrap_row
 
 PIECES = st.lists(
     st.tuples(st.text("ab 界", max_size=30), st.sampled_from(["", "dim"])), max_size=5
@@ -21,6 +22,19 @@ def test_no_row_is_too_wide_and_no_word_is_lost(row, width):
     broken = wrap_row(row, width)
     assert all(row_width(line) <= width for line in broken)
     assert "".join(map(words, broken)) == words(row)
+
+
+def test_lines_of_code_keep_their_indentation():
+    code = " def f(x):\n    if x:\n\treturn 1\n\n  a  b"
+    assert wrap(code, 40) == ["def f(x):", "    if x:", "    return 1", "", "  a  b"]
+    assert wrap("x\n" + " " * 30 + "abc def", 8) == ["x", "    abc", "def"]
+
+
+@given(text=st.text("ab 界\n", max_size=60), width=st.integers(2, 40))
+def test_no_line_of_a_text_is_too_wide_and_no_word_is_lost(text, width):
+    broken = wrap(text, width)
+    assert all(cell_len(line) <= width for line in broken)
+    assert "".join(broken).replace(" ", "") == text.replace(" ", "").replace("\n", "")
 
 
 def test_a_word_keeps_its_tone():
