@@ -1,7 +1,6 @@
 """Reward sources: how they are called, weighted sums of them, and errors."""
 
 import importlib
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,7 +20,7 @@ from transformers import (
 
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
-from engine.config.sections.reward import SOURCE_KEYS, OverlongConfig, RewardConfig, RewardSource
+from engine.config.sections.reward import SOURCE_KEYS, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
 from engine.protocol import frames
 from engine.protocol.rank_messages import decode_from_rank
@@ -34,7 +31,6 @@ from engine.train.rewards.encoding import EncodedResponses
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.model import RewardModel
-from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs, RunsOn
 from engine.train.worker import failed_message
 
@@ -164,18 +160,6 @@ def test_a_source_s_own_normalisation_comes_before_its_weight(module, inputs):
     scores, parts = mix(inputs)
     assert scores.tolist() == [3 * (n - 10) / 4 for n in (11, 34, 3)]
     assert parts["length"] == [11, 34, 3]
-
-
-@given(st.integers(1, 40), st.integers(1, 60), st.floats(0, 4, width=16))
-def test_the_overlong_penalty_rises_linearly_over_the_buffer(buffer, length, penalty):
-    limit = 40
-    length = min(length, limit)
-    want = max(0.0, penalty * (length - (limit - buffer)) / buffer)
-    overlong = OverlongConfig(buffer=buffer, penalty=penalty)
-    got = trained_scores(
-        Normaliser(), torch.tensor([2.0]), lengths=[length], limit=limit, overlong=overlong
-    )
-    assert float(got) == pytest.approx(2.0 - want, abs=1e-5)
 
 
 def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key():
@@ -486,32 +470,3 @@ def test_a_source_that_cannot_be_loaded_is_named_by_its_key(tmp_path, tokenizer,
         with pytest.raises(UserInputError) as caught:
             load_rewards(LoadContext(config, tokenizer.get_vocab(), SINGLE_RANK), evaluated)
         assert str(caught.value).startswith(key)
-
-
-def trained_scores(normaliser, raw, lengths=None, limit=8, **of_reward):
-    n = len(raw)
-    lengths = torch.ones(n, dtype=torch.int64) if lengths is None else torch.tensor(lengths)
-    ended = torch.ones(n, dtype=torch.bool)
-    return normaliser(raw, RewardConfig(**of_reward), ended, lengths, limit)
-
-
-@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20))
-def test_normalised_reference_scores_have_mean_0_and_deviation_1(values):
-    raw = torch.tensor(values)
-    if float(raw.std(correction=0)) < 1e-3:
-        return
-    got = trained_scores(Normaliser.of(raw), raw)
-    assert float(got.mean()) == pytest.approx(0, abs=1e-2)
-    assert float(got.std(correction=0)) == pytest.approx(1, abs=1e-2)
-
-
-def test_scores_are_clipped_after_normalising():
-    raw = torch.tensor([30.0, 10.0, -30.0])
-    got = trained_scores(Normaliser(10.0, 2.0), raw, clip=3.0)
-    assert got.tolist() == [3.0, 0.0, -3.0]
-
-
-@pytest.mark.parametrize("score", [math.pi, 1.3, 100.7])
-def test_scores_that_do_not_vary_cannot_be_normalised(score):
-    with pytest.raises(RewardError, match="scores that vary"):
-        Normaliser.of(torch.full((64,), score))

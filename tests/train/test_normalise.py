@@ -1,0 +1,53 @@
+"""Scores as the policy is trained with them: normalised, clipped, less penalties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config.sections.reward import OverlongConfig, RewardConfig
+from engine.errors import RewardError
+from engine.train.rewards.normalise import Normaliser
+
+
+def trained_scores(normaliser, raw, lengths=None, limit=8, **of_reward):
+    n = len(raw)
+    lengths = torch.ones(n, dtype=torch.int64) if lengths is None else torch.tensor(lengths)
+    ended = torch.ones(n, dtype=torch.bool)
+    return normaliser(raw, RewardConfig(**of_reward), ended, lengths, limit)
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20))
+def test_normalised_reference_scores_have_mean_0_and_deviation_1(values):
+    raw = torch.tensor(values)
+    if float(raw.std(correction=0)) < 1e-3:
+        return
+    got = trained_scores(Normaliser.of(raw), raw)
+    assert float(got.mean()) == pytest.approx(0, abs=1e-2)
+    assert float(got.std(correction=0)) == pytest.approx(1, abs=1e-2)
+
+
+def test_scores_are_clipped_after_normalising():
+    raw = torch.tensor([30.0, 10.0, -30.0])
+    got = trained_scores(Normaliser(10.0, 2.0), raw, clip=3.0)
+    assert got.tolist() == [3.0, 0.0, -3.0]
+
+
+@pytest.mark.parametrize("score", [math.pi, 1.3, 100.7])
+def test_scores_that_do_not_vary_cannot_be_normalised(score):
+    with pytest.raises(RewardError, match="scores that vary"):
+        Normaliser.of(torch.full((64,), score))
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.floats(0, 4, width=16))
+def test_the_overlong_penalty_rises_linearly_over_the_buffer(buffer, length, penalty):
+    limit = 40
+    length = min(length, limit)
+    want = max(0.0, penalty * (length - (limit - buffer)) / buffer)
+    overlong = OverlongConfig(buffer=buffer, penalty=penalty)
+    got = trained_scores(
+        Normaliser(), torch.tensor([2.0]), lengths=[length], limit=limit, overlong=overlong
+    )
+    assert float(got) == pytest.approx(2.0 - want, abs=1e-5)
