@@ -12,6 +12,7 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import RlhfError, UserInputError
+from engine.examined import examined
 from engine.launch.environment import clean_environment, rank_environment
 from engine.protocol.programs.result import ProgramFailure
 
@@ -109,7 +110,7 @@ def _result(code: int, result: bytes, errors: IO[bytes], failed: str) -> bytes:
         lines = errors.read().decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise RlhfError(f"{failed}: {lines[-1]}")
     if result.startswith(b'{"error"'):
-        failure = msgspec.json.decode(result, type=ProgramFailure)
+        failure = msgspec.json.decode(result, type=examined(ProgramFailure))
         kind = UserInputError if failure.exit_code == UserInputError.exit_code else RlhfError
         raise kind(failure.error)
     return result

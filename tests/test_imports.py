@@ -19,7 +19,8 @@ HEAVY = {
 }  # fmt: skip
 OF_A_RANK = {
     "engine.config", "engine.protocol", "engine.session", "engine.memory", "engine.launch",
-    "engine.agreement", "engine.errors", "engine.metrics", "engine.starter", "engine.kl",
+    "engine.agreement", "engine.errors", "engine.examined", "engine.metrics", "engine.starter",
+    "engine.kl",
 }  # fmt: skip
 """Packages and modules of the engine that ranks use besides their own."""
 FLOORS = [
@@ -27,6 +28,7 @@ FLOORS = [
         "engine",
         "engine.agreement",
         "engine.errors",
+        "engine.examined",
         "engine.kl",
         "engine.metrics",
         "engine.starter",

@@ -14,6 +14,7 @@ import msgspec
 from engine.api.session_reader import SessionReader
 from engine.config.type_errors import expected
 from engine.errors import CommandRejectedError, SessionError, UserInputError
+from engine.examined import examined
 from engine.journal.last_reply import last_reply
 from engine.journal.notes import add_note
 from engine.journal.rows import ProbeResult
@@ -249,7 +250,7 @@ class Session(SessionReader):
 def _check_types(command: AnyCommand) -> None:
     """The engine closes a connection that sends what it cannot decode. Raises UserInputError."""
     try:
-        msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=type(command))
+        msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=examined(type(command)))
     except msgspec.ValidationError as error:
         text, _, at = str(error).partition(" - at `$.")
         wanted = expected(text)

@@ -21,6 +21,7 @@ from engine.config.session_file import enclose, read_session_text, read_text
 from engine.config.type_errors import expected, shown
 from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
 from engine.errors import ConfigError
+from engine.examined import examined
 
 SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
 """What a session does that began before a key existed, where that is not the key's default."""
@@ -96,7 +97,7 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     """Decodes nested dictionaries, fills in defaults and checks the rules. Raises ConfigError."""
     check_plain(tree)
     try:
-        config = msgspec.convert(tree, RunConfig, strict=True)
+        config = msgspec.convert(tree, examined(RunConfig), strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), tree)) from None
     config = complete(config)
@@ -173,7 +174,7 @@ def _with_defaults(
     """A configuration, flat, as if `keys` had been left out; changes `tree`."""
     apply_overrides(tree, [f"{key}=null" for key in keys])
     apply_overrides(tree, overrides)
-    return flatten(to_tree(complete(msgspec.convert(tree, RunConfig, strict=True))))
+    return flatten(to_tree(complete(msgspec.convert(tree, examined(RunConfig), strict=True))))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:

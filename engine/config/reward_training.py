@@ -11,6 +11,7 @@ from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.config.type_errors import expected, shown
 from engine.config.yaml_document import parse_yaml
 from engine.errors import ConfigError
+from engine.examined import examined
 
 
 def parse_settings(items: Iterable[str]) -> RewardTrainingConfig:
@@ -31,7 +32,7 @@ def parse_settings(items: Iterable[str]) -> RewardTrainingConfig:
             raise ConfigError(f"--set: unknown key '{key}'{hint}")
         values[key] = parse_yaml(text, f"--set {key}", key)
     try:
-        return msgspec.convert(values, RewardTrainingConfig, strict=True)
+        return msgspec.convert(values, examined(RewardTrainingConfig), strict=True)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         message = message.partition(", got")[0]

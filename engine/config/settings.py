@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from engine.config.type_errors import expected, shown
 from engine.errors import CommandRejectedError
+from engine.examined import examined
 
 if TYPE_CHECKING:  # the app imports this module and waits for it; it needs no schema to start
     from engine.config.schema import RunConfig
@@ -84,7 +85,7 @@ def settings_of(config: "RunConfig") -> Settings:
     for name, path in LIVE_SETTINGS.items():
         section, key = path.split(".")
         values[name] = getattr(getattr(config, section), key)
-    return msgspec.convert(values, Settings, strict=False)
+    return msgspec.convert(values, examined(Settings), strict=False)
 
 
 def apply_settings(config: "RunConfig", settings: Settings) -> "RunConfig":
@@ -104,7 +105,7 @@ def change_settings(config: "RunConfig", values: dict[str, Any]) -> "RunConfig":
     The values must have passed :func:`check_settings`; their ranges are not checked again.
     """
     merged = msgspec.structs.asdict(settings_of(config)) | values
-    return apply_settings(config, msgspec.convert(merged, Settings, strict=False))
+    return apply_settings(config, msgspec.convert(merged, examined(Settings), strict=False))
 
 
 def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def _check_value(name: str, value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
     try:
-        return msgspec.convert(value, kind, strict=True)
+        return msgspec.convert(value, examined(kind), strict=True)
     except msgspec.ValidationError as error:
         wanted = expected(str(error).partition(", got")[0])
         wanted = wanted or "one of " + ", ".join(map(str, get_args(kind)))

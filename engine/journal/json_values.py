@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from engine.errors import JournalError, first_line
+from engine.examined import examined
 
 Json = dict[str, Any]
 """An object in JSON output. Its keys are a contract with scripts."""
@@ -29,7 +30,7 @@ def decoded(text: str | bytes, kind: Any) -> Any:
         JournalError: it is not JSON, or not of that type: the file is damaged.
     """
     try:
-        return msgspec.json.decode(text, type=kind)
+        return msgspec.json.decode(text, type=examined(kind))
     except (msgspec.DecodeError, RecursionError, TypeError, UnicodeError) as error:
         raise JournalError(
             f"the journal is damaged, a value in it cannot be read: {first_line(error)}; restore "

@@ -11,6 +11,7 @@ from typing import Any, Self
 import msgspec
 
 from engine.config.settings import SettingChange
+from engine.examined import examined
 from engine.journal import downsample, schema
 from engine.journal.database import ReadOnlyDatabase, limit
 from engine.journal.history.meta import read_meta_at
@@ -301,7 +302,7 @@ class JournalReader:
         """The newest reading of the machine; None if there is none, or not of this version."""
         rows = self._db.rows("SELECT data FROM telemetry ORDER BY time DESC LIMIT 1")
         try:
-            return msgspec.json.decode(rows[0][0], type=Telemetry) if rows else None
+            return msgspec.json.decode(rows[0][0], type=examined(Telemetry)) if rows else None
         except (msgspec.DecodeError, RecursionError):
             return None
 

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.config.settings import SettingChange
+from engine.examined import examined
 from engine.journal.json_values import Json, decoded
 
 
@@ -255,7 +256,7 @@ PAYLOADS: dict[str, type[Payload]] = {
 }
 """Kind of an event → its payload."""
 
-_DECODERS = {kind: msgspec.json.Decoder(payload) for kind, payload in PAYLOADS.items()}
+_DECODERS = {kind: msgspec.json.Decoder(examined(payload)) for kind, payload in PAYLOADS.items()}
 
 
 def decode_payload(kind: str, data: str) -> Payload | None:
@@ -378,4 +379,4 @@ class ProbeResult(Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> "ProbeResult":
         """Converts the result of a command."""
-        return msgspec.convert(result, cls)
+        return msgspec.convert(result, examined(cls))

@@ -6,6 +6,7 @@ from typing import Any, Self
 import msgspec
 
 from engine.errors import JournalError
+from engine.examined import examined
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
 from engine.journal.history.views import sample_views, views_of
@@ -251,7 +252,7 @@ class SampleReader:
 
 def _arrays(data: bytes) -> TokenArrays:
     try:
-        return msgspec.msgpack.decode(data, type=TokenArrays)
+        return msgspec.msgpack.decode(data, type=examined(TokenArrays))
     except (msgspec.DecodeError, TypeError, UnicodeError) as error:
         text = f"samples.db is damaged, per-token values cannot be read: {error}"
         raise JournalError(text) from error

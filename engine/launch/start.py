@@ -20,6 +20,7 @@ from engine.errors import (
     SessionNameError,
     UserInputError,
 )
+from engine.examined import examined
 from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint
@@ -69,7 +70,7 @@ def start_variable(start: StartOptions) -> dict[str, str]:
 
 def received_start() -> StartOptions:
     """Takes the start out of this process's environment, which the ranks inherit."""
-    return msgspec.json.decode(os.environ.pop(START_VARIABLE), type=StartOptions)
+    return msgspec.json.decode(os.environ.pop(START_VARIABLE), type=examined(StartOptions))
 
 
 def checkpoint_steps(session: Session) -> list[int]:

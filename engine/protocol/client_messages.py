@@ -13,6 +13,7 @@ from msgspec.msgpack import Decoder
 
 from engine.config.settings import SettingChange
 from engine.errors import LinkError
+from engine.examined import examined
 from engine.protocol.commands import AnyCommand
 from engine.protocol.frames import VERSION, Message, decode
 from engine.protocol.rank_messages import Phase
@@ -163,8 +164,8 @@ class JournalAdvanced(Message, frozen=True, tag="wake"):
 FromClient = ClientHello | CommandRequest | StatusRequest | Watch
 ToClient = Welcome | CommandReply | Status | WatchRefused | JournalAdvanced | Phase | Telemetry
 
-_from_client: Decoder[FromClient] = Decoder(FromClient)
-_to_client: Decoder[ToClient] = Decoder(ToClient)
+_from_client: Decoder[FromClient] = Decoder(examined(FromClient))
+_to_client: Decoder[ToClient] = Decoder(examined(ToClient))
 
 
 def decode_from_client(body: bytes) -> FromClient:

@@ -12,6 +12,7 @@ from msgspec.msgpack import Decoder
 from engine import __version__
 from engine.config.sections.launch import LaunchConfig
 from engine.config.settings import SettingChange
+from engine.examined import examined
 from engine.protocol.commands import BoundaryCommand
 from engine.protocol.frames import VERSION, Message, decode
 
@@ -350,8 +351,8 @@ FromRank = (
 
 ToRank = Begin | Confirm | RankCommand
 
-_from_rank: Decoder[FromRank] = Decoder(FromRank)
-_to_rank: Decoder[ToRank] = Decoder(ToRank)
+_from_rank: Decoder[FromRank] = Decoder(examined(FromRank))
+_to_rank: Decoder[ToRank] = Decoder(examined(ToRank))
 
 
 def decode_from_rank(body: bytes) -> FromRank:

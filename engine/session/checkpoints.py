@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from engine.examined import examined
+
 COMPLETE = "COMPLETE"
 """The file that is created last, once the journal holds everything up to the checkpoint's step. It
 holds the SHA-256 of state.json, which holds those of all other files. Empty in older versions."""
@@ -72,7 +74,7 @@ def find_damage(folder: Path) -> str | None:
     if problem := _find_state_damage(folder):
         return problem
     try:
-        sums = msgspec.json.decode((folder / STATE).read_bytes(), type=_Sums).hashes
+        sums = msgspec.json.decode((folder / STATE).read_bytes(), type=examined(_Sums)).hashes
         for name, expected in sums.items():
             path = folder / name
             if not path.is_file():
@@ -130,7 +132,7 @@ class StateSummary(msgspec.Struct, frozen=True):
 def read_summary(folder: Path) -> StateSummary:
     """Reads it; empty if that is impossible, which the rank that loads the checkpoint reports."""
     try:
-        return msgspec.json.decode((folder / STATE).read_bytes(), type=StateSummary)
+        return msgspec.json.decode((folder / STATE).read_bytes(), type=examined(StateSummary))
     except (OSError, msgspec.DecodeError, RecursionError):
         return StateSummary()
 

@@ -21,6 +21,7 @@ from engine.errors import (
     SessionLockedError,
     SessionNameError,
 )
+from engine.examined import examined
 from engine.session import access, lock
 from engine.session.command_line import command, recorded_command
 from engine.session.position import Position
@@ -216,7 +217,7 @@ class Session:
     def engine(self) -> EngineInfo | None:
         """The contents of engine.json, None if missing. They may be stale: see :meth:`is_live`."""
         try:
-            return msgspec.json.decode(self.engine_file.read_bytes(), type=EngineInfo)
+            return msgspec.json.decode(self.engine_file.read_bytes(), type=examined(EngineInfo))
         except (OSError, msgspec.DecodeError, RecursionError):
             return None
 

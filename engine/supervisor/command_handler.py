@@ -13,6 +13,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings
 from engine.errors import CommandRejectedError, JournalError, RlhfError
+from engine.examined import examined
 from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions, timeline_checkpoints
 from engine.monitoring.guardrails import Alert
@@ -153,7 +154,7 @@ class CommandHandler:
             state="stopping" if self._state.stop_now else self._publisher.state,
             paused=self._pending.paused_after(self._state.paused),
             recovers=self._state.pause_recovers,
-            settings=msgspec.convert(self._state.settings, Settings, strict=False),
+            settings=msgspec.convert(self._state.settings, examined(Settings), strict=False),
             config=self._config,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
         )

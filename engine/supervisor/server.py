@@ -15,6 +15,7 @@ import msgspec
 
 from engine import __version__
 from engine.errors import LinkError
+from engine.examined import examined
 from engine.protocol import frames, sockets
 from engine.protocol.client_messages import (
     ClientHello,
@@ -54,7 +55,7 @@ MAX_FRESH = 256
 MAX_UNREAD = 4 * 1024 * 1024
 """Bytes that may be queued for a client that does not read; then its connection is closed."""
 
-_hello = msgspec.msgpack.Decoder(RankHello | ClientHello)
+_hello = msgspec.msgpack.Decoder(examined(RankHello | ClientHello))
 
 
 class Connection:

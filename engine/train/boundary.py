@@ -14,6 +14,7 @@ import msgspec
 from engine.config.deadline import deadline
 from engine.config.settings import SettingChange, settings_of
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
+from engine.examined import examined
 from engine.kl import next_beta
 from engine.protocol.commands import (
     BoundaryCommand,
@@ -256,7 +257,9 @@ class Boundary:
                     early=self._early_end(),
                 )
             )
-        received = msgspec.msgpack.decode(run.ranks.broadcast_bytes(data), type=BoundaryBroadcast)
+        received = msgspec.msgpack.decode(
+            run.ranks.broadcast_bytes(data), type=examined(BoundaryBroadcast)
+        )
         run.state.seconds, self._reached = received.seconds, received.reached
         self._early = received.early
         self._settings.set({"beta": received.beta})

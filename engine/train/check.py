@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError, error_text
+from engine.examined import examined
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, PHASES, STEP_TIME, phase_time
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
@@ -47,7 +48,7 @@ RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
 def main() -> None:
     """Tries one configuration and prints the result."""
     disable_progress_bar()
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=RunConfig)
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RunConfig))
     print_result(lambda: check(config))
 
 

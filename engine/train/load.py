@@ -13,6 +13,7 @@ from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
+from engine.examined import examined
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
@@ -267,7 +268,7 @@ def read_state(folder: Path, ranks: RankGroup) -> SavedState:
         CheckpointError: on rank 0; a file is missing or damaged.
     """
     data = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
-    return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=SavedState)
+    return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=examined(SavedState))
 
 
 def _check_frozen_models(

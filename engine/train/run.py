@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings
+from engine.examined import examined
 from engine.memory.model import Estimate
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
@@ -55,7 +56,7 @@ class PhaseTimer:
             rank=run.ranks.rank, seconds=self.seconds, peak_memory=peak_memory(run.device)
         )
         gathered = run.ranks.all_gather_bytes(msgspec.msgpack.encode(times))
-        self.ranks = [msgspec.msgpack.decode(g, type=RankTimes) for g in gathered]
+        self.ranks = [msgspec.msgpack.decode(g, type=examined(RankTimes)) for g in gathered]
 
 
 Announce = Callable[..., ReportProgress]

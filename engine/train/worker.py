@@ -28,6 +28,7 @@ from engine.errors import (
     UserInputError,
     error_text,
 )
+from engine.examined import examined
 from engine.launch.environment import LAUNCH_VARIABLE
 from engine.protocol.rank_messages import (
     RESTART_REASONS,
@@ -84,7 +85,9 @@ def main() -> None:
     link = Link(int(os.environ.get("LOCAL_RANK", "0")))
     ranks: RankGroup | None = None
     try:
-        ranks = RankGroup(msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig))
+        ranks = RankGroup(
+            msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=examined(LaunchConfig))
+        )
         link.rank = ranks.rank
         if not ranks.is_lead:  # rank 0 logs for all
             logging.getLogger().setLevel(logging.WARNING)
@@ -146,7 +149,7 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     if is_peer_loss(error) and not full:
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             for message in ranks.errors_left():
-                return msgspec.json.decode(message, type=Failed)
+                return msgspec.json.decode(message, type=examined(Failed))
         text = f"rank {rank} lost contact with the other ranks: {text}"
         return Failed(rank=rank, text=text, traceback=trace, echo=True)
     failed = Failed(
@@ -305,7 +308,7 @@ def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin
     data = b""
     if ranks.is_lead:
         data = msgspec.msgpack.encode((link.wait_for_begin(), session.config()))
-    return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=kind)
+    return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=examined(kind))
 
 
 def is_slow_dtype(device: torch.device, dtype: str, weights: int) -> bool:

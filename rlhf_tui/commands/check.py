@@ -8,6 +8,7 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
+from engine.examined import examined
 from engine.launch.environment import ranks_per_node
 from engine.launch.inputs import check_inputs
 from engine.launch.rollout.engine import check_rollout_engine
@@ -49,7 +50,7 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         run_engine_program(
             "engine.train.check", config=loaded, failed="the configuration cannot be tried"
         ),
-        type=CheckResult,
+        type=examined(CheckResult),
     )
     if as_json:
         print_json(msgspec.to_builtins(result))

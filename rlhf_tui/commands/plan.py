@@ -11,6 +11,7 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError
+from engine.examined import examined
 from engine.journal.json_values import Json
 from engine.launch.environment import clean_environment
 from engine.launch.inputs import check_inputs
@@ -115,7 +116,7 @@ def read_models(config: RunConfig) -> Models:
     result = msgspec.json.decode(lines[-1])
     if "error" in result:
         raise UserInputError(result["error"])
-    return msgspec.convert(result, Models)
+    return msgspec.convert(result, examined(Models))
 
 
 def _configured_ranks(config: RunConfig, capacity: Capacity) -> int:

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Struct
 from textual.binding import Binding, BindingType
 
+from engine.examined import examined
 from engine.journal.rows import AlertEvent, CheckpointEvent, ErrorEvent
 from engine.metrics import title_of
 from rlhf_tui import format as fmt
@@ -105,7 +106,7 @@ class EventDialog(TextDialog):
 
     def _evidence(self, data: str) -> list[Row]:
         try:
-            found = msgspec.json.decode(data, type=Evidence)
+            found = msgspec.json.decode(data, type=examined(Evidence))
         except msgspec.DecodeError:  # the keys of another version's rule
             return []
         rows = self._block("traceback", found.traceback or "")

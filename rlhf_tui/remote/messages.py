@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.errors import LinkError
+from engine.examined import examined
 
 VERSION = 1
 """Of these messages. Both sides must have the same."""
@@ -51,7 +52,7 @@ class Done(Struct, frozen=True, tag="done"):
 
 
 Message = Hello | Rows | EngineState | Log | Done
-_decoder = msgspec.json.Decoder(Message)
+_decoder = msgspec.json.Decoder(examined(Message))
 _encoder = msgspec.json.Encoder()
 
 

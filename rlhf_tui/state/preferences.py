@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from engine import metrics
+from engine.examined import examined
 from engine.session.access import user_folder
 from engine.session.folder import write_atomically
 
@@ -103,7 +104,7 @@ def remember_seen(folder: str, seen: Seen) -> None:
 
 def _load(path: Path, kind: type[_T]) -> tuple[_T | None, str]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind), ""
+        return msgspec.json.decode(path.read_bytes(), type=examined(kind)), ""
     except FileNotFoundError:
         return None, ""
     except (OSError, msgspec.DecodeError) as error:

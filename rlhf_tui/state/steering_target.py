@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.config.settings import Settings
+from engine.examined import examined
 from engine.session.folder import Session
 from rlhf_tui.state.session_row import SessionRow
 from rlhf_tui.state.session_state import SessionState
@@ -66,6 +67,6 @@ class SteeringTarget(Struct, frozen=True):
 def settings_in_force(settings: dict[str, Any]) -> Settings | None:
     """A run's settings as a struct; None if another version wrote them."""
     try:
-        return msgspec.convert(settings, Settings, strict=False)
+        return msgspec.convert(settings, examined(Settings), strict=False)
     except msgspec.ValidationError:
         return None

@@ -6,6 +6,7 @@ bytes. Messages are those of :mod:`engine.protocol.frames`, in authenticated fra
 
 from msgspec.msgpack import Decoder
 
+from engine.examined import examined
 from engine.protocol.frames import Message, decode
 
 
@@ -89,8 +90,8 @@ class StoreReply(Message, frozen=True, tag="reply"):
     """Why the request could not be carried out."""
 
 
-_request: Decoder[StoreRequest] = Decoder(StoreRequest)
-_reply: Decoder[StoreReply] = Decoder(StoreReply)
+_request: Decoder[StoreRequest] = Decoder(examined(StoreRequest))
+_reply: Decoder[StoreReply] = Decoder(examined(StoreReply))
 
 
 def decode_request(body: bytes) -> StoreRequest:

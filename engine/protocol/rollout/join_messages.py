@@ -14,6 +14,7 @@ from msgspec.msgpack import Decoder
 from engine import __version__
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
+from engine.examined import examined
 from engine.protocol.frames import Message, decode
 from engine.protocol.rollout.messages import Continue, Generate, LoadWeights, Start
 
@@ -65,8 +66,8 @@ ToJoined = (
     RolloutJoinInfo | JoinRefused | RunOver | FilePart | Start | LoadWeights | Generate | Continue
 )
 
-_to_joined: Decoder[ToJoined] = Decoder(ToJoined)
-_joined: Decoder[Joined] = Decoder(Joined)
+_to_joined: Decoder[ToJoined] = Decoder(examined(ToJoined))
+_joined: Decoder[Joined] = Decoder(examined(Joined))
 
 
 def decode_to_joined(body: bytes) -> ToJoined:

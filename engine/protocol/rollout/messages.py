@@ -9,6 +9,7 @@ a new process can be trusted.
 from msgspec import Struct
 from msgspec.msgpack import Decoder
 
+from engine.examined import examined
 from engine.protocol.frames import VERSION, Message, decode
 
 Checksum = tuple[int, int]
@@ -150,8 +151,8 @@ class EngineFailed(Message, frozen=True, tag="engine_failed"):
 ToEngine = Start | LoadWeights | Generate | Continue
 FromEngine = EngineReady | WeightsLoaded | Progress | Generated | EngineFailed
 
-_to_engine: Decoder[ToEngine] = Decoder(ToEngine)
-_from_engine: Decoder[FromEngine] = Decoder(FromEngine)
+_to_engine: Decoder[ToEngine] = Decoder(examined(ToEngine))
+_from_engine: Decoder[FromEngine] = Decoder(examined(FromEngine))
 
 
 def decode_to_engine(body: bytes) -> ToEngine:

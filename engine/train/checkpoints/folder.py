@@ -21,6 +21,7 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings, apply_settings, invalid_values, settings_of
 from engine.errors import CheckpointError, DamagedCheckpointError
+from engine.examined import examined
 from engine.metrics import SCORE, SCORES
 from engine.session.checkpoints import (
     COMPLETE,
@@ -241,7 +242,7 @@ def _read_file(folder: Path) -> StateFile:
     if not (folder / COMPLETE).exists():
         raise CheckpointError(f"there is no complete checkpoint at {folder}")
     try:
-        content = msgspec.json.decode((folder / STATE).read_bytes(), type=StateFile)
+        content = msgspec.json.decode((folder / STATE).read_bytes(), type=examined(StateFile))
     except (OSError, ValueError, RecursionError) as error:  # not readable; not JSON
         raise _damaged(folder, f"{STATE}: {error}") from error
     if content.format > FORMAT:

@@ -22,6 +22,7 @@ import msgspec
 import pyarrow as pa
 
 from engine.errors import SessionError, UserInputError
+from engine.examined import examined
 from engine.session.access import (
     FILE_MODE,
     FOLDER_MODE,
@@ -94,7 +95,7 @@ class PromptCache:
         """
         folder = self.folder / name
         try:
-            entry = msgspec.json.decode((folder / ENTRY).read_bytes(), type=Entry)
+            entry = msgspec.json.decode((folder / ENTRY).read_bytes(), type=examined(Entry))
             status = folder.lstat()
             sizes = {file: (folder / file).stat().st_size for file in entry.files}
         except (OSError, msgspec.DecodeError):

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import torch
 
+from engine.examined import examined
 from engine.launch.environment import STORE_VARIABLE
 from engine.train.distributed.ranks import RankGroup
 
@@ -37,7 +38,9 @@ def broadcast_files(ranks: RankGroup, *sources: Any) -> Iterator[Path]:
             files = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
         received = ranks.broadcast_bytes(msgspec.msgpack.encode(files))
         if not ranks.is_lead:
-            for file, content in msgspec.msgpack.decode(received, type=dict[str, bytes]).items():
+            for file, content in msgspec.msgpack.decode(
+                received, type=examined(dict[str, bytes])
+            ).items():
                 (folder / Path(file).name).write_bytes(content)
         yield folder
 

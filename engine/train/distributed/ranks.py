@@ -21,6 +21,7 @@ from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # 
 
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import RlhfError, UserInputError
+from engine.examined import examined
 from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol.rank_messages import LEAVING_KEY, WAITING_KEY
@@ -258,7 +259,9 @@ def agree_on_device(store: Store, rank: int, size: int, on_gpu: bool, problem: s
     host = os.uname().nodename
     store.set(f"device/{rank}", msgspec.json.encode((host, on_gpu, problem)).decode())
     kind = tuple[str, bool, str]
-    devices = [msgspec.json.decode(store.get(f"device/{r}"), type=kind) for r in range(size)]
+    devices = [
+        msgspec.json.decode(store.get(f"device/{r}"), type=examined(kind)) for r in range(size)
+    ]
     first_host = devices[0][0]
     for host, _, text in devices:
         if text:

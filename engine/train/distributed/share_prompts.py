@@ -14,6 +14,7 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.model import DataConfig, PromptSource
+from engine.examined import examined
 from engine.train.data.load_prompts import (
     BeginPart,
     LoadedSet,
@@ -73,7 +74,7 @@ def load_on_all_ranks(
     if ranks.is_lead:
         sets = load_sets(config, tokenizer, key, begin)
         message = msgspec.msgpack.encode([_shared(one) for one in sets])
-    shared = msgspec.msgpack.decode(ranks.broadcast_bytes(message), type=list[_SharedSet])
+    shared = msgspec.msgpack.decode(ranks.broadcast_bytes(message), type=examined(list[_SharedSet]))
     caches = PromptCaches(config.cache)
     for one in shared:
         folder = _folder_of(one, caches)

@@ -11,6 +11,7 @@ import msgspec
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
+from engine.examined import examined
 from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
@@ -24,7 +25,7 @@ def main() -> None:
     """Evaluates one checkpoint and prints the result."""
     disable_progress_bar()
     folder, step = Path(sys.argv[1]), int(sys.argv[2])
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=RunConfig)
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RunConfig))
     print_result(lambda: _evaluated(Session(folder), config, step))
 
 

@@ -22,6 +22,7 @@ from engine import starter
 from engine.config.file import DATA_FILES
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError, first_line
+from engine.examined import examined
 from engine.memory.model import Models, Shape
 from engine.train.data.load_prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
@@ -34,7 +35,7 @@ MAX_PROMPT_FILE = 20_000_000
 
 def main() -> None:
     """Reads one configuration and writes one result."""
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=RunConfig)
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RunConfig))
     try:
         result: Any = describe_models(config)
     except UserInputError as error:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from engine.examined import examined
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.stored_tensor import (
     StoredTensor,
@@ -112,7 +113,7 @@ def share_stored(model: nn.Module, stored: StoredModel | None, ranks: RankGroup)
     """
     with torch.device("cpu"):  # the caller may be building modules on the meta device
         data = ranks.broadcast_bytes(msgspec.msgpack.encode(stored) if ranks.is_lead else b"")
-        shared = msgspec.msgpack.decode(data, type=StoredModel | None)
+        shared = msgspec.msgpack.decode(data, type=examined(StoredModel | None))
         if shared is None:
             return
         same = all(file_digest(Path(path)) == digest for path, digest in shared.digests.items())

@@ -24,6 +24,7 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 
 from engine.errors import SessionLockedError, first_line
+from engine.examined import examined
 from engine.session.folder import write_atomically
 from engine.session.lock import SessionLock
 from engine.train.reports.tracker_kinds import Header, make_tracker
@@ -65,12 +66,12 @@ def main() -> None:
 
     threading.Thread(target=keep_log_short, daemon=True, name="log").start()
     os.umask(0o077)  # what trackers write is the owner's, too
-    header = msgspec.json.decode(sys.stdin.buffer.readline(), type=Header)
+    header = msgspec.json.decode(sys.stdin.buffer.readline(), type=examined(Header))
     PartialState(cpu=True)  # the trackers' own logger asks for it
     lock = wait_for_lock()
     runs = start_all(header, report)
     for data in sys.stdin.buffer:
-        line = msgspec.json.decode(data, type=Line)
+        line = msgspec.json.decode(data, type=examined(Line))
         values = {k: math.nan if v is None else v for k, v in line.metrics.items()}
         for run in runs:
             run.log(values, line.step)

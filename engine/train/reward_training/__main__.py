@@ -14,6 +14,7 @@ import msgspec
 from transformers.utils.logging import disable_progress_bar
 
 from engine.errors import RlhfError
+from engine.examined import examined
 from engine.protocol.programs.result import ProgramFailure
 from engine.protocol.programs.reward_training import RewardTrainingRequest, TrainingProgress
 from engine.train.out_of_memory import is_out_of_memory, memory_text
@@ -34,7 +35,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to the command line, too
     signal.signal(signal.SIGTERM, _interrupt)
     disable_progress_bar()
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=RewardTrainingRequest)
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RewardTrainingRequest))
     try:
         result: object = train_reward(request, lambda text: _print(TrainingProgress(text)))
     except _InterruptedError:  # by now everything that was written is removed

@@ -23,6 +23,7 @@ import msgspec
 
 from engine.config.sections.reward import HTTPConfig
 from engine.errors import UserInputError, error_text
+from engine.examined import examined
 
 MAX_REPLY = 64 * 2**20
 """Bytes of a reply that are read at most."""
@@ -121,7 +122,7 @@ class Endpoint:
     def decode(self, reply: bytes, kind: type[T]) -> T:
         """A reply as a struct. Raises RequestError."""
         try:
-            return msgspec.json.decode(reply, type=kind)
+            return msgspec.json.decode(reply, type=examined(kind))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             shown = self.shown(reply.decode("utf-8", "replace"))
             raise RequestError(

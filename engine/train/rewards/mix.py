@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.config.sections.reward import RewardSource
 from engine.errors import RewardError
+from engine.examined import examined
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, judge, model, service
 from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
@@ -228,7 +229,7 @@ class RewardMix:
                     retry_after=error.retry_after,
                 )  # fmt: skip
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(outcome))
-        outcome = msgspec.msgpack.decode(data, type=_Outcome)
+        outcome = msgspec.msgpack.decode(data, type=examined(_Outcome))
         if failure is not None:
             raise failure
         if outcome.unusable:

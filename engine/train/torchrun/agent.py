@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
+from engine.examined import examined
 from engine.launch.environment import (
     JOINED_VARIABLE,
     LAUNCH_VARIABLE,
@@ -53,7 +54,7 @@ def main() -> None:
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # the agent is the parent of its ranks
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stdout)
     folder = sys.argv[1]
-    launch = msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig)
+    launch = msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=examined(LaunchConfig))
     count = int(sys.argv[2])
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(launch, count)))
     try:

@@ -22,6 +22,7 @@ import msgspec
 from engine import __version__
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import AuthenticationError, LinkError, UserInputError
+from engine.examined import examined
 from engine.launch.environment import (
     JOINED_VARIABLE,
     STORE_VARIABLE,
@@ -184,7 +185,7 @@ def look_up(address: str, secret: str) -> JoinableStart:
 def decode_join_info(content: bytes) -> JoinInfo:
     """Decodes and checks a :class:`JoinInfo`. Raises UserInputError if this machine cannot join."""
     try:
-        info = msgspec.json.decode(content, type=JoinInfo)
+        info = msgspec.json.decode(content, type=examined(JoinInfo))
     except msgspec.DecodeError:
         raise UserInputError(OTHER_VERSION) from None
     if info.software != __version__:

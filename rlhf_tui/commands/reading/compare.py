@@ -15,6 +15,7 @@ from engine.config.schema import RunConfig
 from engine.config.sections.supervision import GuardrailConfig
 from engine.config.yaml_document import parse_yaml
 from engine.errors import UserInputError
+from engine.examined import examined
 from engine.journal.reader import JournalReader
 from engine.metrics import DISTINCT_2, EVAL_SCORE, KL, RESPONSE_LENGTH, SCORE
 from engine.monitoring.recorded_steps import evaluate
@@ -142,7 +143,7 @@ def _rules(path: Path) -> GuardrailConfig:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
         section = tree.get("guardrails", tree) if isinstance(tree, dict) else tree
-        config = msgspec.convert(section, GuardrailConfig)
+        config = msgspec.convert(section, examined(GuardrailConfig))
         for rule in config.rules:
             check_rule(rule)
     except OSError as error:

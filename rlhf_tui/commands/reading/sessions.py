@@ -8,6 +8,7 @@ import msgspec
 from click.core import ParameterSource
 
 from engine.errors import LinkError, UserInputError
+from engine.examined import examined
 from engine.session.folder import all_sessions
 from engine.session.registry import live_sessions
 from engine.session.states import ENDED_STATES
@@ -70,7 +71,7 @@ def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
         raise UserInputError(f"ls takes no session: {attach} opens it")
     output = run(parsed, "ls", "--json", *options)
     try:
-        return msgspec.json.decode(output, type=list[SessionRow])
+        return msgspec.json.decode(output, type=examined(list[SessionRow]))
     except msgspec.DecodeError as error:
         raise LinkError(f"{parsed.host} sent no list of sessions: {error}") from error
 

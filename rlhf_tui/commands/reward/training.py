@@ -16,6 +16,7 @@ from engine.config.rules.reward import SOURCE_OPTIONS
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.errors import UserInputError
+from engine.examined import examined
 from engine.journal.judgements.training_data import collect_judgements
 from engine.launch.start import last_checkpoint
 from engine.protocol.programs.reward_training import (
@@ -90,7 +91,7 @@ def train(
 
     def show(line: bytes) -> None:
         if line.startswith(b'{"type":"progress"'):
-            text = msgspec.json.decode(line, type=TrainingProgress).text
+            text = msgspec.json.decode(line, type=examined(TrainingProgress)).text
             click.echo(one_line(text), err=True)
 
     result = msgspec.json.decode(
@@ -98,7 +99,7 @@ def train(
             "engine.train.reward_training",
             given=request, launch=configs[0].launch, failed="the training failed", on_line=show,
         ),
-        type=TrainedReward,
+        type=examined(TrainedReward),
     )  # fmt: skip
     if as_json:
         print_json(msgspec.to_builtins(result))

@@ -18,6 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from engine.examined import examined
 from engine.protocol.rollout.messages import Generate, Generated, LoadWeights
 from engine.train.data.prompts import PromptBatch
 from engine.train.models.language_model import AnyModel
@@ -223,7 +224,7 @@ class VllmBackend:
         )
         gathered = ranks.all_gather_bytes(msgspec.msgpack.encode(part))
         distinct = list(dict.fromkeys(gathered))  # a probe is the same on all ranks
-        parts = [msgspec.msgpack.decode(p, type=_Part) for p in distinct]
+        parts = [msgspec.msgpack.decode(p, type=examined(_Part)) for p in distinct]
         before = parts[: distinct.index(gathered[ranks.rank])]
         return _Work(batch, uniforms.shape[1], parts, sum(len(p.prompts) for p in before))
 
@@ -252,7 +253,7 @@ class VllmBackend:
         if self._engines is not None:
             data = msgspec.msgpack.encode(join([replies[i] for i in sorted(replies)]))
         data = self._context.ranks.broadcast_bytes(data)
-        return self._rollout(work, msgspec.msgpack.decode(data, type=Generated))
+        return self._rollout(work, msgspec.msgpack.decode(data, type=examined(Generated)))
 
     def _rollout(self, work: _Work, result: Generated) -> Rollout:
         """The rollout of this rank's prompts; tokens after a stop string are dropped."""
