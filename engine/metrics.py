@@ -237,6 +237,9 @@ METRICS = (
     Metric("policy/rollout_capped_frac", "fraction of tokens",
            "tokens whose weight was beyond `ppo.rollout_correction_cap` or `_floor` (with "
            "`ppo.rollout_correction` only)"),
+    Metric("policy/off_policy_frac", "fraction of tokens",
+           "tokens of negative advantage left out because their response is too far off policy "
+           "(with `ppo.off_policy_mask` only)", title="off-policy, left out"),
     Metric(
         VERSION_LAG, "updates",
         "how many updates older than the policy the weights were that sampled the step's oldest "

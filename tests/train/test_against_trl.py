@@ -134,8 +134,14 @@ def ours(trainer, inputs, case):
     size = losses.MinibatchSize(int(mask.sum()), len(mask), LIMIT)
     weights = losses.AGGREGATIONS[AGGREGATION[case["loss_type"]]](size, LENGTHS)
     kind = case["loss_type"]
+    advantages = inputs["advantages"][:, None].expand(mask.shape)
+    if case["limit"] is not None:
+        sampled = inputs["sampling_per_token_logps"]
+        out = losses.off_policy(logprobs, sampled, advantages, mask, case["limit"])
+        assert out.any() and not out.all()
+        advantages = advantages.masked_fill(out, 0.0)
     terms = losses.policy_terms(
-        logprobs, inputs["old_per_token_logps"], inputs["advantages"][:, None], mask,
+        logprobs, inputs["old_per_token_logps"], advantages, mask,
         1.0 if kind == "cispo" else 0.2,  # theirs has no lower bound
         case["ratio"], policy_loss=kind if kind in losses.POLICY_LOSSES else "clipped",
         clip_range_high=case["high"], dual_clip=case["delta"], temperatures=(1.0, 1.05),
@@ -153,9 +159,9 @@ def ours(trainer, inputs, case):
     return loss / size.tokens
 
 
-KEYS = ("loss_type", "ratio", "high", "delta", "beta", "entropy", "weighted")
+KEYS = ("loss_type", "ratio", "high", "delta", "beta", "entropy", "weighted", "limit")
 CASES = [
-    dict(zip(KEYS, case, strict=True))
+    dict(zip(KEYS, (*case, None)[: len(KEYS)], strict=True))
     for case in [
         ("grpo", "token", None, None, 0.0, 0.0, False),
         ("grpo", "token", 0.28, 1.5, 0.1, 0.0, False),
@@ -170,6 +176,7 @@ CASES = [
         ("sapo", "sequence_mean", None, None, 0.0, 0.0, False),
         ("grpo", "token", None, None, 0.1, 0.0, True),
         ("grpo", "sequence_mean", None, None, 0.1, 0.0, True),
+        ("grpo", "token", None, None, 0.1, 0.0, False, 0.1),
     ]
 ]
 
@@ -183,7 +190,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
         "prompt_mask": torch.ones_like(prompt),
         "completion_ids": torch.randint(5, 4000, mask.shape),
         "completion_mask": mask.long(),
-        "advantages": numbers(len(LENGTHS), seed=1),
+        "advantages": numbers(len(LENGTHS), seed=1) - 0.3,
         "num_items_in_batch": mask.sum(),
     }
     with torch.no_grad():
@@ -192,6 +199,8 @@ def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
         current = token_logprobs(logits, inputs["completion_ids"], 1.0)
     inputs["old_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=2)
     inputs["ref_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=3)
+    inputs["sampling_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=4)
+    grpo.off_policy_mask_threshold = case["limit"]
     grpo.loss_type, grpo.beta = case["loss_type"], case["beta"]
     grpo.epsilon_high = case["high"] or 0.2
     if case["loss_type"] == "cispo":  # theirs is the bound itself

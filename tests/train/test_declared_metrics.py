@@ -10,6 +10,7 @@ from engine.train.step import train_step
 EVERYTHING = (
     "ppo.entropy_coef=0.01",
     "ppo.dual_clip=3",
+    "ppo.off_policy_mask=0.5",
     "kl.place=loss",
     "kl.estimator=k3",
     "rollout.per_prompt=2",

@@ -139,6 +139,7 @@ def slow_sums(policy, rollout, targets, rows, config):
         }[config.ppo.loss_aggregation]
         outputs = slow_outputs(policy, rollout, i, config.rollout.temperature)
         gaps = [logp - targets.old_logprobs[i, t] for t, (logp, *_) in enumerate(outputs)]
+        away = sum(rollout.logprobs[i, t] - logp for t, (logp, *_) in enumerate(outputs))
         for t, (logprob, value, entropy) in enumerate(outputs):
             log_rho = {
                 "token": gaps[t], "sequence": sum(gaps), "sequence_mean": sum(gaps) / len(gaps)
@@ -155,6 +156,10 @@ def slow_sums(policy, rollout, targets, rows, config):
             if dual is not None and a < 0 and term > -a * dual:
                 term = -a * dual
                 sums.dual_clipped += 1
+            limit = config.ppo.off_policy_mask
+            if limit is not None and a < 0 and away / len(outputs) > limit:
+                term, active = 0.0 * term, False
+                sums.off_policy += 1
             sums.tokens += 1
             sums.policy_loss += weight * term.item()
             sums.clipped_high += bool(active and rho > 1)
@@ -236,6 +241,8 @@ def one_thread():
         {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
         {"policy_loss": "cispo", "ratio": "sequence", "clip_range": 0.5, "clip_range_high": 0.2},
         {"policy_loss": "sapo", "sapo_temperature": 2.0, "sapo_temperature_negative": 3.0},
+        {"off_policy_mask": 3.5, "kl": KLConfig(beta=0.5, **K3)},
+        {"off_policy_mask": 3.5, "policy_loss": "cispo", "loss_aggregation": "sequence"},
     ],
     ids=[
         "defaults",
@@ -252,6 +259,8 @@ def one_thread():
         "cispo",
         "cispo, sequence ratio",
         "sapo",
+        "off-policy mask, k3",
+        "off-policy mask, cispo, sequence mean",
     ],
 )
 def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):
@@ -261,6 +270,7 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
     loss, sums = slow_sums(policy, *minibatch, rows, config)
     assert 0 < sums.clipped < sums.tokens or config.ppo.policy_loss == "sapo"
     assert bool(sums.dual_clipped) == (config.ppo.dual_clip is not None)
+    assert bool(sums.off_policy) == (config.ppo.off_policy_mask is not None)
     assert bool(sums.entropy) == bool(config.ppo.entropy_coef)
     assert bool(sums.kl) == (config.kl.place == "loss")
     assert value is None or config.ppo.value_clip is None or sums.value_clipped > 0

@@ -21,16 +21,22 @@ def by_hand(kind, cap, floor=0.0):
     """Token by token, as the definition reads: the weights, and which of them are bounded."""
     weights, bounded = torch.ones_like(OLD), torch.zeros_like(MASK)
     for i, j in MASK.nonzero().tolist():
-        tokens = MASK[i].nonzero().flatten().tolist() if kind.startswith("sequence") else [j]
-        ratio = math.exp(sum(float(OLD[i, t] - SAMPLED[i, t]) for t in tokens))
+        gaps = {t: float(OLD[i, t] - SAMPLED[i, t]) for t in MASK[i].nonzero().flatten().tolist()}
+        ratio = math.exp(sum(gaps.values()) if kind.startswith("sequence") else gaps[j])
         bounded[i, j] = not floor <= ratio <= cap
+        if kind == "sequence_mean_mask":
+            bounded[i, j] = not floor <= math.exp(sum(gaps.values()) / len(gaps)) <= cap
+            weights[i, j] = 0.0 if bounded[i, j] else math.exp(gaps[j])
+            continue
         weights[i, j] = min(max(ratio, floor), cap)
         if kind.endswith("mask") and bounded[i, j]:
             weights[i, j] = 0.0
     return weights, bounded
 
 
-@pytest.mark.parametrize("kind", ["truncate", "mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize(
+    "kind", ["truncate", "mask", "sequence_truncate", "sequence_mask", "sequence_mean_mask"]
+)
 @pytest.mark.parametrize(("cap", "floor"), [(1.0, 0.0), (2.0, 0.95), (10.0, 0.5)])
 def test_the_weights_are_those_of_the_definition(kind, cap, floor):
     config = PPOConfig(

@@ -89,17 +89,24 @@ class PPOConfig(Section, frozen=True):
     """Sets the advantages of responses that were cut off to 0, so that the policy learns nothing
     from what they score (DAPO's overlong filtering). A KL or an entropy in the loss counts them."""
     rollout_correction: Literal[
-        "none", "truncate", "mask", "sequence_truncate", "sequence_mask"
+        "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "sequence_mean_mask"
     ] = "none"
     """Weights a token's policy loss by the probability that the policy gives it over the one that
     it was sampled with, where these differ: with `rollout.engine: vllm`, or in bfloat16. `truncate`
     bounds the weight by `rollout_correction_cap` and `_floor` (truncated importance sampling),
     `mask` makes it 0 beyond them (IcePop with 5 and 0.5). `sequence_truncate` and `sequence_mask`
-    give all tokens of a response the weight of the whole response."""
+    give all tokens of a response the weight of the whole response, which for long responses is
+    seldom near 1; `sequence_mean_mask` drops the responses whose mean weight, the geometric one, is
+    beyond the bounds, and leaves tokens their own (seq-mask-tis in OpenRLHF; with 1.001 and 0.999,
+    or 2 and 0.5)."""
     rollout_correction_cap: Annotated[float, Meta(ge=1, le=1e6)] = 2.0
     """Upper bound of the weight of `rollout_correction`."""
     rollout_correction_floor: Fraction = 0.0
     """Lower bound of that weight."""
+    off_policy_mask: Positive | None = None
+    """Leaves tokens of negative advantage out of the policy loss in a response that the policy
+    has moved away from by more than this, in nats per token since it was sampled (DeepSeek-V3.2;
+    TRL's documentation starts at 0.5). Default: none."""
     gamma: Fraction = 1.0
     """Discount γ (gae, reinforce_plus_plus and remax)."""
     lam: Fraction | None = None

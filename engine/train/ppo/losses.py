@@ -6,8 +6,9 @@ including the one that ended the response. All other tensors are float32. Sums a
 Sources: Schulman et al. 2017 (PPO); Ye et al. 2020, arXiv 1912.09729 (dual clip); Yu et al. 2025,
 arXiv 2503.14476 (DAPO: the upper clip range, the token mean); Liu et al. 2025, arXiv 2503.20783
 (Dr. GRPO: the constant divisor); Zheng et al. 2025, arXiv 2507.18071 (GSPO: the mean ratio);
-MiniMax 2025, arXiv 2506.13585 (CISPO); Gao et al. 2025, arXiv 2511.20347 (SAPO); Huang et al. 2024,
-arXiv 2403.17031, and TRL, OpenRLHF and verl (implementation details). docs/ppo.md has the formulas.
+MiniMax 2025, arXiv 2506.13585 (CISPO); Gao et al. 2025, arXiv 2511.20347 (SAPO); DeepSeek-AI 2025,
+arXiv 2512.02556 (the off-policy mask); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and
+verl (implementation details). docs/ppo.md has the formulas.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,27 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, kind: str) -
             total = total / mask.sum(1, keepdim=True).clamp(min=1)
         difference = total * mask
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+@torch.no_grad()
+def off_policy(
+    logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, mask: Tensor, limit: float
+) -> Tensor:
+    """The tokens that the off-policy mask leaves out of the policy loss; (B, T) bool.
+
+    Those of negative advantage in responses of which the policy is by now so much less sure than
+    what sampled them that the mean of log(μ/π) over their tokens is above `limit`.
+
+    Args:
+        logprobs: log π.
+        rollout_logprobs: log μ, by whoever sampled.
+        advantages: Â.
+        mask: the response tokens.
+        limit: in nats per token.
+    """
+    distance = ((rollout_logprobs - logprobs) * mask).sum(1, keepdim=True)
+    distance = distance / mask.sum(1, keepdim=True).clamp(min=1)
+    return (distance > limit) & (advantages < 0) & mask
 
 
 @dataclass(frozen=True)

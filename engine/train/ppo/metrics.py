@@ -107,6 +107,8 @@ def _optimiser_metrics(stats: UpdateStats, config: RunConfig) -> dict[str, float
     ratio = sums.ratio / sums.tokens
     if config.ppo.dual_clip is not None:
         metrics["policy/dual_clipfrac"] = sums.dual_clipped / sums.tokens
+    if config.ppo.off_policy_mask is not None:
+        metrics["policy/off_policy_frac"] = sums.off_policy / sums.tokens
     if config.ppo.entropy_coef:
         metrics["loss/entropy_avg"] = sums.entropy / sums.tokens
     if config.kl.place == "loss":

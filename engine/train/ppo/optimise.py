@@ -30,8 +30,8 @@ MAX_MEAN_RATIO = 10.0
 """A minibatch with a larger mean ratio is skipped and counted (`ratio_threshold` in TRL 0.11)."""
 
 POLICY_SUMS = (
-    "tokens", "policy_loss", "clipped_high", "clipped_low", "dual_clipped", "squared_log_ratio",
-    "ratio", "squared_ratio", "entropy", "kl",
+    "tokens", "policy_loss", "clipped_high", "clipped_low", "dual_clipped", "off_policy",
+    "squared_log_ratio", "ratio", "squared_ratio", "entropy", "kl",
 )  # fmt: skip
 """The fields of :class:`LossSums` that come with the policy loss."""
 
@@ -198,7 +198,7 @@ def micro_batch(
         learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up,
         entropies=config.ppo.entropy_coef > 0,
         loss=partial(_policy_loss_of_tokens, terms, config),
-        separable=config.ppo.ratio == "token",
+        separable=config.ppo.ratio == "token" and config.ppo.off_policy_mask is None,
     )  # fmt: skip
     values, width = outputs.values, outputs.width
     mask = rollout.mask[there, :width]
@@ -235,6 +235,8 @@ class PolicyInputs:
     advantages: Tensor
     ref_logprobs: Tensor | None
     """None unless `kl.place: loss`."""
+    rollout_logprobs: Tensor | None
+    """None without `ppo.off_policy_mask`."""
     weights: Tensor | None
     """Of each row in the loss, (n,); None for 1."""
 
@@ -263,6 +265,9 @@ class PolicyInputs:
             old_logprobs=targets.old_logprobs[there, :width],
             advantages=advantages,
             ref_logprobs=targets.ref_logprobs[there, :width] if in_loss else None,  # type: ignore[index]  # checked above
+            rollout_logprobs=None
+            if config.ppo.off_policy_mask is None
+            else rollout.logprobs[there, :width],
             weights=losses.AGGREGATIONS[config.ppo.loss_aggregation](
                 minibatch, rollout.lengths[there]
             ),
@@ -274,12 +279,13 @@ class PolicyInputs:
         def column(x: Tensor) -> Tensor:
             return x.reshape(-1, 1)[tokens]
 
-        ref, weights = self.ref_logprobs, self.weights
+        ref, sampled, weights = self.ref_logprobs, self.rollout_logprobs, self.weights
         return PolicyInputs(
             mask=column(self.mask),
             old_logprobs=column(self.old_logprobs),
             advantages=column(self.advantages),
             ref_logprobs=None if ref is None else column(ref),
+            rollout_logprobs=None if sampled is None else column(sampled),
             weights=None
             if weights is None
             else column(weights[:, None].expand_as(self.mask)).squeeze(1),
@@ -318,12 +324,19 @@ def _policy_loss(
         The sum over the mask, and sums for :class:`LossSums` by name.
     """
     ppo, mask, weights = config.ppo, inputs.mask, inputs.weights
+    advantages, sums = inputs.advantages, dict[str, Tensor]()
+    if inputs.rollout_logprobs is not None and ppo.off_policy_mask is not None:
+        left_out = losses.off_policy(
+            logprobs, inputs.rollout_logprobs, advantages, mask, ppo.off_policy_mask
+        )
+        advantages = advantages.masked_fill(left_out, 0.0)
+        sums["off_policy"] = left_out.sum()
     terms = losses.policy_terms(
-        logprobs, inputs.old_logprobs, inputs.advantages, mask, ppo.clip_range, ppo.ratio,
+        logprobs, inputs.old_logprobs, advantages, mask, ppo.clip_range, ppo.ratio,
         policy_loss=ppo.policy_loss, clip_range_high=ppo.clip_range_high, dual_clip=ppo.dual_clip,
         temperatures=(ppo.sapo_temperature, ppo.sapo_temperature_negative), row_weights=weights,
     )  # fmt: skip
-    sums = {
+    sums |= {
         "tokens": mask.sum(),
         "policy_loss": terms.loss.detach(),
         "clipped_high": terms.clipped_high,

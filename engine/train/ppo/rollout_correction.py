@@ -6,7 +6,8 @@ weighted by π_old/μ, of the token or of its whole response. The weight is not 
 
 Source: truncated importance sampling, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
 You Off-Policy RL Training"; a band of ratios, Ling Team 2025, arXiv 2510.18855 (IcePop);
-`token_truncate`, `token_mask`, `sequence_truncate` and `sequence_mask` in TRL.
+`token_truncate`, `token_mask`, `sequence_truncate` and `sequence_mask` in TRL; `seq-mask-tis` in
+OpenRLHF.
 """
 
 import dataclasses
@@ -43,13 +44,19 @@ def correction(
         mask: (B, T) bool: the response tokens.
         config: the kind and the bounds.
     """
+    kind = config.rollout_correction
     low, high = config.rollout_correction_floor, config.rollout_correction_cap
     difference = (old_logprobs - rollout_logprobs) * mask
-    if config.rollout_correction.startswith("sequence_"):
-        difference = difference.sum(1, keepdim=True) * mask
-    ratio = difference.exp()
-    bounded = ((ratio < low) | (ratio > high)) & mask
-    if config.rollout_correction.endswith("mask"):
+    bounded_by = difference
+    if kind.startswith("sequence_"):
+        bounded_by = difference.sum(1, keepdim=True) * mask
+    if kind == "sequence_mean_mask":
+        bounded_by = bounded_by / mask.sum(1, keepdim=True).clamp(min=1)
+    else:
+        difference = bounded_by
+    ratio, of_bounds = difference.exp(), bounded_by.exp()
+    bounded = ((of_bounds < low) | (of_bounds > high)) & mask
+    if kind.endswith("mask"):
         return Correction(ratio.masked_fill(bounded, 0.0), bounded)
     return Correction(torch.where(mask, ratio.clamp(low, high), 1.0), bounded)
 

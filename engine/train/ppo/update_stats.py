@@ -17,6 +17,8 @@ class LossSums:
     clipped_high: float = 0.0
     clipped_low: float = 0.0
     dual_clipped: float = 0.0
+    off_policy: float = 0.0
+    """Number of tokens left out by `ppo.off_policy_mask`."""
     entropy: float = 0.0
     """Weighted as the loss; 0 without `ppo.entropy_coef`."""
     kl: float = 0.0
