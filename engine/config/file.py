@@ -141,10 +141,28 @@ def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     Raises:
         ConfigError: a pair or the resulting configuration is wrong.
     """
+    given = list(overrides)
     tree = to_tree(config)
-    apply_overrides(tree, overrides)
-    _anchor_paths(tree, Path.cwd())
+    apply_overrides(tree, given)
+    # Other keys stay as they are: the id of a model on the hub may be the name of a folder here.
+    changed = _overridden(tree, given)
+    _anchor_paths(changed, Path.cwd())
+    for section, keys in changed.items():
+        tree[section] |= keys
     return from_tree(tree)
+
+
+def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The keys of sections of `tree` that overrides name, by section, and `reward.path`."""
+    reward = tree["reward"]
+    found = {"reward": {"path": reward.get("path")}} if isinstance(reward, dict) else {}
+    for item in overrides:
+        section, _, key = item.partition("=")[0].strip().partition(".")
+        name, keys = key.partition(".")[0], tree[section]
+        if isinstance(keys, dict):
+            named = {k: v for k, v in keys.items() if name in ("", k)}
+            found[section] = found.get(section, {}) | named
+    return found
 
 
 def kept_defaults(config: RunConfig, overrides: Iterable[str]) -> dict[str, tuple[Any, Any]]:

@@ -23,7 +23,7 @@ TRUNCATE_JOURNAL = (
     "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason', 'deadline', "
     "'exit_code', 'total_steps', 'best_metric')",
     "UPDATE meta SET value = json_quote('starting') WHERE key = 'state'",
-    "DELETE FROM checkpoints WHERE step <> :step",
+    "DELETE FROM checkpoints WHERE step <> :step OR status NOT IN ('complete', 'written')",
     "UPDATE checkpoints SET status = 'complete'",
 )
 """Remove what came after the step, and what the source alone went through."""

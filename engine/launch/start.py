@@ -35,7 +35,7 @@ from engine.session.checkpoints import (
     read_summary,
     saved_settings,
 )
-from engine.session.folder import Session, check_name, create, free_name
+from engine.session.folder import Session, check_name, check_path, create, free_name
 
 START_VARIABLE = "RLHF_TUI_START"
 
@@ -238,11 +238,12 @@ def resume(
         ConfigError: an override is wrong, or would change the model or the data's order.
         NoSuchSessionError: there is no checkpoint of that step.
         DamagedCheckpointError: that checkpoint is damaged.
-        SessionError: the session belongs to another user.
+        SessionError: the session belongs to another user, or its path is not valid UTF-8.
         UserInputError: there are checkpoints but no journal, and no step is chosen; the rollout
             engine is not installed, or a secret cannot be used.
     """
     session.check_owner()
+    check_path(session.folder)
     old = session.config()
     new = resumed_config(old, overrides)
     _check_machine(new)

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from engine.config.settings import Settings, apply_settings, check_settings, setting_name
 from engine.errors import CommandRejectedError
-from engine.session.states import State
+from engine.session.states import ENDED_STATES, State
 
 if TYPE_CHECKING:  # as in engine.config.settings
     from engine.config.schema import RunConfig
@@ -252,6 +252,9 @@ def check_command(command: Command, moment: Moment) -> None:
         OSError: its checkpoints cannot be listed.
     """
     command.check_arguments()
+    # The engine of a run that has ended lives until its notifications are sent.
+    if moment.state in ENDED_STATES and not isinstance(command, Note):
+        raise CommandRejectedError("the run has ended: resume it first")
     if moment.state == "stopping" and not command.while_stopping:
         raise CommandRejectedError("the run is stopping: resume it first")
     command.check(moment)

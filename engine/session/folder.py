@@ -258,6 +258,21 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_path(folder: Path) -> None:
+    """Checks that a session can run in a folder: libraries take paths in UTF-8 only.
+
+    Raises:
+        SessionError: its path is not valid UTF-8.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise SessionError(
+            f"a run cannot write in {folder}: its path is not valid UTF-8; rename the folder, or "
+            "choose another one with --sessions"
+        ) from None
+
+
 def create(root: Path, name: str, config: "RunConfig") -> Session:
     """Creates the folder of a new session, and the folder of sessions if it is missing.
 
@@ -266,6 +281,7 @@ def create(root: Path, name: str, config: "RunConfig") -> Session:
         SessionError: the folder cannot be created.
     """
     session = Session(root / check_name(name))
+    check_path(session.folder)
     try:
         access.make_folders(root)
         session.folder.mkdir(mode=access.FOLDER_MODE)

@@ -249,7 +249,7 @@ def step_report(
     return StepReport(
         step=step,
         metrics=metrics,
-        samples=samples,
+        samples=recorded(samples),
         settings=settings,
         changes=changes,
         ranks=run.timer.ranks,

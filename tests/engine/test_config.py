@@ -174,6 +174,21 @@ def test_relative_paths_start_at_the_files_folder_and_overrides_at_the_callers(
     assert Path(changed.model.policy).parent.name == "there"
 
 
+def test_only_overrides_are_paths_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "here" / "gpt2").mkdir(parents=True)
+    config = tmp_path / "run.yaml"
+    config.write_text("{model: {policy: gpt2}, data: {prompts: p.jsonl}, reward: {model: gpt2}}")
+    loaded = config_file.load(config)
+    monkeypatch.chdir(tmp_path / "here")
+    assert config_file.override(loaded, ["train.steps=9"]).model.policy == "gpt2"
+    changed = config_file.override(loaded, ["reward={model: gpt2}"])
+    assert (changed.model.policy, changed.reward.model) == ("gpt2", str(tmp_path / "here" / "gpt2"))
+    judged = config_file.override(loaded, ["eval.rewards=[{name: j, function: 'm:f'}]"])
+    assert judged.reward.path == str(tmp_path / "here")
+    again = config_file.override(judged, ["reward.batch_size=2", "kl.beta=1", "kl={}"])
+    assert again.reward == msgspec.structs.replace(judged.reward, batch_size=2)
+
+
 def test_a_home_nobody_has_is_left_to_be_refused_as_a_folder():
     assert demo("model.policy=~nobody-at-all/x").model.policy == "~nobody-at-all/x"
 

@@ -235,6 +235,18 @@ def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
     assert writer.session.config().kl.beta != 0.7
 
 
+def test_a_fork_has_its_checkpoint_once_if_several_attempts_saved_that_step(writer):
+    for _ in range(2):
+        writer.steps(1, 2)
+        writer.checkpoint(2)
+        writer.journal.begin_attempt(0, fresh=True)
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    with JournalReader(child) as record:
+        assert [(c.step, c.attempt) for c in record.checkpoints()] == [(2, 3)]
+
+
 def test_a_fork_can_begin_with_an_averaged_policy_and_remembers_that_it_did(writer):
     writer.steps(1, 2, 3)
     writer.checkpoint(2)

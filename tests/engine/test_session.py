@@ -233,6 +233,23 @@ def test_a_sessions_folder_that_is_a_file_is_an_error(tmp_path):
         session_folder.create(tmp_path / "file", "run", config)
 
 
+def test_a_folder_whose_path_is_no_utf8_is_refused_by_starts_and_resumes(make_session, tmp_path):
+    root = tmp_path / os.fsdecode(b"\xff")
+    session = make_session()
+    with pytest.raises(SessionError, match="its path is not valid UTF-8; rename"):
+        session_folder.create(root, "run", session.config())
+    assert not root.exists()
+    session.folder.parent.rename(root)
+    with pytest.raises(SessionError, match="its path is not valid UTF-8"):
+        resume(
+            session_folder.Session(root / "run"),
+            from_step=None,
+            reseed=False,
+            overrides=[],
+            who="me",
+        )
+
+
 def test_a_session_is_held_by_one_engine_which_is_named(make_session):
     made = make_session()
     held = made.acquire()

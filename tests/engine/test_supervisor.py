@@ -78,6 +78,21 @@ async def test_a_pause_carried_out_before_a_stop_does_not_hide_the_stop(engine, 
         assert engine.state == "stopping"
 
 
+@pytest.mark.parametrize("command", [Pause(), Stop(), Stop(now=True), SetBeta(value=0.2)])
+async def test_a_command_after_the_end_is_rejected_while_the_engine_sends_its_messages(
+    engine, writer, command
+):
+    engine.supervisor.publisher.set_state("finished")
+    reply = engine.send(command)
+    assert (reply.status, engine.state) == ("rejected", "finished")
+    assert reply.reason == "the run has ended: resume it first"
+    engine.supervisor.commands.on_signal(signal.SIGTERM)
+    engine.supervisor.commands.on_signal(signal.SIGINT)
+    with JournalReader(writer.session) as reader:
+        assert reader.meta().state == "finished"
+    assert engine.send(Note(text="good")).status == "applied"
+
+
 # -- guard rails -----------------------------------------------------------------------------------
 
 

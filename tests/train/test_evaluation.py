@@ -8,17 +8,19 @@ import torch
 
 from engine.errors import RewardError, UserInputError
 from engine.protocol import frames
-from engine.protocol.rank_messages import BaselineReport, Begin, Sample
+from engine.protocol.rank_messages import BaselineReport, Begin, Sample, TokenArrays
 from engine.train.boundary import Boundary, BoundaryBroadcast
 from engine.train.evaluation.evaluate import (
     RECORDED_CHARACTERS,
+    RECORDED_TOKENS,
+    Evaluation,
     confidence_interval,
     evaluate_if_due,
     recorded,
 )
 from engine.train.link import Link
 from engine.train.step import train_step
-from engine.train.worker import evaluate_or_skip
+from engine.train.worker import evaluate_or_skip, step_report
 
 EVALUATED = ("eval.every=1", "eval.holdout=6", "eval.per_prompt=2", "data.shuffle=true")
 
@@ -142,6 +144,26 @@ def test_of_very_many_responses_as_many_are_recorded_as_a_message_holds():
     kept = recorded(samples)
     assert [s.index for s in kept] == list(range(9))
     frames.encode(BaselineReport(metrics={}, samples=kept))
+
+
+def test_a_step_whose_arrays_no_message_holds_is_reported_with_fewer_of_them(make_run):
+    run, _ = make_run()
+    length = 2 * RECORDED_TOKENS // 7
+    values = [-0.1] * length
+    arrays = TokenArrays(
+        tokens=[" the"] * length, token_ids=[50_000] * length, logprob=values, ref_logprob=values,
+        advantage=values, value=values,
+    )  # fmt: skip
+    samples = [
+        Sample(
+            index=i, prompt="p", response="r", score=0.0, kl=0.0, length=length, ended=True,
+            arrays=arrays,
+        )
+        for i in range(8)
+    ]  # fmt: skip
+    report = step_report(run, 1, {}, samples, {}, [], Evaluation())
+    assert [s.arrays is not None for s in report.samples] == [True] * 3 + [False] * 5
+    frames.encode(report)
 
 
 @pytest.mark.parametrize("step", [1, 2])

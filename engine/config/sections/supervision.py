@@ -13,7 +13,8 @@ class LogConfig(Section, frozen=True):
     samples: Whole = 16
     """Responses recorded per step."""
     arrays: Whole = 4
-    """How many of these are recorded with per-token arrays."""
+    """How many of these are recorded with per-token arrays; fewer if they have over 600,000
+    tokens."""
     tensorboard: bool = True
     """Write TensorBoard event files to the session's `tb/`."""
     trackers: list[str] = []
