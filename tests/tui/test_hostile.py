@@ -59,7 +59,9 @@ def test_a_line_is_as_wide_as_it_says_and_has_nothing_to_obey(text):
     assert sum(s.cell_length for s in strip) == 30
 
 
-@pytest.mark.parametrize("text", ["e\u0301", "👩\u200d👧", "👍🏽", "1\ufe0f\u20e3", "漢字", "क्षि", "\u200b"])
+@pytest.mark.parametrize(
+    "text", ["e\u0301", "👩\u200d👧", "👍🏽", "1\ufe0f\u20e3", "漢字", "क्षि", "\u200b"]
+)
 def test_a_change_behind_any_characters_is_drawn_in_its_cell(text):
     old, new = (render_row([(f"{text} {n}", "")], 30, lambda _tone: Style()) for n in "12")
     first, end = changed_span(old, new)
