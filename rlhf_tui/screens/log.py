@@ -56,6 +56,7 @@ class LogView(ScrollList):
         self.shift = 0
         self.match: int | None = None
         """The index of the line that a search has led to."""
+        self._at_end = True
 
     def count(self) -> int:
         """The number of lines."""
@@ -77,13 +78,26 @@ class LogView(ScrollList):
         sign = ("▸", "accent") if index == self.match else (" ", "")
         return [sign, (line[self.shift :], tone)]
 
-    def add(self, lines: list[str], *, fresh: bool) -> None:
-        """Appends lines, or with `fresh` replaces all of them."""
-        at_end = fresh or self.top >= self.count() - self.page_size
-        self.match = None if fresh else self.match
-        self.lines = (lines if fresh else self.lines + lines)[-MOST_LINES:]
-        if at_end:
+    def rows(self, width: int, height: int) -> list[Row]:
+        """The visible lines."""
+        if self._at_end:
             self.top = max(self.count() - self.page_size, 0)
+        return super().rows(width, height)
+
+    def moved(self) -> None:
+        """Notes whether the end is in sight: a terminal of another height shows it, too."""
+        self._at_end = self.top >= self.count() - self.page_size
+
+    def add(self, lines: list[str], *, fresh: bool) -> None:
+        """Appends lines, or with `fresh` replaces all of them. The oldest may be dropped."""
+        lines = lines if fresh else self.lines + lines
+        dropped = max(len(lines) - MOST_LINES, 0)
+        self.lines = lines[dropped:]
+        self._at_end |= fresh
+        # The same line as before stays on top, and is the one that the search has led to.
+        self.top = max(self.top - dropped, 0)
+        if self.match is not None:
+            self.match = None if fresh or self.match < dropped else self.match - dropped
         self.update()
 
 

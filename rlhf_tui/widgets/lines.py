@@ -176,7 +176,8 @@ def changed_span(old: Strip, new: Strip) -> tuple[int, int] | None:
     if old == new:
         return None
     before, after = _cells(old), _cells(new)
-    if len(before) != len(after):
+    if not len(before) == len(after) == new.cell_length:
+        # Some characters have no cell, or share one: the columns of the others are not known.
         return 0, new.cell_length
     first = next((i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b), None)
     if first is None:

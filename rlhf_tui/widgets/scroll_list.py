@@ -28,10 +28,23 @@ class ScrollList(Lines, can_focus=True):
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id, classes=classes)
-        self.top = 0
+        self._top = self._asked_top = 0
         self.cursor = 0
         self.matching = ""
         """Text to highlight in all lines."""
+
+    @property
+    def top(self) -> int:
+        """The index of the first visible line.
+
+        It follows from the one that was asked for: what a small window has scrolled away is visible
+        again when there is room for it.
+        """
+        return self._top
+
+    @top.setter
+    def top(self, index: int) -> None:
+        self._top = self._asked_top = index
 
     def count(self) -> int:
         """The number of lines. Override it."""
@@ -90,19 +103,21 @@ class ScrollList(Lines, can_focus=True):
         """Keeps cursor and window within the list, and the cursor in the window."""
         count, page = self.count(), self.page_size
         self.cursor = min(max(self.cursor, 0), max(count - 1, 0))
+        top = self._asked_top
         if self.with_cursor:
-            self.top = min(max(self.top, self.cursor - page + 1), self.cursor)
-        self.top = min(max(self.top, 0), max(count - page, 0))
+            top = min(max(top, self.cursor - page + 1), self.cursor)
+        self._top = min(max(top, 0), max(count - page, 0))
 
     # -- moving --------------------------------------------------------------------------------
 
     def go(self, index: int) -> None:
         """Moves to a line."""
         if self.with_cursor:
-            self.cursor = index
+            self.top, self.cursor = self._top, index
         else:
             self.top = index
         self._clamp()
+        self.top = self._top
         self.moved()
         self.update()
 
@@ -142,7 +157,8 @@ class ScrollText(ScrollList):
     def set_body(self, rows: list[Row], *, keep: bool = False) -> None:
         """Replaces the rows. Scrolls to the top unless `keep` is set."""
         self._body = rows
-        self.top = self.top if keep else 0
+        if not keep:
+            self.top = 0
         self.update()
 
     def count(self) -> int:

@@ -74,7 +74,7 @@ class Table(ScrollList):
             key: of the row for the cursor; None: the row that it is on.
             lost: where the cursor goes if that row is gone; None: it keeps its place.
         """
-        before = self.key
+        before, keys = self.key, self._keys
         key = before if key is None else key
         self._keys = [k for k, _ in rows]
         self._cells = [cells for _, cells in rows]
@@ -85,6 +85,8 @@ class Table(ScrollList):
         elif lost is not None:
             self.cursor = lost
         self._clamp()
+        if self._keys != keys:
+            self.top = self._top
         self.update()
         if self.key != before:
             self.post_message(RowHighlighted(self.id or "", self.key, moved=False))

@@ -5,16 +5,18 @@ import re
 import shutil
 import sqlite3
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from rich.cells import cell_len
 from rich.style import Style
 from textual.geometry import Region
 
 from engine.journal.rows import Judgement
 from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
-from rlhf_tui.widgets.lines import render_row
+from rlhf_tui.widgets.lines import changed_span, render_row
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.sample_view import body
 from rlhf_tui.widgets.wrap import wrap
@@ -55,6 +57,15 @@ def test_a_line_is_as_wide_as_it_says_and_has_nothing_to_obey(text):
     strip = render_row([(text, ""), (text, "dim")], 30, lambda _tone: Style())
     assert not RAW.search("".join(s.text for s in strip))
     assert sum(s.cell_length for s in strip) == 30
+
+
+@pytest.mark.parametrize(
+    "text", ["e\u0301", "👩\u200d👧", "👍🏽", "1\ufe0f\u20e3", "漢字", "क्षि", "\u200b"]
+)
+def test_a_change_behind_any_characters_is_drawn_in_its_cell(text):
+    old, new = (render_row([(f"{text} {n}", "")], 30, lambda _tone: Style()) for n in "12")
+    first, end = changed_span(old, new)
+    assert first <= cell_len(f"{text} ") < end
 
 
 def poison(session: Session, text: str) -> None:

@@ -11,6 +11,7 @@ from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.dialogs.base import ChoiceDialog, Dialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.form import FormDialog
+from rlhf_tui.screens import log
 from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
@@ -147,6 +148,18 @@ async def test_pages_are_turned(samples, forth, back, until):
         await until(pilot, lambda: table.keys[0] == first)
 
 
+async def test_a_list_in_a_terminal_that_was_small_for_a_moment_shows_the_same_rows(samples, until):
+    async with samples() as (app, pilot):
+        table = app.screen.query_one(Table)
+        table.go(6)
+        before = table.size
+        await pilot.resize_terminal(20, 5)
+        await until(pilot, lambda: table.top == 6)
+        await pilot.resize_terminal(120, 40)
+        await until(pilot, lambda: table.size == before)
+        assert table.top == 0
+
+
 async def test_v_shows_a_number_of_each_token(samples, until):
     async with samples() as (app, pilot):
         reading = app.screen.query_one(SampleView)
@@ -257,3 +270,40 @@ async def test_the_log_is_searched(make_app, running, until):
         assert view.shift == 0
         assert view.matching == ""
         assert view.lines[-1] == "weights: 100%"
+
+
+async def test_a_log_that_shows_its_end_still_does_in_a_terminal_of_another_height(
+    make_app, running, until
+):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("5")
+        view = app.screen.query_one("#log")
+        await until(pilot, lambda: view.count() == 303)
+        for height in (12, 40):
+            await pilot.resize_terminal(120, height)
+            await until(pilot, lambda height=height: view.size.height == height - 4)
+            view.add([f"a line at {height}"], fresh=False)
+            assert view.top + view.page_size == view.count()
+        await pilot.press("k")
+        top = view.top
+        view.add(["another line"], fresh=False)
+        assert view.top == top
+
+
+async def test_lines_that_a_long_log_drops_move_neither_what_is_read_nor_the_match(
+    make_app, running, until, monkeypatch
+):
+    monkeypatch.setattr(log, "MOST_LINES", 303)
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("5")
+        view = app.screen.query_one("#log")
+        await until(pilot, lambda: view.count() == 303)
+        view.go(100)
+        view.match = 110
+        read, found = view.lines[view.top], view.lines[view.match]
+        view.add(["new"] * 50, fresh=False)
+        assert (view.lines[view.top], view.lines[view.match]) == (read, found)
+        view.add(["new"] * 70, fresh=False)
+        assert (view.top, view.match) == (0, None)

@@ -1,6 +1,7 @@
 """A chart as characters and styles."""
 
 import itertools
+import math
 
 import pytest
 
@@ -165,6 +166,14 @@ def test_the_smallest_and_largest_numbers_can_be_painted(values, log):
     paint(plot_of(first=1.5, last=2, lines=lines, log=log), 60, 12)  # cut between two points
     picture = paint(plot_of(last=2, lines=lines, log=log), 60, 12)
     assert any(char > chr(BRAILLE) for row in picture.chars[1:-1] for char in row[GUTTER:])
+
+
+@pytest.mark.parametrize("value", [0.43753061471029864, -49337.33061151928, 4.3163069862904234e-13])
+def test_values_that_differ_by_rounding_are_drawn_as_a_flat_line(value):
+    curve = Series([(1, value), (2, math.nextafter(value, math.inf))])
+    lines = [Line(curve, "s1")]
+    rows = [paint(plot_of(lines=lines), 40, 10).row_text(y) for y in range(1, 9)]
+    assert sum(any(ord(c) > BRAILLE for c in row) for row in rows) == 1
 
 
 def test_curves_that_are_taken_over_from_the_last_painting_look_as_if_they_were_drawn():

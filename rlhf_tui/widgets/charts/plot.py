@@ -24,6 +24,9 @@ POINT = "•"
 """Marks the points of a sparse curve."""
 BAR_SPACING = 6
 """Mean number of dot columns between the points of a curve below which it has no bars."""
+FLAT = 1e-9
+"""The range of a curve's values, relative to them, up to which it is drawn flat: they differ by
+rounding, and ends of a scale so close together would be one number."""
 PRIORITY = ("checkpoint", "attempt", "note", "command", "alert", "crash")
 """Kinds of markers; the last of those that share a cell is visible, abandoned ones below all."""
 
@@ -323,7 +326,7 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
         return Scale(10.0**bottom, 10.0 ** max(top, bottom + 1), log=True)
     if low < 0 < high and -low * 50 < high - low:
         low = 0.0  # less than a dot below 0: noise of an estimate of a non-negative quantity
-    if high == low:
+    if high - low <= FLAT * max(abs(low), abs(high)):
         half = abs(low) * 0.1 or 0.5
         low, high = (0.0, 1.0) if low == 0 else (low - half, high + half)
     grid = _round_up((high - low) / 4)
