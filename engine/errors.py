@@ -7,7 +7,7 @@
     │   ├── ConfigError           a configuration key, its type or its range
     │   └── SessionNameError      the name of a session
     ├── SessionError              the session does not allow the operation
-    │   ├── NoSuchSessionError    no such session, or no live engine; exit code 3
+    │   ├── NoSuchSessionError    no such session or checkpoint, or no live engine; exit code 3
     │   ├── SessionLockedError    another engine holds the session
     │   └── JournalError          the journal cannot be read or written
     ├── CheckpointError           a checkpoint is missing or cannot be used or written
@@ -85,7 +85,7 @@ class SessionError(RlhfError):
 
 
 class NoSuchSessionError(SessionError):
-    """There is no session of that name, or it has no live engine."""
+    """There is no session of that name, or it has no such checkpoint or no live engine."""
 
     exit_code = 3
 

@@ -90,8 +90,8 @@ def cli(context: click.Context, root: Path) -> None:
 def main() -> None:
     """The entry point.
 
-    Exit codes: 0 success, 1 failure, 2 wrong input, 3 no such session or engine, 4 timeout,
-    130 interrupted.
+    Exit codes: 0 success, 1 failure, 2 wrong input, 3 no such session, checkpoint or engine,
+    4 timeout, 130 interrupted.
     """
     open_standard_files()
     escape_unencodable()

@@ -126,19 +126,20 @@ class Notifier:
         self._unsent = 0
         """Alerts that the rate limit kept back since the last message."""
 
-    def submit(self, message: Notification) -> None:
-        """Starts to send a message, or logs why it is not sent. Returns at once."""
+    def submit(self, message: Notification) -> bool:
+        """Starts to send a message, or logs why it is not sent. Returns at once whether it is."""
         if not self.channels:
-            return
+            return False
         if (why := self._withheld(message)) is not None:
             log.info("notification not sent (%s): %s", why, message.title)
-            return
+            return False
         message = replace(message, unsent=self._unsent, root=self._root)
         self._unsent = 0
         for channel, lock in zip(self.channels, self._locks, strict=True):
             task = asyncio.create_task(self._deliver(channel, lock, message))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        return True
 
     def _withheld(self, message: Notification) -> str | None:
         """Why a message is not sent; None if it is. Only alerts count for the rate limit."""

@@ -53,6 +53,8 @@ class EventPublisher:
         self._state: State | None = None
         self._recorded = True
         """Whether the journal has the state; false after it could not be written."""
+        self._notified_reasons: set[str] = set()
+        """Reasons of pauses whose alert was sent: a notification of the pause would repeat it."""
 
     @property
     def state(self) -> State:
@@ -79,7 +81,8 @@ class EventPublisher:
         finally:
             # A journal that cannot be written, as on a full disk, is what an operator must hear of.
             message = of_state(self._name, state, text, self._journal.step)
-            if message is not None:
+            repeated = state == "paused" and text in self._notified_reasons
+            if message is not None and not repeated:
                 self._notifier.submit(message)
         self._server.notify_watchers()
         if self._observer is not None:
@@ -103,7 +106,11 @@ class EventPublisher:
         if self._observer is not None:
             self._observer.alert(alert.text, alert.step)
         self._server.notify_watchers()
-        self._notifier.submit(of_alert(self._name, alert))
+        sent = self._notifier.submit(of_alert(self._name, alert))
+        if alert.action == "pause":  # its reason is the cause of a rule's, the text of the ranks'
+            reasons = {alert.cause, alert.text}
+            self._notified_reasons -= reasons  # of an earlier alert, if the limit keeps this back
+            self._notified_reasons |= reasons if sent else set()
 
     def notify_unrecorded(self, rule: str, text: str) -> None:
         """Notifies operators of what stops the run and cannot be recorded, such as a full disk."""

@@ -9,12 +9,12 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import UserInputError
-from engine.launch.start import last_checkpoint
+from engine.errors import NoSuchSessionError, UserInputError
+from engine.launch.start import checkpoint_steps
 from engine.metrics import EVAL_TIME, describe
-from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
+from rlhf_tui.commands.checkpoint_step import StepChoice, StepType, checkpoint_step
 from rlhf_tui.commands.options import (
     existing,
     json_option,
@@ -31,13 +31,13 @@ from rlhf_tui.engine_program import run_engine_program
 @name_argument
 @sessions_option
 @click.option(
-    "--step", type=click.IntRange(min=1), metavar="STEP",
-    help="The checkpoint to evaluate. Default: the last one.",
+    "--step", "choice", type=StepType(), default="last", metavar="STEP", show_default=True,
+    help="The checkpoint to evaluate, or last or best.",
 )  # fmt: skip
 @override_option
 @json_option
 def evaluate(
-    root: Path, name: str, step: int | None, overrides: tuple[str, ...], as_json: bool
+    root: Path, name: str, choice: StepChoice, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Evaluate a checkpoint on held-out prompts.
 
@@ -45,19 +45,18 @@ def evaluate(
     """
     session = existing(root, name)
     config = evaluation_config(session.config(), overrides)
-    steps = list(complete_checkpoints(session.checkpoints))
-    chosen = last_checkpoint(session) if step is None else step
-    if chosen not in steps:
+    step, steps = checkpoint_step(session, choice), checkpoint_steps(session)
+    if step not in steps:
         listed = ", ".join(map(str, steps)) or "none yet"
-        raise UserInputError(
-            f"session '{name}' has no checkpoint of step {chosen}; it has: {listed}"
+        raise NoSuchSessionError(
+            f"session '{name}' has no checkpoint of step {step} (it has: {listed})"
         )
-    result = run_program(session, config, chosen)
+    result = run_program(session, config, step)
     if as_json:
-        print_json({"step": chosen} | result)
+        print_json({"step": step} | result)
         return
     count = fmt.plural(len(result["samples"]), "response")
-    say(f"step {chosen}, {count} to held-out prompts")
+    say(f"step {step}, {count} to held-out prompts")
     rows = [
         [metric, fmt.number(value, describe(metric).digits), describe(metric).unit]
         for metric, value in result["metrics"].items()

@@ -17,17 +17,17 @@ from engine.config.sections.rollout import RolloutConfig
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
-from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
 from engine.launch.rollout.engine import TESTED_VLLM, find_vllm, rollout_python
-from engine.launch.start import check_average, checkpoint_steps, last_checkpoint
+from engine.launch.start import check_average, checkpoint_steps
 from engine.protocol import sockets
 from engine.session.access import open_to_umask
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
 from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
+from rlhf_tui.commands.checkpoint_step import StepChoice, StepType, checkpoint_step
 from rlhf_tui.commands.options import (
     complete_name,
     existing,
@@ -98,10 +98,10 @@ def _delete(session: Session, *, yes: bool) -> None:
     help="Write judged pairs of responses, chosen and rejected, JSONL.",
 )
 @click.option(
-    "--step", type=click.IntRange(min=1), metavar="STEP",
-    help="With --policy: the checkpoint.  [default: the last one]",
+    "--step", "choice", type=StepType(), metavar="STEP",
+    help="With --policy: the checkpoint, or last or best.  [default: last]",
 )  # fmt: skip
-@click.option("--best", is_flag=True, help="With --policy: the best one by train.best_metric.")
+@click.option("--best", is_flag=True, help="With --policy: like --step best, by train.best_metric.")
 def export(
     root: Path,
     name: str,
@@ -110,30 +110,28 @@ def export(
     averaged: bool,
     samples: Path | None,
     preferences: Path | None,
-    step: int | None,
+    choice: StepChoice | None,
     best: bool,
 ) -> None:
     """Export the policy, samples or preferences of a session."""
     session = existing(root, name)
-    of_policy = merged or averaged or best or step
+    of_policy = merged or averaged or best or choice
     if policy is None and ((samples is None and preferences is None) or of_policy):
         raise UserInputError(
             "export needs --policy DIR, --samples FILE or --preferences FILE; "
             "--step, --merged, --ema and --best need --policy"
         )
-    if best and step:
+    if best and choice:
         raise UserInputError("give --step or --best, not both")
     if policy is not None:
-        chosen = step or (_best_checkpoint(session) if best else last_checkpoint(session))
-        steps = checkpoint_steps(session)
-        if chosen not in steps:
-            missing = f"of step {step} " if step else ""
-            listed = f" (it has: {', '.join(map(str, steps))})" if steps else ""
+        step = checkpoint_step(session, "best" if best else choice or "last")
+        if step not in (steps := checkpoint_steps(session)):
+            listed = ", ".join(map(str, steps)) or "none yet"
             raise NoSuchSessionError(
-                f"session '{name}' has no checkpoint {missing}to export{listed}"
+                f"session '{name}' has no checkpoint of step {step} to export (it has: {listed})"
             )
         part = AVERAGED_POLICY if averaged else POLICY
-        say(_export_policy(session, chosen, policy, part, merged=merged))
+        say(_export_policy(session, step, policy, part, merged=merged))
     if samples is not None:
         with SampleReader(session) as reader:
             rows = with_judgements(session, reader.newest())
@@ -143,16 +141,6 @@ def export(
         found = preference_pairs(session)
         _write_lines(preferences, (msgspec.structs.asdict(pair) for pair in found))
         say(f"wrote {fmt.plural(len(found), 'pair')} to {preferences}")
-
-
-def _best_checkpoint(session: Session) -> int:
-    """Raises NoSuchSessionError if no checkpoint has a value of `train.best_metric`."""
-    metric = session.config().train.best_metric
-    with JournalReader(session) as record:
-        best = record.best_checkpoint(metric)
-    if best is None:
-        raise NoSuchSessionError(f"no checkpoint of session '{session.name}' has a {metric}")
-    return best
 
 
 def _export_policy(session: Session, step: int, target: Path, part: str, *, merged: bool) -> str:

@@ -14,7 +14,7 @@ import click
 from engine import starter
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import NoSuchSessionError, UserInputError
+from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine, start_or_remove
@@ -23,7 +23,6 @@ from engine.launch.start import (
     create_session,
     is_failed_start,
     is_new,
-    last_checkpoint,
     start_variable,
     steps_done,
 )
@@ -32,6 +31,7 @@ from engine.launch.start import resume as start_resume
 from engine.session.folder import Session, check_name
 from rlhf_tui import format as fmt
 from rlhf_tui.commands import view
+from rlhf_tui.commands.checkpoint_step import StepChoice, StepType, checkpoint_step
 from rlhf_tui.commands.options import (
     existing,
     is_terminal,
@@ -156,8 +156,9 @@ def start_or_resume(
 @click.command()
 @name_argument
 @click.option(
-    "--from", "from_step", type=click.IntRange(min=1), metavar="STEP",
-    help="Resume from this checkpoint; later steps become an abandoned branch.",
+    "--from", "from_step", type=StepType(), metavar="STEP",
+    help="Resume from this checkpoint, or from the last or the best; later steps become an "
+    "abandoned branch.",
 )  # fmt: skip
 @reseed_option
 @starting
@@ -166,11 +167,13 @@ def resume(
     overrides: tuple[str, ...],
     mode: str | None,
     name: str,
-    from_step: int | None,
+    from_step: StepChoice | None,
     reseed: bool,
 ) -> None:
     """Resume a session from its last checkpoint."""
-    _resume(existing(root, name), overrides, mode, from_step=from_step, reseed=reseed)
+    session = existing(root, name)
+    step = None if from_step is None else checkpoint_step(session, from_step)
+    _resume(session, overrides, mode, from_step=step, reseed=reseed)
 
 
 def _resume(
@@ -198,8 +201,8 @@ def _resume(
 @click.command()
 @name_argument
 @click.option(
-    "--from", "from_step", type=click.IntRange(min=1), metavar="STEP",
-    help="The checkpoint to fork from.  [default: the last one]",
+    "--from", "from_step", type=StepType(), default="last", metavar="STEP", show_default=True,
+    help="The checkpoint to fork from, or last or best.",
 )  # fmt: skip
 @click.option("--name", "new_name", metavar="NEW", required=True, help="The new session's name.")
 @click.option("--ema", is_flag=True, help="Begin with the averaged policy of train.ema.")
@@ -210,19 +213,17 @@ def fork(
     overrides: tuple[str, ...],
     mode: str | None,
     name: str,
-    from_step: int | None,
+    from_step: StepChoice,
     new_name: str,
     ema: bool,
     reseed: bool,
 ) -> None:
     """Fork a new session from a checkpoint of another."""
     session = existing(root, name)
-    from_step = from_step or last_checkpoint(session)
-    if not from_step:
-        raise NoSuchSessionError(f"session '{name}' has no checkpoint to fork from yet")
+    step = checkpoint_step(session, from_step)
     old = session.config()
     child, start = start_fork(
-        session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who(),
+        session, new_name, from_step=step, reseed=reseed, overrides=list(overrides), who=who(),
         ema=ema,
     )  # fmt: skip
     if kept := config_file.kept_defaults(old, overrides):

@@ -34,6 +34,7 @@ from engine.protocol.commands import (
 )
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
+from rlhf_tui.commands.checkpoint_step import StepChoice, StepType, checkpoint_step
 from rlhf_tui.commands.options import (
     JSON,
     SESSIONS,
@@ -183,11 +184,12 @@ def stop(call: CtlCall, now: bool) -> None:
 
 
 @_verb(Rollback)
-@click.argument("step", type=click.IntRange(min=1))
+@click.argument("step", type=StepType())
 @click.option("--reseed", is_flag=True, help="New random seed: sample other responses.")
 @click.pass_obj
-def rollback(call: CtlCall, step: int, reseed: bool) -> None:
-    call.send(Rollback(step=step, reseed=reseed))
+def rollback(call: CtlCall, step: StepChoice, reseed: bool) -> None:
+    chosen = checkpoint_step(existing(call.root, call.name), step)
+    call.send(Rollback(step=chosen, reseed=reseed))
 
 
 # With unknown options ignored, -1 is a value and not an option.

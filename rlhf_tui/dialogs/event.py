@@ -86,7 +86,8 @@ class EventDialog(TextDialog):
         if marker.event is not None:
             match marker.event.payload:
                 case AlertEvent(text=text):
-                    rows += [[], *self._wrapped(text, "")]
+                    if text not in marker.text:  # the first line has a shorter one, if there is one
+                        rows += [[], *self._wrapped(text, "")]
                     rows += self._evidence(marker.event.data)
                 case CheckpointEvent(size=size):
                     rows.append([(fmt.size(size), "dim")])

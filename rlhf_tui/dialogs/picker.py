@@ -1,8 +1,10 @@
 """A dialog with a list, to select one option or several."""
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
 from msgspec import Struct
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -104,6 +106,15 @@ class PickerDialog(Dialog[str]):
         """Filters the list by what is typed."""
         self._query = event.value
         self._fill(event.value)
+
+    def show_values(self, values: Mapping[str, str]) -> None:
+        """Sets the values of options by their keys, such as those that are read meanwhile."""
+        self.options = [
+            msgspec.structs.replace(option, value=values.get(option.key, option.value))
+            for option in self.options
+        ]
+        if self.is_mounted:
+            self._fill(self._query)
 
     def _fill(self, query: str) -> None:
         shown = self._shown = [o for o in self.options if matches(query, o.key, o.label)]

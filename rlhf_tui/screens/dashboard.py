@@ -1,14 +1,18 @@
 """The dashboard: current phase, charts, steering, timeline and machine."""
 
 import functools
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 from textual.widget import Widget
 
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
 from engine.metrics import describe, title_of
+from engine.session.folder import Session
 from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts.overlaying import OverlaysRead, RunOverlays
@@ -22,6 +26,9 @@ from rlhf_tui.widgets.panels.machine import MachinePanel
 from rlhf_tui.widgets.panels.phases import PhaseStrip
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
+
+if TYPE_CHECKING:  # imported when it is opened
+    from rlhf_tui.dialogs.picker import PickerDialog
 
 PAGES = ("timeline", "latest", "machine")
 """Panels of which a narrow terminal shows one at a time."""
@@ -314,9 +321,9 @@ class DashboardScreen(SessionScreen):
 
         groups = [spec.split(" + ") for spec in self.grid.specs]
         shown = [name for group in groups for name in group]
+        names = list(dict.fromkeys([*shown, *self.context.state.metrics]))
         options = [
-            Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "")
-            for n in dict.fromkeys([*shown, *self.context.state.metrics])
+            Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "") for n in names
         ]
 
         async def take(result: str | None) -> None:
@@ -327,12 +334,27 @@ class DashboardScreen(SessionScreen):
                 self.context.read_metrics(charts)
                 await self.grid.set_charts(charts)
 
-        self.app.push_screen(PickerDialog("Choose charts", options, groups), take)
+        dialog = PickerDialog("Choose charts", options, groups)
+        self.app.push_screen(dialog, take)
+        unread = [name for name in names if not self.context.state.shape(name)]
+        if unread and self.context.session is not None:
+            self.show_newest(self.context.session, unread, dialog)
 
     def _newest(self, name: str) -> str:
-        state = self.context.state
-        value = state.shape(name).last
-        return "" if value is None else fmt.number(value, describe(name).digits)
+        value = self.context.state.shape(name).last
+        return "" if value is None else _number(name, value)
+
+    @work(thread=True, exclusive=True, group="newest")
+    def show_newest(self, session: Session, names: list[str], dialog: "PickerDialog") -> None:
+        """Adds the newest values of metrics that no chart has read to a dialog."""
+        try:
+            with JournalReader(session) as record:
+                newest = {name: record.newest_value(name) for name in names}
+        except RlhfError as error:
+            self.context.say_later(str(error), "error")
+            return
+        values = {name: _number(name, found[1]) for name, found in newest.items() if found}
+        dialog.call_later(dialog.show_values, values)
 
     def action_others(self) -> None:
         """Asks which sessions' curves are overlaid."""
@@ -345,3 +367,7 @@ class DashboardScreen(SessionScreen):
     def on_overlays_read(self, message: OverlaysRead) -> None:
         """Overlays the sessions that were read."""
         self.overlays.take(message)
+
+
+def _number(name: str, value: float) -> str:
+    return fmt.number(value, describe(name).digits)

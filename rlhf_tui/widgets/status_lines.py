@@ -1,9 +1,12 @@
 """The two top lines of every screen: the tabs, and the status of the run."""
 
+from rich.cells import cell_len
+
 from engine import metrics
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
+from rlhf_tui.text import one_line
+from rlhf_tui.widgets.lines import Piece, Row, justified, row_width, shorten
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
 STATE_MARKS = {
@@ -105,7 +108,7 @@ class StatusLine(Panel):
             left += [*bar(share, 10 if width < 110 else 20), (f" {share:.0%}", "")]
         if note := self._note(width - row_width(left[:3])):
             if row_width(left) + len(note[0]) + 2 > width:
-                left = left[:3]  # the reason is worth more than the bar
+                left = left[:3]  # the note is worth more than the bar
             return [justified(left, [note, (" ", "")], width)]
         return [justified(left, self._facts(width - row_width(left)), width)]
 
@@ -144,9 +147,11 @@ class StatusLine(Panel):
         return f"{before}{verb} with {self.resume_key}"
 
     def _paused(self, width: int) -> str:
-        text = paused_text(self.state.pause_reason(), self.state.head.step)
+        """What paused the run, cut so that the step and the key stay: the timeline has it whole."""
+        text = one_line(paused_text(self.state.pause_reason(), self.state.head.step))
         key = "" if self.read_only else "; p unpauses"
-        return text + key if len(text + key) + 2 <= width else text
+        room = max(width - len(key) - 2, 0)
+        return (text if cell_len(text) <= room else shorten(text, room)) + key
 
     def _facts(self, width: int) -> list[Piece]:
         state = self.state

@@ -217,6 +217,34 @@ async def test_a_failure_is_notified_although_the_journal_cannot_be_written(make
     assert [m.text for m in recorder.messages] == ["failed: the disk is full"]
 
 
+async def test_a_pause_is_notified_unless_the_alert_that_is_its_reason_was(make_session):
+    journal, recorder = JournalWriter(make_session()), Recorder()
+    journal.begin_attempt(0, fresh=False)
+    notifier = Notifier(NotifyConfig(max_per_hour=2), [recorder])
+    publisher = EventPublisher("run", journal, Server(), notifier, None)
+    publisher.set_state("starting")
+    rule = Alert("kl_high", "pause", "objective/kl is 7, above 6", 3, brief="KL 7 > 6")
+    reward = Alert("reward", "pause", "the reward function raised", 4)
+    for alert, reason in (
+        (rule, rule.cause),
+        (reward, reward.text),
+        (None, ""),  # a person's
+        (reward, reward.text),  # beyond the rate limit
+    ):
+        publisher.set_state("running")
+        if alert is not None:
+            publisher.alert(alert)
+        publisher.set_state("paused", reason)
+    await publisher.finish()
+    journal.close()
+    assert [m.text for m in recorder.messages] == [
+        "the run pauses: objective/kl is 7, above 6",
+        "the run pauses: the reward function raised",
+        "paused",
+        "paused: the reward function raised",
+    ]
+
+
 async def test_an_engine_says_at_its_start_that_a_secret_is_missing(
     make_session, write_in, monkeypatch
 ):

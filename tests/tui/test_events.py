@@ -56,13 +56,14 @@ async def test_n_reaches_every_alert_of_a_step_each_with_its_samples(alerts_app,
         assert "2 of 2" in app.screen.query_one(CursorPanel).text()
 
 
-async def test_what_paused_a_run_before_its_first_step_is_opened_with_n(
+async def test_what_paused_a_run_before_its_first_step_is_opened_with_n_and_said_once(
     make_app, tmp_path, running, until
 ):
     session = create(tmp_path / "early", "early", config_of())
     journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
-    journal.record_event("alert", {"rule": "reward", "text": LONG, "action": "pause"}, 0)
+    text = "the reward function raised ValueError: no such word"
+    journal.record_event("alert", {"rule": "reward", "text": text, "action": "pause"}, 0)
     journal.set_meta(state="stopped")
     journal.close()
     freeze(session)
@@ -70,7 +71,7 @@ async def test_what_paused_a_run_before_its_first_step_is_opened_with_n(
     async with running(app) as pilot:
         await until(pilot, lambda: app.screen.query_one(TimelinePanel).count() == 2)
         await pilot.press("n", "enter")
-        assert "to the end" in await opened(pilot, app, until)
+        assert (await opened(pilot, app, until)).count(text) == 1
 
 
 async def test_an_alert_is_whole_when_it_is_opened(alerts_app, running, until):

@@ -4,9 +4,11 @@ from itertools import pairwise
 
 import pytest
 
+from engine.journal.reader import JournalReader
 from rlhf_tui.dialogs.picker import PickerDialog
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.grid import ChartGrid
+from rlhf_tui.widgets.table import Table
 
 
 async def test_the_crosshair_moves(make_app, running):
@@ -142,6 +144,23 @@ async def test_metrics_are_picked_and_remembered(make_app, running, until):
         await until(pilot, lambda: len(app.screen.query(Chart)) == 5)
         assert app.preferences.charts[-1] == "grad_norm"
         await until(pilot, lambda: len(make_app().preferences.charts) == 5, "the file")
+
+
+async def test_the_picker_shows_the_newest_values_of_metrics_without_a_chart_too(
+    make_app, running, until
+):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("m")
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        assert "grad_norm" not in app.state.curves
+        await pilot.press(*"grad")
+        await until(pilot, lambda: all(option.value for option in app.screen.options))
+        shown = {option.key: option.value for option in app.screen.options}
+        with JournalReader(app.session) as record:
+            _, newest = record.newest_value("grad_norm")
+        assert float(shown["grad_norm"]) == pytest.approx(newest, 0.01)
+        assert shown["grad_norm"] in app.screen.query_one(Table).text()
 
 
 async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_app, running, until):

@@ -31,4 +31,4 @@ async def test_a_key_that_is_off_is_not_offered_and_says_read_only(
 def test_the_top_line_of_a_paused_run_offers_no_key():
     line = StatusLine(make_state(state="paused"))
     line.read_only = True
-    assert "resumes" not in text(line)
+    assert "unpauses" not in text(line)

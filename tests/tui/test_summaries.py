@@ -4,6 +4,7 @@ import math
 import time
 
 import pytest
+from rich.cells import cell_len
 
 from engine.config.settings import SettingChange
 from engine.journal.rows import AlertEvent, CheckpointEvent, EventRow, decode_payload
@@ -36,6 +37,16 @@ from tests.tui.panels import command, make_state, text
 )
 def test_a_state_says_what_helps(given, words):
     assert words in text(StatusLine(make_state(**given)))
+
+
+@pytest.mark.parametrize("reason", ["the reward function raised " + "again " * 30, "奖励" * 40])
+def test_a_long_reason_of_a_pause_leaves_room_for_the_step_and_the_key(reason):
+    line = StatusLine(make_state(state="paused", pause_reason=reason))
+    shown = text(line, 80)
+    assert shown.startswith(" step 50/100 ")
+    assert shown.rstrip().endswith("…; p unpauses")
+    assert f"paused by {reason[:20]}" in shown
+    assert cell_len(shown) == 80
 
 
 def test_a_run_that_waits_does_not_say_that_it_runs():

@@ -22,6 +22,8 @@ STATE_KINDS: dict[State, Kind] = {
     "failed": "failure",
 }
 """State → kind of its notification; no other state is notified."""
+EFFECTS = {"pause": "the run pauses: ", "stop": "the run stops: "}
+"""Action of an alert → how its text begins for people; the text of the JSON is the journal's."""
 
 
 class NotificationError(RlhfError):
@@ -65,8 +67,9 @@ class Notification:
 def of_alert(session: str, alert: Alert) -> Notification:
     """The notification of an alert; one that pauses or stops the run is an error."""
     kind: Kind = "restart" if alert.rule == RESTART_RULE else "alert"
-    level: Level = "error" if alert.action in ("pause", "stop") else "warning"
-    return Notification(session, kind, level, alert.text, alert.step, alert.as_data())
+    effect = EFFECTS.get(alert.action, "")
+    level: Level = "error" if effect else "warning"
+    return Notification(session, kind, level, effect + alert.text, alert.step, alert.as_data())
 
 
 def of_state(session: str, state: State, reason: str, step: int) -> Notification | None:

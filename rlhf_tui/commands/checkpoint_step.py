@@ -1,0 +1,65 @@
+"""The step of a checkpoint as commands take it: a number, `last` or `best`."""
+
+from typing import Any, Literal, cast
+
+import click
+
+from engine.errors import NoSuchSessionError
+from engine.journal.reader import JournalReader
+from engine.launch.start import checkpoint_steps, last_checkpoint
+from engine.session.folder import Session
+
+StepChoice = int | Literal["last", "best"]
+WORDS = ("last", "best")
+
+
+class StepType(click.ParamType):
+    """Converts an argument to a :data:`StepChoice`."""
+
+    name = "step"
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> StepChoice:
+        """The choice. Raises `click.BadParameter`."""
+        if value in WORDS:
+            return cast(StepChoice, value)
+        try:
+            step = int(value)
+        except ValueError:
+            step = 0
+        if step < 1:
+            self.fail(
+                f"{value!r} is not the step of a checkpoint: give a number from 1 on, last or best",
+                parameter,
+                context,
+            )
+        return step
+
+
+def checkpoint_step(session: Session, choice: StepChoice) -> int:
+    """The step of a chosen checkpoint. Whether there is one of a number is not checked.
+
+    Raises:
+        NoSuchSessionError: there is no last one, or none has a value of `train.best_metric`.
+        JournalError: the journal cannot be read.
+    """
+    if isinstance(choice, int):
+        return choice
+    return _best(session) if choice == "best" else _last(session)
+
+
+def _last(session: Session) -> int:
+    step = last_checkpoint(session)
+    if not step:
+        others = ", ".join(map(str, checkpoint_steps(session)))
+        lacks = f"no checkpoint in its journal, but of steps {others}" if others else ""
+        raise NoSuchSessionError(f"session '{session.name}' has {lacks or 'no checkpoint yet'}")
+    return step
+
+
+def _best(session: Session) -> int:
+    metric = session.config().train.best_metric
+    with JournalReader(session) as record:
+        best = record.best_checkpoint(metric)
+    if best is None:
+        raise NoSuchSessionError(f"no checkpoint of session '{session.name}' has {metric}")
+    return best
