@@ -34,6 +34,7 @@ _NAMES = {
     "ppo.value_coef": "vf_coef",
     "ppo.entropy_coef": "entropy_coeff",
     "ppo.lam": "lambd",
+    "ppo.top_entropy": "top_entropy_quantile",
     "ppo.off_policy_mask": "off_policy_mask_threshold",
     "ppo.rollout_correction": "vllm_importance_sampling_mode is_correction_type rollout_is",
     "ppo.max_grad_norm": "max_norm grad_clip",

@@ -92,6 +92,7 @@ def train_step(
         beta=config.kl.beta if config.kl.place == "reward" else 0.0,
         per_prompt=config.responses_per_prompt, baseline=state.baseline,
         kl_estimator=config.kl.estimator, greedy_scores=greedy, ended=rollout.ended,
+        entropies=rollout.entropies,
     )  # fmt: skip
     if states is not None:
         inputs = with_fitted_values(run, step, states, inputs)

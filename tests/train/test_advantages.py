@@ -72,6 +72,34 @@ def test_advantages_are_those_of_the_recursion_over_the_kept_tokens(batch, gamma
         assert near(got[i, t], want, 64)
 
 
+@modest
+@given(masks(1), st.sampled_from([0.01, 0.2, 0.5, 0.99]))
+def test_tokens_of_top_entropy_are_the_share_that_no_other_token_exceeds(batch, share):
+    mask, entropies = batch
+    top = advantages.top_entropy(entropies, mask, share)
+    chosen, others = entropies[top], entropies[mask & ~top]
+    assert not (top & ~mask).any()
+    assert len(others) == 0 or others.max() < chosen.min()
+    wanted = max(1, round(share * int(mask.sum())))
+    assert (entropies[mask] > chosen.min()).sum() < wanted <= len(chosen)
+
+
+def test_only_tokens_of_top_entropy_have_an_advantage():
+    scores, mask = (
+        torch.tensor([1.0, -1.0]),
+        torch.tensor([[True, True, True], [True, True, False]]),
+    )
+    entropies = torch.tensor([[0.1, 3.0, 0.2], [2.0, 0.3, 9.0]])
+    nothing = torch.zeros(mask.shape)
+    inputs = advantages.AdvantageInputs(
+        scores=scores, old_logprobs=nothing, ref_logprobs=nothing, values=nothing, mask=mask,
+        lengths=mask.sum(1), config=PPOConfig(advantage="reward", baseline="none", top_entropy=0.4),
+        beta=0.0, per_prompt=1, baseline=None, entropies=entropies,
+    )  # fmt: skip
+    targets = advantages.make_targets(inputs)
+    assert targets.advantages.tolist() == [[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]
+
+
 def test_a_gap_in_the_mask_does_not_change_the_advantages():
     rewards = torch.tensor([[1.0, 500.0, 2.0, 500.0]])
     values = torch.tensor([[0.5, 700.0, 0.25, 700.0]])

@@ -27,7 +27,7 @@ GROUP, LIMIT = 4, 6
 LENGTHS = torch.tensor([6, 2, 5, 1])
 AGGREGATION = {
     "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
-    "cispo": "token", "sapo": "sequence",
+    "cispo": "token", "sapo": "sequence", "luspo": "sequence_sum_constant",
 }  # fmt: skip
 """TRL's `loss_type` → `ppo.loss_aggregation`."""
 
@@ -156,7 +156,8 @@ def ours(trainer, inputs, case):
         loss = loss + case["beta"] * losses.weighted_sum(kl, mask, weights)
     if case["entropy"]:
         loss = loss - case["entropy"] * losses.weighted_sum(entropies, mask, weights)
-    return loss / size.tokens
+    # Theirs is the sum of a response's tokens, not divided by a constant.
+    return loss / size.tokens * (LIMIT if kind == "luspo" else 1)
 
 
 KEYS = ("loss_type", "ratio", "high", "delta", "beta", "entropy", "weighted", "limit")
@@ -176,6 +177,7 @@ CASES = [
         ("sapo", "sequence_mean", None, None, 0.0, 0.0, False),
         ("grpo", "token", None, None, 0.1, 0.0, True),
         ("grpo", "sequence_mean", None, None, 0.1, 0.0, True),
+        ("luspo", "sequence_mean", 0.28, None, 0.0, 0.0, False),
         ("grpo", "token", None, None, 0.1, 0.0, False, 0.1),
     ]
 ]

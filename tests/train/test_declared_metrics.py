@@ -11,6 +11,7 @@ EVERYTHING = (
     "ppo.entropy_coef=0.01",
     "ppo.dual_clip=3",
     "ppo.off_policy_mask=0.5",
+    "ppo.top_entropy=0.5",
     "kl.place=loss",
     "kl.estimator=k3",
     "rollout.per_prompt=2",

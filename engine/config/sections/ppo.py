@@ -88,6 +88,10 @@ class PPOConfig(Section, frozen=True):
     mask_truncated: bool = False
     """Sets the advantages of responses that were cut off to 0, so that the policy learns nothing
     from what they score (DAPO's overlong filtering). A KL or an entropy in the loss counts them."""
+    top_entropy: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of a step's tokens that the policy loss trains on: those at which the policy was least
+    sure, by the entropy of what they were drawn from (0.2 in "Beyond the 80/20 rule"). The other
+    advantages are 0; a KL or an entropy in the loss counts all tokens."""
     rollout_correction: Literal[
         "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "sequence_mean_mask"
     ] = "none"

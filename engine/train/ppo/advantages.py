@@ -57,6 +57,8 @@ class AdvantageInputs:
     to the estimators that declare `greedy_baseline`."""
     ended: Tensor | None = None
     """(B,) bool: false where a response was cut off; not needed without `ppo.mask_truncated`."""
+    entropies: Tensor | None = None
+    """(B, T): of what each token was drawn from; not needed without `ppo.top_entropy`."""
 
     @property
     def token_kl(self) -> Tensor:
@@ -89,10 +91,11 @@ class Targets:
 
 
 def make_targets(inputs: AdvantageInputs) -> Targets:
-    """Runs the configured estimator and what `ppo.whiten` and `ppo.mask_truncated` ask for.
+    """Runs the configured estimator, and what is done to its advantages.
 
-    With the latter, advantages of responses that were cut off are 0 (DAPO, section 3.4); their
-    scores still count in the baselines of their groups and in whitening.
+    With `ppo.mask_truncated`, those of responses that were cut off are 0 (DAPO, section 3.4); their
+    scores still count in the baselines of their groups and in whitening. With `ppo.top_entropy`,
+    those of the tokens of lower entropy are 0 (Wang et al. 2025, arXiv 2506.01939).
     """
     targets = ESTIMATORS[inputs.config.advantage](inputs)
     advantages = targets.advantages
@@ -100,7 +103,20 @@ def make_targets(inputs: AdvantageInputs) -> Targets:
         advantages = masked.whiten(advantages, inputs.mask)
     if inputs.config.mask_truncated and inputs.ended is not None:
         advantages = advantages * inputs.ended[:, None]
+    if inputs.config.top_entropy < 1 and inputs.entropies is not None:
+        top = top_entropy(inputs.entropies, inputs.mask, inputs.config.top_entropy)
+        advantages = advantages * top
     return dataclasses.replace(targets, advantages=advantages, ref_logprobs=inputs.ref_logprobs)
+
+
+def top_entropy(entropies: Tensor, mask: Tensor, share: float) -> Tensor:
+    """The `share` of the tokens of a mask that have the highest entropies, at least one.
+
+    More where several tokens have the lowest entropy of these. (B, T) bool.
+    """
+    values = entropies[mask]
+    least = values.sort(descending=True).values[max(1, round(share * len(values))) - 1]
+    return (entropies >= least) & mask
 
 
 def gae(inputs: AdvantageInputs) -> Targets:
