@@ -13,7 +13,7 @@ StepChoice = int | Literal["last", "best"]
 WORDS = ("last", "best")
 
 
-class StepType(click.ParamType):
+class StepType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
     """Converts an argument to a :data:`StepChoice`."""
 
     name = "step"

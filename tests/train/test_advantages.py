@@ -85,10 +85,8 @@ def test_tokens_of_top_entropy_are_the_share_that_no_other_token_exceeds(batch, 
 
 
 def test_only_tokens_of_top_entropy_have_an_advantage():
-    scores, mask = (
-        torch.tensor([1.0, -1.0]),
-        torch.tensor([[True, True, True], [True, True, False]]),
-    )
+    scores = torch.tensor([1.0, -1.0])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
     entropies = torch.tensor([[0.1, 3.0, 0.2], [2.0, 0.3, 9.0]])
     nothing = torch.zeros(mask.shape)
     inputs = advantages.AdvantageInputs(
