@@ -5,6 +5,7 @@ import contextlib
 import math
 import random
 import sqlite3
+import tracemalloc
 
 import pytest
 from msgspec.structs import replace
@@ -184,6 +185,29 @@ async def begun(run):
     engine.send(Stop(now=True))
     await attempt
     return engine
+
+
+async def test_steps_evaluated_again_show_their_worst_samples_and_never_hold_all_of_them(run):
+    engine, size = Engine(run), 20_000
+    for step in range(1, 201):
+        samples = [run.sample(step, i, kl=float(i), response=f"{i}" * size) for i in range(2)]
+        metrics = {"reward/m": 13.0 * (step == 50), BETA: 0.1, STEP_TIME: 1.0}
+        report = StepReport(
+            step=step, metrics=metrics, samples=samples, settings=engine.shared.settings
+        )
+        engine.receive(report)
+    config = run.session.config()
+    with JournalReader(run.session) as record:
+        (first,) = (e.as_json() for e in record.events() if e.kind == "alert")
+        tracemalloc.start()
+        try:
+            (again,) = evaluate(record, config.guardrails, config)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert again.evidence["samples"] == first["samples"]
+    assert len(first["samples"]) == 2
+    assert peak < 100 * size
 
 
 async def test_an_attempt_begins_with_what_its_timeline_has_raised(run):
