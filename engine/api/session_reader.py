@@ -153,8 +153,17 @@ class SessionReader:
         Raises:
             UserInputError: there is no such metric.
         """
-        chosen = names or tuple(self.metric_names())
-        return dict(aligned([self.curve(name, after) for name in chosen]))
+        with self._reader() as reader:
+            known = reader.metric_names()
+            # A step that ends meanwhile would be in the curves that are read later only.
+            last = reader.last_step()
+            curves = []
+            for name in names or known:
+                points = reader.series(name, after, last)
+                if not points:
+                    _check_metric(name, known)
+                curves.append(as_curve(name, points))
+        return dict(aligned(curves))
 
     def samples(
         self, last: int | None = None, *, query: SampleQuery | None = None

@@ -103,6 +103,14 @@ class SampleReader:
         )
         return [_sample(row) for row in reversed(rows)]
 
+    def of_step(self, step: int) -> list[SampleRow]:
+        """The samples of a step of the current timeline, by index, without their judgements."""
+        rows = self._db.rows(
+            f"SELECT {self._columns} FROM samples WHERE step = ? ORDER BY idx",  # noqa: S608 - constants
+            (step,),
+        )
+        return [_sample(row) for row in rows]
+
     def newest_step(self, *, held_out: bool = False) -> int:
         """The last step with samples, or with responses to held-out prompts; 0 without any."""
         if held_out and not self._keeps_evaluated:

@@ -242,12 +242,17 @@ def _evidence(
         "metric": metric,
         "value": value,
         "window": window,
-        "samples": [
-            {"index": s.index, "prompt": s.prompt, "response": s.response,
-             "score": s.score, "kl": s.kl, "length": s.length}
-            for s in worst_samples(metric, samples)
-        ],
-    }  # fmt: skip
+        "samples": sample_evidence(metric, samples),
+    }
+
+
+def sample_evidence(metric: str, samples: list[Sample]) -> list[dict[str, Any]]:
+    """The worst samples of a metric, as in the data of an alert."""
+    return [
+        {"index": s.index, "prompt": s.prompt, "response": s.response,
+         "score": s.score, "kl": s.kl, "length": s.length}
+        for s in worst_samples(metric, samples)
+    ]  # fmt: skip
 
 
 def worst_samples(metric: str, samples: list[Sample]) -> list[Sample]:

@@ -6,7 +6,7 @@ abandoned branches do not count, and attempts and other rewards begin where they
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config import file as config_file
@@ -17,7 +17,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CommandRow, SampleRow
 from engine.metrics import BETA
 from engine.monitoring.divergence import judges_of
-from engine.monitoring.guardrails import Alert, Guardrails
+from engine.monitoring.guardrails import Alert, Guardrails, sample_evidence
 from engine.monitoring.rule_state import RuleState
 from engine.protocol.rank_messages import Sample
 
@@ -47,16 +47,23 @@ def evaluate(record: JournalReader, rules: GuardrailConfig, run: RunConfig) -> I
         JournalError: the journal cannot be read.
     """
     rails = Guardrails(rules, judges_of(run))
-    samples: dict[int, list[Sample]] = {}
-    for row in record.samples.newest():
-        samples.setdefault(row.step, []).append(_as_reported(row))
     timeline = _Timeline(record, run)
     for step in timeline.steps(record.metric_names(), 0, record.last_step()):
         if step.begins_attempt:
             rails.begin_attempt()
         if step.new_reward:
             rails.forget_steps()
-        yield from rails.check(step.step, step.metrics, step.settings, samples.get(step.step))
+        for alert in rails.check(step.step, step.metrics, step.settings):
+            yield _with_samples(alert, record)
+
+
+def _with_samples(alert: Alert, record: JournalReader) -> Alert:
+    """Adds the samples to the evidence of an alert: those of all steps would take gigabytes."""
+    if "samples" not in alert.evidence:
+        return alert
+    samples = [_as_reported(row) for row in record.samples.of_step(alert.step)]
+    found = {"samples": sample_evidence(alert.evidence["metric"], samples)}
+    return replace(alert, evidence=alert.evidence | found)
 
 
 def rebuild(record: JournalReader, run: RunConfig, last_step: int) -> Guardrails:

@@ -61,6 +61,20 @@ def test_arrays_lie_over_the_same_steps(run):
     assert memoryview(table["objective/kl"]).format == "d"
 
 
+def test_a_step_that_ends_while_arrays_are_read_is_in_none_of_them(run, writer, monkeypatch):
+    read = JournalReader.series
+
+    def beside_a_run(reader, *arguments):
+        points = read(reader, *arguments)
+        writer.steps(reader.last_step() + 1)
+        return points
+
+    monkeypatch.setattr(JournalReader, "series", beside_a_run)
+    table = run.as_arrays("objective/scores", "lr")
+    assert table["step"].tolist() == [1, 2, 3]
+    assert table["lr"].tolist() == [1e-5] * 3
+
+
 def test_all_metrics_are_read_by_default(run):
     assert set(run.as_arrays()) == {"step", *run.metric_names()}
 

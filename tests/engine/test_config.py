@@ -130,6 +130,14 @@ def test_the_keys_that_other_libraries_names_stand_for_exist():
         ("kl.beta.deep=1", "unknown key 'kl.beta.deep'"),
         ("guardrails.rules=[{name: a, metric: b, bove: 1}]", "rules[0].bove"),
         ("guardrails.rules=[{name: a, metric: b, above: 1, of: c}]", ".of must be one of"),
+        (
+            "guardrails.rules=[{name: a, metric: entropy, below: 1}]",
+            "no metric 'entropy' (did you mean 'objective/entropy'?)",
+        ),
+        (
+            "guardrails.rules=[{name: a, metric: lr, above: 1}, {name: a, metric: lr, below: 0}]",
+            "guardrails.rules 'a' is there twice",
+        ),
         ("reward.mix=[{model: a}, {}]", "exactly one of"),
         ("data.min_prompt_tokens=600", "must not exceed data.max_prompt_tokens (512)"),
         ("data.prompts=[]", "data.prompts is an empty list"),

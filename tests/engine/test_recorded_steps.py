@@ -5,6 +5,7 @@ import contextlib
 import math
 import random
 import sqlite3
+import tracemalloc
 
 import pytest
 from msgspec.structs import replace
@@ -35,7 +36,7 @@ SERIES = [4.0, 4.2, 4.0, 4.2, 7.0, 4.0, 7.5, 1.0, 4.0, 7.0, 7.0, 13.0, 13.0, 13.
 def run(make_session, write_in):
     """A supervisor without ranks, and its journal, in which an attempt has begun."""
     overrides = ("guardrails.defaults=false", "log.tensorboard=false")
-    rule = "{name: high, metric: m, above: 2, of: target}"
+    rule = "{name: high, metric: reward/m, above: 2, of: target}"
     writer = write_in(make_session("watched", *overrides, f"guardrails.rules=[{rule}]"))
     writer.journal.begin_attempt(0, fresh=False)
     yield writer
@@ -45,7 +46,7 @@ def run(make_session, write_in):
 def take(engine, first, *values, settings=None, **metrics):
     """Hands steps to a supervisor, as its rank 0 reports them."""
     for step, value in enumerate(values, start=first):
-        reported = {"m": value, BETA: 0.1, LEARNING_RATE: 1e-5, STEP_TIME: 1.0} | metrics
+        reported = {"reward/m": value, BETA: 0.1, LEARNING_RATE: 1e-5, STEP_TIME: 1.0} | metrics
         settings = settings or engine.shared.settings
         engine.receive(StepReport(step=step, metrics=reported, samples=[], settings=settings))
 
@@ -186,10 +187,36 @@ async def begun(run):
     return engine
 
 
+async def test_steps_evaluated_again_show_their_worst_samples_and_never_hold_all_of_them(run):
+    engine, size = Engine(run), 20_000
+    for step in range(1, 201):
+        samples = [run.sample(step, i, kl=float(i), response=f"{i}" * size) for i in range(2)]
+        metrics = {"reward/m": 13.0 * (step == 50), BETA: 0.1, STEP_TIME: 1.0}
+        report = StepReport(
+            step=step, metrics=metrics, samples=samples, settings=engine.shared.settings
+        )
+        engine.receive(report)
+    config = run.session.config()
+    with JournalReader(run.session) as record:
+        (first,) = (e.as_json() for e in record.events() if e.kind == "alert")
+        tracemalloc.start()
+        try:
+            (again,) = evaluate(record, config.guardrails, config)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert again.evidence["samples"] == first["samples"]
+    assert len(first["samples"]) == 2
+    assert peak < 100 * size
+
+
 async def test_an_attempt_begins_with_what_its_timeline_has_raised(run):
     take(Engine(run), 1, 13, 13)
     engine = await begun(run)
-    assert engine.supervisor.rank_messages.guardrails.check(2, {"m": 13.0}, {"target": 5.0}) == []
+    assert (
+        engine.supervisor.rank_messages.guardrails.check(2, {"reward/m": 13.0}, {"target": 5.0})
+        == []
+    )
 
 
 async def test_an_alert_of_an_abandoned_branch_does_not_silence_the_next_one(run):
@@ -204,12 +231,12 @@ async def test_a_rule_that_is_new_raises_its_first_alert_although_it_has_held_fo
     engine = Engine(run)
     take(engine, 1, 1, 1, 1)
     run.journal.begin_attempt(3, fresh=False)
-    new = Rule(name="new", metric="m", above=0.0)
+    new = Rule(name="new", metric="reward/m", above=0.0)
     config = run.session.config()
     with JournalReader(run.session) as record:
         config.guardrails.rules.append(new)
         rails = rebuild(record, config, 3)
-    (alert,) = rails.check(4, {"m": 1.0}, {"target": 6.0})
+    (alert,) = rails.check(4, {"reward/m": 1.0}, {"target": 6.0})
     assert (alert.rule, alert.count) == ("new", 1)
 
 

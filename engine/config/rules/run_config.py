@@ -10,7 +10,7 @@ from engine.config.rules.models import check_models
 from engine.config.rules.ppo import check_ppo
 from engine.config.rules.reward import check_reward
 from engine.config.rules.rollout import check_rollout
-from engine.config.rules.supervision import check_notify, check_rule
+from engine.config.rules.supervision import check_guardrails, check_notify
 from engine.config.rules.trackers import check_trackers
 from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
@@ -32,8 +32,7 @@ def check_config(config: RunConfig) -> None:
     if config.train.ema.offload and config.train.ema.decay is None:
         raise ConfigError("train.ema.offload needs train.ema.decay: without it there is no average")
     deadline(config.train, {})
-    for rule in config.guardrails.rules:
-        check_rule(rule)
+    check_guardrails(config.guardrails)
     check_data(config.data)
     check_trackers(config.log)
     check_evaluation(config)

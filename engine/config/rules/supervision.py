@@ -1,14 +1,22 @@
 """Rules of the sections `guardrails` and `notify`."""
 
+import difflib
 import re
 from functools import cache
 from types import NoneType
 from typing import get_args, get_type_hints
 
 from engine.config.schema import RunConfig
-from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Rule, Webhook
+from engine.config.sections.supervision import (
+    RULE_CONDITIONS,
+    GuardrailConfig,
+    NotifyConfig,
+    Rule,
+    Webhook,
+)
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
+from engine.metrics import METRICS, declaration
 
 LEAST_IN_LINE = 4
 """Steps below which a line through them says next to nothing of its slope's error."""
@@ -70,6 +78,33 @@ def parse_quiet_hours(text: str) -> tuple[int, int]:
     if first == last:
         raise ConfigError(f"notify.quiet_hours: {text} begins and ends at the same time")
     return first, last
+
+
+def check_guardrails(guardrails: GuardrailConfig) -> None:
+    """Checks all guard rails: each has its own name and a metric that there is. Raises ConfigError.
+
+    Otherwise one would never fire, which nothing would show.
+    """
+    names: set[str] = set()
+    for rule in guardrails.rules:
+        check_rule(rule)
+        where = f"guardrails.rules '{rule.name}'"
+        if rule.name in names:
+            raise ConfigError(f"{where} is there twice, and only the last would count: rename one")
+        names.add(rule.name)
+        if rule.metric != "*" and declaration(rule.metric) is None:
+            raise ConfigError(
+                f"{where}: there is no metric '{rule.metric}'{_nearest_metric(rule.metric)}; "
+                "docs/metrics.md lists all of them"
+            )
+
+
+def _nearest_metric(name: str) -> str:
+    """` (did you mean 'objective/kl'?)`, or nothing if no metric is similar."""
+    known = [metric.name for metric in METRICS]
+    close = [m for m in known if m.rpartition("/")[2] == name]
+    close = close or difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def check_rule(rule: Rule) -> None:

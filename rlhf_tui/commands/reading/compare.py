@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from engine.config import file as config_file
-from engine.config.rules.supervision import check_rule
+from engine.config.rules.supervision import check_guardrails
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import GuardrailConfig
 from engine.config.yaml_document import parse_yaml
@@ -144,8 +144,7 @@ def _rules(path: Path) -> GuardrailConfig:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
         section = tree.get("guardrails", tree) if isinstance(tree, dict) else tree
         config = msgspec.convert(section, examined(GuardrailConfig))
-        for rule in config.rules:
-            check_rule(rule)
+        check_guardrails(config)
     except OSError as error:
         raise UserInputError(f"--rules {path}: {error.strerror}") from error
     except (UnicodeDecodeError, msgspec.ValidationError) as error:
