@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textual.app import App
 
@@ -9,13 +10,19 @@ from engine.errors import SessionError
 from engine.journal.rows import ProbeResult
 from engine.protocol.commands import Command, Note, Probe
 from rlhf_tui import format as fmt
+from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.time_left import about
 
+if TYPE_CHECKING:  # imported when a probe is answered
+    from rlhf_tui.dialogs.text import ProbeDialog
+
 READ_ONLY = "read-only: commands are disabled"
+AGAIN = 0.5
+"""Seconds after which it looks again whether a dialog is still open."""
 
 
 class CommandTracker:
@@ -128,10 +135,17 @@ class CommandTracker:
                 from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps start-up short
 
                 prompt, result = message.command.text, ProbeResult.of(reply.result)
-                self._app.push_screen(ProbeDialog(session.name, prompt, result, reply.step))
+                self._show_probe(ProbeDialog(session.name, prompt, result, reply.step))
         else:
             expected = f", {when(target)}" if target is not None else ""
             self._say(f"{text}: {reply.status}{expected}")
+
+    def _show_probe(self, dialog: "ProbeDialog") -> None:
+        """Shows the responses to a probe once no other dialog is open: it may be typed into."""
+        if isinstance(self._app.screen, SessionScreen):
+            self._app.push_screen(dialog)
+        else:
+            self._app.set_timer(AGAIN, lambda: self._show_probe(dialog))
 
     def _latest(self, folder: Path) -> SteeringTarget | None:
         """A run as known now: the selected one has a fresher time of its step boundary."""

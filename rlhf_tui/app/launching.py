@@ -1,5 +1,6 @@
 """Runs commands of the CLI: those that start engines, and `rm` and `export`."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from textual.app import App
 from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
-from engine.session.folder import all_sessions, find
+from engine.session.folder import Session, all_sessions, find
 from rlhf_tui.app.following import SessionFollower
+from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.messages import CommandResult, EngineStarted
 
@@ -108,32 +110,43 @@ class EngineStarter:
         self._app.push_screen(form.dialog, take)
 
     def start(self, arguments: list[str], name: str) -> None:
-        """Runs `rlhf-tui <arguments> --detach` in a thread; opens the session once it exists."""
+        """Runs `rlhf-tui <arguments> --detach` in a thread; opens the session once it exists.
+
+        Args:
+            arguments: of the command.
+            name: of the session that it starts.
+        """
         if self._refused():
             return
-        before = {s.name for s in all_sessions(self._root)}
+        known = name in {s.name for s in all_sessions(self._root)}
         self._say(f"starting: rlhf-tui {' '.join(arguments)}")
 
         def start() -> None:
             result = self.run_cli([*arguments, "--detach"])
-            new = {s.name for s in all_sessions(self._root)} - before
-            started = name or next(iter(sorted(new)), "")
-            self._app.post_message(EngineStarted(started, result))
+            self._app.post_message(EngineStarted(name, result))
 
         threading.Thread(target=start, daemon=True, name="start").start()
         # The dashboard is useful while the models are still loading.
-        if name in before:
+        if known:
             self._open_session(name)
         else:
-            self._open_when_created(before, self._now() + APPEARS)
+            self._open_when_created(name, self._app.current_mode, self._now() + APPEARS)
 
-    def _open_when_created(self, before: set[str], deadline: float) -> None:
+    def _open_when_created(self, name: str, mode: str, deadline: float) -> None:
         # Until its engine runs, a new session looks as if its engine had died.
-        new = (s for s in all_sessions(self._root) if s.name not in before and s.may_be_live())
-        if (session := next(new, None)) is not None:
-            self._open_session(session.name)
+        if Session(self._root / name).may_be_live():
+            if self._takes_keys(mode):
+                self._open_session(name)
         elif self._now() < deadline:
-            self._app.set_timer(POLL_INTERVAL, lambda: self._open_when_created(before, deadline))
+            again = functools.partial(self._open_when_created, name, mode, deadline)
+            self._app.set_timer(POLL_INTERVAL, again)
+
+    def _takes_keys(self, mode: str) -> bool:
+        """Whether a mode's screen takes the keys, and no dialog over it.
+
+        A session that opens by itself elsewhere would get keys that are meant for another one.
+        """
+        return self._app.current_mode == mode and isinstance(self._app.screen, SessionScreen)
 
     def started(self, message: EngineStarted) -> None:
         """Shows what a start said; on the sessions screen, opens the session."""
@@ -146,9 +159,9 @@ class EngineStarter:
         if not self._is_live(message.name) and result.last_line:
             # The run has nothing left to do. The last line of the command explains why.
             self._say(result.last_line, "warning")
-        elif self._follower.state.name == message.name or self._app.current_mode != "sessions":
+        elif self._follower.state.name == message.name or not self._takes_keys("sessions"):
             self._say(f"'{message.name}' is running")
-        elif message.name:
+        else:
             self._open_session(message.name)
 
     def _is_live(self, name: str) -> bool:

@@ -178,7 +178,7 @@ class JudgingDialog(Dialog[None]):
             if text is None:
                 return
             judgement = Judgement(label=None, note=text or None, who=self._who, time=self._now())
-            queue.replace_current(msgspec.structs.replace(row, judgement=judgement))
+            queue.replace(msgspec.structs.replace(row, judgement=judgement))
             self._write(
                 lambda: set_note(self._session, row.prompt, response, text, self._who), None
             )

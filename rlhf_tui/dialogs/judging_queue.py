@@ -91,9 +91,9 @@ class JudgingQueue:
         self._ahead.insert(0, decision.row)
         return decision
 
-    def replace_current(self, row: SampleRow) -> None:
-        """Replaces the current response by itself with a note."""
-        self._ahead[0] = row
+    def replace(self, row: SampleRow) -> None:
+        """Replaces a response that is not judged yet by itself with a note."""
+        self._ahead = [row if key_of(each) == key_of(row) else each for each in self._ahead]
 
     def agrees(self, decision: Decision) -> bool | None:
         """Whether the reward model agrees; None for a skipped response and without a score."""

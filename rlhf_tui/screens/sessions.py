@@ -369,15 +369,16 @@ class SessionsScreen(SessionScreen):
     def action_new(self) -> None:
         """Asks, then starts the demo."""
         root = self.context.root
+        name = free_name(root, "demo")
         rows: list[Row] = [
             [("Trains a small model for a few minutes; nothing is downloaded.", "")],
-            [(f"New session: {short_path(root / free_name(root, 'demo'))}", "dim")],
+            [(f"New session: {short_path(root / name)}", "dim")],
         ]
         choices = [Choice("c", "Cancel", "cancel"), Choice("s", "Start", "start")]
 
         def chosen(result: str | None) -> None:
             if result == "start":
-                self.context.engines.start(["demo"], "")
+                self.context.engines.start(["demo", "--name", name], name)
 
         self.app.push_screen(ChoiceDialog("Start a demo run?", rows, choices), chosen)
 

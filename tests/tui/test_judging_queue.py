@@ -1,8 +1,10 @@
 """The queue of unjudged responses: its orders, what it counts, and what it hides."""
 
+import msgspec
 import pytest
 
 from engine.journal.labels import Response, set_label
+from engine.journal.rows import Judgement
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.dialogs.judging import JudgingDialog, ResponseText
 from rlhf_tui.dialogs.judging_queue import JudgingQueue
@@ -60,6 +62,17 @@ def test_an_undone_decision_comes_again_and_is_not_counted():
     assert queue.undo().row is queue.current is first
     assert (queue.judged, queue.total, queue.agreement()) == (0, 3, (0, 0))
     assert queue.undo() is None
+
+
+def test_a_note_is_kept_with_its_response_though_another_one_has_come_back():
+    queue = JudgingQueue(pool(9.0, 0.0, 0.1))
+    decision, noted = queue.decide("good"), queue.current
+    queue.take_back(decision)  # it could not be written
+    judgement = Judgement(label=None, note="odd", who="ana", time=0.0)
+    queue.replace(msgspec.structs.replace(noted, judgement=judgement))
+    left = [queue.decide("good").row for _ in range(3)]
+    assert {row.step: row.note for row in left if row.note} == {noted.step: "odd"}
+    assert sorted(row.step for row in left) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

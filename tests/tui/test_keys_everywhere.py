@@ -170,7 +170,7 @@ async def test_enter_opens_a_session(browser, until):
 
 @pytest.mark.parametrize(
     ("keys", "words"),
-    [(["n", "s"], ["demo", "--detach"]), (["d", "d"], ["rm", "frozen", "-y"])],
+    [(["n", "s"], ["demo", "--name", "demo", "--detach"]), (["d", "d"], ["rm", "frozen", "-y"])],
 )
 async def test_sessions_are_started_and_deleted(browser, keys, words, until):
     async with browser() as (app, pilot):

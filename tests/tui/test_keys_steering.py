@@ -137,6 +137,23 @@ async def test_w_writes_a_note(make_app, engine, running, until):
         await until(pilot, lambda: engine == [steering.Note(text="odd")])
 
 
+async def test_responses_to_a_probe_wait_until_nobody_types_into_a_dialog(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        app.push_screen(InputDialog("Add a note", [], verb="add"))
+        await until(pilot, lambda: app.screen.query("#field"))
+        result = {n: {"response": n, "score": 1.0, "kl": 2.0, "length": 2}
+                  for n in ("policy", "reference")}  # fmt: skip
+        answer = CommandReply(id="p", status="applied", step=3, result=result)
+        app.post_message(CommandAnswered(app.session, "probe", steering.Probe(text="x"), answer))
+        footer = app.screen_stack[0].query_one(KeyFooter)
+        await until(pilot, lambda: "probe: applied" in footer.text())
+        await pilot.press(*"odd")
+        assert app.screen.query_one("#field").value == "odd"
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(app.screen, ProbeDialog))
+
+
 async def test_x_probes_and_shows_both_responses(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:

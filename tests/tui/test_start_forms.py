@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from textual.widgets import Input
 
+from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.forms.overrides import FormError, check_config_file, split_overrides
 from rlhf_tui.dialogs.form import FormDialog
 from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.completing_input import KeySuggester, completions
+from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.table import Table
 
 
@@ -56,25 +58,65 @@ async def test_r_on_the_dashboard_of_a_finished_run_resumes_it_with_other_settin
         assert app.ran == [["resume", "frozen", *options]]
 
 
-async def test_a_new_run_is_opened_once_its_engine_lives(
-    session_maker, tmp_path, monkeypatch, running, until
-):
+@contextlib.contextmanager
+def locked(session):
+    """The session with an engine, as others see it."""
+    lock = session.acquire()
+    yield
+    lock.release()
+
+
+@pytest.fixture
+def starting(session_maker, tmp_path, monkeypatch, running):
+    """The app whose start of a run named `new` lasts, and what makes sessions beside it."""
     root = tmp_path / "sessions"
     session_maker(root, "one", 3)
-    app = RlhfApp(root, None, now=lambda: 1_700_003_600.0, follow=False)
-    ended = threading.Event()
-    monkeypatch.setattr(app.engines, "run_cli", lambda _words: CommandResult(str(ended.wait())))
-    async with running(app) as pilot:
+
+    @contextlib.asynccontextmanager
+    async def start():
+        app = RlhfApp(root, None, now=lambda: 1_700_003_600.0, follow=False)
+        ended = threading.Event()
+        monkeypatch.setattr(app.engines, "run_cli", lambda _words: ended.wait() and CommandResult())
+        async with running(app) as pilot:
+            app.engines.start(["demo", "--name", "new"], "new")
+            yield app, pilot, lambda name: session_maker(root, name, 3), ended
+            ended.set()
+
+    return start
+
+
+async def test_a_new_run_is_opened_once_its_engine_lives_and_no_other_one(starting, until):
+    async with starting() as (app, pilot, make, _):
         table = app.screen.query_one(Table)
-        app.engines.start(["demo"], "")
-        new = session_maker(root, "new", 3)
-        await until(pilot, lambda: table.count() == 2)
-        assert app.current_mode == "sessions"
-        lock = new.acquire()
-        await until(pilot, lambda: app.current_mode == "dashboard")
-        assert app.state.name == "new"
-        lock.release()
-        ended.set()
+        other, new = make("another"), make("new")
+        with locked(other):
+            await until(pilot, lambda: table.count() == 3)
+            assert app.current_mode == "sessions"
+            with locked(new):
+                await until(pilot, lambda: app.current_mode == "dashboard")
+                assert app.state.name == "new"
+
+
+async def test_a_new_run_does_not_take_the_keys_that_are_typed_into_a_dialog(
+    starting, until, monkeypatch
+):
+    looked, look = [], Session.may_be_live
+
+    def record(session):
+        looked.append((session.name, live := look(session)))
+        return live
+
+    monkeypatch.setattr(Session, "may_be_live", record)
+    async with starting() as (app, pilot, make, ended):
+        await form(app, pilot, until, "N")
+        with locked(make("new")):
+            await until(pilot, lambda: ("new", True) in looked)
+            ended.set()
+            footer = app.screen_stack[0].query_one(KeyFooter)
+            await until(pilot, lambda: "'new' is running" in footer.text())
+            await pilot.press(*"pc")
+            assert app.current_mode == "sessions"
+            assert app.screen.query_one("#path", Input).value == "pc"
 
 
 async def test_no_scrollbar_takes_the_only_line_of_a_field(seat, until):
@@ -146,7 +188,8 @@ async def test_a_run_is_started_from_a_file_whose_path_is_completed(
         await until(pilot, lambda: "200 steps, folder:" in effect(app))
         await pilot.press("enter")
         await until(pilot, lambda: app.ran)
-        assert app.ran == [["run", str(tmp_path / "my run.yaml"), "--detach"]]
+        words = ["run", str(tmp_path / "my run.yaml"), "--name", "my-run", "--detach"]
+        assert app.ran == [words]
 
 
 @pytest.mark.parametrize(

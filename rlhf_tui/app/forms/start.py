@@ -34,7 +34,7 @@ class StartForm(Struct, frozen=True):
     arguments: Callable[[Values], list[str]]
     """What is typed → the command line, without `rlhf-tui`. Call it with valid values only."""
     name: Callable[[Values], str]
-    """What is typed → the session; empty if the command chooses a name."""
+    """What is typed → the session."""
 
 
 def new_run_form(root: Path) -> StartForm:
@@ -47,10 +47,12 @@ def new_run_form(root: Path) -> StartForm:
         except (FormError, RlhfError) as error:
             return False, str(error)
 
+    def name(values: Values) -> str:
+        return values["name"] or free_name(root, typed_path(values["path"]).stem)
+
     def arguments(values: Values) -> list[str]:
         path = str(typed_path(values["path"]).absolute())
-        name = ["--name", values["name"]] if values["name"] else []
-        return ["run", path, *name, *_options(values)]
+        return ["run", path, "--name", name(values), *_options(values)]
 
     fields = [
         Field("path", "configuration file (YAML)", hint="run.yaml", suggester=PathSuggester()),
@@ -59,7 +61,7 @@ def new_run_form(root: Path) -> StartForm:
     ]
     rows: list[Row] = [[(f"A relative path starts at {Path.cwd()}.", "dim")]]
     dialog = FormDialog("New run from a configuration file", rows, fields, check, "start")
-    return StartForm(dialog, arguments, lambda values: values["name"])
+    return StartForm(dialog, arguments, name)
 
 
 def resume_form(root: Path, name: str, from_step: int | None) -> StartForm:
