@@ -207,11 +207,14 @@ class Steering:
         dialog = InputDialog(f"Probe {target.name} with a prompt", rows, verb="send")
         self._app.push_screen(dialog, send)
 
-    def roll_back(self, target: SteeringTarget, step: int) -> None:
-        """Asks, then sends a rollback to the checkpoint of `step`."""
+    def roll_back(self, target: SteeringTarget, step: int, resume: Callable[[bool], None]) -> None:
+        """Asks, then sends a rollback; see :meth:`CommandActions.roll_back`."""
 
         def send(reseed: bool) -> None:
-            self.command(target, Rollback(step=step, reseed=reseed), f"roll back to {step}")
+            if target.session.may_be_live():
+                self.command(target, Rollback(step=step, reseed=reseed), f"roll back to {step}")
+            else:
+                resume(reseed)
 
         if self.can_steer(target):
             self.ask_roll_back(target, step, send)

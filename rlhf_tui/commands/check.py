@@ -25,6 +25,7 @@ from rlhf_tui.commands.options import (
     print_json,
     say,
     sessions_option,
+    show_wait,
 )
 from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.text import one_line
@@ -46,6 +47,7 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
     check_rollout_engine(loaded)
+    show_wait("loading what the configuration names, and taking a small step")
     result = msgspec.json.decode(
         run_engine_program(
             "engine.train.check", config=loaded, failed="the configuration cannot be tried"

@@ -23,6 +23,7 @@ from rlhf_tui.commands.options import (
     print_json,
     say,
     sessions_option,
+    show_wait,
 )
 from rlhf_tui.engine_program import run_engine_program
 
@@ -51,6 +52,7 @@ def evaluate(
         raise NoSuchSessionError(
             f"session '{name}' has no checkpoint of step {step} (it has: {listed})"
         )
+    show_wait(f"evaluating the checkpoint of step {step}")
     result = run_program(session, config, step)
     if as_json:
         print_json({"step": step} | result)

@@ -18,7 +18,7 @@ from engine.session.folder import Session, all_sessions, find
 from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
-from rlhf_tui.text import sanitise
+from rlhf_tui.text import one_line, sanitise
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -157,6 +157,12 @@ def say(*pieces: str | tuple[str, Tone]) -> None:
         text = sanitise(text)
         words.append(click.style(text, fg=COLOURS[tone]) if coloured and tone else text)
     click.echo("".join(words))
+
+
+def show_wait(text: str) -> None:
+    """Says on stderr what a command of many seconds does, if somebody looks at a terminal."""
+    if sys.stderr.isatty():
+        click.echo(f"{one_line(text)} …", err=True)
 
 
 def has_colours() -> bool:

@@ -20,7 +20,7 @@ from engine.memory.capacity import Capacity, of_device
 from engine.memory.estimate import estimate
 from engine.memory.model import Estimate, Layout, Models, configured, layouts
 from engine.memory.rollout_engine import beside_ranks, engine_memory
-from rlhf_tui.commands.options import json_option, override_option, print_json, say
+from rlhf_tui.commands.options import json_option, override_option, print_json, say, show_wait
 from rlhf_tui.text import one_line
 
 GB = 1e9
@@ -71,6 +71,7 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     """
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
+    show_wait("reading the models' shapes and the prompts' lengths")
     models = read_models(loaded)
     capacity = of_device(models.device, loaded.launch.gpus).less(beside_ranks(loaded, models))
     ranks = processes or _several(loaded, capacity)

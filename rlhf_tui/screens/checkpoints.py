@@ -140,15 +140,14 @@ class CheckpointsScreen(SessionScreen):
         if found is None or target is None:
             return
         name, step = target.name, found.step
-        if target.session.may_be_live():
-            self.context.commands.roll_back(target, step)
-            return
 
         def resume(reseed: bool) -> None:
             seed = ["--reseed"] if reseed else []
             self.context.engines.start(["resume", name, "--from", str(step), *seed], name)
 
-        if step < target.step:
+        if target.session.may_be_live():
+            self.context.commands.roll_back(target, step, resume)
+        elif step < target.step:
             self.context.commands.ask_roll_back(target, step, resume)
         else:
             self.context.engines.ask_resume(name, step)

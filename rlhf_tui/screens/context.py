@@ -45,8 +45,12 @@ class CommandActions(Protocol):
     def run_read(self, target: SteeringTarget) -> None:
         """Call it when a run was read again: effects of commands may show now."""
 
-    def roll_back(self, target: SteeringTarget, step: int) -> None:
-        """Asks, then sends a rollback to the checkpoint of `step`."""
+    def roll_back(self, target: SteeringTarget, step: int, resume: Callable[[bool], None]) -> None:
+        """Asks, then sends a rollback to the checkpoint of `step`.
+
+        If the run ends while the question is open, `resume` is called in place of it; it gets
+        whether to sample with a new seed.
+        """
 
     def ask_roll_back(
         self, target: SteeringTarget, step: int, confirmed: Callable[[bool], None]

@@ -165,12 +165,21 @@ def test_group_advantages_are_differences_to_the_group_s_mean(group, prompts, sc
         assert abs(float(got[i]) - want) <= 1e-4 * (1 + abs(want))
 
 
-@pytest.mark.parametrize("score", [0.1, 100.7])  # their sums round in float32
-@pytest.mark.parametrize("scale", ["group", "none"])
-def test_a_group_without_variance_gets_no_advantage(scale, score):
+@pytest.mark.parametrize("score", [0.1, 100.7, 1000.7])  # their sums round in float32
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        lambda scores: advantages.group_advantages(scores, 3, "group"),
+        lambda scores: advantages.group_advantages(scores, 3, "none"),
+        lambda scores: advantages.leave_one_out(scores, 3),
+    ],
+    ids=["group", "none", "leave-one-out"],
+)
+def test_a_group_without_variance_gets_no_advantage(estimate, score):
     scores = torch.tensor([score, score, score, 0.0, 1.0, 2.0])
-    got = advantages.group_advantages(scores, 3, scale)
+    got = estimate(scores)
     assert got[:3].tolist() == [0.0, 0.0, 0.0]
+    assert got.dtype == scores.dtype
     assert advantages.constant_groups(scores, 3).tolist() == [True, False]
 
 

@@ -10,7 +10,11 @@ from engine.config import file as config_file
 from engine.errors import RlhfError, UserInputError
 from engine.protocol.programs.check_result import TimedStep
 from engine.train.check import check, reduced, suggested_value
-from engine.train.reports.setup_notes import plain_prompts, slow_controller
+from engine.train.reports.setup_notes import (
+    ignored_value_keys,
+    plain_prompts,
+    slow_controller,
+)
 from rlhf_tui.commands.check import report, step_estimate
 from tests.train.conftest import SMALL
 
@@ -128,6 +132,24 @@ def test_plain_prompts_of_a_chat_model_are_noted(make_run, chat_policy, template
 def test_a_controller_that_is_too_slow_for_the_run_is_noted_with_one_that_is_not(overrides, advice):
     demo = config_file.load(starter.FOLDER / "demo.yaml", overrides)
     assert [text.partition("runs away; ")[2] for text in slow_controller(demo)] == advice
+
+
+@pytest.mark.parametrize(
+    ("overrides", "begins"),
+    [
+        (("model.value=reward_model",), []),
+        (("model.value=reward_model", "ppo.value_clip=0.2"), ["ppo.value_clip has no effect"]),
+        (
+            ("model.value=reward_model", "ppo.value_coef=1", "ppo.value_head_rate=5"),
+            ["ppo.value_coef and ppo.value_head_rate have no effect"],
+        ),
+        (("ppo.value_coef=1", "ppo.value_clip=0.2"), []),
+    ],
+)
+def test_keys_of_the_value_loss_are_noted_where_there_is_none(overrides, begins):
+    demo = config_file.load(starter.FOLDER / "demo.yaml", overrides)
+    found = [text.partition(" with model.value")[0] for text in ignored_value_keys(demo)]
+    assert found == begins
 
 
 @pytest.mark.parametrize(

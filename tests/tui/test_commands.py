@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 
@@ -73,6 +74,23 @@ def test_deleting_asks_whoever_sits_there_wherever_the_output_goes(session_maker
     assert b"delete session 'mine'" in asked
     assert said == b""
     assert session.folder.exists() == (answer == "n")
+
+
+@pytest.mark.parametrize(("command", "words"), [("plan", b"reading the "), ("check", b"loading ")])
+def test_a_command_of_many_seconds_says_on_a_terminal_what_it_does(command, words):
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_tui.cli", command, str(starter.FOLDER / "demo.yaml")],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=slave, start_new_session=True,
+    )  # fmt: skip
+    os.close(slave)
+    try:
+        assert select.select([master], [], [], DEADLINE)[0], "it says nothing"
+        assert os.read(master, 1000).startswith(words)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        os.close(master)
 
 
 def test_a_locale_without_utf_8_gets_escapes_and_no_error(session_maker, tmp_path):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from engine.journal.reader import JournalReader
+from engine.session.folder import Session
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.launching import EngineStarter
@@ -219,6 +220,19 @@ async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
         await pilot.press("r", "n")
         await until(pilot, lambda: ran)
         assert ran == [["resume", "frozen", "--from", "150", "--reseed", "--detach"]]
+
+
+async def test_a_roll_back_that_is_confirmed_after_the_run_has_ended_resumes_it(
+    checkpoints, engine, ran, monkeypatch, until
+):
+    async with checkpoints() as (app, pilot):
+        await pilot.press("j", "r")
+        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
+        monkeypatch.setattr(Session, "is_live", lambda self: False)
+        await pilot.press("r")
+        await until(pilot, lambda: ran)
+        assert ran == [["resume", "frozen", "--from", "150", "--detach"]]
+        assert engine == []
 
 
 async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(checkpoints, ran, until):

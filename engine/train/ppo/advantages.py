@@ -259,9 +259,9 @@ def leave_one_out(returns: Tensor, per_prompt: int) -> Tensor:
     The leave-one-out baseline of RLOO (Kool et al. 2019; Ahmadian et al. 2024). Responses to one
     prompt are in `per_prompt` adjacent rows; `per_prompt` is at least 2.
     """
-    groups = returns.view(-1, per_prompt)
+    groups = returns.double().view(-1, per_prompt)  # see masked.whiten
     others = (groups.sum(1, keepdim=True) - groups) / (per_prompt - 1)
-    return (groups - others).view(-1)
+    return (groups - others).view(-1).to(returns.dtype)
 
 
 GROUP_STD_EPS = 1e-4

@@ -2,7 +2,11 @@
 
 import math
 
+import msgspec
+
+from engine.config.file import complete
 from engine.config.schema import RunConfig
+from engine.config.sections.ppo import PPOConfig
 from engine.kl import horizon_for, largest_change, usual_horizon
 from engine.train.run import Run
 
@@ -10,6 +14,8 @@ LEAST_FACTOR = 4.0
 """By which the adaptive controller should be able to change beta within a run."""
 TRIAL_STEPS = 50
 """A run that is shorter is a trial, for which no controller needs to be quick enough."""
+OF_THE_VALUE_LOSS = ("value_coef", "value_clip", "value_head_rate")
+"""Keys of `ppo`."""
 
 
 def setup_notes(config: RunConfig, run: Run) -> list[str]:
@@ -19,7 +25,7 @@ def setup_notes(config: RunConfig, run: Run) -> list[str]:
         config: of the run.
         run: with its prompts and tokenizer loaded; its own configuration may be a smaller one.
     """
-    return [*plain_prompts(run), *slow_controller(config)]
+    return [*plain_prompts(run), *slow_controller(config), *ignored_value_keys(config)]
 
 
 def plain_prompts(run: Run) -> list[str]:
@@ -48,4 +54,27 @@ def slow_controller(config: RunConfig) -> list[str]:
         f"the adaptive controller changes beta by at most {change:.2%} in a step, and by a factor "
         f"of {math.exp(exponent):.2g} in the whole run, too slowly for a KL that runs away; "
         f"kl.horizon: {horizon} allows {100 * largest_change(horizon, batch):.2g}% a step"
+    ]
+
+
+def ignored_value_keys(config: RunConfig) -> list[str]:
+    """A line if keys of the value loss are set for a value function that is fitted without one."""
+    if not config.linear_value:
+        return []
+    plain = PPOConfig()
+    unset = msgspec.structs.replace(
+        config.ppo, **{key: getattr(plain, key) for key in OF_THE_VALUE_LOSS}
+    )
+    default = complete(msgspec.structs.replace(config, ppo=unset)).ppo
+    given = [
+        f"ppo.{key}"
+        for key in OF_THE_VALUE_LOSS
+        if getattr(config.ppo, key) != getattr(default, key)
+    ]
+    if not given:
+        return []
+    have = "has" if len(given) == 1 else "have"
+    return [
+        f"{' and '.join(given)} {have} no effect with model.value: reward_model, whose values are "
+        "fitted to the returns and not trained by a loss"
     ]
