@@ -1,6 +1,7 @@
 """Starts runs, and finds sessions by name."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from engine.session.registry import live_sessions
 
 LOADING_TIMEOUT = 60.0
 """Seconds to wait for errors while models load; loading continues after it."""
+
+NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufffe\uffff]")
+"""Characters of JSON that YAML refuses or takes for the end of a line."""
 
 Overrides = Mapping[str, Any]
 """Configuration key → value, such as `{"kl.beta": 0.1}`."""
@@ -199,11 +203,14 @@ def _root(folder: str | Path | None) -> Path:
 
 
 def _as_words(overrides: Overrides | None) -> list[str]:
-    """Overrides as the command line gives them; JSON is YAML. Raises UserInputError."""
+    """Overrides as the command line gives them: in JSON, which is YAML. Raises UserInputError."""
     try:
-        return [
-            f"{key}={json.dumps(value, ensure_ascii=False)}"
-            for key, value in (overrides or {}).items()
-        ]
+        return [f"{key}={_as_yaml(value)}" for key, value in (overrides or {}).items()]
     except (TypeError, ValueError) as error:
         raise UserInputError(f"overrides must be plain values: {error}") from error
+
+
+def _as_yaml(value: Any) -> str:
+    # Not in ASCII: JSON writes an emoji as two surrogates, which are no text in YAML.
+    text = json.dumps(value, ensure_ascii=False)
+    return NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

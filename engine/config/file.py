@@ -204,7 +204,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
         *sections, last = key.strip().split(".")
         node = tree
         for section in sections:
-            child = node.setdefault(section, {})
+            child = node.get(section)
+            if child is None:  # a section that may be left out, or is empty
+                child = node[section] = {}
             if not isinstance(child, dict):
                 raise ConfigError(f"unknown key '{key}'{_nearest(key)}")
             node = child

@@ -24,8 +24,14 @@ class CommandLog:
     """Writes and reads commands. Each command also has an event."""
 
     def __init__(self, db: sqlite3.Connection, events: EventLog) -> None:
+        """Reads the last numbers of the journal: later, each command would read all of them."""
         self._db = db
         self._events = events
+        self._seq, self._applied_seq = db.execute(
+            "SELECT ifnull(max(seq), 0), ifnull(max(applied_seq), 0) FROM commands"
+        ).fetchone()
+        self._earlier: tuple[int, int] = (0, 0)
+        """An attempt, and the last step with a change of the attempts before it."""
 
     def changes_after(self, step: int) -> list[RepeatedChange]:
         """The commands after a step that changed settings, in the order of application.
@@ -63,12 +69,12 @@ class CommandLog:
             who: sent it.
             rejected: whether :meth:`reject` follows; a rejected note is no note in the history.
         """
+        self._seq += 1
         with self._db:
             new = self._db.execute(
                 "INSERT OR IGNORE INTO commands "
                 "(id, command, args, who, status, queued, attempt, changes, seq) "
-                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]', "
-                "(SELECT ifnull(max(seq), 0) + 1 FROM commands))",
+                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]', ?)",
                 (
                     command_id,
                     command,
@@ -76,6 +82,7 @@ class CommandLog:
                     who,
                     time.time(),
                     self._events.attempt,
+                    self._seq,
                 ),
             ).rowcount
             if new and command == Note.name() and not rejected:
@@ -107,16 +114,26 @@ class CommandLog:
             changes: the settings it changed.
             result: of a probe.
         """
+        self._applied_seq += 1
         with self._db:
             self._db.execute(
                 "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, "
-                "attempt = ?, changes = ?, result = ?, "
-                "applied_seq = (SELECT ifnull(max(applied_seq), 0) + 1 FROM commands) "
-                "WHERE id = ?",
+                "attempt = ?, changes = ?, result = ?, applied_seq = ? WHERE id = ?",
                 (time.time(), step, self._events.attempt, msgspec.json.encode(changes).decode(),
-                 json.dumps(finite(result or {})), command_id),
+                 json.dumps(finite(result or {})), self._applied_seq, command_id),
             )  # fmt: skip
-            self._override_earlier(step, {c.key for c in changes})
+            if changes and step < self._last_earlier_change():
+                self._override_earlier(step, {c.key for c in changes})
+
+    def _last_earlier_change(self) -> int:
+        """The last step with a command of an earlier attempt, or a later step; read once."""
+        attempt = self._events.attempt
+        if self._earlier[0] != attempt:
+            (last,) = self._db.execute(
+                "SELECT ifnull(max(applied_step), 0) FROM commands WHERE attempt < ?", (attempt,)
+            ).fetchone()
+            self._earlier = attempt, last
+        return self._earlier[1]
 
     def _override_earlier(self, step: int, keys: set[str]) -> None:
         """Drops what earlier attempts changed of these settings after this step.

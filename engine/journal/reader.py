@@ -5,6 +5,7 @@ writer's WAL.
 """
 
 import functools
+import json
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -319,8 +320,8 @@ class JournalReader:
             (after, limit(last)),
         )
         payloads = [decode_payload(kind, data) for *_, kind, data in rows]
-        of_commands = any(isinstance(payload, CommandEvent) for payload in payloads)
-        commands = {c.id: c for c in self.commands()} if of_commands else {}
+        ids = [payload.id for payload in payloads if isinstance(payload, CommandEvent)]
+        commands = self._commands_of(ids) if ids else {}
         events = []
         for row, payload in zip(reversed(rows), reversed(payloads), strict=True):
             event, time, attempt, step, kind, data = row
@@ -364,6 +365,14 @@ class JournalReader:
         """Every command with its status and, once applied, its changes, in order of arrival."""
         order = "seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "queued"
         return [_command(row) for row in self._db.rows(f"{COMMANDS} ORDER BY {order}")]
+
+    def _commands_of(self, ids: list[str]) -> dict[str, CommandRow]:
+        """Commands by id: a look at the newest events must not read the commands of a long run."""
+        rows = self._db.rows(
+            f"{COMMANDS} WHERE id IN (SELECT value FROM json_each(?))",  # noqa: S608 - a constant
+            (json.dumps(ids),),
+        )
+        return {row[0]: _command(row) for row in rows}
 
     def command(self, command_id: str) -> CommandRow | None:
         """One command; None if the id is unknown."""

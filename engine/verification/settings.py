@@ -1,6 +1,7 @@
 """Recomputes the history of settings: it must give those of each checkpoint and the final ones."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -32,16 +33,24 @@ class SettingHistory:
         self.initial = initial
         """Before the first change; UNKNOWN if only a checkpoint has it."""
         self.changes: list[tuple[int, Any]] = []
-        """First step with the value, and the value, in order of application."""
+        """First step with the value, and the value, in order of application: by step."""
 
     def during(self, step: int) -> Any:
         """The value in force during a step; UNKNOWN if the journal does not have it."""
-        values = [new for applied, new in self.changes if applied <= step]
-        return values[-1] if values else self.initial
+        count = self._count(step)
+        return self.changes[count - 1][1] if count else self.initial
+
+    def before(self, step: int) -> list[Any]:
+        """The values that it was given right before a step, in order."""
+        return [new for _, new in self.changes[self._count(step - 1) : self._count(step)]]
 
     def at_boundary(self, step: int) -> list[Any]:
         """The values between a step and the next, in order."""
-        return [self.during(step), *(new for applied, new in self.changes if applied == step + 1)]
+        return [self.during(step), *self.before(step + 1)]
+
+    def _count(self, step: int) -> int:
+        """The number of changes up to a step."""
+        return bisect_right(self.changes, step, key=lambda change: change[0])
 
     def learn(self, step: int, value: Any) -> None:
         """Takes over the value of a checkpoint if the journal has no earlier one."""
@@ -99,8 +108,7 @@ def _check_beta(
         if beta is None or kl is None or UNKNOWN in values.values():
             continue
         by_controller = next_beta(SimpleNamespace(beta=beta, **values), kl, batch)
-        commanded = [new for applied, new in histories["beta"].changes if applied == step + 1]
-        boundaries[step] = [by_controller, *commanded]
+        boundaries[step] = [by_controller, *histories["beta"].before(step + 1)]
         following = betas.get(step + 1)
         if following is not None and not _equal(following, boundaries[step][-1]):
             text = f"step {step + 1} has beta = {following}, its history gives "

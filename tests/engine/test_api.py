@@ -197,3 +197,10 @@ def test_a_session_is_resumed_and_forked_by_its_name(run, writer):
         fork(run.name, "second", from_step=7)
     with pytest.raises(NoSuchSessionError, match="'absent'"):
         resume("absent")
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a \u2028 b", "\x7f", "\U0001f600 é"])
+def test_a_text_of_any_characters_is_the_value_of_an_override(run, text):
+    with pytest.raises(ConfigError) as caught:
+        resume(run, overrides={"model.value": text})
+    assert str(caught.value).endswith(f"(it is {text!r})")

@@ -197,6 +197,16 @@ def test_only_overrides_are_paths_in_the_current_folder(tmp_path, monkeypatch):
     assert again.reward == msgspec.structs.replace(judged.reward, batch_size=2)
 
 
+def test_keys_of_a_section_that_was_left_out_can_be_given_later(tmp_path):
+    given = ["train.stop_at.metric=objective/kl", "train.stop_at.above=3"]
+    aim = demo(*given).train.stop_at
+    assert (aim.metric, aim.above) == ("objective/kl", 3)
+    assert config_file.override(demo(), given).train.stop_at == aim
+    empty = tmp_path / "run.yaml"
+    empty.write_text("{model: {policy: ./m}, data: {prompts: p.jsonl}, reward: {model: r}, kl: }")
+    assert config_file.load(empty, ["kl.beta=0.5"]).kl.beta == 0.5
+
+
 def test_a_home_nobody_has_is_left_to_be_refused_as_a_folder():
     assert demo("model.policy=~nobody-at-all/x").model.policy == "~nobody-at-all/x"
 

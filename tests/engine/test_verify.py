@@ -18,6 +18,7 @@ from engine.launch.rollout.engine import START
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import Session
 from engine.verification import leftovers
+from engine.verification.settings import SettingHistory
 from engine.verification.verify import verify
 
 DATA = Path(__file__).parents[1] / "data" / "sessions-0.1.0"
@@ -238,3 +239,32 @@ def test_a_log_that_was_cut_short_in_its_last_transaction_is_whole(crashed):
     wal = crashed.folder / "samples.db-wal"
     os.truncate(wal, wal.stat().st_size - 100)
     assert not [text for text in found(crashed) if "samples.db-wal" in text]
+
+
+class CountedStep(int):
+    """A step that counts how often it is compared."""
+
+    compared = 0
+
+    def __le__(self, other):
+        CountedStep.compared += 1
+        return int(self) <= other
+
+    def __gt__(self, other):
+        CountedStep.compared += 1
+        return int(self) > other
+
+    def __eq__(self, other):
+        CountedStep.compared += 1
+        return int(self) == other
+
+    __hash__ = int.__hash__
+
+
+def test_a_setting_that_changed_at_every_step_is_looked_up_without_reading_all_changes():
+    history = SettingHistory(0)
+    history.changes = [(CountedStep(step), step) for step in range(2, 1002)]
+    assert [history.during(step) for step in (1, 2, 501, 5000)] == [0, 2, 501, 1001]
+    assert history.at_boundary(500) == [500, 501]
+    assert history.at_boundary(1001) == [1001]
+    assert CountedStep.compared < 200

@@ -56,7 +56,8 @@ def journal_views(position: Position, version: int) -> list[str]:
             f"{_null_until(ended, 'ended', 'applied_step', 'reason', 'result')}, attempt, "
             f"CASE WHEN {ended} THEN changes ELSE '[]' END AS changes, "
             # A command that was overridden later was live until then.
-            f"live OR NOT {not_live} AS live{numbers} "
+            # CASE, because OR evaluates both sides, and this one reads all commands.
+            f"CASE WHEN live THEN 1 ELSE NOT {not_live} END AS live{numbers} "
             f"FROM main.commands c WHERE queued <= {at!r} OR attempt < {attempt}",
         ),
     ]
