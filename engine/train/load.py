@@ -316,14 +316,14 @@ def _check_response_length(run: Run) -> None:
     limit = positions - run.prompts.longest
     if limit < 1:
         raise UserInputError(
-            f"the longest prompt has {run.prompts.longest} tokens and the model {positions} "
+            f"the longest prompt has {run.prompts.longest} tokens and the models {positions} "
             "positions, which leaves none for a response: lower data.max_prompt_tokens to leave "
             "long prompts out"
         )
     if configured > limit:
         raise UserInputError(
-            f"rollout.max_new_tokens ({configured}) may be {limit} at most: the model has no more "
-            f"positions after the longest prompt ({run.prompts.longest} tokens; lower "
+            f"rollout.max_new_tokens ({configured}) may be {limit} at most: the models have no "
+            f"more positions after the longest prompt ({run.prompts.longest} tokens; lower "
             "data.max_prompt_tokens to leave long prompts out)"
         )
     if run.held_out is None:
@@ -332,8 +332,8 @@ def _check_response_length(run: Run) -> None:
     longest = max(len(p.ids) for p in run.held_out.prompts)
     if longest + wanted > positions:
         raise UserInputError(
-            f"eval.max_new_tokens ({wanted}) is too large: the model has {positions} positions, "
-            f"and the longest prompt to evaluate takes {longest}"
+            f"eval.max_new_tokens ({wanted}) is too large: the models have {positions} "
+            f"positions, and the longest prompt to evaluate takes {longest}"
         )
 
 
