@@ -20,6 +20,7 @@ HEAVY = {
 OF_A_RANK = {
     "engine.config", "engine.protocol", "engine.session", "engine.memory", "engine.launch",
     "engine.agreement", "engine.errors", "engine.metrics", "engine.starter", "engine.kl",
+    "engine.progress",
 }  # fmt: skip
 """Packages and modules of the engine that ranks use besides their own."""
 FLOORS = [
@@ -29,6 +30,7 @@ FLOORS = [
         "engine.errors",
         "engine.kl",
         "engine.metrics",
+        "engine.progress",
         "engine.starter",
     ),
     ("engine.config.sections",),

@@ -13,6 +13,7 @@ from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
+from engine.progress import report_nothing
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
@@ -173,7 +174,7 @@ def load_run(
     _check_response_length(run)
     use_saved_scales(run, lambda text: notify(REWARD_CHANGED, text))
     # What is wrong with an engine of its own shows here, not in the first step.
-    backend.sync(policy, begin.from_step, lambda _done, _total: None)
+    backend.sync(policy, begin.from_step, report_nothing)
     return run
 
 

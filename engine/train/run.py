@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings
 from engine.memory.model import Estimate
+from engine.progress import ReportProgress
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.data.prompt_order import Prompts
@@ -25,7 +26,7 @@ from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rollout.ahead import RolloutAhead
 from engine.train.rollout.backend import RolloutBackend
-from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.rollout import Rollout
 
 
 class PhaseTimer:

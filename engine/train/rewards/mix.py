@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.config.sections.reward import RewardSource
 from engine.errors import RewardError
+from engine.progress import ReportProgress, report_nothing
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, judge, model, service
 from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
@@ -23,7 +24,6 @@ from engine.train.rewards.source import (
     RunsOn,
     SourceKind,
 )
-from engine.train.rollout.rollout import ReportProgress
 
 log = logging.getLogger("engine")
 
@@ -92,7 +92,7 @@ class RewardMix:
     def __call__(
         self,
         inputs: RewardInputs,
-        report: ReportProgress = lambda _done, _total: None,
+        report: ReportProgress = report_nothing,
         *,
         retry: bool = True,
     ) -> tuple[Tensor, dict[str, list[float | None]]]:
@@ -140,7 +140,7 @@ class RewardMix:
     def parts(
         self,
         inputs: RewardInputs,
-        report: ReportProgress = lambda _done, _total: None,
+        report: ReportProgress = report_nothing,
         *,
         retry: bool = True,
     ) -> dict[str, list[float | None]]:
