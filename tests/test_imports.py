@@ -20,7 +20,7 @@ HEAVY = {
 OF_A_RANK = {
     "engine.config", "engine.protocol", "engine.session", "engine.memory", "engine.launch",
     "engine.agreement", "engine.errors", "engine.examined", "engine.metrics", "engine.starter",
-    "engine.kl",
+    "engine.kl", "engine.progress",
 }  # fmt: skip
 """Packages and modules of the engine that ranks use besides their own."""
 FLOORS = [
@@ -31,6 +31,7 @@ FLOORS = [
         "engine.examined",
         "engine.kl",
         "engine.metrics",
+        "engine.progress",
         "engine.starter",
     ),
     ("engine.config.sections",),

@@ -18,6 +18,7 @@ from engine.errors import RlhfError, UserInputError, error_text
 from engine.examined import examined
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, PHASES, STEP_TIME, phase_time
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
 from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
@@ -31,7 +32,6 @@ from engine.train.models.trusted_code import trusted_code
 from engine.train.out_of_memory import is_out_of_memory, memory_text
 from engine.train.reports.setup_notes import setup_notes
 from engine.train.reward_scales import fit_scales
-from engine.train.rollout.rollout import ReportProgress
 from engine.train.run import Run
 from engine.train.step import train_step
 
@@ -202,7 +202,7 @@ def _time_larger(
 
 
 def _report(_step: int, _phase: str, *_progress: int) -> ReportProgress:
-    return lambda _done, _total: None
+    return report_nothing
 
 
 if __name__ == "__main__":

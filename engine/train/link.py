@@ -16,10 +16,10 @@ from typing import TypeVar
 
 from engine.errors import LinkError
 from engine.launch.environment import SOCKET_VARIABLE, TOKEN_VARIABLE
+from engine.progress import ReportProgress
 from engine.protocol import frames, rank_messages, sockets
 from engine.protocol.frames import Message
 from engine.protocol.rank_messages import Begin, Confirm, Failed, Phase, RankHello, ToRank
-from engine.train.rollout.rollout import ReportProgress
 
 M = TypeVar("M", bound=ToRank)
 PROGRESS_INTERVAL = 0.2

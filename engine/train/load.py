@@ -14,6 +14,7 @@ from engine.config.sections.reward import RewardConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.examined import examined
+from engine.progress import report_nothing
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
@@ -174,7 +175,7 @@ def load_run(
     _check_response_length(run)
     use_saved_scales(run, lambda text: notify(REWARD_CHANGED, text))
     # What is wrong with an engine of its own shows here, not in the first step.
-    backend.sync(policy, begin.from_step, lambda _done, _total: None)
+    backend.sync(policy, begin.from_step, report_nothing)
     return run
 
 
@@ -317,14 +318,14 @@ def _check_response_length(run: Run) -> None:
     limit = positions - run.prompts.longest
     if limit < 1:
         raise UserInputError(
-            f"the longest prompt has {run.prompts.longest} tokens and the model {positions} "
+            f"the longest prompt has {run.prompts.longest} tokens and the models {positions} "
             "positions, which leaves none for a response: lower data.max_prompt_tokens to leave "
             "long prompts out"
         )
     if configured > limit:
         raise UserInputError(
-            f"rollout.max_new_tokens ({configured}) may be {limit} at most: the model has no more "
-            f"positions after the longest prompt ({run.prompts.longest} tokens; lower "
+            f"rollout.max_new_tokens ({configured}) may be {limit} at most: the models have no "
+            f"more positions after the longest prompt ({run.prompts.longest} tokens; lower "
             "data.max_prompt_tokens to leave long prompts out)"
         )
     if run.held_out is None:
@@ -333,8 +334,8 @@ def _check_response_length(run: Run) -> None:
     longest = max(len(p.ids) for p in run.held_out.prompts)
     if longest + wanted > positions:
         raise UserInputError(
-            f"eval.max_new_tokens ({wanted}) is too large: the model has {positions} positions, "
-            f"and the longest prompt to evaluate takes {longest}"
+            f"eval.max_new_tokens ({wanted}) is too large: the models have {positions} "
+            f"positions, and the longest prompt to evaluate takes {longest}"
         )
 
 

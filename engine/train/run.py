@@ -14,6 +14,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import Settings
 from engine.examined import examined
 from engine.memory.model import Estimate
+from engine.progress import ReportProgress
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.data.prompt_order import Prompts
@@ -26,7 +27,7 @@ from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rollout.ahead import RolloutAhead
 from engine.train.rollout.backend import RolloutBackend
-from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.rollout import Rollout
 
 
 class PhaseTimer:
@@ -131,12 +132,17 @@ def scores_for_training(run: Run, raw: Tensor, rollout: Rollout, max_new_tokens:
 
 
 def max_sequence_tokens(run: Run) -> int | None:
-    """Tokens of a prompt and its response that the policy can read; None if it has no limit."""
-    positions = getattr(run.policy.lm.config, "max_position_embeddings", None)
-    return None if positions is None else int(positions)
+    """Tokens of a prompt and its response that the models can read; None if they have no limit.
+
+    These are the policy, the reference, and a value function with a transformer of its own.
+    """
+    models = (run.policy.lm, run.reference.lm, run.policy.value_trunk)
+    configs = (getattr(model, "config", None) for model in models)
+    found = (getattr(config, "max_position_embeddings", None) for config in configs)
+    return min((int(positions) for positions in found if positions is not None), default=None)
 
 
 def max_response_tokens(run: Run) -> int | None:
-    """New tokens that fit after the longest prompt; None if the policy has no limit."""
+    """New tokens that fit after the longest prompt; None if the models have no limit."""
     most = max_sequence_tokens(run)
     return None if most is None else most - run.prompts.longest

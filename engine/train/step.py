@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from engine.metrics import VERSION_LAG
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import Sample
 from engine.train.dynamic_sampling import Parts, ScoredRollout, redraw_constant_groups
 from engine.train.greedy_baseline import greedy_scores
@@ -22,7 +23,7 @@ from engine.train.ppo.rollout_correction import with_rollout_correction
 from engine.train.reports.samples import kept_samples
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
-from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.token_states import TokenStates
 from engine.train.rollout_check import check_rollout, version_lag
 from engine.train.run import Run, scores_for_training
@@ -199,7 +200,7 @@ def old_policy_outputs(
     run: Run,
     rollout: Rollout,
     rows: Tensor,
-    report: ReportProgress = lambda _done, _total: None,
+    report: ReportProgress = report_nothing,
 ) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old of a rollout, by the policy before the update.
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
 from engine.errors import CommandRejectedError, UserInputError
@@ -191,6 +191,14 @@ def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):
 def test_responses_longer_than_the_models_positions_are_refused(make_run):
     with pytest.raises(UserInputError, match=r"rollout.max_new_tokens \(300\) may be \d+ at most"):
         make_run("rollout.max_new_tokens=300")
+
+
+def test_responses_longer_than_the_references_positions_are_refused(make_run, tmp_path):
+    policy = AutoConfig.from_pretrained(starter.resolve("starter:policy"))
+    shape = GPT2Config(vocab_size=policy.vocab_size, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+    with pytest.raises(UserInputError, match=r"may be \d+ at most: the models have no"):
+        make_run(f"model.reference={tmp_path}", "rollout.max_new_tokens=60")
 
 
 def test_prompts_that_leave_no_position_for_a_response_are_refused(make_run, tmp_path):

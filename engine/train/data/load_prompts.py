@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.model import DataConfig, PromptSource
 from engine.errors import UserInputError
+from engine.progress import ReportProgress, report_nothing
 from engine.session.file_signature import file_signature
 from engine.train.data.formats import PromptColumn
 from engine.train.data.prompt_cache import (
@@ -42,8 +43,6 @@ log = logging.getLogger("engine")
 CACHED_BYTES = 2_000_000
 """Of a data set from which its tokens are cached: some ten thousand prompts, a second's work."""
 
-ReportProgress = Callable[[int, int], None]
-"""Called with (done, total)."""
 BeginPart = Callable[[str], ReportProgress]
 """Called with the name of a part of loading; returns what its progress is reported to."""
 
@@ -63,7 +62,7 @@ class LoadedSet:
 
 def no_progress(_part: str) -> ReportProgress:
     """For a caller that shows no progress."""
-    return lambda _done, _total: None
+    return report_nothing
 
 
 def load_prompts(

@@ -12,13 +12,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
 from engine.examined import examined
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.load import load_run
-from engine.train.rollout.rollout import ReportProgress
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def _evaluated(session: Session, config: RunConfig, step: int) -> dict[str, obje
 
 
 def _report(_step: int, _phase: str, *_progress: int) -> ReportProgress:
-    return lambda _done, _total: None
+    return report_nothing
 
 
 if __name__ == "__main__":

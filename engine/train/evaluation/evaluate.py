@@ -14,6 +14,7 @@ import msgspec
 from torch import Tensor
 
 from engine import metrics as names
+from engine.progress import ReportProgress
 from engine.protocol.rank_messages import Sample
 from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import derived_seed
@@ -27,7 +28,7 @@ from engine.train.rollout.backend import (
     SamplingOptions,
     generate_responses,
 )
-from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run, scores_for_training
 
 RECORDED_CHARACTERS = 8_000_000

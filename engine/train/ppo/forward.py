@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.progress import ReportProgress, report_nothing
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
 from engine.train.models.output_layer import OutputLayer
@@ -16,7 +17,7 @@ from engine.train.ppo.chunked_loss import (
 )
 from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
 from engine.train.ppo.masked import response_mask
-from engine.train.rollout.rollout import ReportProgress, Rollout, left_mask
+from engine.train.rollout.rollout import Rollout, left_mask
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def score_tokens(
     *,
     rows: Tensor | None = None,
     want: str = "both",
-    report: ReportProgress = lambda _done, _total: None,
+    report: ReportProgress = report_nothing,
 ) -> tuple[Tensor, Tensor]:
     """Log π and V of a rollout's tokens under a model, without gradients.
 

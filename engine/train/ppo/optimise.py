@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.schema import RunConfig
+from engine.progress import report_nothing
 from engine.train.data.randomness import permutation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor, synchronised
@@ -46,7 +47,7 @@ def optimise(
     *,
     seed: int,
     step: int,
-    report: Callable[[int, int], None] = lambda _done, _total: None,
+    report: Callable[[int, int], None] = report_nothing,
 ) -> UpdateStats:
     """Runs `ppo.epochs` passes of minibatch updates over a rollout.
 

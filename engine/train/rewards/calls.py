@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from engine.errors import LinkError, RewardError, error_text, shortened
+from engine.progress import ReportProgress
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import (
     IncompleteScoresError,
@@ -13,7 +14,6 @@ from engine.train.rewards.source import (
     RewardCallError,
     RewardInputs,
 )
-from engine.train.rollout.rollout import ReportProgress
 
 FIRST_DELAY = 1.0
 """Seconds before the first retry; each further one waits twice as long."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError, error_text
+from engine.progress import ReportProgress
 from engine.session.file_signature import FileSignature, file_signature
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
-from engine.train.rollout.rollout import ReportProgress
 
 STANDARD_LIBRARY = (sysconfig.get_path("stdlib"), sysconfig.get_path("stdlib") + "/lib-dynload")
 """Its folders on the import path: of modules in Python, and of those in C."""

@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 
 from engine.config.sections.reward import JudgeConfig, RewardSource
+from engine.progress import ReportProgress
 from engine.train.data.prompts import Prompt
 from engine.train.rewards.http_client import Endpoint, RequestError
 from engine.train.rewards.service import Scores, complete, encode
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
-from engine.train.rollout.rollout import ReportProgress
 
 log = logging.getLogger("engine")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.config.sections.reward import RewardSource
 from engine.errors import RewardError
 from engine.examined import examined
+from engine.progress import ReportProgress, report_nothing
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, judge, model, service
 from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
@@ -24,7 +25,6 @@ from engine.train.rewards.source import (
     RunsOn,
     SourceKind,
 )
-from engine.train.rollout.rollout import ReportProgress
 
 log = logging.getLogger("engine")
 
@@ -93,7 +93,7 @@ class RewardMix:
     def __call__(
         self,
         inputs: RewardInputs,
-        report: ReportProgress = lambda _done, _total: None,
+        report: ReportProgress = report_nothing,
         *,
         retry: bool = True,
     ) -> tuple[Tensor, dict[str, list[float | None]]]:
@@ -141,7 +141,7 @@ class RewardMix:
     def parts(
         self,
         inputs: RewardInputs,
-        report: ReportProgress = lambda _done, _total: None,
+        report: ReportProgress = report_nothing,
         *,
         retry: bool = True,
     ) -> dict[str, list[float | None]]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from engine import starter
 from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.errors import UserInputError
+from engine.progress import ReportProgress
 from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
@@ -29,7 +30,6 @@ from engine.train.models.shapes import transformer_layers
 from engine.train.models.stored_weights import share_stored
 from engine.train.rewards.encoding import RewardEncoding
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
-from engine.train.rollout.rollout import ReportProgress
 from engine.train.rollout.token_states import TokenStates
 
 

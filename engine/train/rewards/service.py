@@ -7,6 +7,7 @@ import msgspec
 import torch
 
 from engine.config.sections.reward import RewardSource
+from engine.progress import ReportProgress
 from engine.train.rewards.http_client import Endpoint, RequestError
 from engine.train.rewards.source import (
     IncompleteScoresError,
@@ -15,7 +16,6 @@ from engine.train.rewards.source import (
     RunsOn,
     SourceKind,
 )
-from engine.train.rollout.rollout import ReportProgress
 
 Scores = list[float | None]
 

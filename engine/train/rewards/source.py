@@ -14,9 +14,10 @@ from torch import Tensor
 
 from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.errors import RlhfError
+from engine.progress import ReportProgress
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
-from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.rollout import Rollout
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
+from engine.progress import ReportProgress
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import AnyModel
@@ -23,7 +24,7 @@ from engine.train.rollout.backend import (
     Share,
     share_of,
 )
-from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.rollout import Rollout
 
 
 @dataclass(frozen=True)

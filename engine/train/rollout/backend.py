@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt, PromptBatch, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.native import NativeBackend
-from engine.train.rollout.rollout import ReportProgress, Rollout, merge_rollouts
+from engine.train.rollout.rollout import Rollout, merge_rollouts
 from engine.train.rollout.vllm.backend import VllmBackend
 
 
@@ -184,7 +185,7 @@ def generate_responses(
     options: SamplingOptions,
     tokenizer: PreTrainedTokenizerBase,
     ranks: RankGroup | None = None,
-    report: ReportProgress = lambda _done, _total: None,
+    report: ReportProgress = report_nothing,
 ) -> Rollout:
     """Generates responses to prompts; the rollout holds all of them, on every rank.
 

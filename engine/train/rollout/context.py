@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
+from engine.progress import ReportProgress
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
-from engine.train.rollout.rollout import ReportProgress
 from engine.train.rollout.stop_criteria import StopCriteria
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from engine.progress import ReportProgress
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.cuda_graph import GraphedFunction, can_capture
 from engine.train.rollout.decoding_attention import DECODING_ATTENTION
@@ -15,7 +16,7 @@ from engine.train.rollout.kv_cache import (
     full_attention_layers,
     preallocated_cache,
 )
-from engine.train.rollout.rollout import ReportProgress, left_mask
+from engine.train.rollout.rollout import left_mask
 from engine.train.rollout.slots import Responses, Slots
 from engine.train.rollout.stop_criteria import StopCriteria
 

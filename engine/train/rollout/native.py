@@ -7,13 +7,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.rollout import RolloutConfig
+from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.compiled_layers import CompiledLayers
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.decoder import Decoder, Schedule, schedule_for
-from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.slots import Responses
 from engine.train.rollout.stop_criteria import StopCriteria
 
@@ -48,7 +49,7 @@ class NativeBackend:
         temperature: float,
         *,
         per_prompt: int = 1,
-        report: ReportProgress = lambda _done, _total: None,
+        report: ReportProgress = report_nothing,
     ) -> Rollout:
         """See :func:`generate`."""
         return generate(
@@ -67,7 +68,7 @@ def generate(
     temperature: float,
     stop_criteria: StopCriteria,
     tokenizer: PreTrainedTokenizerBase,
-    report: ReportProgress = lambda _done, _total: None,
+    report: ReportProgress = report_nothing,
     *,
     per_prompt: int = 1,
     at_once: int | None = None,

@@ -1,6 +1,5 @@
 """The responses of a step, with the log-probabilities and values recorded while sampling."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,9 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from engine.train.data.prompts import PromptBatch, replace_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.masked import response_mask
-
-ReportProgress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
 @dataclass

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from engine.examined import examined
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rollout.messages import Generate, Generated, LoadWeights
 from engine.train.data.prompts import PromptBatch
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.native import NativeBackend
-from engine.train.rollout.rollout import ReportProgress, Rollout, assemble
+from engine.train.rollout.rollout import Rollout, assemble
 from engine.train.rollout.vllm.background import BackgroundGeneration
 from engine.train.rollout.vllm.client import EngineLostError
 from engine.train.rollout.vllm.remote_engine import FORGETS_WEIGHTS
@@ -200,7 +201,7 @@ class VllmBackend:
             uniforms: (B, T) float64.
             temperature: > 0.
         """
-        self._finish_pending(lambda _done, _total: None)
+        self._finish_pending(report_nothing)
         work = self._gather(batch, uniforms)
         generation, engines, update = None, self._engines, self._update
         if engines is not None and update is not None:

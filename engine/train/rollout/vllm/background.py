@@ -3,8 +3,8 @@
 import threading
 from collections.abc import Callable, Mapping
 
+from engine.progress import ReportProgress
 from engine.protocol.rollout.messages import Generated
-from engine.train.rollout.rollout import ReportProgress
 from engine.train.rollout.vllm.client import raise_first
 
 PROGRESS_INTERVAL = 0.2

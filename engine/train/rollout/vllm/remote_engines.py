@@ -15,10 +15,10 @@ import torch
 from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import ROLLOUT_DISK_VARIABLE, ROLLOUT_FOLDER_VARIABLE
 from engine.memory.rollout_engine import cache_bytes, max_responses
+from engine.progress import ReportProgress
 from engine.protocol.rollout.messages import Generate, Generated, LoadWeights, Start
 from engine.train.models.pretrained import save_configs
 from engine.train.rollout.context import BackendContext
-from engine.train.rollout.rollout import ReportProgress
 from engine.train.rollout.vllm.background import BackgroundGeneration
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient, raise_first
 from engine.train.rollout.vllm.remote_engine import RemoteEngine, Stopping

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserInputError
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rollout.messages import Checksum, TensorInfo
 from engine.train.models.lora import mergeable_weights, merged_weight
-from engine.train.rollout.rollout import ReportProgress
 from engine.train.rollout.vllm.checksum import MASK, checksum
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -65,7 +65,7 @@ def send_weights(
     lm: nn.Module,
     dtype: torch.dtype,
     take: Callable[[Tensor], Tensor] | None,
-    report: ReportProgress = lambda _done, _total: None,
+    report: ReportProgress = report_nothing,
 ) -> Checksum:
     """Passes on all weights, whole and with adapters merged; all ranks must call it together.
 
