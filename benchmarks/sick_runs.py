@@ -32,13 +32,13 @@ from engine.config.settings import change_settings, settings_of
 from engine.kl import next_beta
 from engine.metrics import KL
 from engine.monitoring.divergence import judges_of
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import load_run
 from engine.train.reward_scales import fit_scales
-from engine.train.rollout.rollout import ReportProgress
 from engine.train.run import Run
 from engine.train.step import train_step
 
@@ -187,7 +187,7 @@ def _load(job: Job, kind: Kind, sessions: Path) -> Run:
 
 
 def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
-    return lambda _done, _total: None
+    return report_nothing
 
 
 def break_eos(folder: Path) -> None:

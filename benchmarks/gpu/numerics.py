@@ -12,13 +12,14 @@ from benchmarks.gpu.findings import Finding, Target, below
 from engine import starter
 from engine.config import file as config_file
 from engine.metrics import GRADIENT_NORM
+from engine.progress import ReportProgress
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.ppo.forward import score_tokens
 from engine.train.reward_scales import fit_scales
-from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.sampling import sample
 from engine.train.run import Run
 from engine.train.step import generate_rollout, train_step
