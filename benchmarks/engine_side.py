@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.side import Child
 from benchmarks.task import Task
 from engine.config import file as config_file
-from engine.progress import ReportProgress
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
@@ -51,7 +51,7 @@ def load(folder: Path, sessions: Path, overrides: list[str]) -> Run:
 
 
 def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
-    return lambda _done, _total: None
+    return report_nothing
 
 
 def main() -> None:

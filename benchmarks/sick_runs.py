@@ -32,7 +32,7 @@ from engine.config.settings import change_settings, settings_of
 from engine.kl import next_beta
 from engine.metrics import KL
 from engine.monitoring.divergence import judges_of
-from engine.progress import ReportProgress
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
@@ -187,7 +187,7 @@ def _load(job: Job, kind: Kind, sessions: Path) -> Run:
 
 
 def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
-    return lambda _done, _total: None
+    return report_nothing
 
 
 def break_eos(folder: Path) -> None:

@@ -26,10 +26,10 @@ settings.load_profile("untimed")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_user_folders(tmp_path_factory):
-    """The list of live sessions and the preferences are not those of whoever runs the tests."""
+    """Live sessions, preferences and tokens of prompts are not those of whoever runs the tests."""
     folder = tmp_path_factory.mktemp("user")
     with pytest.MonkeyPatch.context() as patch:
-        for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
             patch.setenv(variable, str(folder / variable))
         yield
 

@@ -4,6 +4,8 @@ import ast
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from engine.session.access import user_folder
 
 TESTS = Path(__file__).parent
@@ -48,10 +50,9 @@ def private_accesses(path):
             yield node.attr
 
 
-def test_tests_have_a_state_folder_and_preferences_of_their_own(tmp_path_factory):
-    own = tmp_path_factory.getbasetemp()
-    for variable, default in (("XDG_STATE_HOME", ".local/state"), ("XDG_CONFIG_HOME", ".config")):
-        assert user_folder(variable, default).is_relative_to(own)
+@pytest.mark.parametrize("variable", ["XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"])
+def test_tests_have_folders_of_their_own_where_a_user_has_some(tmp_path_factory, variable):
+    assert user_folder(variable, "default").is_relative_to(tmp_path_factory.getbasetemp())
 
 
 def test_tests_use_what_is_public():

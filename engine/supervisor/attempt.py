@@ -132,7 +132,7 @@ class StepTimer:
     def phase(self, phase: Phase) -> None:
         """Takes the progress of rank 0 into account.
 
-        Only that of `optimise`, the last phase, whose minibatches take the same time each. Its
+        Only that of `optimise`, the last phase, whose responses take about the same time each. Its
         length depends on `ppo.epochs`, which may have changed since the steps of the average.
         """
         if phase.rank != 0 or phase.name != "optimise":

@@ -1,6 +1,6 @@
 """The step of a checkpoint as commands take it: a number, `last` or `best`."""
 
-from typing import Any, Literal, cast
+from typing import Literal
 
 import click
 
@@ -10,29 +10,23 @@ from engine.launch.start import checkpoint_steps, last_checkpoint
 from engine.session.folder import Session
 
 StepChoice = int | Literal["last", "best"]
-WORDS = ("last", "best")
 
 
-class StepType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
-    """Converts an argument to a :data:`StepChoice`."""
-
-    name = "step"
-
-    def convert(self, value: Any, parameter: Any, context: Any) -> StepChoice:
-        """The choice. Raises `click.BadParameter`."""
-        if value in WORDS:
-            return cast(StepChoice, value)
-        try:
-            step = int(value)
-        except ValueError:
-            step = 0
-        if step < 1:
-            self.fail(
-                f"{value!r} is not the step of a checkpoint: give a number from 1 on, last or best",
-                parameter,
-                context,
-            )
-        return step
+def step_choice(text: str) -> StepChoice:
+    """The `type` of an argument that chooses a checkpoint. Raises `click.BadParameter`."""
+    if text == "last":
+        return "last"
+    if text == "best":
+        return "best"
+    try:
+        step = int(text)
+    except ValueError:
+        step = 0
+    if step < 1:
+        raise click.BadParameter(
+            f"{text!r} is not the step of a checkpoint: give a number from 1 on, last or best"
+        )
+    return step
 
 
 def checkpoint_step(session: Session, choice: StepChoice) -> int:

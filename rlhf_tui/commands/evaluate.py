@@ -14,7 +14,7 @@ from engine.launch.start import checkpoint_steps
 from engine.metrics import EVAL_TIME, describe
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.checkpoint_step import StepChoice, StepType, checkpoint_step
+from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
     existing,
     json_option,
@@ -32,7 +32,7 @@ from rlhf_tui.engine_program import run_engine_program
 @name_argument
 @sessions_option
 @click.option(
-    "--step", "choice", type=StepType(), default="last", metavar="STEP", show_default=True,
+    "--step", "choice", type=step_choice, default="last", metavar="STEP", show_default=True,
     help="The checkpoint to evaluate, or last or best.",
 )  # fmt: skip
 @override_option

@@ -27,7 +27,7 @@ from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
 from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.checkpoint_step import StepChoice, StepType, checkpoint_step
+from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
     complete_name,
     existing,
@@ -98,7 +98,7 @@ def _delete(session: Session, *, yes: bool) -> None:
     help="Write judged pairs of responses, chosen and rejected, JSONL.",
 )
 @click.option(
-    "--step", "choice", type=StepType(), metavar="STEP",
+    "--step", "choice", type=step_choice, metavar="STEP",
     help="With --policy: the checkpoint, or last or best.  [default: last]",
 )  # fmt: skip
 @click.option("--best", is_flag=True, help="With --policy: like --step best, by train.best_metric.")

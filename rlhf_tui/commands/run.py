@@ -31,7 +31,7 @@ from engine.launch.start import resume as start_resume
 from engine.session.folder import Session, check_name
 from rlhf_tui import format as fmt
 from rlhf_tui.commands import view
-from rlhf_tui.commands.checkpoint_step import StepChoice, StepType, checkpoint_step
+from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
     existing,
     is_terminal,
@@ -156,7 +156,7 @@ def start_or_resume(
 @click.command()
 @name_argument
 @click.option(
-    "--from", "from_step", type=StepType(), metavar="STEP",
+    "--from", "from_step", type=step_choice, metavar="STEP",
     help="Resume from this checkpoint, or from the last or the best; later steps become an "
     "abandoned branch.",
 )  # fmt: skip
@@ -201,7 +201,7 @@ def _resume(
 @click.command()
 @name_argument
 @click.option(
-    "--from", "from_step", type=StepType(), default="last", metavar="STEP", show_default=True,
+    "--from", "from_step", type=step_choice, default="last", metavar="STEP", show_default=True,
     help="The checkpoint to fork from, or last or best.",
 )  # fmt: skip
 @click.option("--name", "new_name", metavar="NEW", required=True, help="The new session's name.")

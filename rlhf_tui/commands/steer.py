@@ -34,7 +34,7 @@ from engine.protocol.commands import (
 )
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.checkpoint_step import StepChoice, StepType, checkpoint_step
+from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
     JSON,
     SESSIONS,
@@ -184,7 +184,7 @@ def stop(call: CtlCall, now: bool) -> None:
 
 
 @_verb(Rollback)
-@click.argument("step", type=StepType())
+@click.argument("step", type=step_choice)
 @click.option("--reseed", is_flag=True, help="New random seed: sample other responses.")
 @click.pass_obj
 def rollback(call: CtlCall, step: StepChoice, reseed: bool) -> None:

@@ -37,13 +37,13 @@ class StepSeconds:
 class OptimiseEnd:
     """Estimates when `optimise`, the last phase of a step but evaluation and checkpoint, ends.
 
-    Its updates take the same time each. Its length depends on `ppo.epochs`, which may have changed
-    since the steps of a mean.
+    Its responses take about the same time each. Its length depends on `ppo.epochs`, which may have
+    changed since the steps of a mean.
     """
 
     def __init__(self) -> None:
         self.ends: float | None = None
-        """None if no `optimise` runs, or before the first of its updates is done."""
+        """None if no `optimise` runs, or before the first of its responses are done."""
         self._step: int | None = None
         self._first = self._done = 0
         self._since = 0.0
@@ -52,7 +52,7 @@ class OptimiseEnd:
         """Takes the progress of a rank, at `now` in seconds."""
         if phase.name != "optimise":
             self.ends, self._step = None, None
-        elif phase.step != self._step:  # some updates may be done already
+        elif phase.step != self._step:  # some may be done already
             self.ends, self._step, self._since = None, phase.step, now
             self._first = self._done = phase.done
         elif phase.done > self._done:

@@ -100,6 +100,7 @@ class Lab:
             # Not those of whoever runs the tests, whose preferences change the screens.
             "XDG_CONFIG_HOME": str(gates / "config"),
             "XDG_STATE_HOME": str(gates / "state"),
+            "XDG_CACHE_HOME": str(gates / "cache"),
             "HF_HUB_OFFLINE": "1",
             "TERM": "dumb",
             "COLUMNS": "200",

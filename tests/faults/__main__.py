@@ -43,7 +43,8 @@ def main() -> int:
     options = parser.parse_args()
     root = options.out or Path(tempfile.mkdtemp(prefix="faults-"))
     root.mkdir(exist_ok=True)
-    for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):  # not those of whoever runs this
+    # Not those of whoever runs this.
+    for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
         os.environ[variable] = str(root.resolve() / variable)
     table = Table(root / f"table-{options.seed}.json")
     rng = random.Random(options.seed)

@@ -367,6 +367,21 @@ def test_a_pass_of_the_policy_reports_its_progress_like_that_of_the_reference(ma
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("value", "stride"), [("shared", 2), ("separate", 1)])
+def test_the_updates_report_their_progress_after_each_pass(make_run, value, stride):
+    run, _ = make_run("ppo.micro_batch_size=2", f"model.value={value}")
+    reports = []
+
+    def announce(_step, name, *_progress):
+        return lambda done, total: reports.append((name, done, total))
+
+    run.announce = announce
+    train_step(run, 1)
+    assert [r for r in reports if r[0] == "optimise"] == [
+        ("optimise", done, 16) for done in range(stride, 17, stride)
+    ]
+
+
 @pytest.mark.parametrize("tokens", [54, 55])
 def test_a_probe_is_rejected_that_has_too_many_tokens_for_the_positions_of_the_model(
     make_run, tmp_path, tokens

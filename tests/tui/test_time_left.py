@@ -32,7 +32,7 @@ def test_the_mean_of_steps_follows_the_newest_by_a_tenth():
     assert mean.mean == pytest.approx(11.0)
 
 
-def test_the_end_of_optimise_follows_its_updates_and_not_the_steps_before():
+def test_the_end_of_optimise_follows_its_progress_and_not_the_steps_before():
     end = time_left.OptimiseEnd()
     for done, now in ((0, 10.0), (2, 14.0)):
         end.take(Phase(rank=0, step=7, name="optimise", done=done, total=10), now)

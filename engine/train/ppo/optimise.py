@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.schema import RunConfig
-from engine.progress import report_nothing
+from engine.progress import ReportProgress, report_nothing
 from engine.train.data.randomness import permutation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor, synchronised
@@ -47,7 +46,7 @@ def optimise(
     *,
     seed: int,
     step: int,
-    report: Callable[[int, int], None] = report_nothing,
+    report: ReportProgress = report_nothing,
 ) -> UpdateStats:
     """Runs `ppo.epochs` passes of minibatch updates over a rollout.
 
@@ -63,10 +62,14 @@ def optimise(
         config: in force for this step.
         seed: with `step`, determines the order of the minibatches.
         step: from 1.
-        report: called with (minibatches done, minibatches).
+        report: called with (responses done, responses), of all epochs and ranks.
     """
-    stats = UpdateStats()
-    total = config.ppo.epochs * config.ppo.minibatches
+    stats, done = UpdateStats(), 0
+    total = config.ppo.epochs * len(rollout.ids)
+
+    def report_part(passes: int, of: int) -> None:
+        report(done + len(rows) * passes // of, total)
+
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(config.train, step) * group["lr_scale"]
     warming_up = step <= config.ppo.value_warmup and targets.returns is not None
@@ -74,8 +77,10 @@ def optimise(
     learner.train(config.parallel.activation_checkpointing)
     for epoch in range(config.ppo.epochs):
         order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
-        for k, rows in enumerate(order.chunk(config.ppo.minibatches)):
-            sums = backward(ranks, learner, rollout, targets, rows, config, warming_up)
+        for rows in order.chunk(config.ppo.minibatches):
+            sums = backward(
+                ranks, learner, rollout, targets, rows, config, warming_up, report=report_part
+            )
             if config.ppo.stop_kl is not None and sums.approx_kl > config.ppo.stop_kl:
                 optimiser.zero_grad(set_to_none=True)
                 learner.eval()
@@ -92,7 +97,7 @@ def optimise(
                 stats.grad_norms.append(norm)
                 stats.sums.add(sums)
             optimiser.zero_grad(set_to_none=True)
-            report(epoch * config.ppo.minibatches + k + 1, total)
+            done += len(rows)
     learner.eval()
     return stats
 
@@ -112,6 +117,8 @@ def backward(
     rows: Tensor,
     config: RunConfig,
     warming_up: bool = False,
+    *,
+    report: ReportProgress = report_nothing,
 ) -> LossSums:
     """Accumulates the gradient of one minibatch; returns its sums over all ranks.
 
@@ -126,6 +133,7 @@ def backward(
         rows: the minibatch's rows, the same on every rank; (n,) int64, on the host.
         config: in force for this step.
         warming_up: train the value function only (`ppo.value_warmup`).
+        report: called with (passes done, passes), of this rank.
     """
     minibatch = losses.MinibatchSize(
         tokens=int(rollout.host_lengths[1, rows].sum()),
@@ -139,7 +147,8 @@ def backward(
     count = -(-ranks.largest_share(len(rows)) // size)
     wants = ("logits", "values") if separate_passes(ranks, learner) else ("both",)
     total: Tensor | None = None
-    for k, want in itertools.product(range(count), wants):
+    passes = list(itertools.product(range(count), wants))
+    for done, (k, want) in enumerate(passes, start=1):
         dummy = k >= len(micros)
         with synchronised(learner, last=k == count - 1):
             micro = rows[:1] if dummy else micros[k]
@@ -150,6 +159,7 @@ def backward(
             (loss * (0.0 if dummy else ranks.size / minibatch.tokens)).backward()
         if not dummy:
             total = sums if total is None else total + sums
+        report(done, len(passes))
     if warming_up:
         _drop_policy_gradients(learner)
     if total is None:  # this rank has dummies only

@@ -7,7 +7,7 @@ from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
-UNITS = {"generate": "tokens", "optimise": "updates"}
+UNITS = {"generate": "tokens", "optimise": "responses"}
 PAUSED = "paused"
 """The phase of a rank between two steps of a paused run."""
 
