@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 from msgspec.structs import replace
 
+from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
+from engine.errors import ConfigError
 from engine.memory.capacity import Capacity
 from engine.memory.estimate import estimate
 from engine.memory.model import WHAT_IF_RANK, Estimate, Layout, Models
@@ -39,11 +41,22 @@ def changes_to_fit(
         if fits(found, capacity):
             break
         merged = _merge(config, change)
+        if not _is_allowed(merged):
+            continue
         tried = estimate(merged, models, new_layout or layout)
         if tried.peak <= USEFUL * found.peak:
             config, layout, found = merged, new_layout or layout, tried
             changes[key] = value
     return [f"{k}={v}" for k, v in changes.items()], found
+
+
+def _is_allowed(config: RunConfig) -> bool:
+    """Whether the keys of a configuration do not contradict each other."""
+    try:
+        check_config(config)
+    except ConfigError:
+        return False
+    return True
 
 
 def room_for_micro_batch(
@@ -69,9 +82,7 @@ def room_for_micro_batch(
 Change = tuple[str, dict[str, object]]
 
 
-def _smaller(
-    config: RunConfig, layout: Layout
-) -> Iterator[tuple[str, str, Change | None, Layout | None]]:
+def _smaller(config: RunConfig, layout: Layout) -> Iterator[tuple[str, str, Change, Layout | None]]:
     """Yields key, value, and the change of the configuration or of the layout."""
     size = min(config.ppo.micro_batch_size, config.rollout.batch_size // config.ppo.minibatches)
     while size > 1:
@@ -89,7 +100,8 @@ def _smaller(
     yield "train.optimiser", "adamw_8bit", eight, None
     yield "model.value", "shared", ("model", {"value": "shared"}), None
     if layout.lora_rank is None:
-        yield "lora.rank", str(WHAT_IF_RANK), None, replace(layout, lora_rank=WHAT_IF_RANK)
+        lora: Change = ("lora", {"rank": WHAT_IF_RANK})
+        yield "lora.rank", str(WHAT_IF_RANK), lora, replace(layout, lora_rank=WHAT_IF_RANK)
     size = config.rollout.batch_size
     step = config.responses_per_prompt * config.ppo.minibatches
     while size % (2 * step) == 0:
@@ -97,9 +109,7 @@ def _smaller(
         yield "rollout.batch_size", str(size), ("rollout", {"batch_size": size}), None
 
 
-def _merge(config: RunConfig, change: Change | None) -> RunConfig:
-    if change is None:
-        return config
+def _merge(config: RunConfig, change: Change) -> RunConfig:
     section, values = change
     return replace(config, **{section: replace(getattr(config, section), **values)})
 

@@ -245,7 +245,6 @@ class CommandHandler:
 
     def _end_ranks(self) -> None:
         self._state.stopping = self._state.stop_now = True
-        self._state.next = None  # cancels a roll back whose attempt has not begun
         self._ranks.kill()
 
     def on_signal(self, number: signal.Signals) -> None:

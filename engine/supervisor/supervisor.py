@@ -185,6 +185,8 @@ class Supervisor:
         )
         self._record_start_settings(start)
         self.publisher.set_state("starting")
+        if state.stop_now:  # no rank has to start; a roll back that was applied holds
+            return self.conclude(0)
         self.watchdog.ranks_starting()
         self.rank_messages.guardrails = await self._guardrails(start.from_step)
         self._announce_machines(start.from_step)

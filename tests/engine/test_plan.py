@@ -207,6 +207,20 @@ def test_the_advice_fits_and_is_a_configuration():
         assert estimate(merged, sizes, Layout(lora_rank=lora)).peak == found.peak
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("model.value=separate", "ppo.value_init=reward_model"),
+        ("kl.reference_update={every: 5}",),
+    ],
+)
+def test_the_advice_contradicts_no_other_key(keys):
+    given = config(*keys)
+    changes, _ = changes_to_fit(given, models("cuda"), Layout(), room(0.1, "cuda", gpus=1))
+    assert changes
+    config_file.override(given, changes)
+
+
 def test_a_run_that_fits_gets_no_advice_and_no_warning():
     given, sizes = config(), models()
     assert changes_to_fit(given, sizes, Layout(), room(100))[0] == []

@@ -2,11 +2,11 @@
 
 import errno
 import os
-import signal
 import sqlite3
 import threading
 from contextlib import closing
 
+from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
 from engine.protocol.commands import Rollback, Stop
 from engine.session.checkpoints import checkpoint_path
@@ -106,15 +106,18 @@ async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine,
     assert reply.reason == "the run ended before it was carried out"
 
 
-async def test_a_stop_at_once_is_not_lost_in_a_roll_back_under_way(engine, writer):
+async def test_a_stop_at_once_and_a_roll_back_under_way_both_take_effect(engine, writer):
+    writer.steps(1, 2, 3)
     writer.checkpoint(2)
     reply = engine.send(Rollback(step=2))
     await settled(writer, reply.id)
     assert engine.shared.next == StartOptions(from_step=2, fresh=True, who="me")
     assert engine.send(Stop(now=True)).status == "applied"
-    assert engine.shared.next is None
-    assert engine.supervisor.conclude(-signal.SIGKILL) == 0
+    assert await engine.supervisor.run() == 0
     assert engine.state == "stopped"
+    assert not engine.supervisor.ranks.token  # none were started
+    with JournalReader(writer.session) as record:
+        assert record.attempts()[-1].from_step == record.last_step() == 2
 
 
 async def test_a_roll_back_is_rejected_after_a_stop_at_once(engine, writer):
