@@ -1,4 +1,4 @@
-"""Ends a process with its parent. Imports the standard library only."""
+"""How a process ends: with its parent, and its children by SIGTERM. Standard library only."""
 
 import ctypes
 import os
@@ -22,3 +22,31 @@ def die_with_parent() -> None:
     # The parent may have died before the line above.
     if os.getppid() != int(os.environ[PARENT_VARIABLE]):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def let_children_be_terminated() -> None:
+    """Lets SIGTERM end the children of a process that ignores it.
+
+    A signal that is ignored is also ignored by what a process forks and executes. `terminate()` of
+    a pool or a process then does nothing, and whoever waits for the end waits for ever.
+    """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        return
+    # Unlike SIG_IGN, the kernel takes a handler away from a program that is executed.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    signal.siginterrupt(signal.SIGTERM, False)
+    # A signal to a child that still has the handler would be lost: it waits until it has not.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]),
+        after_in_parent=_unblock,
+        after_in_child=_end_by_signal,
+    )
+
+
+def _end_by_signal() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _unblock()
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

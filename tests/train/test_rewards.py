@@ -1,6 +1,8 @@
 """Reward sources: how they are called, weighted sums of them, and errors."""
 
 import importlib
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,35 @@ def module(tmp_path, monkeypatch):
         "def rude(**kwargs): raise Rude\n"
         "def exits(**kwargs): raise SystemExit(3)\n"
         "def needs(completions, label, **kwargs): return [0.0] * len(completions)\n"
+        "def settings(completions, **kwargs):\n"
+        "    import torch\n"
+        "    torch.set_grad_enabled(False)\n"
+        "    torch.set_default_dtype(torch.float64)\n"
+        "    torch.set_num_threads(torch.get_num_threads() + 1)\n"
+        "    torch.set_float32_matmul_precision('medium')\n"
+        "    return [0.0] * len(completions)\n"
+        "def appends(prompts, completions, completion_ids, notes):\n"
+        "    for i, messages in enumerate(prompts):\n"
+        "        messages += completions[i]\n"
+        "        completion_ids[i].append(0)\n"
+        "        notes[i]['seen'] = True\n"
+        "    return [len(messages) for messages in prompts]\n"
+        "def ended(child):\n"
+        "    child.terminate()\n"
+        "    child.join(20)\n"
+        "    code = child.exitcode\n"
+        "    child.kill()\n"
+        "    return code or 0\n"
+        "def terminates(completions, **kwargs):\n"
+        "    import multiprocessing, subprocess, time\n"
+        "    fork = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,))\n"
+        "    fork.start()\n"
+        "    other = subprocess.Popen(['sleep', '600'])\n"
+        "    other.terminate()\n"
+        "    try: code = other.wait(20)\n"
+        "    except subprocess.TimeoutExpired: code = 0\n"
+        "    other.kill()\n"
+        "    return [ended(fork), code, None]\n"
         "def step(trainer_state, prompts, **kwargs):\n"
         "    return [trainer_state.global_step] * len(prompts)\n",
         encoding="utf-8",
@@ -112,6 +143,46 @@ def test_an_argument_that_is_not_a_column_is_named_beside_the_columns_there_are(
     columns = ", ".join(inputs.batch.prompts[0].row)
     with pytest.raises(TypeError, match=f"takes 'label', which is not one of {columns}, prompts"):
         function_reward(module, "needs")(inputs, no_report)
+
+
+def test_torch_settings_that_a_function_changes_are_restored(module, inputs):
+    def settings():
+        return (
+            torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(),
+            torch.get_float32_matmul_precision(),
+        )  # fmt: skip
+
+    before = settings()
+    try:
+        function_reward(module, "settings")(inputs, no_report)
+        after = settings()
+    finally:  # or the other tests would run with them
+        torch.set_grad_enabled(before[0])
+        torch.set_default_dtype(before[1])
+        torch.set_num_threads(before[2])
+        torch.set_float32_matmul_precision(before[3])
+    assert after == before
+
+
+def test_what_a_function_changes_of_its_arguments_is_its_own(module, inputs):
+    messages = [{"role": "user", "content": "The film"}]
+    prompt = Prompt([1], "The film", {"notes": {}}, messages)
+    shared = replace(inputs, batch=batch_prompts([prompt], 3, 0))
+    ids = [list(row) for row in inputs.ids]
+    assert function_reward(module, "appends")(shared, no_report) == [2, 2, 2]
+    assert (len(messages), shared.ids, prompt.row) == (1, ids, {"notes": {}})
+
+
+def test_a_function_can_terminate_its_processes_in_a_rank_that_ignores_the_signal(module, inputs):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank does
+    try:
+        context = LoadContext(RewardConfig(path=module), {}, SINGLE_RANK)
+        source = RewardSource(function="rewards_for_test:terminates")
+        reward = KINDS["function"].load(source, context)
+        os.kill(os.getpid(), signal.SIGTERM)  # still ignored
+        assert reward(inputs, no_report) == [-signal.SIGTERM, -signal.SIGTERM, None]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_coroutine_function_is_awaited(module, inputs):

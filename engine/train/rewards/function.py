@@ -2,20 +2,23 @@
 
 import asyncio
 import contextlib
+import copy
 import importlib
 import inspect
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError, error_text
+from engine.launch.parent_death import let_children_be_terminated
 from engine.progress import ReportProgress
 from engine.session.file_signature import FileSignature, file_signature
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
@@ -53,7 +56,7 @@ class FunctionReward:
         module_name = source.partition(":")[0]
         self._folders = [path, "."] if path else ["."]
         try:
-            with _imported_from(self._folders):
+            with _imported_from(self._folders), _restored_torch_settings():
                 self._module = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:
             # A user's module may raise anything on import; the user gets it on one line.
@@ -88,7 +91,7 @@ class FunctionReward:
     def _reload_if_changed(self) -> None:
         """Imports a changed file again. Raises whatever the file raises."""
         if (found := self._file_signature()) and found != self._signature:
-            with _imported_from(self._folders):
+            with _imported_from(self._folders), _restored_torch_settings():
                 self._module = importlib.reload(self._module)
             self._find()
             self._signature = found
@@ -98,7 +101,8 @@ class FunctionReward:
         if self._raised:
             self._reload_if_changed()
         self._raised = True
-        scores = self._scores(inputs)
+        with _restored_torch_settings():
+            scores = self._scores(inputs)
         self._raised = False
         report(len(inputs), len(inputs))
         return scores
@@ -121,9 +125,12 @@ class FunctionReward:
 
     @staticmethod
     def _arguments(inputs: RewardInputs) -> dict[str, Any]:
+        """Copies, one for each response: what the function changes is its own."""
         rows = inputs.batch.prompts
-        columns = {k: [p.row.get(k) for p in rows] for k in rows[0].row}
-        prompts: list[Any] = [p.text if p.messages is None else p.messages for p in rows]
+        columns = {k: [copy.deepcopy(p.row.get(k)) for p in rows] for k in rows[0].row}
+        prompts: list[Any] = [
+            p.text if p.messages is None else copy.deepcopy(p.messages) for p in rows
+        ]
         completions: list[Any] = [
             text if p.messages is None else [{"role": "assistant", "content": text}]
             for text, p in zip(inputs.texts, rows, strict=True)
@@ -131,7 +138,7 @@ class FunctionReward:
         return columns | {
             "prompts": prompts,
             "completions": completions,
-            "completion_ids": inputs.ids,
+            "completion_ids": [list(ids) for ids in inputs.ids],
             "trainer_state": SimpleNamespace(global_step=inputs.step),
         }
 
@@ -157,11 +164,33 @@ def _search(folders: list[str], at: int) -> None:
     sys.path[:] = [*others[:at], *folders, *others[at:]]
 
 
+TORCH_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+)
+"""What reads and what sets each of torch's settings that change a step, or end it with an error."""
+
+
+@contextlib.contextmanager
+def _restored_torch_settings() -> Iterator[None]:
+    """Context after which torch's settings are as before: the function shares them with the run."""
+    before = [get() for get, _ in TORCH_SETTINGS]
+    try:
+        yield
+    finally:
+        for (get, change), value in zip(TORCH_SETTINGS, before, strict=True):
+            if get() != value:
+                change(value)
+
+
 async def _awaited(awaitable: Any) -> Any:
     return await awaitable
 
 
 def _load(source: RewardSource, context: LoadContext) -> FunctionReward:
+    let_children_be_terminated()
     return FunctionReward(source.value, context.config.path, context.key)
 
 
