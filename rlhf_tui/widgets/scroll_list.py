@@ -113,13 +113,19 @@ class ScrollList(Lines, can_focus=True):
     def go(self, index: int) -> None:
         """Moves to a line."""
         if self.with_cursor:
-            self.top, self.cursor = self._top, index
+            self.put_cursor(index)
         else:
             self.top = index
-        self._clamp()
-        self.top = self._top
+            self._clamp()
+            self.top = self._top
         self.moved()
         self.update()
+
+    def put_cursor(self, index: int) -> None:
+        """Puts the cursor on a line; the window follows no further than it must."""
+        self.top, self.cursor = self._top, index
+        self._clamp()
+        self.top = self._top
 
     def moved(self) -> None:
         """Called after each move. Override it to react."""

@@ -3,10 +3,12 @@
 import math
 
 import pytest
+from rich.cells import cell_len
 
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.widgets.lines import plain_text
 from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.samples.common_affixes import common_affixes
@@ -96,6 +98,15 @@ def test_the_newest_responses_show_what_was_asked():
     state.take(SessionUpdate(samples=rows))
     shown = text(LatestSamplesPanel(state).rows(80, 5))[1:]
     assert [asked in line for asked, line in zip(ASKED, shown, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("prompt", ["how was the film " * 9, "电影怎么样" * 9, "a line\n" * 9])
+def test_the_end_of_a_prompt_has_a_quarter_of_the_line_in_any_script(prompt):
+    newest = LatestSamplesPanel(SessionState())
+    newest.state.samples = [sample(1, prompt=prompt, response="warm")]
+    shown = plain_text(newest.rows(80, 5)[1:], 80)
+    asked = shown[shown.index("…") : shown.index("│")]
+    assert 19 <= cell_len(asked) <= 20
 
 
 def test_responses_of_older_weights_say_of_which():

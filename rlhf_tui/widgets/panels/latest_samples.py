@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
+
 from engine.journal.rows import SampleRow
 from rlhf_tui import format as fmt
+from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.panel import Panel, heading
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
@@ -39,9 +42,12 @@ def newest_responses(
 
 def _response(sample: SampleRow, width: int, affixes: CommonAffixes) -> Row:
     wide = width >= 60
-    prompt, most = affixes.removed_from(sample.prompt), max(width // 4, 8)
-    if len(prompt) > most:
-        prompt = "…" + prompt[1 - most :]
+    prompt, most = one_line(affixes.removed_from(sample.prompt)), max(width // 4, 8)
+    if cell_len(prompt) > most:
+        prompt = prompt[1 - most :]
+        while cell_len(prompt) >= most:  # some characters have two cells
+            prompt = prompt[1:]
+        prompt = "…" + prompt
     return [
         (f" {fmt.number(sample.score, 2):>7}", "strong"),
         (f" {fmt.number(sample.kl, 1):>6}" if wide else "", "dim"),

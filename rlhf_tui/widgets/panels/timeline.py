@@ -66,9 +66,9 @@ class TimelinePanel(ScrollList):
         """The heading and the entries; the selected one stays in sight."""
         selected = self._selected()
         self.with_cursor = selected is not None
-        if selected is not None:
-            self.cursor = selected
-        elif not self.has_focus:
+        if selected is not None and selected != self.cursor:
+            self.put_cursor(selected)
+        elif selected is None and not self.has_focus:
             self.top = 0
         self._clamp()  # the header counts the entries above the window
         return super().rows(width, height)

@@ -87,7 +87,7 @@ def marked_lines(text: str, marked_words: set[int], tone: str, width: int) -> li
     lines: list[list[Piece]] = [[]]
     used, word, before = 0, -1, False
     blank = ""
-    for part in _PART.findall(_plain(text)):
+    for part in _PART.findall(_plain(text).removeprefix(" ")):  # as `wrap` leaves it out
         if part == "\n":
             lines.append([])
             used, blank, before = 0, "", False
