@@ -254,6 +254,14 @@ class Run:
         until(lambda: self.state in states, f"state {' or '.join(states)} of {self.name}")
         return self.state
 
+    def wait_sent(self) -> None:
+        """Waits until rank 0 has been sent the commands that the journal has as accepted.
+
+        The engine answers a client after it has carried out what it recorded before.
+        """
+        with self.client() as client:
+            client.status()
+
     def wait_gone(self) -> None:
         """Waits until all processes of the session have ended."""
         until(lambda: not processes(self.session.folder), f"end of every process of {self.name}")

@@ -28,6 +28,7 @@ def signalled(either_lab):
         # Like a scheduler, to the whole process group.
         os.killpg(process.pid, number)
         run.wait_for("stopping")
+        run.wait_sent()  # or the step may end before the rank knows of the stop
         run.alive[number] = process.poll() is None
         run.release(step)
         run.endings[number] = (process.wait(timeout=120), process.stderr.read())

@@ -36,7 +36,9 @@ class Distribution(NamedTuple):
 
 def distribution(logits: Tensor, temperature: float) -> Distribution:
     """The distributions of logits (n, V) of any dtype at a temperature > 0."""
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    values = logits.float()
+    scaled = values if temperature == 1.0 else values / temperature  # 1: a copy of the same bits
+    logprobs = torch.log_softmax(scaled, dim=-1)
     probs = logprobs.exp()
     return Distribution(logprobs, probs, -(probs * logprobs.clamp(min=-1e4)).sum(-1))
 
