@@ -15,10 +15,18 @@ def unexpected(step, text):
     raise AssertionError(f"{text} at step {step}")
 
 
+SECRETS = [
+    "notify.command=send --as s3cret",
+    "reward.model=null",
+    "reward.service=http://10.0.0.7/score?key=s3cret",
+    "eval.rewards=[{service: 'http://10.0.0.7/other?key=s3cret'}]",
+]
+
+
 @pytest.fixture
 def events_of_two_attempts(tmp_path):
     """Events of five steps, a crash, and a resume from step 3 with other values."""
-    config = config_file.load(starter.FOLDER / "demo.yaml", ["notify.command=send --as s3cret"])
+    config = config_file.load(starter.FOLDER / "demo.yaml", SECRETS)
     sample = Sample(
         index=0, prompt="<b>a|b", response="x\ny", score=1.0, kl=0.5, length=2, ended=True
     )
@@ -47,7 +55,7 @@ def test_responses_are_written_as_escaped_text(events_of_two_attempts):
     assert "x<br>y" in text
 
 
-def test_a_password_in_a_notification_command_is_not_written(events_of_two_attempts, tmp_path):
+def test_secrets_of_a_command_or_of_a_query_are_not_written(events_of_two_attempts, tmp_path):
     data = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert b"train.steps" in data
     assert b"s3cret" not in data

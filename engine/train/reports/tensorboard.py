@@ -8,10 +8,10 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from engine.config.file import flatten, to_tree
 from engine.config.schema import RunConfig
 from engine.metrics import KL, RLHF_REWARD, SCORE
 from engine.protocol.rank_messages import Sample
+from engine.train.reports.trackers import shown_config
 
 HEADLINE = (SCORE, KL, RLHF_REWARD)
 """The metrics by which TensorBoard's HParams view compares runs."""
@@ -50,10 +50,7 @@ class EventFiles:
 
     def hparams(self, config: RunConfig) -> None:
         """Writes the configuration; call it once per run."""
-        tree = to_tree(config)
-        del tree["notify"]  # a command may hold a password, and event files are passed around
-        flat = flatten(tree)
-        values = {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}
+        values = shown_config(config)  # event files are passed around
 
         def write(writer: SummaryWriter) -> None:
             # Like SummaryWriter.add_hparams, which would also write a scalar for each metric.

@@ -128,7 +128,7 @@ def environment() -> dict[str, str]:
 
 
 def shown_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration that trackers are given, flat.
+    """The configuration that trackers and TensorBoard event files are given, flat.
 
     Without `notify`, whose command may hold a password, and without what follows a `?` in a URL.
     """
