@@ -2,12 +2,13 @@
 
 ``python -m scripts.pictures.contact_sheet OUT [--sessions DIR --name NAME] [--size 80x24]...
 [--colours 256]... [--screen beta]...`` writes PNG files to OUT, some screens a file. Without
-``--sessions`` it makes a session with a short real run first, which takes minutes. A session of
-yours gets a label where `+` is pressed, and the first one of the folder is drawn on the dashboard:
-give it a folder with a copy.
+``--sessions`` it makes a session with a short real run first, which takes minutes. Of a session of
+yours it draws a copy without the weights, alone in its folder: where `+` is pressed, the copy gets
+the label.
 """
 
 import argparse
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -42,6 +43,8 @@ SCREENS = [name for group in GROUPS for name in group]
 PER_SHEET = {80: 12, 120: 6, 200: 4}
 COLUMNS = {80: 3, 120: 2, 200: 2}
 LEAVE = ("Escape",) * 3
+NOT_COPIED = shutil.ignore_patterns("*.safetensors", "*.sock", "engine.json", "engine.lock")
+"""Of a session: weights, which no screen shows, and what belongs to a live engine."""
 
 
 def screens(
@@ -103,11 +106,14 @@ def main() -> None:
     parser.add_argument("--screen", action="append", default=[], choices=SCREENS)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    if chosen.sessions:
-        _draw(chosen.out, chosen.sessions.resolve(), chosen.name, chosen)
-        return
-    with tempfile.TemporaryDirectory() as folder, paused_run(Path(folder)) as sessions:
-        _draw(chosen.out, sessions, PAUSED, chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.sessions:
+            source = chosen.sessions / chosen.name
+            shutil.copytree(source, Path(folder, chosen.name), ignore=NOT_COPIED)
+            _draw(chosen.out, Path(folder), chosen.name, chosen)
+            return
+        with paused_run(Path(folder)) as sessions:
+            _draw(chosen.out, sessions, PAUSED, chosen)
 
 
 if __name__ == "__main__":
