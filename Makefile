@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
 # Files of tests at a time: most of what they do is wait for processes.
-ABREAST := -n 4 --dist loadfile
+ABREAST := -n 6 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-faults vllm test-vllm gpu-check lint types docs man site package bench bench-extra gpu-bench starter clean
