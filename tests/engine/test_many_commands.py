@@ -75,7 +75,7 @@ def test_a_replay_of_twice_as_many_commands_costs_about_twice_as_much(writer, re
         steer(writer.journal.commands, number + 1)
         if number in (200, 400):
             recording = Recording(writer.session)
-            past = writer.session.at(recording.position_at(recording.duration * 0.9))
+            past = writer.session.at(recording.position_at(recording.duration))
             with opened(past) as (record, db):
                 costs.append(cost(db, lambda record=record: read(record)))
     assert costs[1] < 3 * costs[0]
