@@ -104,7 +104,13 @@ class Session(SessionReader):
             TimeoutError: it is not completed in time.
             SessionError: the run has ended before it.
         """
-        return self.wait(lambda run: run.step if run.step >= step else 0, timeout)
+
+        def completed(run: Session) -> list[int]:
+            last = run.step
+            return [last] if last >= step else []  # a list, because step 0 alone is false
+
+        (last,) = self.wait(completed, timeout)
+        return last
 
     def wait_for_end(self, timeout: float | None = None) -> str:
         """Waits until the engine has exited, and returns the state: `finished`, `failed` and so on.

@@ -64,10 +64,11 @@ JOIN steps ON steps.step = events.step + 1 AND steps.attempt = events.attempt
 WHERE kind = 'alert' AND json_extract(data, '$.rule') = ? ORDER BY events.step
 """
 """Of the attempts that took the next step of the timeline."""
-COMMANDS = """
-SELECT id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason,
-changes, result, live FROM commands
+COMMAND_COLUMNS = """
+id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason, changes,
+result, live
 """
+COMMANDS = f"SELECT {COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
 
 
 class JournalReader:
@@ -363,8 +364,22 @@ class JournalReader:
 
     def commands(self) -> list[CommandRow]:
         """Every command with its status and, once applied, its changes, in order of arrival."""
-        order = "seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "queued"
-        return [_command(row) for row in self._db.rows(f"{COMMANDS} ORDER BY {order}")]
+        return list(self.numbered_commands().values())
+
+    def numbered_commands(self, after: int = 0) -> dict[int, CommandRow]:
+        """Commands by their numbers, which are in order of arrival and may have gaps.
+
+        Args:
+            after: only commands with a greater number.
+        """
+        numbered = self._db.version >= schema.COMMANDS_ARE_NUMBERED
+        number = "seq" if numbered else "row_number() OVER (ORDER BY queued)"
+        rows = self._db.rows(
+            f"SELECT * FROM (SELECT {COMMAND_COLUMNS}, {number} AS number FROM commands) "  # noqa: S608 - constants
+            "WHERE number > ? ORDER BY number",
+            (after,),
+        )
+        return {row[-1]: _command(row[:-1]) for row in rows}
 
     def _commands_of(self, ids: list[str]) -> dict[str, CommandRow]:
         """Commands by id: a look at the newest events must not read the commands of a long run."""
@@ -419,7 +434,7 @@ class JournalReader:
 
 
 def _command(row: tuple[Any, ...]) -> CommandRow:
-    """Builds a row from the columns of :data:`COMMANDS`."""
+    """Builds a row from :data:`COMMAND_COLUMNS`."""
     (
         command_id, command, args, who, status, queued, accepted, ended, attempt, applied_step,
         reason, changes, result, live,

@@ -190,3 +190,8 @@ class Notifier:
             task.cancel()
         if late:
             await asyncio.wait(late, timeout=CANCEL_TIMEOUT)
+
+    def cancel(self) -> None:
+        """Cancels the messages on their way, so that :meth:`finish` returns; the log names them."""
+        for task in self._tasks:
+            task.cancel()

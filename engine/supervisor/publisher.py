@@ -142,3 +142,7 @@ class EventPublisher:
     async def finish(self) -> None:
         """Waits for the notifications that are being sent."""
         await self._notifier.finish()
+
+    def cancel_notifications(self) -> None:
+        """Cancels the notifications that are being sent, so that :meth:`finish` returns."""
+        self._notifier.cancel()

@@ -120,7 +120,7 @@ class RankMessageHandler:
         if not expected or attempt.is_connected(rank):
             log.warning("refused a rank of another attempt (pid %s)", hello.pid)
             return
-        self._ranks.pids[rank] = hello.pid
+        self._ranks.rank_connected(rank, hello.pid)
         self._watchdog.rank_connected(rank)
         attempt.rank_connected(rank, writer)
         if rank == 0:

@@ -7,6 +7,8 @@ import secrets
 import signal
 from pathlib import Path
 
+import psutil
+
 from engine.config.sections.launch import LaunchConfig
 from engine.launch.environment import (
     SOCKET_VARIABLE,
@@ -36,6 +38,8 @@ class RankProcesses:
         """Ranks on this machine."""
         self.pids: dict[int, int] = {}
         """Rank → process id, of the ranks on this machine that have connected."""
+        self._leaders: dict[int, psutil.Process] = {}
+        """The agent and its ranks, by process id, with the times at which they started."""
         self.token = ""
         """Proves that a rank belongs to the current attempt; new at each start."""
         self.secret = secret if launch.nodes > 1 else ""
@@ -49,7 +53,7 @@ class RankProcesses:
         Args:
             rollout: variables by which rank 0 finds its rollout engine; none for native rollouts.
         """
-        self.token, self.pids = secrets.token_hex(16), {}
+        self.token, self.pids, self._leaders = secrets.token_hex(16), {}, {}
         link = {
             TOKEN_VARIABLE: self.token,
             SOCKET_VARIABLE: str(self._socket_path),
@@ -66,6 +70,16 @@ class RankProcesses:
                 stderr=log,
                 start_new_session=True,
             )
+        self._add_leader(self._process.pid)
+
+    def rank_connected(self, rank: int, pid: int) -> None:
+        """Call it when a rank on this machine connects; its process group ends with the others."""
+        self.pids[rank] = pid
+        self._add_leader(pid)
+
+    def _add_leader(self, pid: int) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # its group may live on
+            self._leaders[pid] = psutil.Process(pid)
 
     def _create_rendezvous(self) -> str:
         """The address at which the ranks find each other; a new one at each start."""
@@ -107,5 +121,10 @@ class RankProcesses:
     def _kill_groups(self, leader: int) -> None:
         """Kills the agent's group and those of its ranks, which have sessions of their own."""
         for group in {leader, *self.pids.values()}:
-            with contextlib.suppress(ProcessLookupError):
+            process = self._leaders.get(group)
+            # The agent has reaped ranks that ended early, and others may have their ids by now.
+            if process is not None and not process.is_running() and psutil.pid_exists(group):
+                continue
+            # Not permitted: a group of another user, so none of ours.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)

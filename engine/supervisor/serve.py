@@ -27,6 +27,8 @@ from engine.supervisor.supervisor import Supervisor
 log = logging.getLogger("engine")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CANCEL_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""After the end of a run they end the wait for notifications; SIGUSR1 leaves time for them."""
 
 
 async def supervise(session: Session, start: StartOptions, observer: Observer | None = None) -> int:
@@ -127,6 +129,8 @@ async def _run(supervisor: Supervisor, listener: socket.socket) -> int:
         supervisor.rollout.listen()
         return await supervisor.run()
     finally:
+        for number in CANCEL_SIGNALS:
+            loop.add_signal_handler(number, supervisor.publisher.cancel_notifications)
         watchdog.cancel()
         supervisor.ranks.kill()
         await supervisor.rollout.close()

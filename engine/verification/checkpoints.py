@@ -24,14 +24,19 @@ def check_checkpoints(session: Session, reader: JournalReader) -> Iterator[Findi
                 + (f", and resume from another one (of steps {listed(others)})" if others else ""),
             )
     reported = [row.step for row in rows if row.status == "complete"]
-    lost = [step for step in reported if not _is_there(session, step, reader)]
+    there = complete_checkpoints(session.checkpoints)
+    lost = [step for step in reported if step not in there]
+    if lost and session.is_live():  # they may have been removed since the journal was read
+        kept = {row.step for row in _all(reader) if row.status == "complete"}
+        lost = [step for step in lost if step in kept]
     if lost:
         yield problem(
             "checkpoints",
             f"the disk lacks complete checkpoints of the journal, of steps {listed(lost)}",
             f"restore them in {session.checkpoints}, or resume from another one with --from",
         )
-    unknown = [step for step in on_disk if step not in {row.step for row in rows}]
+    known = {row.step for row in rows}
+    unknown = [step for step in on_disk if step not in known]
     if unknown and session.is_live():  # it may have been written after the journal was read
         known = {row.step for row in _all(reader)}
         unknown = [step for step in unknown if step not in known]
@@ -49,15 +54,6 @@ def check_checkpoints(session: Session, reader: JournalReader) -> Iterator[Findi
             "restore journal.db, or continue from one with "
             + session.command("resume", "--from", "STEP"),
         )
-
-
-def _is_there(session: Session, step: int, reader: JournalReader) -> bool:
-    if step in complete_checkpoints(session.checkpoints):
-        return True
-    # Of a live session it may have been removed since the journal was read.
-    return session.is_live() and not any(
-        row.step == step and row.status == "complete" for row in _all(reader)
-    )
 
 
 def _all(reader: JournalReader) -> list[CheckpointRow]:

@@ -36,6 +36,8 @@ class LogPart:
     """The byte after all that need not be read again, such as the beginning of a line."""
     fresh: bool
     """Whether the lines replace all earlier ones."""
+    cut: bool = False
+    """Whether the log has lines before them that were not read."""
 
 
 class LogRead(Message):
@@ -52,6 +54,8 @@ class LogView(ScrollList):
     def __init__(self) -> None:
         super().__init__(id="log")
         self.lines: list[str] = []
+        self.cut = False
+        """Whether the log has lines before the first one here."""
         self.hint: list[Row] = []
         self.shift = 0
         self.match: int | None = None
@@ -88,10 +92,14 @@ class LogView(ScrollList):
         """Notes whether the end is in sight: a terminal of another height shows it, too."""
         self._at_end = self.top >= self.count() - self.page_size
 
-    def add(self, lines: list[str], *, fresh: bool) -> None:
-        """Appends lines, or with `fresh` replaces all of them. The oldest may be dropped."""
+    def add(self, lines: list[str], *, fresh: bool, cut: bool = False) -> None:
+        """Appends lines, or with `fresh` replaces all of them. The oldest may be dropped.
+
+        `cut`: the log has lines before these fresh ones.
+        """
         lines = lines if fresh else self.lines + lines
         dropped = max(len(lines) - MOST_LINES, 0)
+        self.cut = dropped > 0 or (cut if fresh else self.cut)
         self.lines = lines[dropped:]
         self._at_end |= fresh
         # The same line as before stays on top, and is the one that the search has led to.
@@ -163,7 +171,7 @@ class LogScreen(SessionScreen):
         self._seen, self._until = part.seen, message.until
         if part.lines and (part.fresh or part.at > self._at):
             self._at = part.at
-            self.query_one(LogView).add(part.lines, fresh=part.fresh)
+            self.query_one(LogView).add(part.lines, fresh=part.fresh, cut=part.cut)
             self._about()
 
     def session_changed(self) -> None:
@@ -178,7 +186,8 @@ class LogScreen(SessionScreen):
             [(" the log is empty", "dim")],
             [(" from a shell: ", "dim"), (state.command("logs", state.name), "key")],
         ]
-        row: list[Piece] = [(f" {view.count():,} lines", "dim")]
+        last = "the last " if view.cut else ""
+        row: list[Piece] = [(f" {last}{view.count():,} lines", "dim")]
         if self._query:
             hits, number = self._hits(), "in "
             if view.match is not None and view.match in hits:
@@ -274,12 +283,16 @@ def read_part(path: Path, at: int, seen: int, until: str | None) -> LogPart | No
         return None
     whole = data.rfind(b"\n") + 1
     end = whole if until is None else written_until(data, until)
-    text = data[:end].decode("utf-8", "replace")
+    cut = fresh and begin > 0
+    first = data.find(b"\n") + 1 if cut else 0
+    if first >= end:  # there is no other line
+        first = 0
+    text = data[first:end].decode("utf-8", "replace")
     if len(data) == MOST_BYTES and not whole:  # a longer line is shown in pieces
         end, text = len(data), data.decode("utf-8", "replace") + "\n"
     lines = [_visible(line) for line in text.split("\n")[:-1]]
     # Behind a line of a later time there is nothing to see until then.
-    return LogPart(lines, begin + end, begin + len(data) if end >= whole else size, fresh)
+    return LogPart(lines, begin + end, begin + len(data) if end >= whole else size, fresh, cut)
 
 
 def written_until(data: bytes, until: str) -> int:

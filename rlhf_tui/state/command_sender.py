@@ -32,6 +32,11 @@ WAIT = 24 * 3600.0
 """Seconds a terminal waits for the last reply; the engine carries a command out in any case."""
 
 
+UNCHANGED_READINGS = 2
+"""Readings in the state before a command, after which others have undone what it did. The first one
+may have begun before the command was applied."""
+
+
 class OutgoingCommand(Struct, frozen=True):
     """A command to be sent."""
 
@@ -112,6 +117,8 @@ class PendingEffects:
     def __init__(self) -> None:
         self._pause: tuple[Command, str] | None = None
         """Pause or unpause, and the state in which it was sent."""
+        self._unchanged: int | None = None
+        """Readings in that state since the command was applied; None until then."""
         self._beta: SetBeta | None = None
         self._replaced: float | None = None
         """Beta as shown when the command was applied; None until then."""
@@ -119,7 +126,7 @@ class PendingEffects:
     def sent(self, command: Command, state: str) -> None:
         """Call it when a command is sent; `state`: of the session, as shown."""
         if isinstance(command, Pause | Unpause):
-            self._pause = command, state
+            self._pause, self._unchanged = (command, state), None
         elif isinstance(command, SetBeta):
             self._beta, self._replaced = command, None
         elif isinstance(command, Undo | SetKLController | Rollback):
@@ -132,13 +139,17 @@ class PendingEffects:
         applied = reply is not None and reply.status == "applied"
         if command is self._beta:
             self._beta, self._replaced = (self._beta, beta) if applied else (None, None)
-        if self._pause is not None and command is self._pause[0] and not applied:
-            self._pause = None
+        if self._pause is not None and command is self._pause[0]:
+            self._pause, self._unchanged = (self._pause, 0) if applied else (None, None)
 
     def read(self, state: str, beta: float | None) -> None:
         """Call it with the state and beta in force after each reading of the journal."""
         if self._pause is not None and state != self._pause[1]:
             self._pause = None
+        elif self._unchanged is not None:
+            self._unchanged += 1
+            if self._unchanged >= UNCHANGED_READINGS:
+                self._pause = None
         if self._replaced is not None and beta != self._replaced:
             self._beta = self._replaced = None
 

@@ -100,6 +100,12 @@ def test_waiting_on_a_run_that_has_ended_raises_instead_of_waiting(run):
     assert run.wait_for_end() == "finished"
 
 
+def test_waiting_for_step_0_does_not_wait_for_the_first_step(make_session, write_in):
+    session = make_session()
+    write_in(session).journal.begin_attempt(0, fresh=False)
+    assert Session(session.folder).wait_for_step(0) == 0
+
+
 def test_waiting_has_a_limit(run):
     lock = run.files.acquire()  # as if an engine lived
     with pytest.raises(TimeoutError, match=r"at step 3; waited for 0\.1 s"):

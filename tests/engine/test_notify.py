@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import sqlite3
 import threading
@@ -38,7 +40,9 @@ from engine.monitoring.notify import (
     missing_variables,
     open_channels,
 )
+from engine.supervisor import rank_processes
 from engine.supervisor.publisher import EventPublisher
+from engine.supervisor.serve import supervise
 from engine.supervisor.server import Server
 from engine.supervisor.supervisor import Supervisor
 
@@ -349,6 +353,25 @@ async def test_the_end_of_an_engine_gives_up_on_a_slow_service(service, caplog, 
     notifier.submit(MESSAGE)
     await notifier.finish()
     assert "the engine ended before it was sent: run step 7" in caplog.text
+
+
+async def test_a_signal_after_the_end_of_a_run_ends_the_wait_for_notifications(
+    make_session, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: ["false"])
+    begun = tmp_path / "begun"
+    session = make_session(
+        "run", "launch.max_restarts=0", f"notify.command=touch {begun}; sleep 300"
+    )
+    engine = asyncio.create_task(supervise(session, StartOptions()))
+    async with asyncio.timeout(60):
+        while not engine.done():
+            if begun.exists():
+                os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.01)
+    assert await engine == 1
+    assert "notify.command: the engine ended before it was sent: run " in caplog.text
 
 
 async def test_a_redirect_is_a_failure(service):

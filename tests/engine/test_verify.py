@@ -17,7 +17,7 @@ from engine.journal.labels import Response, set_label
 from engine.launch.rollout.engine import START
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import Session
-from engine.verification import leftovers
+from engine.verification import checkpoints, leftovers
 from engine.verification.settings import SettingHistory
 from engine.verification.verify import verify
 
@@ -239,6 +239,22 @@ def test_a_log_that_was_cut_short_in_its_last_transaction_is_whole(crashed):
     wal = crashed.folder / "samples.db-wal"
     os.truncate(wal, wal.stat().st_size - 100)
     assert not [text for text in found(crashed) if "samples.db-wal" in text]
+
+
+def test_the_folder_of_checkpoints_is_listed_as_often_for_many_as_for_one(writer, monkeypatch):
+    listings, listed = [], checkpoints.complete_checkpoints
+    monkeypatch.setattr(
+        checkpoints, "complete_checkpoints", lambda f: listings.append(f) or listed(f)
+    )
+    writer.steps(1)
+    writer.checkpoint(1)
+    verify(writer.session)
+    of_one = len(listings)
+    for step in range(2, 7):
+        writer.steps(step)
+        writer.checkpoint(step)
+    verify(writer.session)
+    assert len(listings) - of_one == of_one
 
 
 class CountedStep(int):

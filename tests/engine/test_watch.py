@@ -1,9 +1,12 @@
 """The watchdog's silence limits, and how an attempt ends after a failure."""
 
 import asyncio
+import os
+import signal
 import sqlite3
 import time
 
+import psutil
 import pytest
 
 from engine import starter
@@ -11,6 +14,7 @@ from engine.config import file as config_file
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
 from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
+from engine.supervisor import rank_processes
 from engine.supervisor.attempt import StepTimer
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import Server
@@ -158,6 +162,55 @@ async def test_a_rank_that_is_silent_after_the_failure_of_another_is_not_the_cau
     with JournalReader(writer.session) as reader:
         (error,) = [e for e in reader.events() if e.kind == "error"]
     assert error.payload.text.startswith("rank 1: a fault" if reported else "rank 1 has ended")
+
+
+# -- the processes that are killed -----------------------------------------------------------------
+
+
+@pytest.fixture
+async def outliving(writer, monkeypatch):
+    """Two processes of ranks that outlive their agent, which ends at once; and how they end."""
+    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: ["true"])
+    ranks = RankProcesses(
+        writer.session, writer.session.folder / "x", writer.session.config().launch
+    )
+    await ranks.start({})
+    sleepers = [
+        await asyncio.create_subprocess_exec("sleep", "300", start_new_session=True)
+        for _ in range(2)
+    ]
+    for rank, sleeper in enumerate(sleepers):
+        ranks.rank_connected(rank, sleeper.pid)
+    yield ranks, sleepers
+    for sleeper in sleepers:
+        if sleeper.returncode is None:
+            sleeper.kill()
+            await sleeper.wait()
+
+
+async def test_a_process_that_has_the_id_of_a_rank_by_now_is_not_killed(outliving, monkeypatch):
+    ranks, (other, own) = outliving
+    runs = psutil.Process.is_running
+    monkeypatch.setattr(psutil.Process, "is_running", lambda p: p.pid != other.pid and runs(p))
+    await ranks.wait()
+    assert await own.wait() == -signal.SIGKILL
+    assert psutil.Process(other.pid).status() == psutil.STATUS_SLEEPING
+
+
+async def test_a_group_that_may_not_be_killed_does_not_spare_the_others(outliving, monkeypatch):
+    ranks, sleepers = outliving
+    refused, kill = [], os.killpg
+
+    def refuse_once(group, number):
+        if group in (s.pid for s in sleepers) and not refused:
+            refused.append(group)
+            raise PermissionError
+        kill(group, number)
+
+    monkeypatch.setattr(os, "killpg", refuse_once)
+    assert await ranks.wait() == 0
+    (own,) = [s for s in sleepers if s.pid not in refused]
+    assert await own.wait() == -signal.SIGKILL
 
 
 # -- the time left of a step -----------------------------------------------------------------------

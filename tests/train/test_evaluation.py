@@ -11,7 +11,7 @@ from engine.protocol import frames
 from engine.protocol.rank_messages import BaselineReport, Begin, Sample, TokenArrays
 from engine.train.boundary import Boundary, BoundaryBroadcast
 from engine.train.evaluation.evaluate import (
-    RECORDED_CHARACTERS,
+    RECORDED_BYTES,
     RECORDED_TOKENS,
     Evaluation,
     confidence_interval,
@@ -136,7 +136,7 @@ def test_scores_of_held_out_responses_that_cannot_be_used_do_not_end_the_run(mak
 
 
 def test_of_very_many_responses_as_many_are_recorded_as_a_message_holds():
-    text = "x" * (RECORDED_CHARACTERS // 10)
+    text = "x" * (RECORDED_BYTES // 10)
     samples = [
         Sample(index=i, prompt="", response=text, score=0.0, kl=0.0, length=1, ended=True)
         for i in range(20)
@@ -148,22 +148,34 @@ def test_of_very_many_responses_as_many_are_recorded_as_a_message_holds():
 
 def test_a_step_whose_arrays_no_message_holds_is_reported_with_fewer_of_them(make_run):
     run, _ = make_run()
-    length = 2 * RECORDED_TOKENS // 7
-    values = [-0.1] * length
-    arrays = TokenArrays(
-        tokens=[" the"] * length, token_ids=[50_000] * length, logprob=values, ref_logprob=values,
-        advantage=values, value=values,
-    )  # fmt: skip
-    samples = [
-        Sample(
-            index=i, prompt="p", response="r", score=0.0, kl=0.0, length=length, ended=True,
-            arrays=arrays,
-        )
-        for i in range(8)
-    ]  # fmt: skip
+    samples = with_arrays("r", " the", 2 * RECORDED_TOKENS // 7, 8)
     report = step_report(run, 1, {}, samples, {}, [], Evaluation())
     assert [s.arrays is not None for s in report.samples] == [True] * 3 + [False] * 5
     frames.encode(report)
+
+
+def test_a_message_holds_a_step_and_an_evaluation_of_texts_in_chinese(make_run):
+    run, _ = make_run()
+    length = RECORDED_TOKENS // 10
+    samples = with_arrays("强化学习" * length, "强化学习", length, 33)
+    evaluation = Evaluation(samples=[msgspec.structs.replace(s, arrays=None) for s in samples])
+    frames.encode(step_report(run, 1, {}, samples, {}, [], evaluation))
+
+
+def with_arrays(response, token, length, count):
+    """Samples with values for each token."""
+    values = [-0.1] * length
+    arrays = TokenArrays(
+        tokens=[token] * length, token_ids=[50_000] * length, logprob=values, ref_logprob=values,
+        advantage=values, value=values,
+    )  # fmt: skip
+    return [
+        Sample(
+            index=i, prompt="p", response=response, score=0.0, kl=0.0, length=length, ended=True,
+            arrays=arrays,
+        )
+        for i in range(count)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from engine.config.settings import SettingChange
+from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.protocol import sockets
 from engine.protocol.client_messages import JournalAdvanced, Status
@@ -19,6 +21,8 @@ from rlhf_tui.state.feeds import feed as feeds
 from rlhf_tui.state.feeds import journal_changes
 from rlhf_tui.state.feeds.feed import Feed
 from rlhf_tui.state.feeds.first_read import FirstRead
+from rlhf_tui.state.feeds.journal_changes import JournalChanges
+from rlhf_tui.state.feeds.output import UpdateOutput
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.status_lines import StatusLine
@@ -193,6 +197,58 @@ def test_many_checkpoints_do_not_push_out_notes_and_alerts(following, session):
     journal.close()
     wait(lambda: any(e.step == 2699 for e in state.events))
     assert {"note", "alert"} <= {m.kind for m in state.markers()}
+
+
+@pytest.fixture
+def reading(session):
+    """A state, a writer of its journal, and a function that reads what is new in it."""
+    state, journal = SessionState(session.name), JournalWriter(session)
+    changes = JournalChanges(NAMES, UpdateOutput(state.take))
+    with JournalReader(session) as record:
+        yield state, journal, lambda: changes.read(session, record, (), SessionUpdate())
+    journal.close()
+
+
+def statuses(state):
+    return {c.id: (c.status, c.live) for c in state.commands}
+
+
+def test_commands_that_have_ended_are_not_read_again(reading, monkeypatch):
+    state, journal, read = reading
+    for number in range(9):
+        journal.commands.record(f"a{number}", "pause", {}, "ana")
+        journal.commands.reject(f"a{number}", "no")
+    journal.commands.record("late", "checkpoint", {}, "ana")
+    read()
+    known, found, numbered = len(state.commands), [], JournalReader.numbered_commands
+
+    def remembered(*arguments):
+        found.append(numbered(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(JournalReader, "numbered_commands", remembered)
+    journal.commands.record("next", "note", {"text": "odd"}, "ben")
+    journal.commands.apply("next", 21, [])
+    read()
+    assert [[c.id for c in commands.values()] for commands in found] == [["late", "next"]]
+    journal.commands.apply("late", 21, [])
+    read()
+    assert len(state.commands) == known + 1
+    assert [c.id for c in state.commands[-2:]] == ["late", "next"]
+    assert statuses(state)["late"] == statuses(state)["next"] == ("applied", True)
+
+
+def test_a_command_that_a_later_attempt_overrides_is_read_again(reading):
+    state, journal, read = reading
+    journal.commands.record("early", "set", {}, "ana")
+    journal.commands.apply("early", 18, [SettingChange(key="epochs", old=4, new=2)])
+    journal.begin_attempt(10, fresh=False)
+    read()
+    assert statuses(state)["early"] == ("applied", True)
+    journal.commands.record("other", "set", {}, "ben")
+    journal.commands.apply("other", 12, [SettingChange(key="epochs", old=4, new=3)])
+    read()
+    assert statuses(state)["early"] == ("applied", False)
 
 
 def test_a_digest_waits_for_all_its_curves():

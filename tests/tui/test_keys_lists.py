@@ -321,3 +321,15 @@ async def test_lines_that_a_long_log_drops_move_neither_what_is_read_nor_the_mat
         assert (view.lines[view.top], view.lines[view.match]) == (read, found)
         view.add(["new"] * 70, fresh=False)
         assert (view.top, view.match) == (0, None)
+
+
+@pytest.mark.parametrize(("most", "count"), [(303, " 303 lines"), (302, " the last 302 lines")])
+async def test_the_log_says_when_it_shows_only_the_end(
+    make_app, running, until, monkeypatch, most, count
+):
+    monkeypatch.setattr(log, "MOST_LINES", most)
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("5")
+        about = app.screen.query_one("#about")
+        await until(pilot, lambda: about.text().startswith(count), about.text())

@@ -236,3 +236,14 @@ def test_of_a_log_a_line_that_is_too_long_to_be_read_at_once_is_shown(tmp_path, 
         lines += part.lines
         part = read_part(path, part.at, part.seen, None)
     assert lines == [20 * "x", 10 * "x", "end"]
+
+
+def test_of_a_log_only_whole_lines_of_the_end_are_shown_and_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_screen, "MOST_BYTES", 20)
+    path = tmp_path / "engine.log"
+    path.write_text("the first line\nthe second\nthird\n")
+    part = read_part(path, 0, 0, None)
+    assert (part.lines, part.cut) == (["the second", "third"], True)
+    path.write_text("whole\n")
+    part = read_part(path, 0, 0, None)
+    assert (part.lines, part.cut) == (["whole"], False)

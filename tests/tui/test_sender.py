@@ -101,3 +101,16 @@ def test_a_pause_that_others_ended_is_not_held_on_to():
     effects.read("paused", 0.1)
     effects.read("running", 0.1)
     assert not effects.paused("running")
+
+
+def test_a_pause_that_others_ended_between_two_readings_is_not_held_on_to():
+    effects, command = PendingEffects(), Pause()
+    effects.sent(command, "running")
+    effects.replied(command, CommandReply(id="1", status="accepted"), 0.1)
+    for _ in range(3):  # of the time before it took effect
+        effects.read("running", 0.1)
+    effects.replied(command, CommandReply(id="1", status="applied", step=3), 0.1)
+    effects.read("running", 0.1)
+    assert effects.paused("running")
+    effects.read("running", 0.1)
+    assert not effects.paused("running")

@@ -31,10 +31,12 @@ from engine.train.rollout.backend import (
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run, scores_for_training
 
-RECORDED_CHARACTERS = 8_000_000
-"""Of the responses that are recorded, with their prompts: what a message can hold."""
+RECORDED_BYTES = 8_000_000
+"""Of the responses that are recorded, with their prompts. A message has them of a step and of an
+evaluation."""
 RECORDED_TOKENS = 600_000
-"""Of the responses that are recorded with per-token arrays: 30 MB of a message's 64."""
+"""Of the responses that are recorded with per-token arrays: 30 MB of a message's 64, and the bytes
+of their texts once more."""
 KL_TEMPERATURE = 1.0
 """Of the log-probabilities under both models, so that a change of `rollout.temperature` during the
 run does not move the curve."""
@@ -234,13 +236,15 @@ def _samples(parts: list[_Scored]) -> list[Sample]:
 def recorded(samples: list[Sample]) -> list[Sample]:
     """The first samples, as many as a message can hold; the metrics have all.
 
-    They have :data:`RECORDED_CHARACTERS`, and the first :data:`RECORDED_TOKENS` have their arrays.
+    They have :data:`RECORDED_BYTES`, and the first :data:`RECORDED_TOKENS` have their arrays.
     """
     # A hundred for the numbers of each.
-    sizes = itertools.accumulate(len(s.prompt) + len(s.response) + 100 for s in samples)
+    sizes = itertools.accumulate(
+        len(s.prompt.encode()) + len(s.response.encode()) + 100 for s in samples
+    )
     tokens = itertools.accumulate(s.length if s.arrays is not None else 0 for s in samples)
     return [
         s if count <= RECORDED_TOKENS else msgspec.structs.replace(s, arrays=None)
         for s, size, count in zip(samples, sizes, tokens, strict=True)
-        if size <= RECORDED_CHARACTERS
+        if size <= RECORDED_BYTES
     ]

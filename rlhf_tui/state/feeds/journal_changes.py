@@ -53,7 +53,10 @@ class JournalChanges:
         self._at: dict[str, int] = {}
         self._past: set[str] = set()
         self._names: list[str] = []
-        self._commands: list[CommandRow] = []
+        self._commands: dict[int, CommandRow] = {}
+        """By number, see :meth:`JournalReader.numbered_commands`."""
+        self._ended = 0
+        """The commands up to this number have ended; later ones are read again."""
         self._checkpoints: list[CheckpointRow] = []
         self._samples_step = -1
         self._labels: FileSignature = ()
@@ -92,8 +95,8 @@ class JournalChanges:
             update = msgspec.structs.replace(update, events=thinned(events))
         # Every new command and checkpoint has an event, so that a step alone changes neither.
         replayed = advanced and session.position is not None
-        if events or replayed or any(c.ended is None for c in self._commands):
-            update = self._with_lists(update, record)
+        if events or replayed or self._ended < max(self._commands, default=0):
+            update = self._with_lists(update, session, record)
         if advanced or events:
             update = self._with_names(update, record)
         self._output.post(update)
@@ -105,15 +108,35 @@ class JournalChanges:
             self._samples_step = head.step
             self._output.post(SessionUpdate(samples=record.samples.newest(SAMPLES_SHOWN)))
 
-    def _with_lists(self, update: SessionUpdate, record: JournalReader) -> SessionUpdate:
-        commands, checkpoints = record.commands(), record.checkpoints()
+    def _with_lists(
+        self, update: SessionUpdate, session: Session, record: JournalReader
+    ) -> SessionUpdate:
+        commands, checkpoints = self._read_commands(session, record), record.checkpoints()
         if commands != self._commands:
             self._commands = commands
-            update = msgspec.structs.replace(update, commands=commands)
+            update = msgspec.structs.replace(update, commands=list(commands.values()))
         if checkpoints != self._checkpoints:
             self._checkpoints = checkpoints
             update = msgspec.structs.replace(update, checkpoints=checkpoints)
         return update
+
+    def _read_commands(self, session: Session, record: JournalReader) -> dict[int, CommandRow]:
+        """All commands; those that have ended are not read again unless others have changed them.
+
+        A command of this attempt overrides later ones of an earlier attempt. At a moment of the
+        history all are read: those that had ended by then are not always the first ones.
+        """
+        known = {n: c for n, c in self._commands.items() if n <= self._ended}
+        if session.position is not None:
+            known = {}
+        new = record.numbered_commands(max(known, default=0))
+        first = min((c.applied_step for c in new.values() if c.applied_step), default=None)
+        if first is not None and any((c.applied_step or 0) > first for c in known.values()):
+            known, new = {}, record.numbered_commands()
+        commands = known | new
+        unfinished = [number for number, command in commands.items() if command.ended is None]
+        self._ended = min(unfinished) - 1 if unfinished else max(commands, default=0)
+        return commands
 
     def _with_names(self, update: SessionUpdate, record: JournalReader) -> SessionUpdate:
         names = record.metric_names()
