@@ -167,7 +167,13 @@ class StoreServer:
             if not self._handshakes.acquire(blocking=False):
                 sock.close()
                 continue
-            threading.Thread(target=self._serve, args=(sock, peer[0]), daemon=True).start()
+            serving = threading.Thread(target=self._serve, args=(sock, peer[0]), daemon=True)
+            try:
+                serving.start()
+            except RuntimeError as error:  # no further thread for a while; the client tries again
+                self._handshakes.release()
+                sock.close()
+                self._warn(peer[0], error)
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         """Serves one client to its end."""

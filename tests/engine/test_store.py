@@ -194,6 +194,24 @@ def test_clients_that_never_prove_themselves_do_not_keep_others_out_for_long(ser
 # -- keys and values -------------------------------------------------------------------------------
 
 
+def test_a_client_for_which_no_thread_can_be_started_does_not_keep_later_ones_out(
+    server, monkeypatch
+):
+    start, refused = threading.Thread.start, []
+
+    def refuse_once(thread):
+        if thread.daemon and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    with raw(server.port) as sock:
+        until_closed(sock)
+    assert refused
+    assert client_of(server.port).is_alive("start") is False
+
+
 def test_values_are_set_added_to_appended_compared_and_deleted(client):
     client.request(SetKeys(values={"a": b"\0\xff", "b": b""}))
     assert client.request(GetKeys(keys=["b", "a"], seconds=0)).values == [b"", b"\0\xff"]
