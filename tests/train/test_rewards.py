@@ -118,6 +118,15 @@ def module(tmp_path, monkeypatch):
         "    except subprocess.TimeoutExpired: code = 0\n"
         "    other.kill()\n"
         "    return [ended(fork), code, None]\n"
+        "def forks(completions, **kwargs):\n"
+        "    import os\n"
+        "    children = []\n"
+        "    for error in (SystemExit(0), ValueError('no'), None):\n"
+        "        children.append(os.fork())\n"
+        "        if children[-1] == 0:\n"
+        "            if error: raise error\n"
+        "            return [0.0] * len(completions)\n"
+        "    return [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]\n"
         "def step(trainer_state, prompts, **kwargs):\n"
         "    return [trainer_state.global_step] * len(prompts)\n",
         encoding="utf-8",
@@ -143,6 +152,16 @@ def test_an_argument_that_is_not_a_column_is_named_beside_the_columns_there_are(
     columns = ", ".join(inputs.batch.prompts[0].row)
     with pytest.raises(TypeError, match=f"takes 'label', which is not one of {columns}, prompts"):
         function_reward(module, "needs")(inputs, no_report)
+
+
+def test_a_process_that_a_function_forks_does_not_return_from_it(module, inputs):
+    reward, rank = function_reward(module, "forks"), os.getpid()
+    try:
+        codes = reward(inputs, no_report)
+    finally:
+        if os.getpid() != rank:
+            os._exit(77)
+    assert codes == [1, 1, 1]
 
 
 def test_torch_settings_that_a_function_changes_are_restored(module, inputs):

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import importlib
 import inspect
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -101,7 +102,7 @@ class FunctionReward:
         if self._raised:
             self._reload_if_changed()
         self._raised = True
-        with _restored_torch_settings():
+        with _forks_ended(), _restored_torch_settings():
             scores = self._scores(inputs)
         self._raised = False
         report(len(inputs), len(inputs))
@@ -183,6 +184,20 @@ def _restored_torch_settings() -> Iterator[None]:
         for (get, change), value in zip(TORCH_SETTINGS, before, strict=True):
             if get() != value:
                 change(value)
+
+
+@contextlib.contextmanager
+def _forks_ended() -> Iterator[None]:
+    """Context that no process which the function forked leaves.
+
+    It would go on as a copy of the rank, with the rank's connection to the supervisor.
+    """
+    rank = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != rank:
+            os._exit(1)
 
 
 async def _awaited(awaitable: Any) -> Any:
