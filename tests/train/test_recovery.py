@@ -61,6 +61,17 @@ def test_a_step_is_repeated_once_the_source_works_again(held):
     assert supervisor.wait_for(Unpaused).step == 0
 
 
+def test_a_step_is_repeated_when_a_try_fails_in_another_way(held):
+    def works_again():
+        raise RuntimeError("can't start new thread")
+
+    boundary, supervisor = held(works_again)
+    waiting = before_step(boundary)
+    assert supervisor.wait_for(Unpaused).step == 0
+    waiting.join(DEADLINE)
+    assert not waiting.is_alive()
+
+
 @pytest.mark.parametrize("paused_before", [False, True])
 def test_a_persons_pause_is_not_ended_by_a_source_that_works_again(held, paused_before):
     back, asked = threading.Event(), threading.Event()

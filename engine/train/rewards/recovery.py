@@ -31,7 +31,11 @@ class Recovery:
     def _wait(self) -> None:
         interval = FIRST_INTERVAL
         while not self._cancelled.wait(interval):
-            if self._works_again():
+            try:
+                works = self._works_again()
+            except Exception:  # the repeated step raises it where it is reported
+                works = True
+            if works:
                 self._recovered.set()
                 return
             interval = min(2 * interval, MAX_INTERVAL)
