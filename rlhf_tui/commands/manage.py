@@ -38,6 +38,7 @@ from rlhf_tui.commands.options import (
     say,
     sessions_option,
 )
+from rlhf_tui.output_file import write_output
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "textual")
 
@@ -187,8 +188,8 @@ def _merge(session: Session, step: int, part: str, target: Path) -> None:
 
 def _write_lines(target: Path, rows: Iterable[Json]) -> None:
     try:
-        with target.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_output(target, "".join(lines).encode())
     except OSError as error:
         raise UserInputError(f"cannot write {target}: {error.strerror}") from error
 

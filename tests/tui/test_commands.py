@@ -309,6 +309,17 @@ def test_an_option_of_the_policy_is_refused_where_none_is_exported(session_maker
     assert not target.exists()
 
 
+def test_an_exported_file_replaces_another_whole(session_maker, tmp_path):
+    session_maker(tmp_path / "s", "mine", 3)
+    target, same = tmp_path / "rows.jsonl", tmp_path / "same.jsonl"
+    target.write_text("before", encoding="utf-8")
+    same.hardlink_to(target)  # sees what is written in place
+    arguments = ["export", "mine", "--samples", str(target), "--sessions", str(tmp_path / "s")]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    assert target.read_text(encoding="utf-8") != "before"
+    assert same.read_text(encoding="utf-8") == "before"
+
+
 def test_a_policy_that_cannot_be_copied_whole_leaves_no_folder(session_maker, tmp_path):
     session = session_maker(tmp_path / "s", "mine", 3)
     policy = session.checkpoints / "step-000003" / "policy"
