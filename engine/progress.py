@@ -1,9 +1,9 @@
-"""How work of some length tells what it has done."""
+"""Functions that long work calls with its progress."""
 
 from collections.abc import Callable
 
 ReportProgress = Callable[[int, int], None]
-"""Called with what is done and with the whole, in a unit of the work's own."""
+"""Called with (done, total), in a unit of the work, such as rows or tokens."""
 
 
 def report_nothing(_done: int, _total: int) -> None:

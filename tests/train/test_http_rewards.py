@@ -15,10 +15,10 @@ from engine.train.rewards import calls, http_client
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs
 from tests.reward_service import RewardService, lengths, reply
+from tests.train.reward_inputs import TEXTS, three_responses
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 BEARER = "s3cret-t0ken"
-TEXTS = [" was great.", " was bad, and long, and bad again.", " is"]
 
 
 @pytest.fixture
@@ -35,12 +35,7 @@ def tokenizer():
 
 @pytest.fixture
 def inputs(tokenizer):
-    """Three responses, of which the last was cut off; `gold` is a column."""
-    eos = tokenizer.eos_token_id
-    ids = [tokenizer(t)["input_ids"] + ([eos] if i < 2 else []) for i, t in enumerate(TEXTS)]
-    rows = [{"prompt": "The film", "gold": i} for i in range(3)]
-    prompts = [Prompt(tokenizer("The film")["input_ids"], "The film", r) for r in rows]
-    return RewardInputs(batch_prompts(prompts, 1, 0), ids, TEXTS, [True, True, False], step=7)
+    return three_responses(tokenizer, "gold")
 
 
 def repeated(inputs, times):

@@ -11,36 +11,26 @@ import msgspec
 import pytest
 import torch
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
-    GPT2Config,
-    GPT2ForSequenceClassification,
 )
 
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import SOURCE_KEYS, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
+from engine.progress import report_nothing
 from engine.protocol import frames
 from engine.protocol.rank_messages import decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls
-from engine.train.rewards.encoding import EncodedResponses
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
-from engine.train.rewards.model import RewardModel
-from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs, RunsOn
+from engine.train.rewards.source import LoadContext, RewardCallError, RunsOn
 from engine.train.worker import failed_message
+from tests.train.reward_inputs import three_responses
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
-
-
-def no_report(_done, _total):
-    return None
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +40,7 @@ def tokenizer():
 
 @pytest.fixture
 def inputs(tokenizer):
-    texts = [" was great.", " was bad, and long, and bad again.", " is"]
-    eos = tokenizer.eos_token_id
-    ids = [tokenizer(t)["input_ids"] + ([eos] if i < 2 else []) for i, t in enumerate(texts)]
-    rows = [{"prompt": "The film", "grade": i} for i in range(3)]
-    prompts = [Prompt(tokenizer("The film")["input_ids"], "The film", r) for r in rows]
-    return RewardInputs(batch_prompts(prompts, 1, 0), ids, texts, [True, True, False], step=7)
+    return three_responses(tokenizer, "grade")
 
 
 @pytest.fixture
@@ -145,19 +130,19 @@ def function_reward(module, name):
     [("length", [11, 34, 3]), ("sometimes", [1.5, None, None]), ("step", [7, 7, 7])],
 )
 def test_a_function_is_called_by_keyword_with_columns_and_state(module, inputs, name, expected):
-    assert function_reward(module, name)(inputs, no_report) == expected
+    assert function_reward(module, name)(inputs, report_nothing) == expected
 
 
 def test_an_argument_that_is_not_a_column_is_named_beside_the_columns_there_are(module, inputs):
     columns = ", ".join(inputs.batch.prompts[0].row)
     with pytest.raises(TypeError, match=f"takes 'label', which is not one of {columns}, prompts"):
-        function_reward(module, "needs")(inputs, no_report)
+        function_reward(module, "needs")(inputs, report_nothing)
 
 
 def test_a_process_that_a_function_forks_does_not_return_from_it(module, inputs):
     reward, rank = function_reward(module, "forks"), os.getpid()
     try:
-        codes = reward(inputs, no_report)
+        codes = reward(inputs, report_nothing)
     finally:
         if os.getpid() != rank:
             os._exit(77)
@@ -173,7 +158,7 @@ def test_torch_settings_that_a_function_changes_are_restored(module, inputs):
 
     before = settings()
     try:
-        function_reward(module, "settings")(inputs, no_report)
+        function_reward(module, "settings")(inputs, report_nothing)
         after = settings()
     finally:  # or the other tests would run with them
         torch.set_grad_enabled(before[0])
@@ -188,7 +173,7 @@ def test_what_a_function_changes_of_its_arguments_is_its_own(module, inputs):
     prompt = Prompt([1], "The film", {"notes": {}}, messages)
     shared = replace(inputs, batch=batch_prompts([prompt], 3, 0))
     ids = [list(row) for row in inputs.ids]
-    assert function_reward(module, "appends")(shared, no_report) == [2, 2, 2]
+    assert function_reward(module, "appends")(shared, report_nothing) == [2, 2, 2]
     assert (len(messages), shared.ids, prompt.row) == (1, ids, {"notes": {}})
 
 
@@ -199,13 +184,15 @@ def test_a_function_can_terminate_its_processes_in_a_rank_that_ignores_the_signa
         source = RewardSource(function="rewards_for_test:terminates")
         reward = KINDS["function"].load(source, context)
         os.kill(os.getpid(), signal.SIGTERM)  # still ignored
-        assert reward(inputs, no_report) == [-signal.SIGTERM, -signal.SIGTERM, None]
+        assert reward(inputs, report_nothing) == [-signal.SIGTERM, -signal.SIGTERM, None]
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_a_coroutine_function_is_awaited(module, inputs):
-    assert function_reward(module, "slow")(inputs, no_report) == [len(ids) for ids in inputs.ids]
+    assert function_reward(module, "slow")(inputs, report_nothing) == [
+        len(ids) for ids in inputs.ids
+    ]
 
 
 def test_a_mix_is_the_weighted_sum_of_the_sources_that_return_a_score(module, inputs):
@@ -267,7 +254,7 @@ def test_a_file_in_the_working_directory_does_not_take_the_place_of_the_configur
     text = "def length(completions, **_):\n    return [-5.0] * len(completions)\n"
     (elsewhere / "rewards_for_test.py").write_text(text, encoding="utf-8")
     monkeypatch.chdir(elsewhere)
-    assert -5.0 not in function_reward(module, "length")(inputs, no_report)
+    assert -5.0 not in function_reward(module, "length")(inputs, report_nothing)
 
 
 def test_a_file_named_like_a_module_of_python_is_a_source_and_hides_no_other_module(
@@ -277,7 +264,7 @@ def test_a_file_named_like_a_module_of_python_is_a_source_and_hides_no_other_mod
     for name in ("tabnanny", "colorsys"):
         monkeypatch.delitem(sys.modules, name, raising=False)
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-    assert FunctionReward("tabnanny:score", module)(inputs, no_report) == [-5.0] * 3
+    assert FunctionReward("tabnanny:score", module)(inputs, report_nothing) == [-5.0] * 3
     del sys.modules["tabnanny"]
     assert hasattr(importlib.import_module("colorsys"), "rgb_to_hsv")
 
@@ -404,145 +391,6 @@ def test_a_module_that_ends_the_interpreter_is_an_input_error(tmp_path):
 
 def test_a_function_may_be_in_a_module_without_a_file():
     FunctionReward("sys:exit", None)
-
-
-def test_the_same_tokens_or_the_same_text_give_the_same_score(inputs, tokenizer):
-    config = RewardConfig(model="starter:reward")
-    by_ids = RewardModel("starter:reward", None, config, tokenizer.get_vocab(), SINGLE_RANK)
-    got = by_ids(inputs, no_report)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        starter.resolve("starter:reward"), dtype=torch.float32
-    )
-    for ids, prompt, score in zip(inputs.ids, inputs.batch.prompts, got, strict=True):
-        logits = model(input_ids=torch.tensor([prompt.ids + ids])).logits
-        assert score == pytest.approx(float(logits[0, 0]), abs=1e-4)
-
-
-@pytest.fixture
-def foreign_classifier(tmp_path, tokenizer):
-    """A classifier of another architecture, whose pad token is its end-of-sequence token."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=3,
-        pad_token_id=tokenizer.eos_token_id, id2label={0: "bad", 1: "fair", 2: "good"},
-        label2id={"bad": 0, "fair": 1, "good": 2},
-    )  # fmt: skip
-    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
-    tokenizer.save_pretrained(tmp_path / "gpt2")
-    return str(tmp_path / "gpt2")
-
-
-def test_padding_never_hides_the_end_of_a_response(foreign_classifier, inputs, tokenizer):
-    config = RewardConfig(model=foreign_classifier)
-    reward = RewardModel(foreign_classifier, "good", config, tokenizer.get_vocab(), SINGLE_RANK)
-    together = reward(inputs, no_report)
-    for i in range(3):
-        one = RewardInputs(
-            batch_prompts([inputs.batch.prompts[i]], 1, 0), [inputs.ids[i]],
-            [inputs.texts[i]], [True], 7,
-        )  # fmt: skip
-        assert together[i] == pytest.approx(reward(one, no_report)[0], abs=1e-5)
-
-
-def test_padding_is_a_token_of_the_model_that_no_response_ends_with():
-    encoded = EncodedResponses([[0, 1, 2], [3, 1], [0]], None, None, vocabulary=4)
-    assert encoded.pad_of([0, 2]) == 3  # in neither of them
-    assert encoded.pad_of([0, 1]) == 0  # all are in them
-    with pytest.raises(UserInputError, match=r"none is left to pad .* lower reward\.batch_size"):
-        EncodedResponses([[0], [0, 1]], None, None, vocabulary=2).pad_of([0, 1])
-
-
-@pytest.fixture
-def encoder(tmp_path):
-    """A BERT classifier with its own tokenizer, which tells a pair's texts apart."""
-    torch.manual_seed(0)
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "the",
-        "film",
-        "was",
-        "great",
-        "bad",
-        "and",
-        "long",
-        "again",
-    ]
-    own = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=20)
-    shape = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=24, num_labels=1,
-    )  # fmt: skip
-    model = BertForSequenceClassification(shape).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.ndim > 1 else 1)
-    model.save_pretrained(tmp_path / "bert")
-    own.save_pretrained(tmp_path / "bert")
-    return str(tmp_path / "bert"), model, own
-
-
-@pytest.mark.parametrize("pair", [False, True])
-def test_an_encoder_of_another_tokenizer_scores_as_when_it_is_called_by_hand(
-    inputs, tokenizer, encoder, pair
-):
-    folder, model, own = encoder
-    reward = RewardModel(
-        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), SINGLE_RANK, pair=pair
-    )
-    got = reward(inputs, no_report)
-    assert len({round(score, 3) for score in got}) == 3
-    for score, text in zip(got, inputs.texts, strict=True):
-        texts = ("The film", text) if pair else ("The film" + text,)
-        by_hand = own(*texts, return_tensors="pt")
-        assert score == pytest.approx(float(model(**by_hand).logits[0, 0]), abs=1e-5)
-
-
-@pytest.mark.parametrize("pair", [False, True])
-def test_a_rank_without_responses_scores_none(inputs, tokenizer, encoder, pair):
-    folder, _, _ = encoder
-    reward = RewardModel(
-        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), SINGLE_RANK, pair=pair
-    )
-    assert reward(inputs.select(torch.arange(0)), no_report) == []
-
-
-def test_a_value_cannot_be_fitted_to_a_model_that_reads_other_tokens(encoder, tokenizer):
-    folder, _, _ = encoder
-    config = RewardConfig(model=folder)
-    reward = RewardModel(folder, None, config, tokenizer.get_vocab(), SINGLE_RANK)
-    with pytest.raises(UserInputError, match=r"bert' does not: set model\.value: shared"):
-        reward.check_states()
-
-
-def test_an_encoder_reads_the_end_of_what_is_too_long_and_its_special_tokens(
-    inputs, tokenizer, encoder
-):
-    folder, model, own = encoder
-    config = RewardConfig(model=folder, max_tokens=8)
-    reward = RewardModel(folder, None, config, tokenizer.get_vocab(), SINGLE_RANK)
-    (score,) = reward(inputs.select(torch.tensor([1])), no_report)
-    words = ["[CLS]", "long", "[UNK]", "and", "bad", "again", "[UNK]", "[SEP]"]
-    by_hand = torch.tensor([own.convert_tokens_to_ids(words)])
-    assert score == pytest.approx(float(model(input_ids=by_hand).logits[0, 0]), abs=1e-5)
-
-
-def test_of_several_labels_one_must_be_chosen(foreign_classifier, tokenizer):
-    config = RewardConfig(model=foreign_classifier)
-    with pytest.raises(UserInputError, match=r"has 3 labels.*2: good"):
-        RewardModel(foreign_classifier, None, config, tokenizer.get_vocab(), SINGLE_RANK)
-    with pytest.raises(UserInputError, match="no label 'nice'"):
-        RewardModel(foreign_classifier, "nice", config, tokenizer.get_vocab(), SINGLE_RANK)
-
-
-def test_a_folder_without_a_classifier_is_an_error_on_one_line(tmp_path, tokenizer):
-    with pytest.raises(UserInputError) as caught:
-        config = RewardConfig(model=str(tmp_path))
-        load_rewards(LoadContext(config, tokenizer.get_vocab(), SINGLE_RANK))
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["model", "function"])
