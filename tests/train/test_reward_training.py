@@ -14,6 +14,7 @@ from engine.config import file as config_file
 from engine.config.sections.reward import RewardConfig
 from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import RlhfError, UserInputError
+from engine.progress import report_nothing
 from engine.protocol.programs.reward_training import JudgedText, RewardTrainingRequest
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.reward_training.evaluate import calibrate, held_out_agreement
@@ -23,7 +24,7 @@ from engine.train.reward_training.split import Judgement, all_judgements, split_
 from engine.train.reward_training.train import train_reward
 from engine.train.rewards.model import RewardModel
 from engine.train.rewards.source import RewardInputs
-from tests.train.test_rewards import SINGLE_RANK, no_report
+from tests.train.test_rewards import SINGLE_RANK
 
 WORDS = ("warm", "dull", "moving", "long", "fine", "flat", "odd", "kind")
 
@@ -144,7 +145,7 @@ def test_a_trained_model_is_a_folder_that_a_run_scores_with(tmp_path):
     config = RewardConfig(model=folder)
     model = RewardModel(folder, None, config, inputs.vocabularies[0], SINGLE_RANK)
     batch = batch_prompts(inputs.prompts, 1, 0)
-    scores = model(RewardInputs(batch, inputs.ids, inputs.texts, [True] * 48, 1), no_report)
+    scores = model(RewardInputs(batch, inputs.ids, inputs.texts, [True] * 48, 1), report_nothing)
     found = torch.tensor(scores)
     assert float(found.mean()) == pytest.approx(result.new_scale.mean, abs=1e-4)
     assert float(found.std(correction=0)) == pytest.approx(result.new_scale.std, abs=1e-4)
