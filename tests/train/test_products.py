@@ -86,6 +86,30 @@ def test_an_output_layer_by_onednn_has_the_same_result(monkeypatch):
     torch.testing.assert_close(layer_output(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16, 1, 64), (2, 64), (32, 64), (33, 64), (1, 64)])
+def test_a_layer_in_blocks_has_the_same_result_for_few_rows(monkeypatch, shape, bias):
+    monkeypatch.setattr(cpu_matmul, "BLOCKS_ARE_QUICKER", True)
+    monkeypatch.setattr(cpu_matmul, "LARGE", 1)
+    products = []
+    monkeypatch.setattr(torch, "bmm", lambda *x, made=torch.bmm: products.append(1) or made(*x))
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 192, bias=bias)
+    quick = copy.deepcopy(plain)
+    use_cpu_layers(quick, SINGLE_RANK)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        torch.testing.assert_close(quick(x), plain(x), rtol=1e-5, atol=1e-6)
+    assert len(products) == (1 < x.numel() // 64 <= 32)
+
+
+def test_a_layer_of_other_sizes_than_blocks_has_the_same_result(monkeypatch):
+    monkeypatch.setattr(cpu_matmul, "BLOCKS_ARE_QUICKER", True)
+    monkeypatch.setattr(cpu_matmul, "LARGE", 1)
+    x, weight = torch.randn(3, 24), torch.randn(100, 24)
+    torch.testing.assert_close(layer_output(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
 @needs_onednn
 def test_other_dtypes_than_float32_do_not_use_onednn(onednn):
     layer = nn.Linear(8, 8)

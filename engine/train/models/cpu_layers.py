@@ -19,6 +19,7 @@ from torch.nn.functional import embedding, linear
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.cpu_matmul import (
     add_product_,
+    blocks_are_quicker_for,
     layer_output,
     onednn_is_quicker_for,
     product,
@@ -64,9 +65,9 @@ def _is_plain(layer: nn.Embedding) -> bool:
 
 
 def _in_place_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return linear(x, layer.weight, layer.bias)
-    return _linear(layer, x, in_place=True)
+    if torch.is_grad_enabled() or blocks_are_quicker_for(x, layer.weight):
+        return _linear(layer, x, in_place=True)
+    return linear(x, layer.weight, layer.bias)
 
 
 def _in_place_onednn_linear(layer: nn.Linear, x: Tensor) -> Tensor:
