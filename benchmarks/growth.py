@@ -28,7 +28,7 @@ from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from engine.launch.environment import rank_environment
 from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
-from engine.session.folder import Session, create
+from engine.session.folder import SessionFolder, create
 
 BASE = Task(replace(TINY, vocabulary=8192), 16, 16, 48, 2, 1, 16)
 GROWN = {
@@ -120,7 +120,7 @@ def grow_journal(folder: Path, steps: int, samples: int) -> None:
         print(f"{name:<40}{cells}{values[-1] / max(values[-2], 1e-9):>11.1f}x")
 
 
-def fill(session: Session, steps: int, per_step: int) -> None:
+def fill(session: SessionFolder, steps: int, per_step: int) -> None:
     """Writes steps with the journal's own methods, in small transactions as in a run."""
     random.seed(steps)
     journal = JournalWriter(session)
@@ -157,7 +157,7 @@ def sample(index: int, *, with_arrays: bool) -> Sample:
     )  # fmt: skip
 
 
-def measure_journal(session: Session, steps: int) -> dict[str, float]:
+def measure_journal(session: SessionFolder, steps: int) -> dict[str, float]:
     """Measures the operations of the supervisor, the dashboard and the commands.
 
     Returns:
@@ -177,7 +177,7 @@ def measure_journal(session: Session, steps: int) -> dict[str, float]:
     return results
 
 
-def _measure_queries(session: Session, steps: int) -> dict[str, float]:
+def _measure_queries(session: SessionFolder, steps: int) -> dict[str, float]:
     def measure(query: Callable[[JournalReader], object], times: int = 7) -> float:
         def once() -> None:
             with JournalReader(session) as reader:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.terminal import Screen, has_curves, write_session
 from engine.journal.writer import JournalWriter
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 METRICS = 40
 OVERLAID = 10
@@ -90,7 +90,7 @@ def measure_replay(home: Path, steps: int, times: int) -> None:
         print(f"dashboard and replay {words:<16} {result}")
 
 
-def add_markers(session: Session, steps: int) -> None:
+def add_markers(session: SessionFolder, steps: int) -> None:
     """An alert every some steps, at the time of its step."""
     journal = JournalWriter(session)
     for step in range(MARKER_EVERY, steps, MARKER_EVERY):

@@ -31,7 +31,7 @@ from transformers import (
 
 from engine import starter
 from engine.journal.reader import JournalReader
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 TOLERANCE = 0.25
 SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -149,7 +149,7 @@ def run(root: Path, name: str, overrides: list[str]) -> tuple[float, float]:
     if done.returncode:
         output = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
         raise RunError("\n  ".join([f"exit code {done.returncode}", *output[-5:]]))
-    with JournalReader(Session(root / "sessions" / name)) as reader:
+    with JournalReader(SessionFolder(root / "sessions" / name)) as reader:
         ready = next((e.as_json() for e in reader.events() if e.kind == "ready"), {})
         measured = max(
             (v for _, v in reader.series("perf/peak_memory_gb") if v is not None), default=0.0

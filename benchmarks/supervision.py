@@ -27,7 +27,7 @@ from benchmarks.task import TINY, Task, write_models
 from engine.config.sections.launch import LaunchConfig
 from engine.journal.reader import JournalReader
 from engine.launch.environment import rank_environment
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 TASK = Task(replace(TINY, hidden=256, intermediate=768, layers=6), 32, 16, 32, 3, 2, 16)
 """About a second per step on two cores."""
@@ -91,17 +91,17 @@ def run_supervised(folder: Path, name: str, steps: int) -> Supervised:
         command += ["-o", override]
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-        cpu = _supervisor_cpu(process, Session(folder / "sessions" / name), steps)
+        cpu = _supervisor_cpu(process, SessionFolder(folder / "sessions" / name), steps)
     if process.returncode:
         raise RuntimeError((folder / f"{name}.log").read_text(errors="replace")[-2000:])
-    with JournalReader(Session(folder / "sessions" / name)) as reader:
+    with JournalReader(SessionFolder(folder / "sessions" / name)) as reader:
         rows = reader.metrics()
     times = [row.time for row in rows if row.time is not None]
     periods = [b - a for a, b in itertools.pairwise(times)]
     return Supervised(periods, [row.values["time/step"] or 0.0 for row in rows[1:]], cpu)
 
 
-def _supervisor_cpu(process: subprocess.Popen[bytes], session: Session, steps: int) -> float:
+def _supervisor_cpu(process: subprocess.Popen[bytes], session: SessionFolder, steps: int) -> float:
     """Waits for the run to end; returns the supervisor's processor time in seconds per step."""
     first = last = (0, 0.0)
     while process.poll() is None:

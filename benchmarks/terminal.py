@@ -34,7 +34,7 @@ from engine.journal.writer import JournalWriter
 from engine.protocol import frames, sockets
 from engine.protocol.client_messages import JournalAdvanced, Status, Welcome
 from engine.protocol.rank_messages import Phase, StepReport
-from engine.session.folder import Session, create
+from engine.session.folder import SessionFolder, create
 
 SIZE = (120, 40)
 BARE = """
@@ -131,7 +131,7 @@ class Screen:
         os.close(self.master)
 
 
-def write_session(root: Path, steps: int, metrics: int, name: str = "long") -> Session:
+def write_session(root: Path, steps: int, metrics: int, name: str = "long") -> SessionFolder:
     """Writes a long session with SQL; the journal's own methods would take minutes."""
     config = config_file.load(starter.FOLDER / "demo.yaml", [f"train.steps={steps + 1000}"])
     session = create(root, name, config)
@@ -161,7 +161,7 @@ def write_session(root: Path, steps: int, metrics: int, name: str = "long") -> S
 class Engine:
     """A simulated engine: holds the lock, writes steps, and notifies the watching clients."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: SessionFolder) -> None:
         self.session = session
         self.lock = session.acquire()
         self.step = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.errors import RlhfError
 from engine.launch.start import received_start
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    session = Session(Path(sys.argv[1]))
+    session = SessionFolder(Path(sys.argv[1]))
     start = received_start()
     try:
         code = asyncio.run(supervise(session, start))

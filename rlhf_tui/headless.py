@@ -20,7 +20,7 @@ from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, is_new, received_start
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, Ready, StepReport
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise
 from rlhf_tui import format as fmt
 from rlhf_tui.state.time_left import StepSeconds, until_end
@@ -33,7 +33,7 @@ class Printer:
     Everything it prints is sanitised.
     """
 
-    def __init__(self, session: Session, total_steps: int, *, live: bool) -> None:
+    def __init__(self, session: SessionFolder, total_steps: int, *, live: bool) -> None:
         """Prints nothing yet.
 
         Args:
@@ -133,7 +133,7 @@ class Printer:
         except OSError:
             self._closed = True
 
-    def close(self, session: Session, code: int) -> None:
+    def close(self, session: SessionFolder, code: int) -> None:
         """Prints how the run ended and where its files are."""
         if self._live:
             self._write("\r\x1b[K", sys.stdout)
@@ -177,7 +177,7 @@ def main() -> None:
     """Runs the session to its end and exits with the supervisor's exit code."""
     sys.excepthook = print_exception
     escape_unencodable()
-    session = Session(Path(sys.argv[1]))
+    session = SessionFolder(Path(sys.argv[1]))
     start = received_start()
     new = is_new(session, start)
     try:
@@ -200,7 +200,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _total_steps(session: Session, start: StartOptions) -> int:
+def _total_steps(session: SessionFolder, start: StartOptions) -> int:
     return config_file.override(session.config(), start.overrides).train.steps
 
 

@@ -19,7 +19,7 @@ from benchmarks.gpu.findings import Finding, Target, below
 from benchmarks.gpu.numerics import starter_run
 from engine.journal.reader import JournalReader
 from engine.session.checkpoints import complete_checkpoints
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.train.distributed.sharding import blocks
 
 RESUMED_TOLERANCE = 1e-3
@@ -73,9 +73,9 @@ def last_line(output: str) -> str:
     return (output.strip().splitlines() or ["no output"])[-1].partition("; session ")[0]
 
 
-def session(target: Target, name: str) -> Session:
+def session(target: Target, name: str) -> SessionFolder:
     """The folder of a session that a part has started."""
-    return Session(target.folder / "sessions" / name)
+    return SessionFolder(target.folder / "sessions" / name)
 
 
 def metrics(target: Target, name: str) -> dict[str, dict[int, float]]:

@@ -13,8 +13,7 @@ from engine.errors import NoSuchSessionError, UserInputError
 from engine.launch import start as preparation
 from engine.launch.background import start_or_remove
 from engine.session.command_line import sessions_folder
-from engine.session.folder import Session as SessionFiles
-from engine.session.folder import all_sessions, find
+from engine.session.folder import SessionFolder, all_sessions, find
 from engine.session.registry import live_sessions
 
 LOADING_TIMEOUT = 60.0
@@ -192,7 +191,7 @@ def _opened(session: Session | str) -> Session:
 
 
 def _started(
-    files: SessionFiles, options: preparation.StartOptions, who: str | None, timeout: float
+    files: SessionFolder, options: preparation.StartOptions, who: str | None, timeout: float
 ) -> Session:
     start_or_remove(files, options, timeout=timeout)
     return Session(files.folder, who=who)

@@ -31,7 +31,7 @@ class SessionReader:
             NoSuchSessionError: there is no session in that folder.
             SessionError: this user cannot read the folder.
         """
-        self._files = session_folder.Session(Path(folder).resolve())
+        self._files = session_folder.SessionFolder(Path(folder).resolve())
         self._check_exists()
 
     def _check_exists(self) -> None:
@@ -62,7 +62,7 @@ class SessionReader:
         return self._files.folder
 
     @property
-    def files(self) -> session_folder.Session:
+    def files(self) -> session_folder.SessionFolder:
         """The paths in the folder, and its lock."""
         return self._files
 

@@ -6,7 +6,7 @@ from contextlib import closing
 from engine.journal import schema
 from engine.journal.database import open_read_only
 from engine.session import access
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 TRUNCATE_JOURNAL = (
     "DELETE FROM metrics WHERE step > :step",
@@ -36,7 +36,7 @@ TRUNCATE_SAMPLES = (
 )
 
 
-def copy_until(source: Session, target: Session, step: int) -> None:
+def copy_until(source: SessionFolder, target: SessionFolder, step: int) -> None:
     """Copies journal and samples up to a step to a new session.
 
     Raises:

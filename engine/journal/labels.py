@@ -24,7 +24,7 @@ from engine.journal.database import ReadOnlyDatabase, connect
 from engine.journal.history.views import label_views, views_of
 from engine.journal.rows import Judgement, SampleRow
 from engine.session import access
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 LABELS = ("good", "bad", "hack")
 BUSY = 10.0
@@ -81,7 +81,7 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def set_label(
-    session: Session, prompt: str, response: Response, label: str | None, who: str
+    session: SessionFolder, prompt: str, response: Response, label: str | None, who: str
 ) -> None:
     """Sets or replaces the label of a response, or removes it if `label` is None. Keeps a note.
 
@@ -94,7 +94,7 @@ def set_label(
     _judge(session, prompt, response, "label", label, who)
 
 
-def set_note(session: Session, prompt: str, response: Response, note: str, who: str) -> None:
+def set_note(session: SessionFolder, prompt: str, response: Response, note: str, who: str) -> None:
     """Sets or replaces the note on a response, or removes it if `note` is empty. Keeps a label.
 
     Raises:
@@ -104,7 +104,12 @@ def set_note(session: Session, prompt: str, response: Response, note: str, who: 
 
 
 def _judge(
-    session: Session, prompt: str, response: Response, column: str, value: str | None, who: str
+    session: SessionFolder,
+    prompt: str,
+    response: Response,
+    column: str,
+    value: str | None,
+    who: str,
 ) -> None:
     values = msgspec.structs.asdict(response)
     with _writing(session.labels_file) as db:
@@ -125,7 +130,9 @@ def _judge(
         db.execute("DELETE FROM judgements WHERE label IS NULL AND note IS NULL")
 
 
-def prefer(session: Session, prompt: str, chosen: Response, rejected: Response, who: str) -> None:
+def prefer(
+    session: SessionFolder, prompt: str, chosen: Response, rejected: Response, who: str
+) -> None:
     """Records a preference between two responses; replaces an earlier one between the same two.
 
     Raises:
@@ -146,7 +153,7 @@ def prefer(session: Session, prompt: str, chosen: Response, rejected: Response, 
         )  # fmt: skip
 
 
-def forget_preference(session: Session, prompt: str, one: Response, other: Response) -> None:
+def forget_preference(session: SessionFolder, prompt: str, one: Response, other: Response) -> None:
     """Deletes the preference between two responses, if there is one. Raises JournalError."""
     with _writing(session.labels_file) as db:
         _delete_preference(db, prompt, one, other)
@@ -195,7 +202,7 @@ ADVICE = {
 class LabelReader:
     """Reads the judgements of a session. Without `labels.db` there are none."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: SessionFolder) -> None:
         """Opens `labels.db`.
 
         Raises:
@@ -266,7 +273,7 @@ def _response(columns: list[Any]) -> Response:
     return Response(response=response, attempt=attempt, step=step, index=index)
 
 
-def attach(db: sqlite3.Connection, session: Session) -> bool:
+def attach(db: sqlite3.Connection, session: SessionFolder) -> bool:
     """Attaches `labels.db` to a connection under the name `labels`.
 
     Returns:

@@ -9,7 +9,7 @@ from engine.journal.rows import CommandRow
 from engine.protocol.client import Client
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command, Stop
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 POLL_INTERVAL = 0.5
 """Seconds between two readings of the journal."""
@@ -17,7 +17,7 @@ POLL_INTERVAL = 0.5
 
 def last_reply(
     client: Client,
-    session: Session,
+    session: SessionFolder,
     command: Command,
     command_id: str,
     timeout: float | None = None,

@@ -6,10 +6,10 @@ from contextlib import closing
 from engine.errors import JournalError
 from engine.journal.writer import JournalWriter
 from engine.protocol.commands import Note
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 
-def add_note(session: Session, text: str, who: str) -> int:
+def add_note(session: SessionFolder, text: str, who: str) -> int:
     """Adds a note, holding the session's lock.
 
     Returns:

@@ -8,7 +8,7 @@ import msgspec
 
 from engine.errors import NoSuchSessionError
 from engine.journal.labels import JudgedResponse, LabelReader, Response
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 WORSE = ("bad", "hack")
 
@@ -32,7 +32,7 @@ class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
     rejected_index: int | None
 
 
-def preference_pairs(session: Session) -> list[PreferencePair]:
+def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
     """All preference pairs of a session, each once, in the order of the judgements.
 
     A pair is either a recorded preference (`source` "pair"), or a response labelled good and one
@@ -90,7 +90,7 @@ def _pair(
     )  # fmt: skip
 
 
-def _no_pairs(session: Session, judged: list[JudgedResponse]) -> str:
+def _no_pairs(session: SessionFolder, judged: list[JudgedResponse]) -> str:
     state = "judgements but no pair of responses to one prompt" if judged else "no preferences yet"
     return (
         f"session '{session.name}' has {state}: on screen 3 of {session.command('attach')}, "

@@ -34,7 +34,7 @@ from engine.journal.samples import SampleReader
 from engine.metrics import SCORES
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import REWARD_CHANGED
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 
 METRICS_SINCE = """
@@ -74,7 +74,7 @@ COMMANDS = f"SELECT {COMMAND_COLUMNS} FROM commands"  # noqa: S608 - constants
 class JournalReader:
     """Reads the journal of a session. A session without a journal reads as empty."""
 
-    def __init__(self, session: Session, database: ReadOnlyDatabase | None = None) -> None:
+    def __init__(self, session: SessionFolder, database: ReadOnlyDatabase | None = None) -> None:
         """Opens the journal. Samples are opened when they are first read.
 
         Args:

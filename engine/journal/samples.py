@@ -14,7 +14,7 @@ from engine.journal.json_values import decoded
 from engine.journal.labels import LabelReader, attach
 from engine.journal.rows import Judgement, SampleRow
 from engine.protocol.rank_messages import TokenArrays
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
 JUDGEMENTS = "SELECT attempt, step, idx, response, label, note, who, time FROM labels.judgements"
@@ -72,7 +72,7 @@ class SampleQuery(msgspec.Struct, frozen=True, kw_only=True):
 class SampleReader:
     """Reads the responses of a session. A session without responses reads as empty."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: SessionFolder) -> None:
         """Opens samples.db. Judgements are opened when they are first read.
 
         Raises:
@@ -285,7 +285,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
     )  # fmt: skip
 
 
-def with_judgements(session: Session, samples: Iterable[SampleRow]) -> list[SampleRow]:
+def with_judgements(session: SessionFolder, samples: Iterable[SampleRow]) -> list[SampleRow]:
     """Adds judgements to samples. Raises JournalError.
 
     A judgement of another response under the same key is ignored: samples.db was replaced.

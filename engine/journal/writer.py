@@ -25,7 +25,7 @@ from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Placed, Sample, StepReport
 from engine.session import access
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "afs", "ceph",
@@ -51,7 +51,7 @@ class AdoptedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 class JournalWriter:
     """Writes the journal and the samples. Only the holder of the session's lock may open it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: SessionFolder) -> None:
         """Opens both files, after creating or migrating them.
 
         Raises:

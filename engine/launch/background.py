@@ -13,7 +13,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, ReadyEvent
 from engine.launch.environment import LOG_ENCODING
 from engine.launch.start import StartOptions, is_new, start_variable
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 
 POLL_INTERVAL = 0.05
@@ -22,7 +22,7 @@ FULL_DISK = 1_000_000
 
 
 def start_engine(
-    session: Session,
+    session: SessionFolder,
     start: StartOptions,
     *,
     timeout: float,
@@ -77,7 +77,7 @@ def start_engine(
 
 
 def start_or_remove(
-    session: Session,
+    session: SessionFolder,
     start: StartOptions,
     *,
     timeout: float,
@@ -96,7 +96,7 @@ def start_or_remove(
         raise
 
 
-def _ended(session: Session, code: int, state: str, pid: int, log_size: int) -> int:
+def _ended(session: SessionFolder, code: int, state: str, pid: int, log_size: int) -> int:
     """The process id of a run that has finished already; raises for any other exit code."""
     if code == 0:
         return pid
@@ -108,7 +108,7 @@ def _ended(session: Session, code: int, state: str, pid: int, log_size: int) -> 
     raise error(message)
 
 
-def _last_line(session: Session, start: int) -> str:
+def _last_line(session: SessionFolder, start: int) -> str:
     """The last line that this engine wrote to the log, from an offset in bytes; empty if none."""
     with session.log_file.open("rb") as file:
         file.seek(start)
@@ -116,7 +116,7 @@ def _last_line(session: Session, start: int) -> str:
     return lines[-1].removeprefix("rlhf-tui: ") if lines else ""
 
 
-def _silent_end(session: Session, code: int) -> str:
+def _silent_end(session: SessionFolder, code: int) -> str:
     if shutil.disk_usage(session.folder).free < FULL_DISK:
         return f"the disk of {session.folder} is full: make room, then resume"
     return f"the engine ended with exit code {code} and logged nothing"
@@ -126,12 +126,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _last_event(session: Session) -> int:
+def _last_event(session: SessionFolder) -> int:
     with JournalReader(session) as reader:
         return max((e.event for e in reader.events(last=1)), default=0)
 
 
-def _pass_on(session: Session, after: int, notice: Callable[[str], None]) -> None:
+def _pass_on(session: SessionFolder, after: int, notice: Callable[[str], None]) -> None:
     with JournalReader(session) as reader:
         for event in reader.events(after=after):
             match event.payload:
@@ -142,11 +142,11 @@ def _pass_on(session: Session, after: int, notice: Callable[[str], None]) -> Non
                         notice(f"note: {text}")
 
 
-def _attempts(session: Session) -> int:
+def _attempts(session: SessionFolder) -> int:
     with JournalReader(session) as reader:
         return len(reader.attempts())
 
 
-def _state(session: Session) -> str:
+def _state(session: SessionFolder) -> str:
     with JournalReader(session) as reader:
         return reader.state()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
-from engine.session.folder import Session, write_atomically
+from engine.session.folder import SessionFolder, write_atomically
 
 SECRET_VARIABLE = "RLHF_TUI_SECRET"  # noqa: S105 - the name of a variable
 SECRET_FILE_VARIABLE = "RLHF_TUI_SECRET_FILE"  # noqa: S105 - the name of a variable
@@ -60,7 +60,7 @@ def read_secret(file: Path | None = None) -> str | None:
     return _checked(text, str(file))
 
 
-def secret_of_run(session: Session) -> str:
+def secret_of_run(session: SessionFolder) -> str:
     """The secret on the first machine; made and written into the session if none was handed over.
 
     Raises:

@@ -35,7 +35,7 @@ from engine.session.checkpoints import (
     read_summary,
     saved_settings,
 )
-from engine.session.folder import Session, check_name, check_path, create, free_name
+from engine.session.folder import SessionFolder, check_name, check_path, create, free_name
 
 START_VARIABLE = "RLHF_TUI_START"
 
@@ -73,12 +73,12 @@ def received_start() -> StartOptions:
     return msgspec.json.decode(os.environ.pop(START_VARIABLE), type=examined(StartOptions))
 
 
-def checkpoint_steps(session: Session) -> list[int]:
+def checkpoint_steps(session: SessionFolder) -> list[int]:
     """The steps of all complete checkpoints on disk, in order."""
     return list(complete_checkpoints(session.checkpoints))
 
 
-def timeline_checkpoints(session: Session) -> list[int]:
+def timeline_checkpoints(session: SessionFolder) -> list[int]:
     """The steps of the complete checkpoints that a run can resume from: those of its timeline.
 
     A checkpoint of an abandoned branch is left out: the journal's steps before it are missing or
@@ -90,13 +90,13 @@ def timeline_checkpoints(session: Session) -> list[int]:
     return [step for step in checkpoint_steps(session) if step in known]
 
 
-def has_history(session: Session) -> bool:
+def has_history(session: SessionFolder) -> bool:
     """Whether the session's journal holds an attempt; false if it is missing or empty."""
     with JournalReader(session) as reader:
         return bool(reader.attempts())
 
 
-def is_new(session: Session, start: StartOptions) -> bool:
+def is_new(session: SessionFolder, start: StartOptions) -> bool:
     """Whether the session was created for this start, and holds nothing but its configuration.
 
     Such a session is removed when the start fails because of the user's input. One whose journal
@@ -107,7 +107,7 @@ def is_new(session: Session, start: StartOptions) -> bool:
     )
 
 
-def is_failed_start(session: Session) -> bool:
+def is_failed_start(session: SessionFolder) -> bool:
     """Whether a session has ended without a step or a checkpoint of its own.
 
     Such a session does not block its name: nothing was trained in it. A fork has the steps and the
@@ -126,7 +126,7 @@ def is_failed_start(session: Session) -> bool:
     return set(session.checkpoints.glob("step-*")) <= copied
 
 
-def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -> Session:
+def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -> SessionFolder:
     """Creates the session of a new run. A session that failed to start gives up its name.
 
     Args:
@@ -144,7 +144,7 @@ def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -
     check_inputs(config)
     _check_machine(config)
     if name is not None:
-        remove_failed_start(Session(root / check_name(name)))
+        remove_failed_start(SessionFolder(root / check_name(name)))
         return create(root, name, config)
     while True:
         free = free_name(root, stem)
@@ -161,7 +161,7 @@ def _check_machine(config: RunConfig) -> None:
     check_secret(config)
 
 
-def remove_failed_start(session: Session) -> None:
+def remove_failed_start(session: SessionFolder) -> None:
     """Removes a session if its start failed, so that another one can have its name.
 
     Raises:
@@ -175,7 +175,7 @@ def remove_failed_start(session: Session) -> None:
             held.release()
 
 
-def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
+def adopted_checkpoint(session: SessionFolder, step: int) -> AdoptedCheckpoint | None:
     """Describes a complete checkpoint for a journal that does not have it.
 
     Returns:
@@ -189,12 +189,12 @@ def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
     return AdoptedCheckpoint(size=size, score=numbers.score, kl=numbers.kl)
 
 
-def last_checkpoint(session: Session) -> int:
+def last_checkpoint(session: SessionFolder) -> int:
     """The step of the newest complete checkpoint of the timeline; 0 if there is none."""
     return max(timeline_checkpoints(session), default=0)
 
 
-def earlier_checkpoint(session: Session, start: StartOptions) -> StartOptions | None:
+def earlier_checkpoint(session: SessionFolder, start: StartOptions) -> StartOptions | None:
     """The same start from the checkpoint before, for one whose checkpoint is damaged.
 
     Returns:
@@ -230,7 +230,7 @@ def forked_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
 
 
 def resume(
-    session: Session, *, from_step: int | None, reseed: bool, overrides: list[str], who: str
+    session: SessionFolder, *, from_step: int | None, reseed: bool, overrides: list[str], who: str
 ) -> StartOptions:
     """Prepares a resume from the last checkpoint, or from a chosen one without what followed it.
 
@@ -262,7 +262,7 @@ def resume(
     )
 
 
-def steps_done(session: Session, start: StartOptions) -> int | None:
+def steps_done(session: SessionFolder, start: StartOptions) -> int | None:
     """The number of the run's steps if a resume would find all of them done, else None."""
     total = config_file.override(session.config(), start.overrides).train.steps
     with JournalReader(session) as reader:
@@ -272,7 +272,7 @@ def steps_done(session: Session, start: StartOptions) -> int | None:
 
 
 def fork(
-    session: Session,
+    session: SessionFolder,
     name: str,
     *,
     from_step: int,
@@ -280,7 +280,7 @@ def fork(
     overrides: list[str],
     who: str,
     ema: bool = False,
-) -> tuple[Session, StartOptions]:
+) -> tuple[SessionFolder, StartOptions]:
     """Creates a session with a copy of another one's history up to a checkpoint.
 
     With `ema` it begins with the checkpoint's averaged policy; all else, the optimiser included, is
@@ -307,7 +307,7 @@ def fork(
     if ema:
         check_average(session, from_step)
     _check_machine(new)
-    remove_failed_start(Session(session.folder.parent / name))
+    remove_failed_start(SessionFolder(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
     try:
         _copy_history(session, child, from_step)
@@ -326,7 +326,7 @@ def fork(
     )
 
 
-def _copy_history(session: Session, child: Session, step: int) -> None:
+def _copy_history(session: SessionFolder, child: SessionFolder, step: int) -> None:
     # Files of a checkpoint are never changed in place, so both sessions can share them.
     shutil.copytree(
         checkpoint_path(session.checkpoints, step),
@@ -346,7 +346,7 @@ def _link_or_copy(source: str, target: str) -> str:
     return target
 
 
-def _check_history(session: Session) -> None:
+def _check_history(session: SessionFolder) -> None:
     """A resume without a journal would start at step 0 and replace the checkpoints it passes."""
     steps = checkpoint_steps(session)
     if steps and not has_history(session):
@@ -358,7 +358,7 @@ def _check_history(session: Session) -> None:
         )
 
 
-def _check_step(session: Session, step: int) -> None:
+def _check_step(session: SessionFolder, step: int) -> None:
     steps = timeline_checkpoints(session) if has_history(session) else checkpoint_steps(session)
     if step not in steps:
         available = ", ".join(map(str, steps)) if steps else "none yet"
@@ -367,7 +367,7 @@ def _check_step(session: Session, step: int) -> None:
         )
 
 
-def check_average(session: Session, step: int) -> None:
+def check_average(session: SessionFolder, step: int) -> None:
     """Checks that a checkpoint has an averaged policy. Raises UserInputError."""
     if not (checkpoint_path(session.checkpoints, step) / AVERAGED_POLICY).is_dir():
         raise UserInputError(
@@ -376,7 +376,7 @@ def check_average(session: Session, step: int) -> None:
         )
 
 
-def _check_whole(session: Session, step: int) -> None:
+def _check_whole(session: SessionFolder, step: int) -> None:
     """Reads a chosen checkpoint, before the attempt abandons the steps that followed it."""
     folder = checkpoint_path(session.checkpoints, step)
     if problem := find_damage(folder):
@@ -386,7 +386,7 @@ def _check_whole(session: Session, step: int) -> None:
         )
 
 
-def _settings_at(session: Session, config: RunConfig, step: int | None) -> dict[str, Any]:
+def _settings_at(session: SessionFolder, config: RunConfig, step: int | None) -> dict[str, Any]:
     """The settings of the step after a checkpoint; the latest ones if `step` is None."""
     flat = config_file.flatten(config_file.to_tree(config))
     configured = {name: flat[path] for name, path in LIVE_SETTINGS.items()}

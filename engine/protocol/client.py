@@ -32,7 +32,7 @@ from engine.protocol.client_messages import (
 from engine.protocol.commands import Command
 from engine.protocol.frames import Message
 from engine.protocol.rank_messages import Phase
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ REPLY_TIMEOUT = 5.0
 class Client:
     """A connection to the engine of one session."""
 
-    def __init__(self, session: Session, who: str, timeout: float = REPLY_TIMEOUT) -> None:
+    def __init__(self, session: SessionFolder, who: str, timeout: float = REPLY_TIMEOUT) -> None:
         """Connects.
 
         Args:

@@ -51,14 +51,14 @@ class DiskUsage(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Session:
+class SessionFolder:
     """The folder of one run and the paths in it."""
 
     folder: Path
     position: Position | None = field(default=None, compare=False)
     """The moment of its history at which readers show its files; None: the present."""
 
-    def at(self, position: Position | None) -> "Session":
+    def at(self, position: Position | None) -> "SessionFolder":
         """The same session as it was at a moment. It has no engine that could be reached."""
         return replace(self, position=position)
 
@@ -273,14 +273,14 @@ def check_path(folder: Path) -> None:
         ) from None
 
 
-def create(root: Path, name: str, config: "RunConfig") -> Session:
+def create(root: Path, name: str, config: "RunConfig") -> SessionFolder:
     """Creates the folder of a new session, and the folder of sessions if it is missing.
 
     Raises:
         SessionNameError: the name is invalid or taken.
         SessionError: the folder cannot be created.
     """
-    session = Session(root / check_name(name))
+    session = SessionFolder(root / check_name(name))
     check_path(session.folder)
     try:
         access.make_folders(root)
@@ -306,7 +306,7 @@ def create(root: Path, name: str, config: "RunConfig") -> Session:
     return session
 
 
-def find(root: Path, name: str, elsewhere: Iterable["Session"] = ()) -> Session:
+def find(root: Path, name: str, elsewhere: Iterable["SessionFolder"] = ()) -> SessionFolder:
     """Finds an existing session by name.
 
     Args:
@@ -318,7 +318,7 @@ def find(root: Path, name: str, elsewhere: Iterable["Session"] = ()) -> Session:
         NoSuchSessionError: there is no such session.
         SessionError: this user cannot read the session's folder.
     """
-    session = Session(root / check_name(name))
+    session = SessionFolder(root / check_name(name))
     try:
         exists = session.config_file.is_file()
     except OSError as error:
@@ -335,11 +335,11 @@ def find(root: Path, name: str, elsewhere: Iterable["Session"] = ()) -> Session:
     return session
 
 
-def all_sessions(root: Path) -> list[Session]:
+def all_sessions(root: Path) -> list[SessionFolder]:
     """All sessions of a folder, sorted by name."""
     if not root.is_dir():
         return []
-    return [Session(f.parent) for f in sorted(root.glob("*/config.yaml"))]
+    return [SessionFolder(f.parent) for f in sorted(root.glob("*/config.yaml"))]
 
 
 def free_name(root: Path, stem: str) -> str:

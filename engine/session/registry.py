@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 
 from engine.session import access
-from engine.session.folder import Session, write_atomically
+from engine.session.folder import SessionFolder, write_atomically
 
 log = logging.getLogger("engine")
 
@@ -21,11 +21,11 @@ def _folder() -> Path:
     return access.user_folder("XDG_STATE_HOME", ".local/state") / "live"
 
 
-def _entry(session: Session) -> Path:
+def _entry(session: SessionFolder) -> Path:
     return _folder() / hashlib.sha256(os.fsencode(session.folder)).hexdigest()[:24]
 
 
-def announce(session: Session) -> None:
+def announce(session: SessionFolder) -> None:
     """Adds a session. If the file cannot be written, a warning is logged and the run continues."""
     try:
         access.make_folders(_folder())
@@ -35,7 +35,7 @@ def announce(session: Session) -> None:
         log.warning("this session will not be listed in other folders: %s", error)
 
 
-def withdraw(session: Session) -> None:
+def withdraw(session: SessionFolder) -> None:
     """Removes a session."""
     try:
         _entry(session).unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def withdraw(session: Session) -> None:
         log.warning("cannot remove the session from the list of live sessions: %s", error)
 
 
-def live_sessions() -> list[Session]:
+def live_sessions() -> list[SessionFolder]:
     """This user's live sessions on this machine, sorted by name. Deletes stale entries."""
     found = []
     for entry in _folder().glob("[!.]*") if _folder().is_dir() else ():
@@ -53,7 +53,7 @@ def live_sessions() -> list[Session]:
             continue
         if host != socket.gethostname():  # a home folder that several machines share
             continue
-        session = Session(Path(folder))
+        session = SessionFolder(Path(folder))
         if session.may_be_live():
             found.append(session)
         else:

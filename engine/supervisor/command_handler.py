@@ -32,7 +32,7 @@ from engine.protocol.commands import (
 )
 from engine.protocol.rank_messages import RankCommand
 from engine.session.checkpoints import checkpoint_path, find_damage
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.states import ENDED_STATES
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
@@ -55,7 +55,7 @@ class CommandHandler:
     def __init__(
         self,
         state: SupervisorState,
-        session: Session,
+        session: SessionFolder,
         config: RunConfig,
         *,
         journal: JournalWriter,

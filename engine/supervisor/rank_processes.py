@@ -19,7 +19,7 @@ from engine.launch.environment import (
     ranks_per_node,
 )
 from engine.launch.secret import SECRET_VARIABLE
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.temporary_folders import TemporaryFolder
 
 
@@ -27,7 +27,7 @@ class RankProcesses:
     """The processes of one attempt: a single rank, or torchrun's agent with several."""
 
     def __init__(
-        self, session: Session, socket_path: Path, launch: LaunchConfig, secret: str = ""
+        self, session: SessionFolder, socket_path: Path, launch: LaunchConfig, secret: str = ""
     ) -> None:
         self._launch = launch
         self._session = session

@@ -20,7 +20,7 @@ from engine.launch.rollout.port import announce_end
 from engine.launch.rollout.relay import relay_command, relay_environment
 from engine.launch.store_server import listen_at
 from engine.protocol.rollout.join_messages import rollout_secret
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.temporary_folders import TemporaryFolder
 from engine.supervisor.rollout_process import Program, RolloutProcess
 from engine.supervisor.state import SupervisorState
@@ -34,7 +34,7 @@ class RolloutEngines:
 
     def __init__(
         self,
-        session: Session,
+        session: SessionFolder,
         config: RunConfig,
         state: SupervisorState,
         secret: str = "",

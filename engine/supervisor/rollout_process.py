@@ -18,7 +18,7 @@ from pathlib import Path
 from engine.config.schema import RunConfig
 from engine.protocol import sockets
 from engine.session import access
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.supervisor.attempt import describe_exit
 from engine.supervisor.state import SupervisorState
 
@@ -44,7 +44,7 @@ class RolloutProcess:
 
     def __init__(
         self,
-        session: Session,
+        session: SessionFolder,
         config: RunConfig,
         state: SupervisorState,
         program: Callable[[int, int], Program],

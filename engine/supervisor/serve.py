@@ -20,7 +20,7 @@ from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions
 from engine.protocol import sockets
 from engine.session import registry
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.supervisor.publisher import Observer
 from engine.supervisor.supervisor import Supervisor
 
@@ -31,7 +31,9 @@ CANCEL_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """After the end of a run they end the wait for notifications; SIGUSR1 leaves time for them."""
 
 
-async def supervise(session: Session, start: StartOptions, observer: Observer | None = None) -> int:
+async def supervise(
+    session: SessionFolder, start: StartOptions, observer: Observer | None = None
+) -> int:
     """Runs a session until its end.
 
     Args:
@@ -70,7 +72,7 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
 
 
 async def _serve(
-    session: Session, journal: JournalWriter, start: StartOptions, observer: Observer | None
+    session: SessionFolder, journal: JournalWriter, start: StartOptions, observer: Observer | None
 ) -> int:
     """Runs all attempts, with the socket open and the session in the registry."""
     before = session.config()
@@ -97,7 +99,7 @@ async def _serve(
     return code
 
 
-def _use(config: RunConfig, session: Session, journal: JournalWriter) -> None:
+def _use(config: RunConfig, session: SessionFolder, journal: JournalWriter) -> None:
     """Writes the configuration; in the journal, too, what lists show, as YAML is slow to read."""
     session.write_config(config)
     journal.set_meta(total_steps=config.train.steps, best_metric=config.train.best_metric)

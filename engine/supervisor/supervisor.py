@@ -38,7 +38,7 @@ from engine.monitoring.telemetry import busy_gpus
 from engine.protocol.client_messages import JournalAdvanced, Status
 from engine.protocol.commands import SetSetting
 from engine.protocol.rank_messages import RESTART_REASONS, WAIT_FOR, Failed, Phase
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.states import State
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.command_handler import CommandHandler
@@ -68,7 +68,7 @@ class Supervisor:
 
     def __init__(
         self,
-        session: Session,
+        session: SessionFolder,
         config: RunConfig,
         journal: JournalWriter,
         socket: Path,

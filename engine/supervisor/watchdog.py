@@ -12,7 +12,7 @@ from engine.monitoring.guardrails import Alert
 from engine.monitoring.telemetry import Sampler
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import FromRank, Phase, RankTimes, Ready
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import Server
 
@@ -29,7 +29,7 @@ class Watchdog:
 
     def __init__(
         self,
-        session: Session,
+        session: SessionFolder,
         config: RunConfig,
         journal: JournalWriter,
         server: Server,

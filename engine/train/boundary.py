@@ -41,7 +41,7 @@ from engine.protocol.rank_messages import (
     ToRank,
     Unpaused,
 )
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.train.checkpointing import CheckpointManager
 from engine.train.link import Link
 from engine.train.live_settings import LiveSettings
@@ -95,7 +95,7 @@ class Boundary:
     then call :meth:`finish`. Call :meth:`close` in either case.
     """
 
-    def __init__(self, session: Session, run: Run, begin: Begin, link: Link) -> None:
+    def __init__(self, session: SessionFolder, run: Run, begin: Begin, link: Link) -> None:
         self._run = run
         self._link = link
         self._settings = LiveSettings(run, begin)

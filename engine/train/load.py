@@ -17,7 +17,7 @@ from engine.examined import examined
 from engine.progress import report_nothing
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.checkpoints.shards import (
@@ -71,7 +71,7 @@ OTHER_OPTIMISER = (
 
 
 def load_run(
-    session: Session,
+    session: SessionFolder,
     config: RunConfig,
     begin: Begin,
     ranks: RankGroup,

@@ -40,7 +40,7 @@ from engine.protocol.rank_messages import (
     Sample,
     StepReport,
 )
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import PeerRankError, RankGroup, is_peer_loss
 from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due, recorded
@@ -78,7 +78,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Progress bars would fill engine.log with carriage returns.
     disable_progress_bar()
-    session = Session(Path(sys.argv[1]))
+    session = SessionFolder(Path(sys.argv[1]))
     # RankGroup sets the final rank below. Only ranks on the supervisor's machine have a link, and
     # they get the first numbers, so LOCAL_RANK is right for them. torchrun's RANK may not be: it
     # counts the machines in another order.
@@ -161,7 +161,7 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     return failed
 
 
-def train(session: Session, link: Link, ranks: RankGroup) -> str:
+def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
     """The training loop: execute commands, run a step, report it, save; returns why it ended."""
     begin, config = receive_start(session, link, ranks)
 
@@ -302,7 +302,7 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
         return Evaluation(), RewardCallError(f"{error}; step {step} is not evaluated")
 
 
-def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
+def receive_start(session: SessionFolder, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
     """Receives the start on rank 0 and reads the configuration; returns both on every rank."""
     kind = tuple[Begin, RunConfig]
     data = b""

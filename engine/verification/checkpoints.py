@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow
 from engine.session.checkpoints import complete_checkpoints, find_damage
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, listed, note, problem
 
 
-def check_checkpoints(session: Session, reader: JournalReader) -> Iterator[Finding]:
+def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator[Finding]:
     """Reads every file of every complete checkpoint, and compares with the journal."""
     rows = reader.checkpoints(("complete", "written", "superseded", "abandoned", "replaced"))
     on_disk = complete_checkpoints(session.checkpoints)

@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.errors import JournalError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, note, problem
 
 RESTORE = "restore the file from a copy of the session, or fork from a checkpoint of such a copy"
@@ -22,7 +22,7 @@ _MAGIC = 0x377F0682
 """Of sums over little-endian words; one more for big-endian words."""
 
 
-def check_databases(session: Session, *, live: bool) -> Iterator[Finding]:
+def check_databases(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
     """Checks each database with SQLite's `integrity_check`, and a crashed one's write-ahead log.
 
     Args:

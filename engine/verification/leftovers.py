@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, listed, note, problem
 
 ENDING = 5.0
@@ -26,7 +26,7 @@ ROLLOUT_ENGINE = "engine/train/rollout/vllm/process/start.py"
 """How the argument ends that names the script of a rollout engine, a path."""
 
 
-def check_leftovers(session: Session, *, live: bool) -> Iterator[Finding]:
+def check_leftovers(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
     """Looks for files and processes of engines that were killed."""
     if live:
         return
@@ -53,7 +53,7 @@ def check_leftovers(session: Session, *, live: bool) -> Iterator[Finding]:
         )
 
 
-def _outliving(session: Session) -> list[int]:
+def _outliving(session: SessionFolder) -> list[int]:
     """The processes that are left of an engine; one that is just ending is waited for."""
     deadline = time.monotonic() + ENDING
     while pids := _processes(session.folder):
@@ -79,7 +79,7 @@ def _processes(folder: Path) -> list[int]:
     return found
 
 
-def check_access(session: Session) -> Iterator[Finding]:
+def check_access(session: SessionFolder) -> Iterator[Finding]:
     """Checks that nobody but the owner can read or change the session."""
     folder = session.folder
     owner, mode = _owner_and_mode(folder)

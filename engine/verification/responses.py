@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.labels import LabelReader, Response
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.verification.databases import RESTORE
 from engine.verification.finding import Finding, listed, note, problem
 
@@ -48,7 +48,7 @@ def check_samples(
         yield problem("samples", text, RESTORE)
 
 
-def check_labels(session: Session, samples: ReadOnlyDatabase) -> Iterator[Finding]:
+def check_labels(session: SessionFolder, samples: ReadOnlyDatabase) -> Iterator[Finding]:
     """Checks that the samples that labels and preferences name are there."""
     with LabelReader(session) as labels:
         judged = [j.response for j in labels.judgements().values()]

@@ -14,7 +14,7 @@ from engine.journal.rows import CommandRow
 from engine.kl import next_beta
 from engine.metrics import BETA, KL
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints, saved_settings
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.verification.databases import RESTORE
 from engine.verification.finding import Finding, problem
 
@@ -60,7 +60,7 @@ class SettingHistory:
 
 
 def check_settings(
-    session: Session, database: ReadOnlyDatabase, reader: JournalReader
+    session: SessionFolder, database: ReadOnlyDatabase, reader: JournalReader
 ) -> Iterator[Finding]:
     """Compares the recomputed settings with those that checkpoints, steps and journal recorded."""
     final = reader.meta().settings or {}
@@ -91,7 +91,7 @@ def check_settings(
 
 
 def _check_beta(
-    session: Session,
+    session: SessionFolder,
     reader: JournalReader,
     histories: dict[str, SettingHistory],
     recorded: list[tuple[str, int, dict[str, Any]]],
@@ -148,7 +148,7 @@ def _histories(commands: list[CommandRow], constant: dict[str, Any]) -> dict[str
     return histories
 
 
-def _saved(session: Session, reader: JournalReader) -> dict[int, dict[str, Any]]:
+def _saved(session: SessionFolder, reader: JournalReader) -> dict[int, dict[str, Any]]:
     """The settings in each checkpoint of the timeline, by step."""
     known = {row.step for row in reader.checkpoints(("complete", "written"))}
     return {

@@ -11,7 +11,7 @@ from engine.journal.database import ReadOnlyDatabase
 from engine.journal.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.session.checkpoints import complete_checkpoints
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.states import ENDED_STATES
 from engine.verification.checkpoints import check_checkpoints
 from engine.verification.databases import RESTORE, check_databases
@@ -45,7 +45,7 @@ class Verified(Struct, frozen=True):
         return sum(finding.level == "problem" for finding in self.findings)
 
 
-def verify(session: Session) -> Verified:
+def verify(session: SessionFolder) -> Verified:
     """Checks a session without changing it. One that is live may be checked as well.
 
     Reads every file of every checkpoint, which takes about a second for each gigabyte.
@@ -67,7 +67,7 @@ def verify(session: Session) -> Verified:
     return Verified(contents, findings)
 
 
-def _check_contents(session: Session) -> Iterator[Finding]:
+def _check_contents(session: SessionFolder) -> Iterator[Finding]:
     journal = ReadOnlyDatabase(session.journal_file, schema.JOURNAL)
     samples = ReadOnlyDatabase(session.samples_file, schema.SAMPLES)
     with closing(samples), JournalReader(session, journal) as reader:
@@ -85,14 +85,14 @@ def _check_contents(session: Session) -> Iterator[Finding]:
         yield from check_labels(session, samples)
 
 
-def _check_config(session: Session) -> Iterator[Finding]:
+def _check_config(session: SessionFolder) -> Iterator[Finding]:
     try:
         session.config()
     except ConfigError as error:
         yield problem("files", f"config.yaml: {error}", "restore or repair the file")
 
 
-def _check_without_journal(session: Session) -> Iterator[Finding]:
+def _check_without_journal(session: SessionFolder) -> Iterator[Finding]:
     steps = list(complete_checkpoints(session.checkpoints))
     if steps:
         yield problem(
@@ -109,14 +109,14 @@ def _check_without_journal(session: Session) -> Iterator[Finding]:
         )
 
 
-def _response_count(session: Session) -> int:
+def _response_count(session: SessionFolder) -> int:
     samples = ReadOnlyDatabase(session.samples_file, schema.SAMPLES)
     with closing(samples):
         counted = samples.rows("SELECT count(*) FROM samples")
     return int(counted[0][0]) if counted else 0
 
 
-def _contents(session: Session) -> Contents:
+def _contents(session: SessionFolder) -> Contents:
     with JournalReader(session) as reader, LabelReader(session) as labels:
         return Contents(
             state=reader.state(),

@@ -20,7 +20,7 @@ from textual.filter import LineFilter
 from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
-from engine.session.folder import Session, find
+from engine.session.folder import SessionFolder, find
 from rlhf_tui import format as fmt
 from rlhf_tui.app import hangup, replaying, steering
 from rlhf_tui.app.command_tracker import CommandTracker
@@ -178,7 +178,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- the open session ----------------------------------------------------------------------
 
     @property
-    def session(self) -> Session | None:
+    def session(self) -> SessionFolder | None:
         """The open session; None in the browser before any was opened."""
         return self.follower.session
 

@@ -10,7 +10,7 @@ from textual.app import App
 
 from engine.errors import RlhfError
 from engine.metrics import with_drawn
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.app.digest import began, curves_are_read, digest
 from rlhf_tui.app.replaying import ReplayControls
 from rlhf_tui.dialogs.digest import DigestDialog
@@ -79,7 +79,7 @@ class SessionFollower:
         self._root = root
         self._replay = replay
         self._origin = origin
-        self.session: Session | None = None
+        self.session: SessionFolder | None = None
         self.state = SessionState(now=now, root=root)
         self.view = self._new_view()
         self._feed: SessionFeed | None = None
@@ -97,7 +97,7 @@ class SessionFollower:
         """Whether the session of this name is open."""
         return self._feed is not None and self.session is not None and self.session.name == name
 
-    def open(self, session: Session) -> None:
+    def open(self, session: SessionFolder) -> None:
         """Makes a session the open one; :meth:`begin` starts to read it."""
         self.leave()
         self.session = session

@@ -13,7 +13,7 @@ from textual.app import App
 from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
-from engine.session.folder import Session, all_sessions, find
+from engine.session.folder import SessionFolder, all_sessions, find
 from rlhf_tui.app.following import SessionFollower
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import Say
@@ -134,7 +134,7 @@ class EngineStarter:
 
     def _open_when_created(self, name: str, mode: str, deadline: float) -> None:
         # Until its engine runs, a new session looks as if its engine had died.
-        if Session(self._root / name).may_be_live():
+        if SessionFolder(self._root / name).may_be_live():
             if self._takes_keys(mode):
                 self._open_session(name)
         elif self._now() < deadline:

@@ -7,7 +7,7 @@ import click
 from engine.errors import NoSuchSessionError
 from engine.journal.reader import JournalReader
 from engine.launch.start import checkpoint_steps, last_checkpoint
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 StepChoice = int | Literal["last", "best"]
 
@@ -29,7 +29,7 @@ def step_choice(text: str) -> StepChoice:
     return step
 
 
-def checkpoint_step(session: Session, choice: StepChoice) -> int:
+def checkpoint_step(session: SessionFolder, choice: StepChoice) -> int:
     """The step of a chosen checkpoint. Whether there is one of a number is not checked.
 
     Raises:
@@ -41,7 +41,7 @@ def checkpoint_step(session: Session, choice: StepChoice) -> int:
     return _best(session) if choice == "best" else _last(session)
 
 
-def _last(session: Session) -> int:
+def _last(session: SessionFolder) -> int:
     step = last_checkpoint(session)
     if not step:
         others = ", ".join(map(str, checkpoint_steps(session)))
@@ -50,7 +50,7 @@ def _last(session: Session) -> int:
     return step
 
 
-def _best(session: Session) -> int:
+def _best(session: SessionFolder) -> int:
     metric = session.config().train.best_metric
     with JournalReader(session) as record:
         best = record.best_checkpoint(metric)

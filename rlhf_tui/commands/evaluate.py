@@ -12,7 +12,7 @@ from engine.config.schema import RunConfig
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.launch.start import checkpoint_steps
 from engine.metrics import EVAL_TIME, describe
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
@@ -98,7 +98,7 @@ def evaluation_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfi
     return msgspec.structs.replace(config, eval=evaluation, launch=launch)
 
 
-def run_program(session: Session, config: RunConfig, step: int) -> dict[str, Any]:
+def run_program(session: SessionFolder, config: RunConfig, step: int) -> dict[str, Any]:
     """Evaluates in a subprocess, as this process never imports torch.
 
     Returns:

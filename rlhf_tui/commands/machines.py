@@ -18,7 +18,7 @@ from engine.journal.reader import JournalReader
 from engine.launch import scheduler
 from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE, read_secret
-from engine.session.folder import Session, check_name
+from engine.session.folder import SessionFolder, check_name
 from engine.session.states import ENDED_STATES
 from rlhf_tui.commands.options import FiniteRange, override_option, sessions_option
 from rlhf_tui.commands.run import is_done, is_started, start_or_resume
@@ -137,7 +137,7 @@ def launch(
         overrides = (*overrides, f"launch.preempted_exit={STOPPED_EARLY}")
     if name is None:
         name = _job_name(place) or config.stem
-    session = Session(root.resolve() / check_name(name))
+    session = SessionFolder(root.resolve() / check_name(name))
     machines = 1 if place is None else scheduler.machines(place, loaded.launch.nodes)
     if place is not None:
         overrides = (*overrides, f"launch.nodes={machines}")
@@ -152,7 +152,7 @@ def launch(
     start_or_resume(session, config, overrides, "headless")
 
 
-def _join_scheduled(session: Session, address: str, wait: float) -> int:
+def _join_scheduled(session: SessionFolder, address: str, wait: float) -> int:
     """Runs this machine's ranks until the run ends; returns the exit code of its engine.
 
     Schedulers start a machine again by its own exit code.

@@ -24,7 +24,7 @@ from engine.launch.start import check_average, checkpoint_steps
 from engine.protocol import sockets
 from engine.session.access import open_to_umask
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
@@ -61,7 +61,7 @@ def rm(root: Path, names: tuple[str, ...], yes: bool) -> None:
         _delete(session, yes=yes)
 
 
-def _delete(session: Session, *, yes: bool) -> None:
+def _delete(session: SessionFolder, *, yes: bool) -> None:
     """Deletes a session, unless the answer to the question is no."""
     lock = session.acquire()
     try:
@@ -144,7 +144,9 @@ def export(
         say(f"wrote {fmt.plural(len(found), 'pair')} to {preferences}")
 
 
-def _export_policy(session: Session, step: int, target: Path, part: str, *, merged: bool) -> str:
+def _export_policy(
+    session: SessionFolder, step: int, target: Path, part: str, *, merged: bool
+) -> str:
     """Writes a model folder, `part` of a checkpoint. Returns a line that describes it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserInputError(f"--policy: {target} exists already; give a new or empty folder")
@@ -172,7 +174,7 @@ def _export_policy(session: Session, step: int, target: Path, part: str, *, merg
     return f"the {what} of step {step} is in {target}{note}"
 
 
-def _merge(session: Session, step: int, part: str, target: Path) -> None:
+def _merge(session: SessionFolder, step: int, part: str, target: Path) -> None:
     # In a subprocess: this process never imports torch.
     module = [sys.executable, "-P", "-m", "engine.train.checkpoints.merge"]
     done = subprocess.run(  # noqa: S603 - our own module

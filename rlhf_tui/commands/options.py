@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.command_line import SESSIONS_VARIABLE, sessions_folder
-from engine.session.folder import Session, all_sessions, find
+from engine.session.folder import SessionFolder, all_sessions, find
 from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
@@ -112,7 +112,7 @@ def complete_name(context: click.Context, _parameter: click.Parameter, begun: st
 name_argument: Decorator = click.argument("name", shell_complete=complete_name)
 
 
-def existing(root: Path, name: str) -> Session:
+def existing(root: Path, name: str) -> SessionFolder:
     """The session called `name`, in `root` or live elsewhere.
 
     Raises:

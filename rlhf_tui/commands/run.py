@@ -28,7 +28,7 @@ from engine.launch.start import (
 )
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
-from engine.session.folder import Session, check_name
+from engine.session.folder import SessionFolder, check_name
 from rlhf_tui import format as fmt
 from rlhf_tui.commands import view
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
@@ -109,14 +109,14 @@ def run(
     if resume_if_exists:
         if name is None:
             raise UserInputError("--resume-if-exists needs --name NAME, the session to resume")
-        session = Session(root.resolve() / check_name(name))
+        session = SessionFolder(root.resolve() / check_name(name))
         start_or_resume(session, config, overrides, mode)
         return
     loaded = config_file.load(config, overrides)
     _start_new(root.resolve(), name, config.stem, loaded, mode)
 
 
-def is_done(session: Session, overrides: tuple[str, ...]) -> bool:
+def is_done(session: SessionFolder, overrides: tuple[str, ...]) -> bool:
     """Says so if the run has finished and no override of `train` asks for more of it.
 
     It may have ended before its last step, by `train.max_hours` or `train.stop_at`. A scheduler
@@ -137,13 +137,13 @@ def is_done(session: Session, overrides: tuple[str, ...]) -> bool:
     return True
 
 
-def is_started(session: Session) -> bool:
+def is_started(session: SessionFolder) -> bool:
     """Whether there is a session to resume, rather than none or one that failed to start."""
     return session.config_file.is_file() and not is_failed_start(session)
 
 
 def start_or_resume(
-    session: Session, config: Path, overrides: tuple[str, ...], mode: str | None
+    session: SessionFolder, config: Path, overrides: tuple[str, ...], mode: str | None
 ) -> None:
     """Resumes the session unless it has finished; starts it if there is none."""
     if not is_started(session):
@@ -177,7 +177,7 @@ def resume(
 
 
 def _resume(
-    session: Session,
+    session: SessionFolder,
     overrides: tuple[str, ...],
     mode: str | None,
     *,
@@ -241,7 +241,7 @@ def _start_new(
     _begin(create_session(root, name, stem, config), StartOptions(who=who()), mode)
 
 
-def _begin(session: Session, start: StartOptions, mode: str | None) -> None:
+def _begin(session: SessionFolder, start: StartOptions, mode: str | None) -> None:
     """Starts the engine; `mode` is headless, detach or None for the dashboard."""
     if mode == "detach":
         _detach(session, start)
@@ -253,7 +253,7 @@ def _begin(session: Session, start: StartOptions, mode: str | None) -> None:
         _watch(session, start)
 
 
-def _watch(session: Session, start: StartOptions) -> None:
+def _watch(session: SessionFolder, start: StartOptions) -> None:
     """Starts the engine in the background and opens the dashboard while it loads."""
     new = is_new(session, start)
     start_engine(session, start, timeout=0.0)
@@ -267,7 +267,7 @@ def _watch(session: Session, start: StartOptions) -> None:
     sys.exit(code)
 
 
-def _detach(session: Session, start: StartOptions) -> None:
+def _detach(session: SessionFolder, start: StartOptions) -> None:
     pid = start_or_remove(session, start, timeout=LOADING_TIMEOUT, notice=_show_notice)
     attach = fmt.command("attach", session.name, root=session.folder.parent)
     say(f"session {session.name}: engine pid {pid}; open it: {attach}")
@@ -277,7 +277,7 @@ def _show_notice(text: str) -> None:
     click.echo(f"rlhf-tui: {one_line(text)}", err=True)
 
 
-def _become_engine(session: Session, start: StartOptions) -> None:
+def _become_engine(session: SessionFolder, start: StartOptions) -> None:
     """Turns this process into the session's engine, in the foreground."""
     action = f"resuming from step {start.from_step}" if start.from_step else "starting"
     click.echo(one_line(f"session {session.name}: {action}; folder {session.folder}"), err=True)

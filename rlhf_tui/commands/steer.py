@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import click
 
-from engine.api.session import Session as Run
+from engine.api.session import Session
 from engine.config import file as config_file
 from engine.config.yaml_document import parse_yaml
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
@@ -32,7 +32,7 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
@@ -106,7 +106,7 @@ class CtlCall:
             raise RlhfError(f"rejected: {reply.reason}")
 
     @staticmethod
-    def _wait_for_exit(session: Session) -> None:
+    def _wait_for_exit(session: SessionFolder) -> None:
         """Waits until the session can be resumed, forked or deleted."""
         deadline = time.monotonic() + END_TIMEOUT
         while session.is_live() and time.monotonic() < deadline:
@@ -258,7 +258,7 @@ for _command in ctl.commands.values():
 @sessions_option
 def note(root: Path, name: str, text: str) -> None:
     try:
-        step = Run(existing(root, name).folder, who=who()).note(text)
+        step = Session(existing(root, name).folder, who=who()).note(text)
     except CommandRejectedError as error:
         raise RlhfError(f"rejected: {error}") from error
     say(f"noted at step {step}: {one_line(text)}")

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from engine.errors import NoSuchSessionError, UserInputError
-from engine.session.folder import Session, all_sessions
+from engine.session.folder import SessionFolder, all_sessions
 from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
@@ -134,7 +134,7 @@ def _attach_remote(text: str, folder: Path | None, *, read_only: bool, tail: int
     arguments = ["mirror", address.name, "--tail", str(tail)]
     arguments += ["--sessions", str(folder)] if folder is not None else []
     with RemoteSession(address, arguments) as remote:
-        session = Session(remote.root / remote.name)
+        session = SessionFolder(remote.root / remote.name)
         return open_screen(remote.root, session, read_only=read_only, origin=remote)
 
 
@@ -148,7 +148,7 @@ def browse(root: Path) -> None:
 
 def open_screen(
     root: Path,
-    session: Session | None,
+    session: SessionFolder | None,
     *,
     read_only: bool = False,
     replay: "ReplayOptions | None" = None,
@@ -178,7 +178,7 @@ def open_screen(
     return open_app(root, name, read_only, first_read, replay, origin, listing)
 
 
-def begin_first_read(session: Session) -> "FirstRead":
+def begin_first_read(session: SessionFolder) -> "FirstRead":
     """Starts reading the curves of the charts in a thread while the app is imported."""
     from rlhf_tui.state.feeds.first_read import FirstRead  # noqa: PLC0415
     from rlhf_tui.state.preferences import load_preferences  # noqa: PLC0415
@@ -196,7 +196,7 @@ def begin_listing(root: Path) -> "SessionListCache":
     return listing
 
 
-def _only_live(root: Path) -> Session:
+def _only_live(root: Path) -> SessionFolder:
     sessions = all_sessions(root)
     live = [s for s in sessions if s.is_live()] or live_sessions()
     if len(live) == 1:
@@ -214,7 +214,7 @@ def _only_live(root: Path) -> Session:
     )
 
 
-def _either(session: Session, first: str, second: str) -> str:
+def _either(session: SessionFolder, first: str, second: str) -> str:
     """Two commands on a session, to choose from."""
     name, root = session.name, session.folder.parent
     return f"{fmt.command(first, name, root=root)} or {fmt.command(second, name, root=root)}"

@@ -16,7 +16,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import Response, set_label, set_note
 from engine.journal.rows import Judgement, SampleRow
 from engine.journal.samples import SampleQuery, SampleReader
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Dialog, InputDialog
 from rlhf_tui.dialogs.judging_queue import POOL, Decision, JudgingQueue
@@ -84,7 +84,7 @@ class JudgingDialog(Dialog[None]):
         Binding("q", "cancel", "close", show=False),
     ]
 
-    def __init__(self, session: Session, who: str, now: Callable[[], float]) -> None:
+    def __init__(self, session: SessionFolder, who: str, now: Callable[[], float]) -> None:
         """Of a session.
 
         Args:

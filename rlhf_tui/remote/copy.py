@@ -9,7 +9,7 @@ import msgspec
 from engine import __version__
 from engine.errors import LinkError
 from engine.journal import schema
-from engine.session.folder import EngineInfo, Session, check_name, write_atomically
+from engine.session.folder import EngineInfo, SessionFolder, check_name, write_atomically
 from engine.session.lock import SessionLock
 from rlhf_tui.remote.messages import VERSION, EngineState, Hello, Log, Message, Rows
 
@@ -26,7 +26,7 @@ class SessionCopy:
         self._databases: dict[str, sqlite3.Connection] = {}
         self._columns: dict[str, set[str]] = {}
         self._lock: SessionLock | None = None
-        self.session: Session | None = None
+        self.session: SessionFolder | None = None
         """None before the first message."""
         self.remote_socket: str | None = None
         """The path of the engine's socket on its machine; None without an engine."""
@@ -58,7 +58,7 @@ class SessionCopy:
     def _begin(self, hello: Hello) -> None:
         if hello.version != VERSION:
             raise LinkError("the other machine has another version of rlhf-tui; use the same one")
-        session = Session(self._root / check_name(hello.name))
+        session = SessionFolder(self._root / check_name(hello.name))
         session.folder.mkdir(mode=0o700, exist_ok=True)
         session.checkpoints.mkdir(mode=0o700, exist_ok=True)
         session.config_file.write_text(hello.config, encoding="utf-8")

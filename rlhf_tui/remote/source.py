@@ -8,7 +8,7 @@ from engine.errors import SessionError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.session.file_signature import FileSignature, file_signature
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.remote.messages import VERSION, Done, EngineState, Hello, Log, Message, Rows
 
 LOG_BYTES = 200_000
@@ -24,7 +24,7 @@ SAMPLES = ("samples", "evaluated")
 class SessionSource:
     """Sends a session: first its tail, then what is new."""
 
-    def __init__(self, session: Session, tail: int) -> None:
+    def __init__(self, session: SessionFolder, tail: int) -> None:
         """Reads nothing yet.
 
         Args:

@@ -6,7 +6,7 @@ from msgspec import Struct
 from engine.config import file as config_file
 from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.report.curves import Curve, read_curves
 from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
 from rlhf_tui.report.settings import Setting
@@ -35,7 +35,7 @@ class Comparison(Struct, frozen=True):
         ]
 
 
-def read_comparison(session: Session, other: Session) -> Comparison:
+def read_comparison(session: SessionFolder, other: SessionFolder) -> Comparison:
     """Reads the other run.
 
     Raises:

@@ -10,7 +10,7 @@ from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CheckpointRow, SessionMeta
 from engine.metrics import SCORE
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.report.comparison import Comparison, read_comparison
 from rlhf_tui.report.curves import Curve, read_curves
 from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
@@ -70,7 +70,7 @@ class Report(Struct, frozen=True):
 
 
 def read_report(
-    session: Session, now: Callable[[], float] = time.time, other: Session | None = None
+    session: SessionFolder, now: Callable[[], float] = time.time, other: SessionFolder | None = None
 ) -> Report:
     """Reads a session, and another one to put beside it.
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from textual.notifications import SeverityLevel
 
 from engine.protocol.commands import Command
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.preferences import Preferences
 from rlhf_tui.state.runs.listing import SessionListCache
@@ -116,7 +116,7 @@ class AppContext(Protocol):
     """The wall clock, seconds since the epoch."""
 
     @property
-    def session(self) -> Session | None:
+    def session(self) -> SessionFolder | None:
         """The open session; None in the browser before any was opened."""
 
     @property

@@ -12,7 +12,7 @@ from textual.widget import Widget
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.metrics import describe, title_of
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts.overlaying import OverlaysRead, RunOverlays
@@ -345,7 +345,7 @@ class DashboardScreen(SessionScreen):
         return "" if value is None else _number(name, value)
 
     @work(thread=True, exclusive=True, group="newest")
-    def show_newest(self, session: Session, names: list[str], dialog: "PickerDialog") -> None:
+    def show_newest(self, session: SessionFolder, names: list[str], dialog: "PickerDialog") -> None:
         """Adds the newest values of metrics that no chart has read to a dialog."""
         try:
             with JournalReader(session) as record:

@@ -14,7 +14,7 @@ from textual.containers import Container
 from textual.worker import get_current_worker
 
 from engine.metrics import title_of
-from engine.session.folder import Session, free_name
+from engine.session.folder import SessionFolder, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -168,7 +168,7 @@ class SessionsScreen(SessionScreen):
         self._asking = True
 
         def ask() -> None:
-            found = {row.name: awaited(Session(Path(row.folder))) for row in rows}
+            found = {row.name: awaited(SessionFolder(Path(row.folder))) for row in rows}
             self.post_message(EnginesAsked({name: text for name, text in found.items() if text}))
 
         threading.Thread(target=ask, daemon=True, name="ask").start()
@@ -415,10 +415,10 @@ class SessionsScreen(SessionScreen):
                 self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
         self.app.push_screen(dialog, chosen)
-        self.show_freed(Session(Path(row.folder)), dialog, rows)
+        self.show_freed(SessionFolder(Path(row.folder)), dialog, rows)
 
     @work(thread=True, group="freed")
-    def show_freed(self, session: Session, dialog: ChoiceDialog, rows: list[Row]) -> None:
+    def show_freed(self, session: SessionFolder, dialog: ChoiceDialog, rows: list[Row]) -> None:
         """Adds what deleting a session frees to the rows of a dialog, which may be closed."""
         try:
             freed: Row = [(fmt.freed(session.disk_usage()), "dim")]

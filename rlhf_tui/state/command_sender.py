@@ -25,7 +25,7 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.messages import CommandAnswered
 
 WAIT = 24 * 3600.0
@@ -40,7 +40,7 @@ may have begun before the command was applied."""
 class OutgoingCommand(Struct, frozen=True):
     """A command to be sent."""
 
-    session: Session
+    session: SessionFolder
     command: Command
     text: str
     """Describes the command in notices."""

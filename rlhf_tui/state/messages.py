@@ -7,7 +7,7 @@ from textual.message import Message
 
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.session_preview import SessionPreview
 from rlhf_tui.state.session_row import ListedSession
@@ -27,7 +27,7 @@ class CommandAnswered(Message):
 
     def __init__(
         self,
-        session: Session,
+        session: SessionFolder,
         text: str,
         command: Command,
         reply: CommandReply | None = None,

@@ -9,7 +9,7 @@ from engine.config.settings import LIVE_SETTINGS
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.metrics import KL, SCORE, with_drawn
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.first_read import read_summary
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.runs.differences import configuration_of
@@ -45,7 +45,7 @@ class SessionPreview(Struct, frozen=True):
     """Why it cannot be read; with an update, why no settings are compared."""
 
 
-def read_preview(session: Session, other: Session | None) -> SessionPreview:
+def read_preview(session: SessionFolder, other: SessionFolder | None) -> SessionPreview:
     """Reads the preview of a session. Call it in a thread: it takes some tens of milliseconds.
 
     Args:
@@ -72,7 +72,7 @@ def read_preview(session: Session, other: Session | None) -> SessionPreview:
     return SessionPreview(str(session.folder), update, against, differences)
 
 
-def _differences(session: Session, other: Session | None) -> tuple[Difference, ...]:
+def _differences(session: SessionFolder, other: SessionFolder | None) -> tuple[Difference, ...]:
     """The keys with other values, those that may change during a run first."""
     values = configuration_of(session)
     others = _defaults(session) if other is None else configuration_of(other)
@@ -84,7 +84,7 @@ def _differences(session: Session, other: Session | None) -> tuple[Difference, .
     )
 
 
-def _defaults(session: Session) -> dict[str, Any]:
+def _defaults(session: SessionFolder) -> dict[str, Any]:
     from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
 
     tree = config_file.to_tree(session.config())

@@ -12,7 +12,7 @@ from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.metrics import EVAL_SCORE, EVAL_SCORE_CI, KL, SCORE
 from engine.protocol.client import Client
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 from rlhf_tui.identity import who
 
@@ -92,7 +92,9 @@ class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
     """Its configuration, flat, if it was asked for; live settings as they are in force."""
 
 
-def read_session_row(session: Session, *, ask: bool = False, best: bool = False) -> SessionRow:
+def read_session_row(
+    session: SessionFolder, *, ask: bool = False, best: bool = False
+) -> SessionRow:
     """Reads the row of a session.
 
     Args:
@@ -118,14 +120,14 @@ def read_session_row(session: Session, *, ask: bool = False, best: bool = False)
     return msgspec.structs.replace(row, waits_for=awaited(session))
 
 
-def read_session_rows(sessions: Iterable[Session], *, best: bool) -> list[SessionRow]:
+def read_session_rows(sessions: Iterable[SessionFolder], *, best: bool) -> list[SessionRow]:
     """The rows of several sessions in their order, see :func:`read_session_row` with `ask`.
 
     One that cannot be read has the reason in its row. They are read in threads: most of the time
     goes into waiting for a network file system, or for an engine that hangs.
     """
 
-    def read(session: Session) -> SessionRow:
+    def read(session: SessionFolder) -> SessionRow:
         try:
             return read_session_row(session, ask=True, best=best)
         except (RlhfError, OSError) as error:
@@ -135,7 +137,7 @@ def read_session_rows(sessions: Iterable[Session], *, best: bool) -> list[Sessio
         return list(threads.map(read, sessions))
 
 
-def _best_checkpoint(session: Session, record: JournalReader) -> int | None:
+def _best_checkpoint(session: SessionFolder, record: JournalReader) -> int | None:
     # All else of a session can be read with a configuration of another version.
     with contextlib.suppress(ConfigError):
         metric = record.meta().best_metric or session.config().train.best_metric
@@ -143,7 +145,7 @@ def _best_checkpoint(session: Session, record: JournalReader) -> int | None:
     return None
 
 
-def awaited(session: Session) -> str | None:
+def awaited(session: SessionFolder) -> str | None:
     """What an engine waits for; None if nothing, or if it does not reply.
 
     The journal cannot say it: the disk that has no room is the journal's. An engine that hangs
@@ -157,7 +159,7 @@ def awaited(session: Session) -> str | None:
     return None
 
 
-def session_row(session: Session, record: JournalReader) -> SessionRow:
+def session_row(session: SessionFolder, record: JournalReader) -> SessionRow:
     """Reads the row of a session with an open reader; raises as :func:`read_session_row`."""
     session.check_config_file()  # without it the session cannot be resumed
     meta, attempts = record.meta(), record.attempts()
@@ -208,7 +210,7 @@ def read_held_out(record: JournalReader) -> HeldOutScore | None:
     return HeldOutScore(step, score, interval)
 
 
-def unreadable_row(session: Session, error: RlhfError | OSError) -> SessionRow:
+def unreadable_row(session: SessionFolder, error: RlhfError | OSError) -> SessionRow:
     """Returns the row of a session that cannot be read, so that the others can still be listed."""
     return SessionRow(
         name=session.name, state="unreadable", message=str(error), folder=str(session.folder)

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from engine.config.settings import Settings
 from engine.examined import examined
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.session_row import SessionRow
 from rlhf_tui.state.session_state import SessionState
 
@@ -16,7 +16,7 @@ from rlhf_tui.state.session_state import SessionState
 class SteeringTarget(Struct, frozen=True):
     """A run as it was last read: the open session, or a row of the sessions screen."""
 
-    session: Session
+    session: SessionFolder
     state: str
     step: int
     live: bool
@@ -29,7 +29,7 @@ class SteeringTarget(Struct, frozen=True):
     """Estimated seconds until the current step ends; None if unknown."""
 
     @classmethod
-    def of_state(cls, session: Session, state: SessionState) -> "SteeringTarget":
+    def of_state(cls, session: SessionFolder, state: SessionState) -> "SteeringTarget":
         """The open session."""
         return cls(
             session=session,
@@ -45,7 +45,7 @@ class SteeringTarget(Struct, frozen=True):
     def of_row(cls, row: SessionRow) -> "SteeringTarget":
         """A listed session. Its current phase is not read, so `boundary_in` is unknown."""
         return cls(
-            session=Session(Path(row.folder)),
+            session=SessionFolder(Path(row.folder)),
             state=row.state,
             step=row.step,
             live=row.pid is not None,

@@ -21,7 +21,7 @@ from engine.config.settings import settings_of
 from engine.journal.reader import JournalReader
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import DEFAULT_RULES
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.preferences import Preferences, preferences_file, save
 from scripts.pictures.run import program, run
 from scripts.pictures.svg import picture
@@ -62,7 +62,7 @@ def take_picture(sessions: Path, name: str) -> Path:
 
 def record(sessions: Path, name: str) -> Path:
     """Writes the metrics that the default guard rails look at, to six digits; returns the file."""
-    session = Session(sessions / name)
+    session = SessionFolder(sessions / name)
     config = session.config()
     judges = judges_of(config)
     with JournalReader(session) as reader:

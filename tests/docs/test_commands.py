@@ -19,7 +19,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import Response, prefer, set_label
 from engine.journal.samples import SampleReader
 from engine.session.access import FILE_MODE, FOLDER_MODE
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.cli import cli
 from tests.docs.pages import PAGES, ROOT, blocks, commands, shell_lines, spans, title
 
@@ -158,7 +158,7 @@ def recorded(tmp_path_factory):
         path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
         if path.name == "config.yaml":
             path.write_text(path.read_text().replace("@FOLDER@", str(folder)))
-    session = Session(folder / "sessions" / "finished")
+    session = SessionFolder(folder / "sessions" / "finished")
     with SampleReader(session) as reader:
         rows = sorted(reader.newest(None), key=lambda row: row.score)
     best, worst = (

@@ -21,7 +21,7 @@ from engine.journal.reader import JournalReader
 from engine.protocol.client import Client
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from tests.e2e.command_server import CommandServer
 
 PROGRAM = Path(sys.executable).with_name("rlhf-tui")
@@ -155,7 +155,7 @@ class Run:
         self.lab = lab
         self.name = name
         self.gate = gate
-        self.session = Session(lab.root / name)
+        self.session = SessionFolder(lab.root / name)
         mix = "reward.mix=[{model: 'starter:reward'}, {function: 'gate:score', weight: 0.5}]"
         combined = (*TINY, "reward.model=null", mix, f"reward.path={gate}", *overrides)
         options = [word for override in combined for word in ("-o", override)]

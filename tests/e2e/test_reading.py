@@ -12,7 +12,7 @@ import pytest
 from engine.journal import labels
 from engine.journal.labels import Response
 from engine.journal.reader import JournalReader
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 METRICS = {
     "objective/kl", "objective/kl_per_token", "objective/kl_coef", "objective/scores",
@@ -132,7 +132,7 @@ def make_annotated(whole, make_lab, request):
 
     def make(annotate):
         lab = make_lab(f"annotated/{request.node.name}/sessions")
-        session = Session(lab.root / "annotated")
+        session = SessionFolder(lab.root / "annotated")
         shutil.copytree(whole.session.folder, session.folder)
         with JournalReader(session) as reader:
             annotate(session, reader.samples.newest())

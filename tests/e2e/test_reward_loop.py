@@ -7,7 +7,7 @@ import pytest
 
 from engine.journal.labels import Response, set_label
 from engine.journal.samples import SampleQuery, SampleReader
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from tests.e2e.lab import LONG
 
 STEPS, MORE = 6, 16
@@ -19,7 +19,7 @@ def follows_the_rule(response: str) -> bool:
     return "," in response
 
 
-def share_of_rule(session: Session, first: int, last: int) -> float:
+def share_of_rule(session: SessionFolder, first: int, last: int) -> float:
     with SampleReader(session) as samples:
         rows = [r for r in samples.newest() if first <= r.step <= last]
     return statistics.mean(follows_the_rule(r.response) for r in rows)
@@ -30,7 +30,7 @@ def test_sixty_judgements_by_a_rule_teach_it_to_a_fork(lab, tmp_path):
     start = ("demo", "--headless", "--name", "first", "--steps", STEPS)
     done = lab.cli(*start, "-o", "train.save_every=3", timeout=900)
     assert done.returncode == 0, done.stderr
-    session = Session(lab.root / "first")
+    session = SessionFolder(lab.root / "first")
     with SampleReader(session) as samples:
         rows = samples.page(SampleQuery(), JUDGED)
     for row in rows:
@@ -60,6 +60,6 @@ def test_sixty_judgements_by_a_rule_teach_it_to_a_fork(lab, tmp_path):
     assert done.stderr.count("they are not comparable") == 1
     events = lab.json("events", "second")
     assert [e["step"] for e in events if e.get("rule") == "reward_changed"] == [STEPS]
-    second = Session(lab.root / "second")
+    second = SessionFolder(lab.root / "second")
     early, late = share_of_rule(second, 1, STEPS), share_of_rule(second, STEPS + MORE - 5, 10**6)
     assert late > early + 0.3

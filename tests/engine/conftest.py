@@ -10,14 +10,14 @@ from engine.config import file as config_file
 from engine.config.settings import SettingChange
 from engine.journal.writer import JournalWriter
 from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
-from engine.session.folder import Session, create
+from engine.session.folder import SessionFolder, create
 from tests.engine.supervised import Engine
 
 
 class Writer:
     """Writes a run into a journal, in the few words that tests need."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: SessionFolder) -> None:
         self.session = session
         self.journal = JournalWriter(session)
 
@@ -76,10 +76,10 @@ def no_illegal_state(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.fixture
-def make_session(tmp_path: Path) -> Callable[..., Session]:
+def make_session(tmp_path: Path) -> Callable[..., SessionFolder]:
     """A session of the demo's configuration."""
 
-    def make(name: str = "run", *overrides: str) -> Session:
+    def make(name: str = "run", *overrides: str) -> SessionFolder:
         config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
         return create(tmp_path / "sessions", name, config)
 
@@ -87,7 +87,7 @@ def make_session(tmp_path: Path) -> Callable[..., Session]:
 
 
 @pytest.fixture
-def writer(make_session: Callable[..., Session]) -> Iterator[Writer]:
+def writer(make_session: Callable[..., SessionFolder]) -> Iterator[Writer]:
     """A journal with its first attempt begun."""
     writer = Writer(make_session())
     writer.journal.begin_attempt(0, fresh=False)
@@ -96,7 +96,7 @@ def writer(make_session: Callable[..., Session]) -> Iterator[Writer]:
 
 
 @pytest.fixture
-def write_in() -> Callable[[Session], Writer]:
+def write_in() -> Callable[[SessionFolder], Writer]:
     """A writer for another session."""
     return Writer
 

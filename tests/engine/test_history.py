@@ -11,7 +11,7 @@ from engine.journal.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.protocol.client import Client
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.position import StepRange, step_ranges
 
 SCORE = "objective/scores"
@@ -256,7 +256,7 @@ def test_pauses_are_shortened_and_a_clock_that_was_set_back_stops_nothing(writer
 
 
 def test_an_empty_session_has_no_items(writer):
-    assert len(Recording(Session(writer.session.folder.parent / "none"))) == 0
+    assert len(Recording(SessionFolder(writer.session.folder.parent / "none"))) == 0
 
 
 def test_changes_are_in_the_order_in_which_they_were_applied_whatever_the_clock(

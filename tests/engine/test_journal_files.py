@@ -11,7 +11,7 @@ from engine.journal import schema
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader
 from engine.journal.writer import JournalWriter, on_network
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 DATA = Path(__file__).parent / "data"
 
@@ -118,7 +118,7 @@ def test_an_archived_crash_is_read_to_its_last_row_where_nothing_can_be_written(
     writer, tmp_path, monkeypatch
 ):
     writer.steps(*range(1, 56))
-    archive = Session(tmp_path / "archive" / "run")
+    archive = SessionFolder(tmp_path / "archive" / "run")
     # As a crash leaves it, and copied without the shared memory: all rows are in the -wal.
     shutil.copytree(writer.session.folder, archive.folder, ignore=shutil.ignore_patterns("*-shm"))
     connect = sqlite3.connect
@@ -138,11 +138,11 @@ def test_an_archived_crash_is_read_to_its_last_row_where_nothing_can_be_written(
 def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, write_in, tmp_path):
     folder = tmp_path / "sessions" / "a?b=c#d %41 é"
     shutil.copytree(make_session("plain").folder, folder)
-    writer = write_in(Session(folder))
+    writer = write_in(SessionFolder(folder))
     writer.journal.begin_attempt(0, fresh=False)
     writer.steps(1)
     writer.journal.close()
-    assert scores(Session(folder)) == {1: 1.1}
+    assert scores(SessionFolder(folder)) == {1: 1.1}
 
 
 def test_a_local_folder_is_not_taken_for_a_network_one(tmp_path):

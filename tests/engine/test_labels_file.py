@@ -27,8 +27,8 @@ MANY = """
 import sys
 from pathlib import Path
 from engine.journal.labels import Response, prefer, set_label
-from engine.session.folder import Session
-session, me = Session(Path(sys.argv[1])), int(sys.argv[2])
+from engine.session.folder import SessionFolder
+session, me = SessionFolder(Path(sys.argv[1])), int(sys.argv[2])
 sys.stdin.readline()
 for step in range(20):
     answer = Response(response=f"{me}.{step}", attempt=1, step=step, index=me)
@@ -116,8 +116,8 @@ from pathlib import Path
 from engine.errors import JournalError
 from engine.journal.labels import Response, set_label
 from engine.journal.samples import SampleQuery, SampleReader
-from engine.session.folder import Session
-session = Session(Path(sys.argv[1]))
+from engine.session.folder import SessionFolder
+session = SessionFolder(Path(sys.argv[1]))
 with SampleReader(session) as samples:
     print([s.label for s in samples.page(SampleQuery(), 10)])
 try:

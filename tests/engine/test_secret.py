@@ -4,7 +4,7 @@ import pytest
 
 from engine.errors import UserInputError
 from engine.launch.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, read_secret, secret_of_run
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 SECRET = "f" * 32
 
@@ -59,7 +59,7 @@ def test_a_secret_that_could_be_found_by_trying_is_refused(file, secret):
 
 
 def test_without_one_the_first_machine_writes_a_random_one_that_only_its_owner_can_read(tmp_path):
-    session = Session(tmp_path)
+    session = SessionFolder(tmp_path)
     first = secret_of_run(session)
     assert read_secret(session.secret_file) == first
     assert session.secret_file.stat().st_mode & 0o777 == 0o600
@@ -68,6 +68,6 @@ def test_without_one_the_first_machine_writes_a_random_one_that_only_its_owner_c
 
 def test_one_that_was_handed_over_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
-    session = Session(tmp_path)
+    session = SessionFolder(tmp_path)
     assert secret_of_run(session) == SECRET
     assert not session.secret_file.exists()

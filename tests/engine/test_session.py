@@ -203,7 +203,7 @@ def test_nothing_of_another_users_session_is_run(planted, owner, tmp_path):
     """Whoever may write in the sessions' folder could plant one, or exchange its configuration."""
     session = planted
     if owner == "link":
-        session = session_folder.Session(session.folder.with_name("link"))
+        session = session_folder.SessionFolder(session.folder.with_name("link"))
         session.folder.symlink_to(planted.folder)
     path = session.config_file if owner == "config" else session.folder
     os.chown(path, 65534, -1, follow_symlinks=False)
@@ -242,7 +242,7 @@ def test_a_folder_whose_path_is_no_utf8_is_refused_by_starts_and_resumes(make_se
     session.folder.parent.rename(root)
     with pytest.raises(SessionError, match="its path is not valid UTF-8"):
         resume(
-            session_folder.Session(root / "run"),
+            session_folder.SessionFolder(root / "run"),
             from_step=None,
             reseed=False,
             overrides=[],
@@ -352,7 +352,7 @@ def test_an_engine_that_begins_while_the_list_is_read_stays_in_it(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     session, held = make_session(), []
     registry.announce(session)  # stale: its engine was killed
-    is_live = session_folder.Session.may_be_live
+    is_live = session_folder.SessionFolder.may_be_live
 
     def begins_meanwhile(asked):
         live = is_live(asked)
@@ -361,7 +361,7 @@ def test_an_engine_that_begins_while_the_list_is_read_stays_in_it(
             registry.announce(session)
         return live
 
-    monkeypatch.setattr(session_folder.Session, "may_be_live", begins_meanwhile)
+    monkeypatch.setattr(session_folder.SessionFolder, "may_be_live", begins_meanwhile)
     assert registry.live_sessions() == [session]
     assert registry.live_sessions() == [session]
     held[0].release()

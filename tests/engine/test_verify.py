@@ -16,7 +16,7 @@ from engine.journal.database import ReadOnlyDatabase
 from engine.journal.labels import Response, set_label
 from engine.launch.rollout.engine import START
 from engine.session.checkpoints import checkpoint_path, mark_complete
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.verification import checkpoints, leftovers
 from engine.verification.settings import SettingHistory
 from engine.verification.verify import verify
@@ -220,7 +220,7 @@ def crashed(tmp_path):
     folder.chmod(0o700)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("@FOLDER@", str(DATA)))
-    return Session(folder)
+    return SessionFolder(folder)
 
 
 def test_what_a_crash_leaves_is_no_problem(crashed):

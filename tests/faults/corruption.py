@@ -20,7 +20,7 @@ from engine.journal.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
 from engine.session import access
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.verification.verify import verify
 from rlhf_tui import cli
 from tests.faults.lab import DATA, LostError
@@ -141,7 +141,7 @@ def damages(folder: Path) -> Iterator[Damage]:
         yield Damage(name, "a folder", as_folder, log)
 
 
-def content(session: Session) -> dict[str, Any]:
+def content(session: SessionFolder) -> dict[str, Any]:
     """What readers see of a session."""
     with JournalReader(session) as reader, LabelReader(session) as labels:
         return {
@@ -170,7 +170,7 @@ def run_cli(*words: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def check(session: Session, before: dict[str, Any], *, shorter: bool) -> None:
+def check(session: SessionFolder, before: dict[str, Any], *, shorter: bool) -> None:
     """Raises LostError if a damaged session is read with a traceback or silently differs.
 
     Args:
@@ -204,7 +204,7 @@ def check(session: Session, before: dict[str, Any], *, shorter: bool) -> None:
         launch.resume(session, from_step=None, reseed=False, overrides=[], who="faults")
 
 
-def old_session(root: Path, name: str) -> Session:
+def old_session(root: Path, name: str) -> SessionFolder:
     """A copy of a recorded session whose configuration names files that are."""
     folder = root / "old" / name
     access.make_folders(folder.parent)  # verify would find that a group can write there
@@ -214,7 +214,7 @@ def old_session(root: Path, name: str) -> Session:
     config.write_text(config.read_text().replace("@FOLDER@", str(DATA)))
     with contextlib.suppress(FileNotFoundError):
         (folder / "engine.json").unlink()
-    session = Session(folder)
+    session = SessionFolder(folder)
     session.write_config(session.config())  # as now, with its last line
     return session
 
@@ -237,7 +237,7 @@ def corrupt_everything(
         for number, damage in enumerate(damages(original.folder)):
             if number % stride != first % stride or only not in f"{damage.file}: {damage.what}":
                 continue
-            session = Session(root / "damaged" / name)
+            session = SessionFolder(root / "damaged" / name)
             shutil.rmtree(session.folder, ignore_errors=True)
             shutil.copytree(original.folder, session.folder)
             before = json.loads(json.dumps(content(session)))
@@ -246,7 +246,7 @@ def corrupt_everything(
             damage.apply(session.folder / damage.file)
 
             def checked(
-                session: Session = session,
+                session: SessionFolder = session,
                 before: dict[str, Any] = before,
                 shorter: bool = damage.as_by_crash,
             ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from tests.e2e.lab import PROGRAM, until
 from tests.faults.lab import WAIT, FaultRun
 from tests.faults.points import POINTS, Point
@@ -150,7 +150,7 @@ class Kills:
         return f"kill of the {victim}, random", f"at step {run.step()}"
 
 
-def kill_app(session: Session, seconds: float) -> None:
+def kill_app(session: SessionFolder, seconds: float) -> None:
     """Attaches the dashboard in a terminal of its own, and kills it after some seconds."""
     own, other = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}

@@ -56,7 +56,7 @@ from engine.session.checkpoints import (
     mark_complete,
     sha256,
 )
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from tests.faults.light_step import LightStep
 
 PACE = float(os.environ.get("RLHF_TUI_TEST_LIGHT", "0"))
@@ -70,7 +70,7 @@ ENDED = "light/ended"
 class LightRank:
     """One rank, single-threaded but for the reader of its messages."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: SessionFolder) -> None:
         self._session = session
         self._config = session.config()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -277,6 +277,6 @@ def main() -> None:
     if store is not None and SOCKET_VARIABLE not in os.environ:
         store.wait([ENDED], 600)
         return
-    LightRank(Session(Path(sys.argv[1]))).train()
+    LightRank(SessionFolder(Path(sys.argv[1]))).train()
     if store is not None:
         store.request(SetKeys(values={ENDED: b""}))

@@ -62,8 +62,8 @@ _STEP = [
 _START = [
     ("engine.session.folder:write_atomically", "before", 1),
     ("engine.session.folder:write_atomically", "after", 1),
-    ("engine.session.folder:Session.write_engine", "before", 1),
-    ("engine.session.folder:Session.write_engine", "after", 1),
+    ("engine.session.folder:SessionFolder.write_engine", "before", 1),
+    ("engine.session.folder:SessionFolder.write_engine", "after", 1),
     ("engine.journal.writer:JournalWriter.begin_attempt", "before", 1),
     ("engine.journal.writer:JournalWriter.begin_attempt", "after", 1),
     ("engine.train.load:load_run", "after", 1),

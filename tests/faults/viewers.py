@@ -34,7 +34,7 @@ from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.protocol.client import Client
 from engine.protocol.commands import Stop
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.feed import Feed
 from tests.faults.kills import kill_app
 from tests.faults.lab import FaultRun, LostError
@@ -102,7 +102,7 @@ SCENARIOS = (
 # -- the viewers, in a process of their own --------------------------------------------------------
 
 
-def watch(session: Session, number: int, seconds: float) -> None:
+def watch(session: SessionFolder, number: int, seconds: float) -> None:
     """Watches for some seconds, and reads nothing but the engine's messages."""
     until = time.monotonic() + seconds
     with contextlib.suppress(RlhfError, OSError), Client(session, f"client {number}") as client:
@@ -112,7 +112,7 @@ def watch(session: Session, number: int, seconds: float) -> None:
                 return
 
 
-def follow(session: Session, number: int, seconds: float) -> None:
+def follow(session: SessionFolder, number: int, seconds: float) -> None:
     """Follows the session as the dashboard does."""
     feed = Feed(session, f"viewer {number}", METRICS, lambda _update: None)
     feed.start()
@@ -120,7 +120,7 @@ def follow(session: Session, number: int, seconds: float) -> None:
     feed.stop()
 
 
-def look_on(session: Session, kind: str, count: int, apps: int, seconds: float) -> None:
+def look_on(session: SessionFolder, kind: str, count: int, apps: int, seconds: float) -> None:
     """Viewers attach and detach for some time; prints their processor time as JSON."""
     deadline = time.monotonic() + seconds
     view = watch if kind == CLIENTS else follow
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.view is not None:
-        session = Session(options.session)
+        session = SessionFolder(options.session)
         look_on(session, options.view, options.viewers, options.apps, options.seconds)
         return
     root = Path(tempfile.mkdtemp(prefix="viewers-"))

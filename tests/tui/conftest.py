@@ -22,7 +22,7 @@ from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
-from engine.session.folder import EngineInfo, Session, create
+from engine.session.folder import EngineInfo, SessionFolder, create
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.state import command_sender
@@ -142,7 +142,7 @@ def change(journal: JournalWriter, settings: dict, key: str, new: object, step: 
     settings[key] = new
 
 
-def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
+def make_session(root: Path, name: str = "frozen", steps: int = 200) -> SessionFolder:
     """A session that was resumed once from step 100, and is finished."""
     session = create(root, name, config_of(**{"train.steps": steps}))
     rng = random.Random(7)  # noqa: S311 - no secret
@@ -170,12 +170,12 @@ def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
     return session
 
 
-def _dict(session: Session) -> dict:
+def _dict(session: SessionFolder) -> dict:
     settings = settings_of(session.config())
     return {name: getattr(settings, name) for name in settings.__struct_fields__}
 
 
-def freeze(session: Session) -> None:
+def freeze(session: SessionFolder) -> None:
     """Times that do not depend on when the test runs."""
     db = sqlite3.connect(session.journal_file)
     with db:
@@ -196,7 +196,7 @@ def freeze(session: Session) -> None:
     db.close()
 
 
-def judge(session: Session) -> None:
+def judge(session: SessionFolder) -> None:
     """What two people think of some answers to the last step's prompt."""
     with JournalReader(session) as record:
         rows = {r.index: r for r in record.samples.page(SampleQuery(), 8)}
@@ -244,13 +244,13 @@ def session_maker(tmp_path_factory):
     """Makes further sessions, as :func:`make_session` does: copies of one that is written once."""
     originals = tmp_path_factory.mktemp("originals")
 
-    def make(root: Path, name: str = "frozen", steps: int = 200) -> Session:
+    def make(root: Path, name: str = "frozen", steps: int = 200) -> SessionFolder:
         original = originals / str(steps) / name
         if not original.exists():
             make_session(original.parent, name, steps)
         # New times of the files: they say which session was written last.
         shutil.copytree(original, root / name, copy_function=shutil.copy)
-        return Session(root / name)
+        return SessionFolder(root / name)
 
     return make
 
@@ -320,8 +320,8 @@ def engine(monkeypatch):
 
     info = EngineInfo(pid=4242, host="box", socket="nowhere", version="1")
     monkeypatch.setattr(command_sender, "Client", Fake)
-    monkeypatch.setattr(Session, "is_live", lambda self: True)
-    monkeypatch.setattr(Session, "engine", lambda self: info)
+    monkeypatch.setattr(SessionFolder, "is_live", lambda self: True)
+    monkeypatch.setattr(SessionFolder, "engine", lambda self: info)
     return sent
 
 

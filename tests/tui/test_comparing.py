@@ -10,7 +10,7 @@ from engine.journal.labels import LabelReader, Response, prefer
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS
@@ -275,7 +275,7 @@ async def test_without_an_engine_a_notice_says_how_to_start_one(samples, until):
 
 
 async def test_read_only_the_reference_is_not_asked(samples, engine, monkeypatch, until):
-    monkeypatch.setattr(Session, "is_live", lambda self: True)
+    monkeypatch.setattr(SessionFolder, "is_live", lambda self: True)
     async with samples(read_only=True) as (app, pilot):
         await pilot.press("d", "d")
         await until(pilot, lambda: "read-only" in pane(app))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.journal.rows import SampleRow
 from engine.session.command_line import mark_copies
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.format import NUMBER_WIDTH, command, number, value_text
 from rlhf_tui.screens.parts.sample_table import cells_of
 from rlhf_tui.widgets.charts.plot import axis_text
@@ -118,11 +118,11 @@ def test_a_command_that_an_engine_records_can_be_typed_in_any_folder(tmp_path, m
     monkeypatch.setenv("RLHF_TUI_SESSIONS", str(tmp_path))
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     typed = f"{tmp_path}/rlhf-tui logs run --sessions {tmp_path}"
-    assert Session(tmp_path / "run").recorded_command("logs") == typed
+    assert SessionFolder(tmp_path / "run").recorded_command("logs") == typed
 
 
 def test_a_command_about_a_copy_is_one_of_the_session_s_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("sys.argv", ["/opt/bin/rlhf-tui"])
     mark_copies(tmp_path)
-    assert Session(tmp_path / "run").command("resume") == "rlhf-tui resume run"
+    assert SessionFolder(tmp_path / "run").command("resume") == "rlhf-tui resume run"

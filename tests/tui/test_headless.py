@@ -8,11 +8,11 @@ import pytest
 
 from engine.metrics import BETA, KL, SCORE, STEP_TIME, TOKENS_PER_SECOND
 from engine.protocol.rank_messages import Phase, Ready, StepReport
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.headless import Printer, PrinterHandler, print_exception
 from rlhf_tui.text import escape_unencodable
 
-RUN = Session(Path("sessions/run"))
+RUN = SessionFolder(Path("sessions/run"))
 HOSTILE = "\x1b]52;c;c3RvbGVu\x07 \x9b31m \u202e turned"
 
 

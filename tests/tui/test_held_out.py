@@ -17,7 +17,7 @@ from engine.journal.samples import SampleQuery, SampleReader
 from engine.journal.writer import JournalWriter
 from engine.metrics import SCORE
 from engine.protocol.rank_messages import Phase, Sample, StepReport
-from engine.session.folder import Session, create
+from engine.session.folder import SessionFolder, create
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.cli import cli
 from rlhf_tui.format import size
@@ -58,7 +58,7 @@ def evaluation(step: int) -> tuple[dict[str, float], list[Sample]]:
     return metrics, samples
 
 
-def make_evaluated(root: Path, steps: int = 60, name: str = "evaluated") -> Session:
+def make_evaluated(root: Path, steps: int = 60, name: str = "evaluated") -> SessionFolder:
     """A finished run that was evaluated before the first step and every 20."""
     config = config_of(
         **{"train.steps": steps, "train.save_every": EVERY, "eval.every": EVERY,
@@ -196,7 +196,7 @@ def test_intervals_are_bars_that_fit_the_scale_unless_there_is_no_room_between_t
 
 
 def test_an_outline_keeps_the_evaluation_before_the_first_step(folder):
-    with JournalReader(Session(folder / "evaluated")) as record:
+    with JournalReader(SessionFolder(folder / "evaluated")) as record:
         found = record.outlines(["eval/score", "objective/scores"], 10)
     assert found["eval/score"][0] == (0, pytest.approx(-0.5))
     assert found["eval/score"][-1][0] == 60

@@ -14,7 +14,7 @@ from rich.style import Style
 from textual.geometry import Region
 
 from engine.journal.rows import Judgement
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.widgets.lines import changed_span, render_row
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
@@ -68,7 +68,7 @@ def test_a_change_behind_any_characters_is_drawn_in_its_cell(text):
     assert first <= cell_len(f"{text} ") < end
 
 
-def poison(session: Session, text: str) -> None:
+def poison(session: SessionFolder, text: str) -> None:
     """The same text wherever others can write."""
     db = sqlite3.connect(session.samples_file)
     with db:
@@ -108,7 +108,7 @@ def poison(session: Session, text: str) -> None:
 async def test_no_screen_shows_anything_raw(make_app, root, tmp_path, until):
     """Each attack at once, and each way of looking at it."""
     shutil.copytree(root, tmp_path / "poisoned")
-    session = Session(tmp_path / "poisoned" / "frozen")
+    session = SessionFolder(tmp_path / "poisoned" / "frozen")
     poison(session, " ".join(ATTACKS))
     app = make_app(root=tmp_path / "poisoned")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:

@@ -8,7 +8,7 @@ import pytest
 from textual.events import Key
 
 from engine.protocol.commands import Note
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.dialogs.help import COLUMN, HelpDialog, help_groups, stacked
@@ -78,13 +78,13 @@ async def test_leaving_detaches_and_says_how_to_come_back(
     make_app, monkeypatch, key, root, running, until
 ):
     app = make_app()
-    Session(root / "frozen").write_engine("nowhere", "1")
-    monkeypatch.setattr(Session, "is_live", lambda self: True)
+    SessionFolder(root / "frozen").write_engine("nowhere", "1")
+    monkeypatch.setattr(SessionFolder, "is_live", lambda self: True)
     async with running(app) as pilot:
         await pilot.press(key)
         await until(pilot, lambda: app.exit_message)
     assert "still running; reattach with rlhf-tui attach frozen" in app.exit_message
-    Session(root / "frozen").engine_file.unlink()
+    SessionFolder(root / "frozen").engine_file.unlink()
 
 
 @pytest.mark.parametrize("size", [(120, 40), (1, 1)])

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from engine.journal.reader import JournalReader
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.launching import EngineStarter
@@ -228,7 +228,7 @@ async def test_a_roll_back_that_is_confirmed_after_the_run_has_ended_resumes_it(
     async with checkpoints() as (app, pilot):
         await pilot.press("j", "r")
         await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
-        monkeypatch.setattr(Session, "is_live", lambda self: False)
+        monkeypatch.setattr(SessionFolder, "is_live", lambda self: False)
         await pilot.press("r")
         await until(pilot, lambda: ran)
         assert ran == [["resume", "frozen", "--from", "150", "--detach"]]

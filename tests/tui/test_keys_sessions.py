@@ -7,7 +7,7 @@ from textual.events import Key
 
 from engine.journal.writer import JournalWriter
 from engine.protocol.commands import Note, Pause, SetBeta, Stop, Unpause
-from engine.session.folder import EngineInfo, Session
+from engine.session.folder import EngineInfo, SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
 from rlhf_tui.screens import base, sessions
@@ -59,8 +59,8 @@ def addressed(engine, monkeypatch):
 def only_one_lives(monkeypatch):
     """`one` has an engine, `two` has none."""
     info = EngineInfo(pid=4242, host="box", socket="nowhere", version="1")
-    monkeypatch.setattr(Session, "is_live", lambda self: self.name == "one")
-    monkeypatch.setattr(Session, "engine", lambda self: info)
+    monkeypatch.setattr(SessionFolder, "is_live", lambda self: self.name == "one")
+    monkeypatch.setattr(SessionFolder, "engine", lambda self: info)
 
 
 async def test_p_pauses_the_highlighted_run_and_not_the_open_one(
@@ -81,7 +81,7 @@ async def test_a_run_that_takes_no_steps_says_what_it_waits_for(
     monkeypatch.setattr(sessions, "awaited", lambda session: f"room for {session.name}")
     async with two_runs() as (app, pilot):
         for name in ("one", "two"):
-            with contextlib.closing(JournalWriter(Session(app.root / name))) as journal:
+            with contextlib.closing(JournalWriter(SessionFolder(app.root / name))) as journal:
                 journal.set_meta(state="running")
         app.screen.read_sessions()
         table = app.screen.query_one(Table)
@@ -167,7 +167,7 @@ async def test_keys_typed_before_the_list_is_read_act_on_its_rows(
 async def test_a_run_whose_lock_cannot_be_looked_at_is_not_steered_and_says_why(
     two_runs, tmp_path, until
 ):
-    session = Session(tmp_path / "sessions" / "two")
+    session = SessionFolder(tmp_path / "sessions" / "two")
     lock = session.acquire()
     session.write_engine("nowhere", "1")
     async with two_runs() as (app, pilot):

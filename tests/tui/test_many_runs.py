@@ -9,7 +9,7 @@ import pytest
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.writer import JournalWriter
 from engine.protocol.rank_messages import StepReport
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.picker import PickerDialog, matches
 from rlhf_tui.screens.sessions import SessionsScreen
@@ -81,7 +81,7 @@ def test_runs_are_aligned_by_what_their_clocks_had_come_to():
 
 
 def test_the_hours_of_a_run_are_those_of_its_steps_and_not_of_its_pauses(root):
-    clocks = read_clocks(Session(root / "frozen"))
+    clocks = read_clocks(SessionFolder(root / "frozen"))
     hours = clocks["hours"]
     assert hours.at(200) == pytest.approx(200 * 4.1, rel=0.02)
     assert hours.step_at(hours.at(50)) == pytest.approx(50)

@@ -4,13 +4,13 @@ import pytest
 
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.screens.parts.sample_filter import parse_filter
 
 
 @pytest.fixture
 def record(root):
-    with JournalReader(Session(root / "frozen")) as record:
+    with JournalReader(SessionFolder(root / "frozen")) as record:
         yield record
 
 

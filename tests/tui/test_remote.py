@@ -23,7 +23,7 @@ from engine.journal.writer import JournalWriter
 from engine.metrics import EVAL_SCORE
 from engine.protocol.client import Client
 from engine.protocol.rank_messages import StepReport
-from engine.session.folder import Session, create
+from engine.session.folder import SessionFolder, create
 from engine.session.lock import is_held
 from engine.session.temporary_folders import LOCK
 from rlhf_tui.commands.reading import sessions
@@ -166,15 +166,15 @@ def copied(tmp_path):
 
 
 def test_a_copy_reads_as_the_session_does(root, copied):
-    copy, _ = copied(Session(root / "frozen"))
+    copy, _ = copied(SessionFolder(root / "frozen"))
     assert copy.folder.parent != root
-    assert seen(copy) == seen(Session(root / "frozen"))
-    assert copy.config() == Session(root / "frozen").config()
+    assert seen(copy) == seen(SessionFolder(root / "frozen"))
+    assert copy.config() == SessionFolder(root / "frozen").config()
     assert "ERROR something failed" in copy.log_file.read_text()
 
 
 def test_of_a_long_run_the_tail_is_copied(root, copied):
-    copy, _ = copied(Session(root / "frozen"), tail=50)
+    copy, _ = copied(SessionFolder(root / "frozen"), tail=50)
     with JournalReader(copy) as record:
         assert [step for step, _ in record.series(SCORE)] == list(range(151, 201))
         assert record.last_step() == 200
@@ -247,7 +247,7 @@ def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path
     engine = StandInEngine(session)
     arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
     with RemoteSession(Address("box", name="run"), arguments) as remote:
-        copy = Session(remote.root / remote.name)
+        copy = SessionFolder(remote.root / remote.name)
         assert copy.is_live()
         assert is_held(remote.root / LOCK)  # by which what a killed process leaves is removed
         assert seen(copy)["events"] == seen(session)["events"]
@@ -292,7 +292,7 @@ def test_a_copy_that_cannot_be_written_any_more_says_so_until_it_can(
     arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
     with RemoteSession(Address("box", name="run"), arguments) as remote:
         assert not remote.stale
-        copy = Session(remote.root / remote.name)
+        copy = SessionFolder(remote.root / remote.name)
         copy.lock_file.mkdir()
         engine = StandInEngine(session)
         wait(lambda: remote.stale, "the reason")

@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.errors import UserInputError
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.commands import view
 from rlhf_tui.screens import log as log_screen
@@ -42,7 +42,7 @@ def replay(root, clock):
     """A replay of the frozen session at a speed: its player, feed and state."""
 
     def make(speed=60.0, from_step=0):
-        session, player = Session(root / "frozen"), Player(speed, clock)
+        session, player = SessionFolder(root / "frozen"), Player(speed, clock)
         state = SessionState("frozen")
         feed = ReplayFeed(session, player, NAMES, state.take, from_step)
         feed.read_all()
@@ -57,7 +57,7 @@ def markers_of(state):
 
 def as_it_is(root):
     state = SessionState("frozen")
-    Feed(Session(root / "frozen"), "tester", NAMES, state.take).read_all()
+    Feed(SessionFolder(root / "frozen"), "tester", NAMES, state.take).read_all()
     return state
 
 

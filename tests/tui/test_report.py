@@ -20,7 +20,7 @@ from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from engine.metrics import AGREEMENT, SCORE
 from engine.protocol.rank_messages import Sample, StepReport
-from engine.session.folder import Session, create
+from engine.session.folder import SessionFolder, create
 from rlhf_tui.cli import cli
 from rlhf_tui.report import html, markdown
 from rlhf_tui.report.curves import SPANS, Curve
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def report(root):
-    return read_report(Session(root / "frozen"), lambda: NOW)
+    return read_report(SessionFolder(root / "frozen"), lambda: NOW)
 
 
 # -- what it shows ---------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_each_intervention_has_the_means_before_and_after_and_its_number_in_the_
 ):
     first, second = report.interventions
     assert (first.number, first.marker.step, second.number) == (1, 63, 2)
-    with JournalReader(Session(root / "frozen")) as record:
+    with JournalReader(SessionFolder(root / "frozen")) as record:
         values = dict(record.series("objective/kl"))
     effect = first.effects["objective/kl"]
     assert effect.before == pytest.approx(sum(values[s] for s in range(53, 63)) / 10)
@@ -144,7 +144,7 @@ def said(response, **given):
 
 def test_another_run_is_put_beside_it(root, session_maker, tmp_path):
     other = session_maker(tmp_path / "s", "second", 40)
-    report = read_report(Session(root / "frozen"), lambda: NOW, other)
+    report = read_report(SessionFolder(root / "frozen"), lambda: NOW, other)
     source, text = html.page(report), markdown.page(report)
     page = Page(source)
     assert "second is orange" in page.text
@@ -168,14 +168,14 @@ def test_a_session_of_an_earlier_version_that_was_killed_has_a_report(tmp_path):
     shutil.copytree(OLD / "killed", folder, ignore=shutil.ignore_patterns("checkpoints", "tb"))
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("@FOLDER@", str(tmp_path)))
-    page = Page(html.page(read_report(Session(folder))))
+    page = Page(html.page(read_report(SessionFolder(folder))))
     for words in ("crashed", "→ 0.2", "looks dull", "engine died"):
         assert words in page.text, words
 
 
 def test_the_start_and_the_end_of_a_short_run_are_its_halves(tmp_path):
     shutil.copy(OLD / "finished" / "journal.db", tmp_path)
-    with JournalReader(Session(tmp_path)) as record:
+    with JournalReader(SessionFolder(tmp_path)) as record:
         curve = record.series(SCORE)
         score = read_headlines(record, len(curve))[0]
     values = [value for _, value in curve]

@@ -7,7 +7,7 @@ import pytest
 
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Checkpoint, Pause, SetBeta, Undo
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state import command_sender
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 
@@ -29,7 +29,7 @@ def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
     monkeypatch.setattr(kind, "send", dawdle)
     sender = CommandSender("me")
     for command in (Checkpoint(), Undo()):
-        session = Session(root / "frozen")
+        session = SessionFolder(root / "frozen")
         sender.send(OutgoingCommand(session, command, "it", replies.append))
     end = time.monotonic() + DEADLINE
     while len(replies) < 4:
@@ -53,7 +53,7 @@ def test_whatever_goes_wrong_in_sending_is_reported_and_the_next_command_is_sent
     monkeypatch.setattr(kind, "send", fail_once)
     sender = CommandSender("me")
     for command in (Checkpoint(), Undo()):
-        sender.send(OutgoingCommand(Session(root / "frozen"), command, "it", replies.append))
+        sender.send(OutgoingCommand(SessionFolder(root / "frozen"), command, "it", replies.append))
     end = time.monotonic() + DEADLINE
     while len(replies) < 3:
         assert time.monotonic() < end, replies

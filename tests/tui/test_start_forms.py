@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from textual.widgets import Input
 
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.forms.overrides import FormError, check_config_file, split_overrides
 from rlhf_tui.dialogs.form import FormDialog
@@ -100,13 +100,13 @@ async def test_a_new_run_is_opened_once_its_engine_lives_and_no_other_one(starti
 async def test_a_new_run_does_not_take_the_keys_that_are_typed_into_a_dialog(
     starting, until, monkeypatch
 ):
-    looked, look = [], Session.may_be_live
+    looked, look = [], SessionFolder.may_be_live
 
     def record(session):
         looked.append((session.name, live := look(session)))
         return live
 
-    monkeypatch.setattr(Session, "may_be_live", record)
+    monkeypatch.setattr(SessionFolder, "may_be_live", record)
     async with starting() as (app, pilot, make, ended):
         await form(app, pilot, until, "N")
         with locked(make("new")):

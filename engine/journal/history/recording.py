@@ -9,7 +9,7 @@ from operator import sub
 
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.position import Position, Start, step_ranges
 
 STEPS = "SELECT attempt, step, time FROM steps ORDER BY step"
@@ -39,7 +39,7 @@ class Recording:
     that was resumed after a night continues after some steps' time.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: SessionFolder) -> None:
         """Reads all items; two tenths of a second for 100,000 steps.
 
         Raises:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 
 from engine.journal import schema
 from engine.journal.database import Views
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.position import Position, StepRange
 
 
-def views_of(session: Session, of: Callable[[Position, int], list[str]]) -> Views | None:
+def views_of(session: SessionFolder, of: Callable[[Position, int], list[str]]) -> Views | None:
     """The views over one of a session's files; None unless it is at a moment of its history."""
     position = session.position
     return None if position is None else functools.partial(of, position)

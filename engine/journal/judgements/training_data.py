@@ -9,7 +9,7 @@ from engine.journal.labels import LabelReader, Response
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.programs.reward_training import JudgedText
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 LEAST = 20
 """Judgements without which nothing is trained: of fewer, a handful would be held out."""
@@ -38,7 +38,7 @@ class Judgements(Struct, frozen=True):
         return len(self.preferences) + len(self.labels)
 
 
-def collect_judgements(sessions: Sequence[Session]) -> Judgements:
+def collect_judgements(sessions: Sequence[SessionFolder]) -> Judgements:
     """Reads labels and preferences of sessions, also of abandoned branches.
 
     A text that was judged several times has its last label.
@@ -62,7 +62,7 @@ class _Collector:
         self._labels: dict[int, bool] = {}
         self._preferences: dict[tuple[int, int], None] = {}
 
-    def read(self, number: int, session: Session) -> None:
+    def read(self, number: int, session: SessionFolder) -> None:
         """Adds the judgements of a session; `number` is its index."""
         with SampleReader(session) as samples:
             rows = {Response.of(row): row for row in samples.judged()}
@@ -96,7 +96,7 @@ class _Collector:
         return Judgements(self._responses, list(self._preferences), list(self._labels.items()))
 
 
-def _check(found: Judgements, sessions: Sequence[Session]) -> None:
+def _check(found: Judgements, sessions: Sequence[SessionFolder]) -> None:
     names = ", ".join(session.name for session in sessions)
     good, other = found.good, len(found.labels) - found.good
     have = f"{names}: {len(found.preferences)} preferences, {good} labels good, {other} bad or hack"

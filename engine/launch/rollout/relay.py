@@ -37,7 +37,7 @@ from engine.protocol.rollout.join_messages import (
 )
 from engine.protocol.rollout.messages import EngineFailed, LoadWeights, Start, decode_to_engine
 from engine.protocol.rollout.server import FAILED, first_client, report
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 log = logging.getLogger("rollout")
 
@@ -67,7 +67,7 @@ def main() -> NoReturn:
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     listener, port = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:3])
-    session = Session(Path(sys.argv[3]))
+    session = SessionFolder(Path(sys.argv[3]))
     config = session.config()
     info = RolloutJoinInfo(session=session.name, launch=config.launch, rollout=config.rollout)
     log.info("waiting for a machine that generates, at %s", config.rollout.rendezvous)

@@ -16,7 +16,7 @@ from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import CheckpointError, RlhfError, UserInputError
 from engine.session.checkpoints import checkpoint_path
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel, fingerprint
@@ -29,13 +29,13 @@ def main() -> None:
     disable_progress_bar()
     folder, step, part, target = sys.argv[1:]
     try:
-        merge(Session(Path(folder)), int(step), part, Path(target))
+        merge(SessionFolder(Path(folder)), int(step), part, Path(target))
     except RlhfError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
 
 
-def merge(session: Session, step: int, part: str, target: Path) -> None:
+def merge(session: SessionFolder, step: int, part: str, target: Path) -> None:
     """Writes a policy of a LoRA run's checkpoint as a full model with its tokenizer.
 
     `part` is `policy`, or `policy-ema` for the averaged one.

@@ -15,7 +15,7 @@ from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
 from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.load import load_run
@@ -26,10 +26,10 @@ def main() -> None:
     disable_progress_bar()
     folder, step = Path(sys.argv[1]), int(sys.argv[2])
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RunConfig))
-    print_result(lambda: _evaluated(Session(folder), config, step))
+    print_result(lambda: _evaluated(SessionFolder(folder), config, step))
 
 
-def _evaluated(session: Session, config: RunConfig, step: int) -> dict[str, object]:
+def _evaluated(session: SessionFolder, config: RunConfig, step: int) -> dict[str, object]:
     # No supervisor keeps rollout engines of their own here.
     config = msgspec.structs.replace(config, rollout=config.rollout.in_process())
     ranks = RankGroup(config.launch)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from engine.config.schema import RunConfig
 from engine.protocol.rank_messages import Sample
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.train.reports.trackers import TrackerProcess
 
 
@@ -21,7 +21,10 @@ class StepRecorder(Protocol):
 
 
 def open_recorders(
-    session: Session, config: RunConfig, from_step: int, notify: Callable[[str, int, str], None]
+    session: SessionFolder,
+    config: RunConfig,
+    from_step: int,
+    notify: Callable[[str, int, str], None],
 ) -> list[StepRecorder]:
     """Opens the recorders that the section `log` asks for; rank 0 calls it.
 

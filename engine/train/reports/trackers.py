@@ -17,7 +17,7 @@ from engine.errors import LinkError
 from engine.launch.environment import LOG_ENCODING, clean_environment
 from engine.protocol.rank_messages import Sample
 from engine.session.access import create_file, make_folders
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 PROGRAM = "engine.train.reports.tracker_program"
 PENDING = 10_000
@@ -37,7 +37,7 @@ class TrackerProcess:
     one for each tracker.
     """
 
-    def __init__(self, session: Session, config: RunConfig, notify: Notify) -> None:
+    def __init__(self, session: SessionFolder, config: RunConfig, notify: Notify) -> None:
         """Starts the process. Raises OSError if its folder cannot be written."""
         self._notify = notify
         self._step = 0

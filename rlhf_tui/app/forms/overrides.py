@@ -14,7 +14,7 @@ from engine.config.settings import LIVE_SETTINGS, change_settings
 from engine.errors import ConfigError, RlhfError
 from engine.launch.inputs import check_inputs
 from engine.launch.start import forked_config, is_failed_start, resumed_config
-from engine.session.folder import Session, check_name, free_name
+from engine.session.folder import SessionFolder, check_name, free_name
 from rlhf_tui.format import value_text
 from rlhf_tui.widgets.completing_input import completions
 
@@ -119,7 +119,7 @@ def check_new_name(root: Path, text: str) -> str:
         raise FormError(str(error)) from error
     if not (root / name).exists():
         return f"folder: {root / name}"
-    if is_failed_start(Session(root / name)):
+    if is_failed_start(SessionFolder(root / name)):
         return f"'{name}' failed before its first step; it is replaced"
     raise FormError(f"'{name}' already exists")
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from engine.errors import RlhfError
 from engine.session.checkpoints import checkpoint_path, saved_settings
-from engine.session.folder import Session, find, free_name
+from engine.session.folder import SessionFolder, find, free_name
 from rlhf_tui.app.forms.overrides import (
     EarlierRun,
     FormError,
@@ -129,7 +129,7 @@ def fork_form(root: Path, name: str, step: int) -> StartForm:
     return StartForm(dialog, arguments, lambda values: values["name"])
 
 
-def _saved(session: Session, step: int) -> dict[str, object]:
+def _saved(session: SessionFolder, step: int) -> dict[str, object]:
     return saved_settings(checkpoint_path(session.checkpoints, step))
 
 

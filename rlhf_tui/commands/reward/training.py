@@ -25,7 +25,7 @@ from engine.protocol.programs.reward_training import (
     TrainedReward,
     TrainingProgress,
 )
-from engine.session.folder import Session, free_name
+from engine.session.folder import SessionFolder, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     complete_name,
@@ -128,7 +128,7 @@ def _anchored(base: str | None) -> str | None:
     return str(Path(base).expanduser().resolve())
 
 
-def _check_common_model(sessions: list[Session], configs: list[RunConfig]) -> None:
+def _check_common_model(sessions: list[SessionFolder], configs: list[RunConfig]) -> None:
     """Checks that the sessions have one reward model, to start from. Raises UserInputError."""
     for session, config in zip(sessions, configs, strict=True):
         models = config.reward.models()
@@ -186,7 +186,7 @@ def _agreement(found: HeldOutAgreement) -> str:
     )
 
 
-def fork_command(session: Session, reward: RewardConfig, result: TrainedReward) -> str:
+def fork_command(session: SessionFolder, reward: RewardConfig, result: TrainedReward) -> str:
     """The command that continues a session with the trained model."""
     keys: dict[str, object] = {"model": result.out}
     if result.label is not None and result.base != reward.model:

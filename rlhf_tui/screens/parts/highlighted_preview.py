@@ -7,7 +7,7 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.worker import get_current_worker
 
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.messages import SessionPreviewed
 from rlhf_tui.state.session_preview import read_preview
@@ -37,7 +37,7 @@ class HighlightedPreview:
         self._screen = screen
         self._context = context
         self._table = table
-        self._asked: tuple[ListedSession, Session | None] | None = None
+        self._asked: tuple[ListedSession, SessionFolder | None] | None = None
         """The row whose preview was asked for last, and the session it is compared with."""
         self._due: Timer | None = None
 
@@ -63,7 +63,7 @@ class HighlightedPreview:
         if listed is None or not shown:
             return
         session, folder = self._context.session, Path(listed.row.folder)
-        other = None if session == Session(folder) else session
+        other = None if session == SessionFolder(folder) else session
         if self._asked == (listed, other):
             return
         self._asked = listed, other
@@ -75,9 +75,9 @@ class HighlightedPreview:
             lambda: self._screen.run_worker(work, group="preview", exclusive=True, thread=True),
         )
 
-    def _read(self, folder: Path, other: Session | None) -> None:
+    def _read(self, folder: Path, other: SessionFolder | None) -> None:
         """Reads the preview of a session, in a worker thread."""
-        preview = read_preview(Session(folder), other)
+        preview = read_preview(SessionFolder(folder), other)
         if not get_current_worker().is_cancelled:
             self._screen.post_message(SessionPreviewed(preview))
 

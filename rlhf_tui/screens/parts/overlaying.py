@@ -8,7 +8,7 @@ from textual.screen import Screen
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
-from engine.session.folder import Session, all_sessions, find
+from engine.session.folder import SessionFolder, all_sessions, find
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.runs.overlay import (
     ALIGNMENTS,
@@ -24,7 +24,7 @@ class OverlaysRead(Message):
     """Other runs were read, to be drawn over the open one."""
 
     def __init__(
-        self, session: Session, overlays: list[Overlay], clocks: dict[str, RunClock]
+        self, session: SessionFolder, overlays: list[Overlay], clocks: dict[str, RunClock]
     ) -> None:
         super().__init__()
         self.session, self.overlays, self.clocks = session, overlays, clocks
@@ -58,7 +58,7 @@ class RunOverlays:
             work = functools.partial(self._read_all, session, list(view.wanted), names)
             self._screen.run_worker(work, group="overlays", exclusive=True, thread=True)
 
-    def _read_all(self, session: Session, wanted: list[str], names: list[str]) -> None:
+    def _read_all(self, session: SessionFolder, wanted: list[str], names: list[str]) -> None:
         """Reads journals, in a worker thread."""
         found = []
         for name in wanted:

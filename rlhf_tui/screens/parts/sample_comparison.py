@@ -14,7 +14,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
 from engine.journal.samples import MAX_COMPARED
 from engine.protocol.commands import Probe
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.parts.sample_labels import SampleLabels
@@ -137,7 +137,7 @@ class SampleComparison:
             work = functools.partial(self._read_others, session, row, self._kind, ask=ask)
             self._screen.run_worker(work, group="comparison", exclusive=True, thread=True)
 
-    def _read_others(self, session: Session, row: SampleRow, kind: str, *, ask: bool) -> None:
+    def _read_others(self, session: SessionFolder, row: SampleRow, kind: str, *, ask: bool) -> None:
         """Reads the journal, in a worker thread."""
         try:
             with JournalReader(session) as record, LabelReader(session) as labels:

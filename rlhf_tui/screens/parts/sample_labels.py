@@ -10,7 +10,7 @@ from textual.screen import Screen
 
 from engine.journal.labels import Response, set_label, set_note
 from engine.journal.rows import Judgement, SampleRow
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.label_writer import LabelWriter
@@ -113,7 +113,7 @@ class SampleLabels:
         """Another session was opened: nothing of the last one is shown again."""
         self._before.clear()
 
-    def write(self, change: Callable[[Session], None]) -> None:
+    def write(self, change: Callable[[SessionFolder], None]) -> None:
         """Writes a judgement of the open session in a thread; :class:`LabelWritten` follows."""
         session = self._context.session
         if session is not None:

@@ -15,7 +15,7 @@ from engine.journal.rows import SampleRow
 from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader, with_judgements
 from engine.metrics import EVAL_SCORE
 from engine.session.file_signature import FileSignature
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.parts.sample_filter import parse_filter
 from rlhf_tui.widgets.samples.judgement import key_of
@@ -266,7 +266,7 @@ class SampleList:
     def _run(self, work: Callable[[], None], group: str) -> None:
         self._screen.run_worker(work, group=group, exclusive=True, thread=True)
 
-    def _read_page(self, session: Session, request: PageRequest) -> None:
+    def _read_page(self, session: SessionFolder, request: PageRequest) -> None:
         """Reads samples.db, in a worker thread."""
         last, offset = request.last_step, request.page * PAGE
         try:
@@ -279,7 +279,7 @@ class SampleList:
             return
         self._post(PageRead(request, rows, last))
 
-    def _read_judgements(self, session: Session) -> None:
+    def _read_judgements(self, session: SessionFolder) -> None:
         labels = self._context.state.labels
         if labels != self._labels and not self.query.held_out:
             self._labels = labels
@@ -287,7 +287,9 @@ class SampleList:
             work = functools.partial(self._judge_rows, session, self.query, rows)
             self._run(work, "judgements")
 
-    def _judge_rows(self, session: Session, query: SampleQuery, rows: list[SampleRow]) -> None:
+    def _judge_rows(
+        self, session: SessionFolder, query: SampleQuery, rows: list[SampleRow]
+    ) -> None:
         """Reads labels.db, in a worker thread."""
         try:
             judged = with_judgements(session, rows)
@@ -296,7 +298,7 @@ class SampleList:
             return
         self._post(JudgementsRead(query, judged))
 
-    def _count_new(self, session: Session) -> None:
+    def _count_new(self, session: SessionFolder) -> None:
         head = self._context.state.head
         if self._last_step is None:
             return
@@ -311,7 +313,7 @@ class SampleList:
             return
         self._run(functools.partial(self._read_count, session, self.query, after), "count")
 
-    def _read_count(self, session: Session, query: SampleQuery, after: int) -> None:
+    def _read_count(self, session: SessionFolder, query: SampleQuery, after: int) -> None:
         """Counts in samples.db, in a worker thread."""
         try:
             with SampleReader(session) as samples:

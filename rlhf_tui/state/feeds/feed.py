@@ -16,7 +16,7 @@ from engine.protocol.client import Client
 from engine.protocol.client_messages import JournalAdvanced, Telemetry
 from engine.protocol.rank_messages import Phase
 from engine.session.file_signature import file_id, file_signature
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.state.feeds.journal_changes import JournalChanges
 from rlhf_tui.state.feeds.output import Post, UpdateOutput
@@ -50,7 +50,7 @@ class SessionFeed(Protocol):
 class Feed:
     """Posts the updates of one session, from :meth:`start` to :meth:`stop`."""
 
-    def __init__(self, session: Session, who: str, names: Iterable[str], post: Post) -> None:
+    def __init__(self, session: SessionFolder, who: str, names: Iterable[str], post: Post) -> None:
         """Starts nothing yet.
 
         Args:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 
 SPANS = 500
@@ -18,7 +18,7 @@ PATIENCE = 0.1
 """Seconds that the first frame waits for a slow disk."""
 
 
-def read_summary(session: Session, record: JournalReader) -> SessionSummary:
+def read_summary(session: SessionFolder, record: JournalReader) -> SessionSummary:
     """Returns the summary of a session. Raises JournalError."""
     meta, attempts = record.meta(), record.attempts()
     if (position := session.position) is None:
@@ -45,7 +45,7 @@ def read_summary(session: Session, record: JournalReader) -> SessionSummary:
 class FirstRead:
     """Starts to read at construction. Ignores errors; the feed reports them."""
 
-    def __init__(self, session: Session, names: Iterable[str]) -> None:
+    def __init__(self, session: SessionFolder, names: Iterable[str]) -> None:
         """`names`: metrics whose outlines are wanted."""
         self.session = session
         self._names = list(names)

@@ -11,7 +11,7 @@ from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow, CommandRow
 from engine.session.file_signature import FileSignature
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.first_read import SPANS, read_summary
 from rlhf_tui.state.feeds.output import UpdateOutput
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate, thinned
@@ -62,7 +62,11 @@ class JournalChanges:
         self._labels: FileSignature = ()
 
     def read(
-        self, session: Session, record: JournalReader, labels: FileSignature, live: SessionUpdate
+        self,
+        session: SessionFolder,
+        record: JournalReader,
+        labels: FileSignature,
+        live: SessionUpdate,
     ) -> None:
         """Posts what is new; the first time in parts, so that the screen fills early.
 
@@ -109,7 +113,7 @@ class JournalChanges:
             self._output.post(SessionUpdate(samples=record.samples.newest(SAMPLES_SHOWN)))
 
     def _with_lists(
-        self, update: SessionUpdate, session: Session, record: JournalReader
+        self, update: SessionUpdate, session: SessionFolder, record: JournalReader
     ) -> SessionUpdate:
         commands, checkpoints = self._read_commands(session, record), record.checkpoints()
         if commands != self._commands:
@@ -120,7 +124,9 @@ class JournalChanges:
             update = msgspec.structs.replace(update, checkpoints=checkpoints)
         return update
 
-    def _read_commands(self, session: Session, record: JournalReader) -> dict[int, CommandRow]:
+    def _read_commands(
+        self, session: SessionFolder, record: JournalReader
+    ) -> dict[int, CommandRow]:
         """All commands; those that have ended are not read again unless others have changed them.
 
         A command of this attempt overrides later ones of an earlier attempt. At a moment of the

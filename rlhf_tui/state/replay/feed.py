@@ -14,7 +14,7 @@ from engine.journal.reader import JournalReader
 from engine.metrics import PHASES, phase_time
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 from rlhf_tui.state.feeds.journal_changes import JournalChanges
 from rlhf_tui.state.feeds.output import Post, UpdateOutput
@@ -43,7 +43,12 @@ class ReplayFeed:
     """Reads a session up to a moment that moves on. Nothing can be sent to the session."""
 
     def __init__(
-        self, session: Session, player: Player, names: Iterable[str], post: Post, from_step: int = 0
+        self,
+        session: SessionFolder,
+        player: Player,
+        names: Iterable[str],
+        post: Post,
+        from_step: int = 0,
     ) -> None:
         """Starts nothing yet.
 

@@ -5,13 +5,13 @@ from typing import Any
 
 from engine.config.settings import LIVE_SETTINGS
 from engine.journal.reader import JournalReader
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 
 NAMED_ALIKE = ("model", "data", "reward")
 """Sections whose keys are shown with the section: `path` alone says little."""
 
 
-def configuration_of(session: Session) -> dict[str, Any]:
+def configuration_of(session: SessionFolder) -> dict[str, Any]:
     """Every configuration key with its value, of any type; that in force for live settings.
 
     Raises:

@@ -12,7 +12,7 @@ from engine import metrics
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.session.file_signature import file_signature
-from engine.session.folder import Session, all_sessions
+from engine.session.folder import SessionFolder, all_sessions
 from rlhf_tui.state.runs.differences import configuration_of
 from rlhf_tui.state.series import bounded
 from rlhf_tui.state.session_row import ListedSession, session_row, unreadable_row
@@ -36,7 +36,7 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
 
 
-def listed_session(session: Session, metric: str = metrics.SCORE) -> ListedSession:
+def listed_session(session: SessionFolder, metric: str = metrics.SCORE) -> ListedSession:
     """A session as the browser lists it; if it cannot be read, with the reason.
 
     Args:
@@ -92,7 +92,7 @@ class SessionListCache:
 
         threading.Thread(target=read, daemon=True, name="listing").start()
 
-    def _row(self, session: Session, metric: str, *, settings: bool) -> ListedSession:
+    def _row(self, session: SessionFolder, metric: str, *, settings: bool) -> ListedSession:
         changed = _signature(session), metric
         known = self._known.get(session.folder)
         if known is None or known[0] != changed:
@@ -102,7 +102,7 @@ class SessionListCache:
             return known[1]
         return msgspec.structs.replace(known[1], settings=self._settings(session, known[1]))
 
-    def _settings(self, session: Session, listed: ListedSession) -> dict[str, Any]:
+    def _settings(self, session: SessionFolder, listed: ListedSession) -> dict[str, Any]:
         changed = file_signature(session.config_file), listed.row.settings
         known = self._configurations.get(session.folder)
         if known is None or known[0] != changed:
@@ -121,7 +121,7 @@ def _place(listed: ListedSession) -> tuple[bool, float, str]:
     return row.pid is None, -time, row.name
 
 
-def _signature(session: Session) -> object:
+def _signature(session: SessionFolder) -> object:
     journal = session.journal_file
     files = (journal, journal.with_name("journal.db-wal"), session.config_file)
     return *map(file_signature, files), session.may_be_live()

@@ -8,7 +8,7 @@ from msgspec import Struct
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.metrics import EPISODE, STEP_TIME
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from rlhf_tui.state.series import Series
 
 ALIGNMENTS = ("step", "episode", "hours")
@@ -62,7 +62,7 @@ class Overlay(Struct, frozen=True):
     """Why it cannot be read."""
 
 
-def read_overlay(session: Session, names: Iterable[str]) -> Overlay:
+def read_overlay(session: SessionFolder, names: Iterable[str]) -> Overlay:
     """Reads the outlines and the clocks of a run. Call it in a thread."""
     try:
         with JournalReader(session) as record:
@@ -73,7 +73,7 @@ def read_overlay(session: Session, names: Iterable[str]) -> Overlay:
     return Overlay(session.name, {n: Series(points) for n, points in outlines.items()}, clocks)
 
 
-def read_clocks(session: Session) -> dict[str, RunClock]:
+def read_clocks(session: SessionFolder) -> dict[str, RunClock]:
     """Reads the clocks of the open run. Raises JournalError."""
     with JournalReader(session) as record:
         return _clocks(record)

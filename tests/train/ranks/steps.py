@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from engine.config.sections.launch import LaunchConfig
 from engine.protocol.rank_messages import Begin
-from engine.session.folder import Session
+from engine.session.folder import SessionFolder
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor
 from engine.train.evaluation.evaluate import evaluate_if_due
@@ -32,7 +32,7 @@ def main():
     for job in json.loads(jobs.read_text()):
         chunked_loss.MOST_LOGITS = int(job["most_logits"])
         train_one_step(
-            ranks, Session(Path(job["session"])), Path(job["recorded"]), Path(job["result"])
+            ranks, SessionFolder(Path(job["session"])), Path(job["recorded"]), Path(job["result"])
         )
     ranks.final_barrier()
     os._exit(0)  # like a rank
