@@ -165,6 +165,9 @@ def test_group_advantages_are_differences_to_the_group_s_mean(group, prompts, sc
         assert abs(float(got[i]) - want) <= 1e-4 * (1 + abs(want))
 
 
+LENGTHS = torch.tensor([3, 7, 1, 3, 7, 1])
+
+
 @pytest.mark.parametrize("score", [0.1, 100.7, 1000.7])  # their sums round in float32
 @pytest.mark.parametrize(
     "estimate",
@@ -172,8 +175,9 @@ def test_group_advantages_are_differences_to_the_group_s_mean(group, prompts, sc
         lambda scores: advantages.group_advantages(scores, 3, "group"),
         lambda scores: advantages.group_advantages(scores, 3, "none"),
         lambda scores: advantages.leave_one_out(scores, 3),
+        lambda scores: scores - advantages.length_weighted_mean(scores, LENGTHS, 3),
     ],
-    ids=["group", "none", "leave-one-out"],
+    ids=["group", "none", "leave-one-out", "by length"],
 )
 def test_a_group_without_variance_gets_no_advantage(estimate, score):
     scores = torch.tensor([score, score, score, 0.0, 1.0, 2.0])
@@ -181,6 +185,29 @@ def test_a_group_without_variance_gets_no_advantage(estimate, score):
     assert got[:3].tolist() == [0.0, 0.0, 0.0]
     assert got.dtype == scores.dtype
     assert advantages.constant_groups(scores, 3).tolist() == [True, False]
+
+
+@modest
+@given(batches(3))
+def test_opo_subtracts_the_group_s_mean_in_which_each_token_counts_alike(batch):
+    lengths, old, ref, extra = batch
+    scores, mask = extra[:, 0], masked.response_mask(lengths, old.shape[1])
+    inputs = AdvantageInputs(  # two groups, of which the second scores 1 more
+        torch.cat([scores, scores + 1]), old.repeat(2, 1), ref.repeat(2, 1),
+        torch.zeros_like(old).repeat(2, 1), mask.repeat(2, 1), lengths.repeat(2),
+        PPOConfig(advantage="opo"), 0.25, len(lengths), None,
+    )  # fmt: skip
+    got, second = make_targets(inputs).advantages.split(len(lengths))
+    torch.testing.assert_close(second, got, rtol=1e-4, atol=1e-4)
+    outcomes = [
+        float(scores[i]) - 0.25 * float((old[i, :n] - ref[i, :n]).sum())
+        for i, n in enumerate(lengths.tolist())
+    ]
+    of_tokens = [x for x, n in zip(outcomes, lengths.tolist(), strict=True) for _ in range(n)]
+    for i, n in enumerate(lengths.tolist()):
+        want = outcomes[i] - sum(of_tokens) / len(of_tokens)
+        torch.testing.assert_close(got[i, :n], torch.full((n,), want), rtol=1e-4, atol=1e-4)
+        assert not got[i, n:].any()
 
 
 @modest

@@ -43,6 +43,7 @@ VARIANTS = {
         "ppo.loss_aggregation=sequence_sum_constant",
     ],
     "reinforce_plus_plus": ["ppo.advantage=reinforce_plus_plus", "kl.estimator=k2"],
+    "opo": ["ppo.advantage=opo", "rollout.per_prompt=2"],
     "remax": ["ppo.advantage=remax", "rollout.per_prompt=2", "reward.normalise=reference"],
     "entropy bonus, dual clip, lambdas": [
         "ppo.entropy_coef=0.01",

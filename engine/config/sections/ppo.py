@@ -29,6 +29,7 @@ ADVANTAGES = {
     "reward": AdvantageTraits(baseline=True),
     "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
     "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
+    "opo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "reinforce_plus_plus": AdvantageTraits(whiten=True),
     "remax": AdvantageTraits(greedy_baseline=True),
 }
@@ -44,10 +45,13 @@ FITTED_VALUE_LAM = 0.9
 class PPOConfig(Section, frozen=True):
     """The PPO objective and its optimisation."""
 
-    advantage: Literal["gae", "reward", "rloo", "grpo", "reinforce_plus_plus", "remax"] = "gae"
+    advantage: Literal["gae", "reward", "rloo", "grpo", "opo", "reinforce_plus_plus", "remax"] = (
+        "gae"
+    )
     """Advantage estimator: `gae` uses a value function; `reward` uses the response's reward, less a
     baseline; `rloo` subtracts the mean reward of the prompt's other responses; `grpo` subtracts the
-    mean reward of the prompt's responses and divides by their standard deviation;
+    mean reward of the prompt's responses and divides by their standard deviation; `opo` subtracts
+    their mean by length, in which each token counts alike;
     `reinforce_plus_plus` uses the rewards from each token on, whitened over the batch; `remax` uses
     them less the score of a greedy response to the prompt, which it generates in addition."""
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4

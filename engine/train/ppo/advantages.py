@@ -7,9 +7,10 @@ Shapes: B responses, T response tokens. Tensors are float32 unless their docstri
 
 Sources: Schulman et al. 2016 (GAE); Ziegler et al. 2019, arXiv 1909.08593 (the KL in the reward);
 Ahmadian et al. 2024 (RLOO); Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv
-2503.20783 (Dr. GRPO); Hu 2025, arXiv 2501.03262 (REINFORCE++); Li et al. 2023, arXiv 2310.10505
-(ReMax); Yuan et al. 2025, arXiv 2503.01491 (VC-PPO) and Yue et al. 2025, arXiv 2504.05118 (VAPO);
-Huang et al. 2024, arXiv 2403.17031 (implementation details). docs/ppo.md has the formulas.
+2503.20783 (Dr. GRPO); Hao et al. 2025, arXiv 2505.23585 (OPO); Hu 2025, arXiv 2501.03262
+(REINFORCE++); Li et al. 2023, arXiv 2310.10505 (ReMax); Yuan et al. 2025, arXiv 2503.01491 (VC-PPO)
+and Yue et al. 2025, arXiv 2504.05118 (VAPO); Huang et al. 2024, arXiv 2403.17031 (implementation
+details). docs/ppo.md has the formulas.
 """
 
 import dataclasses
@@ -176,6 +177,13 @@ def grpo(inputs: AdvantageInputs) -> Targets:
     return Targets(inputs.old_logprobs, advantages[:, None] * inputs.mask)
 
 
+def opo(inputs: AdvantageInputs) -> Targets:
+    """OPO (Hao et al. 2025): outcomes minus their group's :func:`length_weighted_mean`."""
+    outcomes = inputs.outcomes
+    baseline = length_weighted_mean(outcomes, inputs.lengths, inputs.per_prompt)
+    return Targets(inputs.old_logprobs, (outcomes - baseline)[:, None] * inputs.mask)
+
+
 def reinforce_plus_plus(inputs: AdvantageInputs) -> Targets:
     """REINFORCE++ (Hu 2025): the sum of token rewards from each token on.
 
@@ -207,6 +215,7 @@ ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
     "reward": reward,
     "rloo": rloo,
     "grpo": grpo,
+    "opo": opo,
     "reinforce_plus_plus": reinforce_plus_plus,
     "remax": remax,
 }
@@ -262,6 +271,17 @@ def leave_one_out(returns: Tensor, per_prompt: int) -> Tensor:
     groups = returns.double().view(-1, per_prompt)  # see masked.whiten
     others = (groups.sum(1, keepdim=True) - groups) / (per_prompt - 1)
     return (groups - others).view(-1).to(returns.dtype)
+
+
+def length_weighted_mean(returns: Tensor, lengths: Tensor, per_prompt: int) -> Tensor:
+    """The mean of each prompt's returns (B,), each weighted by its response's length (B,); (B,).
+
+    It is the baseline of least variance if a response's squared gradient grows with its length.
+    Responses to one prompt are in `per_prompt` adjacent rows.
+    """
+    groups, weights = returns.double().view(-1, per_prompt), lengths.double().view(-1, per_prompt)
+    means = (groups * weights).sum(1) / weights.sum(1)
+    return means.repeat_interleave(per_prompt).to(returns.dtype)
 
 
 GROUP_STD_EPS = 1e-4
