@@ -39,6 +39,7 @@ from rlhf_tui.commands.options import (
     sessions_option,
 )
 from rlhf_tui.output_file import write_output
+from rlhf_tui.report.model_card import CARD, ExportedPolicy, model_card
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "textual")
 
@@ -162,6 +163,10 @@ def _export_policy(
                 _merge(session, step, part, folder)
             else:
                 shutil.copytree(source, folder, dirs_exist_ok=True)
+            exported = ExportedPolicy(
+                step, averaged=part == AVERAGED_POLICY, adapters=adapted and not merged
+            )
+            (folder / CARD).write_text(model_card(session, exported), encoding="utf-8")
             open_to_umask(folder)
     except OSError as error:
         raise UserInputError(f"--policy: cannot write {target}: {error}") from error

@@ -49,7 +49,7 @@ def read_comparison(session: SessionFolder, other: SessionFolder) -> Comparison:
             state=record.state(),
             step=step,
             headlines=read_headlines(record, step),
-            held_out=read_held_out(record),
+            held_out=read_held_out(record, step),
             settings=[Setting(key, mine, theirs) for key, (mine, theirs) in changed.items()],
             curves={curve.name: curve for curve in read_curves(record, read_agreement(record))},
         )

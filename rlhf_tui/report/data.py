@@ -87,7 +87,7 @@ def read_report(
             record.events(),
             record.commands(),
             attempts,
-            reached=_reached(record),
+            reached=reached_steps(record),
             crashed_at=step if state == "crashed" else None,
         )
         agreement = read_agreement(record)
@@ -104,7 +104,7 @@ def read_report(
             first_time=attempts[0].started if attempts else None,
             last_time=newest[0].time if newest else None,
             headlines=read_headlines(record, step),
-            held_out=read_held_out(record),
+            held_out=read_held_out(record, step),
             best_metric=config.train.best_metric,
             settings=settings_of_run(config),
             curves=comparison.overlaid(curves) if comparison is not None else curves,
@@ -117,7 +117,7 @@ def read_report(
         )
 
 
-def _reached(record: JournalReader) -> dict[int, int]:
+def reached_steps(record: JournalReader) -> dict[int, int]:
     """Attempt → its last step on an abandoned branch."""
     reached: dict[int, int] = {}
     for attempt, step, _ in record.past_series(SCORE):

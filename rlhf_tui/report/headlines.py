@@ -41,9 +41,9 @@ def read_headlines(record: JournalReader, last_step: int) -> list[Headline]:
     return [headline for headline in found if headline is not None]
 
 
-def read_held_out(record: JournalReader) -> list[Headline]:
+def read_held_out(record: JournalReader, last_step: int) -> list[Headline]:
     """Those of the evaluation on held-out prompts; empty without one."""
-    found = [_held_out(record, name) for name in HELD_OUT]
+    found = [_held_out(record, name, last_step) for name in HELD_OUT]
     return [headline for headline in found if headline is not None]
 
 
@@ -59,8 +59,9 @@ def _mean(points: list[tuple[int, float | None]]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _held_out(record: JournalReader, name: str) -> Headline | None:
-    points = [(step, value) for step, value in record.series(name) if value is not None]
+def _held_out(record: JournalReader, name: str, until: int) -> Headline | None:
+    series = record.series(name, until=until)
+    points = [(step, value) for step, value in series if value is not None]
     if not points:
         return None
     (first_step, first), (last_step, last) = points[0], points[-1]

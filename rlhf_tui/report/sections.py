@@ -11,6 +11,7 @@ from rlhf_tui.format import clock, duration, number, plural, size
 from rlhf_tui.report.data import Report
 from rlhf_tui.report.headlines import Headline
 from rlhf_tui.report.interventions import COMPARED, Intervention
+from rlhf_tui.report.settings import Setting
 from rlhf_tui.report.svg import Mark
 from rlhf_tui.state.timeline import Marker, sender
 
@@ -81,13 +82,23 @@ def summary(report: Report) -> list[tuple[str, str]]:
 
 def headlines(report: Report) -> TableData:
     """The main metrics, means of the first and the last steps."""
-    rows = [[h.title, number(h.first), number(h.last)] for h in report.headlines]
+    return means(report.headlines)
+
+
+def means(headlines: Sequence[Headline]) -> TableData:
+    """A row for each metric of the training."""
+    rows = [[h.title, number(h.first), number(h.last)] for h in headlines]
     return TableData(["metric", "first steps", "last steps"], rows)
 
 
 def held_out(report: Report) -> TableData:
     """The evaluation on held-out prompts, at its first and last step."""
-    return TableData(["metric", "first", "last"], [_held_out_row(h) for h in report.held_out])
+    return evaluations(report.held_out)
+
+
+def evaluations(headlines: Sequence[Headline]) -> TableData:
+    """A row for each metric of the evaluation."""
+    return TableData(["metric", "first", "last"], [_held_out_row(h) for h in headlines])
 
 
 def _held_out_row(headline: Headline) -> list[str]:
@@ -129,7 +140,12 @@ def compared_settings(report: Report) -> TableData:
 
 def changed_settings(report: Report) -> TableData:
     """The keys of the configuration that differ from the defaults."""
-    rows = [[s.key, _value(s.value), _value(s.default)] for s in report.settings if s.differs]
+    return values_and_defaults([s for s in report.settings if s.differs])
+
+
+def values_and_defaults(settings: Sequence[Setting]) -> TableData:
+    """A row for each key."""
+    rows = [[s.key, _value(s.value), _value(s.default)] for s in settings]
     return limited(["key", "value", "default"], rows)
 
 
