@@ -14,7 +14,7 @@ import msgspec
 
 from engine import starter
 from engine.config.sections.rollout import RolloutConfig
-from engine.errors import NoSuchSessionError, SessionError, UserInputError
+from engine.errors import NoSuchSessionError, RlhfError, SessionError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
@@ -166,17 +166,28 @@ def _export_policy(
             exported = ExportedPolicy(
                 step, averaged=part == AVERAGED_POLICY, adapters=adapted and not merged
             )
-            (folder / CARD).write_text(model_card(session, exported), encoding="utf-8")
+            no_card = _write_card(session, exported, folder)
             open_to_umask(folder)
     except OSError as error:
         raise UserInputError(f"--policy: cannot write {target}: {error}") from error
     if adapted and merged:
-        return f"the {what} of step {step} is in {target}, adapters merged"
+        return f"the {what} of step {step} is in {target}, adapters merged{no_card}"
     if adapted:
         which = "averaged adapters" if part == AVERAGED_POLICY else "adapters"
-        return f"the {which} of step {step} are in {target}; base model: {config.model.policy}"
+        base = config.model.policy
+        return f"the {which} of step {step} are in {target}; base model: {base}{no_card}"
     note = "; all weights were trained, so there is nothing to merge" if merged else ""
-    return f"the {what} of step {step} is in {target}{note}"
+    return f"the {what} of step {step} is in {target}{note}{no_card}"
+
+
+def _write_card(session: SessionFolder, policy: ExportedPolicy, folder: Path) -> str:
+    """Writes the card. Returns why there is none: weights are saved from a damaged session, too."""
+    try:
+        card = model_card(session, policy)
+    except RlhfError as error:
+        return f"; without a card: {error}"
+    (folder / CARD).write_text(card, encoding="utf-8")
+    return ""
 
 
 def _merge(session: SessionFolder, step: int, part: str, target: Path) -> None:

@@ -266,6 +266,21 @@ def test_a_policy_that_cannot_be_copied_whole_leaves_no_folder(session_maker, tm
     assert {path.name for path in target.iterdir()} == {"README.md", "config.json"}
 
 
+def test_a_policy_is_exported_from_a_session_whose_journal_is_damaged(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    policy = session.checkpoints / "step-000003" / "policy"
+    policy.mkdir(parents=True)
+    for file in (policy / "config.json", policy.parent / "state.json", policy.parent / "COMPLETE"):
+        file.write_text("{}")
+    session.journal_file.write_bytes(b"no database" * 1000)
+    target, folder = tmp_path / "to", str(tmp_path / "s")
+    arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0
+    assert "without a card: cannot read" in done.output
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
