@@ -26,7 +26,7 @@ COMMANDS = {
     "ls": "reading.sessions", "status": "reading.sessions",
     "metrics": "reading.metrics_and_samples", "samples": "reading.metrics_and_samples",
     "events": "reading.logs", "logs": "reading.logs",
-    "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
+    "eval": "evaluate", "rm": "remove", "export": "export", "doctor": "doctor",
     "attach": "view", "replay": "view", "mirror": "view", "ctl": "steer", "note": "steer",
     "diff": "reading.compare", "guardrails": "reading.compare",
     "notify": "notify", "report": "reading.report", "reward": "reward", "verify": "check",

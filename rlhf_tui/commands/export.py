@@ -1,8 +1,6 @@
-"""Commands that manage sessions and the machine: rm, export, doctor."""
+"""The command that exports what a session has: its policy, samples and preferences."""
 
-import importlib.metadata
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,16 +10,12 @@ from pathlib import Path
 import click
 import msgspec
 
-from engine import starter
-from engine.config.sections.rollout import RolloutConfig
 from engine.errors import NoSuchSessionError, RlhfError, SessionError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
-from engine.launch.rollout.engine import TESTED_VLLM, find_vllm, rollout_python
 from engine.launch.start import check_average, checkpoint_steps
-from engine.protocol import sockets
 from engine.session.access import open_to_umask
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import SessionFolder
@@ -29,52 +23,13 @@ from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
-    complete_name,
     existing,
-    is_terminal,
-    json_option,
     name_argument,
-    print_json,
     say,
     sessions_option,
 )
 from rlhf_tui.output_file import write_output
 from rlhf_tui.report.model_card import CARD, ExportedPolicy, model_card
-
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "textual")
-
-
-@click.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_name)
-@sessions_option
-@click.option(
-    "-y", "--yes", is_flag=True, help="Delete without confirmation; needed without a terminal."
-)
-def rm(root: Path, names: tuple[str, ...], yes: bool) -> None:
-    """Delete sessions with all their checkpoints."""
-    sessions = [existing(root, name) for name in dict.fromkeys(names)]
-    if not yes and not os.isatty(0):  # the output may be piped; the question is on stderr
-        listed = ", ".join(f"'{session.name}'" for session in sessions)
-        raise UserInputError(
-            f"stdin is not a terminal: give -y to delete session {listed} without confirmation"
-        )
-    for session in sessions:
-        _delete(session, yes=yes)
-
-
-def _delete(session: SessionFolder, *, yes: bool) -> None:
-    """Deletes a session, unless the answer to the question is no."""
-    lock = session.acquire()
-    try:
-        freed = fmt.freed(session.disk_usage())
-        question = f"delete session '{session.name}' and its checkpoints ({freed})?"
-        if not yes and not click.confirm(question, err=True):
-            return
-        shutil.rmtree(session.folder)
-    except OSError as error:
-        raise SessionError(f"cannot delete {session.folder}: {error}") from error
-    finally:
-        lock.release()
 
 
 @click.command()
@@ -210,149 +165,3 @@ def _write_lines(target: Path, rows: Iterable[Json]) -> None:
         write_output(target, "".join(lines).encode())
     except OSError as error:
         raise UserInputError(f"cannot write {target}: {error.strerror}") from error
-
-
-class FolderFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The sessions folder."""
-
-    folder: str
-    writable: bool
-    free_gb: float
-    sockets: bool
-    """Whether a Unix socket can be created there."""
-
-
-class TerminalFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The terminal."""
-
-    term: str | None
-    full_screen: bool
-
-
-class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What `doctor` prints, in this order. The fields are keys of its --json."""
-
-    python: str
-    packages: dict[str, str | None]
-    """Version by package; None if it is not installed."""
-    vllm: str
-    """The vLLM that `rollout.engine: vllm` would use, and its Python; or `none`."""
-    cores: int
-    gpus: list[str]
-    sessions: FolderFacts
-    starter: bool
-    """Whether the starter models of the demo are installed."""
-    terminal: TerminalFacts
-
-
-@click.command()
-@sessions_option
-@json_option
-def doctor(root: Path, as_json: bool) -> None:
-    """Check this machine: versions, GPUs, disk, sockets, terminal."""
-    facts = MachineFacts(
-        python=sys.version.split()[0],
-        packages={p: _version(p) for p in PACKAGES},
-        vllm=_vllm(),
-        cores=len(os.sched_getaffinity(0)),
-        gpus=_gpus(),
-        sessions=_folder(root.resolve()),
-        starter=all((starter.FOLDER / p).exists() for p in starter.PARTS.values()),
-        terminal=TerminalFacts(term=os.environ.get("TERM"), full_screen=is_terminal()),
-    )
-    problems = _problems(facts)
-    shown: Json = msgspec.to_builtins(facts)
-    if as_json:
-        print_json(shown | {"problems": problems})
-    else:
-        for key, value in shown.items():
-            say(f"{key:<10} {_fact_text(value)}")
-        for problem in problems:
-            say(f"problem: {problem}")
-    sys.exit(1 if problems else 0)
-
-
-def _fact_text(value: object) -> str:
-    """A fact for people: `yes` and `no`, lists and mappings on one line."""
-    match value:
-        case bool():
-            return "yes" if value else "no"
-        case list():
-            return ", ".join(map(_fact_text, value)) or "none"
-        case dict():
-            return ", ".join(f"{_title(k)} {_fact_text(v)}" for k, v in value.items())
-        case None:
-            return "none"
-        case _:
-            return str(value)
-
-
-def _title(key: str) -> str:
-    return key.replace("_gb", " GB").replace("_", " ")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _vllm() -> str:
-    """Which build of vLLM there is, and where; why it cannot be used, if that is known."""
-    python = rollout_python(RolloutConfig(engine="vllm"))
-    try:
-        found = find_vllm(python)
-    except UserInputError as error:
-        return str(error)
-    if found is None:
-        return "none (only rollout.engine: vllm needs it; see make vllm)"
-    tested = found.split()[-1].startswith(f"{TESTED_VLLM}.")
-    note = "" if tested else f"; tested with {TESTED_VLLM}"
-    return f"{found} ({python}){note}"
-
-
-def _gpus() -> list[str]:
-    import pynvml  # noqa: PLC0415 - only doctor needs it
-
-    from engine.nvml import gpu_handles  # noqa: PLC0415 - as above
-
-    with gpu_handles() as handles:
-        try:
-            return [str(pynvml.nvmlDeviceGetName(h)) for h in handles]
-        except pynvml.NVMLError:
-            return []
-
-
-def _folder(root: Path) -> FolderFacts:
-    nearest = next(p for p in (root, *root.parents) if p.exists())
-    free = shutil.disk_usage(nearest).free
-    return FolderFacts(
-        folder=str(root),
-        writable=os.access(nearest, os.W_OK),
-        free_gb=round(free / 1e9, 1),
-        sockets=_sockets_work(nearest),
-    )
-
-
-def _sockets_work(folder: Path) -> bool:
-    try:
-        sock, path = sockets.listen(folder)
-    except SessionError:
-        return False
-    sock.close()
-    path.unlink(missing_ok=True)
-    return True
-
-
-def _problems(facts: MachineFacts) -> list[str]:
-    found = [f"{p} is not installed" for p, v in facts.packages.items() if v is None]
-    if not facts.sessions.writable:
-        found.append(f"{facts.sessions.folder} is not writable; give --sessions DIR")
-    if facts.sessions.free_gb < 1:
-        found.append("less than 1 GB of disk is free in the sessions folder")
-    if not facts.starter:
-        found.append("the starter models are missing; install rlhf-tui again")
-    if facts.gpus and "+cpu" in (facts.packages["torch"] or ""):
-        found.append("there is a GPU but torch is a CPU build; install a CUDA build of torch")
-    return found
