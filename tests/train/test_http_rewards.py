@@ -9,11 +9,17 @@ from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import HTTPConfig, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
+from engine.progress import report_nothing
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls, http_client
 from engine.train.rewards.mix import load_rewards
-from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs
+from engine.train.rewards.source import (
+    IncompleteScoresError,
+    LoadContext,
+    RewardCallError,
+    RewardInputs,
+)
 from tests.reward_service import RewardService, lengths, reply
 from tests.train.reward_inputs import TEXTS, three_responses
 
@@ -144,10 +150,22 @@ def test_only_what_failed_is_asked_for_again(service, mix, inputs):
     assert sorted(asked) == sorted([0, 1, 2, asked[0], asked[0]])
 
 
-def test_a_score_beside_a_failure_is_checked_like_any_other(service, mix, inputs):
-    service.next = [reply({"scores": [1e300]}), reply({}, status=500)]
-    with pytest.raises(RewardError, match=r"returned 1e\+300 for response . of step 7"):
-        scores(mix(service=service.url), inputs)
+def test_a_score_beside_a_failure_is_checked_like_any_other(inputs):
+    def half_down(part, _report):
+        if len(part) == 2:
+            return [1.0, 2.0]
+        raise IncompleteScoresError("down", {1: 1e300}, retry_after=0, works_again=bool)
+
+    call = calls.SourceCall("own", half_down, inputs, report_nothing)
+    with pytest.raises(RewardCallError, match="2 of 3"):
+        call()
+    with pytest.raises(RewardError, match=r"returned 1e\+300 for response 1 of step 7"):
+        call()
+
+
+def test_a_number_beyond_32_bits_is_asked_for_again(service, mix, inputs):
+    service.next = [reply({"scores": [1e39]})]
+    assert scores(mix(service=service.url), inputs) == [len(t) for t in TEXTS]
 
 
 def test_a_service_that_asks_for_time_gets_it(service, mix, inputs, monkeypatch):
@@ -190,6 +208,7 @@ FAILURES = {
     "texts": (reply({"scores": ["good"]}), "unusable reply"),
     "NaN": (reply({"scores": [float("nan")]}), "unusable reply"),
     "huge": (reply(b'{"scores": [1e999]}'), "out of range"),
+    "beyond 32 bits": (reply({"scores": [-1e39]}), "Expected `float` >= -3.4"),
     "deep": (reply(b'{"x": ' + b"[" * 100_000), "unusable reply"),
     "too many": (reply({"scores": [1, 2]}), "2 scores for 1 responses"),
     "binary": (reply(b"\xff\xfe\x00"), "unusable reply"),

@@ -111,6 +111,7 @@ def test_a_conversation_is_read_without_the_markup_of_its_template():
         ("Score: ", {"parse": r"Score: (\d+)?"}, None),
         ("nan", {"parse": "(.*)"}, None),
         ("9" * 400, {}, None),
+        ("9" * 40, {}, None),
         ("1", {"scale": (1, 10)}, 0.0),
         ("10", {"scale": (1, 10)}, 1.0),
         ("11", {"scale": (1, 10)}, None),

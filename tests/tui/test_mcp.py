@@ -138,6 +138,27 @@ async def test_true_is_no_number(root, tool, arguments):
     assert "no numbers" in refused
 
 
+@pytest.mark.parametrize(
+    ("tool", "arguments", "said"),
+    [
+        ("status", {"step\x1b[2J": 3}, "status has no argument .*; it has session"),
+        ("list_sessions", {"session": "a"}, "no argument 'session'; it has none"),
+        ("pause", {"context": 1}, "no argument 'context'"),
+        ("samples", {"count": "few", "order": "size"}, "samples: count: .*integer.*; order: "),
+        ("set_setting", {"key": "beta", "value": [1]}, "value: .* number or .* string"),
+        ("curve", {}, "metric: Field required"),
+    ],
+)
+async def test_wrong_arguments_are_refused_in_one_line(root, tool, arguments, said):
+    if tool != "list_sessions":
+        arguments = {"session": "frozen"} | arguments
+    async with client(root, steering=True) as connection:
+        called = await connection.call_tool(tool, arguments)
+    assert called.is_error
+    assert re.search(said, called.content[0].text)
+    assert called.content[0].text.isprintable()
+
+
 async def test_what_an_assistant_does_stands_under_its_name(session_maker, tmp_path):
     session = session_maker(tmp_path / "s", "mine", 3)
     async with client(tmp_path / "s", steering=True) as connection:

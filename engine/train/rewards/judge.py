@@ -15,6 +15,7 @@ from engine.config.sections.reward import JudgeConfig, RewardSource
 from engine.progress import ReportProgress
 from engine.train.data.prompts import Prompt
 from engine.train.rewards.http_client import Endpoint, RequestError
+from engine.train.rewards.scores import LARGEST_SCORE
 from engine.train.rewards.service import Scores, complete, encode
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 
@@ -132,7 +133,7 @@ def request(text: str, config: JudgeConfig) -> bytes:
 
 
 def parse_score(reply: str, config: JudgeConfig) -> float | None:
-    """The score in a judge's reply; None if there is no finite number within `judging.scale`."""
+    """The score in a judge's reply; None if there is no usable number within `judging.scale`."""
     found: str | None = None
     if config.parse is not None:
         match = re.search(config.parse, reply)
@@ -143,7 +144,7 @@ def parse_score(reply: str, config: JudgeConfig) -> float | None:
         number = float(found) if found is not None else math.nan
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST_SCORE:  # NaN neither
         return None
     if config.scale is None:
         return number

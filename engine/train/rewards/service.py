@@ -1,6 +1,7 @@
 """Reward source: a service that scores responses over HTTP."""
 
 from collections.abc import Callable
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import msgspec
@@ -9,6 +10,7 @@ import torch
 from engine.config.sections.reward import RewardSource
 from engine.progress import ReportProgress
 from engine.train.rewards.http_client import Endpoint, RequestError
+from engine.train.rewards.scores import LARGEST_SCORE
 from engine.train.rewards.source import (
     IncompleteScoresError,
     LoadContext,
@@ -18,14 +20,16 @@ from engine.train.rewards.source import (
 )
 
 Scores = list[float | None]
+Usable = Annotated[float, msgspec.Meta(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
+"""Another number makes the reply unusable: a failed request, which is sent again."""
 
 
 class _JSONReply(msgspec.Struct):
-    scores: list[float | None]
+    scores: list[Usable | None]
 
 
 class _OpenRLHFReply(msgspec.Struct):
-    rewards: list[float]
+    rewards: list[Usable]
 
 
 class JSONProtocol:

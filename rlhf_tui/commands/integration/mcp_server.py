@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp_types import ToolAnnotations
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from engine import __version__
 from engine.api import Session
@@ -83,7 +83,7 @@ def make_server(root: Path, *, steering: bool) -> MCPServer[Any]:
         root: the folder of sessions.
         steering: whether to offer the tools that change runs.
     """
-    server: MCPServer[Any] = MCPServer(
+    server = _Server(
         "rlhf-tui",
         instructions=INSTRUCTIONS + (STEERING if steering else ""),
         version=__version__,
@@ -105,6 +105,37 @@ def make_server(root: Path, *, steering: bool) -> MCPServer[Any]:
         for tool in tools:
             server.add_tool(_reported(tool), annotations=hints)
     return server
+
+
+class _Server(MCPServer[Any]):
+    """Says in one line which arguments are wrong.
+
+    The SDK ignores arguments that a tool does not have, so that a misspelt one would silently keep
+    its default, and passes on pydantic's several lines for the others.
+    """
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
+    ) -> Any:
+        """Calls a tool. Raises ToolError."""
+        known = {t.name: list(t.input_schema["properties"]) for t in await self.list_tools()}
+        if unknown := [key for key in arguments if key not in known.get(name, arguments)]:
+            has = ", ".join(known[name]) or "none"
+            raise ToolError(f"{name} has no argument '{one_line(unknown[0], 40)}'; it has {has}")
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise
+            raise ToolError(one_line(f"{name}: {_wrong(error.__cause__)}", LONGEST_TEXT)) from error
+
+
+def _wrong(error: ValidationError) -> str:
+    """What is wrong with each argument; of a union all that it could have been."""
+    reasons: dict[str, list[str]] = {}
+    for found in error.errors():
+        reasons.setdefault(str(found["loc"][0]), []).append(found["msg"])
+    return "; ".join(f"{key}: {' or '.join(texts)}" for key, texts in reasons.items())
 
 
 def _reported(tool: Tool) -> Tool:
