@@ -3,9 +3,7 @@
 import threading
 
 import pytest
-from transformers import AutoTokenizer
 
-from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import HTTPConfig, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
@@ -15,7 +13,7 @@ from engine.train.rewards import calls, http_client
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs
 from tests.reward_service import RewardService, lengths, reply
-from tests.train.reward_inputs import TEXTS, three_responses
+from tests.train.reward_inputs import TEXTS
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 BEARER = "s3cret-t0ken"
@@ -26,16 +24,6 @@ def service():
     running = RewardService()
     yield running
     running.stop()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
-
-
-@pytest.fixture
-def inputs(tokenizer):
-    return three_responses(tokenizer, "gold")
 
 
 def repeated(inputs, times):
