@@ -206,7 +206,7 @@ class Supervisor:
 
         Not long if the run is being stopped: what is written next then raises the error.
         """
-        since, told = time.monotonic(), False
+        since, waiting = time.monotonic(), False
         while True:
             try:
                 self._journal.check_unlocked()
@@ -214,16 +214,16 @@ class Supervisor:
                 late = time.monotonic() - since > STOP_TIMEOUT
                 if not is_busy(error) or (self.state.stopping and late):
                     return
-                if not told:
+                if not waiting:
                     text = f"cannot write the journal: {error}; waiting for {UNLOCKED}"
                     log.error(text)  # noqa: TRY400 - one line: a lock needs no traceback
                     self.publisher.notify_unrecorded("journal", text)
-                told = True
+                waiting = True
                 phase = Phase(rank=0, step=self._journal.step, name=f"{WAIT_FOR}{UNLOCKED}")
                 self.state.phases[0] = phase
                 self.publisher.phase(phase)
             else:
-                if told:
+                if waiting:
                     self.state.phases.pop(0, None)
                 return
             await asyncio.sleep(RETRY_INTERVAL)
