@@ -7,7 +7,7 @@ overrides into a configuration, and reports each mistake in one sentence.
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,20 @@ from engine.examined import examined
 
 SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
 """What a session does that began before a key existed, where that is not the key's default."""
-DEPENDENT = (
-    "rollout.per_prompt", "eval.column", "eval.max_new_tokens", "ppo.whiten", "ppo.lam",
-    "ppo.lam_value", "ppo.value_head_rate", "lora.alpha",
-)  # fmt: skip
-"""The keys whose defaults depend on other keys: :func:`complete` fills them in."""
+DEPENDENT: dict[str, Callable[[RunConfig], Any]] = {
+    "rollout.per_prompt": lambda c: c.ppo.traits.per_prompt,
+    "eval.column": lambda c: c.data.column,
+    "eval.temperature": lambda _: 1.0,
+    "eval.max_new_tokens": lambda c: c.rollout.max_new_tokens,
+    "ppo.whiten": lambda c: c.ppo.traits.whiten,
+    "ppo.lam": lambda c: FITTED_VALUE_LAM if c.linear_value else DEFAULT_LAM,
+    "ppo.lam_value": lambda c: DEFAULT_LAM if c.linear_value and c.ppo.lam is None else None,
+    "ppo.value_head_rate": lambda c: (
+        10.0 if c.lora.rank is None and c.ppo.value_init == "zero" else 1.0
+    ),
+    "lora.alpha": lambda c: None if c.lora.rank is None else 2 * c.lora.rank,
+}
+"""A key that :func:`complete` fills in if it is left out → its value for a configuration."""
 EMPTY = ", got null"
 """Ends the requirement that a key without a value does not meet."""
 
@@ -106,31 +115,14 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Fills in the defaults that depend on other keys, such as `rollout.per_prompt`."""
-    rollout, ppo, traits = config.rollout, config.ppo, config.ppo.traits
-    if rollout.per_prompt is None:
-        rollout = msgspec.structs.replace(rollout, per_prompt=traits.per_prompt)
-    evaluation = config.eval
-    if evaluation.column is None:
-        evaluation = msgspec.structs.replace(evaluation, column=config.data.column)
-    if evaluation.temperature is None:
-        evaluation = msgspec.structs.replace(evaluation, temperature=1.0)
-    if evaluation.max_new_tokens is None:
-        evaluation = msgspec.structs.replace(evaluation, max_new_tokens=rollout.max_new_tokens)
-    if ppo.whiten is None:
-        ppo = msgspec.structs.replace(ppo, whiten=traits.whiten)
-    if ppo.lam is None and config.linear_value:
-        of_returns = DEFAULT_LAM if ppo.lam_value is None else ppo.lam_value
-        ppo = msgspec.structs.replace(ppo, lam=FITTED_VALUE_LAM, lam_value=of_returns)
-    elif ppo.lam is None:
-        ppo = msgspec.structs.replace(ppo, lam=DEFAULT_LAM)
-    lora = config.lora
-    if ppo.value_head_rate is None:
-        from_scratch = lora.rank is None and ppo.value_init == "zero"
-        ppo = msgspec.structs.replace(ppo, value_head_rate=10.0 if from_scratch else 1.0)
-    if lora.rank is not None and lora.alpha is None:
-        lora = msgspec.structs.replace(lora, alpha=2 * lora.rank)
-    return msgspec.structs.replace(config, rollout=rollout, eval=evaluation, ppo=ppo, lora=lora)
+    """Fills in the defaults that depend on other keys, see :data:`DEPENDENT`."""
+    sections: dict[str, Any] = {}
+    for key, default in DEPENDENT.items():
+        name, _, field = key.partition(".")
+        section = sections.get(name, getattr(config, name))
+        if getattr(section, field) is None:
+            sections[name] = msgspec.structs.replace(section, **{field: default(config)})
+    return msgspec.structs.replace(config, **sections)
 
 
 def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
