@@ -7,7 +7,7 @@ overrides into a configuration, and reports each mistake in one sentence.
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,20 @@ from engine.examined import examined
 
 SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
 """What a session does that began before a key existed, where that is not the key's default."""
-DEPENDENT = (
-    "rollout.per_prompt", "eval.column", "eval.max_new_tokens", "ppo.whiten", "ppo.lam",
-    "ppo.lam_value", "ppo.value_head_rate", "lora.alpha",
-)  # fmt: skip
-"""The keys whose defaults depend on other keys: :func:`complete` fills them in."""
+DEPENDENT: dict[str, Callable[[RunConfig], Any]] = {
+    "rollout.per_prompt": lambda c: c.ppo.traits.per_prompt,
+    "eval.column": lambda c: c.data.column,
+    "eval.temperature": lambda _: 1.0,
+    "eval.max_new_tokens": lambda c: c.rollout.max_new_tokens,
+    "ppo.whiten": lambda c: c.ppo.traits.whiten,
+    "ppo.lam": lambda c: FITTED_VALUE_LAM if c.linear_value else DEFAULT_LAM,
+    "ppo.lam_value": lambda c: DEFAULT_LAM if c.linear_value and c.ppo.lam is None else None,
+    "ppo.value_head_rate": lambda c: (
+        10.0 if c.lora.rank is None and c.ppo.value_init == "zero" else 1.0
+    ),
+    "lora.alpha": lambda c: None if c.lora.rank is None else 2 * c.lora.rank,
+}
+"""A key that :func:`complete` fills in if it is left out → its value for a configuration."""
 EMPTY = ", got null"
 """Ends the requirement that a key without a value does not meet."""
 
@@ -77,12 +86,12 @@ def from_mapping(tree: Mapping[str, Any], folder: Path, overrides: Iterable[str]
     check_plain(dict(tree))
     own = copy.deepcopy(dict(tree))
     apply_overrides(own, overrides)
-    _anchor_paths(own, folder)
+    _make_paths_absolute(own, folder)
     return from_tree(own)
 
 
 def _from_file(tree: dict[str, Any], path: Path) -> RunConfig:
-    _anchor_paths(tree, path.resolve().parent)
+    _make_paths_absolute(tree, path.resolve().parent)
     return from_tree(tree)
 
 
@@ -106,31 +115,14 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Fills in the defaults that depend on other keys, such as `rollout.per_prompt`."""
-    rollout, ppo, traits = config.rollout, config.ppo, config.ppo.traits
-    if rollout.per_prompt is None:
-        rollout = msgspec.structs.replace(rollout, per_prompt=traits.per_prompt)
-    evaluation = config.eval
-    if evaluation.column is None:
-        evaluation = msgspec.structs.replace(evaluation, column=config.data.column)
-    if evaluation.temperature is None:
-        evaluation = msgspec.structs.replace(evaluation, temperature=1.0)
-    if evaluation.max_new_tokens is None:
-        evaluation = msgspec.structs.replace(evaluation, max_new_tokens=rollout.max_new_tokens)
-    if ppo.whiten is None:
-        ppo = msgspec.structs.replace(ppo, whiten=traits.whiten)
-    if ppo.lam is None and config.linear_value:
-        of_returns = DEFAULT_LAM if ppo.lam_value is None else ppo.lam_value
-        ppo = msgspec.structs.replace(ppo, lam=FITTED_VALUE_LAM, lam_value=of_returns)
-    elif ppo.lam is None:
-        ppo = msgspec.structs.replace(ppo, lam=DEFAULT_LAM)
-    lora = config.lora
-    if ppo.value_head_rate is None:
-        from_scratch = lora.rank is None and ppo.value_init == "zero"
-        ppo = msgspec.structs.replace(ppo, value_head_rate=10.0 if from_scratch else 1.0)
-    if lora.rank is not None and lora.alpha is None:
-        lora = msgspec.structs.replace(lora, alpha=2 * lora.rank)
-    return msgspec.structs.replace(config, rollout=rollout, eval=evaluation, ppo=ppo, lora=lora)
+    """Fills in the defaults that depend on other keys, see :data:`DEPENDENT`."""
+    sections: dict[str, Any] = {}
+    for key, default in DEPENDENT.items():
+        name, _, field = key.partition(".")
+        section = sections.get(name, getattr(config, name))
+        if getattr(section, field) is None:
+            sections[name] = msgspec.structs.replace(section, **{field: default(config)})
+    return msgspec.structs.replace(config, **sections)
 
 
 def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
@@ -146,7 +138,7 @@ def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     apply_overrides(tree, given)
     # Other keys stay as they are: the id of a model on the hub may be the name of a folder here.
     changed = _overridden(tree, given)
-    _anchor_paths(changed, Path.cwd())
+    _make_paths_absolute(changed, Path.cwd())
     for section, keys in changed.items():
         tree[section] |= keys
     return from_tree(tree)
@@ -384,49 +376,48 @@ def _choices(path: str) -> list[str]:
     return [*(["a whole number"] if values and numbers else []), *values]
 
 
-def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
+def _make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
     """Makes relative paths absolute, in place; ids of models and data sets on the hub stay."""
-
-    def anchored(value: Any) -> Any:
-        if not isinstance(value, str) or value.startswith("starter:"):
-            return value
-        try:
-            path = folder / Path(value).expanduser()
-            looks_local = (
-                value.startswith((".", "~", "/")) or path.exists() or path.suffix in DATA_FILES
-            )
-            return str(path.resolve()) if looks_local else value
-        except (RuntimeError, OSError):
-            # No user of that ~NAME; a loop of links; a name that is too long. Whoever opens the
-            # file reports it, and the id of a model or data set is not a file at all.
-            return value
-
-    def anchor(node: Any, keys: list[str]) -> None:
+    for keys, absolute in ((PATH_KEYS, _resolved), (LINK_KEYS, _absolute)):
         for key in keys:
-            if isinstance(node, dict) and key in node:
-                node[key] = anchored(node[key])
+            section, _, name = key.rpartition(".")
+            for node in _dicts_at(tree, section):
+                if isinstance(value := node.get(name), str):
+                    node[name] = absolute(folder, value)
+    sources = [source for section in REWARD_SOURCES for source in _dicts_at(tree, section)]
+    for reward in _dicts_at(tree, "reward"):
+        if reward.get("path") is None and any(source.get("function") for source in sources):
+            reward["path"] = str(folder)
 
-    for section, keys in PATH_KEYS.items():
-        anchor(tree.get(section), keys)
-    data = tree.get("data")
-    if isinstance(data, dict):
-        for source in _dicts(data.get("prompts")):
-            anchor(source, ["path"])
-        if isinstance(cache := data.get("cache"), str):
-            data["cache"] = _absolute(folder, cache)
-    rollout = tree.get("rollout")
-    if isinstance(rollout, dict) and isinstance(python := rollout.get("python"), str):
-        rollout["python"] = _absolute(folder, python)
-    reward = tree.get("reward")
-    if not isinstance(reward, dict):
-        return
-    evaluation = tree.get("eval")
-    watched = evaluation.get("rewards") if isinstance(evaluation, dict) else None
-    sources = [*_dicts(reward.get("mix")), *_dicts(watched)]
-    for source in sources:
-        anchor(source, PATH_KEYS["reward"])
-    if reward.get("path") is None and any(s.get("function") for s in [reward, *sources]):
-        reward["path"] = str(folder)
+
+def _dicts_at(tree: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The dictionaries of a dotted key, whose part `mix[]` is each entry of the list `mix`.
+
+    Leaves out anything else, which decoding will refuse.
+    """
+    found: list[Any] = [tree]
+    for part in key.split("."):
+        found = [node.get(part.removesuffix("[]")) for node in found]
+        if part.endswith("[]"):
+            found = [entry for value in found if isinstance(value, list) for entry in value]
+        found = [node for node in found if isinstance(node, dict)]
+    return found
+
+
+def _resolved(folder: Path, value: str) -> str:
+    """A path from a folder on; anything that does not look like a file of this machine stays."""
+    if value.startswith("starter:"):
+        return value
+    try:
+        path = folder / Path(value).expanduser()
+        looks_local = (
+            value.startswith((".", "~", "/")) or path.exists() or path.suffix in DATA_FILES
+        )
+        return str(path.resolve()) if looks_local else value
+    except (RuntimeError, OSError):
+        # No user of that ~NAME; a loop of links; a name that is too long. Whoever opens the
+        # file reports it, and the id of a model or data set is not a file at all.
+        return value
 
 
 def _absolute(folder: Path, value: str) -> str:
@@ -437,18 +428,14 @@ def _absolute(folder: Path, value: str) -> str:
         return value
 
 
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    """The dictionaries of a list; empty for anything else, which decoding will refuse."""
-    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
-
-
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Extension of a prompt file → name of its format in `datasets`."""
-PATH_KEYS = {
-    "data": ["prompts", "chat_template"],
-    "eval": ["prompts"],
-    "model": ["policy", "reference"],
-    "reward": ["model", "path"],
-}
-"""Section → its keys that may hold a path. Those of `reward` may stand in an entry of `reward.mix`
-or of `eval.rewards`, too."""
+REWARD_SOURCES = ("reward", "reward.mix[]", "eval.rewards[]")
+PATH_KEYS = (
+    "data.prompts", "data.prompts[].path", "data.chat_template", "eval.prompts",
+    "model.policy", "model.reference",
+    *(f"{source}.{name}" for source in REWARD_SOURCES for name in ("model", "path")),
+)  # fmt: skip
+"""Keys that hold a path or the id of a model or data set; `[]` stands for each entry of a list."""
+LINK_KEYS = ("data.cache", "rollout.python")
+"""Keys that hold a path whose links are not followed."""

@@ -71,7 +71,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="repetition", metric=DISTINCT_2, drifts_down=0.7, window=10,
-        advice="responses resemble each other: read some, raise beta, mend what the reward likes",
+        advice="responses resemble each other: read some, raise beta, fix what the reward likes",
     ),
     Rule(
         name="length_drifts", metric=RESPONSE_LENGTH, drifts_up=0.5, drifts_down=0.6, window=10,

@@ -5,6 +5,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import assert_never
 
 import msgspec
@@ -49,6 +50,9 @@ from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
+
+Parts = list[Callable[[], None]]
+"""What is left to do of a message, in order; each part can be repeated until it succeeds."""
 
 FAILURE_GRACE = 3.0
 """Seconds between a rank's failure and the end of the others, for their own reports."""
@@ -103,12 +107,10 @@ class RankMessageHandler:
         """Replaced by the supervisor when ranks start again."""
         self._on_alert = on_alert
         self._on_error = on_error
-        self._recorded: StepReport | None = None
-        """The last step whose rows are written."""
-        self._alerts: list[Alert] = []
-        """Of that step, not published yet."""
-        self._applied_last: tuple[Applied | None, BoundaryCommand | None] = None, None
-        """The last report of a command whose end is written, and that command."""
+        self._begun: FromRank | None = None
+        """The last message of several parts of which the first is done."""
+        self._remaining: Parts = []
+        """The parts of that message that are left."""
 
     async def handle_connection(
         self, hello: RankHello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -248,7 +250,7 @@ class RankMessageHandler:
                 state.began = state.attempt.ready = True
                 self._show_state()
             case StepReport():
-                self._record_step(message)
+                self._handle_in_parts(message, partial(self._record_step, message))
             case BaselineReport(metrics=metrics, samples=samples):
                 journal.record_baseline(metrics, samples)
             case CheckpointWritten(step=step, size=size, score=score, kl=kl):
@@ -258,7 +260,7 @@ class RankMessageHandler:
                 journal.complete_checkpoint(step, removed)
                 state.attempt.send(Confirm(step=step))
             case Applied():
-                self._applied(message)
+                self._handle_in_parts(message, partial(self._applied, message))
             case Rejected(id=command_id, reason=reason):
                 self._pending.reject(command_id, reason)
             case Notice():
@@ -283,31 +285,41 @@ class RankMessageHandler:
                 assert_never(message)
         self._publisher.rank_message(message)
 
-    def _record_step(self, report: StepReport) -> None:
+    def _handle_in_parts(self, message: FromRank, first: Callable[[], Parts]) -> None:
+        """Handles the first part of a message, then the parts that `first` returned.
+
+        If the journal cannot be written, call it again: it continues with the part that failed.
+        """
+        if message is not self._begun:
+            self._remaining = first()
+            self._begun = message
+        while self._remaining:
+            self._remaining[0]()
+            del self._remaining[0]
+
+    def _record_step(self, report: StepReport) -> Parts:
+        """Records a step; its alerts are the parts that follow."""
         state = self._state
         state.rollout_restarts.clear()
         state.rollout_replaced.clear()
-        if report is not self._recorded:  # otherwise an alert of it could not be written
-            self._journal.record_step(report)
-            if report.reference_mix is not None:
-                self._journal.record_event("reference", {"mix": report.reference_mix}, report.step)
-            self._recorded = report
-            # The wall clock kept running during a pause: use the measured step time.
-            state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
-            self._watchdog.step_done(report.ranks)
-            self._alerts = self.guardrails.check(
-                report.step, dict(report.metrics), state.settings, report.samples
-            )
-            state.settings = report.settings
-        while self._alerts:
-            self._on_alert(self._alerts[0])
-            del self._alerts[0]
+        self._journal.record_step(report)
+        if report.reference_mix is not None:
+            self._journal.record_event("reference", {"mix": report.reference_mix}, report.step)
+        # The wall clock kept running during a pause: use the measured step time.
+        state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
+        self._watchdog.step_done(report.ranks)
+        alerts = self.guardrails.check(
+            report.step, dict(report.metrics), state.settings, report.samples
+        )
+        state.settings = report.settings
+        return [partial(self._on_alert, alert) for alert in alerts]
 
-    def _applied(self, message: Applied) -> None:
+    def _applied(self, message: Applied) -> Parts:
+        """Records the end of a command; what it changes here is the part that follows."""
+        return [partial(self._show_effect, message, self._pending.applied(message))]
+
+    def _show_effect(self, message: Applied, command: BoundaryCommand | None) -> None:
         state, commands = self._state, self._journal.commands
-        if message is not self._applied_last[0]:  # otherwise what follows could not be written
-            self._applied_last = message, self._pending.applied(message)
-        command = self._applied_last[1]
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
             state.paused = isinstance(command, Pause)

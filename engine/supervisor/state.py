@@ -18,7 +18,7 @@ class SupervisorState:
     attempt: Attempt
     """The current or the last attempt."""
     next: StartOptions | None
-    """The attempt that follows; None if none does."""
+    """The attempt that follows: the run's first, a restart or a roll back; None if none does."""
     paused: bool = False
     pause_reason: str | None = None
     """What asked for the pause that holds or is to come; None if a person did, or without one."""

@@ -206,7 +206,7 @@ class Supervisor:
 
         Not long if the run is being stopped: what is written next then raises the error.
         """
-        since, told = time.monotonic(), False
+        since, waiting = time.monotonic(), False
         while True:
             try:
                 self._journal.check_unlocked()
@@ -214,16 +214,16 @@ class Supervisor:
                 late = time.monotonic() - since > STOP_TIMEOUT
                 if not is_busy(error) or (self.state.stopping and late):
                     return
-                if not told:
+                if not waiting:
                     text = f"cannot write the journal: {error}; waiting for {UNLOCKED}"
                     log.error(text)  # noqa: TRY400 - one line: a lock needs no traceback
                     self.publisher.notify_unrecorded("journal", text)
-                told = True
+                waiting = True
                 phase = Phase(rank=0, step=self._journal.step, name=f"{WAIT_FOR}{UNLOCKED}")
                 self.state.phases[0] = phase
                 self.publisher.phase(phase)
             else:
-                if told:
+                if waiting:
                     self.state.phases.pop(0, None)
                 return
             await asyncio.sleep(RETRY_INTERVAL)
@@ -295,22 +295,20 @@ class Supervisor:
             raise SessionError(self._unrecorded_end(status, error)) from error
 
     def _conclude(self, status: int) -> int:
-        state, attempt, launch = self.state, self.state.attempt, self._config.launch
-        if state.stop_now and attempt.ended is None and not attempt.failed_by_itself:
-            code = launch.preempted_exit if state.preempted else 0
-            self._set_end("stopped", "stopped at once, nothing was saved", code)
-            return code
+        state, attempt = self.state, self.state.attempt
         if attempt.ended is not None:
             return self._end_regularly(attempt.ended.reason)
-        failure = attempt.cause(status, launch, self._session.recorded_command("logs"))
-        earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
-        if earlier is not None and not state.stop_now:
-            text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
-            log.info(text)
-            self.publisher.notice("checkpoint", text, earlier.from_step)
-            state.next = earlier
-            return 1
+        if state.stop_now and not attempt.failed_by_itself:
+            return self._set_stopped("stopped at once, nothing was saved")
+        failure = self._cause(status)
         if failure.damaged:
+            earlier = earlier_checkpoint(self._session, attempt.start)
+            if earlier is not None and not state.stop_now:
+                text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
+                log.info(text)
+                self.publisher.notice("checkpoint", text, earlier.from_step)
+                state.next = earlier
+                return 1
             text = f"{failure.text}; {self._advice(attempt.start.from_step)}"
             failure = msgspec.structs.replace(failure, text=text)
         data = {
@@ -319,77 +317,90 @@ class Supervisor:
             "user_input": failure.user_input,
         }
         self._journal.record_event("error", data)
-        if failure.changes and not state.stop_now:
-            self._restart_with(failure)
-            return 1
-        limit = launch.max_restarts
         final = failure.final or failure.user_input or state.stop_now
-        if final or self._restarts >= limit:
+        if failure.changes and not state.stop_now:
+            self._restart_with_changes(failure)
+        elif not final and self._restarts < self._config.launch.max_restarts:
+            self._restart(failure)
+        else:
             code = 2 if failure.user_input and not state.began else 1
-            self._set_end("failed", failure.text, code)
-            return code
-        self._restarts += 1
-        if attempt.ready:
-            self.pending.attempt_failed()
-        step = last_checkpoint(self._session)
-        state.next = StartOptions(from_step=step)
-        # The notice tells the operator; an error in the log would show it twice in the foreground.
-        log.info("%s; restart %d of %d", failure.text, self._restarts, limit)
-        text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
-        self.publisher.notice("restart", text, self._journal.step)
+            return self._set_end("failed", failure.text, code)
         return 1
 
     def _end_regularly(self, reason: str) -> int:
         """Sets the state after an end that the ranks reported, or has them start again."""
-        state, launch = self.state, self._config.launch
-        if reason in RESTART_REASONS and not state.stopping:
-            step = last_checkpoint(self._session)
-            state.next = StartOptions(from_step=step)
+        restart = reason in RESTART_REASONS
+        if restart and not self.state.stopping:
+            step = self._start_from_last_checkpoint()
             self.publisher.notice("machines", RESTART_REASONS[reason].format(step), step)
             return 0
-        early = reason in ("deadline", "preempted")
-        stopped = early or reason == "stopped" or reason in RESTART_REASONS
-        preempted = early or (stopped and state.preempted)
-        code = launch.preempted_exit if preempted else 0
-        self._set_end("stopped" if stopped else "finished", self._end_text(reason), code)
-        return code
+        text, early = self._end_text(reason), reason in ("deadline", "preempted")
+        if early or restart or reason == "stopped":
+            return self._set_stopped(text, early=early)
+        return self._set_end("finished", text, 0)
 
-    def _set_end(self, end: State, text: str, code: int) -> None:
+    def _set_stopped(self, text: str, *, early: bool = False) -> int:
+        """Sets the last state `stopped`; `early`: the ranks ended as a scheduler would end them."""
+        preempted = early or self.state.preempted
+        code = self._config.launch.preempted_exit if preempted else 0
+        return self._set_end("stopped", text, code)
+
+    def _set_end(self, end: State, text: str, code: int) -> int:
         """Sets the last state of the session, and the exit code, which other machines look up."""
         with contextlib.suppress(sqlite3.Error):  # of a full disk; the state matters more
             self._journal.set_meta(exit_code=code)
         self.publisher.set_state(end, text)
+        return code
+
+    def _start_from_last_checkpoint(self) -> int:
+        """Has another attempt follow; returns the step that it starts from."""
+        step = last_checkpoint(self._session)
+        self.state.next = StartOptions(from_step=step)
+        return step
+
+    def _restart(self, failure: Failed) -> None:
+        """Has the ranks start again after a failure that may not come again."""
+        self._restarts += 1
+        if self.state.attempt.ready:
+            self.pending.attempt_failed()
+        step = self._start_from_last_checkpoint()
+        number = f"restart {self._restarts} of {self._config.launch.max_restarts}"
+        # The notice tells the operator; an error in the log would show it twice in the foreground.
+        log.info("%s; %s", failure.text, number)
+        text = f"{failure.text}: {number} from step {step}"
+        self.publisher.notice("restart", text, self._journal.step)
+
+    def _restart_with_changes(self, failure: Failed) -> None:
+        """Has the ranks start again with other settings from the step that failed.
+
+        Not counted in `launch.max_restarts`: it is not the same start. The steps from the
+        checkpoint on are repeated with the settings that they had.
+        """
+        step = self._start_from_last_checkpoint()
+        words = ", ".join(f"{c.key} {c.new} instead of {c.old}" for c in failure.changes)
+        text = f"{failure.text}: restart from step {step}, from step {failure.step} with {words}"
+        log.info(text)
+        self.rank_messages.adjust(failure.step, failure.changes, "memory", text)
+
+    def _cause(self, status: int) -> Failed:
+        logs = self._session.recorded_command("logs")
+        return self.state.attempt.cause(status, self._config.launch, logs)
 
     def _unrecorded_end(self, status: int, error: sqlite3.Error) -> str:
         """How the attempt ended, for a journal that cannot say it, and what is saved."""
-        attempt, step = self.state.attempt, self._journal.step
+        step = self._journal.step
         known = self._journal.timeline()
         saved = max((s for s in checkpoint_steps(self._session) if s in known), default=0)
-        if attempt.ended is not None:
+        if self.state.attempt.ended is not None:
             text = f"training has ended after step {step}"
         else:
-            text = attempt.cause(
-                status, self._config.launch, self._session.recorded_command("logs")
-            ).text
+            text = self._cause(status).text
         kept = f"the checkpoint of step {saved} is complete" if saved else "there is no checkpoint"
         return (
             f"{text}, which cannot be recorded in {self._session.folder} ({error}); the steps up "
             f"to {step} are recorded and {kept}; solve this, then: "
             f"{self._session.recorded_command('resume')}"
         )
-
-    def _restart_with(self, failure: Failed) -> None:
-        """Has the ranks start again with other settings from the step that failed.
-
-        Not counted in `launch.max_restarts`: it is not the same start. The steps from the
-        checkpoint on are repeated with the settings that they had.
-        """
-        step = last_checkpoint(self._session)
-        words = ", ".join(f"{c.key} {c.new} instead of {c.old}" for c in failure.changes)
-        text = f"{failure.text}: restart from step {step}, from step {failure.step} with {words}"
-        log.info(text)
-        self.rank_messages.adjust(failure.step, failure.changes, "memory", text)
-        self.state.next = StartOptions(from_step=step)
 
     def _advice(self, damaged: int) -> str:
         others = [str(step) for step in timeline_checkpoints(self._session) if step != damaged]

@@ -168,32 +168,26 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
     def notify(rule: str, text: str) -> None:
         link.send(Notice(step=begin.from_step, rule=rule, text=text))
 
-    def report_recorder_problem(rule: str, step: int, text: str) -> None:
+    def warn(rule: str, step: int, text: str) -> None:
         log.warning(text)
         link.send(Notice(step=step, rule=rule, text=text))
 
     for text in trusted_code(config):
-        log.warning(text)
-        notify("trust_remote_code", text)
+        warn("trust_remote_code", begin.from_step, text)
     run = load_run(session, config, begin, ranks, link.phase, notify)
     if is_slow_dtype(ranks.device, config.model.dtype, parameter_count(run.policy)):
         text = (
             "model.dtype is float32, with which a GPU trains several times slower than with "
             "bfloat16 and needs more memory"
         )
-        log.warning(text)
-        notify("dtype", text)
+        warn("dtype", begin.from_step, text)
     boundary = Boundary(session, run, begin, link)
     notes = setup_notes(config, run) if begin.attempt == 1 else []
     for text in notes:
         log.warning(text)
     info = run_info(run) | ({"notes": notes} if notes else {})
     link.send(Ready(info=info, settings=boundary.next_settings()))
-    recorders = (
-        open_recorders(session, config, begin.from_step, report_recorder_problem)
-        if ranks.is_lead
-        else []
-    )
+    recorders = open_recorders(session, config, begin.from_step, warn) if ranks.is_lead else []
 
     with contextlib.closing(boundary):
         baseline = prepare(boundary, run, config)

@@ -88,7 +88,7 @@ class Steering:
         target = self._commands.target()
         if target is None:
             self._say(self.why_disabled(), "warning")
-        elif self.can_steer(target):
+        elif self._commands.can_send(target):
             self._actions[action](target)
 
     # -- keys without a dialog -----------------------------------------------------------------
@@ -216,7 +216,7 @@ class Steering:
             else:
                 resume(reseed)
 
-        if self.can_steer(target):
+        if self._commands.can_send(target):
             self.ask_roll_back(target, step, send)
 
     def ask_roll_back(
@@ -275,10 +275,6 @@ class Steering:
         if target.state == "starting":
             return f"{target.name} is starting: its settings are known once it is loaded"
         return f"{target.name} is stopping" if target.state == "stopping" else ""
-
-    def can_steer(self, target: SteeringTarget) -> bool:
-        """Whether a command would reach an engine; shows a notice if not."""
-        return self._commands.can_send(target)
 
     # -- sending -------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def init(
         given["reward_model"] = reward_model
     answers = asked(given, overrides)
     tree = configuration(recipe, answers, column, reward_function)
-    tree = _anchored(tree, file)
+    tree = _with_paths_from_file(tree, file)
     config_file.apply_overrides(tree, overrides)
     head = (
         f"# {RECIPES[recipe].title}.\n"
@@ -123,7 +123,7 @@ def configuration(
     return tree | {k: dict(v) for k, v in settings.items() if k not in tree}
 
 
-def _anchored(tree: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
+def _with_paths_from_file(tree: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
     """Paths are given from the current folder, and read from the file's."""
     folder = file.absolute().parent
     for section, key in (("model", "policy"), ("data", "prompts"), ("reward", "model")):

@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from types import TracebackType
 
 from msgspec import Struct
 
@@ -137,12 +136,7 @@ class RemoteSession:
             raise problem
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     @property

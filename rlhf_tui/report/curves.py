@@ -89,7 +89,7 @@ def read_curves(record: JournalReader, agreement: Agreement) -> list[Curve]:
             branches = _branches(record, name) if several else []
             curves.append(Curve(name, points, branches))
     if agreement.points:
-        curves.append(Curve(metrics.AGREEMENT, thinned(agreement.curve)))
+        curves.append(Curve(metrics.AGREEMENT, downsampled(agreement.curve)))
     return curves
 
 
@@ -98,10 +98,10 @@ def _branches(record: JournalReader, name: str) -> list[list[Point]]:
     for attempt, step, value in record.past_series(name):
         if value is not None:
             found.setdefault(attempt, []).append((step, value))
-    return [thinned(points) for points in list(found.values())[-MOST_BRANCHES:]]
+    return [downsampled(points) for points in list(found.values())[-MOST_BRANCHES:]]
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
+def downsampled(points: Sequence[Point]) -> list[Point]:
     """At most :data:`BRANCH_POINTS` of the points, evenly spaced, and the last one."""
     every = max(1, -(-len(points) // BRANCH_POINTS))
     kept = list(points[::every])

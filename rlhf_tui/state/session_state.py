@@ -30,7 +30,12 @@ from engine.protocol.rank_messages import Phase
 from engine.session.file_signature import FileSignature
 from rlhf_tui import format as fmt
 from rlhf_tui.state import time_left
-from rlhf_tui.state.feeds.updates import ReplayStatus, SessionSummary, SessionUpdate, thinned
+from rlhf_tui.state.feeds.updates import (
+    ReplayStatus,
+    SessionSummary,
+    SessionUpdate,
+    newest_events,
+)
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
 
@@ -137,7 +142,7 @@ class SessionState:
             self.curves.setdefault(name, Series()).extend(points)
         self._take_past(update)
         if update.events:
-            self.events = thinned(self.events + update.events)
+            self.events = newest_events(self.events + update.events)
         self._take_judgements(update)
         for key in (
             "names", "commands", "checkpoints", "samples", "telemetry", "connected", "refused",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from engine import starter
 from engine.config import file as config_file
@@ -18,6 +19,7 @@ from engine.train.load import load_run
 from engine.train.reward_scales import fit_scales
 from engine.train.run import PhaseTimer
 from engine.train.step import train_step
+from tests.train.reward_inputs import three_responses
 from tests.train.stand_in_engine import StandInEngine
 from tests.train.supervisor_end import Supervisor
 
@@ -36,6 +38,18 @@ SMALL = (
 
 def no_report(_step, _name, *_progress):
     return lambda _done, _total: None
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The starter policy's. Tests must not change it."""
+    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+
+
+@pytest.fixture
+def inputs(tokenizer):
+    """Three responses to score."""
+    return three_responses(tokenizer)
 
 
 @pytest.fixture

@@ -17,11 +17,6 @@ from engine.train.data.prompt_table import PromptTable
 from engine.train.data.prompts import Prompt, batch_prompts
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
-
-
 def load(tokenizer, path, **keys):
     return load_prompts(DataConfig(prompts=path, **keys), tokenizer, per_step=2, seed=0)
 

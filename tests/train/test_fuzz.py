@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from engine import starter
 from engine.config.sections.model import DataConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.session.checkpoints import mark_complete
@@ -20,11 +18,6 @@ CORPUS = Path(__file__).parents[1] / "data" / "fuzz"
 fresh = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
 
 
 def load_or_refuse(tokenizer, path):

@@ -5,9 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
-from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import HTTPConfig, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
@@ -23,7 +21,7 @@ from engine.train.rewards.source import (
     RewardInputs,
 )
 from tests.reward_service import RewardService, lengths, reply
-from tests.train.reward_inputs import TEXTS, three_responses
+from tests.train.reward_inputs import TEXTS
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 CERTIFICATE = Path(__file__).parent.parent / "data" / "tls" / "localhost.pem"
@@ -35,16 +33,6 @@ def service():
     running = RewardService()
     yield running
     running.stop()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
-
-
-@pytest.fixture
-def inputs(tokenizer):
-    return three_responses(tokenizer, "gold")
 
 
 def repeated(inputs, times):

@@ -25,7 +25,7 @@ from engine.train.data.prompt_order import SAME_TEXT, Prompts
 from engine.train.data.prompt_table import PromptTable
 from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import permutation
-from engine.train.data.tokenise import PromptTokeniser, tokenise_texts
+from engine.train.data.tokenise import PromptTokenizer, tokenise_texts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.held_out import split_prompts
 from tests.train.ranks.launch import run_ranks
@@ -201,7 +201,7 @@ def test_the_prompts_from_the_cache_are_those_in_memory(tokenizer, write_rows, c
     path = write_rows("p.jsonl", ROWS)
     keys = {"chat": True, "max_prompt_tokens": 30}
     first = load(tokenizer, path, cache=str(cached), **keys)
-    monkeypatch.setattr(PromptTokeniser, "encode", None)  # the second time nothing is tokenised
+    monkeypatch.setattr(PromptTokenizer, "encode", None)  # the second time nothing is tokenised
     second = load(tokenizer, path, cache=str(cached), **keys)
     monkeypatch.undo()
     in_memory = load(tokenizer, path, **keys)
@@ -278,7 +278,7 @@ def test_without_a_writable_home_the_cache_is_a_private_folder_under_tmpdir(
     (said,) = [r.getMessage() for r in caplog.records if "cannot write" in r.getMessage()]
     assert str(second) in said
     assert "data.cache names another folder" in said
-    monkeypatch.setattr(PromptTokeniser, "encode", None)  # the second time nothing is tokenised
+    monkeypatch.setattr(PromptTokenizer, "encode", None)  # the second time nothing is tokenised
     assert all_of(load(tokenizer, path)) == first
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
@@ -23,19 +22,8 @@ from engine.train.rewards.encoding import EncodedResponses
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.model import RewardModel
 from engine.train.rewards.source import LoadContext, RewardInputs
-from tests.train.reward_inputs import three_responses
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
-
-
-@pytest.fixture
-def inputs(tokenizer):
-    return three_responses(tokenizer, "grade")
 
 
 def test_the_same_tokens_or_the_same_text_give_the_same_score(inputs, tokenizer):

@@ -10,11 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-)
 
-from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import SOURCE_KEYS, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
@@ -28,19 +24,8 @@ from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.source import LoadContext, RewardCallError, RunsOn
 from engine.train.worker import failed_message
-from tests.train.reward_inputs import three_responses
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
-
-
-@pytest.fixture
-def inputs(tokenizer):
-    return three_responses(tokenizer, "grade")
 
 
 @pytest.fixture
@@ -50,7 +35,7 @@ def module(tmp_path, monkeypatch):
     path.write_text(
         "def length(completions, **kwargs): return [float(len(c)) for c in completions]\n"
         "def lower(completions, **kwargs): return [float(len(c.lower())) for c in completions]\n"
-        "def sometimes(completions, grade): return [None if g else 1.5 for g in grade]\n"
+        "def sometimes(completions, gold): return [None if g else 1.5 for g in gold]\n"
         "async def slow(completion_ids, **kwargs): return [len(c) for c in completion_ids]\n"
         "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
         "def short(completions, **kwargs): return [1.0]\n"

@@ -80,18 +80,23 @@ def test_responses_of_other_settings_than_those_of_the_step_are_dropped(make_run
     assert metrics["rollout/version_lag"] == 1
 
 
-def test_an_engine_that_ends_while_it_generates_ahead_is_given_the_old_weights_again(
-    make_run, engine, undisturbed
-):
+def dies_at_the_second_batch():
+    """The faults of a stand-in: it ends once, at the second request for responses."""
     seen = []
 
-    def dies_at_the_second(message):
+    def fault(message):
         seen.extend([1] * isinstance(message, Generate))
         if len(seen) == 2:
             seen.append(1)
             raise ConnectionError
 
-    engine.faults = iter([dies_at_the_second])
+    return iter([fault])
+
+
+def test_an_engine_that_ends_while_it_generates_ahead_is_given_the_old_weights_again(
+    make_run, engine, undisturbed
+):
+    engine.faults = dies_at_the_second_batch()
     before = engine.engines
     run, _ = make_run(*AHEAD)
     assert numbers(steps(run, 3)) == numbers(undisturbed)
@@ -101,16 +106,8 @@ def test_an_engine_that_ends_while_it_generates_ahead_is_given_the_old_weights_a
 def test_of_two_engines_that_generate_ahead_one_ends_and_gets_the_old_weights_again(
     make_run, engine, second_engine, undisturbed
 ):
-    seen = []
-
-    def dies_at_the_second(message):
-        seen.extend([1] * isinstance(message, Generate))
-        if len(seen) == 2:
-            seen.append(1)
-            raise ConnectionError
-
     before = engine.engines
-    second_engine.faults = iter([dies_at_the_second])
+    second_engine.faults = dies_at_the_second_batch()
     run, _ = make_run(*AHEAD, "rollout.engines=2")
     assert [s[1] for s in steps(run, 3)] == [s[1] for s in undisturbed]
     assert (engine.engines - before, second_engine.engines) == (1, 2)

@@ -26,11 +26,6 @@ def views_of(session: SessionFolder, of: Callable[[Position, int], list[str]]) -
 def journal_views(position: Position, version: int) -> list[str]:
     """The statements that create the views over journal.db; `version` is that of its schema."""
     at, attempt = position.time, position.attempt
-    ended = _ended("c", position)
-    not_live = (
-        f"({_attempt_before('c.applied_step', position, ' AND b.fresh')} "
-        f"OR {_overridden(position)})"
-    )
     numbers = ", seq, applied_seq" if version >= schema.COMMANDS_ARE_NUMBERED else ""
     return [
         *_timeline_views(position, "steps", "steps_past", "attempt, step, time"),
@@ -39,26 +34,46 @@ def journal_views(position: Position, version: int) -> list[str]:
         _view("telemetry", f"SELECT * FROM main.telemetry WHERE time <= {at!r}"),
         _view(
             "attempts",
-            "SELECT attempt, from_step, fresh, started, "
-            f"CASE WHEN attempt < {attempt} OR ended <= {at!r} THEN ended END AS ended, "
-            f"pid, host, version FROM main.attempts WHERE attempt <= {attempt}",
+            f"""
+            SELECT attempt, from_step, fresh, started,
+                iif(attempt < {attempt} OR ended <= {at!r}, ended, NULL) AS ended,
+                pid, host, version
+            FROM main.attempts WHERE attempt <= {attempt}
+            """,
         ),
         _view(
             "checkpoints",
-            f"SELECT step, attempt, time, size, score, kl, {_checkpoint_status(position)} "
-            f"AS status FROM main.checkpoints c WHERE time <= {at!r} OR attempt < {attempt}",
+            f"""
+            SELECT step, attempt, time, size, score, kl, {_checkpoint_status(position)} AS status
+            FROM main.checkpoints c WHERE time <= {at!r} OR attempt < {attempt}
+            """,
         ),
+        # A command that was overridden later was live until then. CASE, because OR evaluates both
+        # sides, and `_overridden` reads all commands.
         _view(
             "commands",
-            f"SELECT id, command, args, who, CASE WHEN {ended} THEN status "
-            f"WHEN accepted <= {at!r} THEN 'accepted' ELSE 'queued' END AS status, queued, "
-            f"CASE WHEN accepted <= {at!r} OR {ended} THEN accepted END AS accepted, "
-            f"{_null_until(ended, 'ended', 'applied_step', 'reason', 'result')}, attempt, "
-            f"CASE WHEN {ended} THEN changes ELSE '[]' END AS changes, "
-            # A command that was overridden later was live until then.
-            # CASE, because OR evaluates both sides, and this one reads all commands.
-            f"CASE WHEN live THEN 1 ELSE NOT {not_live} END AS live{numbers} "
-            f"FROM main.commands c WHERE queued <= {at!r} OR attempt < {attempt}",
+            f"""
+            SELECT id, command, args, who,
+                CASE
+                    WHEN had_ended THEN status
+                    WHEN accepted <= {at!r} THEN 'accepted'
+                    ELSE 'queued'
+                END AS status,
+                queued,
+                iif(accepted <= {at!r} OR had_ended, accepted, NULL) AS accepted,
+                iif(had_ended, ended, NULL) AS ended,
+                iif(had_ended, applied_step, NULL) AS applied_step,
+                iif(had_ended, reason, NULL) AS reason,
+                iif(had_ended, result, NULL) AS result,
+                attempt,
+                iif(had_ended, changes, '[]') AS changes,
+                CASE WHEN live THEN 1 ELSE NOT (
+                    {_attempt_before("c.applied_step", position, "AND b.fresh")}
+                    OR {_overridden(position)}
+                ) END AS live{numbers}
+            FROM (SELECT *, {_ended("o", position)} AS had_ended FROM main.commands o) c
+            WHERE queued <= {at!r} OR attempt < {attempt}
+            """,
         ),
     ]
 
@@ -116,36 +131,36 @@ def _in_ranges(table: str, columns: str, ranges: Iterable[StepRange]) -> str:
     if not rows:
         return f"SELECT {chosen} FROM main.{table} p WHERE 0"
     # In this order, each range is looked up in the index.
-    return (
-        f"SELECT {chosen} FROM (VALUES {rows}) r CROSS JOIN main.{table} p "
-        "WHERE p.attempt = r.column1 AND p.step > r.column2 AND p.step <= r.column3"
-    )
+    return f"""
+        SELECT {chosen} FROM (VALUES {rows}) r CROSS JOIN main.{table} p
+        WHERE p.attempt = r.column1 AND p.step > r.column2 AND p.step <= r.column3
+    """
 
 
 def _checkpoint_status(position: Position) -> str:
-    next_one = (
-        "EXISTS (SELECT 1 FROM main.checkpoints n WHERE n.step > c.step "
-        f"AND n.attempt >= c.attempt AND n.time <= {position.time!r})"
-    )
-    again = (
-        "EXISTS (SELECT 1 FROM main.checkpoints n WHERE n.step = c.step "
-        f"AND n.attempt > c.attempt AND n.time <= {position.time!r})"
-    )
-    return (
-        "CASE WHEN status IN ('written', 'abandoned') THEN status "
-        f"WHEN status = 'removed' AND {next_one} THEN status "
-        f"WHEN status = 'replaced' AND {again} THEN status "
-        f"WHEN {_attempt_before('c.step', position)} THEN 'superseded' ELSE 'complete' END"
-    )
+    by_then = f"SELECT 1 FROM main.checkpoints n WHERE n.time <= {position.time!r}"
+    return f"""
+        CASE
+            WHEN status IN ('written', 'abandoned') THEN status
+            WHEN status = 'removed'
+                AND EXISTS ({by_then} AND n.step > c.step AND n.attempt >= c.attempt)
+                THEN status
+            WHEN status = 'replaced'
+                AND EXISTS ({by_then} AND n.step = c.step AND n.attempt > c.attempt)
+                THEN status
+            WHEN {_attempt_before("c.step", position)} THEN 'superseded'
+            ELSE 'complete'
+        END
+    """
 
 
 def _ended(row: str, position: Position) -> str:
     """Whether a command, a row named `row`, was applied or rejected by then."""
     attempt = position.attempt
-    return (
-        f"({row}.ended <= {position.time!r} OR {row}.attempt < {attempt} "
-        f"OR ({row}.attempt = {attempt} AND {row}.applied_step <= {position.step}))"
-    )
+    return f"""(
+        {row}.ended <= {position.time!r} OR {row}.attempt < {attempt}
+        OR ({row}.attempt = {attempt} AND {row}.applied_step <= {position.step})
+    )"""
 
 
 def _attempt_before(step: str, position: Position, condition: str = "") -> str:
@@ -156,25 +171,22 @@ def _attempt_before(step: str, position: Position, condition: str = "") -> str:
         position: the moment.
         condition: counts only attempts `b` that meet it.
     """
-    return (
-        "EXISTS (SELECT 1 FROM main.attempts b WHERE b.attempt > c.attempt "
-        f"AND b.attempt <= {position.attempt} AND b.from_step < {step}{condition})"
-    )
+    return f"""EXISTS (
+        SELECT 1 FROM main.attempts b
+        WHERE b.attempt > c.attempt AND b.attempt <= {position.attempt}
+            AND b.from_step < {step} {condition}
+    )"""
 
 
 def _overridden(position: Position) -> str:
     """Whether a later attempt had changed a setting of command c before c was repeated."""
-    return (
-        "EXISTS (SELECT 1 FROM main.commands o, json_each(o.changes) new, json_each(c.changes) old "
-        f"WHERE o.attempt > c.attempt AND o.applied_step <= c.applied_step "
-        f"AND {_ended('o', position)} "
-        "AND json_extract(new.value, '$.key') = json_extract(old.value, '$.key'))"
-    )
-
-
-def _null_until(condition: str, *columns: str) -> str:
-    """Columns that are NULL until a condition holds."""
-    return ", ".join(f"CASE WHEN {condition} THEN {c} END AS {c}" for c in columns)
+    return f"""EXISTS (
+        SELECT 1
+        FROM main.commands o, json_each(o.changes) new, json_each(c.changes) old
+        WHERE o.attempt > c.attempt AND o.applied_step <= c.applied_step
+            AND {_ended("o", position)}
+            AND json_extract(new.value, '$.key') = json_extract(old.value, '$.key')
+    )"""
 
 
 def _view(name: str, query: str) -> str:

@@ -82,14 +82,14 @@ class WebhookChannel:
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[str | None] = loop.create_future()
 
-        def settle(problem: str | None) -> None:
+        def finish(problem: str | None) -> None:
             if not outcome.done():  # it is cancelled after the time limit
                 outcome.set_result(problem)
 
         def work() -> None:
             problem = post(request)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, problem)
+                loop.call_soon_threadsafe(finish, problem)
 
         # A daemon, unlike the threads of asyncio, which the end of the process waits for.
         self._thread = threading.Thread(target=work, name=self.name, daemon=True)

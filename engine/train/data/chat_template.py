@@ -59,7 +59,7 @@ def render_chat(
     except _TimeLimitError:
         raise UserInputError(
             f"{key}: the chat template of {tokenizer.name_or_path} took more than "
-            f"{TIME_LIMIT:.0f} s for one conversation; use another model or mend the template"
+            f"{TIME_LIMIT:.0f} s for one conversation; use another model or fix the template"
         ) from None
     except Exception as error:  # a template can raise what any of its expressions raises
         raise UserInputError(

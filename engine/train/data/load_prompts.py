@@ -32,7 +32,7 @@ from engine.train.data.prompt_cache import (
 from engine.train.data.prompt_order import Prompts
 from engine.train.data.prompt_table import BATCH_ROWS, SCHEMA, PromptTable, write_batches
 from engine.train.data.read_rows import decode_rows, local_file, read_rows
-from engine.train.data.tokenise import PromptTokeniser, parallel_tokenisers
+from engine.train.data.tokenise import PromptTokenizer, parallel_tokenizers
 from engine.train.data.tokenise_pool import Part, encode_parts, worker_count
 
 if TYPE_CHECKING:
@@ -201,9 +201,9 @@ def _in_memory(
 ) -> PromptTable:
     every = decode_rows(rows, source)
     column = PromptColumn(source.column or config.column, rows.column_names, source.path)
-    tokeniser = PromptTokeniser(config, tokenizer, source.path)
+    prompt_tokenizer = PromptTokenizer(config, tokenizer, source.path)
     batches = [
-        tokeniser.encode(column.contents(every[i : i + BATCH_ROWS]), i)
+        prompt_tokenizer.encode(column.contents(every[i : i + BATCH_ROWS]), i)
         for i in range(0, len(every), BATCH_ROWS)
     ]
     return PromptTable(pa.Table.from_batches(batches, SCHEMA), every)
@@ -220,7 +220,7 @@ def _fill(
 ) -> None:
     """Writes the contents of an entry of the cache."""
     column = PromptColumn(source.column or config.column, rows.column_names, source.path)
-    tokeniser = PromptTokeniser(config, tokenizer, source.path)
+    prompt_tokenizer = PromptTokenizer(config, tokenizer, source.path)
     log.info("tokenise %d prompts of %s, for %s", len(rows), source.path, cache.folder)
     report = begin("tokenise")
 
@@ -235,14 +235,14 @@ def _fill(
         conversations = config.chat or not isinstance(first, str)
         workers = worker_count(len(rows)) if conversations else 0
         done = 0
-        for batch in encode_parts(tokeniser, parts(), workers):
+        for batch in encode_parts(prompt_tokenizer, parts(), workers):
             done += len(batch)
             report(done, len(rows))
             yield batch
 
     try:
         rows.save_to_disk(str(folder / ROWS))
-        with parallel_tokenisers():
+        with parallel_tokenizers():
             write_batches(folder / PROMPTS, batches())
     except WRITE_ERRORS as error:
         raise cache.not_writable(error) from error

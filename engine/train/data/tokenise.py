@@ -19,7 +19,7 @@ LONG_TEXT = 10_000
 PARALLEL_VARIABLE = "TOKENIZERS_PARALLELISM"
 
 
-class PromptTokeniser:
+class PromptTokenizer:
     """Renders and tokenises the prompts of one data set."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -131,7 +131,7 @@ def tokenise_texts(
 
 
 @contextmanager
-def parallel_tokenisers() -> Iterator[None]:
+def parallel_tokenizers() -> Iterator[None]:
     """Lets tokenizers written in Rust use all cores: a rank's environment forbids it."""
     before = os.environ.get(PARALLEL_VARIABLE)
     os.environ[PARALLEL_VARIABLE] = "true"

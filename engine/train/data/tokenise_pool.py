@@ -10,17 +10,17 @@ from typing import Any
 import pyarrow as pa
 
 from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
-from engine.train.data.tokenise import PARALLEL_VARIABLE, PromptTokeniser
+from engine.train.data.tokenise import PARALLEL_VARIABLE, PromptTokenizer
 
 MOST_WORKERS = 8
-"""Each imports what tokenisers need: seconds of a processor, and some 300 MB."""
+"""Each imports what tokenizers need: seconds of a processor, and some 300 MB."""
 WORTHWHILE = 50_000
 """Conversations from which processes of their own save time."""
 
 Part = tuple[list[Any], int]
 """Prompts, and the number of the first one's row."""
 
-_tokeniser: PromptTokeniser | None = None
+_tokenizer: PromptTokenizer | None = None
 """A worker's."""
 
 
@@ -31,27 +31,27 @@ def worker_count(prompts: int) -> int:
 
 
 def encode_parts(
-    tokeniser: PromptTokeniser, parts: Iterable[Part], workers: int
+    tokenizer: PromptTokenizer, parts: Iterable[Part], workers: int
 ) -> Iterator[pa.RecordBatch]:
     """Tokenises parts of a data set, in order.
 
     Args:
-        tokeniser: what does it.
+        tokenizer: what does it.
         parts: read as they are needed.
         workers: from :func:`worker_count`.
 
     Raises:
-        UserInputError: see :meth:`PromptTokeniser.encode`.
+        UserInputError: see :meth:`PromptTokenizer.encode`.
     """
     if not workers:
         for contents, first_row in parts:
-            yield tokeniser.encode(contents, first_row)
+            yield tokenizer.encode(contents, first_row)
         return
     # A fork would copy the locks that a rank's threads hold at that moment.
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[pa.RecordBatch]] = deque()
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_begin, initargs=(tokeniser, os.getpid())
+        workers, mp_context=context, initializer=_begin, initargs=(tokenizer, os.getpid())
     ) as pool:
         for part in parts:
             waiting.append(pool.submit(_encode, part))
@@ -61,14 +61,14 @@ def encode_parts(
             yield waiting.popleft().result()
 
 
-def _begin(tokeniser: PromptTokeniser, parent: int) -> None:
-    global _tokeniser  # noqa: PLW0603 - what a worker is given once
+def _begin(tokenizer: PromptTokenizer, parent: int) -> None:
+    global _tokenizer  # noqa: PLW0603 - what a worker is given once
     os.environ |= {PARENT_VARIABLE: str(parent), PARALLEL_VARIABLE: "false"}
     die_with_parent()
-    _tokeniser = tokeniser
+    _tokenizer = tokenizer
 
 
 def _encode(part: Part) -> pa.RecordBatch:
-    if _tokeniser is None:
+    if _tokenizer is None:
         raise RuntimeError("the worker has not begun")
-    return _tokeniser.encode(*part)
+    return _tokenizer.encode(*part)

@@ -38,7 +38,7 @@ class FunctionReward:
     score. It may be a coroutine function.
 
     After a call that raised, the module is imported again if its file has changed, so that a
-    function can be mended while the run is paused. Other modules that it imports are not.
+    function can be fixed while the run is paused. Other modules that it imports are not.
     """
 
     def __init__(self, source: str, path: str | None, key: str = "reward") -> None:

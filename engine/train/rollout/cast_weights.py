@@ -32,21 +32,22 @@ def cast_weights(blocks: list[nn.Module], device: torch.device) -> Iterator[None
     originals: list[tuple[nn.Module, str, Tensor]] = []
     fused: list[nn.Module] = []
     modules = [module for block in blocks for module in block.modules()]
+
+    def replace(module: nn.Module, name: str, weight: Tensor) -> None:
+        originals.append((module, name, getattr(module, name)))
+        setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
     try:
         for layers in (group for module in modules for group in _with_same_input(module)):
             product = FusedLinear(layers, dtype)
             fused += layers
             for index, layer in enumerate(layers):
-                originals.append((layer, "weight", layer.weight))
-                layer.weight = nn.Parameter(product.weights[index], requires_grad=False)
+                replace(layer, "weight", product.weights[index])
                 vars(layer)["forward"] = product.forward_of(index)
-        for module in modules:
-            if isinstance(module, nn.Linear):
-                for name, weight in module.named_parameters(recurse=False):
-                    if weight.dtype == torch.float32:
-                        originals.append((module, name, weight))
-                        copy = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-                        setattr(module, name, copy)
+        for layer in (module for module in modules if isinstance(module, nn.Linear)):
+            for name, weight in list(layer.named_parameters(recurse=False)):
+                if weight.dtype == torch.float32:
+                    replace(layer, name, weight.detach().to(dtype))
         yield
     finally:
         for module in fused:

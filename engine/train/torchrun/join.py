@@ -225,16 +225,15 @@ def run_agent(
     )
     last_seen = time.monotonic()
     while True:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(RETRY)
-        except subprocess.TimeoutExpired:
-            if found.store.is_alive(JOIN_INFO_KEY):
-                last_seen = time.monotonic()
-                if leaving.is_set():
-                    with contextlib.suppress(LinkError):  # the run has ended meanwhile
-                        found.store.request(SetKeys(values={LEAVING_KEY: b""}))
-            elif time.monotonic() - last_seen > GRACE:
-                process.kill()  # its ranks are killed with it
+        if found.store.is_alive(JOIN_INFO_KEY):
+            last_seen = time.monotonic()
+            if leaving.is_set():
+                with contextlib.suppress(LinkError):  # the run has ended meanwhile
+                    found.store.request(SetKeys(values={LEAVING_KEY: b""}))
+        elif time.monotonic() - last_seen > GRACE:
+            process.kill()  # its ranks are killed with it
 
 
 def print_status(text: str) -> None:

@@ -14,10 +14,10 @@ from engine.session.file_signature import FileSignature
 from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.first_read import SPANS, read_summary
 from rlhf_tui.state.feeds.output import UpdateOutput
-from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate, thinned
+from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate, newest_events
 
 EVENTS_READ = 20_000
-"""Newest events read at once, which takes a tenth of a second; see :func:`thinned`."""
+"""Newest events read at once, which takes a tenth of a second; see :func:`newest_events`."""
 LONG = 10_000
 """Steps from which on outlines are read before the curves, which take longer."""
 SAMPLES_SHOWN = 16
@@ -96,7 +96,7 @@ class JournalChanges:
         events = record.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1].event
-            update = msgspec.structs.replace(update, events=thinned(events))
+            update = msgspec.structs.replace(update, events=newest_events(events))
         # Every new command and checkpoint has an event, so that a step alone changes neither.
         replayed = advanced and session.position is not None
         if events or replayed or self._ended < max(self._commands, default=0):

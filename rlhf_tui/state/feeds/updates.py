@@ -106,7 +106,7 @@ REGULAR = ("checkpoint", "command", "reference")
 REGULAR_KEPT, OTHERS_KEPT = 500, 5000
 
 
-def thinned(events: list[EventRow]) -> list[EventRow]:
+def newest_events(events: list[EventRow]) -> list[EventRow]:
     """Returns the newest events; frequent kinds do not displace rare ones.
 
     Args:
