@@ -1,9 +1,11 @@
 """An HTTP service on this machine that scores responses, and fails as a test tells it to."""
 
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Handler = BaseHTTPRequestHandler
@@ -34,8 +36,10 @@ def lengths(handler: Handler, request: Any) -> None:
 class RewardService:
     """Listens from its creation to :meth:`stop`; can be started again on the same port."""
 
-    def __init__(self, behaviour: Behaviour = lengths) -> None:
+    def __init__(self, behaviour: Behaviour = lengths, certificate: Path | None = None) -> None:
+        """Starts to listen, with TLS if there is a PEM file of a key and its certificate."""
         self.behaviour = behaviour
+        self._certificate = certificate
         self.next: list[Behaviour] = []
         """For the next requests, one each; then `behaviour` again."""
         self.requests: list[Any] = []
@@ -71,6 +75,10 @@ class RewardService:
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Answering)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
+        if self._certificate is not None:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(self._certificate)
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:

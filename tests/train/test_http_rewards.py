@@ -1,6 +1,8 @@
 """Rewards over HTTP: both protocols, concurrency, and every way in which a service can fail."""
 
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -18,6 +20,7 @@ from tests.reward_service import RewardService, lengths, reply
 from tests.train.reward_inputs import TEXTS, three_responses
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
+CERTIFICATE = Path(__file__).parent.parent / "data" / "tls" / "localhost.pem"
 BEARER = "s3cret-t0ken"
 
 
@@ -132,6 +135,17 @@ def test_replies_out_of_order_leave_the_scores_in_order(service, mix, inputs):
 
     service.behaviour = first_waits
     assert scores(mix(service=service.url), inputs) == [len(t) for t in TEXTS]
+
+
+def test_a_certificate_is_trusted_once_its_file_is_there(mix, inputs, monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "trusted.pem"))
+    service = RewardService(certificate=CERTIFICATE)
+    source = mix(service=f"https://localhost:{service.port}", retries=0)
+    with pytest.raises(RewardCallError, match=r"cannot be read: .*trusted\.pem"):
+        scores(source, inputs)
+    shutil.copy(CERTIFICATE, tmp_path / "trusted.pem")
+    assert scores(source, inputs) == [len(t) for t in TEXTS]
+    service.stop()
 
 
 # -- failures --------------------------------------------------------------------------------------

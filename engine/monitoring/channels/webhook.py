@@ -10,6 +10,7 @@ import html
 import http.client
 import os
 import socket
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -22,6 +23,7 @@ import msgspec
 
 from engine.config.sections.supervision import Webhook
 from engine.monitoring.channels.message import Notification, NotificationError, one_line
+from engine.tls import tls_problem
 
 SOCKET_TIMEOUT = 10.0
 """Seconds for each operation of a connection. The time of a whole message is limited as well."""
@@ -203,6 +205,8 @@ def _reason(error: object) -> str:
         return f"no reply within {SOCKET_TIMEOUT:.0f} s"
     if isinstance(error, socket.gaierror):
         return "the name of its host cannot be resolved"
+    if isinstance(error, ssl.SSLError):
+        return tls_problem(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"the connection failed ({type(error).__name__})"

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -24,6 +24,7 @@ import msgspec
 from engine.config.sections.reward import HTTPConfig
 from engine.errors import UserInputError, error_text
 from engine.examined import examined
+from engine.tls import tls_problem
 
 MAX_REPLY = 64 * 2**20
 """Bytes of a reply that are read at most."""
@@ -77,6 +78,14 @@ class Endpoint:
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
+    @cached_property
+    def tls_context(self) -> ssl.SSLContext:
+        """Checks certificates. Reading the trusted ones takes a while.
+
+        They are read again after a certificate was refused: it may be trusted by now.
+        """
+        return ssl.create_default_context()
+
     def post(self, body: bytes) -> bytes:
         """Sends JSON and returns the body of the reply.
 
@@ -91,6 +100,8 @@ class Endpoint:
             status, headers, reply = exchange.run(body)
         # UnicodeError: a host that the rules of names on the net do not allow.
         except (OSError, http.client.HTTPException, UnicodeError, _TooLongError) as error:
+            if isinstance(error, ssl.SSLCertVerificationError):
+                vars(self).pop("tls_context", None)
             raise RequestError(
                 f"{self.place}: {self.hide_secrets(exchange.reason(error))}"
             ) from None
@@ -187,12 +198,6 @@ def read_token(config: HTTPConfig) -> str | None:
     return token
 
 
-@cache
-def _tls_context() -> ssl.SSLContext:
-    """Certificates are checked; reading those of the system takes a while."""
-    return ssl.create_default_context()
-
-
 class _TooLongError(Exception):
     """A reply is longer than :data:`MAX_REPLY`."""
 
@@ -207,7 +212,7 @@ class _Exchange:
         options: dict[str, Any] = {"timeout": endpoint.timeout}
         if parts.scheme == "https":
             kind = http.client.HTTPSConnection
-            options["context"] = _tls_context()
+            options["context"] = endpoint.tls_context
         self._connection = kind(str(parts.hostname), parts.port, **options)
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._socket: socket.socket | None = None
@@ -258,6 +263,8 @@ class _Exchange:
             return str(error)
         if isinstance(error, socket.gaierror):
             return f"the host is unknown ({error.strerror})"
+        if isinstance(error, ssl.SSLError):
+            return tls_problem(error)
         if isinstance(error, http.client.IncompleteRead):
             return "the connection was closed in the middle of the reply"
         text = error.strerror if isinstance(error, OSError) and error.strerror else ""

@@ -1,0 +1,39 @@
+"""Why a TLS connection failed, for messages."""
+
+import os
+import ssl
+
+NOT_YET_VALID, EXPIRED = 9, 10
+UNTRUSTED = (2, 18, 19, 20, 21)
+WRONG_NAME = (62, 64)
+"""OpenSSL's results of the verification of a certificate (X509_V_ERR_…). Those of an untrusted one:
+its issuer is not known, or it is self-signed; those of a wrong name: of a host, of an address."""
+NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
+"""OpenSSL's reasons if the first bytes of the server are no TLS; which one depends on its
+version."""
+
+
+def tls_problem(error: ssl.SSLError) -> str:
+    """What is wrong, and what helps, on one line without the URL."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its TLS certificate is refused: {_certificate_problem(error)}"
+    if error.reason in NOT_TLS:
+        return "no TLS is spoken on this port; if it is one of plain HTTP, its URL begins http://"
+    return f"TLS failed ({error.reason or type(error).__name__})"
+
+
+def _certificate_problem(error: ssl.SSLCertVerificationError) -> str:
+    code = error.verify_code
+    if code == EXPIRED:
+        return "it has expired and must be renewed (or this machine's clock is wrong)"
+    if code == NOT_YET_VALID:
+        return "it is not valid yet (or this machine's clock is wrong)"
+    if code in WRONG_NAME:
+        return "it is for another host name; the URL needs one that the certificate has"
+    if code not in UNTRUSTED:
+        return error.verify_message
+    text = "it is self-signed, or of an authority that this machine does not know"
+    path = os.environ.get("SSL_CERT_FILE")
+    if path and not os.access(path, os.R_OK):  # OpenSSL ignores it without a word
+        return f"{text}, and the file of SSL_CERT_FILE cannot be read: {path}"
+    return f"{text}; start the run with SSL_CERT_FILE=FILE, a PEM file of what to trust"
