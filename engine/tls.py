@@ -36,4 +36,4 @@ def _certificate_problem(error: ssl.SSLCertVerificationError) -> str:
     path = os.environ.get("SSL_CERT_FILE")
     if path and not os.access(path, os.R_OK):  # OpenSSL ignores it without a word
         return f"{text}, and the file of SSL_CERT_FILE cannot be read: {path}"
-    return f"{text}; start the run with SSL_CERT_FILE=FILE, a PEM file with the certificate to trust"
+    return f"{text}; start the run with SSL_CERT_FILE=FILE, a PEM file of what to trust"
