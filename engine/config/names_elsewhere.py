@@ -6,6 +6,7 @@ docs/from-trl.md, docs/from-openrlhf.md and docs/from-verl.md have them all, and
 _NAMES = {
     "model.policy": "sft_model_path model_name_or_path pretrain",
     "model.dtype": "bf16 param_dtype",
+    "model.float32_logits": "cast_lm_head_to_fp32",
     "data.prompts": "dataset_name prompt_data prompt_dataset train_files",
     "data.column": "input_key prompt_key",
     "data.split": "dataset_train_split",

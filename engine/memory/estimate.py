@@ -245,14 +245,15 @@ class _Estimator:
         return self._config.parallel.activation_checkpointing
 
     def _logits(self, rows: int) -> int:
-        """Logits in the compute dtype, in training overwritten by their gradient.
+        """Logits in the dtype of the output layer, in training overwritten by their gradient.
 
         In bfloat16 a piece of them and its softmax are float32 as well.
         """
         device = self._models.device
         count = min(self._all_logits(rows), LOGITS_AT_ONCE[device])
-        pieces = 0 if self._compute == MASTER else 2 * MASTER * min(count, LOGITS_PIECE[device])
-        return self._compute * count + pieces
+        width = MASTER if self._config.model.float32_logits else self._compute
+        pieces = 0 if width == MASTER else 2 * MASTER * min(count, LOGITS_PIECE[device])
+        return width * count + pieces
 
     def _head_gradient(self, rows: int) -> int:
         """The output layer's gradient of a micro-batch, where it is summed over chunks."""

@@ -61,6 +61,7 @@ def test_keys_of_services_and_judges_that_make_no_sense_are_refused(overrides, s
         (["model.reference_revision=v1"], "model.reference_revision needs model.reference"),
         (["model.gguf_file=x.bin"], "must be the name of a .gguf file"),
         (["model.attn_implementation=flash_attention_2"], "set model.dtype: bfloat16"),
+        (["model.float32_logits=true"], "has no effect with model.dtype: float32"),
         (["model.attn_implementation=fast"], "must be one of eager, "),
         (["lora.quantise=nf4"], "nf4 needs lora.rank"),
         (["lora.quantise=nf4", "lora.rank=4", "parallel.strategy=fsdp"], "use ddp"),

@@ -240,6 +240,22 @@ def test_bfloat16_recomputes_the_old_log_probabilities_and_trains(make_run):
     assert all(p.dtype is torch.float32 for p in run.policy.parameters())
 
 
+@pytest.mark.parametrize("lora", [(), ("lora.rank=4",)], ids=["all weights", "adapters"])
+def test_float32_logits_are_not_rounded_to_the_dtype_of_the_trunk(make_run, lora):
+    run, _ = make_run(
+        "model.dtype=bfloat16", "model.float32_logits=true", "ppo.epochs=1", "ppo.minibatches=1",
+        *lora,
+    )  # fmt: skip
+    rollout = rollout_of(run)
+    for model in (run.policy, run.reference):
+        logits, _ = model(rollout.ids, rollout.mask.long(), 1, want="logits")
+        assert logits.dtype is torch.float32
+        assert not torch.equal(logits, logits.bfloat16().float())
+    metrics, _ = train_step(run, 1)
+    assert 0 < metrics["val/rollout_logprob_gap"] < 0.5
+    assert metrics["val/ratio"] == pytest.approx(1, abs=1e-3)
+
+
 def test_a_response_also_ends_at_a_stop_string(make_run):
     run, _ = make_run("rollout.stop=[' the', 'e']", "rollout.max_new_tokens=20")
     rollout = rollout_of(run)

@@ -37,6 +37,11 @@ def check_models(config: RunConfig) -> None:
             "model.attn_implementation: flash_attention_2 computes in half precision only: set "
             "model.dtype: bfloat16"
         )
+    if model.float32_logits and model.dtype == "float32":
+        raise ConfigError(
+            "model.float32_logits has no effect with model.dtype: float32, in which everything is "
+            "computed in float32: leave it out"
+        )
     _check_quantised(config)
     _check_chat(config)
 

@@ -91,6 +91,10 @@ class ModelConfig(Section, frozen=True):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the forward and backward passes. Choose `bfloat16` on a GPU: its products are
     many times as fast there. Trained weights are kept in float32 in either case."""
+    float32_logits: bool = False
+    """With `dtype: bfloat16`, computes the output layer of policy and reference in float32
+    (MiniMax-M1, ScaleRL). In bfloat16 a logit of 10 is rounded by up to 0.03, which is a good part
+    of how far log-probabilities of the same token by generation, update and reference differ."""
     kernels: Literal["torch", "liger"] = "torch"
     """`liger` computes norms, rotary embeddings and MLPs of the policy and the reference with
     liger-kernel's fused kernels: faster on a GPU, most of all while generating. Needs the extra

@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
         self._compute = compute
-        self._output = OutputLayer(lm, compute)
+        self.output = OutputLayer(lm, compute)
         self.value_trunk: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         head = lm.get_output_embeddings()
@@ -155,7 +155,7 @@ class LanguageModel(nn.Module):
             }  # fmt: skip
             try:
                 if read is not None and self._is_read(read, len(tokens) * keep):
-                    with self._output.reading(partial(read, self._output)) as results:
+                    with self.output.reading(partial(read, self.output)) as results:
                         self.lm(**inputs_of_lm)
                     logits = results[0]
                 else:
@@ -182,8 +182,8 @@ class LanguageModel(nn.Module):
         return logits, values
 
     def _is_read(self, read: HiddenReader, tokens: int) -> bool:
-        known = self._output.after is not None
-        return known and read.wants(tokens * self._output.vocabulary)
+        known = self.output.after is not None
+        return known and read.wants(tokens * self.output.vocabulary)
 
 
 class AdapterFreePolicy:

@@ -7,6 +7,7 @@ it has to know what follows the layer: nothing, a factor (Cohere, Granite), or a
 
 import logging
 import math
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 log = logging.getLogger("engine")
@@ -60,6 +62,15 @@ class OutputLayer:
         self.after = find_after_layer(lm) if isinstance(self.layer, nn.Linear) else None
         """None if it is something else than the functions of :class:`AfterLayer`."""
 
+    def use_float32(self) -> None:
+        """Has the layer compute in float32 within autocast, too (`model.float32_logits`).
+
+        Call it when the model is placed. Weights that are held in a narrower dtype are converted at
+        each call.
+        """
+        self.layer.forward = types.MethodType(_float32_linear, self.layer)
+        self.compute = torch.float32
+
     @property
     def vocabulary(self) -> int:
         """The number of logits of a token."""
@@ -93,6 +104,12 @@ class OutputLayer:
 
         with replaced_forward(self.layer, forward):
             yield results
+
+
+def _float32_linear(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if layer.bias is None else layer.bias.float()
+        return linear(hidden.float(), layer.weight.float(), bias)
 
 
 @contextmanager

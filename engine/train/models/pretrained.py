@@ -98,6 +98,8 @@ def load_policy(
         _checkpoint_activations(policy)
     place_model(_disable_dropout(policy), ranks, strategy, compute_dtype(config))
     use_cpu_layers(policy, ranks)
+    if config.model.float32_logits:
+        policy.output.use_float32()
     return policy
 
 
@@ -126,6 +128,8 @@ def load_reference(
     on_host = config.parallel.frozen == "offload"
     place_model(_disable_dropout(reference), ranks, strategy, dtype, on_host=on_host)
     use_cpu_layers(reference, ranks)
+    if config.model.float32_logits:
+        reference.output.use_float32()
     offload_between_uses(reference, ranks, strategy, on_host=on_host)
     return reference
 

@@ -119,7 +119,8 @@ class Graph:
             self.captured_just_now = False
             return
         for func, args, kwargs, outs in self.operators:
-            again = func(*args, **kwargs)
+            with torch.autocast("cpu", enabled=False):  # what it would cast is recorded
+                again = func(*args, **kwargs)
             for old, new in zip(leaves([outs]), leaves([again]), strict=True):
                 if isinstance(old, torch.Tensor) and storage(old) != storage(new):
                     old.copy_(new)

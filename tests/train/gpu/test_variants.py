@@ -28,6 +28,7 @@ VARIANTS = {
         "ppo.advantage=reward", "ppo.baseline=running", "ppo.ratio=sequence",
     ],
     "bfloat16": ["model.dtype=bfloat16"],
+    "bfloat16 but for the logits": ["model.dtype=bfloat16", "model.float32_logits=true"],
     "LoRA": ["lora.rank=2"],
     "LoRA in bfloat16, separate value trunk": [
         "lora.rank=2", "model.dtype=bfloat16", "model.value=separate",
