@@ -166,10 +166,10 @@ def kept_defaults(config: RunConfig, overrides: Iterable[str]) -> dict[str, tupl
         ConfigError: an override is wrong.
     """
     given = list(overrides)
-    before = flatten(to_tree(config))
+    before = to_flat(config)
     defaults = _with_defaults(to_tree(config), DEPENDENT)
     left_out = [key for key in DEPENDENT if before[key] == defaults[key]]
-    kept = flatten(to_tree(override(config, given)))
+    kept = to_flat(override(config, given))
     defaults = _with_defaults(to_tree(config), left_out, given)
     return {k: (kept[k], defaults[k]) for k in left_out if kept[k] != defaults[k]}
 
@@ -180,7 +180,7 @@ def _with_defaults(
     """A configuration, flat, as if `keys` had been left out; changes `tree`."""
     apply_overrides(tree, [f"{key}=null" for key in keys])
     apply_overrides(tree, overrides)
-    return flatten(to_tree(complete(msgspec.convert(tree, examined(RunConfig), strict=True))))
+    return to_flat(complete(msgspec.convert(tree, examined(RunConfig), strict=True)))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -207,6 +207,11 @@ def to_tree(config: RunConfig) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise TypeError("a configuration must be a mapping")
     return tree
+
+
+def to_flat(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain values by dotted key."""
+    return flatten(to_tree(config))
 
 
 def as_mapping(value: msgspec.Struct) -> dict[str, Any]:
@@ -238,7 +243,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, as `{key: (old, new)}`, sorted."""
-    before, after = flatten(to_tree(old)), flatten(to_tree(new))
+    before, after = to_flat(old), to_flat(new)
     keys = sorted(before.keys() | after.keys())
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
 

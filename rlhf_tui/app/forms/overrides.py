@@ -63,7 +63,7 @@ class EarlierRun(Struct, frozen=True):
         Args:
             fixed: whether to include the keys that are fixed on a resume.
         """
-        flat = config_file.flatten(config_file.to_tree(self.in_force))
+        flat = config_file.to_flat(self.in_force)
         keys = dict.fromkeys([*LIVE_SETTINGS.values(), *known_keys()])
         return {
             key: yaml_text(flat[key])
