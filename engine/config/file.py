@@ -1,24 +1,22 @@
 """Reads, completes, compares and writes configurations.
 
 The keys are declared in :mod:`engine.config.sections`. This module turns a file and `-o key=value`
-overrides into a configuration, and reports each mistake in one sentence.
+overrides into a configuration; :mod:`engine.config.key_errors` puts mistakes into words.
 """
 
 import copy
-import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from engine.config.names_elsewhere import KEYS_HERE, SECTIONS
+from engine.config.key_errors import explain, nearest
+from engine.config.paths import make_paths_absolute
 from engine.config.rules.run_config import check_config
 from engine.config.schema import FIXED_AT_START, FREE_ON_RESUME, RunConfig
 from engine.config.sections.ppo import DEFAULT_LAM, FITTED_VALUE_LAM
 from engine.config.session_file import enclose, read_session_text, read_text
-from engine.config.type_errors import expected, shown
 from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
 from engine.errors import ConfigError
 from engine.examined import examined
@@ -39,8 +37,6 @@ DEPENDENT: dict[str, Callable[[RunConfig], Any]] = {
     "lora.alpha": lambda c: None if c.lora.rank is None else 2 * c.lora.rank,
 }
 """A key that :func:`complete` fills in if it is left out → its value for a configuration."""
-EMPTY = ", got null"
-"""Ends the requirement that a key without a value does not meet."""
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -86,12 +82,12 @@ def from_mapping(tree: Mapping[str, Any], folder: Path, overrides: Iterable[str]
     check_plain(dict(tree))
     own = copy.deepcopy(dict(tree))
     apply_overrides(own, overrides)
-    _make_paths_absolute(own, folder)
+    make_paths_absolute(own, folder)
     return from_tree(own)
 
 
 def _from_file(tree: dict[str, Any], path: Path) -> RunConfig:
-    _make_paths_absolute(tree, path.resolve().parent)
+    make_paths_absolute(tree, path.resolve().parent)
     return from_tree(tree)
 
 
@@ -108,7 +104,7 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     try:
         config = msgspec.convert(tree, examined(RunConfig), strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error), tree)) from None
+        raise ConfigError(explain(str(error), tree)) from None
     config = complete(config)
     check_config(config)
     return config
@@ -138,7 +134,7 @@ def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     apply_overrides(tree, given)
     # Other keys stay as they are: the id of a model on the hub may be the name of a folder here.
     changed = _overridden(tree, given)
-    _make_paths_absolute(changed, Path.cwd())
+    make_paths_absolute(changed, Path.cwd())
     for section, keys in changed.items():
         tree[section] |= keys
     return from_tree(tree)
@@ -170,10 +166,10 @@ def kept_defaults(config: RunConfig, overrides: Iterable[str]) -> dict[str, tupl
         ConfigError: an override is wrong.
     """
     given = list(overrides)
-    before = flatten(to_tree(config))
+    before = to_flat(config)
     defaults = _with_defaults(to_tree(config), DEPENDENT)
     left_out = [key for key in DEPENDENT if before[key] == defaults[key]]
-    kept = flatten(to_tree(override(config, given)))
+    kept = to_flat(override(config, given))
     defaults = _with_defaults(to_tree(config), left_out, given)
     return {k: (kept[k], defaults[k]) for k in left_out if kept[k] != defaults[k]}
 
@@ -184,7 +180,7 @@ def _with_defaults(
     """A configuration, flat, as if `keys` had been left out; changes `tree`."""
     apply_overrides(tree, [f"{key}=null" for key in keys])
     apply_overrides(tree, overrides)
-    return flatten(to_tree(complete(msgspec.convert(tree, examined(RunConfig), strict=True))))
+    return to_flat(complete(msgspec.convert(tree, examined(RunConfig), strict=True)))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -200,7 +196,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
             if child is None:  # a section that may be left out, or is empty
                 child = node[section] = {}
             if not isinstance(child, dict):
-                raise ConfigError(f"unknown key '{key}'{_nearest(key)}")
+                raise ConfigError(f"unknown key '{key}'{nearest(key)}")
             node = child
         node[last] = parse_yaml(value, f"-o {key}", key.strip())
 
@@ -211,6 +207,11 @@ def to_tree(config: RunConfig) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise TypeError("a configuration must be a mapping")
     return tree
+
+
+def to_flat(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain values by dotted key."""
+    return flatten(to_tree(config))
 
 
 def as_mapping(value: msgspec.Struct) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, as `{key: (old, new)}`, sorted."""
-    before, after = flatten(to_tree(old)), flatten(to_tree(new))
+    before, after = to_flat(old), to_flat(new)
     keys = sorted(before.keys() | after.keys())
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
 
@@ -285,157 +286,3 @@ def _is_in_checkpoints(key: str, old: RunConfig, new: RunConfig) -> bool:
     if key in ("model.value", "ppo.advantage"):
         return old.trained_value != new.trained_value
     return key.startswith("lora.")
-
-
-def known_keys() -> list[str]:
-    """Every dotted key of a configuration, in the order of the schema."""
-    return list(_keys_of(RunConfig, ""))
-
-
-def _keys_of(section: type[msgspec.Struct], prefix: str) -> Iterable[str]:
-    for field in msgspec.structs.fields(section):
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            yield from _keys_of(field.type, f"{prefix}{field.encode_name}.")
-        else:
-            yield prefix + field.encode_name
-
-
-def _nearest(key: str) -> str:
-    """`; did you mean 'ppo.epochs'?`, or nothing if no key is similar."""
-    keys, section = known_keys(), key.rpartition(".")[0]
-    if "[" in section:  # an entry of a list
-        fields = (f for kind in _types_at(section) for f in getattr(kind, "fields", ()))
-        keys = [f"{section}.{field.encode_name}" for field in fields]
-    last = key.rpartition(".")[2]
-    if "[" not in section and (last in KEYS_HERE or key in SECTIONS):
-        here = KEYS_HERE.get(last, "")
-        pages = " (docs/from-*.md compare keys with those of other libraries)"
-        return (f"; did you mean '{here}'?" if here else "") + pages * (
-            here.rpartition(".")[2] != last
-        )
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not close:
-        close = [k for k in keys if k.rsplit(".", 1)[-1] == last][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _explain(message: str, tree: dict[str, Any]) -> str:
-    """Turns an error message of msgspec into one sentence about a dotted key."""
-    text, _, at = message.partition(" - at `$")
-    path = at.rstrip("`").lstrip(".")
-    if match := re.search(r"unknown field `(.+)`", text):
-        key = f"{path}.{match[1]}" if path else match[1]
-        colon = "; YAML takes `key: value`, with a space after the colon" if ":" in match[1] else ""
-        return f"unknown key '{key}'{colon or _nearest(key)}"
-    if match := re.search(r"missing required field `(.+)`", text):
-        key = f"{path}.{match[1]}" if path else match[1]
-        hint = " (a section)" if key in ("model", "data", "reward") else ""
-        return f"'{key}' is missing{hint} and has no default"
-    wanted = expected(text)
-    value = flatten(tree).get(path, _lookup(tree, path))
-    choices = _choices(path)
-    if choices and ("enum" in text or not wanted):
-        wanted = "one of " + ", ".join(choices)
-    if wanted.endswith(EMPTY):  # `key:` in YAML, `key=` on the command line
-        return f"{path} must be {wanted.removesuffix(EMPTY)} (it is empty)"
-    return f"{path} must be {wanted} (it is {shown(value)})"
-
-
-def _parts(path: str) -> list[str]:
-    """The keys and indices of a dotted key: `reward.mix[0].weight`."""
-    return re.findall(r"[^.\[\]]+", path)
-
-
-def _lookup(tree: Any, path: str) -> Any:
-    for part in _parts(path):
-        try:
-            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
-        except (KeyError, IndexError, ValueError, TypeError):
-            return None
-    return tree
-
-
-def _types_at(path: str) -> list[Any]:
-    """What msgspec knows of the types that the value of a key may have."""
-    kinds: list[Any] = [msgspec.inspect.type_info(RunConfig)]
-    for part in _parts(path):
-        if part.isdigit():
-            found = next((k.item_type for k in kinds if hasattr(k, "item_type")), None)
-        else:
-            fields = (f for kind in kinds for f in getattr(kind, "fields", ()))
-            found = next((f.type for f in fields if f.encode_name == part), None)
-        kinds = [found, *getattr(found, "types", ())]
-    return kinds
-
-
-def _choices(path: str) -> list[str]:
-    """The allowed values of a key that is an enumeration; empty for any other key."""
-    kinds = _types_at(path)
-    values = [str(v) for kind in kinds for v in getattr(kind, "values", ())]
-    numbers = any(isinstance(kind, msgspec.inspect.IntType) for kind in kinds)
-    return [*(["a whole number"] if values and numbers else []), *values]
-
-
-def _make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
-    """Makes relative paths absolute, in place; ids of models and data sets on the hub stay."""
-    for keys, absolute in ((PATH_KEYS, _resolved), (LINK_KEYS, _absolute)):
-        for key in keys:
-            section, _, name = key.rpartition(".")
-            for node in _dicts_at(tree, section):
-                if isinstance(value := node.get(name), str):
-                    node[name] = absolute(folder, value)
-    sources = [source for section in REWARD_SOURCES for source in _dicts_at(tree, section)]
-    for reward in _dicts_at(tree, "reward"):
-        if reward.get("path") is None and any(source.get("function") for source in sources):
-            reward["path"] = str(folder)
-
-
-def _dicts_at(tree: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The dictionaries of a dotted key, whose part `mix[]` is each entry of the list `mix`.
-
-    Leaves out anything else, which decoding will refuse.
-    """
-    found: list[Any] = [tree]
-    for part in key.split("."):
-        found = [node.get(part.removesuffix("[]")) for node in found]
-        if part.endswith("[]"):
-            found = [entry for value in found if isinstance(value, list) for entry in value]
-        found = [node for node in found if isinstance(node, dict)]
-    return found
-
-
-def _resolved(folder: Path, value: str) -> str:
-    """A path from a folder on; anything that does not look like a file of this machine stays."""
-    if value.startswith("starter:"):
-        return value
-    try:
-        path = folder / Path(value).expanduser()
-        looks_local = (
-            value.startswith((".", "~", "/")) or path.exists() or path.suffix in DATA_FILES
-        )
-        return str(path.resolve()) if looks_local else value
-    except (RuntimeError, OSError):
-        # No user of that ~NAME; a loop of links; a name that is too long. Whoever opens the
-        # file reports it, and the id of a model or data set is not a file at all.
-        return value
-
-
-def _absolute(folder: Path, value: str) -> str:
-    """A path from a folder on; links stay, as the Python of a virtual environment is one."""
-    try:
-        return str((folder / Path(value).expanduser()).absolute())
-    except RuntimeError:  # no user of that ~NAME
-        return value
-
-
-DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Extension of a prompt file → name of its format in `datasets`."""
-REWARD_SOURCES = ("reward", "reward.mix[]", "eval.rewards[]")
-PATH_KEYS = (
-    "data.prompts", "data.prompts[].path", "data.chat_template", "eval.prompts",
-    "model.policy", "model.reference",
-    *(f"{source}.{name}" for source in REWARD_SOURCES for name in ("model", "path")),
-)  # fmt: skip
-"""Keys that hold a path or the id of a model or data set; `[]` stands for each entry of a list."""
-LINK_KEYS = ("data.cache", "rollout.python")
-"""Keys that hold a path whose links are not followed."""

@@ -181,9 +181,7 @@ def _writing(path: Path) -> Iterator[sqlite3.Connection]:
     except OSError as error:
         raise JournalError(f"cannot write {path}: {error.strerror}; {DEFAULT_ADVICE}") from error
     except sqlite3.Error as error:
-        code = (
-            getattr(error, "sqlite_errorcode", 0) & 0xFF
-        )  # the primary code, without the extended part
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended part
         advice = ADVICE.get(code, DEFAULT_ADVICE)
         raise JournalError(f"cannot write {path}: {error}; {advice}") from error
 

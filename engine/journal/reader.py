@@ -64,6 +64,7 @@ JOIN steps ON steps.step = events.step + 1 AND steps.attempt = events.attempt
 WHERE kind = 'alert' AND json_extract(data, '$.rule') = ? ORDER BY events.step
 """
 """Of the attempts that took the next step of the timeline."""
+EVENT_COLUMNS = "id, time, attempt, step, kind, data"
 COMMAND_COLUMNS = """
 id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason, changes,
 result, live
@@ -274,9 +275,8 @@ class JournalReader:
         """
         query = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
         steps = self._db.rows(query, (limit(last),))
-        names = dict.fromkeys(
-            self.metric_names()
-        )  # read after the steps, so it has all of their names
+        # Read after the steps, so it has all of their names.
+        names = dict.fromkeys(self.metric_names())
         rows = {
             step: MetricRow(step=step, attempt=attempt, time=time, values=dict(names))
             for step, attempt, time in reversed(steps)
@@ -316,24 +316,18 @@ class JournalReader:
             after: only events with a greater id.
         """
         rows = self._db.rows(
-            "SELECT id, time, attempt, step, kind, data FROM events WHERE id > ? "
-            "ORDER BY id DESC LIMIT ?",
+            f"SELECT {EVENT_COLUMNS} FROM events WHERE id > ? ORDER BY id DESC LIMIT ?",  # noqa: S608 - constants
             (after, limit(last)),
         )
-        payloads = [decode_payload(kind, data) for *_, kind, data in rows]
-        ids = [payload.id for payload in payloads if isinstance(payload, CommandEvent)]
+        events = [_event(row) for row in reversed(rows)]
+        ids = [e.payload.id for e in events if isinstance(e.payload, CommandEvent)]
         commands = self._commands_of(ids) if ids else {}
-        events = []
-        for row, payload in zip(reversed(rows), reversed(payloads), strict=True):
-            event, time, attempt, step, kind, data = row
-            command = commands.get(payload.id) if isinstance(payload, CommandEvent) else None
-            events.append(
-                EventRow(
-                    event=event, time=time, attempt=attempt, step=step, kind=kind,
-                    payload=payload, data=data, command=command,
-                )
-            )  # fmt: skip
-        return events
+        return [
+            msgspec.structs.replace(e, command=commands.get(e.payload.id))
+            if isinstance(e.payload, CommandEvent)
+            else e
+            for e in events
+        ]
 
     def reward_changes(self) -> list[int]:
         """The steps of the current timeline after which scores come from another reward, sorted."""
@@ -351,16 +345,9 @@ class JournalReader:
     def last_alert(self) -> EventRow | None:
         """The newest alert; None if there was none."""
         rows = self._db.rows(
-            "SELECT id, time, attempt, step, kind, data FROM events WHERE kind = 'alert' "
-            "ORDER BY id DESC LIMIT 1"
+            f"SELECT {EVENT_COLUMNS} FROM events WHERE kind = 'alert' ORDER BY id DESC LIMIT 1"  # noqa: S608 - constants
         )
-        if not rows:
-            return None
-        event, time, attempt, step, kind, data = rows[0]
-        return EventRow(
-            event=event, time=time, attempt=attempt, step=step, kind=kind,
-            payload=decode_payload(kind, data), data=data,
-        )  # fmt: skip
+        return _event(rows[0]) if rows else None
 
     def commands(self) -> list[CommandRow]:
         """Every command with its status and, once applied, its changes, in order of arrival."""
@@ -431,6 +418,15 @@ class JournalReader:
             rows = self._db.rows(VALUE_AT, {"name": metric, "step": checkpoint.step})
             found += [(value, checkpoint.step) for (value,) in rows if value is not None]
         return max(found)[1] if found else None
+
+
+def _event(row: tuple[Any, ...]) -> EventRow:
+    """Builds a row from :data:`EVENT_COLUMNS`, without the command."""
+    event, time, attempt, step, kind, data = row
+    return EventRow(
+        event=event, time=time, attempt=attempt, step=step, kind=kind,
+        payload=decode_payload(kind, data), data=data,
+    )  # fmt: skip
 
 
 def _command(row: tuple[Any, ...]) -> CommandRow:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from engine.config.file import DATA_FILES
 from engine.config.model_folder import folder_error, has_config, is_file
+from engine.config.paths import DATA_FILES
 from engine.config.rules.models import check_quantiser_installed
 from engine.config.rules.trackers import check_trackers_installed
 from engine.config.schema import RunConfig

@@ -11,7 +11,7 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.config.settings import LIVE_SETTINGS, SettingChange
+from engine.config.settings import LIVE_SETTINGS, SettingChange, settings_of
 from engine.errors import (
     DamagedCheckpointError,
     JournalError,
@@ -388,8 +388,7 @@ def _check_whole(session: SessionFolder, step: int) -> None:
 
 def _settings_at(session: SessionFolder, config: RunConfig, step: int | None) -> dict[str, Any]:
     """The settings of the step after a checkpoint; the latest ones if `step` is None."""
-    flat = config_file.flatten(config_file.to_tree(config))
-    configured = {name: flat[path] for name, path in LIVE_SETTINGS.items()}
+    configured = config_file.as_mapping(settings_of(config))
     if step is not None:
         return configured | saved_settings(checkpoint_path(session.checkpoints, step))
     with JournalReader(session) as reader:
@@ -401,9 +400,9 @@ def _setting_changes(
 ) -> list[SettingChange]:
     """The overrides of live settings, which take precedence over the checkpoint's settings."""
     overridden = {o.partition("=")[0].strip() for o in overrides}
-    flat = config_file.flatten(config_file.to_tree(config))
+    configured = config_file.as_mapping(settings_of(config))
     return [
-        SettingChange(key=key, old=current.get(key), new=flat[path])
+        SettingChange(key=key, old=current.get(key), new=configured[key])
         for key, path in LIVE_SETTINGS.items()
         if path in overridden
     ]

@@ -121,7 +121,8 @@ class Watchdog:
         hung = [(silence, r) for silence, r in self._silences(now) if silence > self._limit(r)]
         if hung:
             self.ranks_starting()
-            on_silence(hung[0][1], hung[0][0])
+            silence, rank = hung[0]
+            on_silence(rank, silence)
 
     def _silences(self, now: float) -> list[tuple[float, int]]:
         """Seconds of silence and rank, the longest first."""

@@ -31,7 +31,7 @@ def settings_of_run(config: RunConfig) -> list[Setting]:
 
     A default that depends on other keys, such as `rollout.per_prompt`, is that for these keys.
     """
-    values, defaults = _flat(config), _flat(_defaults(config))
+    values, defaults = config_file.to_flat(config), config_file.to_flat(_defaults(config))
     plain = {"ppo.advantage": PPOConfig().advantage, "lora.rank": LoRAConfig().rank}
     defaults |= plain
     found = [Setting(key, value, defaults.get(key)) for key, value in values.items()]
@@ -53,7 +53,3 @@ def _defaults(config: RunConfig) -> RunConfig:
     completed = config_file.complete(msgspec.structs.replace(defaults, eval=evaluation))
     data = msgspec.structs.replace(completed.data, column=DataConfig(prompts="").column)
     return msgspec.structs.replace(completed, data=data)
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:  # the keys have values of every type
-    return config_file.flatten(config_file.to_tree(config))

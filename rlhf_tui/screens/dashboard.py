@@ -122,10 +122,8 @@ class DashboardScreen(SessionScreen):
     def draw(self, *, only_live: bool = False) -> None:
         """Shows the state. Gives the phases a line for each rank, up to a tenth of the screen."""
         ranks = len(self.context.state.phases)
-        phases = self.query_one(PhaseStrip)
-        wanted = min(max(ranks, 1), max(1, self.size.height // 10))
-        if phases.styles.height is None or phases.styles.height.value != wanted:
-            phases.styles.height = wanted
+        most = max(1, self.size.height // 10)
+        self.query_one(PhaseStrip).styles.height = min(max(ranks, 1), most)
         self._fit_machine()
         super().draw(only_live=only_live)
 
@@ -136,9 +134,7 @@ class DashboardScreen(SessionScreen):
             machine.styles.clear_rule("height")
             return
         most = max(5, self.size.height // 3)
-        wanted = min(max(machine.wanted(), 5), most)
-        if machine.styles.height is None or machine.styles.height.value != wanted:
-            machine.styles.height = wanted
+        machine.styles.height = min(max(machine.wanted(), 5), most)
 
     def refresh_content(self) -> None:
         """Draws the charts and the timeline."""

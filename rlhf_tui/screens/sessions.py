@@ -132,21 +132,10 @@ class SessionsScreen(SessionScreen):
         self._reading_settings = False
         self._ask_engines()
         self._show_waits()
-        command = self.context.state.command
-        empty: list[Row] = [
-            [(f" no sessions in {short_path(self.context.root)}", "dim")],
-            [],
-            [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
-            [(" N ", "key"), ("starts a run from a configuration file", "")],
-            [],
-            [(" or from a shell:", "dim")],
-            [(f" {command('demo')}", "key")],
-            [(f" {command('run', 'CONFIG')}", "key")],
-        ]  # fmt: skip
         table = self._table
         first, self._listed = not self._listed, True
         self._marked = [name for name in self._marked if name in self._rows]
-        self._show_rows(empty)
+        self._show_rows(self._how_to_start())
         self.preview.fit()
         if first and self.context.state.name in self._rows:
             table.go(table.keys.index(self.context.state.name))
@@ -156,6 +145,20 @@ class SessionsScreen(SessionScreen):
             if listed.row.name != self.context.state.name:  # the follower reads the open session
                 self.context.commands.run_read(SteeringTarget.of_row(listed.row))
         self.refresh_keys()
+
+    def _how_to_start(self) -> list[Row]:
+        """What stands in the place of the rows in a folder without sessions."""
+        command = self.context.state.command
+        return [
+            [(f" no sessions in {short_path(self.context.root)}", "dim")],
+            [],
+            [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
+            [(" N ", "key"), ("starts a run from a configuration file", "")],
+            [],
+            [(" or from a shell:", "dim")],
+            [(f" {command('demo')}", "key")],
+            [(f" {command('run', 'CONFIG')}", "key")],
+        ]
 
     def _ask_engines(self) -> None:
         """Asks the engines that take no steps what they wait for, in a thread."""

@@ -89,4 +89,4 @@ def _defaults(session: SessionFolder) -> dict[str, Any]:
 
     tree = config_file.to_tree(session.config())
     own = {section: tree[section] for section in REQUIRED}
-    return config_file.flatten(config_file.to_tree(config_file.from_tree(own)))
+    return config_file.to_flat(config_file.from_tree(own))

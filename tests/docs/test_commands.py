@@ -15,6 +15,7 @@ import yaml
 
 from engine import starter
 from engine.config import file as config_file
+from engine.config.key_errors import known_keys
 from engine.errors import RlhfError
 from engine.journal.labels import Response, prefer, set_label
 from engine.journal.samples import SampleReader
@@ -89,7 +90,7 @@ def test_every_yaml_block_is_part_of_a_configuration(page):
 
 @pytest.mark.parametrize("page", OF_OURS, ids=title)
 def test_every_key_that_a_page_names_exists(page):
-    keys = config_file.known_keys()
+    keys = known_keys()
     sections = {key.split(".")[0] for key in keys}
     named = {m[1] for span in spans(page) if (m := KEY.fullmatch(span))}
     ours = {key for key in named if key.split(".")[0] in sections}

@@ -10,7 +10,7 @@ import yaml
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.file import known_keys
+from engine.config.key_errors import known_keys
 from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
 from engine.monitoring.guardrails import DEFAULT_RULES

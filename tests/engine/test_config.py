@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from engine.config import file as config_file
+from engine.config.key_errors import known_keys
 from engine.config.names_elsewhere import KEYS_HERE
 from engine.config.sections.reward import RewardConfig
 from engine.config.settings import (
@@ -33,9 +34,7 @@ def test_what_was_left_out_is_filled_in_and_stated():
     stated = yaml.safe_load(config_file.dump(config))
     assert stated["train"]["keep_last"] == config.train.keep_last
     assert stated["ppo"]["whiten"] is True
-    assert config_file.known_keys() == [
-        key for key in config_file.known_keys() if key in config_file.flatten(stated)
-    ]
+    assert known_keys() == [key for key in known_keys() if key in config_file.flatten(stated)]
 
 
 def test_a_written_configuration_reads_as_itself(tmp_path):
@@ -91,7 +90,7 @@ def test_a_fork_keeps_the_defaults_of_its_parent_and_names_those_that_differ():
 
 
 def test_the_keys_that_other_libraries_names_stand_for_exist():
-    assert set(KEYS_HERE.values()) <= set(config_file.known_keys())
+    assert set(KEYS_HERE.values()) <= set(known_keys())
 
 
 @pytest.mark.parametrize(

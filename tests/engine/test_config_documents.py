@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import file as config_file
+from engine.config.key_errors import known_keys
 from engine.config.schema import RunConfig
 from engine.config.yaml_document import parse_yaml
 from engine.errors import ConfigError
@@ -28,7 +29,7 @@ TREES = st.recursive(
 
 
 @modest
-@given(st.sampled_from(config_file.known_keys()), TREES)
+@given(st.sampled_from(known_keys()), TREES)
 def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(key, value):
     tree = config_file.to_tree(demo())
     *sections, last = key.split(".")
@@ -95,7 +96,7 @@ DOCUMENTS = st.recursive(
 
 
 @modest
-@given(st.sampled_from([k for k in config_file.known_keys() if k != "notify.command"]), DOCUMENTS)
+@given(st.sampled_from([k for k in known_keys() if k != "notify.command"]), DOCUMENTS)
 def test_any_yaml_at_any_key_is_taken_or_refused_in_one_line(tmp_path_factory, key, text):
     *sections, last = key.split(".")
     lines = [f"{'  ' * i}{name}:" for i, name in enumerate(sections)]

@@ -201,7 +201,7 @@ def test_what_an_estimator_declares_fills_in_the_keys_left_out(name):
 
 
 def test_nothing_that_is_not_finite_gets_through():
-    flat = config_file.flatten(config_file.to_tree(demo()))
+    flat = config_file.to_flat(demo())
     for key in (k for k, v in flat.items() if isinstance(v, float)):
         for word, value in ((".inf", math.inf), ("-.inf", -math.inf), (".nan", math.nan)):
             with pytest.raises(ConfigError, match=key.replace(".", r"\.")):

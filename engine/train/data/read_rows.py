@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine import starter
-from engine.config.file import DATA_FILES
+from engine.config.paths import DATA_FILES
 from engine.config.sections.model import PromptSource
 from engine.errors import UserInputError, error_text, first_line
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 
 from engine import starter
-from engine.config.file import DATA_FILES
+from engine.config.paths import DATA_FILES
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError, first_line
 from engine.examined import examined

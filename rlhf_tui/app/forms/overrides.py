@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.config import file as config_file
+from engine.config.key_errors import known_keys
 from engine.config.schema import FIXED_AT_START, RunConfig
 from engine.config.settings import LIVE_SETTINGS, change_settings
 from engine.errors import ConfigError, RlhfError
@@ -62,8 +63,8 @@ class EarlierRun(Struct, frozen=True):
         Args:
             fixed: whether to include the keys that are fixed on a resume.
         """
-        flat = config_file.flatten(config_file.to_tree(self.in_force))
-        keys = dict.fromkeys([*LIVE_SETTINGS.values(), *config_file.known_keys()])
+        flat = config_file.to_flat(self.in_force)
+        keys = dict.fromkeys([*LIVE_SETTINGS.values(), *known_keys()])
         return {
             key: yaml_text(flat[key])
             for key in keys

@@ -1,0 +1,104 @@
+"""One sentence for each mistake in a configuration, which names the dotted key."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from engine.config.names_elsewhere import KEYS_HERE, SECTIONS
+from engine.config.schema import RunConfig
+from engine.config.type_errors import expected, shown
+
+EMPTY = ", got null"
+"""Ends the requirement that a key without a value does not meet."""
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of a configuration, in the order of the schema."""
+    return list(_keys_of(RunConfig, ""))
+
+
+def _keys_of(section: type[msgspec.Struct], prefix: str) -> Iterable[str]:
+    for field in msgspec.structs.fields(section):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from _keys_of(field.type, f"{prefix}{field.encode_name}.")
+        else:
+            yield prefix + field.encode_name
+
+
+def nearest(key: str) -> str:
+    """`; did you mean 'ppo.epochs'?`, or nothing if no key is similar."""
+    keys, section = known_keys(), key.rpartition(".")[0]
+    if "[" in section:  # an entry of a list
+        fields = (f for kind in _types_at(section) for f in getattr(kind, "fields", ()))
+        keys = [f"{section}.{field.encode_name}" for field in fields]
+    last = key.rpartition(".")[2]
+    if "[" not in section and (last in KEYS_HERE or key in SECTIONS):
+        here = KEYS_HERE.get(last, "")
+        suggestion = f"; did you mean '{here}'?" if here else ""
+        if here.rpartition(".")[2] == last:
+            return suggestion
+        return f"{suggestion} (docs/from-*.md compare keys with those of other libraries)"
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not close:
+        close = [k for k in keys if k.rsplit(".", 1)[-1] == last][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def explain(message: str, tree: dict[str, Any]) -> str:
+    """Turns an error message of msgspec into one sentence about a dotted key."""
+    text, _, at = message.partition(" - at `$")
+    path = at.rstrip("`").lstrip(".")
+    if match := re.search(r"unknown field `(.+)`", text):
+        key = f"{path}.{match[1]}" if path else match[1]
+        colon = "; YAML takes `key: value`, with a space after the colon" if ":" in match[1] else ""
+        return f"unknown key '{key}'{colon or nearest(key)}"
+    if match := re.search(r"missing required field `(.+)`", text):
+        key = f"{path}.{match[1]}" if path else match[1]
+        hint = " (a section)" if key in ("model", "data", "reward") else ""
+        return f"'{key}' is missing{hint} and has no default"
+    wanted = expected(text)
+    value = _lookup(tree, path)
+    choices = _choices(path)
+    if choices and ("enum" in text or not wanted):
+        wanted = "one of " + ", ".join(choices)
+    if wanted.endswith(EMPTY):  # `key:` in YAML, `key=` on the command line
+        return f"{path} must be {wanted.removesuffix(EMPTY)} (it is empty)"
+    return f"{path} must be {wanted} (it is {shown(value)})"
+
+
+def _parts(path: str) -> list[str]:
+    """The keys and indices of a dotted key: `reward.mix[0].weight`."""
+    return re.findall(r"[^.\[\]]+", path)
+
+
+def _lookup(tree: Any, path: str) -> Any:
+    for part in _parts(path):
+        try:
+            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return None
+    return tree
+
+
+def _types_at(path: str) -> list[Any]:
+    """What msgspec knows of the types that the value of a key may have."""
+    kinds: list[Any] = [msgspec.inspect.type_info(RunConfig)]
+    for part in _parts(path):
+        if part.isdigit():
+            found = next((k.item_type for k in kinds if hasattr(k, "item_type")), None)
+        else:
+            fields = (f for kind in kinds for f in getattr(kind, "fields", ()))
+            found = next((f.type for f in fields if f.encode_name == part), None)
+        kinds = [found, *getattr(found, "types", ())]
+    return kinds
+
+
+def _choices(path: str) -> list[str]:
+    """The allowed values of a key that is an enumeration; empty for any other key."""
+    kinds = _types_at(path)
+    values = [str(v) for kind in kinds for v in getattr(kind, "values", ())]
+    numbers = any(isinstance(kind, msgspec.inspect.IntType) for kind in kinds)
+    return [*(["a whole number"] if values and numbers else []), *values]
