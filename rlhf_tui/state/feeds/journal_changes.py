@@ -37,12 +37,24 @@ class JournalChanges:
         self._wanted = list(dict.fromkeys(names))
         self._output = output
         self._lock = threading.Lock()
+        self._repeats = 0
+        """Readings whose summary is posted even if it has not changed."""
         self.reset()
 
     def want(self, names: Iterable[str]) -> None:
         """Also reads these metrics from now on. Any thread may call it."""
         with self._lock:
             self._wanted += [n for n in names if n not in self._wanted]
+
+    def repeat_summary(self, readings: int) -> None:
+        """Posts the summary of the next readings even if it is the same. Any thread may call it."""
+        with self._lock:
+            self._repeats = readings
+
+    def _take_repeat(self) -> bool:
+        with self._lock:
+            repeats, self._repeats = self._repeats, max(0, self._repeats - 1)
+            return repeats > 0
 
     def reset(self) -> None:
         """Forgets what was read: another journal is read from now on."""
@@ -85,7 +97,7 @@ class JournalChanges:
             self.reset()
         self._attempts = len(head.attempts)
         advanced = self.head is None or head.step != self.head.step
-        changed = head != self.head
+        changed = self._take_repeat() or head != self.head
         self.head = head
         update = msgspec.structs.replace(live, reset=reset, head=head if changed else None)
         # Clients write this file, so the engine sends no message.
