@@ -141,15 +141,15 @@ class JournalChanges:
     ) -> dict[int, CommandRow]:
         """All commands; those that have ended are not read again unless others have changed them.
 
-        A command of this attempt overrides later ones of an earlier attempt. At a moment of the
-        history all are read: those that had ended by then are not always the first ones.
+        A command of this attempt overrides later ones of an earlier attempt. In a history, where a
+        clock that was set back decides what had been sent by then, all are read if one is missing.
         """
         known = {n: c for n, c in self._commands.items() if n <= self._ended}
-        if session.position is not None:
-            known = {}
         new = record.numbered_commands(max(known, default=0))
         first = min((c.applied_step for c in new.values() if c.applied_step), default=None)
-        if first is not None and any((c.applied_step or 0) > first for c in known.values()):
+        overrides = first is not None and any((c.applied_step or 0) > first for c in known.values())
+        read = len(known) + len(new)
+        if overrides or (session.position is not None and read != record.command_count()):
             known, new = {}, record.numbered_commands()
         commands = known | new
         unfinished = [number for number, command in commands.items() if command.ended is None]
