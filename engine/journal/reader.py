@@ -127,7 +127,7 @@ class JournalReader:
         position = self.session.position
         if position is None:
             return meta
-        return read_meta_at(self._db, position, meta, self.commands())
+        return read_meta_at(self._db, position, meta)
 
     def state(self) -> str:
         """The session's state; `crashed` if the recorded state is live and there is no engine."""
@@ -367,6 +367,11 @@ class JournalReader:
             (after,),
         )
         return {row[-1]: _command(row[:-1]) for row in rows}
+
+    def command_count(self) -> int:
+        """The number of commands."""
+        rows = self._db.rows("SELECT count(*) FROM commands")
+        return int(rows[0][0]) if rows else 0
 
     def _commands_of(self, ids: list[str]) -> dict[str, CommandRow]:
         """Commands by id: a look at the newest events must not read the commands of a long run."""

@@ -26,7 +26,6 @@ class RankHello(Message, frozen=True, tag="rank_hello"):
     token: str
     """From the environment that the supervisor set: shows that the rank is one of its own."""
     rank: int
-    pid: int
     version: int = VERSION
 
 

@@ -9,6 +9,7 @@ folder under /tmp.
 import hashlib
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ ROLLOUT_NAME = "rollout.sock"
 """Names of the sockets: the supervisor's, and that of the first rollout engine."""
 RETRY_INTERVAL = 0.05
 """Seconds between attempts to connect to an engine whose queue of connections is full."""
+_CREDENTIALS = struct.Struct("=iii")
 
 
 def rollout_name(engine: int) -> str:
@@ -74,8 +76,23 @@ def connect(path: Path, timeout: float = 5.0) -> socket.socket:
 
 def peer_uid(sock: socket.socket) -> int:
     """The user id of the peer, from the kernel (SO_PEERCRED)."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int.from_bytes(credentials[4:8], "little")
+    return _peer_credentials(sock)[1]
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """The process id of the peer, from the kernel, as this process must use it.
+
+    The peer may know itself by another one, in a pid namespace of its own. 0 if it is in one that
+    this process cannot see.
+    """
+    return _peer_credentials(sock)[0]
+
+
+def _peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group id."""
+    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(found)
+    return pid, uid, gid
 
 
 def _listen_in(folder: Path, name: str) -> tuple[socket.socket, Path]:

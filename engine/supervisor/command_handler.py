@@ -90,7 +90,7 @@ class CommandHandler:
         """Records and checks a command, then carries it out or sends it to rank 0.
 
         A stop is carried out even if the journal cannot be written, such as on a full disk; every
-        other command is then rejected.
+        other command is then rejected, unless the journal has accepted it and it is on its way.
         """
         try:
             return self._record_and_carry_out(request, who)
@@ -98,13 +98,18 @@ class CommandHandler:
             reason = f"cannot write the journal: {error}"
             # A full disk needs no traceback.
             log.error("%s from %s: %s", request.command.name(), who, reason)  # noqa: TRY400
+            if request.id in self._pending:
+                return CommandReply(id=request.id, status="accepted", reason=reason)
             return self._carry_out_unrecorded(request, who, reason)
 
     def _record_and_carry_out(
         self, request: CommandRequest, who: str, *, again: bool = False
     ) -> CommandReply:
-        """`again`: a command that is in the journal already was recorded but not carried out."""
+        """`again`: what failed is done for a command that is in the journal already."""
         command, commands = request.command, self._journal.commands
+        if again and request.id in self._pending:  # only its state was not recorded
+            self._show_state_after(command)
+            return commands.reply(request.id)
         problem = self._problem(command)
         args = config_file.as_mapping(command)
         new = commands.record(request.id, command.name(), args, who, rejected=problem is not None)
@@ -164,8 +169,9 @@ class CommandHandler:
         state = self._state
         match request.command:
             case Stop() if self._is_immediate(request.command):
-                self._end_ranks()
+                # First: if it raises, the command is carried out without a record.
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
+                self._end_ranks()
             case Rollback() as rollback:
                 task = asyncio.create_task(self._roll_back(request.id, rollback, who))
                 self._rollbacks[request.id] = task
@@ -173,13 +179,18 @@ class CommandHandler:
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
             case command:
                 state.stopping = state.stopping or isinstance(command, Stop)
-                if command.state_when_accepted is not None:
-                    self._publisher.set_state(command.state_when_accepted)
-                elif isinstance(command, Unpause) and self._publisher.state == "pausing":
-                    self._publisher.set_state("running" if state.attempt.ready else "starting")
                 message = RankCommand(id=request.id, command=command)
                 self._pending.add(message, who)
                 state.attempt.send(message)
+                self._show_state_after(command)  # last: the journal may raise
+
+    def _show_state_after(self, command: AnyCommand) -> None:
+        """Sets the state in which the session waits for a command. Raises sqlite3.Error."""
+        if command.state_when_accepted is not None:
+            self._publisher.set_state(command.state_when_accepted)
+        elif isinstance(command, Unpause) and self._publisher.state == "pausing":
+            ready = self._state.attempt.ready
+            self._publisher.set_state("running" if ready else "starting")
 
     async def _roll_back(self, command_id: str, command: Rollback, who: str) -> None:
         """Reads the checkpoint, then begins an attempt from it; a damaged one is rejected.

@@ -33,6 +33,9 @@ class PendingCommands:
         """Adds a command; one that is not in the journal is recorded when it ends."""
         self._pending[message.id] = _Pending(message, who, recorded)
 
+    def __contains__(self, command_id: str) -> bool:
+        return command_id in self._pending
+
     def messages(self) -> list[RankCommand]:
         """The messages for rank 0, which each attempt sends again."""
         return [pending.message for pending in self._pending.values()]

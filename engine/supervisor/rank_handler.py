@@ -15,7 +15,7 @@ from engine.errors import LinkError
 from engine.journal.writer import JournalWriter, is_busy
 from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert, Guardrails
-from engine.protocol import rank_messages
+from engine.protocol import rank_messages, sockets
 from engine.protocol.commands import BoundaryCommand, Pause, SetSetting, Unpause
 from engine.protocol.rank_messages import (
     REWARD_CHANGED,
@@ -117,12 +117,13 @@ class RankMessageHandler:
     ) -> None:
         """Handles a rank's messages until it disconnects; refuses ranks of another attempt."""
         rank, attempt = hello.rank, self._state.attempt
+        pid = sockets.peer_pid(writer.get_extra_info("socket"))
         # Before the first start there is no token, which an empty one would equal.
         expected = bool(self._ranks.token) and hello.token == self._ranks.token
         if not expected or attempt.is_connected(rank):
-            log.warning("refused a rank of another attempt (pid %s)", hello.pid)
+            log.warning("refused a rank of another attempt (pid %s)", pid)
             return
-        self._ranks.rank_connected(rank, hello.pid)
+        self._ranks.rank_connected(rank, pid)
         self._watchdog.rank_connected(rank)
         attempt.rank_connected(rank, writer)
         if rank == 0:

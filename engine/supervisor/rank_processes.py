@@ -73,9 +73,16 @@ class RankProcesses:
         self._add_leader(self._process.pid)
 
     def rank_connected(self, rank: int, pid: int) -> None:
-        """Call it when a rank on this machine connects; its process group ends with the others."""
-        self.pids[rank] = pid
-        self._add_leader(pid)
+        """Call it when a rank on this machine connects; its process group ends with the others.
+
+        Args:
+            rank: which one.
+            pid: from :func:`~engine.protocol.sockets.peer_pid`. A rank that cannot be seen from
+                here, 0, is left to its agent: as a process group 0 is the supervisor's own.
+        """
+        if pid:
+            self.pids[rank] = pid
+            self._add_leader(pid)
 
     def _add_leader(self, pid: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):  # its group may live on

@@ -47,7 +47,7 @@ class Link:
         self._confirmed: queue.SimpleQueue[Confirm | None] = queue.SimpleQueue()
         try:
             self._sock = sockets.connect(Path(os.environ[SOCKET_VARIABLE]))
-            hello = RankHello(token=os.environ[TOKEN_VARIABLE], rank=rank, pid=os.getpid())
+            hello = RankHello(token=os.environ[TOKEN_VARIABLE], rank=rank)
         except (OSError, KeyError) as error:
             raise LinkError(f"rank {rank} cannot reach its supervisor: {error}") from error
         self._sock.settimeout(None)

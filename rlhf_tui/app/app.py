@@ -242,6 +242,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     def on_command_answered(self, message: CommandAnswered) -> None:
         """Shows the reply to a command."""
         self.commands.command_answered(message)
+        if message.reply is not None and message.reply.final:
+            self.follower.command_ended()
 
     def on_engine_started(self, message: EngineStarted) -> None:
         """Shows whether an engine has started."""

@@ -16,6 +16,7 @@ from rlhf_tui.app.replaying import ReplayControls
 from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.screens.context import Origin, Say
 from rlhf_tui.state import preferences as prefs
+from rlhf_tui.state.command_sender import UNCHANGED_READINGS
 from rlhf_tui.state.feeds.feed import Feed, SessionFeed
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.messages import SessionUpdated
@@ -155,6 +156,11 @@ class SessionFollower:
         """Reads the metrics of new charts, given as in the preferences."""
         if self._feed is not None:
             self._feed.want(with_drawn(n.strip() for spec in specs for n in spec.split(" + ")))
+
+    def command_ended(self) -> None:
+        """Call it when a command was applied: others may have reverted it before it was read."""
+        if isinstance(self._feed, Feed):
+            self._feed.repeat_summary(UNCHANGED_READINGS)
 
     def leave(self) -> None:
         """Stops following, and saves what was seen."""

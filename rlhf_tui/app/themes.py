@@ -22,6 +22,8 @@ Ramp = tuple[Step, Step, Step]
 
 _SERIES_DARK: Series = (SKY, ORANGE, "#2FC79A", PURPLE, YELLOW, "#E0733A")
 _SERIES_LIGHT: Series = (BLUE, "#B87A00", "#007A59", "#A8477D", "#8A8000", VERMILLION)
+READABLE = 3.0
+"""The least contrast of text (WCAG 2, for large text)."""
 
 
 class Palette(Struct, frozen=True):
@@ -50,6 +52,17 @@ class Palette(Struct, frozen=True):
     """Values above the centre of a heat strip, weakest first."""
     cold: Ramp
     """Values below it."""
+
+    @property
+    def state(self) -> str:
+        """Background of the run's state beside the tabs: the bar, if a state can be read on it.
+
+        None of the 16 colours is a grey for that.
+        """
+        bar = Color.parse(self.bar)
+        tones = (self.good, self.warn, self.bad)
+        readable = all(contrast(Color.parse(tone), bar) > READABLE for tone in tones)
+        return self.bar if readable else self.ground
 
     def colours(self) -> set[str]:
         """Every colour of the palette, in lower case."""
@@ -208,8 +221,8 @@ def _theme(name: str, p: Palette, *, dark: bool, exact: bool) -> Theme:
         for i, (background, text) in enumerate(steps, start=1):
             variables |= {f"{ramp}{i}": background, f"on-{ramp}{i}": text}
     variables |= {
-        "dim": p.dim, "bar": p.bar, "focus-bar": p.focus, "chosen": p.cursor, "band": p.band,
-        "raw": p.raw, "good": p.good, "warn": p.warn, "bad": p.bad, "key": p.accent,
+        "dim": p.dim, "bar": p.bar, "state": p.state, "focus-bar": p.focus, "chosen": p.cursor,
+        "band": p.band, "raw": p.raw, "good": p.good, "warn": p.warn, "bad": p.bad, "key": p.accent,
     }  # fmt: skip
     if exact:
         # Textual derives these by blending, to colours that the terminal does not have.

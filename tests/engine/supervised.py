@@ -1,7 +1,6 @@
 """A supervisor without rank processes, and waits for what it does."""
 
 import asyncio
-import os
 
 from engine.launch.start import StartOptions
 from engine.monitoring.guardrails import Alert
@@ -54,7 +53,7 @@ async def rank_connection(engine, folder):
     """A connection as of rank 0: its reader and writer, and a server to close."""
     engine.supervisor.ranks.token = "token"  # noqa: S105 - of a test
     path, served = str(folder / "link.sock"), engine.supervisor.rank_messages.handle_connection
-    hello = RankHello(token="token", rank=0, pid=os.getpid())  # noqa: S106 - of a test
+    hello = RankHello(token="token", rank=0)  # noqa: S106 - of a test
 
     async def serve(reader, writer):
         await served(hello, reader, writer)

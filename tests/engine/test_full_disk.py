@@ -4,7 +4,7 @@ import asyncio
 import resource
 import signal
 import sqlite3
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
@@ -45,6 +45,44 @@ async def test_a_stop_at_once_needs_no_journal(engine):
     assert reply.status == "applied"
     assert reply.reason.startswith("cannot write the journal")
     assert engine.shared.stop_now
+
+
+@contextmanager
+def full_after_acceptance(journal, monkeypatch):
+    """A disk that is full from when the command is accepted in the journal."""
+    accept, room = journal.commands.accept, ExitStack()
+
+    def accept_last(command_id):
+        accept(command_id)
+        room.enter_context(no_room_for_files())
+
+    with monkeypatch.context() as patched, room:
+        patched.setattr(journal.commands, "accept", accept_last)
+        yield
+
+
+async def test_a_stop_at_once_that_is_accepted_and_cannot_be_recorded_is_applied(
+    engine, writer, monkeypatch
+):
+    engine.supervisor.publisher.set_state("starting")
+    with full_after_acceptance(writer.journal, monkeypatch):
+        reply = engine.send(Stop())
+    assert (reply.status, reply.reason[:24]) == ("applied", "cannot write the journal")
+    assert engine.shared.stop_now
+
+
+@pytest.mark.parametrize("command", [Stop(), Pause()])
+async def test_a_command_that_is_accepted_before_the_disk_is_full_reaches_the_ranks_once(
+    engine, writer, monkeypatch, command
+):
+    with full_after_acceptance(writer.journal, monkeypatch):
+        reply = engine.send(command)
+    assert (reply.status, reply.reason[:24]) == ("accepted", "cannot write the journal")
+    assert [m.command for m in engine.supervisor.pending.messages()] == [command]
+    assert engine.shared.stopping == (command == Stop())
+    apply_pending(engine)
+    with JournalReader(writer.session) as reader:
+        assert [c.status for c in reader.commands()] == ["applied"]
 
 
 async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(engine, writer):

@@ -13,6 +13,10 @@ from engine.journal.samples import SampleQuery
 from engine.protocol.client import Client
 from engine.session.folder import SessionFolder
 from engine.session.position import StepRange, step_ranges
+from rlhf_tui.state.feeds.journal_changes import JournalChanges
+from rlhf_tui.state.feeds.output import UpdateOutput
+from rlhf_tui.state.feeds.updates import SessionUpdate
+from rlhf_tui.state.session_state import SessionState
 
 SCORE = "objective/scores"
 
@@ -139,6 +143,41 @@ def test_at_every_moment_readers_give_what_they_gave_then(writer, history):
     for (place, then), (_, afterwards) in zip(history.moments, history.replayed(), strict=True):
         for what in then:
             assert afterwards[what] == then[what], (place, what)
+
+
+def replayed_commands(session):
+    """Yields the commands that a replay shows at each moment, and those that there were."""
+    state = SessionState(session.name)
+    changes, recording = JournalChanges([SCORE], UpdateOutput(state.take)), Recording(session)
+    for offset in recording.offsets:
+        there = session.at(recording.position_at(offset))
+        with JournalReader(there) as record:
+            changes.read(there, record, (), SessionUpdate())
+            yield state.commands, record.commands()
+
+
+def test_a_replay_has_the_commands_of_each_moment(writer, history):
+    live_through(writer, history)
+    for shown, commands in replayed_commands(writer.session):
+        assert shown == commands
+
+
+def test_a_replay_does_not_read_commands_again_that_have_ended(writer, monkeypatch):
+    for step in range(1, 31):
+        writer.change(f"c{step}", step, 0.1, 0.2)
+        writer.steps(step)
+    numbered, read = JournalReader.numbered_commands, []
+
+    def counted(*arguments):
+        found = numbered(*arguments)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(JournalReader, "numbered_commands", counted)
+    for shown, commands in replayed_commands(writer.session):
+        assert shown == commands
+        read.pop()  # of the line above
+        assert max(read, default=0) <= 2
 
 
 def test_a_judgement_is_shown_from_its_time_on(writer):

@@ -6,12 +6,16 @@ import subprocess
 import sys
 import tempfile
 
+import psutil
 import pytest
 
+from engine.config.sections.launch import LaunchConfig
 from engine.errors import SessionError, SessionLockedError
 from engine.protocol import sockets
 from engine.session import lock
 from engine.session.access import open_to_umask
+from engine.session.folder import SessionFolder
+from engine.supervisor.rank_processes import RankProcesses
 
 HOLD = """
 import sys
@@ -175,6 +179,38 @@ def test_a_folder_in_tmp_that_others_can_enter_is_not_used(tmp_path, monkeypatch
     own.symlink_to(folder)
     with pytest.raises(SessionError, match="cannot create a socket"):
         sockets.listen(folder)
+
+
+CONNECT = """
+import os, sys
+from pathlib import Path
+from engine.protocol import sockets
+with sockets.connect(Path(sys.argv[1])) as sock:
+    sock.sendall(bytes([os.getpid()]))
+    sock.recv(1)
+"""
+
+
+def test_a_peer_in_another_pid_namespace_has_its_own_id_here(tmp_path):
+    """A rank's id is where its process group is killed: as it knows itself it may be another's."""
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces of its own")
+    listener, path = sockets.listen(tmp_path)
+    with listener, subprocess.Popen([*unshare, sys.executable, "-c", CONNECT, path]) as process:
+        listener.settimeout(60)
+        peer = listener.accept()[0]
+        with peer:
+            peer.settimeout(60)
+            assert peer.recv(1) == b"\x01"
+            assert psutil.Process(sockets.peer_pid(peer)).ppid() == process.pid
+
+
+def test_a_rank_that_cannot_be_seen_is_not_signalled(tmp_path):
+    """As a process group 0 is the supervisor's own."""
+    ranks = RankProcesses(SessionFolder(tmp_path), tmp_path / "engine.sock", LaunchConfig())
+    ranks.rank_connected(0, 0)
+    assert ranks.pids == {}
 
 
 def test_nobody_listening_is_an_os_error(tmp_path):

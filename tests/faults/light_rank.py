@@ -76,7 +76,7 @@ class LightRank:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._sock = sockets.connect(Path(os.environ[SOCKET_VARIABLE]))
         self._sock.settimeout(None)
-        self.send(RankHello(token=os.environ[TOKEN_VARIABLE], rank=0, pid=os.getpid()))
+        self.send(RankHello(token=os.environ[TOKEN_VARIABLE], rank=0))
         threading.Thread(target=self._read, daemon=True).start()
         begin = self._take()
         assert isinstance(begin, Begin)

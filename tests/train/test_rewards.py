@@ -66,6 +66,12 @@ def module(tmp_path, monkeypatch):
         "    torch.set_num_threads(torch.get_num_threads() + 1)\n"
         "    torch.set_float32_matmul_precision('medium')\n"
         "    return [0.0] * len(completions)\n"
+        "def closes(completions, **kwargs):\n"
+        "    import sys\n"
+        "    print('scoring')\n"
+        "    sys.stdout.close()\n"
+        "    sys.stderr.close()\n"
+        "    return [0.0] * len(completions)\n"
         "def appends(prompts, completions, completion_ids, notes):\n"
         "    for i, messages in enumerate(prompts):\n"
         "        messages += completions[i]\n"
@@ -151,6 +157,19 @@ def test_torch_settings_that_a_function_changes_are_restored(module, inputs):
         torch.set_num_threads(before[2])
         torch.set_float32_matmul_precision(before[3])
     assert after == before
+
+
+def test_a_function_may_close_standard_output_and_error(module, inputs, capfd, monkeypatch):
+    # The rank's: closing pytest's own would end the tests.
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        monkeypatch.setattr(sys, name, os.fdopen(fd, "w", closefd=False))
+    reward = function_reward(module, "closes")
+    for _ in range(2):
+        assert reward(inputs, report_nothing) == [0.0] * 3
+    for stream in (sys.stdout, sys.stderr):
+        stream.write("the rank goes on\n")
+        stream.flush()
+    assert capfd.readouterr() == ("scoring\n" * 2 + "the rank goes on\n", "the rank goes on\n")
 
 
 def test_what_a_function_changes_of_its_arguments_is_its_own(module, inputs):

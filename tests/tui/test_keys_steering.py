@@ -5,6 +5,7 @@ import pytest
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
 from rlhf_tui.app import steering
+from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.picker import PickerDialog
 from rlhf_tui.dialogs.text import ProbeDialog
@@ -31,6 +32,27 @@ async def test_a_second_p_unpauses_although_the_first_is_not_read_back_yet(
         await until(
             pilot, lambda: engine == [steering.Pause(), steering.Unpause(), steering.Pause()]
         )
+
+
+async def test_a_run_that_others_pause_again_at_once_can_be_unpaused_again(
+    engine, session_maker, tmp_path, running, until
+):
+    session = session_maker(tmp_path / "s", "run", 3)
+    journal = JournalWriter(session)
+    journal.set_meta(state="paused")
+    journal.close()
+    app = RlhfApp(tmp_path / "s", "run")
+
+    def offered():
+        return {b.binding.action for b in app.screen.active_bindings.values()}
+
+    async with running(app) as pilot:
+        await until(pilot, lambda: "steer('unpause')" in offered())
+        await pilot.press("p")
+        # Nothing else is read of the run: before and after the command it is paused.
+        await until(pilot, lambda: engine and "steer('unpause')" in offered())
+        await pilot.press("p")
+        await until(pilot, lambda: engine == [steering.Unpause(), steering.Unpause()])
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class FunctionReward:
         module_name = source.partition(":")[0]
         self._folders = [path, "."] if path else ["."]
         try:
-            with _imported_from(self._folders), _restored_torch_settings():
+            with _imported_from(self._folders), _own_streams(), _restored_torch_settings():
                 self._module = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:
             # A user's module may raise anything on import; the user gets it on one line.
@@ -92,7 +92,7 @@ class FunctionReward:
     def _reload_if_changed(self) -> None:
         """Imports a changed file again. Raises whatever the file raises."""
         if (found := self._file_signature()) and found != self._signature:
-            with _imported_from(self._folders), _restored_torch_settings():
+            with _imported_from(self._folders), _own_streams(), _restored_torch_settings():
                 self._module = importlib.reload(self._module)
             self._find()
             self._signature = found
@@ -102,7 +102,7 @@ class FunctionReward:
         if self._raised:
             self._reload_if_changed()
         self._raised = True
-        with _forks_ended(), _restored_torch_settings():
+        with _forks_ended(), _own_streams(), _restored_torch_settings():
             scores = self._scores(inputs)
         self._raised = False
         report(len(inputs), len(inputs))
@@ -184,6 +184,26 @@ def _restored_torch_settings() -> Iterator[None]:
         for (get, change), value in zip(TORCH_SETTINGS, before, strict=True):
             if get() != value:
                 change(value)
+
+
+@contextlib.contextmanager
+def _own_streams() -> Iterator[None]:
+    """Context with other objects for standard output and error, which go to the same files.
+
+    The function may close them; the rank's log needs its own. They are not closed here: handlers
+    of the function's loggers may keep them.
+    """
+    out, error = (
+        os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        for fd in (1, 2)
+    )
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            yield
+        finally:
+            for stream in (out, error):
+                if not stream.closed:
+                    stream.flush()
 
 
 @contextlib.contextmanager

@@ -96,6 +96,13 @@ class Feed:
             self._unread = True
         self._wake.set()
 
+    def repeat_summary(self, readings: int) -> None:
+        """Posts the summary of the next readings even if it is the same; reads soon."""
+        self._changes.repeat_summary(readings)
+        with self._lock:
+            self._unread = True
+        self._wake.set()
+
     # -- reading ------------------------------------------------------------------------------
 
     def _read_loop(self) -> None:

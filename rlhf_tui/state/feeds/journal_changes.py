@@ -37,12 +37,24 @@ class JournalChanges:
         self._wanted = list(dict.fromkeys(names))
         self._output = output
         self._lock = threading.Lock()
+        self._repeats = 0
+        """Readings whose summary is posted even if it has not changed."""
         self.reset()
 
     def want(self, names: Iterable[str]) -> None:
         """Also reads these metrics from now on. Any thread may call it."""
         with self._lock:
             self._wanted += [n for n in names if n not in self._wanted]
+
+    def repeat_summary(self, readings: int) -> None:
+        """Posts the summary of the next readings even if it is the same. Any thread may call it."""
+        with self._lock:
+            self._repeats = readings
+
+    def _take_repeat(self) -> bool:
+        with self._lock:
+            repeats, self._repeats = self._repeats, max(0, self._repeats - 1)
+            return repeats > 0
 
     def reset(self) -> None:
         """Forgets what was read: another journal is read from now on."""
@@ -85,7 +97,7 @@ class JournalChanges:
             self.reset()
         self._attempts = len(head.attempts)
         advanced = self.head is None or head.step != self.head.step
-        changed = head != self.head
+        changed = self._take_repeat() or head != self.head
         self.head = head
         update = msgspec.structs.replace(live, reset=reset, head=head if changed else None)
         # Clients write this file, so the engine sends no message.
@@ -129,15 +141,15 @@ class JournalChanges:
     ) -> dict[int, CommandRow]:
         """All commands; those that have ended are not read again unless others have changed them.
 
-        A command of this attempt overrides later ones of an earlier attempt. At a moment of the
-        history all are read: those that had ended by then are not always the first ones.
+        A command of this attempt overrides later ones of an earlier attempt. In a history, where a
+        clock that was set back decides what had been sent by then, all are read if one is missing.
         """
         known = {n: c for n, c in self._commands.items() if n <= self._ended}
-        if session.position is not None:
-            known = {}
         new = record.numbered_commands(max(known, default=0))
         first = min((c.applied_step for c in new.values() if c.applied_step), default=None)
-        if first is not None and any((c.applied_step or 0) > first for c in known.values()):
+        overrides = first is not None and any((c.applied_step or 0) > first for c in known.values())
+        read = len(known) + len(new)
+        if overrides or (session.position is not None and read != record.command_count()):
             known, new = {}, record.numbered_commands()
         commands = known | new
         unfinished = [number for number, command in commands.items() if command.ended is None]
