@@ -93,7 +93,8 @@ class Client:
         if not isinstance(welcome, Welcome) or welcome.version != frames.VERSION:
             raise RefusedByEngineError(
                 f"the engine of '{session.name}' uses another version of the protocol; use the "
-                "rlhf-tui that started it, or stop it and resume it with this one"
+                f"rlhf-tui that started it, or end it by kill {engine.pid}, which saves, and "
+                "resume it with this one"
             )
         self.pid = welcome.pid
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 
 import msgspec
 import pytest
@@ -133,6 +134,15 @@ def test_a_watcher_too_many_is_refused_with_the_reason_and_can_stop_the_run(serv
             await asyncio.to_thread(next, late.watch())
         reply = await asyncio.to_thread((await connect()).send, Stop())
         assert reply.status == "applied"
+
+    serving(test)
+
+
+def test_an_engine_of_another_version_is_ended_by_its_process_id(serving, monkeypatch):
+    async def test(_server, connect):
+        monkeypatch.setattr(frames, "VERSION", frames.VERSION + 1)
+        with pytest.raises(RefusedByEngineError, match=rf"end it by kill {os.getpid()}, which"):
+            await connect()
 
     serving(test)
 

@@ -2,6 +2,7 @@
 
 import json
 import stat
+import time
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from engine.train.reports.trackers import TrackerProcess, shown_config
 
 MODULE = '''
 import json
+import time
 from pathlib import Path
 from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
@@ -56,6 +58,10 @@ class Broken(Lines):
 
     def log(self, values, step=None, **kwargs):
         raise OSError("no route\\nto host")
+
+class Hangs(Lines):
+    def log(self, values, step=None, **kwargs):
+        time.sleep(1000)
 
 class Ends(Broken):
     def store_init_configuration(self, values):
@@ -111,6 +117,23 @@ def test_a_resume_continues_the_runs_and_no_failure_ends_them(two_attempts):
     events = EventAccumulator(str(session.trackers / "mine"))
     events.Reload()
     assert [e.step for e in events.Scalars("objective/kl")] == [1, 2, 3, 3, 4]
+
+
+def test_a_tracker_that_hangs_keeps_nothing_from_the_others(tmp_path, monkeypatch):
+    (tmp_path / "my_trackers.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(reports, "FINISH_SECONDS", 0.1)
+    config = demo("log.trackers=['my_trackers:Hangs', 'my_trackers:Lines']")
+    session = create(tmp_path, "hangs", config)
+    trackers = TrackerProcess(session, config, lambda _step, _text: None)
+    for step in (1, 2):
+        trackers.step(step, {"objective/kl": 0.5}, [])
+    file = session.trackers / "lines.jsonl"
+    deadline = time.monotonic() + 120
+    while not file.exists() or '2, {"objective/kl": 0.5}' not in file.read_text():
+        assert time.monotonic() < deadline, "the metrics of step 2 have not arrived"
+        time.sleep(0.05)
+    trackers.close()
 
 
 def test_a_tracker_that_prints_too_much_does_not_fill_the_disk(two_attempts):

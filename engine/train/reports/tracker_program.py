@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import queue
 import signal
 import stat
 import sys
@@ -38,6 +39,8 @@ MAX_LOG = 10_000_000
 """Bytes of what trackers print that are kept: the first half and the newest of the rest."""
 LOG_INTERVAL = 1.0
 """Seconds between looks at their size."""
+PENDING = 10_000
+"""Steps that wait for a tracker before further ones are not passed on."""
 FAILURES = (Exception, SystemExit)
 """Of any package. Some call `sys.exit`, which would end the other trackers, too."""
 
@@ -59,30 +62,44 @@ def main() -> None:
     os.dup2(2, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # it ends with its input
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    reporting = threading.Lock()
 
     def report(text: str) -> None:
-        problems.write(" ".join(text.split()) + "\n")
-        problems.flush()
+        with reporting:
+            problems.write(" ".join(text.split()) + "\n")
+            problems.flush()
 
     threading.Thread(target=keep_log_short, daemon=True, name="log").start()
     os.umask(0o077)  # what trackers write is the owner's, too
     header = msgspec.json.decode(sys.stdin.buffer.readline(), type=examined(Header))
     PartialState(cpu=True)  # the trackers' own logger asks for it
     lock = wait_for_lock()
-    runs = start_all(header, report)
+    ids = RunIds(Path(IDS))
+    runs = [TrackerRun(name, header, ids, report) for name in header.trackers]
+    threading.Thread(target=pass_on, args=(runs,), daemon=True, name="input").start()
+    others = [threading.Thread(target=run, name=run.name) for run in runs[1:]]
+    for thread in others:
+        thread.start()
+    runs[0]()  # some packages set handlers of signals, which only the main thread may
+    for thread in others:
+        thread.join()
+    lock.release()
+    sys.stderr.flush()
+    shorten_log()
+    os._exit(0)  # threads of a package may keep the interpreter from ending
+
+
+def pass_on(runs: "list[TrackerRun]") -> None:
+    """Gives each tracker the metrics of standard input; after its end they have a minute left."""
     for data in sys.stdin.buffer:
         line = msgspec.json.decode(data, type=examined(Line))
         values = {k: math.nan if v is None else v for k, v in line.metrics.items()}
         for run in runs:
             run.log(values, line.step)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(FINISH_SECONDS)
     for run in runs:
-        run.finish()
-    lock.release()
-    sys.stderr.flush()
-    shorten_log()
-    os._exit(0)  # threads of a package may keep the interpreter from ending
+        run.close()
 
 
 def keep_log_short() -> None:
@@ -117,56 +134,89 @@ def wait_for_lock() -> SessionLock:
             time.sleep(0.2)
 
 
-class TrackerRun:
-    """One tracker, whose first failure is reported."""
+class RunIds:
+    """The ids of the session's runs, in a file."""
 
-    def __init__(self, name: str, tracker: GeneralTracker, report: Report) -> None:
-        self._name = name
-        self._tracker = tracker
+    def __init__(self, file: Path) -> None:
+        """Reads them."""
+        self._file = file
+        self._lock = threading.Lock()
+        self._ids: dict[str, str] = (
+            json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        )
+
+    def get(self, tracker: str) -> str:
+        """A tracker's; "" if it has none yet."""
+        return self._ids.get(tracker, "")
+
+    def add(self, tracker: str, run_id: str) -> None:
+        """Writes a new one."""
+        with self._lock:
+            self._ids[tracker] = run_id
+            write_atomically(self._file, json.dumps(self._ids, indent=1))
+
+
+class TrackerRun:
+    """One tracker, whose first failure is reported. One that hangs does not delay the others.
+
+    All calls of its package come from the thread that calls it, as MLflow keeps its run by thread.
+    """
+
+    def __init__(self, name: str, header: Header, ids: RunIds, report: Report) -> None:
+        self.name = name
+        self._header = header
+        self._ids = ids
         self._report = report
         self._reported = False
+        self._dropped = False
+        self._pending: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue()
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Passes the metrics of a step on."""
-        try:
-            self._tracker.log(values, step=step)
-        except FAILURES as error:
-            self._failed(f"the metrics of step {step}", error)
+        """Passes the metrics of a step on; returns at once."""
+        if self._pending.qsize() < PENDING:
+            self._pending.put((values, step))
+        elif not self._dropped:
+            self._dropped = True
+            self._report(f"{self.name} is {PENDING} steps behind: it misses steps from {step} on")
 
-    def finish(self) -> None:
-        """Ends the tracker's part of this attempt."""
+    def close(self) -> None:
+        """Lets it end once it has what was passed on."""
+        self._pending.put(None)
+
+    def __call__(self) -> None:
+        """Runs the tracker up to the end.
+
+        It continues the run of the session's earlier attempts if there is one.
+        """
         try:
-            self._tracker.finish()
+            tracker = self._start()
+        except FAILURES as error:
+            self._report(f"{self.name} cannot be started: {first_line(error)}")
+            self._dropped = True  # nobody takes what is pending
+            return
+        while (line := self._pending.get()) is not None:
+            values, step = line
+            try:
+                tracker.log(values, step=step)
+            except FAILURES as error:
+                self._failed(f"the metrics of step {step}", error)
+        try:
+            tracker.finish()
         except FAILURES as error:
             self._failed("the end of the run", error)
+
+    def _start(self) -> GeneralTracker:
+        tracker, run_id = make_tracker(self.name, self._header, self._ids.get(self.name))
+        tracker.start()
+        if not self._ids.get(self.name):
+            self._ids.add(self.name, run_id())
+            tracker.store_init_configuration(self._header.config)
+        return tracker
 
     def _failed(self, what: str, error: BaseException) -> None:
         if not self._reported:
             self._reported = True
-            self._report(f"{self._name} did not take {what}: {first_line(error)}")
-
-
-def start_all(header: Header, report: Report) -> list[TrackerRun]:
-    """Starts the trackers, each with the run of the session's earlier attempts if it has one.
-
-    What cannot be started is reported and left out.
-    """
-    file = Path(IDS)
-    ids: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    runs = []
-    for name in header.trackers:
-        try:
-            tracker, run_id = make_tracker(name, header, ids.get(name, ""))
-            tracker.start()
-            if name not in ids:
-                ids[name] = run_id()
-                write_atomically(file, json.dumps(ids, indent=1))
-                tracker.store_init_configuration(header.config)
-        except FAILURES as error:
-            report(f"{name} cannot be started: {first_line(error)}")
-            continue
-        runs.append(TrackerRun(name, tracker, report))
-    return runs
+            self._report(f"{self.name} did not take {what}: {first_line(error)}")
 
 
 if __name__ == "__main__":
