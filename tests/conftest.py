@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,12 @@ for name, value in mkl_settings().items():
 # two hundred modules of ours again, and every process of pytest rewrites all assertions.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+
+# A shell starts a job in the background with this signal ignored, and processes inherit that: what
+# a test interrupts would go on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # On a busy machine an example takes as long as it takes.
