@@ -226,61 +226,6 @@ def test_a_scheduler_that_repeats_a_finished_run_does_not_train_it_on(session_ma
     assert "rlhf-tui resume done -o train.steps=6" in result.output  # without it nothing is left
 
 
-@pytest.mark.parametrize("option", [("--step", "2"), ("--best",), ("--ema",), ("--merged",)])
-def test_an_option_of_the_policy_is_refused_where_none_is_exported(session_maker, tmp_path, option):
-    session_maker(tmp_path / "s", "mine", 3)
-    target = tmp_path / "samples.jsonl"
-    arguments = ["export", "mine", "--samples", str(target), "--sessions", str(tmp_path / "s")]
-    done = CliRunner().invoke(cli, [*arguments, *option])
-    assert option[0] in str(done.exception)
-    assert not target.exists()
-
-
-def test_an_exported_file_replaces_another_whole(session_maker, tmp_path):
-    session_maker(tmp_path / "s", "mine", 3)
-    target, same = tmp_path / "rows.jsonl", tmp_path / "same.jsonl"
-    target.write_text("before", encoding="utf-8")
-    same.hardlink_to(target)  # sees what is written in place
-    arguments = ["export", "mine", "--samples", str(target), "--sessions", str(tmp_path / "s")]
-    assert CliRunner().invoke(cli, arguments).exit_code == 0
-    assert target.read_text(encoding="utf-8") != "before"
-    assert same.read_text(encoding="utf-8") == "before"
-
-
-def test_a_policy_that_cannot_be_copied_whole_leaves_no_folder(session_maker, tmp_path):
-    session = session_maker(tmp_path / "s", "mine", 3)
-    policy = session.checkpoints / "step-000003" / "policy"
-    policy.mkdir(parents=True)
-    (policy / "config.json").write_text("{}")
-    (policy / "model.safetensors").symlink_to("nowhere")
-    for name in ("state.json", "COMPLETE"):
-        (policy.parent / name).write_text("{}")
-    target, folder = tmp_path / "to", str(tmp_path / "s")
-    arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
-    done = CliRunner().invoke(cli, arguments)
-    assert f"--policy: cannot write {target}" in str(done.exception)
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
-    (policy / "model.safetensors").unlink()
-    target.mkdir()  # an empty folder is as good as none
-    assert CliRunner().invoke(cli, arguments).exit_code == 0
-    assert {path.name for path in target.iterdir()} == {"README.md", "config.json"}
-
-
-def test_a_policy_is_exported_from_a_session_whose_journal_is_damaged(session_maker, tmp_path):
-    session = session_maker(tmp_path / "s", "mine", 3)
-    policy = session.checkpoints / "step-000003" / "policy"
-    policy.mkdir(parents=True)
-    for file in (policy / "config.json", policy.parent / "state.json", policy.parent / "COMPLETE"):
-        file.write_text("{}")
-    session.journal_file.write_bytes(b"no database" * 1000)
-    target, folder = tmp_path / "to", str(tmp_path / "s")
-    arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
-    done = CliRunner().invoke(cli, arguments)
-    assert done.exit_code == 0
-    assert "without a card: cannot read" in done.output
-    assert [path.name for path in target.iterdir()] == ["config.json"]
-
-
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
