@@ -15,13 +15,7 @@ from engine.errors import SessionError, UserInputError
 from engine.journal.json_values import Json
 from engine.launch.rollout.engine import TESTED_VLLM, find_vllm, rollout_python
 from engine.protocol import sockets
-from rlhf_tui.commands.options import (
-    is_terminal,
-    json_option,
-    print_json,
-    say,
-    sessions_option,
-)
+from rlhf_tui.commands.options import is_terminal, json_option, print_json, say, sessions_option
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "textual")
 

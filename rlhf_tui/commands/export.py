@@ -22,12 +22,7 @@ from engine.session.folder import SessionFolder
 from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
-from rlhf_tui.commands.options import (
-    existing,
-    name_argument,
-    say,
-    sessions_option,
-)
+from rlhf_tui.commands.options import existing, name_argument, say, sessions_option
 from rlhf_tui.output_file import write_output
 from rlhf_tui.report.model_card import CARD, ExportedPolicy, model_card
 

@@ -9,11 +9,7 @@ import click
 from engine.errors import SessionError, UserInputError
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.options import (
-    complete_name,
-    existing,
-    sessions_option,
-)
+from rlhf_tui.commands.options import complete_name, existing, sessions_option
 
 
 @click.command()
