@@ -59,6 +59,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 EVERY_TIME = ("gpt2", "mistral", "qwen3_moe")
 """Learnt positions and Conv1D; a window; experts. `make test-all` has all of them."""
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
 ON_TWO_RANKS = ("gpt2", "bloom", "gemma2", "qwen3_moe")
 architectures = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=() if k in EVERY_TIME else pytest.mark.slow)
@@ -66,7 +67,7 @@ architectures = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-def write_model(folder, kind):
+def write_model(folder, kind, dtype=torch.float32):
     """A tiny model that reads the starter's tokens; its weights are large enough to matter."""
     torch.manual_seed(0)
     shape = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **ARCHITECTURES[kind])
@@ -75,6 +76,7 @@ def write_model(folder, kind):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(10)
+    model.to(dtype)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(starter.resolve("starter:policy")).save_pretrained(folder)
     return folder
@@ -100,6 +102,18 @@ def test_a_run_starts_at_ratio_1_and_kl_0_and_samples_what_it_trains_on(
     run.state.step = 1
     metrics, _ = train_step(run, 2)
     assert abs(metrics["objective/kl"]) > 1e-6, "the update changed nothing"
+
+
+@architectures
+def test_in_bfloat16_the_kl_to_the_reference_is_0_before_the_first_update(make_run, tmp_path, kind):
+    folder = write_model(tmp_path / kind, kind, torch.bfloat16)
+    run, _ = make_run(*overrides(folder), "model.dtype=bfloat16")
+    assert {p.dtype for p in run.reference.parameters() if p.ndim > 1} == {torch.bfloat16}
+    metrics, responses = train_step(run, 1)
+    if kind in WITH_EXPERTS:  # products of experts are computed in the dtype of their weights
+        assert metrics["objective/kl"] == pytest.approx(0, abs=0.1)
+    else:
+        assert all(r.kl == 0 for r in responses)
 
 
 def test_a_model_whose_log_probabilities_are_not_numbers_is_refused(make_run, tmp_path):

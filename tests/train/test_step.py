@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
-from engine.errors import CommandRejectedError, UserInputError
+from engine.errors import CommandRejectedError, RlhfError, UserInputError
 from engine.train.greedy_baseline import greedy_scores
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
@@ -18,6 +18,7 @@ from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
 from engine.train.reward_scales import reference_responses
 from engine.train.rewards.source import RewardInputs
+from engine.train.rollout_check import check_first_rollout
 from engine.train.step import sampling_options, train_step
 from tests.variants import some_of
 
@@ -238,6 +239,22 @@ def test_bfloat16_recomputes_the_old_log_probabilities_and_trains(make_run):
     assert metrics["val/ratio"] == pytest.approx(1, abs=1e-3)
     assert 0 < metrics["val/rollout_logprob_gap"] < 0.5
     assert all(p.dtype is torch.float32 for p in run.policy.parameters())
+
+
+@pytest.mark.parametrize(("off", "refused"), [(1, False), (20, True)])
+def test_in_bfloat16_single_tokens_may_differ_while_a_whole_response_may_not(
+    make_run, off, refused
+):
+    run, _ = make_run("model.dtype=bfloat16", "rollout.max_new_tokens=20")
+    rollout = rollout_of(run)
+    rollout.logprobs[0, :off] -= 2.0
+    assert rollout.lengths[0] > 10
+    kl = torch.zeros_like(rollout.logprobs)
+    if refused:
+        with pytest.raises(RlhfError, match="differ by 2 nats per token"):
+            check_first_rollout(run, rollout, kl, kl)
+    else:
+        check_first_rollout(run, rollout, kl, kl)
 
 
 @pytest.mark.parametrize("lora", [(), ("lora.rank=4",)], ids=["all weights", "adapters"])

@@ -37,6 +37,7 @@ from engine.train.models.language_model import (
     LanguageModel,
     cache_name,
 )
+from engine.train.models.mixed_precision import keep_hidden_states_float32
 from engine.train.models.quantised_linear import quantise
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
@@ -123,6 +124,8 @@ def load_reference(
     lm = load_lm(source, key, ranks, dtype, read, sharded=sharded)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
+    if dtype is not torch.float32 and not sharded:
+        keep_hidden_states_float32(lm)
     reference = LanguageModel(lm, compute=dtype)
     reference.requires_grad_(False)
     on_host = config.parallel.frozen == "offload"
