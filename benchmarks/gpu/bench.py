@@ -1,6 +1,6 @@
 """Measures the engine on a GPU, against the memory bandwidth and against TRL.
 
-    python -m benchmarks.gpu.bench [--iterations 3] [--no-trl]
+    python -m benchmarks.gpu.bench [--only TEXT] [--iterations 3] [--no-trl]
 
 A policy with the shape of a 0.5 B model, 64 prompts of 128 tokens, 256 new tokens, bfloat16 on both
 sides (TRL's default). The sides run one after another, because TRL's logits of a rollout alone take
@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -24,20 +23,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
-from benchmarks.engine_side import load, settings
+from benchmarks.engine_side import settings
 from benchmarks.engine_vs_trl import OURS, median_seconds, print_phases, print_table
-from benchmarks.gpu.decoding import respond, without_graphs
+from benchmarks.gpu import decoding_speed
+from benchmarks.gpu.decoding_speed import HALF, parameters
 from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
 from benchmarks.side import Side
 from benchmarks.task import GPU_TASK, TINY, Task, write_models
-from engine.train.rollout.compiled_layers import CompiledLayers
-from engine.train.rollout.decoder import GRAPHED
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
-HALF = ["model.dtype=bfloat16", "reward.dtype=bfloat16"]
-DECODE_SHARE = 0.25
-"""Of the bandwidth limit. For this shape the quickest kernels known for the products take twice the
-limit together (RESULTS.md)."""
 AGAINST_TRL = 3.0
 """Times as fast as TRL by iteration."""
 SMALL_TASK = Task(TINY, 4, 8, 8, 1, 1, 4)
@@ -47,6 +41,7 @@ SMALL_TASK = Task(TINY, 4, 8, 8, 1, 1, 4)
 def main() -> int:
     """Runs the parts; returns the exit code."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", metavar="TEXT", help="parts whose name contains it")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--no-trl", action="store_true", help="measure the engine only")
     options = parser.parse_args()
@@ -58,65 +53,21 @@ def main() -> int:
         target = Target(torch.device("cuda", 0) if real else GPU, real, Path(folder))
         task = GPU_TASK if real else SMALL_TASK
         write_models(target.folder, task)
-        parts: dict[str, Part] = {"decoding": partial(decoding, task)}
+        parts: dict[str, Part] = {
+            "decoding": partial(decoding_speed.decoding, task),
+            "larger models": partial(decoding_speed.larger_models, task),
+        }
         if real:
             parts["iterations"] = partial(
                 iterations, task, options.iterations, with_trl=not options.no_trl
             )
-        findings = list(run_parts(parts, target))
+        chosen = {name: part for name, part in parts.items() if options.only in name}
+        findings = list(run_parts(chosen, target))
     if real:
         print(f"written to {write_results('bench', findings)}")
     else:
-        print("no GPU here: decoding ran at a small size on a pretended one")
+        print("no GPU here: the parts ran at a small size on a pretended one")
     return int(any(not f.passed for f in findings))
-
-
-def decoding(task: Task, target: Target) -> Iterator[Finding]:
-    """Milliseconds per token of all responses, against reading weights and cache once."""
-    yield decoding_with(task, target, "torch", "never")
-    if target.real:  # the compiler does not know a pretended GPU
-        yield decoding_with(task, target, "torch", "always")
-    if target.real and find_spec("liger_kernel") is not None:
-        yield decoding_with(task, target, "liger", "never")
-
-
-def decoding_with(task: Task, target: Target, kernels: str, compiled: str) -> Finding:
-    """The same with a choice of kernels, and compiled (`rollout.compile`) or not."""
-    sessions = target.folder / f"decoding-{kernels}-{compiled}"
-    sessions.mkdir()
-    keys = [*settings(task), *HALF, f"model.kernels={kernels}", f"rollout.compile={compiled}"]
-    run = load(target.folder, sessions, keys)
-    layers = CompiledLayers(compiled)
-    began = time.perf_counter()
-    respond(run, task.prompts, task.new_tokens, GRAPHED, never_end=True, compiled=layers)
-    first = time.perf_counter() - began
-    least = bytes_per_token(task) / machine.bandwidth_peak() / 1e9 if target.real else 0.0
-
-    def milliseconds() -> float:
-        times = []
-        for _ in range(3 if target.real else 1):
-            began = time.perf_counter()
-            respond(run, task.prompts, task.new_tokens, GRAPHED, never_end=True, compiled=layers)
-            if target.real:
-                torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - began) / task.new_tokens)
-        return statistics.median(times)
-
-    with_graphs = milliseconds()
-    with without_graphs():
-        without = milliseconds()
-    figures = {
-        "ms": with_graphs, "ms_without_graphs": without, "ms_least": 1000 * least,
-        "first_seconds": first, "compiled": float(layers.usable and compiled == "always"),
-    }  # fmt: skip
-    share = 1000 * least / with_graphs
-    return Finding(
-        f"decoding, kernels of {kernels}, compiled: {compiled}",
-        share >= DECODE_SHARE or not target.real or compiled == "never",
-        f"{with_graphs:.2f} ms per token of {task.prompts} responses, {without:.2f} ms without "
-        f"graphs; reading weights and cache once takes {1000 * least:.2f} ms, {share:.0%}; "
-        f"the first batch took {first:.0f} s", figures,
-    )  # fmt: skip
 
 
 def iterations(task: Task, count: int, target: Target, *, with_trl: bool) -> Iterator[Finding]:
@@ -167,24 +118,6 @@ def measure(folder: Path, iterations: int, name: str, module: str, arguments: li
     finally:
         side.close()
     return side
-
-
-def parameters(task: Task) -> tuple[int, int]:
-    """Weights of the layers, and of the output layer."""
-    shape = task.shape
-    head = shape.hidden // shape.heads
-    attention = shape.hidden * head * (2 * shape.heads + 2 * shape.kv_heads)
-    layer = attention + 3 * shape.hidden * shape.intermediate
-    return shape.layers * layer, shape.vocabulary * shape.hidden
-
-
-def bytes_per_token(task: Task) -> float:
-    """Bytes read to decode one token of all responses: bfloat16 weights and a half-filled cache."""
-    shape = task.shape
-    length = task.prompt_tokens + task.new_tokens / 2
-    head = shape.hidden // shape.heads
-    cache = 2 * shape.layers * shape.kv_heads * head * task.prompts * length
-    return 2 * (sum(parameters(task)) + cache)
 
 
 def phase_flop(task: Task) -> dict[str, float]:

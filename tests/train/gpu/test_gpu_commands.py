@@ -1,11 +1,12 @@
 """Every part of `make gpu-check` and `make gpu-bench` runs on the pretend GPU."""
 
 import json
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
-from benchmarks.gpu import bench, check, whole_runs
+from benchmarks.gpu import bench, check, decoding_speed, whole_runs
 from benchmarks.gpu.findings import Finding, Target, run_parts, write_results
 from benchmarks.task import write_models
 from engine import starter
@@ -51,10 +52,17 @@ def test_a_run_that_is_to_run_out_of_memory_has_the_size_for_it(tmp_path):
     assert (config.rollout.batch_size, config.rollout.max_new_tokens) == (2048, 192)
 
 
-def test_the_benchmark_decodes_on_the_pretend_gpu(tmp_path):
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (decoding_speed.decoding, "decoding, kernels of torch, compiled: never"),
+        (decoding_speed.larger_models, "decoding, tiny, compiled: never"),
+    ],
+)
+def test_the_benchmark_decodes_on_the_pretend_gpu(tmp_path, part, name):
     write_models(tmp_path, bench.SMALL_TASK)
-    found = findings_of(lambda target: bench.decoding(bench.SMALL_TASK, target), tmp_path)
-    assert [f.name for f in found if f.passed] == ["decoding, kernels of torch, compiled: never"]
+    found = findings_of(partial(part, bench.SMALL_TASK), tmp_path)
+    assert [(f.name, f.passed) for f in found] == [(name, True)]
 
 
 def test_a_part_that_raises_is_a_failed_finding_and_the_next_one_runs(tmp_path, capsys):
