@@ -17,7 +17,14 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu import decoding, low_precision, numerics, weights_transfer, whole_runs
+from benchmarks.gpu import (
+    architectures,
+    decoding,
+    low_precision,
+    numerics,
+    weights_transfer,
+    whole_runs,
+)
 from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
@@ -28,6 +35,7 @@ IN_PROCESS: dict[str, Part] = {
     "QLoRA": low_precision.four_bit_weights,
     "sampling": numerics.sampled_distribution,
     "decoding": decoding.same_tokens,
+    "architectures": architectures.architectures,
     "FSDP2": whole_runs.sharded_on_one,
     # Last: liger replaces an architecture's rotary embeddings for the whole process.
     "fused kernels": numerics.fused_kernels,

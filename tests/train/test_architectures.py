@@ -1,4 +1,4 @@
-"""Architectures of transformers, as tiny models with random weights.
+"""Training of the architectures of transformers, as tiny models with random weights.
 
 Of each the start of a run must hold: the ratio is 1, the KL is 0, and the log-probabilities while
 generating are those of a full forward pass.
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from engine import starter
 from engine.config import file as config_file
@@ -21,65 +20,18 @@ from engine.train.checkpoints.policy_folder import policy_files
 from engine.train.models.pretrained import DROPOUT_BEFORE
 from engine.train.ppo import chunked_loss
 from engine.train.step import generate_rollout, train_step
+from tests.train.architectures import ARCHITECTURES, WITH_EXPERTS, write_model
 from tests.train.conftest import SMALL
 from tests.train.ranks.launch import run_ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
-VOCABULARY = 4096
-SIZE = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": None,
-    "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
-WINDOW = {"sliding_window": 6}
-"""Shorter than prompt and response, so that it matters."""
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-ARCHITECTURES = {
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},
-    "gpt_neox": SIZE,
-    "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "rotary_dim": 4},
-    "opt": {**SIZE, "ffn_dim": 32, "word_embed_proj_dim": 16, "pad_token_id": 1},
-    "bloom": {**SIZE, "n_layer": 2, "n_head": 2},
-    "falcon": {
-        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "multi_query": True,
-        "parallel_attn": True, "alibi": False, "bos_token_id": 0, "eos_token_id": 0,
-    },
-    "llama": {**SIZE, "eos_token_id": [0, 1]},
-    "mistral": {**SIZE, **WINDOW},
-    "mixtral": {**SIZE, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2": {**SIZE, "tie_word_embeddings": True},
-    "qwen3": SIZE,
-    "qwen3_moe": {**SIZE, **EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    "gemma2": {**SIZE, **WINDOW, "query_pre_attn_scalar": 8},
-    "gemma3_text": {
-        **SIZE, **WINDOW, "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "phi3": {**SIZE, "sliding_window": None},
-    "olmo2": SIZE,
-}  # fmt: skip
 EVERY_TIME = ("gpt2", "mistral", "qwen3_moe")
 """Learnt positions and Conv1D; a window; experts. `make test-all` has all of them."""
-WITH_EXPERTS = ("mixtral", "qwen3_moe")
 ON_TWO_RANKS = ("gpt2", "bloom", "gemma2", "qwen3_moe")
 architectures = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=() if k in EVERY_TIME else pytest.mark.slow)
              for k in ARCHITECTURES],
 )  # fmt: skip
-
-
-def write_model(folder, kind, dtype=torch.float32):
-    """A tiny model that reads the starter's tokens; its weights are large enough to matter."""
-    torch.manual_seed(0)
-    shape = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **ARCHITECTURES[kind])
-    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(10)
-    model.to(dtype)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(starter.resolve("starter:policy")).save_pretrained(folder)
-    return folder
 
 
 def overrides(folder):

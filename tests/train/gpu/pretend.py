@@ -43,6 +43,15 @@ WITHOUT_KERNEL = {
 """Operators that are no view and launch nothing."""
 
 
+def histogram(x, *args, **kwargs):
+    """`torch.histc`, which on a CPU has no kernel for integers."""
+    return torch.histc(x.float(), *args, **kwargs).to(x.dtype)
+
+
+ONLY_ON_A_GPU = {aten.histc.default: histogram}
+"""What replaces an operator of which a CPU can do less."""
+
+
 class MixedDevicesError(RuntimeError):
     """What CUDA says to operands on different devices."""
 
@@ -279,8 +288,9 @@ class PretendGpu(TorchFunctionMode):
         self._check_devices(func, args, kwargs)
         self._count(func, args)
         real_args, real_kwargs = each(real, args), {k: each(real, v) for k, v in kwargs.items()}
-        out = func(*real_args, **real_kwargs)
-        self._record(func, real_args, real_kwargs, out)
+        kernel = ONLY_ON_A_GPU.get(func, func)
+        out = kernel(*real_args, **real_kwargs)
+        self._record(kernel, real_args, real_kwargs, out)
         if func is aten._local_scalar_dense.default:
             return out
         if func is aten._to_copy.default:
@@ -372,6 +382,7 @@ def pretend_gpu():
             is_available=lambda: True,
             device_count=lambda: 1,
             current_device=lambda: 0,
+            get_device_capability=lambda *_: (9, 0),
             CUDAGraph=Graph,
             graph=capture,
             graph_pool_handle=lambda: None,

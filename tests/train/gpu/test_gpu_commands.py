@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.gpu import bench, check, decoding_speed, whole_runs
+from benchmarks.gpu import architectures, bench, check, decoding_speed, whole_runs
 from benchmarks.gpu.findings import Finding, Target, run_parts, write_results
 from benchmarks.task import write_models
 from engine import starter
 from engine.config import file as config_file
+from tests.train.architectures import ARCHITECTURES
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
 
@@ -19,7 +20,7 @@ def findings_of(part, folder):
         return list(run_parts({"part": part}, Target(GPU, False, folder)))
 
 
-LONG = ("decoding", "bfloat16", "8-bit moments")
+LONG = ("decoding", "bfloat16", "8-bit moments", "architectures")
 """Parts of ten seconds and more; what they compute has tests of its own."""
 
 
@@ -30,6 +31,13 @@ LONG = ("decoding", "bfloat16", "8-bit moments")
 def test_a_part_of_the_check_finds_what_it_should_on_the_pretend_gpu(name, tmp_path):
     found = findings_of(check.IN_PROCESS[name], tmp_path)
     assert found and [f for f in found if not f.passed] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES.keys() - set(architectures.FEW)))
+def test_an_architecture_starts_as_it_should_on_the_pretend_gpu(kind, tmp_path):
+    found = findings_of(partial(architectures.start_of, kind), tmp_path)
+    assert len(found) == 3 and [f for f in found if not f.passed] == []
 
 
 @pytest.mark.slow
