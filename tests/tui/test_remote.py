@@ -135,7 +135,7 @@ def test_an_address_has_host_port_and_session():
 
 @pytest.mark.parametrize("text", ["ssh://", "ssh:///run", "ssh://-oProxyCommand=x/run", "http://x"])
 def test_what_is_no_address_is_refused(text):
-    with pytest.raises(UserInputError, match="is no address"):
+    with pytest.raises(UserInputError, match="is not an address"):
         Address.parse(text)
 
 
