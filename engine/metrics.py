@@ -108,8 +108,8 @@ class Metric(msgspec.Struct, frozen=True):
 STATISTICS = {
     "mean": "mean",
     "std": "standard deviation",
-    "min": "least",
-    "max": "greatest",
+    "min": "minimum",
+    "max": "maximum",
 }
 """What is measured of a number that each response token has: the end of the name → its words."""
 
@@ -242,8 +242,8 @@ METRICS = (
            "(with `ppo.off_policy_mask` only)", title="off-policy, left out"),
     Metric(
         VERSION_LAG, "updates",
-        "how many updates older than the policy the weights were that sampled the step's oldest "
-        "response; a run ends rather than train on a value above `rollout.ahead`",
+        "how many updates older than the policy the weights are that sampled the step's oldest "
+        "response; a run ends if this exceeds `rollout.ahead`",
         title="rollout version lag",
     ),
     Metric(RESPONSE_LENGTH, "tokens", "mean length, including the end-of-sequence token",
@@ -296,7 +296,7 @@ METRICS = (
     Metric(LEARNING_RATE, "", "learning rate of this step", title="learning rate", is_set=True),
     Metric(EPISODE, "responses", "number of responses so far"),
     Metric(phase_time(SYNC), "seconds",
-           "duration of sending the weights to a rollout engine of its own; 0 if it had them "
+           "duration of sending the weights to a separate rollout engine; 0 if it had them "
            "(`rollout.engine: vllm` only)"),
     Metric(phase_time("generate"), "seconds",
            "duration of the rollout on the slowest rank; of the wait for it if it was generated "
@@ -331,8 +331,9 @@ BY_READERS = (
     Metric(
         AGREEMENT, "fraction",
         "how far the scores agree with the operators' judgements: mean over the last 20 up to the "
-        "step; ½ is chance ([reward-training.md](reward-training.md#agreement)). Readers compute "
-        "it, so charts and reports have it, and the journal, guard rails and TensorBoard do not",
+        "step; ½ is chance ([reward-training.md](reward-training.md#agreement)). It is "
+        "computed when read: charts and reports have it; the journal, guard rails and TensorBoard "
+        "do not",
         title="agreement", chart_unit="with judgements", digits=2,
     ),
 )  # fmt: skip

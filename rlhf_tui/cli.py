@@ -79,7 +79,7 @@ class ReaderGoneError(Exception):
 def cli(context: click.Context, root: Path) -> None:
     """Train a language model with PPO against a reward model and steer the run.
 
-    Without a command: opens the session browser.
+    Without a command, opens the session browser.
     """
     if context.invoked_subcommand is None:
         from rlhf_tui.commands import view  # noqa: PLC0415 - imported lazily, as all commands

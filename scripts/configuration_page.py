@@ -22,23 +22,23 @@ are required; the other sections can be omitted. Any key can be given on the com
 folder. The session's `config.yaml` states the value of every key, including the defaults.
 
 A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model,
-the order of the data or the optimiser's state: `seed`, `data.*` without `data.cache`, `model.*`,
+the order of the data or the optimiser's state: `seed`, `data.*` except `data.cache`, `model.*`,
 `lora.*`, `rollout.engine`, `rollout.batch_size`, `rollout.per_prompt`, `ppo.advantage`,
 `ppo.value_init`, `eval.holdout` and `train.optimiser`. A fork can change these too, except
 `lora.*` and the value function that is trained (`model.value`, `ppo.advantage`): a checkpoint
-depends on them. It keeps its parent's values, also of keys that were left out there: the command
-says which of these have another default now.
+depends on them. It keeps all of its parent's values, including defaults; the command lists keys
+whose default has changed since.
 
 Keys marked ⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
 
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
-they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie far outside of what is useful.
+they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) are far outside the useful range.
 """
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
 LIST_ITEMS = {
     "A data set of `data.prompts`": "PromptSource",
     "A source of `reward.mix`": "RewardSource",
-    "The aim of `train.stop_at`": "StopAt",
+    "The value of `train.stop_at`": "StopAt",
     "A rule of `guardrails.rules`": "Rule",
     "A webhook of `notify.webhooks`": "Webhook",
     "The settings of `reward train`": "RewardTrainingConfig",

@@ -11,9 +11,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 HEAD = """# Metrics and their units
 
 Each step yields one value of each metric. The values are in the journal (`rlhf-tui metrics NAME`),
-on the dashboard and in the TensorBoard files. A metric that TRL has as well has the same name here.
-Every mean is masked: padding does not count. A metric without a value at a step is omitted (`null`
-in JSON).
+on the dashboard and in the TensorBoard files. Metrics that TRL also has are named as in TRL. Every
+mean is masked: padding does not count. A metric without a value at a step is omitted (`null` in
+JSON).
 """
 COLUMNS = "| name | unit | description |\n|---|---|---|"
 

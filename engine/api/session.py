@@ -87,9 +87,7 @@ class Session(SessionReader):
             if value := condition(self):
                 return value
             if not live:
-                raise SessionError(
-                    f"{self._where()}, and what is waited for cannot happen any more"
-                )
+                raise SessionError(f"{self._where()}, so the awaited condition can no longer occur")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self._where()}; waited for {timeout:g} s")
             time.sleep(POLL_INTERVAL)

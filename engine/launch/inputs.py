@@ -57,4 +57,6 @@ def _check_prompts(key: str, source: str) -> None:
 
 def _check_chat_template(template: str | None) -> None:
     if template is not None and "{" not in template and not is_file(Path(template)):
-        raise ConfigError(f"data.chat_template: no file at {template}, and it is no Jinja text")
+        raise ConfigError(
+            f"data.chat_template: no file at {template}, and it is not a Jinja template"
+        )

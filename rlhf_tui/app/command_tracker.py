@@ -62,7 +62,7 @@ class CommandTracker:
     def no_engine(self, target: SteeringTarget) -> str:
         """That a run has no engine, and how to start one."""
         resume = fmt.command("resume", target.name, root=self._root)
-        return f"no engine runs '{target.name}'; resume it: {resume}"
+        return f"'{target.name}' has no engine; resume it: {resume}"
 
     def can_send(self, target: SteeringTarget) -> bool:
         """Whether a command would reach an engine; shows a notice if not."""

@@ -30,7 +30,7 @@ DESCRIPTIONS = {
     "steer('change')": "set the learning rate, clip range, target or another setting",
     "steer('save')": "save a checkpoint after the current step",
     "steer('note')": "write a note, which is shown on the charts",
-    "steer('probe')": "let policy and reference respond to a prompt of yours",
+    "steer('probe')": "generate responses of policy and reference to your prompt",
     "steer('stop')": "end the run, with or without a checkpoint; asks first",
     "theme": "switch between dark, light and contrast colours",
     "help": "list every key of this screen",

@@ -39,9 +39,9 @@ LONGEST_TEXT = 200
 @override_option
 @json_option
 def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Load all that a configuration names, and take a small step.
+    """Load everything that a configuration names and take a small step.
 
-    The step has two prompts, and rewards are called as in a run. Starts no run and leaves nothing
+    The step uses two prompts and calls the rewards as a run does. Starts no run and leaves nothing
     behind.
     """
     loaded = config_file.load(config, overrides)
@@ -124,11 +124,11 @@ def step_estimate(tried: TimedStep, larger: TimedStep | None, responses: float) 
 @sessions_option
 @json_option
 def verify(root: Path, name: str, as_json: bool) -> None:
-    """Check that nothing of a session is damaged or lost.
+    """Check whether anything in a session is damaged or lost.
 
-    Looks at files, checkpoints, history, labels and access.
-    Changes nothing, and may be run on a live session. A problem is what was damaged or lost, or
-    lets others in; a note is what a crash leaves behind and a resume clears up.
+    Checks files, checkpoints, history, labels and access. Changes nothing; the session can be live.
+    A problem is something that was damaged or lost, or that gives others access. A note is
+    something that a crash leaves behind and a resume cleans up.
     """
     session = existing(root, name)
     verified = verify_session(session)

@@ -34,20 +34,20 @@ from rlhf_tui.report.model_card import CARD, ExportedPolicy, model_card
     "--policy",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Copy the policy, a model folder.",
+    help="Copy the policy as a model folder.",
 )
 @click.option("--merged", is_flag=True, help="With --policy: merge LoRA adapters into the model.")
 @click.option(
     "--ema", "averaged", is_flag=True, help="With --policy: the averaged policy of train.ema."
 )
 @click.option(
-    "--samples", type=click.Path(path_type=Path), metavar="FILE", help="Write samples, JSONL."
+    "--samples", type=click.Path(path_type=Path), metavar="FILE", help="Write samples as JSONL."
 )
 @click.option(
     "--preferences",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write judged pairs of responses, chosen and rejected, JSONL.",
+    help="Write judged pairs of responses, chosen and rejected, as JSONL.",
 )
 @click.option(
     "--step", "choice", type=step_choice, metavar="STEP",

@@ -45,9 +45,9 @@ def init(
     file: Path, recipe: str, policy: str | None, prompts: str | None, column: str | None,
     reward_model: str | None, reward_function: str | None, force: bool, overrides: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Write a configuration with comments to start from.
+    """Write a commented configuration to start from.
 
-    Asks for what is not given. Without a terminal the starter's models and prompts are used.
+    Asks for what you do not give. Without a terminal, uses the starter's models and prompts.
     """
     if file.exists() and not force:
         raise UserInputError(f"{file} exists: give another name, or --force to replace it")

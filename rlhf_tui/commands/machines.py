@@ -43,13 +43,13 @@ wait_option = click.option(
     "--processes",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ranks on this machine.  [default: as the run's configuration says]",
+    help="Ranks on this machine.  [default: from the run's configuration]",
 )
 @click.option(
     "--secret-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Holds the secret of the run.  [default: as RLHF_TUI_SECRET or RLHF_TUI_SECRET_FILE say]",
+    help="File with the run's secret.  [default: from RLHF_TUI_SECRET or RLHF_TUI_SECRET_FILE]",
 )
 @click.option(
     "--rollout", is_flag=True, help="Generate for the run; HOST:PORT is rollout.rendezvous."
@@ -72,9 +72,9 @@ def join(
 ) -> None:
     """Join a run with this machine.
 
-    HOST:PORT is the run's launch.rendezvous; the run waits until launch.nodes machines have joined,
-    and says with which secret. With --rollout this machine runs one of rollout.engines instead of
-    ranks.
+    HOST:PORT is the run's launch.rendezvous. The run waits until launch.nodes machines have joined,
+    and prints where its secret is. With --rollout, this machine runs one of rollout.engines instead
+    of ranks.
     """
     check_address(address)
     if rollout and processes is not None:
@@ -99,14 +99,14 @@ def join(
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(
     "--name", metavar="NAME",
-    help="The session's name.  [default: that of the scheduler's job, else CONFIG's]",
+    help="The session's name.  [default: from the scheduler's job, else from CONFIG]",
 )  # fmt: skip
 @click.option(
     "--port",
     type=click.IntRange(1, 65535),
     default=scheduler.PORT,
     show_default=True,
-    help="At which the first machine listens, unless the scheduler or launch.rendezvous says.",
+    help="Port of the first machine, unless the scheduler or launch.rendezvous gives one.",
 )
 @wait_option
 @override_option

@@ -20,23 +20,24 @@ class UnsentError(RlhfError):
 
 @click.group()
 def notify() -> None:
-    """Try the channels of notifications."""
+    """Test the notification channels."""
 
 
 @notify.command()
 @click.argument("name", shell_complete=complete_name)
 @sessions_option
 def test(root: Path, name: str) -> None:
-    """Send a test message on every channel of NAME, a session or a configuration file.
+    """Send a test message on every channel.
 
-    URLs and tokens come from this terminal's environment. Level, quiet hours and rate limit do not
-    apply.
+    NAME is a session or a configuration file. URLs and tokens come from this terminal's
+    environment. Level, quiet hours and rate limit do not apply.
     """
     message, config = _section(root, name)
     channels = open_channels(config)
     if not channels:
         raise UserInputError(
-            f"{name} names no channel: set notify.command, notify.webhooks or notify.email"
+            f"{name} has no notification channel: set notify.command, notify.webhooks or "
+            "notify.email"
         )
     failed = asyncio.run(_try_all(channels, message))
     if failed:

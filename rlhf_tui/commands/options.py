@@ -87,7 +87,7 @@ colors_option: Decorator = click.option(
     type=click.Choice(list(terminal_colors.SYSTEMS)),
     expose_value=False,
     callback=_set_colors,
-    help="The terminal's colours, if they are not recognised.  [default: $RLHF_TUI_COLORS or auto]",
+    help="The terminal's colours, if detected wrongly.  [default: $RLHF_TUI_COLORS or auto]",
 )
 
 

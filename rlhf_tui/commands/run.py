@@ -53,7 +53,7 @@ LOADING_TIMEOUT = 60.0
 """Seconds that `--detach` waits for errors while models load; loading continues after it."""
 new_name_option = click.option("--name", metavar="NAME", help="The session's name.")
 reseed_option = click.option(
-    "--reseed", is_flag=True, help="New random seed: sample other responses than before."
+    "--reseed", is_flag=True, help="Use a new random seed, to sample different responses."
 )
 
 
@@ -93,8 +93,8 @@ def demo(
 @new_name_option
 @click.option(
     "--resume-if-exists", is_flag=True,
-    help="With --name: resume the session of that name if there is one and it has not finished, "
-    "whatever CONFIG says.",
+    help="With --name: if the session exists and has not finished, resume it, whatever CONFIG "
+    "says.",
 )  # fmt: skip
 @starting
 def run(

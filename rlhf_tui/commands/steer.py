@@ -53,7 +53,7 @@ from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
 WAIT = "Return once the command is applied or rejected."
-TIMEOUT = "How long --wait waits; 600 if it is not given."
+TIMEOUT = "How long --wait waits.  [default: 600]"
 COMMAND_ID = "Idempotency key: a command sent again with the same id is not repeated."
 END_TIMEOUT = 30.0
 """Seconds to wait for the engine's process to exit after `stop --wait`."""
@@ -185,7 +185,9 @@ def stop(call: CtlCall, now: bool) -> None:
 
 @_verb(Rollback)
 @click.argument("step", type=step_choice)
-@click.option("--reseed", is_flag=True, help="New random seed: sample other responses.")
+@click.option(
+    "--reseed", is_flag=True, help="Use a new random seed, to sample different responses."
+)
 @click.pass_obj
 def rollback(call: CtlCall, step: StepChoice, reseed: bool) -> None:
     chosen = checkpoint_step(existing(call.root, call.name), step)

@@ -56,9 +56,9 @@ def attach(
 ) -> None:
     """Open the dashboard of a session.
 
-    Without NAME: of the only live session.
+    Without NAME, opens the only live session.
 
-    NAME may be ssh://[USER@]HOST[:PORT]/NAME: a session of another machine, by ssh.
+    NAME can be ssh://[USER@]HOST[:PORT]/NAME, a session on another machine.
     """
     if name and name.startswith("ssh://"):
         given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
@@ -75,7 +75,7 @@ def attach(
 @colors_option
 @click.option(
     "--speed", type=FiniteRange(0.01, 100_000), default=20.0, show_default=True,
-    metavar="N", help="Seconds of the run that a second shows.",
+    metavar="N", help="Seconds of the run per second of the replay.",
 )  # fmt: skip
 @click.option(
     "--from", "from_step", type=click.IntRange(min=0), default=0, metavar="STEP",

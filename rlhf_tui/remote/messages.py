@@ -68,7 +68,7 @@ def decode(line: bytes) -> Message:
     except (msgspec.DecodeError, RecursionError) as error:
         text = line[:80].decode("utf-8", "replace").strip()
         raise LinkError(
-            f"the other machine sent something else than a session: {text!r}; "
-            "is its rlhf-tui of the same version, and its shell silent?"
+            f"the other machine did not send a session: {text!r}; its rlhf-tui must be of the same "
+            "version, and its shell must print nothing"
         ) from error
     return message

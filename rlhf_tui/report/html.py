@@ -20,7 +20,7 @@ from rlhf_tui.text import sanitise
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 LEGEND = (
     "Dashed lines with a number are interventions, listed below; dotted lines are starts; "
-    "triangles are alerts; grey curves are abandoned branches. The strong line is a moving mean."
+    "triangles are alerts; grey curves are abandoned branches. The strong line is a moving average."
 )
 
 
@@ -135,7 +135,7 @@ def _samples(report: Report) -> str:
     samples = report.samples
     parts = []
     if samples.held_out:
-        parts.append("<h3>Held-out prompts through time</h3>")
+        parts.append("<h3>Held-out prompts over time</h3>")
         parts += [_group(rows) for rows in samples.held_out]
     parts += _titled("Through time", samples.through_time)
     parts += _titled("Highest scores", samples.best)

@@ -137,7 +137,7 @@ def _samples(report: Report) -> str:
     samples = report.samples
     parts = []
     if samples.held_out:
-        parts.append("### Held-out prompts through time\n")
+        parts.append("### Held-out prompts over time\n")
     for rows in samples.held_out:
         parts += ["Prompt:\n", fenced(rows[0].prompt)]
         for row in rows:

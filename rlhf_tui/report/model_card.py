@@ -77,7 +77,7 @@ def model_card(session: SessionFolder, policy: ExportedPolicy) -> str:
     if held_out:
         parts += ["On held-out prompts:\n", table(sections.evaluations(held_out))]
     if changes:
-        parts += ["## Changes while it trained\n",
+        parts += ["## Changes during training\n",
                   table(sections.limited(["step", "change"], changes))]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
@@ -113,7 +113,7 @@ def _facts(config: RunConfig, policy: ExportedPolicy) -> str:
     lines = [
         f"prompts: {', '.join(_named(source.path) for source in config.data.sources)}",
         f"rewards: {', '.join(map(_reward, config.reward.sources()))}",
-        f"{responses:,} responses, {config.rollout.batch_size:,} in a step, of at most "
+        f"{responses:,} responses, {config.rollout.batch_size:,} per step, of at most "
         f"{config.rollout.max_new_tokens:,} tokens at temperature "
         f"{number(config.rollout.temperature)}",
     ]

@@ -96,7 +96,7 @@ def test_a_lost_engine_is_shown_and_the_app_continues(lab, attach, assert_exits,
         wait_until(lambda: "✗ crashed" in terminal.screen, "state crashed")
         assert "engine died; resume: rlhf-tui resume dies" in terminal.screen
         terminal.type("p")
-        wait_until(lambda: "no engine runs 'dies'" in terminal.screen, "result of a command")
+        wait_until(lambda: "'dies' has no engine" in terminal.screen, "result of a command")
         assert run.resume().returncode == 0
         wait_until(lambda: "● running" in terminal.screen, "state running again")
         terminal.type("q")

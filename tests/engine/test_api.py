@@ -95,7 +95,9 @@ def test_samples_are_the_newest_or_those_of_a_query(run):
 
 def test_waiting_on_a_run_that_has_ended_raises_instead_of_waiting(run):
     assert run.wait_for_step(3) == 3
-    with pytest.raises(SessionError, match="is finished at step 3, and what is waited for cannot"):
+    with pytest.raises(
+        SessionError, match="is finished at step 3, so the awaited condition can no longer"
+    ):
         run.wait_for_step(4)
     assert run.wait_for_end() == "finished"
 

@@ -109,7 +109,7 @@ async def test_a_damaged_file_of_judgements_hides_nothing_else(make_app, running
     ("options", "message"),
     [
         (["--set", "epoch=3"], "did you mean 'epochs'"),
-        (["-o", f"{__file__}/deep/out"], "is no folder"),
+        (["-o", f"{__file__}/deep/out"], "is not a folder"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(session, options, message, tmp_path):

@@ -402,7 +402,7 @@ def test_a_test_message_goes_to_every_channel_and_each_fate_is_printed(tmp_path,
 
 def test_a_test_message_without_a_channel_says_how_to_name_one(tmp_path):
     done = notify_test(tmp_path / "s")
-    assert "names no channel: set notify.command" in str(done.exception)
+    assert "has no notification channel: set notify.command" in str(done.exception)
     assert done.exception.exit_code == 2
 
 

@@ -136,7 +136,7 @@ async def test_a_key_that_cannot_act_on_the_highlighted_run_says_why(
     async with two_runs() as (app, pilot):
         await pilot.press("p")
         await until(pilot, lambda: notices(app))
-        assert notices(app) == ["no engine runs 'two'; resume it: rlhf-tui resume two"]
+        assert notices(app) == ["'two' has no engine; resume it: rlhf-tui resume two"]
 
 
 async def test_read_only_each_key_of_the_screen_says_so(two_runs, until):

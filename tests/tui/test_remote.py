@@ -135,7 +135,7 @@ def test_an_address_has_host_port_and_session():
 
 @pytest.mark.parametrize("text", ["ssh://", "ssh:///run", "ssh://-oProxyCommand=x/run", "http://x"])
 def test_what_is_no_address_is_refused(text):
-    with pytest.raises(UserInputError, match="is no address"):
+    with pytest.raises(UserInputError, match="is not an address"):
         Address.parse(text)
 
 
@@ -280,7 +280,7 @@ def test_a_connection_whose_messages_cannot_be_used_is_ended(
         wait(lambda: pid.exists() and pid.read_text(), "the other machine's program")
         wait(lambda: not is_running(int(pid.read_text())), "the end of ssh")
         wait(lambda: remote.stale, "the reason")
-        assert "connecting again: the other machine sent something else" in remote.stale
+        assert "connecting again: the other machine did not send a session" in remote.stale
     assert "remote session" not in [thread.name for thread in threading.enumerate()]
 
 

@@ -166,7 +166,7 @@ async def test_a_fork_from_the_last_step_asks_for_more_steps(seat, until):
         app.engines.ask_fork("frozen", 50)
         await until(pilot, lambda: isinstance(app.screen, FormDialog))
         await until(pilot, lambda: app.screen.query("#effect"))
-        words = "its 50 steps are done; train.steps=100 trains the fork on"
+        words = "its 50 steps are done; train.steps=100 trains the fork further"
         await until(pilot, lambda: effect(app) == words)
         await pilot.press("enter")
         app.screen.query_one("#overrides", Input).value = "train.steps=100"

@@ -33,12 +33,12 @@ class DataConfig(Section, frozen=True):
     """The column that holds the prompt: text, or a list of chat messages (`role`, `content`). Data
     without a column `prompt` may have `chosen` and `rejected`, or `messages` (docs/data.md)."""
     chat: bool = False
-    """Make a prompt that is text the message of a user, rendered by the chat template."""
+    """Treat a text prompt as a user message, rendered with the chat template."""
     system: str | None = None
-    """A system message in front of conversations that have none."""
+    """System message for conversations that have none."""
     chat_template: str | None = None
-    """A chat template in place of the one in the policy's tokenizer: a file, or Jinja text. It is
-    saved with the policy."""
+    """Chat template to use instead of the one in the policy's tokenizer: a file, or Jinja text. It
+    is saved with the policy."""
     template_arguments: dict[str, Any] | None = None
     """Variables of the chat template, such as `{enable_thinking: false}`."""
     split: str = "train"
@@ -72,29 +72,29 @@ class ModelConfig(Section, frozen=True):
     """Branch, tag or commit of a policy on the hub. Default: its main branch."""
     gguf_file: str | None = None
     """Name of a GGUF file in the policy's folder or repository. Its weights are trained in float32,
-    whatever the quantisation that they were stored with. Needs the extra `gguf`."""
+    however they were quantised. Needs the extra `gguf`."""
     reference: str | None = None
     """The model that the KL is measured against. Default: the policy before training."""
     reference_revision: str | None = None
     """Branch, tag or commit of `reference` on the hub."""
     trust_remote_code: bool = False
-    """Run the Python code that a policy or a reference brings along. It can do whatever you can do
-    on this machine: read it first, and give a commit as `revision`."""
+    """Run Python code that comes with a policy or a reference. It can do whatever you can do on
+    this machine, so read it first, and give a commit as `revision`."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """How the policy and the reference compute attention. Default: transformers' choice, mostly
     `sdpa`. `flash_attention_2` needs the package flash-attn and `dtype: bfloat16`."""
     value: Literal["shared", "separate", "reward_model"] = "shared"
-    """What the value function reads: `shared`, the policy's transformer; `separate`, a transformer
-    of its own; `reward_model`, the hidden states that the reward model has when it scores, which
-    a linear function is fitted to in each step. The last learned most on the starter. It
-    needs exactly one reward model, which reads the policy's tokens (docs/ppo.md)."""
+    """What the value function reads: `shared`, the policy's transformer; `separate`, a second
+    transformer; `reward_model`, the reward model's hidden states from scoring, to which a linear
+    function is fitted in each step. `reward_model` learned most on the starter. It needs exactly
+    one reward model, which reads the policy's tokens (docs/ppo.md)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the forward and backward passes. Choose `bfloat16` on a GPU: its products are
-    many times as fast there. Trained weights are kept in float32 in either case."""
+    """Data type of the forward and backward passes. Choose `bfloat16` on a GPU: matrix products are
+    many times faster there. Trained weights are kept in float32 in either case."""
     float32_logits: bool = False
     """With `dtype: bfloat16`, computes the output layer of policy and reference in float32
-    (MiniMax-M1, ScaleRL). In bfloat16 a logit of 10 is rounded by up to 0.03, which is a good part
-    of how far log-probabilities of the same token by generation, update and reference differ."""
+    (MiniMax-M1, ScaleRL). In bfloat16 a logit of 10 is rounded by up to 0.03, which is a large part
+    of the difference between a token's log-probabilities in generation, update and reference."""
     kernels: Literal["torch", "liger"] = "torch"
     """`liger` computes norms, rotary embeddings and MLPs of the policy and the reference with
     liger-kernel's fused kernels: faster on a GPU, most of all while generating. Needs the extra

@@ -55,8 +55,8 @@ class PPOConfig(Section, frozen=True):
     `reinforce_plus_plus` uses the rewards from each token on, whitened over the batch; `remax` uses
     them less the score of a greedy response to the prompt, which it generates in addition."""
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
-    """Passes over the rollout of a step. More learn more from each response and move the policy
-    further, up to where too many tokens are clipped (`policy/clipfrac_avg`)."""
+    """Passes over the rollout of a step. More epochs learn more from each response and move the
+    policy further, until too many tokens are clipped (`policy/clipfrac_avg`)."""
     minibatches: Count = 4
     """Optimiser steps per pass."""
     micro_batch_size: Count = 16
@@ -67,44 +67,45 @@ class PPOConfig(Section, frozen=True):
     (MiniMax-M1, with `clip_range: 1`; ScaleRL has `clip_range_high: 4`); `sapo` clips nothing: the
     gradient fades smoothly as the ratio leaves 1 (Qwen)."""
     sapo_temperature: Positive = 1.0
-    """How fast it fades, with `policy_loss: sapo`, where the advantage is positive."""
+    """How fast the gradient fades with `policy_loss: sapo`, if the advantage is positive."""
     sapo_temperature_negative: Positive = 1.05
-    """The same where the advantage is negative, whose gradients are the less stable ones."""
+    """The same if the advantage is negative; those gradients are less stable."""
     clip_range: Annotated[float, Meta(ge=1e-9, le=1)] = 0.2
     """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
     1 ± ε. 1: no lower bound."""
     clip_range_high: Annotated[float, Meta(ge=1e-9, le=1e6)] | None = None
-    """ε of the upper bound alone, `clip_range` being that of the lower (DAPO's clip-higher; its
-    paper uses 0.28). Default: `clip_range`."""
+    """ε of the upper bound; `clip_range` is then only that of the lower one (DAPO's clip-higher;
+    its paper uses 0.28). Default: `clip_range`."""
     dual_clip: Annotated[float, Meta(gt=1, le=1e6)] | None = None
     """Bounds the loss of a token whose advantage is negative to this multiple of -advantage
     (dual-clip PPO; 3 is usual). Default: no bound."""
     entropy_coef: Coefficient = 0.0
-    """Weight of the entropy bonus: this times the mean entropy is subtracted from the loss. Where
-    it is used, 0.001 to 0.01 are usual."""
+    """Weight of the entropy bonus: this times the mean entropy is subtracted from the loss. Usual
+    values are 0.001 to 0.01."""
     loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
-    """How the policy loss of a minibatch is made of its tokens' losses: `token` is their mean,
-    `sequence` the mean over responses of their means (GRPO), `sequence_sum_constant` the mean over
-    responses of their sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""
+    """How a minibatch's token losses are combined: `token` is their mean, `sequence` the mean over
+    responses of their means (GRPO), `sequence_sum_constant` the mean over responses of their sums
+    divided by `rollout.max_new_tokens` (Dr. GRPO)."""
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     """The probability ratio of a token: its own, that of the whole response, or the geometric mean
     over the response's tokens (GSPO, whose paper clips to 1 - 3e-4 and 1 + 4e-4)."""
     mask_truncated: bool = False
     """Sets the advantages of responses that were cut off to 0, so that the policy learns nothing
-    from what they score (DAPO's overlong filtering). A KL or an entropy in the loss counts them."""
+    from their scores (DAPO's overlong filtering). A KL or an entropy in the loss still counts
+    them."""
     top_entropy: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Share of a step's tokens that the policy loss trains on: those at which the policy was least
-    sure, by the entropy of what they were drawn from (0.2 in "Beyond the 80/20 rule"). The other
-    advantages are 0; a KL or an entropy in the loss counts all tokens."""
+    certain, by the entropy of the distribution they were sampled from (0.2 in "Beyond the 80/20
+    rule"). The other advantages are 0; a KL or an entropy in the loss counts all tokens."""
     rollout_correction: Literal[
         "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "sequence_mean_mask"
     ] = "none"
-    """Weights a token's policy loss by the probability that the policy gives it over the one that
-    it was sampled with, where these differ: with `rollout.engine: vllm`, or in bfloat16. `truncate`
+    """Weights a token's policy loss by its probability under the policy divided by the one that it
+    was sampled with, if these differ: with `rollout.engine: vllm`, or in bfloat16. `truncate`
     bounds the weight by `rollout_correction_cap` and `_floor` (truncated importance sampling),
     `mask` makes it 0 beyond them (IcePop with 5 and 0.5). `sequence_truncate` and `sequence_mask`
     give all tokens of a response the weight of the whole response, which for long responses is
-    seldom near 1; `sequence_mean_mask` drops the responses whose mean weight, the geometric one, is
+    rarely near 1; `sequence_mean_mask` drops the responses whose mean weight, the geometric one, is
     beyond the bounds, and leaves tokens their own (seq-mask-tis in OpenRLHF; with 1.001 and 0.999,
     or 2 and 0.5)."""
     rollout_correction_cap: Annotated[float, Meta(ge=1, le=1e6)] = 2.0
@@ -122,7 +123,7 @@ class PPOConfig(Section, frozen=True):
     reward_model`, which predicts returns better."""
     lam_value: Fraction | None = None
     """λ of the returns that the value function learns (gae only); VC-PPO and VAPO use 1. Default:
-    `lam`; 0.95 where that is left out with `model.value: reward_model`."""
+    `lam`; 0.95 if that is not set, with `model.value: reward_model`."""
     lam_alpha: Positive | None = None
     """α of the length-adaptive λ, which replaces `lam` by 1 - 1 / (α · length) for each response
     (gae only; 0 at least). VAPO uses 0.05, for responses of thousands of tokens. Default: `lam` for
@@ -171,8 +172,8 @@ class ReferenceUpdateConfig(Section, frozen=True):
     every: Whole = 0
     """Number of steps between updates of the reference; 0 never updates it."""
     mix: Annotated[float, Meta(gt=0, le=1)] = 0.6
-    """An update makes the reference this much of the policy and the rest of the reference; 1 copies
-    the policy. The KL is then measured against a model nearer to the policy."""
+    """Fraction of the policy in an updated reference, the rest being the old reference; 1 copies
+    the policy. The KL is then measured against a model that is closer to the policy."""
 
 
 class KLConfig(Section, frozen=True):
@@ -181,8 +182,8 @@ class KLConfig(Section, frozen=True):
     controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` adjusts beta after each step to keep the KL near the target."""
     beta: Coefficient = 0.05
-    """What a nat of KL costs, in units of the score: more keeps the policy closer to the reference.
-    With the controller `adaptive` the first value."""
+    """Cost of a nat of KL, in units of the score; a higher beta keeps the policy closer to the
+    reference. With `controller: adaptive`, the initial value."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """What is penalised at each token, with d = log π - log π_ref: `k1` is d, `k2` is d²/2, `k3` is
     exp(-d) - 1 + d (GRPO). `objective/kl` and the adaptive controller use k1 in every case."""
@@ -197,8 +198,8 @@ class KLConfig(Section, frozen=True):
     rails compare the KL with it under either controller."""
     horizon: Positive = 10_000.0
     """Number of responses over which the adaptive controller changes beta by a factor of at most
-    about e^0.2: in a step by at most 20 % × `rollout.batch_size` / horizon. Ziegler et al. 2019
-    have 512 responses in a step, which makes 1 %."""
+    about e^0.2: in a step by at most 20 % × `rollout.batch_size` / horizon. Ziegler et al. 2019 use
+    512 responses per step, which gives 1 %."""
     beta_min: Positive = 1e-4
     """Lower limit of the adaptive controller, which also starts from here if beta is 0."""
     beta_max: Positive = 10.0

@@ -34,11 +34,11 @@ class JudgeConfig(Section, frozen=True):
     """The text that the judge reads. `{prompt}`, `{response}` and `{COLUMN}`, for a column of the
     data, are replaced; everything else stays as it is. Default: asks for a number from 1 to 10."""
     parse: str | None = None
-    """A regular expression that is searched for in the reply; its first group is the number.
-    Default: the last number in the reply, which is 8 in `8/10`."""
+    """Regular expression to search for in the reply; its first group is the number. Default: the
+    last number in the reply, which is 8 in `8/10`."""
     scale: tuple[Bounded, Bounded] | None = None
     """Lowest and highest number of the judge, such as `[1, 10]`, which become the scores 0 and 1. A
-    number outside counts as none. Default: the number is the score."""
+    number outside is not used. Default: the number is the score."""
     unparsed: Bounded | None = None
     """Score of a response whose reply has no number. Default: the judge is asked again, then the
     run pauses."""
@@ -55,7 +55,7 @@ class ScoreOrigin(Section, frozen=True):
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. Default: its main branch."""
     trust_remote_code: bool = False
-    """Run the Python code that a model brings along; see `model.trust_remote_code`."""
+    """Run Python code that comes with a model; see `model.trust_remote_code`."""
     pair: bool = False
     """Give the tokenizer of a model prompt and response as a pair of texts, as many encoders are
     trained: `[CLS] prompt [SEP] response [SEP]`."""
@@ -66,7 +66,7 @@ class ScoreOrigin(Section, frozen=True):
     service: str | None = None
     """URL of a service that scores responses."""
     protocol: Literal["json", "openrlhf"] = "json"
-    """What a service is sent and returns: `json` as described in docs/rewards.md, `openrlhf` as a
+    """Format of requests and replies: `json` as described in docs/rewards.md, `openrlhf` as a
     remote reward model of OpenRLHF."""
     judge: str | None = None
     """URL of an OpenAI-compatible chat endpoint, such as `http://localhost:8000/v1`, whose model
@@ -79,8 +79,8 @@ class RewardSource(ScoreOrigin, frozen=True):
     """A term of the weighted sum of scores: one of `model`, `function`, `service` and `judge`."""
 
     weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.0
-    """Weight of the score in the sum. A source of weight 0 is watched and not obeyed: its score is
-    recorded, with the samples and as a metric, and has no effect on training."""
+    """Weight of the score in the sum. With weight 0, the score is recorded, with the samples and as
+    a metric, but has no effect on training."""
     normalise: Literal["none", "reference"] = "none"
     """`reference`: scale this source's scores to mean 0 and standard deviation 1 over responses of
     the reference model, before they are weighted."""
@@ -127,7 +127,7 @@ class OverlongConfig(Section, frozen=True):
 
 
 class RewardConfig(ScoreOrigin, frozen=True):
-    """The origin of a score: one of `model`, `function`, `service`, `judge` and `mix`."""
+    """Where scores come from: one of `model`, `function`, `service`, `judge` and `mix`."""
 
     mix: list[RewardSource] = []
     """Several sources; the score is the weighted sum of theirs."""
@@ -152,9 +152,9 @@ class RewardConfig(ScoreOrigin, frozen=True):
     max_tokens: Count = 1024
     """Tokens of prompt and response that a reward model reads; earlier tokens are cut off."""
     retries: Annotated[int, Meta(ge=0, le=10)] = 3
-    """Further calls of a function that raises, or further attempts of requests that fail, after 1,
-    2, 4 … seconds; then the run pauses with the error as its reason. It calls a function again when
-    it is resumed; it resumes by itself when a service or a judge works again."""
+    """How often a failing function or request is repeated, after 1, 2, 4 … seconds. Then the run
+    pauses and shows the error. It resumes by itself when a service or a judge works again; after a
+    function failed, unpause it."""
 
     def sources(self) -> list[RewardSource]:
         """The sources to be summed; a single source is a list of one."""

@@ -13,11 +13,11 @@ class RewardTrainingConfig(Section, frozen=True):
     """The settings of `rlhf-tui reward train`, each given as `--set KEY=VALUE`."""
 
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 20
-    """Passes over the judgements at most."""
+    """Maximum number of passes over the judgements."""
     patience: Count = 4
     """Passes without a lower loss on the judgements for validation after which training stops."""
     batch_size: Count = 8
-    """Judgements in an update."""
+    """Judgements per update."""
     learning_rate: Positive | None = None
     """Peak of the learning rate. Default: 1e-4 for models below 50 million parameters, 1e-5 for
     larger ones."""
@@ -27,10 +27,10 @@ class RewardTrainingConfig(Section, frozen=True):
     """Weight of a label in the loss; a preference has weight 1."""
     centre: Coefficient = 0.01
     """Weight of the squared distance between a batch's mean score and that of the model at the
-    start; comparisons leave the level of the scores open."""
+    start; comparisons do not determine the level of the scores."""
     holdout: Share = 0.2
-    """Share of the judgements that neither train the model nor choose its weights: it is evaluated
-    on them."""
+    """Share of the judgements for evaluation, which neither train the model nor choose its
+    weights."""
     validation: Share = 0.15
     """Share of the judgements that choose the pass whose weights are kept."""
     seed: Whole = 0
@@ -46,4 +46,4 @@ class RewardTrainingConfig(Section, frozen=True):
     revision: str | None = None
     """Branch, tag or commit of `--base` on the hub."""
     trust_remote_code: bool = False
-    """Run the Python code that `--base` brings along; see `model.trust_remote_code`."""
+    """Run Python code that comes with `--base`; see `model.trust_remote_code`."""

@@ -29,7 +29,7 @@ class EvalConfig(Section, frozen=True):
     """Number of prompts of `data.prompts` that are never trained on but evaluated; the seed
     determines which."""
     max_prompts: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
-    """Maximum number of prompts that are evaluated, the first ones."""
+    """Maximum number of prompts to evaluate, counted from the first."""
     per_prompt: Annotated[int, Meta(ge=1, le=10_000)] = 1
     """Responses to each prompt."""
     temperature: Annotated[float, Meta(ge=0, le=1000)] | None = None
@@ -47,8 +47,8 @@ class RolloutConfig(Section, frozen=True):
     """Generation of responses."""
 
     engine: Literal["native", "vllm"] = "native"
-    """What generates: `native` is the trained model itself, in the rank that trains it; `vllm` is
-    vLLM in a process of its own, which is sent the weights before each step."""
+    """What generates responses: `native`, the trained model itself, in the rank that trains it;
+    `vllm`, vLLM in a separate process, which gets the weights before each step."""
     python: str | None = None
     """The Python that runs vLLM; its environment may have another transformers. Default: this one,
     or that of `make vllm` if this one has no vLLM."""
@@ -81,8 +81,9 @@ class RolloutConfig(Section, frozen=True):
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Responses per step, over all ranks. More make the gradient less noisy and a step longer."""
     at_once: Count | None = None
-    """The most responses that a rank generates at once; the others wait until one has ended. Limits
-    the memory of the key-value cache; responses change by rounding only. Default: all of them."""
+    """Maximum number of responses that a rank generates at once; the others wait until one has
+    ended. Limits the memory of the key-value cache; responses change by rounding only. Default: all
+    of them."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Whether `native` compiles the model's layers for decoding (torch.compile), which takes 10 to
     20 s once per start and needs a C compiler. `auto`: on a GPU, for layers of 50 million weights
@@ -100,11 +101,10 @@ class RolloutConfig(Section, frozen=True):
     stop: list[str] = []
     """Texts that end a response, in addition to the end-of-sequence token."""
     dynamic: bool = False
-    """Draw prompts again whose responses all have the same raw score: other prompts take their
-    place (DAPO's dynamic sampling). Needs `per_prompt` of at least 2."""
+    """Replace prompts whose responses all have the same raw score with other prompts (DAPO's
+    dynamic sampling). Needs `per_prompt` of at least 2."""
     dynamic_limit: Annotated[int, Meta(ge=1, le=1000)] = 10
-    """How many times a step draws again with `dynamic`; prompts that are left then stay as they
-    are."""
+    """How many times a step replaces prompts with `dynamic`; the remaining ones are then kept."""
 
     @property
     def separate(self) -> bool:

@@ -45,8 +45,8 @@ class Rule(Section, frozen=True):
     """A setting such as `target` or `max_new_tokens`, of which `above`, `below` and
     `predicted_above` are multiples."""
     predicted_above: float | None = None
-    """Fires while the metric is not above this, but rises steadily and will be in 10 steps, by the
-    straight line through the last `window` steps; at least 4."""
+    """Fires while the metric is not above this yet, but rises steadily and will be above it in 10
+    steps, according to a straight line through the last `window` steps (at least 4)."""
     rises: Positive | None = None
     """Fires when the metric exceeds the mean of the last `window` steps by this fraction of it."""
     falls: Positive | None = None
@@ -55,10 +55,10 @@ class Rule(Section, frozen=True):
     """Number of steps in the mean that `rises` and `falls` compare with, or of first steps in the
     median that `drifts_up` and `drifts_down` compare with, or in the line of `predicted_above`."""
     lasts: Count = 1
-    """Number of steps in a row on which `above` or `below` must hold; at most `window` + 1."""
+    """Number of consecutive steps on which `above` or `below` must hold; at most `window` + 1."""
     clears_after: Count | None = None
-    """Number of steps in a row on which the condition must not hold before the rule can fire
-    again, so that a metric that swings around its limit raises one alert. Default: 20 with
+    """Number of consecutive steps on which the condition must not hold before the rule can fire
+    again, so that a metric that oscillates around its limit raises one alert. Default: 20 with
     `notify`; 1 with another action, which is carried out whenever the condition begins to hold."""
     drifts_up: Positive | None = None
     """Fires when a sequential test (CUSUM) finds that the metric stays above the median of the
@@ -97,12 +97,12 @@ class Webhook(Section, frozen=True):
     """A service that is sent each message over HTTP.
 
     Its URL and its token are secrets: they are read from environment variables of the engine, and
-    stand in no file.
+    are in no file.
     """
 
     format: Literal["json", "slack", "discord", "ntfy", "telegram"] = "json"
-    """What the service understands. `json` is what `notify.command` gets, with the responses that
-    are an alert's evidence; the others get one line of text. `slack` is also that of Mattermost."""
+    """Format of the messages. `json` is what `notify.command` gets, including the responses that
+    are an alert's evidence; the others get one line of text. `slack` also works for Mattermost."""
     url_variable: str | None = None
     """Name of the environment variable with the URL; for `telegram` only for a server of your
     own."""
@@ -128,12 +128,12 @@ class NotifyConfig(Section, frozen=True):
     email: list[str] = []
     """Addresses that get each message by the machine's sendmail."""
     sendmail: str | None = None
-    """The program that takes the e-mail. Default: `sendmail`."""
+    """Program that sends the e-mail. Default: `sendmail`."""
     level: Literal["info", "warning", "error"] = "info"
-    """The least level that is sent. `error`: failures, and guard rails that pause or stop;
-    `warning`: also other alerts and restarts; `info`: also the end of the run, and pauses that a
-    person asked for."""
+    """Lowest level that is sent. `error`: failures, and guard rails that pause or stop; `warning`:
+    also other alerts and restarts; `info`: also the end of the run, and pauses that a person asked
+    for."""
     quiet_hours: str | None = None
     """`HH:MM-HH:MM`, local time: then only the level `error` is sent."""
     max_per_hour: Annotated[int, Meta(ge=1, le=3600)] = 30
-    """Alerts within an hour; the next message tells how many further ones were not sent."""
+    """Maximum number of alerts per hour; the next message says how many more were not sent."""

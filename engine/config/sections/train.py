@@ -9,7 +9,7 @@ from engine.metrics import SCORE
 
 
 class StopAt(Section, frozen=True):
-    """A value of a metric at which the run has reached its aim; give `above` or `below`."""
+    """A metric value at which the run ends; give `above` or `below`."""
 
     metric: str
     """Name of the metric."""
@@ -29,9 +29,9 @@ class EMAConfig(Section, frozen=True):
     """An averaged policy: the exponential moving average of the policy's weights over the steps."""
 
     decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
-    """After each step the average is this much of itself and the rest of the policy: 0.95 averages
-    about the last 20 steps. The average is evaluated, saved and exported beside the policy, and has
-    no effect on training. Default: no average."""
+    """Decay of the policy's moving average, which is updated after each step: 0.95 averages about
+    the last 20 steps. The average is evaluated, saved and exported beside the policy, and has no
+    effect on training. Default: no average."""
     offload: bool = False
     """Hold the average in host memory instead of on the device."""
 
@@ -63,11 +63,11 @@ class TrainConfig(Section, frozen=True):
     save_every: Whole = 50
     """Number of steps between checkpoints; 0 saves at the end only."""
     save_before_deadline: str | Count | None = "auto"
-    """Saves a checkpoint and ends the run, as stopped, when less time is left until this than the
-    longest step and the longest save took, plus `deadline_margin`. A date and time in quotes
-    (`'2027-01-31 14:05'`, local if it has no offset) or seconds since 1970; `auto`: the end of the
-    SLURM job (SLURM_JOB_END_TIME), if there is one; null: never. The exit code is
-    `launch.preempted_exit`."""
+    """Time by which to save a checkpoint and end the run, as stopped. It ends when the remaining
+    time is less than the longest step and the longest save so far, plus `deadline_margin`. A date
+    and time in quotes (`'2027-01-31 14:05'`, local if it has no offset) or seconds since 1970;
+    `auto`: the end of the SLURM job (SLURM_JOB_END_TIME), if there is one; null: never. The exit
+    code is `launch.preempted_exit`."""
     deadline_margin: Seconds = 60.0
     """Seconds before that time by which the run should have ended."""
     keep_last: Count = 3
@@ -75,7 +75,7 @@ class TrainConfig(Section, frozen=True):
     keep_best: Whole = 1
     """Number of further checkpoints to keep, those with the highest `best_metric`."""
     best_metric: str = SCORE
-    """The metric that `keep_best` compares: the mean score, or one of `eval/...`."""
+    """The metric that `keep_best` compares: the mean score, or any other, such as `eval/score`."""
     stop_at: StopAt | None = None
     """Saves a checkpoint and ends the run as finished once a metric has reached a value, such as
     `{metric: eval/score, above: 2}`. Default: never."""

@@ -55,7 +55,7 @@ class ReceivedFiles:
         elif CONFIGURATION.fullmatch(part.name):
             path = self.model / part.name
         else:
-            raise LinkError(f"{part.name!r} is no file of a model")
+            raise LinkError(f"{part.name!r} is not a file of a model")
         self._open = path.open("wb")
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ class PromptTokenizer:
             if config.system is not None:
                 raise UserInputError(
                     f"data.system needs conversations, and row {row + 1} of {self._name} is "
-                    "text: set data.chat: true to make text the message of a user"
+                    "text: set data.chat: true to make text a user message"
                 )
             return content, None
         messages = _messages(content)

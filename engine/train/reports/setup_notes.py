@@ -36,7 +36,7 @@ def plain_prompts(run: Run) -> list[str]:
         return []
     return [
         "the policy has a chat template, but prompts are given to it as plain text; data.chat: "
-        "true makes each of them the message of a user (docs/models.md)"
+        "true makes each of them a user message (docs/models.md)"
     ]
 
 

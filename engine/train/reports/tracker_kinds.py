@@ -121,7 +121,7 @@ def make_tracker(name: str, header: Header, known: str) -> tuple[GeneralTracker,
         module, _, attribute = name.partition(":")
         own: Any = getattr(importlib.import_module(module), attribute)
         if not is_tracker(own):
-            raise TypeError(f"{attribute} is no subclass of accelerate.tracking.GeneralTracker")
+            raise TypeError(f"{attribute} is not a subclass of accelerate.tracking.GeneralTracker")
         folder = [_folder()] if own.requires_logging_directory else []
         chosen = known or uuid.uuid4().hex
         made = own(header.project, *folder, run_name=header.session, run_id=chosen)

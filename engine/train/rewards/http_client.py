@@ -192,7 +192,7 @@ def read_token(config: HTTPConfig) -> str | None:
         )
     if not token.isascii() or not token.isprintable() or " " in token:
         raise UserInputError(
-            f"reward.http.token_env: the value of {config.token_env} is no token: it contains "
+            f"reward.http.token_env: the value of {config.token_env} is not a token: it contains "
             "spaces or characters that no HTTP header can hold"
         )
     return token

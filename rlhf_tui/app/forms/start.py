@@ -114,7 +114,10 @@ def fork_form(root: Path, name: str, step: int) -> StartForm:
         except (FormError, RlhfError) as error:
             return False, str(error)
         if step >= (total := new.train.steps):
-            return False, f"its {total} steps are done; train.steps={2 * step} trains the fork on"
+            return (
+                False,
+                f"its {total} steps are done; train.steps={2 * step} trains the fork further",
+            )
         return True, base.changed(new) or folder
 
     def arguments(values: Values) -> list[str]:

@@ -12,7 +12,7 @@ VARIABLE = "_RLHF_TUI_COMPLETE"
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the completion script of a SHELL.
+    """Print the completion script for a SHELL.
 
     \b
     bash:  eval "$(rlhf-tui completion bash)"      in ~/.bashrc

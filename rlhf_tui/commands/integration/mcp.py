@@ -21,7 +21,7 @@ def mcp(root: Path, allow_steering: bool) -> None:
     """Serve sessions to an assistant over MCP.
 
     Speaks the Model Context Protocol on standard input and output. An assistant's program starts
-    this command; it ends with its input.
+    this command, which ends when its input ends.
     """
     try:
         from rlhf_tui.commands.integration.mcp_server import make_server  # noqa: PLC0415 - an extra

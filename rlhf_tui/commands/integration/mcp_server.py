@@ -65,7 +65,7 @@ Name = Annotated[str, Field(description="The session's name, from list_sessions.
 def _no_boolean(value: Any) -> Any:
     """For Python and pydantic true is 1, by which a slip would set beta to 1."""
     if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")  # noqa: TRY004 - pydantic reports these
+        raise ValueError("true and false are not numbers")  # noqa: TRY004 - pydantic reports these
     return value
 
 

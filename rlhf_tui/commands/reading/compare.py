@@ -113,14 +113,17 @@ def _shown(value: object) -> str:
 @name_argument
 @sessions_option
 @click.option(
-    "--dry-run", is_flag=True, expose_value=False, help="The default: evaluate, change nothing."
+    "--dry-run",
+    is_flag=True,
+    expose_value=False,
+    help="Evaluate without changing anything; the default.",
 )
 @click.option(
     "--rules", type=click.Path(path_type=Path), help="A YAML file with a guardrails section."
 )
 @json_option
 def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None:
-    """Print the alerts of guard rails on the steps of a session."""
+    """Evaluate guard rails on the steps of a session."""
     session = existing(root, name)
     config = _rules(rules) if rules else session.config().guardrails
     with JournalReader(session) as record:

@@ -85,7 +85,7 @@ def samples(
 ) -> None:  # fmt: skip
     """Print samples: prompts, responses and scores.
 
-    The last 16, or with --format and --json all.
+    Prints the last 16, or all with --format or --json.
     """
     session = existing(root, name)
     count = last if last or as_json or form or output else 16

@@ -21,12 +21,12 @@ SUFFIXES = (".html", ".htm", ".md")
     type=click.Path(path_type=Path, dir_okay=False),
     help="The file, .html or .md.  [default: NAME.html]",
 )
-@click.option("--diff", "other", metavar="OTHER", help="Put another session beside it.")
+@click.option("--diff", "other", metavar="OTHER", help="Compare with another session.")
 def report(root: Path, name: str, output: Path | None, other: str | None) -> None:
     """Write a session as one self-contained page.
 
-    It has curves, interventions, samples and the configuration.
-    The session may be live. A file that exists is replaced.
+    The page has curves, interventions, samples and the configuration. The session can be live. An
+    existing file is replaced.
     """
     from rlhf_tui.report import html, markdown  # noqa: PLC0415 - slow to import
     from rlhf_tui.report.data import read_report  # noqa: PLC0415

@@ -20,7 +20,7 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "-o",
         "output",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Write a file: .csv, .json or .parquet, or what --format says.",
+        help="Write a file: .csv, .json or .parquet, or any name with --format.",
     )
     form = click.option(
         "--format", "form", type=click.Choice(FORMATS), help="Print all fields in this format."

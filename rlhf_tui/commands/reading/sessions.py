@@ -32,9 +32,9 @@ from rlhf_tui.text import one_line
 @json_option
 @click.pass_context
 def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -> None:
-    """List the sessions of the folder and live ones elsewhere.
+    """List the sessions in the folder and live ones elsewhere.
 
-    ADDRESS is ssh://[USER@]HOST[:PORT]: lists those of another machine.
+    With ADDRESS, ssh://[USER@]HOST[:PORT], lists those on another machine.
     """
     local = [] if address else all_sessions(root.resolve())
     if address:
@@ -68,7 +68,7 @@ def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
     parsed = Address.parse(address)
     if parsed.name:
         attach = fmt.command("attach", address)
-        raise UserInputError(f"ls takes no session: {attach} opens it")
+        raise UserInputError(f"ls does not take a session: use {attach} to open it")
     output = run(parsed, "ls", "--json", *options)
     try:
         return msgspec.json.decode(output, type=examined(list[SessionRow]))

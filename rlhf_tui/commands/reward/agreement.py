@@ -29,7 +29,7 @@ STEPS_SHOWN = 20
 @sessions_option
 @json_option
 def agreement(root: Path, name: str, as_json: bool) -> None:
-    """How far the scores of a session agree with its judgements, over the steps."""
+    """Show how far the scores of a session agree with its judgements."""
     session = existing(root, name)
     with JournalReader(session) as record:
         found = read_agreement(record)

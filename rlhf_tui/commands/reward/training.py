@@ -58,7 +58,7 @@ OTHER_OPTIONS = [key for key, kinds in SOURCE_OPTIONS.items() if "model" not in 
 )  # fmt: skip
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE",
-    help="A setting of the training, such as learning_rate=1e-5 (docs/reward-training.md).",
+    help="A training setting, such as learning_rate=1e-5 (docs/reward-training.md).",
 )  # fmt: skip
 @json_option
 def train(
@@ -117,7 +117,7 @@ def _new_folder(out: Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserInputError(f"-o: {out} exists already; give a new or empty folder")
     if not (nearest := next(path for path in target.parents if path.exists())).is_dir():
-        raise UserInputError(f"-o: {nearest} is no folder")
+        raise UserInputError(f"-o: {nearest} is not a folder")
     return target
 
 

@@ -139,7 +139,7 @@ class SampleList:
         unread = self.arrived
         self.freeze()
         if unread:
-            self._context.say("a new response has just come here; press again to judge it")
+            self._context.say("a new response has just moved here; press again to judge it")
         return not unread
 
     def show_new(self) -> None:
