@@ -227,7 +227,7 @@ def test_preferences_are_exported_as_json_lines(make_annotated, tmp_path):
 
 def test_without_preferences_an_export_says_how_to_make_them_and_writes_nothing(whole, tmp_path):
     done = whole.lab.cli("export", "whole", "--preferences", tmp_path / "pairs.jsonl")
-    assert done.returncode == 3
+    assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "no preferences yet: on screen 3 of rlhf-tui attach whole" in line
     assert not (tmp_path / "pairs.jsonl").exists()
