@@ -327,6 +327,19 @@ METRICS = (
 )  # fmt: skip
 """In the order of docs/metrics.md."""
 
+CONTRACT = (
+    KL, "objective/kl_per_token", BETA, SCORE, SCORE_STD, RLHF_REWARD, "objective/non_score_reward",
+    "objective/entropy", APPROXIMATE_KL, CLIP_FRACTION, ENTROPY, "loss/policy_avg",
+    "loss/value_avg", "val/clipfrac_avg", EXPLAINED_VARIANCE, "val/ratio", "val/ratio_var",
+    "val/num_eos_tokens", RESPONSE_LENGTH, TRUNCATED, DISTINCT_2, GRADIENT_NORM, LEARNING_RATE,
+    EPISODE, "time/generate", "time/score", "time/reference", "time/optimise", "time/checkpoint",
+    STEP_TIME, TOKENS_PER_SECOND, "perf/episodes_per_second", PEAK_MEMORY,
+)  # fmt: skip
+"""The metrics that every step lists in JSON, null where it has none: scripts rely on the keys.
+
+Without a value function, for example, a run has no `loss/value_avg`.
+"""
+
 BY_READERS = (
     Metric(
         AGREEMENT, "fraction",

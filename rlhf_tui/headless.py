@@ -6,6 +6,7 @@ this one (exec), so that `ps` shows the session's folder. $RLHF_TUI_START is a S
 
 import asyncio
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -39,7 +40,7 @@ class Printer:
         Args:
             session: the run's.
             total_steps: `train.steps`.
-            live: whether stdout is a terminal, on which a line can be rewritten.
+            live: whether stdout is a terminal that can rewrite a line.
         """
         self._session = session
         self._total_steps = total_steps
@@ -173,6 +174,11 @@ def print_exception(
     print(sanitise("".join(lines)), end="", file=sys.stderr)  # noqa: T201
 
 
+def can_rewrite(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which a line can be erased."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def main() -> None:
     """Runs the session to its end and exits with the supervisor's exit code."""
     sys.excepthook = print_exception
@@ -183,7 +189,7 @@ def main() -> None:
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by who started it
         total = _total_steps(session, start)
-        printer = Printer(session, total, live=sys.stdout.isatty())
+        printer = Printer(session, total, live=can_rewrite(sys.stdout))
         logging.basicConfig(handlers=[PrinterHandler(printer)], format="%(message)s")
         code = asyncio.run(supervise(session, start, printer))
         printer.close(session, code)

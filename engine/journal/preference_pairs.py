@@ -6,7 +6,7 @@ Further columns hold the operator, the time and the origin of each response.
 
 import msgspec
 
-from engine.errors import NoSuchSessionError
+from engine.errors import SessionError
 from engine.journal.labels import JudgedResponse, LabelReader, Response
 from engine.session.folder import SessionFolder
 
@@ -40,7 +40,7 @@ def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
     preference takes precedence over labels, and a later judgement over an earlier one.
 
     Raises:
-        NoSuchSessionError: there is no pair; the message explains how to make one.
+        SessionError: there is no pair; the message explains how to make one.
         JournalError: the judgements cannot be read.
     """
     with LabelReader(session) as labels:
@@ -50,7 +50,7 @@ def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
     ]
     rows += _labelled(judged)
     if not rows:
-        raise NoSuchSessionError(_no_pairs(session, judged))
+        raise SessionError(_no_pairs(session, judged))
     unique: dict[tuple[str, frozenset[str]], tuple[float, PreferencePair]] = {}
     for order, row in sorted(rows, key=lambda r: (r[1].source != "pair", -r[0])):
         unique.setdefault((row.prompt, frozenset((row.chosen, row.rejected))), (order, row))

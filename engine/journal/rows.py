@@ -13,6 +13,7 @@ from msgspec import Struct
 from engine.config.settings import SettingChange
 from engine.examined import examined
 from engine.journal.json_values import Json, decoded
+from engine.metrics import CONTRACT
 
 
 class SessionMeta(Struct, frozen=True, kw_only=True):
@@ -74,8 +75,9 @@ class MetricRow(Struct, frozen=True, kw_only=True):
     """Value of every metric of the session, None where undefined."""
 
     def as_json(self) -> Json:
-        """Step, attempt and time, and each metric under its name."""
-        return {"step": self.step, "attempt": self.attempt, "time": self.time} | self.values
+        """Step, attempt and time, and each metric under its name, with all of `CONTRACT`."""
+        row = {"step": self.step, "attempt": self.attempt, "time": self.time} | self.values
+        return row | {name: None for name in CONTRACT if name not in row}
 
 
 class CheckpointRow(Struct, frozen=True):

@@ -73,17 +73,17 @@ def create_file(path: Path) -> None:
 
 
 def open_to_umask(folder: Path) -> None:
-    """Lets those read the files of a model folder whom the umask lets.
+    """Lets those read a model folder and its files whom the umask lets.
 
-    For models outside of sessions: safetensors makes its files private, whatever the umask.
+    For models outside of sessions: safetensors makes its files private, whatever the umask, and a
+    copy of a checkpoint's folder is as private as that.
 
     Raises:
-        OSError: the mode of a file cannot be changed.
+        OSError: a mode cannot be changed.
     """
     umask = _umask()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _umask() -> int:

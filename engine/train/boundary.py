@@ -352,6 +352,9 @@ class Boundary:
         metrics["time/checkpoint"] = self.checkpoints.step_done(metrics)
         self._reached = self._has_reached_aim(metrics)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
+        if config.kl.beta == 0 and beta > 0:
+            text = f"no factor changes a beta of 0: it begins again at beta_min, {beta:g}"
+            self._link.send(Notice(step=step, rule="controller", text=text))
         changes = [] if beta == config.kl.beta else self._settings.set({"beta": beta})
         self._run.settings_after_step = settings_of(self._run.config)
         return changes

@@ -174,6 +174,11 @@ def has_colours() -> bool:
     )
 
 
+def why_no_terminal() -> str:
+    """Why the terminal app cannot run here, if :func:`is_terminal` says that it cannot."""
+    return "TERM is 'dumb'" if os.environ.get("TERM") == "dumb" else "this is not a terminal"
+
+
 def is_terminal() -> bool:
     """Whether the terminal app can run here."""
     return sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"

@@ -39,6 +39,7 @@ from rlhf_tui.commands.options import (
     override_option,
     say,
     sessions_option,
+    why_no_terminal,
 )
 from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
@@ -247,7 +248,7 @@ def _begin(session: SessionFolder, start: StartOptions, mode: str | None) -> Non
         _detach(session, start)
     elif mode == "headless" or not is_terminal():
         if mode is None:
-            click.echo("rlhf-tui: not a terminal: continuing as with --headless", err=True)
+            click.echo(f"rlhf-tui: {why_no_terminal()}: continuing as with --headless", err=True)
         _become_engine(session, start)
     else:
         _watch(session, start)

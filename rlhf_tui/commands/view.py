@@ -25,6 +25,7 @@ from rlhf_tui.commands.options import (
     is_terminal,
     name_argument,
     sessions_option,
+    why_no_terminal,
 )
 
 if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
@@ -240,5 +241,4 @@ def _either(session: SessionFolder, first: str, second: str) -> str:
 def _need_terminal(instead: str) -> None:
     """Raises UserInputError, which names the command `instead`, if the app cannot run here."""
     if not is_terminal():
-        why = "TERM is 'dumb'" if os.environ.get("TERM") == "dumb" else "this is not a terminal"
-        raise UserInputError(f"{why}, so the app cannot run; use {instead}")
+        raise UserInputError(f"{why_no_terminal()}, so the app cannot run; use {instead}")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -100,6 +101,12 @@ def test_output_for_people_is_plain_text(whole, command):
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
     assert done.stderr == ""
+
+
+def test_folders_within_a_session_are_their_owners_alone(whole):
+    folders = [path for path in whole.session.folder.rglob("*") if path.is_dir()]
+    assert {"checkpoints", "policy", "training"} <= {folder.name for folder in folders}
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
 
 
 def test_a_note_on_a_finished_run_is_an_event(whole):
@@ -227,7 +234,7 @@ def test_preferences_are_exported_as_json_lines(make_annotated, tmp_path):
 
 def test_without_preferences_an_export_says_how_to_make_them_and_writes_nothing(whole, tmp_path):
     done = whole.lab.cli("export", "whole", "--preferences", tmp_path / "pairs.jsonl")
-    assert done.returncode == 3
+    assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "no preferences yet: on screen 3 of rlhf-tui attach whole" in line
     assert not (tmp_path / "pairs.jsonl").exists()

@@ -64,6 +64,15 @@ def test_a_metric_that_begins_later_is_null_before(writer):
         assert record.series("unheard of") == []
 
 
+def test_a_metric_that_a_run_never_has_is_null_in_json(writer):
+    writer.steps(1)
+    with JournalReader(writer.session) as record:
+        (row,) = record.metrics()
+    assert "loss/value_avg" not in row.values
+    assert row.as_json()["loss/value_avg"] is None
+    assert row.as_json()["lr"] == row.values["lr"]
+
+
 def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(writer, monkeypatch):
     def write_a_step(_query):
         step = writer.journal.step + 1

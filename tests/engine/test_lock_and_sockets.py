@@ -129,14 +129,16 @@ def test_modes_are_set_without_changing_the_umask_of_other_threads(tmp_path, mon
     monkeypatch.setattr(os, "umask", None)  # whose calls fail from now on
     try:
         sock, path = sockets.listen(tmp_path)
-        (tmp_path / "model").write_text("")
-        open_to_umask(tmp_path)
+        (tmp_path / "model").mkdir(mode=0o700)  # as a copy of a checkpoint's folder
+        (tmp_path / "model" / "weights").write_text("")
+        open_to_umask(tmp_path / "model")
     finally:
         monkeypatch.undo()
         os.umask(mask)
     with sock:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "model" / "weights").stat().st_mode) == 0o640
 
 
 def test_a_stale_socket_or_file_gives_way(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 import engine
 import rlhf_tui
-from engine.metrics import METRICS, REWARD_SOURCE, describe, title_of
+from engine.metrics import CONTRACT, METRICS, REWARD_SOURCE, describe, title_of
 from engine.monitoring.guardrails import DEFAULT_RULES
 
 ENGINE = Path(engine.__file__).parent
@@ -41,6 +41,11 @@ def test_the_default_guard_rails_watch_declared_metrics():
 def test_a_reward_source_of_any_name_is_declared_by_the_pattern():
     assert describe("reward/politeness").name == REWARD_SOURCE
     assert title_of("reward/politeness") == "reward/politeness"
+
+
+def test_metrics_that_scripts_rely_on_are_declared():
+    assert len(set(CONTRACT)) == len(CONTRACT)
+    assert set(CONTRACT) <= {metric.name for metric in METRICS}
 
 
 def test_an_undeclared_metric_of_a_newer_session_is_shown_by_its_name():

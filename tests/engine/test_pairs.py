@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from engine.errors import NoSuchSessionError, UserInputError
+from engine.errors import SessionError, UserInputError
 from engine.journal import schema
 from engine.journal.labels import LabelReader, Response, forget_preference, prefer, set_label
 from engine.journal.preference_pairs import preference_pairs
@@ -97,8 +97,8 @@ def test_judgements_of_an_earlier_version_come_first_in_the_order_of_their_times
 
 
 def test_without_a_pair_the_error_says_how_to_make_one(session):
-    with pytest.raises(NoSuchSessionError, match=r"no preferences yet: .* attach run"):
+    with pytest.raises(SessionError, match=r"no preferences yet: .* attach run"):
         preference_pairs(session)
     set_label(session, "p", answer(1), "good", "ana")
-    with pytest.raises(NoSuchSessionError, match="no pair of responses to one prompt"):
+    with pytest.raises(SessionError, match="no pair of responses to one prompt"):
         preference_pairs(session)

@@ -67,6 +67,16 @@ def test_the_next_step_begins_before_the_checkpoint_is_complete(trained):
     assert run.state.step == 2
 
 
+def test_a_controller_that_begins_again_from_beta_zero_says_so(trained):
+    run, _, boundary, supervisor = trained
+    kl = replace(run.config.kl, controller="adaptive", beta=0.0, beta_min=0.002)
+    run.config = replace(run.config, kl=kl)
+    boundary.after_step(2, dict(METRICS), 0.1)
+    notice = supervisor.wait_for(Notice)
+    assert (notice.step, run.config.kl.beta) == (2, 0.002)
+    assert notice.text.endswith("it begins again at beta_min, 0.002")
+
+
 def test_a_checkpoint_becomes_complete_without_another_boundary(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()

@@ -1,6 +1,7 @@
 """TensorBoard event files, read with TensorBoard's own reader."""
 
 import shutil
+import stat
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,6 +47,13 @@ def events_of_two_attempts(tmp_path):
 def test_after_a_resume_each_step_appears_once_with_its_new_value(events_of_two_attempts):
     scalars = [(e.step, e.value) for e in events_of_two_attempts.Scalars("objective/kl")]
     assert scalars == [(1, 1), (2, 2), (3, 3), (4, 14), (5, 15), (6, 16), (7, 17)]
+
+
+def test_the_folder_is_its_owners_alone(tmp_path):
+    events = EventFiles(tmp_path / "tb", 0, unexpected)
+    events.step(1, {"objective/kl": 1.0}, [])
+    events.close()
+    assert stat.S_IMODE((tmp_path / "tb").stat().st_mode) == 0o700
 
 
 def test_responses_are_written_as_escaped_text(events_of_two_attempts):

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import pty
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from engine.metrics import BETA, KL, SCORE, STEP_TIME, TOKENS_PER_SECOND
 from engine.protocol.rank_messages import Phase, Ready, StepReport
 from engine.session.folder import SessionFolder
-from rlhf_tui.headless import Printer, PrinterHandler, print_exception
+from rlhf_tui.headless import Printer, PrinterHandler, can_rewrite, print_exception
 from rlhf_tui.text import escape_unencodable
 
 RUN = SessionFolder(Path("sessions/run"))
@@ -46,6 +48,15 @@ def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
     assert "restart 1 of 3" in err
     assert "note: " in err
     assert err.count("Traceback") == 2
+
+
+def test_lines_are_rewritten_on_a_terminal_that_is_not_dumb(monkeypatch):
+    master, slave = pty.openpty()
+    with os.fdopen(master, "w"), os.fdopen(slave, "w") as terminal:
+        monkeypatch.setenv("TERM", "xterm")
+        assert can_rewrite(terminal)
+        monkeypatch.setenv("TERM", "dumb")
+        assert not can_rewrite(terminal)
 
 
 def test_what_the_encoding_of_a_locale_lacks_is_printed_as_an_escape(monkeypatch):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import first_line
+from engine.session.access import make_folders
 from engine.train.models import lora
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.pretrained import save_configs
@@ -85,7 +86,7 @@ def write_policy(
         files: the result of :func:`policy_files`.
     """
     if lora.adapted_layers(policy.lm):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         lora.save_adapter_weights(tensors, folder)
     else:
         policy.lm.save_pretrained(folder, state_dict=tensors)
@@ -93,5 +94,5 @@ def write_policy(
     # which FSDP may have gathered in another dtype by now.
     for name, content in files.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         path.write_bytes(content)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError, error_text
+from engine.session.access import make_folders
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
@@ -309,7 +310,7 @@ class Saver:
         checkpoint_folder.clear_parts(self._checkpoints)
         averages = (folders.average, folders.average_policy) if job.averaged else ()
         for folder in (folders.training, folders.policy, folders.policy_shards, *averages):
-            folder.mkdir(parents=True)
+            make_folders(folder)
 
     def _save_shards(self, job: _Job, folders: _Folders) -> None:
         """Writes this rank's shards; all ranks call it together. Raises CheckpointError."""

@@ -11,6 +11,7 @@ from torch.utils.tensorboard.summary import hparams
 from engine.config.schema import RunConfig
 from engine.metrics import KL, RLHF_REWARD, SCORE
 from engine.protocol.rank_messages import Sample
+from engine.session.access import make_folders
 from engine.train.reports.trackers import shown_config
 
 HEADLINE = (SCORE, KL, RLHF_REWARD)
@@ -87,6 +88,7 @@ class EventFiles:
             return
         try:
             if self._writer is None:
+                make_folders(self._folder)  # SummaryWriter would create it with the umask's mode
                 self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_from)
             write(self._writer)
             self._writer.flush()
