@@ -136,7 +136,9 @@ class _Watched:
     def parts(self, inputs: RewardInputs, report: ReportProgress) -> dict[str, list[float | None]]:
         """Each source's B scores; None for all from where it has failed."""
         found: dict[str, list[float | None]] = {}
-        for name in self._rewards.names if self._rewards is not None else []:
+        if self._rewards is None:
+            return found
+        for name in self._rewards.names:
             found[name] = [None] * len(inputs)
             if name in self.failed:
                 continue
