@@ -142,6 +142,13 @@ def test_a_certificate_is_trusted_once_its_file_is_there(mix, inputs, monkeypatc
     service.stop()
 
 
+def test_a_service_that_expects_tls_is_asked_about(mix, inputs):
+    service = RewardService(certificate=CERTIFICATE)
+    with pytest.raises(RewardCallError, match=r"\(does the server expect https\?\)"):
+        scores(mix(service=service.url, retries=0), inputs)
+    service.stop()
+
+
 # -- failures --------------------------------------------------------------------------------------
 
 
