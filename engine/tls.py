@@ -33,7 +33,7 @@ def https_hint(error: object, url: str) -> str:
     A server that expects TLS ends a connection of plain HTTP without a reply, or with an alert of
     TLS in the place of one.
     """
-    alert = isinstance(error, http.client.BadStatusLine) and error.line.startswith(TLS_ALERT)
+    alert = isinstance(error, http.client.BadStatusLine) and str(error).startswith(TLS_ALERT)
     ended = isinstance(error, ConnectionResetError | BrokenPipeError)
     if urlsplit(url).scheme == "http" and (ended or alert):
         return " (does the server expect https?)"
