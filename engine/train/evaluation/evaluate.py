@@ -143,7 +143,7 @@ class _Watched:
             if name in self.failed:
                 continue
             try:
-                found[name] = self._rewards.part(name, inputs, report)
+                found[name] = self._rewards.source_scores(name, inputs, report)
             except REWARD_FAILURES as error:
                 self.failed[name] = error
         return found

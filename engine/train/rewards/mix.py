@@ -146,9 +146,11 @@ class RewardMix:
         retry: bool = True,
     ) -> dict[str, list[float | None]]:
         """The B scores of each source, by name. Raises what calling the mix raises."""
-        return {name: self.part(name, inputs, report, retry=retry) for name in self._sources}
+        return {
+            name: self.source_scores(name, inputs, report, retry=retry) for name in self._sources
+        }
 
-    def part(
+    def source_scores(
         self,
         name: str,
         inputs: RewardInputs,
