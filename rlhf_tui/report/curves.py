@@ -80,11 +80,11 @@ def read_curves(record: JournalReader, agreement: Agreement) -> list[Curve]:
     known = record.metric_names()
     sources = [name for name in known if name.startswith(SOURCES)][:MOST_SOURCES]
     names = [name for name in CURVES if name in known] + sources
-    downsampled = record.downsampled(names, SPANS)
+    recorded = record.downsampled(names, SPANS)
     several = len(record.attempts()) > 1
     curves = []
     for name in names:
-        points = [(step, v) for step, v in downsampled.get(name, []) if v is not None]
+        points = [(step, v) for step, v in recorded.get(name, []) if v is not None]
         if points:
             branches = _branches(record, name) if several else []
             curves.append(Curve(name, points, branches))
