@@ -109,6 +109,16 @@ def test_a_remote_reward_model_of_openrlhf_gets_whole_sequences_and_labels(
     assert request["labels"] == [0, None, 2]
 
 
+def test_a_column_of_labels_that_the_data_lack_is_named_beside_those_there_are(
+    service, mix, inputs
+):
+    source = mix(
+        service=service.url, protocol="openrlhf", http={"label_column": "label"}, retries=0
+    )
+    with pytest.raises(RewardCallError, match=r"'label' is no column of the data .*gold"):
+        scores(source, inputs)
+
+
 def test_an_end_that_the_tokenizer_does_not_know_has_no_text(service, mix, inputs):
     service.behaviour = reply({"rewards": [1, 2, 3]})
     only_the_models = [[*inputs.ids[0][:-1], 10**6], *inputs.ids[1:]]
