@@ -1,7 +1,9 @@
 """Why a TLS connection failed, for messages."""
 
+import http.client
 import os
 import ssl
+from urllib.parse import urlsplit
 
 NOT_YET_VALID, EXPIRED = 9, 10
 UNTRUSTED = (2, 18, 19, 20, 21)
@@ -12,6 +14,9 @@ NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RE
 """OpenSSL's reasons if the first bytes of the server are no TLS; which one depends on its
 version."""
 
+TLS_ALERT = "\x15\x03"
+"""Its first bytes."""
+
 
 def tls_problem(error: ssl.SSLError) -> str:
     """What is wrong, and what helps, on one line without the URL."""
@@ -20,6 +25,19 @@ def tls_problem(error: ssl.SSLError) -> str:
     if error.reason in NOT_TLS:
         return "no TLS is spoken on this port; if it is one of plain HTTP, its URL begins http://"
     return f"TLS failed ({error.reason or type(error).__name__})"
+
+
+def https_hint(error: object, url: str) -> str:
+    """A question to end the message of a failed request with; "" if TLS cannot be the reason.
+
+    A server that expects TLS ends a connection of plain HTTP without a reply, or with an alert of
+    TLS in the place of one.
+    """
+    alert = isinstance(error, http.client.BadStatusLine) and str(error).startswith(TLS_ALERT)
+    ended = isinstance(error, ConnectionResetError | BrokenPipeError)
+    if urlsplit(url).scheme == "http" and (ended or alert):
+        return " (does the server expect https?)"
+    return ""
 
 
 def _certificate_problem(error: ssl.SSLCertVerificationError) -> str:

@@ -20,7 +20,13 @@ END_TIMEOUT = 10.0
 """Seconds in which an interrupted program removes what it has written."""
 
 
-def run_engine_program(module: str, *arguments: str, config: RunConfig, failed: str) -> bytes:
+def run_engine_program(
+    module: str,
+    *arguments: str,
+    config: RunConfig,
+    failed: str,
+    on_line: Callable[[bytes], None] = lambda _line: None,
+) -> bytes:
     """Runs a module of the engine that reads a configuration and prints JSON in its last line.
 
     Args:
@@ -28,6 +34,7 @@ def run_engine_program(module: str, *arguments: str, config: RunConfig, failed: 
         arguments: of its command line.
         config: passed on standard input; its section `launch` determines the environment.
         failed: how the message begins if the program ends without a result.
+        on_line: called with each line of its output as it comes.
 
     Returns:
         The JSON.
@@ -37,7 +44,7 @@ def run_engine_program(module: str, *arguments: str, config: RunConfig, failed: 
         RlhfError: it failed.
     """
     return stream_engine_program(
-        module, *arguments, given=config, launch=config.launch, failed=failed
+        module, *arguments, given=config, launch=config.launch, failed=failed, on_line=on_line
     )
 
 

@@ -3,6 +3,14 @@
 import os
 from pathlib import Path
 
+from engine.errors import UserInputError
+
+
+def check_output(path: Path) -> None:
+    """Refuses `-`, by which other programs mean standard output. Raises UserInputError."""
+    if path == Path("-"):
+        raise UserInputError("- does not stand for standard output here: give the name of a file")
+
 
 def write_output(path: Path, data: bytes) -> None:
     """Writes a file, which is replaced if it exists: whole or not at all.
@@ -11,8 +19,10 @@ def write_output(path: Path, data: bytes) -> None:
     `/dev/stdout`, is written to; root would otherwise replace it by a file.
 
     Raises:
+        UserInputError: it is `-`.
         OSError: it cannot be written.
     """
+    check_output(path)
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return

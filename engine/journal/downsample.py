@@ -35,10 +35,12 @@ SELECT step, total FROM (
 """
 
 
-def outlines(
+def downsampled(
     database: ReadOnlyDatabase, names: Iterable[str], *, table: str, last: int, spans: int
 ) -> dict[str, list[tuple[int, float | None]]]:
-    """The minimum and the maximum of metrics in each span of steps; see `JournalReader.outlines`.
+    """The minimum and the maximum of metrics in each span of steps.
+
+    See :meth:`engine.journal.reader.JournalReader.downsampled`.
 
     Args:
         database: the journal.

@@ -210,7 +210,7 @@ class JournalReader:
         )
         return rows[::-1]
 
-    def outlines(
+    def downsampled(
         self, names: Iterable[str], spans: int
     ) -> dict[str, list[tuple[int, float | None]]]:
         """Downsamples long curves to the minimum and the maximum of each span of steps.
@@ -229,7 +229,9 @@ class JournalReader:
         position = self.session.position
         # The view that hides later steps would give SQLite a second bound, of which it uses one.
         table = "main.metrics" if position is not None and not position.current else "metrics"
-        return downsample.outlines(self._db, names, table=table, last=self.last_step(), spans=spans)
+        return downsample.downsampled(
+            self._db, names, table=table, last=self.last_step(), spans=spans
+        )
 
     def cumulated(self, name: str, spans: int, *, summed: bool) -> list[tuple[int, float]]:
         """What a metric had come to at some steps: one in each span of steps, and the last one.

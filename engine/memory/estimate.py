@@ -213,7 +213,7 @@ class _Estimator:
             ),
             "logits": self._logits(self._read_rows),
             "gathered": self._gathered(self._models.reference, self._compute),
-            "casts": self._casts(),
+            "casts": max(self._casts(), self._widened(self._models.reference)),
             **self._states(),
         }
 
@@ -271,12 +271,27 @@ class _Estimator:
     def _casts(self) -> int:
         """Autocast's bfloat16 copies of float32 weights; fsdp gathers in bfloat16 instead.
 
-        Recreated on every forward pass; freed when it ends, or in training after its backward pass.
+        With `model.float32_logits` the output layer has none; where it is held or gathered in
+        bfloat16 it has a float32 copy. Recreated on every forward pass; freed when it ends, or in
+        training after its backward pass.
         """
-        if self._compute == MASTER or self._sharded:
+        if self._compute == MASTER:
             return 0
+        if self._sharded or self._frozen:
+            return self._widened(self._policy)
         used = self._policy.parameters - self._policy.head  # an untied embedding is not cast
-        return 0 if self._frozen else self._compute * (used + self._trunk)
+        if self._config.model.float32_logits:
+            used -= _output_layer(self._policy)
+        return self._compute * (used + self._trunk)
+
+    def _widened(self, shape: Shape) -> int:
+        """The float32 copy of an output layer in bfloat16."""
+        return MASTER * _output_layer(shape) if self._config.model.float32_logits else 0
+
+
+def _output_layer(shape: Shape) -> int:
+    """Parameters of the output layer, tied to the embedding or not."""
+    return shape.vocabulary * shape.hidden
 
 
 def kept_for_backward(

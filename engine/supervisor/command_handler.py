@@ -37,7 +37,7 @@ from engine.session.states import ENDED_STATES
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.rank_processes import RankProcesses
-from engine.supervisor.state import SupervisorState
+from engine.supervisor.state import Parts, SupervisorState
 from engine.supervisor.threads import in_daemon_thread
 
 log = logging.getLogger("engine")
@@ -83,8 +83,6 @@ class CommandHandler:
         self._ranks = ranks
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         """The roll backs, by id, whose checkpoints are being read."""
-        self._unissued: tuple[Alert, CommandRequest] | None = None
-        """A published alert and its command, which the journal could not take yet."""
 
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Records and checks a command, then carries it out or sends it to rank 0.
@@ -265,22 +263,20 @@ class CommandHandler:
             self._state.preempted = number in PREEMPTIONS
             self.handle(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
 
-    def on_alert(self, alert: Alert) -> None:
-        """Publishes an alert and issues the command of its action.
-
-        If the journal cannot be written, call it again with the same alert: it is published once,
-        and its command issued once.
+    def on_alert(self, alert: Alert) -> Parts:
+        """Publishes an alert; the command of its action is the part that follows.
 
         Raises:
             sqlite3.Error: the journal cannot be written.
         """
-        if self._unissued is None or self._unissued[0] is not alert:
-            self._publisher.alert(alert)
-            command = ACTIONS.get(alert.action)
-            if command is None or self._publisher.state in ("stopping", *ENDED_STATES):
-                return
-            self._unissued = alert, CommandRequest(id=new_id(), command=command)
-        request, who = self._unissued[1], f"guard rail {alert.rule}"
+        self._publisher.alert(alert)
+        command = ACTIONS.get(alert.action)
+        if command is None or self._publisher.state in ("stopping", *ENDED_STATES):
+            return []
+        return [partial(self._issue, alert, CommandRequest(id=new_id(), command=command))]
+
+    def _issue(self, alert: Alert, request: CommandRequest) -> Parts:
+        who = f"guard rail {alert.rule}"
         if isinstance(request.command, Stop):  # needs no journal
             self.handle(request, who)
         else:
@@ -288,4 +284,4 @@ class CommandHandler:
             # Rejected if the run is paused already, for another reason.
             if isinstance(request.command, Pause) and reply.status == "accepted":
                 self._state.pause_reason = alert.cause
-        self._unissued = None
+        return []

@@ -46,13 +46,10 @@ from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import receive
-from engine.supervisor.state import SupervisorState
+from engine.supervisor.state import Parts, SupervisorState
 from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
-
-Parts = list[Callable[[], None]]
-"""What is left to do of a message, in order; each part can be repeated until it succeeds."""
 
 FAILURE_GRACE = 3.0
 """Seconds between a rank's failure and the end of the others, for their own reports."""
@@ -81,7 +78,7 @@ class RankMessageHandler:
         ranks: RankProcesses,
         watchdog: Watchdog,
         guardrails: Guardrails,
-        on_alert: Callable[[Alert], None],
+        on_alert: Callable[[Alert], Parts],
         on_error: Callable[[Exception], None],
     ) -> None:
         """Stores the other parts of the supervisor.
@@ -94,7 +91,7 @@ class RankMessageHandler:
             ranks: the processes.
             watchdog: notified of every message.
             guardrails: evaluated on every step.
-            on_alert: called with each alert of a guard rail.
+            on_alert: called with each alert of a guard rail; returns what is left to do.
             on_error: called with an error of this process; it ends the run.
         """
         self._state = state
@@ -108,7 +105,7 @@ class RankMessageHandler:
         self._on_alert = on_alert
         self._on_error = on_error
         self._begun: FromRank | None = None
-        """The last message of several parts of which the first is done."""
+        """The last message of several parts."""
         self._remaining: Parts = []
         """The parts of that message that are left."""
 
@@ -267,9 +264,9 @@ class RankMessageHandler:
             case Notice():
                 self._notice(message)
             case Paused():
-                self._paused(message)
+                self._handle_in_parts(message, partial(self._paused, message))
             case Unpaused():
-                self._unpaused(message)
+                self._handle_in_parts(message, partial(self._unpaused, message))
             case Adjusted(step=step, changes=changes, rule=rule, text=text):
                 self.adjust(step, changes, rule, text)
             case Failed():
@@ -287,16 +284,14 @@ class RankMessageHandler:
         self._publisher.rank_message(message)
 
     def _handle_in_parts(self, message: FromRank, first: Callable[[], Parts]) -> None:
-        """Handles the first part of a message, then the parts that `first` returned.
+        """Handles the first part of a message, then what that leaves to do.
 
         If the journal cannot be written, call it again: it continues with the part that failed.
         """
         if message is not self._begun:
-            self._remaining = first()
-            self._begun = message
+            self._begun, self._remaining = message, [first]
         while self._remaining:
-            self._remaining[0]()
-            del self._remaining[0]
+            self._remaining[:1] = self._remaining[0]()
 
     def _record_step(self, report: StepReport) -> Parts:
         """Records a step; its alerts are the parts that follow."""
@@ -319,7 +314,7 @@ class RankMessageHandler:
         """Records the end of a command; what it changes here is the part that follows."""
         return [partial(self._show_effect, message, self._pending.applied(message))]
 
-    def _show_effect(self, message: Applied, command: BoundaryCommand | None) -> None:
+    def _show_effect(self, message: Applied, command: BoundaryCommand | None) -> Parts:
         state, commands = self._state, self._journal.commands
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
@@ -332,6 +327,7 @@ class RankMessageHandler:
         elif message.changes:
             self._journal.set_meta(settings=state.settings)
         self._pending.send_reply(commands.reply(message.id))
+        return []
 
     def _notice(self, notice: Notice) -> None:
         if notice.rule == REWARD_CHANGED:
@@ -357,30 +353,29 @@ class RankMessageHandler:
         self._journal.set_meta(settings=state.settings)
         self._publisher.notice(rule, text, step)
 
-    def _paused(self, message: Paused) -> None:
-        """Records a pause that the ranks began by themselves."""
+    def _paused(self, message: Paused) -> Parts:
+        """Publishes a pause that the ranks began by themselves; the state follows."""
         self._state.paused, self._state.pause_reason = True, message.reason
         self._state.pause_recovers = message.recovers
         self._state.timer.restart()
         evidence = {"traceback": message.traceback} if message.traceback else {}
         alert = Alert(message.rule, "pause", message.reason, message.step, evidence)
         self._publisher.alert(alert)
-        self._show_state()
+        return [self._show_state]
 
-    def _unpaused(self, message: Unpaused) -> None:
-        """Records that the ranks ended such a pause."""
+    def _unpaused(self, message: Unpaused) -> Parts:
+        """Publishes that the ranks ended such a pause; the state follows."""
         self._publisher.notice(message.rule, message.text, message.step)
         self._end_recovering_pause()
         self._state.timer.restart()
         # A person's pause that is on its way to the ranks begins at the next boundary.
-        if self._publisher.state != "pausing":
-            self._show_state()
+        return [] if self._publisher.state == "pausing" else [self._show_state]
 
     def _end_recovering_pause(self) -> None:
         state = self._state
         state.paused, state.pause_reason, state.pause_recovers = False, None, False
 
-    def _show_state(self) -> None:
+    def _show_state(self) -> Parts:
         state: State = "paused" if self._state.paused else "running"
         # An accepted stop holds, even if a rank died or paused meanwhile.
         if self._state.stopping:
@@ -388,6 +383,7 @@ class RankMessageHandler:
         else:
             reason = self._state.pause_reason if self._state.paused else None
             self._publisher.set_state(state, reason or "")
+        return []
 
 
 def _awaited(error: sqlite3.OperationalError) -> str | None:

@@ -1,12 +1,17 @@
 """The state of a live session that the parts of its supervisor share."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.launch.start import StartOptions
 from engine.protocol.rank_messages import Phase
 from engine.supervisor.attempt import Attempt, StepTimer
+
+Parts = list[Callable[[], "Parts"]]
+"""What is left to do of a message, in order. A part can be repeated until it succeeds; it returns
+the parts that take its place."""
 
 
 @dataclass

@@ -85,13 +85,13 @@ class Watchdog:
         self._times = {t.rank: t for t in times}
 
     async def run(
-        self, on_silence: Callable[[int, float], None], on_alert: Callable[[Alert], None]
+        self, on_silence: Callable[[int, float], None], on_alert: Callable[[Alert], object]
     ) -> None:
         """Checks until cancelled.
 
         Args:
             on_silence: called with a rank that counts as hung, and its seconds of silence.
-            on_alert: called with each condition that begins to hold.
+            on_alert: called with each condition that begins to hold; its action is `notify`.
         """
         checks = 0
         while True:
@@ -129,7 +129,7 @@ class Watchdog:
         return sorted(((now - t, r) for r, t in self._last_message.items()), reverse=True)
 
     def _check_alerts(
-        self, telemetry: Telemetry, on_alert: Callable[[Alert], None], now: float
+        self, telemetry: Telemetry, on_alert: Callable[[Alert], object], now: float
     ) -> None:
         rails = self._config.guardrails
         silence, rank = next(iter(self._silences(now)), (0.0, 0))
@@ -159,7 +159,7 @@ class Watchdog:
         return launch.silence if rank in self._loaded else launch.load_silence
 
     def _alert_once(
-        self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], None]
+        self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], object]
     ) -> None:
         """Alerts when a condition begins to hold, not again while it holds."""
         if not holds:

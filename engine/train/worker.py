@@ -23,7 +23,6 @@ from engine.config.settings import SettingChange
 from engine.errors import (
     DamagedCheckpointError,
     LinkError,
-    RewardError,
     RlhfError,
     UserInputError,
     error_text,
@@ -42,8 +41,13 @@ from engine.protocol.rank_messages import (
 )
 from engine.session.folder import SessionFolder
 from engine.train.boundary import Boundary
-from engine.train.distributed.ranks import PeerRankError, RankGroup, is_peer_loss
-from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due, recorded
+from engine.train.distributed.ranks import RankGroup, is_peer_loss
+from engine.train.evaluation.evaluate import (
+    REWARD_FAILURES,
+    Evaluation,
+    evaluate_if_due,
+    recorded,
+)
 from engine.train.link import Link
 from engine.train.load import load_run
 from engine.train.models import memory_check
@@ -270,11 +274,14 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
             if not fitted:
                 fit_scales(run, config)
                 fitted = True
-            return Evaluation() if run.state.step else evaluate_if_due(run, 0)
+            evaluation = Evaluation() if run.state.step else evaluate_if_due(run, 0)
+            evaluation.check()
         except RewardCallError as error:
             boundary.pause_before_step(error)
             if not boundary.before_step():
                 return Evaluation()
+        else:
+            return evaluation
 
 
 def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError | None]:
@@ -282,18 +289,29 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
 
     Returns:
         The evaluation, and an error to pause with if a reward could not be computed or used. The
-        weights have changed, so the step cannot be repeated: it has no evaluation then.
+        weights have changed, so the step cannot be repeated: it has no evaluation then, or one
+        without the sources of `eval.rewards` that failed.
     """
     try:
-        return evaluate_if_due(run, step), None
-    except RewardCallError as error:
-        text = f"{error}; step {step} is not evaluated"
-        problem = RewardCallError(
-            text, error.trace, recovers=error.recovers, works_again=error.works_again
-        )
-        return Evaluation(), problem
-    except (RewardError, PeerRankError) as error:
-        return Evaluation(), RewardCallError(f"{error}; step {step} is not evaluated")
+        evaluation = evaluate_if_due(run, step)
+    except REWARD_FAILURES as error:
+        return Evaluation(), _pausing(error, f"step {step} is not evaluated")
+    if not evaluation.failed:
+        return evaluation, None
+    first, *others = evaluation.failed.values()
+    without = ", ".join(f"'{name}'" for name in evaluation.failed)
+    consequence = f"step {step} is evaluated without {without}"
+    return evaluation, _pausing(first, "; ".join([*map(str, others), consequence]))
+
+
+def _pausing(error: RlhfError, more: str) -> RewardCallError:
+    """The error with which the run pauses after a step whose evaluation failed."""
+    text = f"{error}; {more}"
+    if not isinstance(error, RewardCallError):
+        return RewardCallError(text)
+    return RewardCallError(
+        text, error.trace, recovers=error.recovers, works_again=error.works_again
+    )
 
 
 def receive_start(session: SessionFolder, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:

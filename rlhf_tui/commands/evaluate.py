@@ -9,9 +9,11 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import NoSuchSessionError, UserInputError
+from engine.errors import NoSuchSessionError, RlhfError, UserInputError
+from engine.examined import examined
 from engine.launch.start import checkpoint_steps
 from engine.metrics import EVAL_TIME, describe
+from engine.protocol.programs.result import ProgramNotice
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
@@ -26,6 +28,7 @@ from rlhf_tui.commands.options import (
     show_wait,
 )
 from rlhf_tui.engine_program import run_engine_program
+from rlhf_tui.text import one_line
 
 
 @click.command("eval")
@@ -54,9 +57,17 @@ def evaluate(
         )
     show_wait(f"evaluating the checkpoint of step {step}")
     result = run_program(session, config, step)
+    failed: dict[str, str] = result.pop("failed")
     if as_json:
         print_json({"step": step} | result)
-        return
+    else:
+        _print(step, result)
+    if failed:
+        reasons, without = "; ".join(failed.values()), ", ".join(f"'{name}'" for name in failed)
+        raise RlhfError(f"{reasons}; evaluated without {without}: evaluate again once it works")
+
+
+def _print(step: int, result: dict[str, Any]) -> None:
     count = fmt.plural(len(result["samples"]), "response")
     say(f"step {step}, {count} to held-out prompts")
     rows = [
@@ -102,8 +113,9 @@ def run_program(session: SessionFolder, config: RunConfig, step: int) -> dict[st
     """Evaluates in a subprocess, as this process never imports torch.
 
     Returns:
-        `metrics` by name, and `samples` as `samples --json` prints them. A mapping, because the
-        metrics depend on the reward sources.
+        `metrics` by name, `samples` as `samples --json` prints them, and `failed`: the sources
+        without a metric, each with the reason. A mapping, because the metrics depend on the reward
+        sources.
 
     Raises:
         UserInputError: the evaluation's prompts or reward sources cannot be used.
@@ -112,7 +124,14 @@ def run_program(session: SessionFolder, config: RunConfig, step: int) -> dict[st
     result: dict[str, Any] = json.loads(
         run_engine_program(
             "engine.train.evaluation", str(session.folder), str(step),
-            config=config, failed="the evaluation failed",
+            config=config, failed="the evaluation failed", on_line=_show_notice,
         )
     )  # fmt: skip
     return result
+
+
+def _show_notice(line: bytes) -> None:
+    """Prints a line of the program on stderr if it is a notice, such as that a service is down."""
+    if line.startswith(b'{"type":"notice"'):
+        notice = msgspec.json.decode(line, type=examined(ProgramNotice))
+        click.echo(one_line(notice.text), err=True)

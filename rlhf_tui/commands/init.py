@@ -17,7 +17,7 @@ from engine.launch.inputs import check_inputs
 from engine.monitoring.telemetry import gpu_count
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import is_terminal, override_option, say
-from rlhf_tui.output_file import write_output
+from rlhf_tui.output_file import check_output, write_output
 from rlhf_tui.text import one_line
 
 STARTER = {
@@ -49,6 +49,7 @@ def init(
 
     Asks for what you do not give. Without a terminal, uses the starter's models and prompts.
     """
+    check_output(file)
     if file.exists() and not force:
         raise UserInputError(f"{file} exists: give another name, or --force to replace it")
     if reward_model is not None and reward_function is not None:

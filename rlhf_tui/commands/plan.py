@@ -46,7 +46,7 @@ LABELS = {
     "logits": "logits",
     "KV cache": "KV cache",
     "gathered": "weights gathered",
-    "casts": "bfloat16 copies",
+    "casts": "converted copies",
     "states": "states for values",
     "system": "fit of the values",
     "loading": "weights read",

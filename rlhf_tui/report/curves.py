@@ -29,7 +29,7 @@ from engine.metrics import (
 )
 
 SPANS = 240
-"""Spans of an outline; each has a minimum and a maximum."""
+"""Spans of a downsampled curve; each has a minimum and a maximum."""
 CURVES = (
     SCORE, EVAL_SCORE, KL, EVAL_KL, BETA, ENTROPY, RESPONSE_LENGTH, EVAL_LENGTH,
     TRUNCATED, DISTINCT_2, EVAL_DISTINCT_2, SCORE_STD, CLIP_FRACTION,
@@ -80,11 +80,11 @@ def read_curves(record: JournalReader, agreement: Agreement) -> list[Curve]:
     known = record.metric_names()
     sources = [name for name in known if name.startswith(SOURCES)][:MOST_SOURCES]
     names = [name for name in CURVES if name in known] + sources
-    outlines = record.outlines(names, SPANS)
+    recorded = record.downsampled(names, SPANS)
     several = len(record.attempts()) > 1
     curves = []
     for name in names:
-        points = [(step, v) for step, v in outlines.get(name, []) if v is not None]
+        points = [(step, v) for step, v in recorded.get(name, []) if v is not None]
         if points:
             branches = _branches(record, name) if several else []
             curves.append(Curve(name, points, branches))

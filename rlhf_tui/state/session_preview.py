@@ -16,7 +16,7 @@ from rlhf_tui.state.runs.differences import configuration_of
 
 METRICS = (SCORE, KL)
 SPANS = 200
-"""Spans of an outline: about the dot columns of a preview's chart."""
+"""Spans of a downsampled curve: about the dot columns of a preview's chart."""
 RESPONSES = 16
 REQUIRED = ("model", "data", "reward")
 """Sections without a default; the reference for defaults has those of the session."""
@@ -36,8 +36,8 @@ class SessionPreview(Struct, frozen=True):
 
     folder: str
     update: SessionUpdate = msgspec.field(default_factory=SessionUpdate)
-    """Its summary, the last alert, the newest responses, and the outlines of :data:`METRICS` and
-    of what is drawn with them."""
+    """Its summary, the last alert, the newest responses, and the downsampled curves of
+    :data:`METRICS` and of what is drawn with them."""
     against: str = ""
     """The name of the session that it is compared with; empty: the defaults."""
     differences: tuple[Difference, ...] = ()
@@ -58,7 +58,7 @@ def read_preview(session: SessionFolder, other: SessionFolder | None) -> Session
             alert = record.last_alert()
             update = SessionUpdate(
                 head=read_summary(session, record),
-                outlines=record.outlines(with_drawn(METRICS), SPANS),
+                downsampled=record.downsampled(with_drawn(METRICS), SPANS),
                 names=record.metric_names(),
                 events=[alert] if alert is not None else [],
                 samples=record.samples.newest(RESPONSES),

@@ -97,8 +97,8 @@ class SessionState:
         self.known = False
         """Whether anything was read yet."""
         self.curves: dict[str, Series] = {}
-        self.outlines: dict[str, Series] = {}
-        """Outlines of curves that are still being read."""
+        self.downsampled: dict[str, Series] = {}
+        """Downsampled curves that are still being read."""
         self.past: dict[str, list[Series]] = {}
         self.names: list[str] = []
         self.events: list[EventRow] = []
@@ -136,9 +136,9 @@ class SessionState:
             self._timeline = None
         if update.head is not None:
             self.head, self.known = update.head, True
-        self.outlines |= {n: Series(points) for n, points in update.outlines.items()}
+        self.downsampled |= {n: Series(points) for n, points in update.downsampled.items()}
         for name, points in update.curves.items():
-            self.outlines.pop(name, None)
+            self.downsampled.pop(name, None)
             self.curves.setdefault(name, Series()).extend(points)
         self._take_past(update)
         if update.events:
@@ -203,13 +203,13 @@ class SessionState:
         """A metric's values; empty where it is unknown."""
         return self.curves.get(name) or Series()
 
-    def outline(self, name: str) -> Series | None:
+    def downsampled_curve(self, name: str) -> Series | None:
         """The shape of a curve that is not read yet; None once it is."""
-        return None if name in self.curves else self.outlines.get(name)
+        return None if name in self.curves else self.downsampled.get(name)
 
     def shape(self, name: str) -> Series:
-        """A metric's values, or their outline until they are read."""
-        return self.outline(name) or self.series(name)
+        """A metric's values, or, until they are read, the downsampled ones."""
+        return self.downsampled_curve(name) or self.series(name)
 
     @property
     def evaluated(self) -> bool:

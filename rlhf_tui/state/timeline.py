@@ -82,8 +82,7 @@ class Marker(Struct, frozen=True):
 def command_text(command: CommandRow) -> str:
     """Returns a command as text: `beta 0.05 → 0.08`, `pause`."""
     if command.changes:
-        text = changes_text(command.changes)
-        return f"undo: {text}" if command.command == Undo.name() else text
+        return applied_text(command.command, command.changes)
     if command.command == Rollback.name():
         reseeded = ", new random seed" if command.args.get("reseed") else ""
         return f"roll back to step {command.args.get('step')}{reseeded}"
@@ -91,6 +90,12 @@ def command_text(command: CommandRow) -> str:
         return "stop now" if command.args.get("now") else "stop"
     given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
     return f"{command.command} {given}".strip()
+
+
+def applied_text(command: str, changes: Sequence[SettingChange]) -> str:
+    """Returns what a command of this name changed: `beta 0.05 → 0.08`, `undo: beta 0.08 → 0.05`."""
+    text = changes_text(changes)
+    return f"undo: {text}" if command == Undo.name() else text
 
 
 def changes_text(changes: Sequence[SettingChange]) -> str:

@@ -6,6 +6,7 @@ acts, and releases it, so the tests do not depend on the speed of the machine.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from engine.protocol.commands import Pause, Unpause
-from tests.e2e.lab import LONG, Lab, Once, Run, numbers, processes, until
+from tests.e2e.lab import LONG, OLD_SESSIONS, Lab, Once, Run, numbers, processes, until
 from tests.variants import some_of
 
 
@@ -37,6 +38,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def lab(place: Path) -> Lab:
     """The sessions folder that most tests share."""
     return Lab(place / "sessions", place / "gates")
+
+
+@pytest.fixture
+def old(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A copy of the old sessions."""
+    folder = tmp_path_factory.mktemp("old", numbered=True)
+    shutil.copytree(OLD_SESSIONS, folder, dirs_exist_ok=True)
+    for name in ("config.yaml", "engine.json"):
+        for path in folder.rglob(name):
+            path.write_text(path.read_text().replace("@FOLDER@", str(folder)))
+    yield Lab(folder / "sessions", folder / "gates")
+    assert not processes(folder)
 
 
 @pytest.fixture(scope="session")

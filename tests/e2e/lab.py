@@ -37,6 +37,8 @@ TINY = (
 """Overrides for steps of a tenth of a second on an idle core."""
 GATE = Path(__file__).with_name("gate.py")
 ROOT = Path(__file__).parents[2]
+OLD_SESSIONS = ROOT / "tests" / "data" / "sessions-0.1.0"
+"""See tests/e2e/test_compatibility.py."""
 LIGHT = {
     "RLHF_TUI_TEST_LIGHT": "0.02",
     "PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'hooks'}:{ROOT}",

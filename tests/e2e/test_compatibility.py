@@ -7,32 +7,17 @@ placeholder for the folder in which they were written.
 """
 
 import hashlib
-import shutil
-from pathlib import Path
 
 import pytest
 
-from tests.e2e.lab import Lab, processes
+from tests.e2e.lab import OLD_SESSIONS
 
-DATA = Path(__file__).parents[1] / "data" / "sessions-0.1.0"
 SAVED = max(
     int(folder.name.removeprefix("step-"))
-    for folder in (DATA / "sessions" / "killed" / "checkpoints").iterdir()
+    for folder in (OLD_SESSIONS / "sessions" / "killed" / "checkpoints").iterdir()
 )
 """The last checkpoint of `killed`; its commands were applied at the next step."""
 READ_COMMANDS = ("status", "metrics", "samples", "events")
-
-
-@pytest.fixture
-def old(place, tmp_path_factory):
-    """A copy of the old sessions."""
-    folder = tmp_path_factory.mktemp("old", numbered=True)
-    shutil.copytree(DATA, folder, dirs_exist_ok=True)
-    for name in ("config.yaml", "engine.json"):
-        for path in folder.rglob(name):
-            path.write_text(path.read_text().replace("@FOLDER@", str(folder)))
-    yield Lab(folder / "sessions", folder / "gates")
-    assert not processes(folder)
 
 
 def contents(folder):

@@ -1,5 +1,7 @@
 """A run with held-out evaluations, and the evaluation of its checkpoints by the command line."""
 
+import json
+
 import pytest
 
 EVALUATED = ("eval.every=4", "eval.holdout=4", "eval.per_prompt=2", "train.best_metric=eval/score")
@@ -22,3 +24,19 @@ def test_a_checkpoint_is_evaluated_to_the_numbers_of_its_step(lab):
     assert len(kept) == 8
     assert [s["step"] for s in lab.json("samples", run.name, "--eval")] == [0] * 8 + [4] * 8
     assert "held-out score" in lab.cli("metrics", run.name).stdout
+
+
+def test_an_evaluation_whose_judge_is_down_says_that_it_waits_and_keeps_the_rest(old, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text('{"prompt": "The lamp"}\n{"prompt": "A night"}\n')
+    judges = "eval.rewards=[{service: 'http://127.0.0.1:9/', name: far}]"
+    given = (f"eval.prompts={held_out}", judges, "reward.retries=1")
+    done = old.cli("eval", "finished", *(word for o in given for word in ("-o", o)), "--json")
+    metrics = json.loads(done.stdout)["metrics"]
+    assert {"eval/score", "eval/kl"} < metrics.keys()
+    assert "eval/reward/far" not in metrics
+    waits, ends = done.stderr.strip().splitlines()
+    assert waits.startswith("reward 'far' at step 6: http://127.0.0.1:9/: Connection refused")
+    assert waits.endswith("it is called again in 1 s")
+    assert ends.endswith("evaluated without 'far': evaluate again once it works")
+    assert done.returncode == 1

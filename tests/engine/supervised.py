@@ -31,7 +31,8 @@ class Engine:
         self.supervisor.rank_messages.handle(message)
 
     def alert(self, action):
-        self.supervisor.commands.on_alert(Alert("much", action, "too much", 3))
+        for part in self.supervisor.commands.on_alert(Alert("much", action, "too much", 3)):
+            part()
 
     @property
     def state(self):

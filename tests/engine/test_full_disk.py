@@ -20,8 +20,10 @@ from engine.protocol.rank_messages import (
     CheckpointComplete,
     Ended,
     Failed,
+    Paused,
     Ready,
     StepReport,
+    Unpaused,
 )
 from engine.supervisor import rank_handler, supervisor
 from engine.supervisor.attempt import Attempt
@@ -271,6 +273,24 @@ async def test_the_pause_of_a_guard_rail_waits_for_room_like_its_alert(
         assert reader.meta().state == "pausing"
     apply_pending(engine)
     assert engine.supervisor.status().pause_reason.startswith("non_finite_updates")
+
+
+@pytest.mark.parametrize("write", ["set_meta", "record_event"])
+async def test_a_pause_of_the_ranks_is_told_once_though_the_disk_was_full(
+    engine, writer, monkeypatch, write
+):
+    engine.receive(Ready(info={}, settings=engine.shared.settings))
+    paused = Paused(step=2, rule="reward", reason="the judge is down", recovers=True)
+    for message in (paused, Unpaused(step=2, rule="reward", text="the judge works again")):
+        full_once(monkeypatch, writer.journal, write)
+        with pytest.raises(sqlite3.OperationalError):
+            engine.receive(message)
+        engine.receive(message)
+    with JournalReader(writer.session) as reader:
+        events = [e.payload for e in reader.events() if e.kind in ("alert", "state")]
+    told = [getattr(payload, "rule", "") or payload.state for payload in events]
+    assert told[-4:] == ["reward", "paused", "reward", "running"]
+    assert told.count("reward") == 2
 
 
 @pytest.mark.parametrize("commands", [[Pause()], [Pause(), Unpause()]])

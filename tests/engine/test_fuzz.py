@@ -66,7 +66,7 @@ def corpus(kind):
     return sorted((CORPUS / kind).iterdir())
 
 
-async def converse(supervisor, folder, hostile):
+async def exchange(supervisor, folder, hostile):
     """Sends frames on connections of their own, after a hello and without; then asks for status."""
     listener, path = sockets.listen(folder)
     server = supervisor.server
@@ -103,7 +103,7 @@ def survives(writer, caplog, hostile):
             session, session.config(), writer.journal, session.folder / "sock", start
         )
         supervisor.publisher.set_state("starting")
-        status = await converse(supervisor, session.folder, hostile)
+        status = await exchange(supervisor, session.folder, hostile)
         await supervisor.commands.finish_rollbacks()
         return status
 

@@ -38,7 +38,7 @@ def read(session):
             "step": record.last_step(),
             "rows": [(r.step, r.attempt, r.time, r.values[SCORE]) for r in record.metrics()],
             "series": record.series(SCORE),
-            "outline": record.outlines([SCORE], 3),
+            "downsampled": record.downsampled([SCORE], 3),
             "past": record.past_series(SCORE),
             "events": record.events(),
             "commands": record.commands(),

@@ -171,6 +171,20 @@ def test_bfloat16_needs_copies_of_the_weights_unless_fsdp_gathers_in_bfloat16():
     assert one(bfloat16, layout=Layout(strategy="fsdp", ranks=2)).parts["casts"] == 0
 
 
+def test_float32_logits_widen_an_output_layer_in_bfloat16_and_need_no_copy_of_one_in_float32():
+    layer = shape().vocabulary * shape().hidden
+    plain = ("model.dtype=bfloat16",)
+    wide = (*plain, "model.float32_logits=true")
+    assert one(*plain).parts["casts"] - one(*wide).parts["casts"] == 2 * layer
+    assert one(*wide, layout=Layout(strategy="fsdp", ranks=2)).parts["casts"] == 4 * layer
+    adapters = one(*wide, "lora.rank=8", layout=Layout(lora_rank=8))
+    assert adapters.phases["optimise"]["casts"] == 4 * layer
+    large = shape(vocabulary=100 * shape().vocabulary)  # more than the policy's copies
+    found = msgspec.structs.replace(models(), reference=large)
+    reference = estimate(config(*wide), found, Layout()).phases["reference"]["casts"]
+    assert reference == 4 * large.vocabulary * large.hidden
+
+
 def test_the_configured_layout_follows_the_strategy_and_the_number_of_ranks():
     fsdp = config("parallel.strategy=fsdp")
     assert configured(fsdp, 1).strategy == "one"

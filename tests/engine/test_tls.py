@@ -1,10 +1,12 @@
 """What is said if the TLS of a service on the network fails."""
 
+from http.client import BadStatusLine, RemoteDisconnected
 from pathlib import Path
 
 import pytest
 
 from engine.monitoring.channels import webhook
+from engine.tls import https_hint
 from tests.reward_service import RewardService, reply
 
 DATA = Path(__file__).parent.parent / "data" / "tls"
@@ -54,3 +56,21 @@ def test_a_certificate_of_another_host_name_is_refused(trust):
 
 def test_a_port_of_plain_http_speaks_no_tls():
     assert "its URL begins http://" in problem(None)
+
+
+def test_a_port_of_tls_that_is_sent_plain_http_may_expect_https():
+    assert problem(TRUSTED, scheme="http").endswith(" (does the server expect https?)")
+
+
+@pytest.mark.parametrize(
+    ("error", "url", "hint"),
+    [
+        (BadStatusLine("\x15\x03\x03\x00"), "http://box/", True),  # an alert of TLS
+        (RemoteDisconnected(), "http://box/", True),
+        (BadStatusLine("SSH-2.0"), "http://box/", False),
+        (ConnectionRefusedError(), "http://box/", False),
+        (ConnectionResetError(), "https://box/", False),
+    ],
+)
+def test_https_is_asked_about_where_tls_can_be_the_reason(error, url, hint):
+    assert bool(https_hint(error, url)) == hint

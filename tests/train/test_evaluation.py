@@ -1,6 +1,7 @@
 """Held-out evaluation: what is held out is never trained on, and the numbers repeat."""
 
 import json
+import sys
 
 import msgspec
 import pytest
@@ -133,6 +134,43 @@ def test_scores_of_held_out_responses_that_cannot_be_used_do_not_end_the_run(mak
     run.rewards = refuse
     evaluation, problem = evaluate_or_skip(run, 1)
     assert (evaluation.metrics, str(problem)) == ({}, "not a number; step 1 is not evaluated")
+
+
+@pytest.fixture
+def watched_run(make_run, tmp_path):
+    """A run with three watched sources, of which one fails in the second call of the evaluation."""
+    (tmp_path / "watched_for_test.py").write_text(
+        "calls = []\n"
+        "def fails(completions, **_):\n"
+        "    calls.append(len(completions))\n"
+        "    if len(calls) > 1: raise ValueError('gone')\n"
+        "    return [1.0] * len(completions)\n"
+        "def works(completions, **_): return [2.0] * len(completions)\n",
+        encoding="utf-8",
+    )
+    sources = "{function: 'watched_for_test:fails'}, {function: 'watched_for_test:works'}"
+    watched = f"eval.rewards=[{sources}]"
+    run, _ = make_run(*EVALUATED, watched, f"reward.path={tmp_path}", "reward.retries=0")
+    yield run
+    sys.modules.pop("watched_for_test", None)
+    sys.path[:] = [p for p in sys.path if p != str(tmp_path)]
+
+
+def test_a_watched_source_that_fails_costs_its_own_metric_alone(watched_run):
+    evaluation, problem = evaluate_or_skip(watched_run, 1)
+    assert evaluation.metrics["eval/reward/works"] == 2.0
+    assert {"eval/score", "eval/kl"} < evaluation.metrics.keys()
+    assert "eval/reward/fails" not in evaluation.metrics
+    assert [s.parts["fails"] for s in evaluation.samples] == [1.0] * 6 + [None] * 6
+    assert str(problem).endswith("step 1 is evaluated without 'fails'")
+    assert "gone" in problem.trace
+
+
+def test_a_watched_source_that_failed_is_not_called_again_in_the_evaluation(watched_run):
+    evaluate_if_due(watched_run, 1)
+    evaluate_if_due(watched_run, 1)
+    # Two parts of the prompts: both in the first evaluation, and one in the second, which fails.
+    assert sys.modules["watched_for_test"].calls == [6, 6, 6]
 
 
 def test_of_very_many_responses_as_many_are_recorded_as_a_message_holds():

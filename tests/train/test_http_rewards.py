@@ -109,6 +109,16 @@ def test_a_remote_reward_model_of_openrlhf_gets_whole_sequences_and_labels(
     assert request["labels"] == [0, None, 2]
 
 
+def test_a_column_of_labels_that_the_data_lack_is_named_beside_those_there_are(
+    service, mix, inputs
+):
+    source = mix(
+        service=service.url, protocol="openrlhf", http={"label_column": "label"}, retries=0
+    )
+    with pytest.raises(RewardCallError, match=r"'label' is no column of the data .*gold"):
+        scores(source, inputs)
+
+
 def test_an_end_that_the_tokenizer_does_not_know_has_no_text(service, mix, inputs):
     service.behaviour = reply({"rewards": [1, 2, 3]})
     only_the_models = [[*inputs.ids[0][:-1], 10**6], *inputs.ids[1:]]
@@ -139,6 +149,13 @@ def test_a_certificate_is_trusted_once_its_file_is_there(mix, inputs, monkeypatc
         scores(source, inputs)
     shutil.copy(CERTIFICATE, tmp_path / "trusted.pem")
     assert scores(source, inputs) == [len(t) for t in TEXTS]
+    service.stop()
+
+
+def test_a_service_that_expects_tls_is_asked_about(mix, inputs):
+    service = RewardService(certificate=CERTIFICATE)
+    with pytest.raises(RewardCallError, match=r"\(does the server expect https\?\)"):
+        scores(mix(service=service.url, retries=0), inputs)
     service.stop()
 
 

@@ -144,8 +144,10 @@ def test_shares_add_up_and_none_is_lost():
 
 
 def test_a_prompt_of_one_of_several_data_sets_has_the_columns_of_all():
-    rows = [p.row for p in several((3, 3), (1, 1)).for_step(1)]
-    assert all(row.keys() == {"a", "b"} for row in rows)
+    prompts = several((3, 3), (1, 1))
+    held_out, one = (prompts.hold_out(count)[1] for count in (4, 1))  # the last is of one data set
+    for some in (prompts.for_step(1), prompts.first(6), held_out.first(4), one.first(1)):
+        assert all(p.row.keys() == {"a", "b"} for p in some)
 
 
 def test_what_is_held_out_of_several_data_sets_is_in_no_step():

@@ -72,6 +72,12 @@ def module(tmp_path, monkeypatch):
         "    sys.stdout.close()\n"
         "    sys.stderr.close()\n"
         "    return [0.0] * len(completions)\n"
+        "def closes_files(completions, **kwargs):\n"
+        "    import os\n"
+        "    print('scoring', end='')\n"
+        "    os.close(1)\n"
+        "    os.close(2)\n"
+        "    return [0.0] * len(completions)\n"
         "def appends(prompts, completions, completion_ids, notes):\n"
         "    for i, messages in enumerate(prompts):\n"
         "        messages += completions[i]\n"
@@ -159,17 +165,20 @@ def test_torch_settings_that_a_function_changes_are_restored(module, inputs):
     assert after == before
 
 
-def test_a_function_may_close_standard_output_and_error(module, inputs, capfd, monkeypatch):
+@pytest.mark.parametrize(("name", "said"), [("closes", "scoring\n"), ("closes_files", "scoring")])
+def test_a_function_may_close_standard_output_and_error(
+    module, inputs, capfd, monkeypatch, name, said
+):
     # The rank's: closing pytest's own would end the tests.
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        monkeypatch.setattr(sys, name, os.fdopen(fd, "w", closefd=False))
-    reward = function_reward(module, "closes")
+    for fd, stream in ((1, "stdout"), (2, "stderr")):
+        monkeypatch.setattr(sys, stream, os.fdopen(fd, "w", closefd=False))
+    reward = function_reward(module, name)
     for _ in range(2):
         assert reward(inputs, report_nothing) == [0.0] * 3
     for stream in (sys.stdout, sys.stderr):
         stream.write("the rank goes on\n")
         stream.flush()
-    assert capfd.readouterr() == ("scoring\n" * 2 + "the rank goes on\n", "the rank goes on\n")
+    assert capfd.readouterr() == (said * 2 + "the rank goes on\n", "the rank goes on\n")
 
 
 def test_what_a_function_changes_of_its_arguments_is_its_own(module, inputs):

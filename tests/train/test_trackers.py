@@ -119,13 +119,21 @@ def test_a_resume_continues_the_runs_and_no_failure_ends_them(two_attempts):
     assert [e.step for e in events.Scalars("objective/kl")] == [1, 2, 3, 3, 4]
 
 
-def test_a_tracker_that_hangs_keeps_nothing_from_the_others(tmp_path, monkeypatch):
+def test_a_tracker_that_hangs_keeps_nothing_from_the_others_and_is_named_at_the_end(
+    tmp_path, monkeypatch
+):
     (tmp_path / "my_trackers.py").write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(reports, "FINISH_SECONDS", 0.1)
+    (tmp_path / "impatient.py").write_text(
+        "from engine.train.reports import tracker_program\n"
+        "tracker_program.FINISH_SECONDS = 1\n"
+        "tracker_program.main()\n"
+    )
+    monkeypatch.setattr(reports, "PROGRAM", "impatient")
     config = demo("log.trackers=['my_trackers:Hangs', 'my_trackers:Lines']")
     session = create(tmp_path, "hangs", config)
-    trackers = TrackerProcess(session, config, lambda _step, _text: None)
+    reported = []
+    trackers = TrackerProcess(session, config, lambda _, text: reported.append(text))
     for step in (1, 2):
         trackers.step(step, {"objective/kl": 0.5}, [])
     file = session.trackers / "lines.jsonl"
@@ -134,6 +142,9 @@ def test_a_tracker_that_hangs_keeps_nothing_from_the_others(tmp_path, monkeypatc
         assert time.monotonic() < deadline, "the metrics of step 2 have not arrived"
         time.sleep(0.05)
     trackers.close()
+    assert reported == [
+        "my_trackers:Hangs did not finish in time: the last steps may be missing there"
+    ]
 
 
 def test_a_tracker_that_prints_too_much_does_not_fill_the_disk(two_attempts):

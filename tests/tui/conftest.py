@@ -313,9 +313,14 @@ def engine(monkeypatch):
                     n: {"response": f"{n} says", "score": 1.0, "kl": 2.0, "length": 2}
                     for n in ("policy", "reference")
                 }
-            change = SettingChange(key="beta", old=1, new=2)
+            # The controller has moved beta since the app read it.
+            changes = [
+                SettingChange(key="beta", old=0.075, new=c.value)
+                for c in sent[-1:]
+                if isinstance(c, steering.SetBeta)
+            ]
             return CommandReply(
-                id=command_id, status="applied", step=201, changes=[change], result=result
+                id=command_id, status="applied", step=201, changes=changes, result=result
             )
 
     info = EngineInfo(pid=4242, host="box", socket="nowhere", version="1")

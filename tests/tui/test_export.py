@@ -27,6 +27,16 @@ def test_an_exported_file_replaces_another_whole(session_maker, tmp_path):
     assert same.read_text(encoding="utf-8") == "before"
 
 
+@pytest.mark.parametrize("words", [("init", "-"), ("export", "mine", "--samples", "-")])
+def test_a_dash_is_no_name_of_a_file(session_maker, tmp_path, monkeypatch, words):
+    session_maker(tmp_path / "s", "mine", 3)
+    monkeypatch.setenv("RLHF_TUI_SESSIONS", str(tmp_path / "s"))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, words)
+    assert str(done.exception).startswith("- does not stand for standard output here")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 def test_a_policy_that_cannot_be_copied_whole_leaves_no_folder(session_maker, tmp_path):
     session = session_maker(tmp_path / "s", "mine", 3)
     policy = session.checkpoints / "step-000003" / "policy"

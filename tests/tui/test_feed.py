@@ -163,20 +163,20 @@ def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, m
     feed = Feed(session, "tester", NAMES, seen.append)
     feed.read_all()
     state = SessionState(session.name)
-    places = [i for i, update in enumerate(seen) if update.outlines]
+    places = [i for i, update in enumerate(seen) if update.downsampled]
     for update in seen[: places[0] + 1]:
         state.take(update)
-    assert len(state.outline(NAMES[0])) == 20
+    assert len(state.downsampled_curve(NAMES[0])) == 20
     for update in seen[places[0] + 1 :]:
         state.take(update)
-    assert state.outline(NAMES[0]) is None
+    assert state.downsampled_curve(NAMES[0]) is None
     assert len(state.series(NAMES[0])) == 20
 
 
 def test_a_first_read_has_the_head_and_the_outlines(session):
     update = FirstRead(session, NAMES).update()
     assert update.head.state == "finished"
-    assert update.outlines.keys() == set(NAMES)
+    assert update.downsampled.keys() == set(NAMES)
 
 
 def test_a_first_read_of_what_cannot_be_read_is_empty(session):

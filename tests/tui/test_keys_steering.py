@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.config.settings import SettingChange
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
 from rlhf_tui.app import steering
@@ -236,6 +237,26 @@ async def test_each_status_of_a_command_is_shown(make_app, engine, running, unti
         await pilot.press("c")
         keys = app.screen.query_one(KeyFooter)
         await until(pilot, lambda: "applied at step 201" in keys.text())
+
+
+async def test_the_notice_of_an_applied_change_has_the_values_of_its_step(
+    make_app, engine, running, until
+):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("right_square_bracket")
+        applied = "frozen: beta 0.075 → 0.088: applied at step 201"
+        await until(pilot, lambda: applied in app.screen.query_one(KeyFooter).text())
+
+
+async def test_the_notice_of_an_undo_says_what_it_took_back(make_app, running, until):
+    app = make_app()
+    change = SettingChange(key="beta", old=0.2, new=0.1)
+    reply = CommandReply(id="1", status="applied", step=201, changes=[change])
+    async with running(app) as pilot:
+        app.post_message(CommandAnswered(app.session, "undo", steering.Undo(), reply))
+        applied = "frozen: undo: beta 0.2 → 0.1: applied at step 201"
+        await until(pilot, lambda: applied in app.screen.query_one(KeyFooter).text())
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ def test_what_is_no_bound_is_a_word(text, words):
 @pytest.mark.parametrize("spans", [7, 500])
 def test_an_outline_has_the_extremes_and_the_newest_value(record, spans):
     points = record.series("objective/scores")
-    outline = record.outlines(["objective/scores", "no such metric"], spans)
-    assert list(outline) == ["objective/scores"]
-    drawn = outline["objective/scores"]
+    downsampled = record.downsampled(["objective/scores", "no such metric"], spans)
+    assert list(downsampled) == ["objective/scores"]
+    drawn = downsampled["objective/scores"]
     steps, values = zip(*drawn, strict=True)
     assert list(steps) == sorted(set(steps))
     assert drawn[-1] == points[-1]
@@ -72,6 +72,6 @@ def test_an_outline_has_the_extremes_and_the_newest_value(record, spans):
 
 def test_an_outline_of_a_short_run_is_its_curve(record):
     names = ["objective/scores"]
-    outline, curve = record.outlines(names, 500)[names[0]], record.series(names[0])
-    assert [s for s, _ in outline] == [s for s, _ in curve]
-    assert [v for _, v in outline] == pytest.approx([v for _, v in curve])
+    downsampled, curve = record.downsampled(names, 500)[names[0]], record.series(names[0])
+    assert [s for s, _ in downsampled] == [s for s, _ in curve]
+    assert [v for _, v in downsampled] == pytest.approx([v for _, v in curve])

@@ -23,7 +23,7 @@ import msgspec
 
 from engine.config.sections.supervision import Webhook
 from engine.monitoring.channels.message import Notification, NotificationError, one_line
-from engine.tls import tls_problem
+from engine.tls import https_hint, tls_problem
 
 SOCKET_TIMEOUT = 10.0
 """Seconds for each operation of a connection. The time of a whole message is limited as well."""
@@ -187,9 +187,9 @@ def post(request: Post) -> str | None:
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code} {_reply(error)}".strip()
     except urllib.error.URLError as error:
-        return _reason(error.reason)
+        return _reason(error.reason, request.url)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return _reason(error)
+        return _reason(error, request.url)
 
 
 def _reply(error: urllib.error.HTTPError) -> str:
@@ -199,7 +199,7 @@ def _reply(error: urllib.error.HTTPError) -> str:
         return ""
 
 
-def _reason(error: object) -> str:
+def _reason(error: object, url: str) -> str:
     """Why a connection failed. Other exceptions than these may repeat the URL."""
     if isinstance(error, TimeoutError):
         return f"no reply within {SOCKET_TIMEOUT:.0f} s"
@@ -208,5 +208,5 @@ def _reason(error: object) -> str:
     if isinstance(error, ssl.SSLError):
         return tls_problem(error)
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"the connection failed ({type(error).__name__})"
+        return error.strerror + https_hint(error, url)
+    return f"the connection failed ({type(error).__name__})" + https_hint(error, url)

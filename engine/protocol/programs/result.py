@@ -1,5 +1,6 @@
 """What a program of the engine prints for the command line that runs it: JSON in its last line."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +10,12 @@ import msgspec
 from msgspec import Struct
 
 from engine.errors import RlhfError, error_text
+
+
+class ProgramNotice(Struct, frozen=True, tag="notice"):
+    """A line for whoever waits, printed before the result."""
+
+    text: str
 
 
 class ProgramFailure(Struct, frozen=True):
@@ -23,14 +30,26 @@ class ProgramFailure(Struct, frozen=True):
         return cls(error_text(error), error.exit_code)
 
 
+class NoticeHandler(logging.Handler):
+    """Prints each record of a logger as a :class:`ProgramNotice`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one record."""
+        _print(ProgramNotice(record.getMessage()))
+
+
+def _print(line: object) -> None:
+    # Unlike json, this encoder writes null for a metric that is not finite.
+    sys.stdout.flush()
+    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(line) + b"\n")
+    sys.stdout.buffer.flush()
+
+
 def print_result(work: Callable[[], object]) -> NoReturn:
     """Does the program's work, prints what it returns or its RlhfError, and ends the process."""
     try:
         result: object = work()
     except RlhfError as error:
         result = ProgramFailure.of(error)
-    # Unlike json, this encoder writes null for a metric that is not finite.
-    sys.stdout.flush()
-    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(result) + b"\n")
-    sys.stdout.buffer.flush()
+    _print(result)
     os._exit(0)  # torch's threads may keep the interpreter from ending

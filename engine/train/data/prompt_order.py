@@ -30,6 +30,7 @@ class Prompts:
         seed: int,
         weights: Sequence[float] | None = None,
         left_out: dict[str, int] | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         """Sets the order.
 
@@ -40,6 +41,8 @@ class Prompts:
             seed: determines the order.
             weights: the data sets' shares. Default: they are equal.
             left_out: why prompts of the data are not among these → how many.
+            columns: of the rows, beside those of the data sets: a part of the prompts, which may
+                be of some of the data sets, has the columns of all.
         """
         self._tables = list(tables)
         self._per_step = per_step
@@ -50,7 +53,8 @@ class Prompts:
         """Why prompts of the data are not among these → how many."""
         self._mixture = Mixture(self._weights, seed) if len(self._tables) > 1 else None
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
-        self._columns = list(dict.fromkeys(c for table in self._tables for c in table.columns))
+        found = (column for table in self._tables for column in table.columns)
+        self._columns = list(dict.fromkeys((*columns, *found)))
 
     def __len__(self) -> int:
         return sum(map(len, self._tables))
@@ -147,6 +151,7 @@ class Prompts:
             seed=self._seed,
             weights=self._weights,
             left_out=self.left_out,
+            columns=self._columns,
         )
 
     def _with(self, tables: list[PromptTable], weights: list[float] | None = None) -> "Prompts":
@@ -157,6 +162,7 @@ class Prompts:
             seed=self._seed,
             weights=weights,
             left_out=self.left_out,
+            columns=self._columns,
         )
 
     def _take(self, places: list[tuple[int, int]]) -> list[Prompt]:
@@ -170,7 +176,7 @@ class Prompts:
 
     def _completed(self, prompt: Prompt) -> Prompt:
         """The prompt with the columns of every data set; None where its own has no such column."""
-        if self._mixture is None or not prompt.row:
+        if not prompt.row or len(prompt.row) == len(self._columns):
             return prompt
         row = {column: prompt.row.get(column) for column in self._columns}
         return Prompt(prompt.ids, prompt.text, row, prompt.messages)

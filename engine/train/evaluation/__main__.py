@@ -1,9 +1,12 @@
 """Evaluates a checkpoint: ``python -m engine.train.evaluation SESSION_FOLDER STEP``.
 
 Reads the configuration as JSON on standard input. The last line of standard output is a JSON object
-with `metrics` and `samples`, or with `error`. Reads the session and writes nothing to it.
+with `metrics`, `samples` and `failed` (the sources without a metric, each with the reason), or with
+`error`; each warning before it, such as that a service is asked again, is a `ProgramNotice`. Reads
+the session and writes nothing to it.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -11,19 +14,21 @@ import msgspec
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
+from engine.errors import RlhfError
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
-from engine.protocol.programs.result import print_result
+from engine.protocol.programs.result import NoticeHandler, print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import SessionFolder
 from engine.train.distributed.ranks import RankGroup
-from engine.train.evaluation.evaluate import evaluate
+from engine.train.evaluation.evaluate import REWARD_FAILURES, evaluate
 from engine.train.load import load_run
 
 
 def main() -> None:
     """Evaluates one checkpoint and prints the result."""
     disable_progress_bar()
+    logging.getLogger("engine").addHandler(NoticeHandler(logging.WARNING))
     folder, step = Path(sys.argv[1]), int(sys.argv[2])
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RunConfig))
     print_result(lambda: _evaluated(SessionFolder(folder), config, step))
@@ -36,8 +41,17 @@ def _evaluated(session: SessionFolder, config: RunConfig, step: int) -> dict[str
     run = load_run(session, config, Begin(attempt=1, from_step=step), ranks, _report)
     if run.held_out is None:
         raise TypeError("the configuration has no evaluation; the caller must check that")
-    evaluation = evaluate(run, run.held_out, step)
-    return {"metrics": evaluation.metrics, "samples": msgspec.to_builtins(evaluation.samples)}
+    try:
+        evaluation = evaluate(run, run.held_out, step)
+    except REWARD_FAILURES as error:
+        raise RlhfError(
+            f"{error}; nothing can be evaluated without it: evaluate again once it works"
+        ) from error
+    return {
+        "metrics": evaluation.metrics,
+        "samples": msgspec.to_builtins(evaluation.samples),
+        "failed": {name: str(error) for name, error in evaluation.failed.items()},
+    }
 
 
 def _report(_step: int, _phase: str, *_progress: int) -> ReportProgress:

@@ -8,21 +8,25 @@ gives the numbers that the run gave at its step.
 import itertools
 import math
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import msgspec
 from torch import Tensor
 
 from engine import metrics as names
+from engine.errors import RewardError, RlhfError
 from engine.progress import ReportProgress
 from engine.protocol.rank_messages import Sample
 from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import derived_seed
+from engine.train.distributed.ranks import PeerRankError
 from engine.train.evaluation.held_out import HeldOut
 from engine.train.ppo import masked
 from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.metrics import distinct_2
-from engine.train.rewards.source import RewardInputs
+from engine.train.rewards.mix import RewardMix
+from engine.train.rewards.source import RewardCallError, RewardInputs
 from engine.train.rollout.backend import (
     GREEDY_TEMPERATURE,
     SamplingOptions,
@@ -51,6 +55,10 @@ AVERAGED = {
 """Metric of the policy → that of its average."""
 
 
+REWARD_FAILURES = (RewardCallError, RewardError, PeerRankError)
+"""What a reward source raises that has failed, on all ranks."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The results of one evaluation; empty at steps without one."""
@@ -58,6 +66,13 @@ class Evaluation:
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     """All responses, without per-token arrays; none on ranks other than 0."""
+    failed: dict[str, RlhfError] = field(default_factory=dict)
+    """The sources of `eval.rewards` that have no metrics, each with what it raised at last."""
+
+    def check(self) -> None:
+        """Raises the error of the first source that failed, if one did."""
+        for error in self.failed.values():
+            raise error
 
 
 @dataclass(frozen=True)
@@ -83,31 +98,63 @@ def evaluate_if_due(run: Run, step: int) -> Evaluation:
 def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
     """Generates, scores and summarises responses to the held-out prompts; all ranks call it.
 
-    With `train.ema` the averaged policy is evaluated too, in the same way. Only its metrics are
-    kept.
+    With `train.ema` the averaged policy is evaluated too, by the rewards of the training alone.
+    Only its metrics are kept.
+
+    A source of `eval.rewards` that fails is not called again, and has no metrics.
 
     Args:
         run: the run; it is not changed.
         held_out: the prompts and reward sources.
         step: the last finished step, for reward functions and progress.
+
+    Raises:
+        RewardCallError, RewardError, PeerRankError: a reward of the training failed.
     """
     started = time.perf_counter()
-    parts = _respond_to_all(run, held_out, step, step)
-    metrics = _summarise(parts, run.config.eval.per_prompt)
+    watched = _Watched(held_out.rewards)
+    parts = _respond_to_all(run, held_out, step, step, watched)
+    metrics = _summarise(parts, run.config.eval.per_prompt, watched.failed)
     if run.average is not None:
         with run.average.in_place_of(run.policy):
             # A version of its own: a rollout engine must not take these weights for the policy's.
-            averaged = _respond_to_all(run, held_out, step, -1 - step)
+            averaged = _respond_to_all(run, held_out, step, -1 - step, _Watched(None))
         found = _summarise(averaged, run.config.eval.per_prompt)
         metrics |= {AVERAGED[name]: found[name] for name in AVERAGED if name in found}
     metrics[names.EVAL_TIME] = time.perf_counter() - started
-    return Evaluation(metrics, _samples(parts) if run.ranks.is_lead else [])
+    samples = _samples(parts) if run.ranks.is_lead else []
+    return Evaluation(metrics, samples, watched.failed)
 
 
-def _respond_to_all(run: Run, held_out: HeldOut, step: int, weights_version: int) -> list[_Scored]:
+class _Watched:
+    """The sources of `eval.rewards` during one evaluation."""
+
+    def __init__(self, rewards: RewardMix | None) -> None:
+        self._rewards = rewards
+        self.failed: dict[str, RlhfError] = {}
+
+    def parts(self, inputs: RewardInputs, report: ReportProgress) -> dict[str, list[float | None]]:
+        """Each source's B scores; None for all from where it has failed."""
+        found: dict[str, list[float | None]] = {}
+        if self._rewards is None:
+            return found
+        for name in self._rewards.names:
+            found[name] = [None] * len(inputs)
+            if name in self.failed:
+                continue
+            try:
+                found[name] = self._rewards.source_scores(name, inputs, report)
+            except REWARD_FAILURES as error:
+                self.failed[name] = error
+        return found
+
+
+def _respond_to_all(
+    run: Run, held_out: HeldOut, step: int, weights_version: int, watched: _Watched
+) -> list[_Scored]:
     report = run.announce(step, names.EVALUATE)
     return [
-        _respond(run, held_out, step, weights_version, number, prompts, report)
+        _respond(run, watched, step, weights_version, number, prompts, report)
         for number, prompts in enumerate(_batches(run, held_out.prompts))
     ]
 
@@ -126,7 +173,7 @@ def _batches(run: Run, prompts: list[Prompt]) -> list[list[Prompt]]:
 
 def _respond(
     run: Run,
-    held_out: HeldOut,
+    watched: _Watched,
     step: int,
     weights_version: int,
     number: int,
@@ -150,9 +197,7 @@ def _respond(
     inputs = RewardInputs.of(rollout, step)
     raw, parts = run.rewards(inputs, report)
     scores = scores_for_training(run, raw, rollout, options.max_new_tokens)
-    parts = parts if len(parts) > 1 else {}
-    if held_out.rewards is not None:
-        parts = parts | held_out.rewards.parts(inputs, report)
+    parts = (parts if len(parts) > 1 else {}) | watched.parts(inputs, report)
     rows = ranks.strided_share(rollout.rows)
     logprobs, reference = (
         ranks.all_reduce_sum(
@@ -165,7 +210,9 @@ def _respond(
     return _Scored(rollout, scores, masked.sequence_kl(logprobs, reference, rollout.mask), parts)
 
 
-def _summarise(parts: list[_Scored], per_prompt: int) -> dict[str, float]:
+def _summarise(
+    parts: list[_Scored], per_prompt: int, failed: Container[str] = ()
+) -> dict[str, float]:
     scores = [s for p in parts for s in p.scores.tolist()]
     kl = [k for p in parts for k in p.kl.tolist()]
     lengths = [n for p in parts for n in p.rollout.lengths.tolist()]
@@ -183,7 +230,7 @@ def _summarise(parts: list[_Scored], per_prompt: int) -> dict[str, float]:
         metrics[names.EVAL_SCORE_CI] = interval
     for name in parts[0].parts:
         given = [s for p in parts for s in p.parts[name] if s is not None]
-        if given:
+        if given and name not in failed:  # a mean over some of the responses would mislead
             metrics[names.EVAL_SOURCE.replace("NAME", name)] = _mean(given)
     return metrics
 

@@ -32,6 +32,8 @@ from engine.train.reports.tracker_kinds import Header, make_tracker
 
 FINISH_SECONDS = 60
 """For which trackers may send what is left when the run has ended."""
+HELD_SECONDS = 3
+"""After which the process is ended where a package's own code lets no thread of Python run."""
 IDS = "runs.json"
 """Tracker → the id of this session's run."""
 LOCK = ".lock"
@@ -77,7 +79,7 @@ def main() -> None:
     lock = wait_for_lock()
     ids = RunIds(Path(IDS))
     runs = [TrackerRun(name, header, ids, report) for name in header.trackers]
-    threading.Thread(target=pass_on, args=(runs,), daemon=True, name="input").start()
+    threading.Thread(target=pass_on, args=(runs, report), daemon=True, name="input").start()
     others = [threading.Thread(target=run, name=run.name) for run in runs[1:]]
     for thread in others:
         thread.start()
@@ -90,16 +92,24 @@ def main() -> None:
     os._exit(0)  # threads of a package may keep the interpreter from ending
 
 
-def pass_on(runs: "list[TrackerRun]") -> None:
-    """Gives each tracker the metrics of standard input; after its end they have a minute left."""
+def pass_on(runs: "list[TrackerRun]", report: Report) -> None:
+    """Gives each tracker the metrics of standard input; after its end they have a minute left.
+
+    Ends the process if one of them needs longer.
+    """
     for data in sys.stdin.buffer:
         line = msgspec.json.decode(data, type=examined(Line))
         values = {k: math.nan if v is None else v for k, v in line.metrics.items()}
         for run in runs:
             run.log(values, line.step)
-    signal.alarm(FINISH_SECONDS)
+    signal.alarm(FINISH_SECONDS + HELD_SECONDS)
+    end = time.monotonic() + FINISH_SECONDS
     for run in runs:
         run.close()
+    if late := [run for run in runs if not run.ended.wait(max(0.0, end - time.monotonic()))]:
+        for run in late:
+            report(f"{run.name} did not finish in time: the last steps may be missing there")
+        os._exit(0)
 
 
 def keep_log_short() -> None:
@@ -170,6 +180,8 @@ class TrackerRun:
         self._reported = False
         self._dropped = False
         self._pending: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue()
+        self.ended = threading.Event()
+        """Set once nothing more is passed on to it."""
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Passes the metrics of a step on; returns at once."""
@@ -188,6 +200,12 @@ class TrackerRun:
 
         It continues the run of the session's earlier attempts if there is one.
         """
+        try:
+            self._run()
+        finally:
+            self.ended.set()
+
+    def _run(self) -> None:
         try:
             tracker = self._start()
         except FAILURES as error:

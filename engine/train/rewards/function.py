@@ -190,17 +190,21 @@ def _restored_torch_settings() -> Iterator[None]:
 def _own_streams() -> Iterator[None]:
     """Context with other objects for standard output and error, which go to the same files.
 
-    The function may close them; the rank's log needs its own. They are not closed here: handlers
-    of the function's loggers may keep them.
+    The function may close them, and the file descriptors, too; the rank's log needs its own. The
+    objects are not closed here: handlers of the function's loggers may keep them.
     """
     out, error = (
         os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
         for fd in (1, 2)
     )
+    copies = [os.dup(fd) for fd in (1, 2)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
             yield
         finally:
+            for fd, copy_of_fd in zip((1, 2), copies, strict=True):
+                os.dup2(copy_of_fd, fd)  # a file opened later would get the number of a closed one
+                os.close(copy_of_fd)
             for stream in (out, error):
                 if not stream.closed:
                     stream.flush()

@@ -24,7 +24,7 @@ import msgspec
 from engine.config.sections.reward import HTTPConfig
 from engine.errors import UserInputError, error_text
 from engine.examined import examined
-from engine.tls import tls_problem
+from engine.tls import https_hint, tls_problem
 
 MAX_REPLY = 64 * 2**20
 """Bytes of a reply that are read at most."""
@@ -269,7 +269,7 @@ class _Exchange:
             return "the connection was closed in the middle of the reply"
         text = error.strerror if isinstance(error, OSError) and error.strerror else ""
         text = text or " ".join(error_text(error).split())[:SHOWN_CHARACTERS]
-        return text or type(error).__name__
+        return (text or type(error).__name__) + https_hint(error, self._endpoint.url)
 
 
 def _retry_after(headers: http.client.HTTPMessage) -> float:

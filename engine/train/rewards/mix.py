@@ -147,19 +147,19 @@ class RewardMix:
     ) -> dict[str, list[float | None]]:
         """The B scores of each source, by name. Raises what calling the mix raises."""
         return {
-            name: self._score(name, source, inputs, report, retry=retry)
-            for name, source in self._sources.items()
+            name: self.source_scores(name, inputs, report, retry=retry) for name in self._sources
         }
 
-    def _score(
+    def source_scores(
         self,
         name: str,
-        source: WeightedReward,
         inputs: RewardInputs,
-        report: ReportProgress,
+        report: ReportProgress = report_nothing,
         *,
-        retry: bool,
+        retry: bool = True,
     ) -> list[float | None]:
+        """The B scores of one source. Raises what calling the mix raises."""
+        source = self._sources[name]
         if source.runs_on is RunsOn.RANK_0:
             return self._score_on_rank_0(name, source.reward, inputs, report, retry=retry)
         if source.reward is None:

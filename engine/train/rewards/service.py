@@ -73,7 +73,7 @@ class OpenRLHFProtocol:
         self._ends: dict[int, str] = {}
 
     def request(self, inputs: RewardInputs) -> bytes:
-        """The request about B responses. Raises KeyError if the data have no column of labels."""
+        """The request about B responses. Raises ValueError if the data have no such labels."""
         prompts = [p.text for p in inputs.batch.prompts]
         queries = [
             prompt + response + (self._end(ids[-1]) if ended else "")
@@ -81,8 +81,11 @@ class OpenRLHFProtocol:
                 prompts, inputs.texts, inputs.ids, inputs.eos, strict=True
             )
         ]
-        column = self._label_column
-        labels = ["" if column is None else p.row[column] for p in inputs.batch.prompts]
+        column, rows = self._label_column, [p.row for p in inputs.batch.prompts]
+        if column is not None and column not in rows[0]:  # all prompts have the same columns
+            known = ", ".join(rows[0]) or "none"
+            raise ValueError(f"http.label_column: '{column}' is no column of the data ({known})")
+        labels = ["" if column is None else row[column] for row in rows]
         return encode({"query": queries, "prompts": prompts, "labels": labels})
 
     def _end(self, token_id: int) -> str:

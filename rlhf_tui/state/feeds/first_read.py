@@ -1,6 +1,6 @@
 """Reads a session's summary in a thread while the app is still being imported.
 
-SQLite releases the GIL, so on two processors the outlines of the curves cost no time: they are
+SQLite releases the GIL, so on two processors the downsampled curves cost no time: they are
 read before the first frame is drawn.
 """
 
@@ -13,7 +13,7 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 
 SPANS = 500
-"""Spans of an outline: more than the dot columns of a chart on half of a wide terminal."""
+"""Spans of a downsampled curve: more than the dot columns of a chart on half of a wide terminal."""
 PATIENCE = 0.1
 """Seconds that the first frame waits for a slow disk."""
 
@@ -46,7 +46,7 @@ class FirstRead:
     """Starts to read at construction. Ignores errors; the feed reports them."""
 
     def __init__(self, session: SessionFolder, names: Iterable[str]) -> None:
-        """`names`: metrics whose outlines are wanted."""
+        """`names`: metrics whose downsampled curves are wanted."""
         self.session = session
         self._names = list(names)
         self._update = SessionUpdate()
@@ -59,7 +59,7 @@ class FirstRead:
                 if record.attempts():
                     head = read_summary(self.session, record)
                     self._update = SessionUpdate(
-                        head=head, outlines=record.outlines(self._names, SPANS)
+                        head=head, downsampled=record.downsampled(self._names, SPANS)
                     )
         except (RlhfError, OSError):
             return

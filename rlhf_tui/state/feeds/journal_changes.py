@@ -19,7 +19,7 @@ from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate, newest_e
 EVENTS_READ = 20_000
 """Newest events read at once, which takes a tenth of a second; see :func:`newest_events`."""
 LONG = 10_000
-"""Steps from which on outlines are read before the curves, which take longer."""
+"""Steps from which on downsampled curves are read before the whole ones, which take longer."""
 SAMPLES_SHOWN = 16
 
 
@@ -118,7 +118,7 @@ class JournalChanges:
         self._output.post(update)
         branch = session.position is not None and session.position.current
         if (first or reset) and head.step > LONG and not branch:  # there they take longer
-            self._output.post(SessionUpdate(outlines=record.outlines(self._wanted, SPANS)))
+            self._output.post(SessionUpdate(downsampled=record.downsampled(self._wanted, SPANS)))
         self._read_curves(record, at_once=not (first or reset))
         if advanced and head.step != self._samples_step:
             self._samples_step = head.step

@@ -65,7 +65,7 @@ class SessionUpdate(Struct, frozen=True):
     head: SessionSummary | None = None
     curves: dict[str, Points] = msgspec.field(default_factory=dict)
     """Points to append to those of earlier readings."""
-    outlines: dict[str, Points] = msgspec.field(default_factory=dict)
+    downsampled: dict[str, Points] = msgspec.field(default_factory=dict)
     """Lowest and highest values of whole curves, alternating; shown until the curve is read."""
     past: dict[str, list[tuple[int, int, float | None]]] = msgspec.field(default_factory=dict)
     """(attempt, step, value) of abandoned branches."""

@@ -15,7 +15,7 @@ ALIGNMENTS = ("step", "episode", "hours")
 """By what the curves of several runs are aligned: the same step, the same number of responses so
 far, or the same hours of training, without pauses."""
 SPANS = 500
-"""Spans of an outline: more than the dot columns of a chart on half of a wide terminal."""
+"""Spans of a downsampled curve: more than the dot columns of a chart on half of a wide terminal."""
 CLOCKS = {"episode": (EPISODE, False), "hours": (STEP_TIME, True)}
 """Alignment → the metric that is its clock, and whether that is summed over the steps."""
 
@@ -56,21 +56,21 @@ class Overlay(Struct, frozen=True):
 
     name: str
     curves: dict[str, Series] = {}
-    """Outlines by metric, by its own steps."""
+    """Downsampled curves by metric, by its own steps."""
     clocks: dict[str, RunClock] = {}
     problem: str = ""
     """Why it cannot be read."""
 
 
 def read_overlay(session: SessionFolder, names: Iterable[str]) -> Overlay:
-    """Reads the outlines and the clocks of a run. Call it in a thread."""
+    """Reads the downsampled curves and the clocks of a run. Call it in a thread."""
     try:
         with JournalReader(session) as record:
-            outlines = record.outlines(names, SPANS)
+            downsampled = record.downsampled(names, SPANS)
             clocks = _clocks(record)
     except (RlhfError, OSError) as error:
         return Overlay(session.name, problem=str(error))
-    return Overlay(session.name, {n: Series(points) for n, points in outlines.items()}, clocks)
+    return Overlay(session.name, {n: Series(points) for n, points in downsampled.items()}, clocks)
 
 
 def read_clocks(session: SessionFolder) -> dict[str, RunClock]:

@@ -191,9 +191,9 @@ class Chart(Widget, can_focus=True):
         if metric.is_sparse:
             interval = state.shape(metric.interval) if metric.interval else None
             return [Line(state.shape(name), style, sparse=True, interval=interval)]
-        if (outline := state.outline(name)) is not None:
-            # Not smoothed: an outline has extremes, whose average is not that of the values.
-            return [Line(outline, "raw" if weight and len(self.names) == 1 else style)]
+        if (downsampled := state.downsampled_curve(name)) is not None:
+            # Not smoothed: it has extremes, whose average is not that of the values.
+            return [Line(downsampled, "raw" if weight and len(self.names) == 1 else style)]
         smoothed = Line(state.smoothed(name, weight), style)
         if weight and len(self.names) == 1 and len(state.series(name)) > 2:
             # Without colours the two curves would look alike.
