@@ -286,7 +286,7 @@ def test_padding_beyond_the_length_changes_nothing(batch, kind, junk):
     ]
 
     def everything(new, old, advantage, returns):
-        terms = losses.policy_terms(new, old, advantage, mask, 0.2, kind)
+        terms = losses.policy_terms(new, old, advantage, mask, PPOConfig(ratio=kind))
         gae = generalised_advantages(new, old, mask, 0.9, 0.8)
         tables = [gae, masked.whiten(advantage, mask), losses.log_ratio(new, old, mask, kind)]
         return [

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import starter
+from engine.config.sections.ppo import PPOConfig
 from engine.train.ppo import advantages, losses, masked
 from engine.train.ppo.kl_estimators import k3
 from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
@@ -140,18 +141,16 @@ def ours(trainer, inputs, case):
         out = losses.off_policy(logprobs, sampled, advantages, mask, case["limit"])
         assert out.any() and not out.all()
         advantages = advantages.masked_fill(out, 0.0)
-    terms = losses.policy_terms(
-        logprobs, inputs["old_per_token_logps"], advantages, mask,
-        1.0 if kind == "cispo" else 0.2,  # theirs has no lower bound
-        case["ratio"], policy_loss=kind if kind in losses.POLICY_LOSSES else "clipped",
-        clip_range_high=case["high"], dual_clip=case["delta"], temperatures=(1.0, 1.05),
-        row_weights=weights,
+    config = PPOConfig(
+        policy_loss=kind if kind in losses.POLICY_LOSSES else "clipped",
+        clip_range=1.0 if kind == "cispo" else 0.2,  # theirs has no lower bound
+        clip_range_high=case["high"], dual_clip=case["delta"], ratio=case["ratio"],
     )  # fmt: skip
-    loss = terms.loss
+    old = inputs["old_per_token_logps"]
+    loss = losses.policy_terms(logprobs, old, advantages, mask, config, weights).loss
     if case["beta"]:
         kl = k3((logprobs - inputs["ref_per_token_logps"]) * mask)
         if case["weighted"]:
-            old = inputs["old_per_token_logps"]
             kl = kl * losses.log_ratio(logprobs, old, mask, case["ratio"]).exp()
         loss = loss + case["beta"] * losses.weighted_sum(kl, mask, weights)
     if case["entropy"]:

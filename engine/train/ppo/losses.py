@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.config.sections.ppo import PPOConfig
+
 LOG_RATIO_LIMIT = 20.0
 """Bound on |log ρ|. It keeps exp finite; a ratio of e^20 gets the update skipped anyway."""
 
@@ -69,8 +71,7 @@ class TokenInputs:
     clipped_rho: Tensor
     """ρ clipped to the range."""
     advantages: Tensor
-    temperatures: tuple[float, float]
-    """τ where Â > 0, and elsewhere (SAPO only)."""
+    config: PPOConfig
 
 
 def clipped_objective(x: TokenInputs) -> tuple[Tensor, Tensor]:
@@ -93,8 +94,8 @@ def sapo(x: TokenInputs) -> tuple[Tensor, Tensor]:
 
     No ratio counts as clipped.
     """
-    positive, other = x.temperatures
-    tau = torch.where(x.advantages > 0, positive, other)
+    positive, negative = x.config.sapo_temperature, x.config.sapo_temperature_negative
+    tau = torch.where(x.advantages > 0, positive, negative)
     gate = torch.sigmoid(tau * (x.rho - 1)) * 4 / tau
     return -x.advantages * gate, torch.zeros_like(x.rho, dtype=torch.bool)
 
@@ -134,13 +135,7 @@ def policy_terms(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_range: float,
-    kind: str = "token",
-    *,
-    policy_loss: str = "clipped",
-    clip_range_high: float | None = None,
-    dual_clip: float | None = None,
-    temperatures: tuple[float, float] = (1.0, 1.0),
+    config: PPOConfig,
     row_weights: Tensor | None = None,
 ) -> PolicyTerms:
     """The policy's loss, summed over response tokens.
@@ -152,23 +147,18 @@ def policy_terms(
         old_logprobs: log π_old.
         advantages: Â.
         mask: the response tokens.
-        clip_range: ρ is clipped to 1 − this …
-        kind: `ppo.ratio`, see :func:`log_ratio`.
-        policy_loss: `ppo.policy_loss`, see :data:`POLICY_LOSSES`.
-        clip_range_high: … and to 1 + this; `clip_range` when left out (DAPO's clip-higher).
-        dual_clip: bounds a token's loss where Â < 0 to −Â times this (dual-clip PPO).
-        temperatures: see :class:`TokenInputs`.
+        config: `ratio`, `policy_loss` with its keys, and the clip ranges are read.
         row_weights: (B,), of each response's tokens in the loss; see :data:`AGGREGATIONS`.
     """
-    high = clip_range if clip_range_high is None else clip_range_high
-    log_rho = log_ratio(logprobs, old_logprobs, mask, kind)
+    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    log_rho = log_ratio(logprobs, old_logprobs, mask, config.ratio)
     rho = log_rho.exp()
-    clipped_rho = rho.clamp(1 - clip_range, 1 + high)
-    inputs = TokenInputs(logprobs, rho, clipped_rho, advantages, temperatures)
-    tokens, clipped = POLICY_LOSSES[policy_loss](inputs)
+    clipped_rho = rho.clamp(1 - config.clip_range, 1 + high)
+    inputs = TokenInputs(logprobs, rho, clipped_rho, advantages, config)
+    tokens, clipped = POLICY_LOSSES[config.policy_loss](inputs)
     dual = torch.zeros_like(mask)
-    if dual_clip is not None:
-        bound = -advantages * dual_clip
+    if config.dual_clip is not None:
+        bound = -advantages * config.dual_clip
         dual = (advantages < 0) & (bound < tokens) & mask
         tokens = torch.where(dual, bound, tokens)
     with torch.no_grad():
