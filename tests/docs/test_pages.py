@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from engine.config import file as config_file
 from engine.config.key_errors import known_keys
 from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
+from engine.config.sections.ppo import KLConfig, PPOConfig
 from engine.monitoring.guardrails import DEFAULT_RULES
 from examples import word_problems
 from scripts import man_page, metrics_page
@@ -42,6 +44,20 @@ def test_every_key_stands_on_the_page_and_is_explained():
     for key in known_keys():
         row = next(r for r in rows if r.startswith((f"| `{key}` ", f"| `{key}` ⇄")))
         assert len(row.rstrip(" |").rsplit("|", 1)[1].strip()) > 3, row
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        *((PPOConfig, key) for key in ("advantage", "policy_loss", "loss_aggregation", "ratio")),
+        (KLConfig, "estimator"),
+    ],
+)
+def test_every_part_of_the_objective_has_its_formula_on_the_page(section, key):
+    rows = [r for r in (DOCS / "ppo.md").read_text().splitlines() if r.startswith("| `")]
+    for name in get_args(get_type_hints(section)[key]):
+        is_default = name == getattr(section(), key)  # stands in the text
+        assert is_default or any(f"`{name}` |" in r or f"{key}: {name}` |" in r for r in rows), name
 
 
 def test_every_example_is_a_configuration():

@@ -29,6 +29,7 @@ LENGTHS = torch.tensor([6, 2, 5, 1])
 AGGREGATION = {
     "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
     "cispo": "token", "sapo": "sequence", "luspo": "sequence_sum_constant",
+    "vespo": "token",
 }  # fmt: skip
 """TRL's `loss_type` → `ppo.loss_aggregation`."""
 
@@ -178,6 +179,7 @@ CASES = [
         ("grpo", "sequence_mean", None, None, 0.1, 0.0, True),
         ("luspo", "sequence_mean", 0.28, None, 0.0, 0.0, False),
         ("grpo", "token", None, None, 0.1, 0.0, False, 0.1),
+        ("vespo", "sequence", None, None, 0.1, 0.0, False),
     ]
 ]
 

@@ -6,9 +6,10 @@ including the one that ended the response. All other tensors are float32. Sums a
 Sources: Schulman et al. 2017 (PPO); Ye et al. 2020, arXiv 1912.09729 (dual clip); Yu et al. 2025,
 arXiv 2503.14476 (DAPO: the upper clip range, the token mean); Liu et al. 2025, arXiv 2503.20783
 (Dr. GRPO: the constant divisor); Zheng et al. 2025, arXiv 2507.18071 (GSPO: the mean ratio);
-MiniMax 2025, arXiv 2506.13585 (CISPO); Gao et al. 2025, arXiv 2511.20347 (SAPO); DeepSeek-AI 2025,
-arXiv 2512.02556 (the off-policy mask); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and
-verl (implementation details). docs/ppo.md has the formulas.
+MiniMax 2025, arXiv 2506.13585 (CISPO); Gao et al. 2025, arXiv 2511.20347 (SAPO); Shen et al. 2026,
+arXiv 2602.10693 (VESPO); DeepSeek-AI 2025, arXiv 2512.02556 (the off-policy mask); Huang et al.
+2024, arXiv 2403.17031, and TRL, OpenRLHF and verl (implementation details). docs/ppo.md has the
+formulas.
 """
 
 from collections.abc import Callable
@@ -100,12 +101,26 @@ def sapo(x: TokenInputs) -> tuple[Tensor, Tensor]:
     return -x.advantages * gate, torch.zeros_like(x.rho, dtype=torch.bool)
 
 
+def vespo(x: TokenInputs) -> tuple[Tensor, Tensor]:
+    """VESPO's −Â·φ(ρ)·log π with φ(ρ) = ρ^k·exp(λ·(1 − ρ)) a constant, 1 at ρ = 1.
+
+    ρ is the response's. No ratio counts as clipped.
+    """
+    config, rho = x.config, x.rho.detach()
+    negative = x.advantages < 0
+    k = torch.where(negative, config.vespo_k_negative, config.vespo_k)
+    lam = torch.where(negative, config.vespo_lambda_negative, config.vespo_lambda)
+    weight = (k * rho.log() + lam * (1 - rho)).exp()
+    return -x.advantages * weight * x.logprobs, torch.zeros_like(negative)
+
+
 PolicyLoss = Callable[[TokenInputs], tuple[Tensor, Tensor]]
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "clipped": clipped_objective,
     "cispo": cispo,
     "sapo": sapo,
+    "vespo": vespo,
 }
 """The loss of a token, by `ppo.policy_loss`.
 
