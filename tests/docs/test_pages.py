@@ -14,7 +14,7 @@ from engine.config import file as config_file
 from engine.config.key_errors import known_keys
 from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
-from engine.config.sections.ppo import KLConfig, PPOConfig
+from engine.config.sections.ppo import ADVANTAGES, KLConfig, PPOConfig
 from engine.monitoring.guardrails import DEFAULT_RULES
 from examples import word_problems
 from scripts import man_page, metrics_page
@@ -58,6 +58,19 @@ def test_every_part_of_the_objective_has_its_formula_on_the_page(section, key):
     for name in get_args(get_type_hints(section)[key]):
         is_default = name == getattr(section(), key)  # stands in the text
         assert is_default or any(f"`{name}` |" in r or f"{key}: {name}` |" in r for r in rows), name
+
+
+def listed(names):
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def test_the_defaults_that_depend_on_the_estimator_are_those_of_its_traits():
+    numbers = sorted({t.per_prompt for t in ADVANTAGES.values()} - {1}, reverse=True)
+    groups = {n: [k for k, t in ADVANTAGES.items() if t.per_prompt == n] for n in numbers}
+    wanted = [f"{n} for {listed(names)}" for n, names in groups.items()]
+    assert f"Default: {', '.join(wanted)}, 1 otherwise. |" in page()
+    whitened = listed([k for k, t in ADVANTAGES.items() if t.whiten])
+    assert f"Default: on for {whitened}, off otherwise. |" in page()
 
 
 def test_every_example_is_a_configuration():
