@@ -108,13 +108,13 @@ class RolloutConfig(Section, frozen=True):
     are."""
 
     @property
-    def separate(self) -> bool:
-        """Whether programs of their own generate, which the keys for vLLM are about."""
+    def uses_vllm(self) -> bool:
+        """Whether vLLM generates, in processes that the run starts."""
         return self.engine == "vllm"
 
     def in_process(self) -> Self:
-        """The same where no program of its own runs: native rollouts, which differ by rounding."""
-        return replace(self, engine="native", ahead=0) if self.separate else self
+        """The same in this process alone: native rollouts, which differ by rounding."""
+        return self if self.engine == "native" else replace(self, engine="native", ahead=0)
 
     @property
     def local_engines(self) -> int:
