@@ -265,6 +265,8 @@ def test_held_out_prompts_are_fixed_on_a_resume():
 
 def test_a_resume_may_change_everything_else():
     config_file.check_resumable(demo(), demo("train.steps=999", "kl.beta=0.1", "ppo.epochs=1"))
+    vllm = ("rollout.engine=vllm", "rollout.engines=2", "data.cache=/tmp/c")
+    config_file.check_resumable(demo(vllm[0]), demo(*vllm))
 
 
 def test_changes_are_listed_by_their_dotted_keys():
