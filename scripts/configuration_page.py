@@ -6,6 +6,7 @@ types, defaults and docstrings. A test compares the page with the code.
 
 import ast
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +23,8 @@ are required; the other sections can be omitted. Any key can be given on the com
 folder. The session's `config.yaml` states the value of every key, including the defaults.
 
 A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model,
-the order of the data or the optimiser's state: `seed`, `data.*` except `data.cache`, `model.*`,
-`lora.*`, `rollout.engine`, `rollout.batch_size`, `rollout.per_prompt`, `ppo.advantage`,
-`ppo.value_init`, `eval.holdout` and `train.optimiser`. A fork can change these too, except
+the order of the data or the optimiser's state:
+FIXED. A fork can change these too, except
 `lora.*` and the value function that is trained (`model.value`, `ppo.advantage`): a checkpoint
 depends on them. It keeps all of its parent's values, including defaults; the command lists keys
 whose default has changed since.
@@ -93,7 +93,7 @@ def page() -> str:
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     classes = {n.name: n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}
     seed = "| `seed` | whole number ≥ 0 | `0` | Seed of every random choice. |"
-    parts = [HEAD, f"{COLUMNS}\n{seed}"]
+    parts = [HEAD.replace("FIXED", _fixed()), f"{COLUMNS}\n{seed}"]
     for node in classes["RunConfig"].body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in classes:
             section = classes[ast.unparse(node.annotation)]
@@ -101,6 +101,16 @@ def page() -> str:
             parts.append(_table(f"`{name}`", section, f"{name}.", classes))
     parts += [_table(title, classes[name], "", classes) for title, name in LIST_ITEMS.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def _fixed() -> str:
+    """The keys that a resume keeps: `seed`, `data.*` without `data.cache`, …, in a sentence."""
+    names = []
+    for name in schema.FIXED_AT_START:
+        free = [f"`{key}`" for key in schema.FREE_ON_RESUME if key.startswith(name)]
+        shown = f"`{name}*`" if name.endswith(".") else f"`{name}`"
+        names.append(f"{shown} without {' and '.join(free)}" if free else shown)
+    return textwrap.fill(", ".join(names[:-1]) + f" and {names[-1]}", 70)
 
 
 def _table(title: str, section: ast.ClassDef, prefix: str, classes: dict[str, ast.ClassDef]) -> str:

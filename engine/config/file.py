@@ -14,7 +14,7 @@ import msgspec
 from engine.config.key_errors import explain, nearest
 from engine.config.paths import make_paths_absolute
 from engine.config.rules.run_config import check_config
-from engine.config.schema import FIXED_AT_START, FREE_ON_RESUME, RunConfig
+from engine.config.schema import RunConfig, is_fixed_at_start
 from engine.config.sections.ppo import DEFAULT_LAM, FITTED_VALUE_LAM
 from engine.config.session_file import enclose, read_session_text, read_text
 from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
@@ -255,7 +255,7 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
         ConfigError: a key that is fixed at the start of a run differs.
     """
     for key in changes(old, new):
-        if key.startswith(FIXED_AT_START) and key not in FREE_ON_RESUME:
+        if is_fixed_at_start(key):
             alternative = "" if _is_in_checkpoints(key, old, new) else ", or fork instead"
             reason = "it determines the model or the order of the data"
             if key == "train.optimiser":

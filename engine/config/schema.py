@@ -78,3 +78,9 @@ FIXED_AT_START = (
 checkpoint: fixed on a resume."""
 FREE_ON_RESUME = ("data.cache",)
 """Keys of these sections that a resume may change all the same."""
+
+
+def is_fixed_at_start(key: str) -> bool:
+    """Whether a resume must keep the value of a dotted key."""
+    sections = tuple(name for name in FIXED_AT_START if name.endswith("."))
+    return (key in FIXED_AT_START or key.startswith(sections)) and key not in FREE_ON_RESUME

@@ -85,7 +85,7 @@ def _checked(secret: str, where: str) -> str:
 
 def needs_secret(config: RunConfig) -> bool:
     """Whether other machines take part in a run, as ranks or to generate."""
-    joined = config.rollout.joined if config.rollout.separate else 0
+    joined = config.rollout.joined if config.rollout.uses_vllm else 0
     return config.launch.nodes > 1 or joined > 0
 
 

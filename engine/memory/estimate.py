@@ -159,7 +159,7 @@ class _Estimator:
 
     def _generating(self) -> dict[str, int]:
         policy, rows, at_once = self._policy, self._rows, self._config.rollout.at_once
-        if self._config.rollout.separate:  # weights are sent, one tensor gathered at once
+        if self._config.rollout.uses_vllm:  # weights are sent, one tensor gathered at once
             return {"gathered": MASTER * policy.vocabulary * policy.hidden * self._sharded}
         length = self._length
         if at_once is not None and at_once < rows:

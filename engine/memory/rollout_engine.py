@@ -53,7 +53,7 @@ def engine_memory(config: RunConfig, models: Models) -> dict[str, int]:
     `handover` there is one for all engines.
     """
     rollout, policy = config.rollout, models.policy
-    if not rollout.separate:
+    if not rollout.uses_vllm:
         return {}
     width, tokens = WIDTH[config.model.dtype], models.prompt_tokens + rollout.max_new_tokens
     # A tied output layer is sent again, and on a CPU packed in a copy of its own.

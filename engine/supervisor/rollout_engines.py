@@ -54,7 +54,7 @@ class RolloutEngines:
         """
         self._session, self._config, self._state = session, config, state
         self._secret = secret
-        count = config.rollout.engines if config.rollout.separate else 0
+        count = config.rollout.engines if config.rollout.uses_vllm else 0
         self.joined = config.rollout.joined if count else 0
         """How many of them are on other machines, the last ones."""
         self.processes = [

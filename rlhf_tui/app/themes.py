@@ -7,12 +7,11 @@ dark tints equal to the background and the steps of the heat strip equal to one 
 
 from collections.abc import Callable
 
-import msgspec
 from msgspec import Struct
 from textual.color import Color
 from textual.theme import Theme
 
-ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+ORANGE, SKY, YELLOW = "#E69F00", "#56B4E9", "#F0E442"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 Series = tuple[str, str, str, str, str, str]
@@ -63,12 +62,6 @@ class Palette(Struct, frozen=True):
         tones = (self.good, self.warn, self.bad)
         readable = all(contrast(Color.parse(tone), bar) > READABLE for tone in tones)
         return self.bar if readable else self.ground
-
-    def colours(self) -> set[str]:
-        """Every colour of the palette, in lower case."""
-        ramps = [colour for step in (*self.heat, *self.cold) for colour in step]
-        own = [value for value in msgspec.structs.astuple(self) if isinstance(value, str)]
-        return {colour.lower() for colour in (*own, *self.series, *ramps)}
 
 
 def _blended(ground: str, text: str, colour: str) -> Ramp:

@@ -268,7 +268,7 @@ def _as_data(
         "models": msgspec.to_builtins(models),
         "configured": _column(current, capacity),
         "rollout_engine": engine_memory(config, models),
-        "rollout_engines": config.rollout.engines if config.rollout.separate else 0,
+        "rollout_engines": config.rollout.engines if config.rollout.uses_vllm else 0,
         "layouts": [_column(e, capacity) for e in estimates],
         "changes": changes,
         "changed_peak": smaller.peak,

@@ -129,10 +129,10 @@ def _reward(source: RewardSource) -> str:
             shown = f"the model {_named(source.value)}"
         case "function":
             shown = f"the function {text(source.value)}"
-        case "service":
-            shown = "a service"
-        case _:
+        case "judge":
             shown = f"the judge {text(source.judging.model or '')}".rstrip()
+        case kind:  # its value may hold what is nobody else's business, such as an address
+            shown = f"a {kind}"
     return shown if source.weight == 1 else f"{source.weight:g} × {shown}"
 
 

@@ -3,21 +3,31 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
 import yaml
+from textual.binding import Binding
 
 from engine import starter
 from engine.config import file as config_file
 from engine.config.key_errors import known_keys
 from engine.config.rules.run_config import check_config
+from engine.config.rules.trackers import TRACKER_PACKAGES
 from engine.config.schema import RunConfig
+from engine.config.sections.ppo import ADVANTAGES, KLConfig, PPOConfig
+from engine.monitoring.channels.webhook import FORMATS
 from engine.monitoring.guardrails import DEFAULT_RULES
+from engine.monitoring.notify import CHANNELS
 from examples import word_problems
+from rlhf_tui.app.steering import BINDINGS as STEERING
+from rlhf_tui.cli import COMMANDS
 from scripts import man_page, metrics_page
 from scripts.configuration_page import page
+from tests.docs.pages import PAGES, commands
 
+KEYS_AS_SHOWN = {"left_square_bracket": "[", "right_square_bracket": "]"}
 DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLES = DOCS.parent / "examples"
 
@@ -42,6 +52,62 @@ def test_every_key_stands_on_the_page_and_is_explained():
     for key in known_keys():
         row = next(r for r in rows if r.startswith((f"| `{key}` ", f"| `{key}` ⇄")))
         assert len(row.rstrip(" |").rsplit("|", 1)[1].strip()) > 3, row
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        *((PPOConfig, key) for key in ("advantage", "policy_loss", "loss_aggregation", "ratio")),
+        (KLConfig, "estimator"),
+    ],
+)
+def test_every_part_of_the_objective_has_its_formula_on_the_page(section, key):
+    rows = [r for r in (DOCS / "ppo.md").read_text().splitlines() if r.startswith("| `")]
+    for name in get_args(get_type_hints(section)[key]):
+        is_default = name == getattr(section(), key)  # stands in the text
+        assert is_default or any(f"`{name}` |" in r or f"{key}: {name}` |" in r for r in rows), name
+
+
+def rows_of(page):
+    """The first column of every table of a page."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_every_command_of_the_program_stands_on_a_page():
+    assert {c.words[0] for each in PAGES for c in commands(each) if c.words} >= set(COMMANDS)
+
+
+def test_every_key_that_steers_stands_in_the_table_of_the_page():
+    keys = {binding.key for binding in Binding.make_bindings(STEERING)}
+    named = {key for cell in rows_of("tui.md") for key in re.findall(r"`([^`]+)`", cell)}
+    assert {KEYS_AS_SHOWN.get(key, key) for key in keys} <= named
+
+
+def test_every_channel_and_every_format_of_a_webhook_stands_on_the_page():
+    text = "".join(rows_of("notifications.md"))
+    assert all(f"`{key}`" in text for key in CHANNELS)
+    assert all(f"`{name}`" in text or f": {name}`" in text for name in FORMATS)
+
+
+def test_every_tracker_stands_on_the_page_and_in_the_text_of_its_key():
+    (row,) = [row for row in page().splitlines() if row.startswith("| `log.trackers` ")]
+    for tracker in TRACKER_PACKAGES:
+        assert f"`{tracker}`" in "".join(rows_of("trackers.md"))
+        assert f"`{tracker}`" in row
+
+
+def listed(names):
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def test_the_defaults_that_depend_on_the_estimator_are_those_of_its_traits():
+    numbers = sorted({t.per_prompt for t in ADVANTAGES.values()} - {1}, reverse=True)
+    groups = {n: [k for k, t in ADVANTAGES.items() if t.per_prompt == n] for n in numbers}
+    wanted = [f"{n} for {listed(names)}" for n, names in groups.items()]
+    assert f"Default: {', '.join(wanted)}, 1 otherwise. |" in page()
+    whitened = listed([k for k, t in ADVANTAGES.items() if t.whiten])
+    assert f"Default: on for {whitened}, off otherwise. |" in page()
 
 
 def test_every_example_is_a_configuration():

@@ -9,7 +9,7 @@ import yaml
 from engine.config import file as config_file
 from engine.config.key_errors import known_keys
 from engine.config.names_elsewhere import KEYS_HERE
-from engine.config.sections.reward import RewardConfig
+from engine.config.sections.reward import SOURCE_KEYS, RewardConfig
 from engine.config.settings import (
     LIVE_SETTINGS,
     Settings,
@@ -120,7 +120,7 @@ def test_the_keys_that_other_libraries_names_stand_for_exist():
         ("rollout.per_prompt=3", "must be a multiple of rollout.per_prompt (3)"),
         (
             "reward.function=a:b",
-            "exactly one of reward.model, reward.function, reward.service, reward.judge and ",
+            f"exactly one of {', '.join(f'reward.{key}' for key in SOURCE_KEYS)} and ",
         ),
         ("reward.model=null", "(given: none)"),
         ("train.learning_rate=.inf", "train.learning_rate must be a finite number (it is inf)"),
@@ -265,6 +265,8 @@ def test_held_out_prompts_are_fixed_on_a_resume():
 
 def test_a_resume_may_change_everything_else():
     config_file.check_resumable(demo(), demo("train.steps=999", "kl.beta=0.1", "ppo.epochs=1"))
+    vllm = ("rollout.engine=vllm", "rollout.engines=2", "data.cache=/tmp/c")
+    config_file.check_resumable(demo(vllm[0]), demo(*vllm))
 
 
 def test_changes_are_listed_by_their_dotted_keys():

@@ -249,6 +249,10 @@ REFUSED = {
     "weights of a KL that is not in the loss": (["kl.importance_weighted=true"], "kl.place: loss"),
     "a dual clip with cispo": (["ppo.policy_loss=cispo", "ppo.dual_clip=3"], "leave it out"),
     "a clip range with sapo": (["ppo.policy_loss=sapo", "ppo.clip_range_high=0.3"], "them out"),
+    "a dual clip with vespo": (
+        ["ppo.policy_loss=vespo", "ppo.ratio=sequence", "ppo.dual_clip=3"], "leave them out",
+    ),
+    "vespo by the ratios of tokens": (["ppo.policy_loss=vespo"], "set ppo.ratio: sequence"),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number > 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"ppo\.entropy_coef must be.*>= 0"),

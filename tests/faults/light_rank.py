@@ -31,7 +31,15 @@ from engine.errors import CommandRejectedError
 from engine.launch.environment import SOCKET_VARIABLE, STORE_VARIABLE, TOKEN_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol import frames, rank_messages, sockets
-from engine.protocol.commands import Checkpoint, Pause, Probe, Stop, Undo, Unpause
+from engine.protocol.commands import (
+    Checkpoint,
+    Pause,
+    Probe,
+    SettingCommand,
+    Stop,
+    Undo,
+    Unpause,
+)
 from engine.protocol.frames import Message
 from engine.protocol.machines.store_client import StoreClient
 from engine.protocol.machines.store_messages import SetKeys
@@ -209,10 +217,12 @@ class LightRank:
                 return
             case Undo():
                 changes = self._command({c.key: c.old for c in self._undoable.pop()})
-            case command:
+            case SettingCommand() as command:
                 now = settings_of(self._config)
                 changes = self._command(check_settings(now, command.new_values(now)))
                 self._undoable.append(changes)
+            case command:
+                raise CommandRejectedError(f"a rank without a model cannot {command.name()}")
         self.send(Applied(id=message.id, step=self._step + 1, changes=changes))
 
     def _command(self, values: dict[str, Any]) -> list[SettingChange]:

@@ -188,6 +188,29 @@ def test_a_group_without_variance_gets_no_advantage(estimate, score):
 
 
 @modest
+@given(st.integers(2, 5), st.integers(1, 4), st.sampled_from(["group", "batch", "none"]), st.data())
+def test_pass_at_k_rewards_the_best_of_a_group_by_what_the_second_lacks(
+    group, prompts, scale, data
+):
+    n = group * prompts
+    scores = [x / 64 for x in data.draw(st.lists(st.integers(-512, 512), min_size=n, max_size=n))]
+    config = PPOConfig(advantage="grpo_passk", scale_rewards=scale)
+    got = make_targets(inputs_of(scores, config, per_prompt=group)).advantages
+    assert torch.equal(got[:, 0], got[:, 1])
+    for first in range(0, n, group):
+        of_group = scores[first : first + group]
+        best, second = sorted(of_group, reverse=True)[:2]
+        over = {"group": of_group, "batch": scores, "none": None}[scale]
+        want = best - second
+        if over is not None:
+            mean = sum(over) / len(over)
+            want /= math.sqrt(sum((x - mean) ** 2 for x in over) / (len(over) - 1)) + 1e-4
+        found = got[first : first + group, 0].tolist()
+        assert found.pop(of_group.index(best)) == pytest.approx(want, rel=1e-4, abs=1e-4)
+        assert not any(found)
+
+
+@modest
 @given(batches(3))
 def test_opo_subtracts_the_group_s_mean_in_which_each_token_counts_alike(batch):
     lengths, old, ref, extra = batch
@@ -286,7 +309,7 @@ def test_padding_beyond_the_length_changes_nothing(batch, kind, junk):
     ]
 
     def everything(new, old, advantage, returns):
-        terms = losses.policy_terms(new, old, advantage, mask, 0.2, kind)
+        terms = losses.policy_terms(new, old, advantage, mask, PPOConfig(ratio=kind))
         gae = generalised_advantages(new, old, mask, 0.9, 0.8)
         tables = [gae, masked.whiten(advantage, mask), losses.log_ratio(new, old, mask, kind)]
         return [
@@ -300,13 +323,13 @@ def test_padding_beyond_the_length_changes_nothing(batch, kind, junk):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-def inputs_of(scores, config, baseline=None):
+def inputs_of(scores, config, baseline=None, per_prompt=2):
     """Responses of two tokens with a KL of 0: their outcomes are their scores."""
     b = len(scores)
     zeros, lengths = torch.zeros(b, 2), torch.full((b,), 2)
     mask = torch.ones(b, 2, dtype=torch.bool)
     return AdvantageInputs(
-        torch.tensor(scores), zeros, zeros, zeros, mask, lengths, config, 0.1, 2, baseline,
+        torch.tensor(scores), zeros, zeros, zeros, mask, lengths, config, 0.1, per_prompt, baseline,
         greedy_scores=torch.arange(float(b)),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import starter
+from engine.config.sections.ppo import PPOConfig
 from engine.train.ppo import advantages, losses, masked
 from engine.train.ppo.kl_estimators import k3
 from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
@@ -28,6 +29,7 @@ LENGTHS = torch.tensor([6, 2, 5, 1])
 AGGREGATION = {
     "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
     "cispo": "token", "sapo": "sequence", "luspo": "sequence_sum_constant",
+    "vespo": "token",
 }  # fmt: skip
 """TRL's `loss_type` → `ppo.loss_aggregation`."""
 
@@ -140,18 +142,16 @@ def ours(trainer, inputs, case):
         out = losses.off_policy(logprobs, sampled, advantages, mask, case["limit"])
         assert out.any() and not out.all()
         advantages = advantages.masked_fill(out, 0.0)
-    terms = losses.policy_terms(
-        logprobs, inputs["old_per_token_logps"], advantages, mask,
-        1.0 if kind == "cispo" else 0.2,  # theirs has no lower bound
-        case["ratio"], policy_loss=kind if kind in losses.POLICY_LOSSES else "clipped",
-        clip_range_high=case["high"], dual_clip=case["delta"], temperatures=(1.0, 1.05),
-        row_weights=weights,
+    config = PPOConfig(
+        policy_loss=kind if kind in losses.POLICY_LOSSES else "clipped",
+        clip_range=1.0 if kind == "cispo" else 0.2,  # theirs has no lower bound
+        clip_range_high=case["high"], dual_clip=case["delta"], ratio=case["ratio"],
     )  # fmt: skip
-    loss = terms.loss
+    old = inputs["old_per_token_logps"]
+    loss = losses.policy_terms(logprobs, old, advantages, mask, config, weights).loss
     if case["beta"]:
         kl = k3((logprobs - inputs["ref_per_token_logps"]) * mask)
         if case["weighted"]:
-            old = inputs["old_per_token_logps"]
             kl = kl * losses.log_ratio(logprobs, old, mask, case["ratio"]).exp()
         loss = loss + case["beta"] * losses.weighted_sum(kl, mask, weights)
     if case["entropy"]:
@@ -179,6 +179,7 @@ CASES = [
         ("grpo", "sequence_mean", None, None, 0.1, 0.0, True),
         ("luspo", "sequence_mean", 0.28, None, 0.0, 0.0, False),
         ("grpo", "token", None, None, 0.1, 0.0, False, 0.1),
+        ("vespo", "sequence", None, None, 0.1, 0.0, False),
     ]
 ]
 

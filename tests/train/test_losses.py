@@ -40,7 +40,8 @@ def test_policy_terms_are_the_sums_of_the_clipped_objective(batch, clip, kind):
     first, new, old, advantages = batch
     mask = first if first.dtype is torch.bool else masked.response_mask(first, new.shape[1])
     terms = list(slow_policy(new, old, advantages, mask, clip, kind).values())
-    got = losses.policy_terms(new, old, advantages, mask, clip, kind)
+    config = PPOConfig(clip_range=clip, ratio=kind)
+    got = losses.policy_terms(new, old, advantages, mask, config)
     assert near(got.loss, sum(x[0] for x in terms), sum(abs(x[0]) for x in terms))
     assert float(got.clipped_high + got.clipped_low) == sum(x[1] for x in terms)
     squares = sum(x[2] ** 2 for x in terms)
@@ -54,7 +55,8 @@ def test_policy_terms_are_the_sums_of_the_clipped_objective(batch, clip, kind):
 def test_the_two_clip_ranges_and_the_dual_clip_bound_each_token(batch, low, high, dual):
     lengths, new, old, advantages = batch
     mask = masked.response_mask(lengths, new.shape[1])
-    got = losses.policy_terms(new, old, advantages, mask, low, clip_range_high=high, dual_clip=dual)
+    config = PPOConfig(clip_range=low, clip_range_high=high, dual_clip=dual)
+    got = losses.policy_terms(new, old, advantages, mask, config)
     loss, counts = 0.0, {"high": 0, "low": 0, "dual": 0}
     for (i, t), (term, active, _, rho) in slow_policy(
         new, old, advantages, mask, low, "token", high
@@ -92,7 +94,7 @@ def test_an_aggregation_is_the_mean_that_its_name_says(batch, name):
     }
     size = losses.MinibatchSize(tokens=len(terms), responses=n, max_new_tokens=11)
     weights = losses.AGGREGATIONS[name](size, lengths)
-    got = losses.policy_terms(new, old, advantages, mask, 0.2, row_weights=weights)
+    got = losses.policy_terms(new, old, advantages, mask, PPOConfig(), weights)
     magnitude = sum(abs(x[0]) for x in terms.values())
     assert near(got.loss / size.tokens, want[name], magnitude)
 
@@ -103,7 +105,8 @@ def test_only_unclipped_tokens_have_a_gradient(batch, clip, kind):
     lengths, new, old, advantages = batch
     mask = masked.response_mask(lengths, new.shape[1])
     leaf = new.clone().requires_grad_()
-    losses.policy_terms(leaf, old, advantages, mask, clip, kind).loss.backward()
+    config = PPOConfig(clip_range=clip, ratio=kind)
+    losses.policy_terms(leaf, old, advantages, mask, config).loss.backward()
     expected = dict.fromkeys([(i, t) for i in range(len(new)) for t in range(new.shape[1])], 0.0)
     sizes = dict(expected)
     for (i, t), (_, clipped, log_rho, rho) in slow_policy(
@@ -128,9 +131,8 @@ def test_with_cispo_each_token_has_the_gradient_of_its_clipped_ratio(batch, low,
     lengths, new, old, advantages = batch
     mask = masked.response_mask(lengths, new.shape[1])
     leaf = new.clone().requires_grad_()
-    got = losses.policy_terms(
-        leaf, old, advantages, mask, low, kind, policy_loss="cispo", clip_range_high=high
-    )
+    config = PPOConfig(policy_loss="cispo", clip_range=low, clip_range_high=high, ratio=kind)
+    got = losses.policy_terms(leaf, old, advantages, mask, config)
     got.loss.backward()
     loss, size, gradient, counts = 0.0, 0.0, torch.zeros_like(new), [0, 0]
     for (i, t), log_rho in slow_log_ratio(new, old, mask, kind).items():

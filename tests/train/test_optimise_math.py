@@ -153,6 +153,10 @@ def slow_sums(policy, rollout, targets, rows, config):
             if config.ppo.policy_loss == "sapo":
                 tau = config.ppo.sapo_temperature if a > 0 else config.ppo.sapo_temperature_negative
                 term, active = -a * 4 / tau / (1 + (-tau * (rho - 1)).exp()), False
+            if config.ppo.policy_loss == "vespo":
+                k, lam = (2.0, 3.0) if a >= 0 else (3.0, 2.0)
+                phi = (rho**k * (lam * (1 - rho)).exp()).detach()
+                term, active = -a * phi * logprob, False
             if dual is not None and a < 0 and term > -a * dual:
                 term = -a * dual
                 sums.dual_clipped += 1
@@ -241,6 +245,7 @@ def one_thread():
         {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
         {"policy_loss": "cispo", "ratio": "sequence", "clip_range": 0.5, "clip_range_high": 0.2},
         {"policy_loss": "sapo", "sapo_temperature": 2.0, "sapo_temperature_negative": 3.0},
+        {"policy_loss": "vespo", "ratio": "sequence", "loss_aggregation": "sequence"},
         {"off_policy_mask": 3.5, "kl": KLConfig(beta=0.5, **K3)},
         {"off_policy_mask": 3.5, "policy_loss": "cispo", "loss_aggregation": "sequence"},
     ],
@@ -259,6 +264,7 @@ def one_thread():
         "cispo",
         "cispo, sequence ratio",
         "sapo",
+        "vespo",
         "off-policy mask, k3",
         "off-policy mask, cispo, sequence mean",
     ],
@@ -268,7 +274,7 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
     minibatch = make_minibatch(policy)
     rows = torch.tensor([5, 0, 2, 3])
     loss, sums = slow_sums(policy, *minibatch, rows, config)
-    assert 0 < sums.clipped < sums.tokens or config.ppo.policy_loss == "sapo"
+    assert 0 < sums.clipped < sums.tokens or config.ppo.policy_loss in ("sapo", "vespo")
     assert bool(sums.dual_clipped) == (config.ppo.dual_clip is not None)
     assert bool(sums.off_policy) == (config.ppo.off_policy_mask is not None)
     assert bool(sums.entropy) == bool(config.ppo.entropy_coef)

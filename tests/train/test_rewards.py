@@ -257,6 +257,8 @@ def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key
     fields = {f.name for f in msgspec.structs.fields(RewardConfig)}
     assert fields >= set(SOURCE_KEYS)
     assert {f.name for f in msgspec.structs.fields(RewardSource)} >= set(SOURCE_KEYS)
+    for section in (RewardConfig, RewardSource):  # docs/configuration.md shows these docstrings
+        assert all(f"`{key}`" in section.__doc__ for key in SOURCE_KEYS)
 
 
 def test_a_file_in_the_working_directory_does_not_take_the_place_of_the_configuration_s(

@@ -52,11 +52,12 @@ def test_a_weighted_advantage_weights_the_clipped_loss_of_its_token(dual_clip):
     torch.manual_seed(0)
     logprobs, advantages = OLD + 0.4 * torch.randn_like(OLD), torch.randn_like(OLD)
     weights, _ = by_hand("truncate", 2.0)
+    config = PPOConfig(dual_clip=dual_clip)
 
     def loss(i, j, advantage):
         alone = torch.zeros_like(MASK)
         alone[i, j] = MASK[i, j]
-        return policy_terms(logprobs, OLD, advantage, alone, 0.2, dual_clip=dual_clip).loss
+        return policy_terms(logprobs, OLD, advantage, alone, config).loss
 
     for i, j in MASK.nonzero().tolist():
         expected = weights[i, j] * loss(i, j, advantages)

@@ -69,6 +69,11 @@ VARIANTS = {
         "ppo.clip_range_high=4",
     ],
     "sapo": ["ppo.advantage=grpo", "ppo.policy_loss=sapo"],
+    "vespo, pass@k": [
+        "ppo.advantage=grpo_passk",
+        "ppo.policy_loss=vespo",
+        "ppo.ratio=sequence",
+    ],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
 }
 

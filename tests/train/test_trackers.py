@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine import starter
 from engine.config import file as config_file
+from engine.config.rules.trackers import TRACKER_PACKAGES
 from engine.errors import ConfigError
 from engine.launch.inputs import check_inputs
 from engine.session.folder import create
@@ -188,6 +189,10 @@ def test_what_follows_a_question_mark_in_a_url_is_no_configuration():
     config = demo("reward={service: 'http://10.0.0.7/score?key=s3cret'}")
     assert "s3cret" not in json.dumps(shown_config(config))
     assert shown_config(config)["reward.service"] == "http://10.0.0.7/score"
+
+
+def test_every_tracker_that_can_be_named_has_its_arguments():
+    assert set(KINDS) == set(TRACKER_PACKAGES)
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.config import file as config_file
+from engine.config.sections.reward import SOURCE_KEYS
 from engine.journal.labels import Response, set_label
 from engine.journal.reader import JournalReader
 from engine.metrics import AGREEMENT
@@ -142,6 +143,10 @@ REWARDS = (
     {"judge": "http://localhost:1/v1", "judging": {"model": "judge", "scale": [1, 10]}},
     {"mix": [{"model": "starter:reward"}, {"function": "rewards:score", "weight": 0.5}]},
 )
+
+
+def test_the_rewards_below_are_of_every_kind():
+    assert {next(iter(reward)) for reward in REWARDS} == {*SOURCE_KEYS, "mix"}
 
 
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: next(iter(reward)))

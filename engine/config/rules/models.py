@@ -70,7 +70,7 @@ def _check_quantised(config: RunConfig) -> None:
             f"{key} cannot be combined with parallel.strategy: fsdp, because packed weights have "
             "no rows to shard; use ddp"
         )
-    if config.rollout.separate:
+    if config.rollout.uses_vllm:
         raise ConfigError(
             f"{key} cannot be combined with rollout.engine: {config.rollout.engine}, to which "
             "packed weights cannot be sent; use native"

@@ -59,10 +59,15 @@ def _check_objective(config: RunConfig) -> None:
             "ppo.dual_clip has no effect with ppo.policy_loss: cispo, whose ratios are bounded by "
             "ppo.clip_range_high: leave it out"
         )
-    if ppo.policy_loss == "sapo" and (ppo.dual_clip, ppo.clip_range_high) != (None, None):
+    clips = (ppo.dual_clip, ppo.clip_range_high) != (None, None)
+    if ppo.policy_loss in ("sapo", "vespo") and clips:
         raise ConfigError(
-            "ppo.dual_clip and ppo.clip_range_high have no effect with ppo.policy_loss: sapo, "
-            "which clips nothing: leave them out"
+            "ppo.dual_clip and ppo.clip_range_high have no effect with ppo.policy_loss: "
+            f"{ppo.policy_loss}, which clips nothing: leave them out"
+        )
+    if ppo.policy_loss == "vespo" and ppo.ratio != "sequence":
+        raise ConfigError(
+            "ppo.policy_loss: vespo weights a response by its whole ratio: set ppo.ratio: sequence"
         )
     if kl.reference_update.every and config.lora.rank is not None:
         raise ConfigError(

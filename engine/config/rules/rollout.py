@@ -18,13 +18,13 @@ def check_rollout(config: RunConfig) -> None:
         )
     if config.rollout.ahead:
         _check_ahead(config)
-    if config.rollout.separate:
+    if config.rollout.uses_vllm:
         _check_devices(config)
 
 
 def _check_ahead(config: RunConfig) -> None:
     rollout = config.rollout
-    if not rollout.separate:
+    if rollout.engine == "native":
         raise ConfigError(
             "rollout.ahead needs rollout.engine: vllm, because native rollouts use the model that "
             "is being updated"

@@ -29,6 +29,7 @@ ADVANTAGES = {
     "reward": AdvantageTraits(baseline=True),
     "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
     "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
+    "grpo_passk": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "opo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "reinforce_plus_plus": AdvantageTraits(whiten=True),
     "remax": AdvantageTraits(greedy_baseline=True),
@@ -45,15 +46,16 @@ FITTED_VALUE_LAM = 0.9
 class PPOConfig(Section, frozen=True):
     """The PPO objective and its optimisation."""
 
-    advantage: Literal["gae", "reward", "rloo", "grpo", "opo", "reinforce_plus_plus", "remax"] = (
-        "gae"
-    )
+    advantage: Literal[
+        "gae", "reward", "rloo", "grpo", "grpo_passk", "opo", "reinforce_plus_plus", "remax"
+    ] = "gae"
     """Advantage estimator: `gae` uses a value function; `reward` uses the response's reward, less a
     baseline; `rloo` subtracts the mean reward of the prompt's other responses; `grpo` subtracts the
-    mean reward of the prompt's responses and divides by their standard deviation; `opo` subtracts
-    their mean by length, in which each token counts alike;
-    `reinforce_plus_plus` uses the rewards from each token on, whitened over the batch; `remax` uses
-    them less the score of a greedy response to the prompt, which it generates in addition."""
+    mean reward of the prompt's responses and divides by their standard deviation; `grpo_passk`
+    gives the best of them its lead over the second, so divided, and the others nothing; `opo`
+    subtracts their mean by length, in which each token counts alike; `reinforce_plus_plus` uses the
+    rewards from each token on, whitened over the batch; `remax` uses them less the score of a
+    greedy response to the prompt, which it generates in addition."""
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Passes over the rollout of a step. More epochs learn more from each response and move the
     policy further, until too many tokens are clipped (`policy/clipfrac_avg`)."""
@@ -61,15 +63,26 @@ class PPOConfig(Section, frozen=True):
     """Optimiser steps per pass."""
     micro_batch_size: Count = 16
     """Responses per forward and backward pass. Affects memory and speed, not the result."""
-    policy_loss: Literal["clipped", "cispo", "sapo"] = "clipped"
+    policy_loss: Literal["clipped", "cispo", "sapo", "vespo"] = "clipped"
     """Loss of a token: `clipped` is PPO's, in which a token whose ratio is clipped has no gradient;
     `cispo` is -advantage · log π times the clipped ratio as a constant, so that every token has one
     (MiniMax-M1, with `clip_range: 1`; ScaleRL has `clip_range_high: 4`); `sapo` clips nothing: the
-    gradient fades smoothly as the ratio leaves 1 (Qwen)."""
+    gradient fades smoothly as the ratio leaves 1 (Qwen); `vespo` does the same by the ratio of the
+    whole response, with `ratio: sequence`."""
     sapo_temperature: Positive = 1.0
     """How fast the gradient fades with `policy_loss: sapo`, if the advantage is positive."""
     sapo_temperature_negative: Positive = 1.05
     """The same if the advantage is negative; those gradients are less stable."""
+    vespo_k: Coefficient = 2.0
+    """How fast the gradient fades as the ratio falls below 1, with `policy_loss: vespo`, if the
+    advantage is not negative."""
+    vespo_lambda: Coefficient = 3.0
+    """How fast the gradient fades as the ratio rises above 1, with `policy_loss: vespo`. It is
+    largest at a ratio of `vespo_k` / `vespo_lambda`."""
+    vespo_k_negative: Coefficient = 3.0
+    """`vespo_k` if the advantage is negative."""
+    vespo_lambda_negative: Coefficient = 2.0
+    """`vespo_lambda` if the advantage is negative."""
     clip_range: Annotated[float, Meta(ge=1e-9, le=1)] = 0.2
     """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
     1 ± ε. 1: no lower bound."""
@@ -132,8 +145,8 @@ class PPOConfig(Section, frozen=True):
     """Subtracted from the reward with `advantage: reward`: nothing, the mean of the batch, or the
     running mean over steps."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What the difference to the group's mean is divided by (grpo only): the standard deviation of
-    the prompt's responses, that of the batch, or nothing (Dr. GRPO)."""
+    """What the difference to the group's mean, or the lead, is divided by (grpo, grpo_passk): the
+    standard deviation of the prompt's responses, that of the batch, or nothing (Dr. GRPO)."""
     whiten: bool | None = None
     """Whiten advantages over the global batch. Default: on for gae and reinforce_plus_plus, off
     otherwise."""

@@ -89,7 +89,8 @@ class RolloutConfig(Section, frozen=True):
     20 s once per start and needs a C compiler. `auto`: on a GPU, for layers of 50 million weights
     or more, without `model.kernels: liger`. A model that cannot be compiled is used as it is."""
     per_prompt: Count | None = None
-    """Responses to each prompt. Default: 4 for rloo, 8 for grpo, 1 otherwise."""
+    """Responses to each prompt. Default: 8 for grpo, grpo_passk and opo, 4 for rloo, 1
+    otherwise."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Maximum length of a response, in tokens; longer responses are truncated."""
     temperature: Annotated[float, Meta(ge=1e-6, le=1000)] = 1.0
@@ -107,13 +108,13 @@ class RolloutConfig(Section, frozen=True):
     """How many times a step replaces prompts with `dynamic`; the remaining ones are then kept."""
 
     @property
-    def separate(self) -> bool:
-        """Whether programs of their own generate, which the keys for vLLM are about."""
+    def uses_vllm(self) -> bool:
+        """Whether vLLM generates, in processes that the run starts."""
         return self.engine == "vllm"
 
     def in_process(self) -> Self:
-        """The same where no program of its own runs: native rollouts, which differ by rounding."""
-        return replace(self, engine="native", ahead=0) if self.separate else self
+        """The same in this process alone: native rollouts, which differ by rounding."""
+        return self if self.engine == "native" else replace(self, engine="native", ahead=0)
 
     @property
     def local_engines(self) -> int:

@@ -145,7 +145,7 @@ def check_rollout_engine(config: RunConfig) -> None:
             the remedy.
     """
     rollout = config.rollout
-    if not rollout.separate or not rollout.local_engines:
+    if not rollout.uses_vllm or not rollout.local_engines:
         return
     needed, there = rollout.local_engines * rollout.tensor_parallel, gpu_count()
     named = rollout.gpus or config.launch.gpus  # checked with the configuration

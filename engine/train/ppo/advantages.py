@@ -7,10 +7,10 @@ Shapes: B responses, T response tokens. Tensors are float32 unless their docstri
 
 Sources: Schulman et al. 2016 (GAE); Ziegler et al. 2019, arXiv 1909.08593 (the KL in the reward);
 Ahmadian et al. 2024 (RLOO); Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv
-2503.20783 (Dr. GRPO); Hao et al. 2025, arXiv 2505.23585 (OPO); Hu 2025, arXiv 2501.03262
-(REINFORCE++); Li et al. 2023, arXiv 2310.10505 (ReMax); Yuan et al. 2025, arXiv 2503.01491 (VC-PPO)
-and Yue et al. 2025, arXiv 2504.05118 (VAPO); Huang et al. 2024, arXiv 2403.17031 (implementation
-details). docs/ppo.md has the formulas.
+2503.20783 (Dr. GRPO); Tang et al. 2025, arXiv 2503.19595 (pass@k); Hao et al. 2025, arXiv
+2505.23585 (OPO); Hu 2025, arXiv 2501.03262 (REINFORCE++); Li et al. 2023, arXiv 2310.10505 (ReMax);
+Yuan et al. 2025, arXiv 2503.01491 (VC-PPO) and Yue et al. 2025, arXiv 2504.05118 (VAPO); Huang et
+al. 2024, arXiv 2403.17031 (implementation details). docs/ppo.md has the formulas.
 """
 
 import dataclasses
@@ -177,6 +177,20 @@ def grpo(inputs: AdvantageInputs) -> Targets:
     return Targets(inputs.old_logprobs, advantages[:, None] * inputs.mask)
 
 
+def grpo_passk(inputs: AdvantageInputs) -> Targets:
+    """Pass@k (Tang et al. 2025): the best outcome of a group minus the second, scaled.
+
+    On each token of the best response; all others have 0. So the policy learns to have one good
+    response among `rollout.per_prompt`.
+    """
+    groups = inputs.outcomes.double().view(-1, inputs.per_prompt)  # see masked.whiten
+    top = groups.topk(2, dim=1)
+    lead = top.values[:, :1] - top.values[:, 1:]
+    leads = torch.zeros_like(groups).scatter(1, top.indices[:, :1], lead)
+    advantages = scaled(leads, groups, inputs.config.scale_rewards).view(-1, 1)
+    return Targets(inputs.old_logprobs, advantages.to(inputs.scores.dtype) * inputs.mask)
+
+
 def opo(inputs: AdvantageInputs) -> Targets:
     """OPO (Hao et al. 2025): outcomes minus their group's :func:`length_weighted_mean`."""
     outcomes = inputs.outcomes
@@ -215,6 +229,7 @@ ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
     "reward": reward,
     "rloo": rloo,
     "grpo": grpo,
+    "grpo_passk": grpo_passk,
     "opo": opo,
     "reinforce_plus_plus": reinforce_plus_plus,
     "remax": remax,
@@ -289,20 +304,28 @@ GROUP_STD_EPS = 1e-4
 
 
 def group_advantages(returns: Tensor, per_prompt: int, scale: str) -> Tensor:
-    """Each return (B,) minus the mean of the responses to its prompt, divided by `scale`.
+    """Each return (B,) minus the mean of the responses to its prompt, :func:`scaled`.
 
-    The deviation is that of the group (`group`) or of all returns (`batch`), with n − 1 in the
-    denominator as in TRL and verl; `none` divides by nothing (Dr. GRPO). A group without variance
-    gets zeros. Responses to one prompt are in `per_prompt` adjacent rows.
+    A group without variance gets zeros. Responses to one prompt are in `per_prompt` adjacent rows.
     """
     groups = returns.double().view(-1, per_prompt)  # see masked.whiten
     centred = groups - groups.mean(1, keepdim=True)
+    return scaled(centred, groups, scale).view(-1).to(returns.dtype)
+
+
+def scaled(differences: Tensor, groups: Tensor, scale: str) -> Tensor:
+    """Differences of returns divided by a standard deviation of the returns; (groups, n) each.
+
+    `scale` is `ppo.scale_rewards`: that of each group (`group`) or of all returns (`batch`), with
+    n − 1 in the denominator as in TRL and verl; `none` divides by nothing (Dr. GRPO).
+    """
     match scale:
         case "group":
-            centred = centred / (groups.std(1, keepdim=True) + GROUP_STD_EPS)
+            return differences / (groups.std(1, keepdim=True) + GROUP_STD_EPS)
         case "batch":
-            centred = centred / (groups.std() + GROUP_STD_EPS)
-    return centred.view(-1).to(returns.dtype)
+            return differences / (groups.std() + GROUP_STD_EPS)
+        case _:
+            return differences
 
 
 def constant_groups(scores: Tensor, per_prompt: int) -> Tensor:

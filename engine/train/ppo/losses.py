@@ -6,9 +6,10 @@ including the one that ended the response. All other tensors are float32. Sums a
 Sources: Schulman et al. 2017 (PPO); Ye et al. 2020, arXiv 1912.09729 (dual clip); Yu et al. 2025,
 arXiv 2503.14476 (DAPO: the upper clip range, the token mean); Liu et al. 2025, arXiv 2503.20783
 (Dr. GRPO: the constant divisor); Zheng et al. 2025, arXiv 2507.18071 (GSPO: the mean ratio);
-MiniMax 2025, arXiv 2506.13585 (CISPO); Gao et al. 2025, arXiv 2511.20347 (SAPO); DeepSeek-AI 2025,
-arXiv 2512.02556 (the off-policy mask); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and
-verl (implementation details). docs/ppo.md has the formulas.
+MiniMax 2025, arXiv 2506.13585 (CISPO); Gao et al. 2025, arXiv 2511.20347 (SAPO); Shen et al. 2026,
+arXiv 2602.10693 (VESPO); DeepSeek-AI 2025, arXiv 2512.02556 (the off-policy mask); Huang et al.
+2024, arXiv 2403.17031, and TRL, OpenRLHF and verl (implementation details). docs/ppo.md has the
+formulas.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from engine.config.sections.ppo import PPOConfig
 
 LOG_RATIO_LIMIT = 20.0
 """Bound on |log ρ|. It keeps exp finite; a ratio of e^20 gets the update skipped anyway."""
@@ -69,8 +72,7 @@ class TokenInputs:
     clipped_rho: Tensor
     """ρ clipped to the range."""
     advantages: Tensor
-    temperatures: tuple[float, float]
-    """τ where Â > 0, and elsewhere (SAPO only)."""
+    config: PPOConfig
 
 
 def clipped_objective(x: TokenInputs) -> tuple[Tensor, Tensor]:
@@ -93,10 +95,23 @@ def sapo(x: TokenInputs) -> tuple[Tensor, Tensor]:
 
     No ratio counts as clipped.
     """
-    positive, other = x.temperatures
-    tau = torch.where(x.advantages > 0, positive, other)
+    positive, negative = x.config.sapo_temperature, x.config.sapo_temperature_negative
+    tau = torch.where(x.advantages > 0, positive, negative)
     gate = torch.sigmoid(tau * (x.rho - 1)) * 4 / tau
     return -x.advantages * gate, torch.zeros_like(x.rho, dtype=torch.bool)
+
+
+def vespo(x: TokenInputs) -> tuple[Tensor, Tensor]:
+    """VESPO's −Â·φ(ρ)·log π with φ(ρ) = ρ^k·exp(λ·(1 − ρ)) a constant, 1 at ρ = 1.
+
+    ρ is the response's. No ratio counts as clipped.
+    """
+    config, rho = x.config, x.rho.detach()
+    negative = x.advantages < 0
+    k = torch.where(negative, config.vespo_k_negative, config.vespo_k)
+    lam = torch.where(negative, config.vespo_lambda_negative, config.vespo_lambda)
+    weight = (k * rho.log() + lam * (1 - rho)).exp()
+    return -x.advantages * weight * x.logprobs, torch.zeros_like(negative)
 
 
 PolicyLoss = Callable[[TokenInputs], tuple[Tensor, Tensor]]
@@ -105,6 +120,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "clipped": clipped_objective,
     "cispo": cispo,
     "sapo": sapo,
+    "vespo": vespo,
 }
 """The loss of a token, by `ppo.policy_loss`.
 
@@ -134,13 +150,7 @@ def policy_terms(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_range: float,
-    kind: str = "token",
-    *,
-    policy_loss: str = "clipped",
-    clip_range_high: float | None = None,
-    dual_clip: float | None = None,
-    temperatures: tuple[float, float] = (1.0, 1.0),
+    config: PPOConfig,
     row_weights: Tensor | None = None,
 ) -> PolicyTerms:
     """The policy's loss, summed over response tokens.
@@ -152,23 +162,18 @@ def policy_terms(
         old_logprobs: log π_old.
         advantages: Â.
         mask: the response tokens.
-        clip_range: ρ is clipped to 1 − this …
-        kind: `ppo.ratio`, see :func:`log_ratio`.
-        policy_loss: `ppo.policy_loss`, see :data:`POLICY_LOSSES`.
-        clip_range_high: … and to 1 + this; `clip_range` when left out (DAPO's clip-higher).
-        dual_clip: bounds a token's loss where Â < 0 to −Â times this (dual-clip PPO).
-        temperatures: see :class:`TokenInputs`.
+        config: `ratio`, `policy_loss` with its keys, and the clip ranges are read.
         row_weights: (B,), of each response's tokens in the loss; see :data:`AGGREGATIONS`.
     """
-    high = clip_range if clip_range_high is None else clip_range_high
-    log_rho = log_ratio(logprobs, old_logprobs, mask, kind)
+    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    log_rho = log_ratio(logprobs, old_logprobs, mask, config.ratio)
     rho = log_rho.exp()
-    clipped_rho = rho.clamp(1 - clip_range, 1 + high)
-    inputs = TokenInputs(logprobs, rho, clipped_rho, advantages, temperatures)
-    tokens, clipped = POLICY_LOSSES[policy_loss](inputs)
+    clipped_rho = rho.clamp(1 - config.clip_range, 1 + high)
+    inputs = TokenInputs(logprobs, rho, clipped_rho, advantages, config)
+    tokens, clipped = POLICY_LOSSES[config.policy_loss](inputs)
     dual = torch.zeros_like(mask)
-    if dual_clip is not None:
-        bound = -advantages * dual_clip
+    if config.dual_clip is not None:
+        bound = -advantages * config.dual_clip
         dual = (advantages < 0) & (bound < tokens) & mask
         tokens = torch.where(dual, bound, tokens)
     with torch.no_grad():

@@ -342,11 +342,7 @@ def _policy_loss(
         )
         advantages = advantages.masked_fill(left_out, 0.0)
         sums["off_policy"] = left_out.sum()
-    terms = losses.policy_terms(
-        logprobs, inputs.old_logprobs, advantages, mask, ppo.clip_range, ppo.ratio,
-        policy_loss=ppo.policy_loss, clip_range_high=ppo.clip_range_high, dual_clip=ppo.dual_clip,
-        temperatures=(ppo.sapo_temperature, ppo.sapo_temperature_negative), row_weights=weights,
-    )  # fmt: skip
+    terms = losses.policy_terms(logprobs, inputs.old_logprobs, advantages, mask, ppo, weights)
     sums |= {
         "tokens": mask.sum(),
         "policy_loss": terms.loss.detach(),

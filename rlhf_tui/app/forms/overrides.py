@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from engine.config import file as config_file
 from engine.config.key_errors import known_keys
-from engine.config.schema import FIXED_AT_START, RunConfig
+from engine.config.schema import RunConfig, is_fixed_at_start
 from engine.config.settings import LIVE_SETTINGS, change_settings
 from engine.errors import ConfigError, RlhfError
 from engine.launch.inputs import check_inputs
@@ -68,7 +68,7 @@ class EarlierRun(Struct, frozen=True):
         return {
             key: yaml_text(flat[key])
             for key in keys
-            if key in flat and (fixed or not key.startswith(FIXED_AT_START))
+            if key in flat and (fixed or not is_fixed_at_start(key))
         }
 
     def resumed(self, overrides: list[str]) -> RunConfig:

@@ -14,7 +14,7 @@ from engine.config.model_folder import has_config
 from engine.config.reward_training import parse_settings
 from engine.config.rules.reward import SOURCE_OPTIONS
 from engine.config.schema import RunConfig
-from engine.config.sections.reward import RewardConfig
+from engine.config.sections.reward import SOURCE_KEYS, RewardConfig
 from engine.errors import UserInputError
 from engine.examined import examined
 from engine.journal.judgements.training_data import collect_judgements
@@ -38,7 +38,9 @@ from rlhf_tui.commands.options import (
 from rlhf_tui.engine_program import stream_engine_program
 from rlhf_tui.text import one_line
 
-OTHER_OPTIONS = [key for key, kinds in SOURCE_OPTIONS.items() if "model" not in kinds]
+OTHER_SOURCES = {key for key in SOURCE_KEYS if key != "model"}
+"""Keys of `reward` that name another source than a reward model."""
+OTHER_OPTIONS = {key for key, kinds in SOURCE_OPTIONS.items() if "model" not in kinds}
 """Keys of `reward` that are refused for a reward model."""
 
 
@@ -197,7 +199,7 @@ def fork_command(session: SessionFolder, reward: RewardConfig, result: TrainedRe
         options = [f"reward.mix={_yaml([keys])}"]
     else:
         # What the session's reward has, and this model has not.
-        unset = {"function", "service", "judge", "revision", "pair", *OTHER_OPTIONS} - keys.keys()
+        unset = ({"revision", "pair"} | OTHER_SOURCES | OTHER_OPTIONS) - keys.keys()
         unset |= {"label"} if result.label is None else set()
         defaults = RewardConfig()
         for key in sorted(unset):
