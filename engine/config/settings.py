@@ -79,6 +79,11 @@ class SettingChange(Struct, frozen=True, kw_only=True):
     new: Any
 
 
+def have_effect(changes: list[SettingChange]) -> bool:
+    """Whether a setting has another value than before; `undo` skips a command that changed none."""
+    return any(change.old != change.new for change in changes)
+
+
 def settings_of(config: "RunConfig") -> Settings:
     """The live settings of a configuration."""
     values = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.settings import SettingChange
+from engine.config.settings import SettingChange, have_effect
 from engine.errors import JournalError
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import decoded, finite
@@ -202,8 +202,9 @@ class CommandLog:
         ).fetchall()
         stack: list[list[SettingChange]] = []
         for command, text in rows:
-            if command != Undo.name():
-                stack.append(decoded(text, list[SettingChange]))
-            elif stack:
-                stack.pop()
+            changes = decoded(text, list[SettingChange])
+            if command == Undo.name():
+                del stack[-1:]
+            elif have_effect(changes):
+                stack.append(changes)
         return stack

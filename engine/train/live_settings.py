@@ -9,6 +9,7 @@ from engine.config.settings import (
     SettingChange,
     Settings,
     change_settings,
+    have_effect,
     invalid_values,
     settings_of,
 )
@@ -41,7 +42,7 @@ class LiveSettings:
             changes = self.set({c.key: c.new for c in earlier.changes})
             if earlier.command == Undo.name():
                 del self._undoable[-1:]
-            else:
+            elif have_effect(earlier.changes):
                 self._undoable.append(changes)
         # A step that is repeated must not have them again.
         self._to_repeat = [r for r in self._to_repeat if r.step != step]
@@ -52,7 +53,7 @@ class LiveSettings:
         return settings_of(change_settings(self._run.config, repeated))
 
     def change(self, values: dict[str, Any]) -> list[SettingChange]:
-        """Changes settings, so that :meth:`undo` can revert it.
+        """Changes settings, so that :meth:`undo` can revert it if a value differs from before.
 
         Args:
             values: setting → new value, of its type and in its range.
@@ -61,7 +62,8 @@ class LiveSettings:
             CommandRejectedError: a value does not fit the model or the other keys.
         """
         changes = self._override(values)
-        self._undoable.append(changes)
+        if have_effect(changes):
+            self._undoable.append(changes)
         return changes
 
     def undo(self) -> list[SettingChange]:

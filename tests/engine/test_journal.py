@@ -322,6 +322,14 @@ def test_undo_finds_the_last_change_that_was_not_taken_back(writer):
     assert writer.journal.commands.undoable(1) == []
 
 
+def test_undo_skips_a_command_that_changed_nothing(writer):
+    writer.change("a", 2, 0.1, 0.2)
+    writer.change("again", 3, 0.2, 0.2)
+    assert [[c.new for c in changes] for changes in writer.journal.commands.undoable(3)] == [[0.2]]
+    writer.undo("u", 4, 0.2, 0.1)
+    assert writer.journal.commands.undoable(4) == []
+
+
 def test_a_command_is_recorded_once_and_its_reply_stays(writer):
     writer.change("a", 2, 0.1, 0.2)
     assert not writer.journal.commands.record("a", "set", {}, "somebody else")

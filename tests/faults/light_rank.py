@@ -25,6 +25,7 @@ from engine.config.settings import (
     SettingChange,
     apply_settings,
     check_settings,
+    have_effect,
     settings_of,
 )
 from engine.errors import CommandRejectedError
@@ -185,7 +186,7 @@ class LightRank:
         changes = self._set({c.key: c.new for c in repeated.changes})
         if repeated.command == Undo.name():
             del self._undoable[-1:]
-        else:
+        elif have_effect(repeated.changes):
             self._undoable.append(changes)
 
     def _obey(self) -> None:
@@ -220,7 +221,8 @@ class LightRank:
             case SettingCommand() as command:
                 now = settings_of(self._config)
                 changes = self._command(check_settings(now, command.new_values(now)))
-                self._undoable.append(changes)
+                if have_effect(changes):
+                    self._undoable.append(changes)
             case command:
                 raise CommandRejectedError(f"a rank without a model cannot {command.name()}")
         self.send(Applied(id=message.id, step=self._step + 1, changes=changes))

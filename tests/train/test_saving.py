@@ -307,6 +307,16 @@ def test_an_undo_that_later_changes_have_replaced_takes_nothing_back_in_a_resume
     assert run.config.kl.beta == 0.3
 
 
+def test_an_undo_skips_a_command_that_changed_nothing(trained):
+    run, _, boundary, supervisor = trained
+    before = run.config.kl.beta
+    commands = [SetBeta(value=0.3), SetBeta(value=0.3), Undo()]
+    for number, command in enumerate(commands):
+        supervisor.send(RankCommand(id=str(number), command=command))
+    until(lambda: boundary.before_step() and len(supervisor.of(Applied)) == len(commands))
+    assert run.config.kl.beta == before
+
+
 def test_the_settings_that_are_reported_have_what_a_resume_repeats_before_the_next_step(
     trained, link
 ):
