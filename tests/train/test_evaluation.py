@@ -145,12 +145,16 @@ def watched_run(make_run, tmp_path):
         "    calls.append(len(completions))\n"
         "    if len(calls) > 1: raise ValueError('gone')\n"
         "    return [1.0] * len(completions)\n"
-        "def works(completions, **_): return [2.0] * len(completions)\n",
+        "worked = []\n"
+        "def works(completions, **_):\n"
+        "    worked.append(len(completions))\n"
+        "    return [2.0] * len(completions)\n",
         encoding="utf-8",
     )
     sources = "{function: 'watched_for_test:fails'}, {function: 'watched_for_test:works'}"
     watched = f"eval.rewards=[{sources}]"
-    run, _ = make_run(*EVALUATED, watched, f"reward.path={tmp_path}", "reward.retries=0")
+    keys = (f"reward.path={tmp_path}", "reward.retries=0", "train.ema.decay=0.9")
+    run, _ = make_run(*EVALUATED, watched, *keys)
     yield run
     sys.modules.pop("watched_for_test", None)
     sys.path[:] = [p for p in sys.path if p != str(tmp_path)]
@@ -169,8 +173,14 @@ def test_a_watched_source_that_fails_costs_its_own_metric_alone(watched_run):
 def test_a_watched_source_that_failed_is_not_called_again_in_the_evaluation(watched_run):
     evaluate_if_due(watched_run, 1)
     evaluate_if_due(watched_run, 1)
-    # Two parts of the prompts: both in the first evaluation, and one in the second, which fails.
+    # Two parts of the prompts: both in the first evaluation, of which the second fails, and one in
+    # the second evaluation, which fails.
     assert sys.modules["watched_for_test"].calls == [6, 6, 6]
+
+
+def test_responses_of_the_averaged_policy_are_not_given_to_watched_sources(watched_run):
+    assert "eval/ema_score" in evaluate_if_due(watched_run, 1).metrics
+    assert sys.modules["watched_for_test"].worked == [6, 6]
 
 
 def test_of_very_many_responses_as_many_are_recorded_as_a_message_holds():

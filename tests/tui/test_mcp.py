@@ -135,7 +135,7 @@ async def test_an_error_is_one_line_that_says_what_to_do(root):
 async def test_true_is_no_number(root, tool, arguments):
     async with client(root, steering=True) as connection:
         refused = await result(connection, tool, session="frozen", **arguments)
-    assert "no numbers" in refused
+    assert "not numbers" in refused
 
 
 @pytest.mark.parametrize(
