@@ -26,8 +26,8 @@ rlhf\-tui \- train a language model with PPO, watch and steer it in the terminal
 .SH DESCRIPTION
 """
 TAIL = r""".SH EXIT STATUS
-0 success, 1 the run failed or the command was rejected, 2 wrong input, 3 no such session or no
-engine, 4 timeout, 130 interrupted.
+0 success, 1 the run failed or the command was rejected, 2 invalid input, 3 no such session or
+checkpoint, or no engine, 4 timeout, 130 interrupted.
 .SH ENVIRONMENT
 .TP
 .B RLHF_TUI_SESSIONS

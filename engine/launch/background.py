@@ -118,7 +118,7 @@ def _last_line(session: SessionFolder, start: int) -> str:
 
 def _silent_end(session: SessionFolder, code: int) -> str:
     if shutil.disk_usage(session.folder).free < FULL_DISK:
-        return f"the disk of {session.folder} is full: make room, then resume"
+        return f"the disk of {session.folder} is full: free some space, then resume"
     return f"the engine ended with exit code {code} and logged nothing"
 
 

@@ -78,7 +78,7 @@ def _checked(secret: str, where: str) -> str:
     secret = secret.strip()
     if len(secret) < FEWEST_CHARACTERS:
         raise UserInputError(
-            f"{where}: the secret has less than {FEWEST_CHARACTERS} characters; {HOW_TO_MAKE_ONE}"
+            f"{where}: the secret has fewer than {FEWEST_CHARACTERS} characters; {HOW_TO_MAKE_ONE}"
         )
     return secret
 

@@ -35,7 +35,7 @@ from engine.protocol.rank_messages import Sample
 DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(
         name="non_finite", metric="*", action="pause",
-        advice="roll back to a checkpoint before it; lower the learning rate",
+        advice="roll back to a checkpoint before this step, and lower the learning rate",
     ),
     Rule(
         name="non_finite_updates", metric=NONFINITE_UPDATES, above=0.0, action="pause",
@@ -43,7 +43,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="kl_high", metric=KL, above=2.0, of="target",
-        advice="read the samples of highest KL; raise beta, or roll back",
+        advice="read the samples with the highest KL; raise beta, or roll back",
     ),
     Rule(
         name="kl_climbs", metric=KL, predicted_above=2.2, of="target", window=9,
@@ -63,19 +63,19 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="score_std", metric=SCORE_STD, below=1e-3,
-        advice="all responses score the same: the reward teaches nothing now",
+        advice="all responses score the same, so the policy learns nothing from the reward",
     ),
     Rule(
         name="entropy_drifts", metric=ENTROPY, drifts_down=0.7, window=10,
-        advice="the policy commits itself: raise beta or ppo.entropy_coef, lower the learning rate",
+        advice="the policy explores too little: raise beta or ppo.entropy_coef, or lower the rate",
     ),
     Rule(
         name="repetition", metric=DISTINCT_2, drifts_down=0.7, window=10,
-        advice="responses resemble each other: read some, raise beta, fix what the reward likes",
+        advice="responses are repetitive: read some; raise beta, or fix what the reward favours",
     ),
     Rule(
         name="length_drifts", metric=RESPONSE_LENGTH, drifts_up=0.5, drifts_down=0.6, window=10,
-        advice="read whether the length is earned; otherwise raise beta or penalise length",
+        advice="read some responses; if the length is unwanted, raise beta or penalise it",
     ),
     Rule(
         name="clip_fraction_lasts", metric=CLIP_FRACTION, above=0.25, lasts=5,
@@ -83,7 +83,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="value_head", metric=EXPLAINED_VARIANCE, below=-1.0, lasts=10,
-        advice="the value head misleads: raise value_coef or its learning rate, or use rloo",
+        advice="the values are misleading: raise value_coef or the value head's rate, or use rloo",
     ),
     Rule(
         name="value_head_idle", metric=EXPLAINED_VARIANCE, below=0.05, lasts=50, window=50,
@@ -91,11 +91,11 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="dead_groups", metric=ZERO_STD, above=0.7, lasts=5,
-        advice="hardly any prompt teaches: use harder or easier ones, or rollout.dynamic",
+        advice="few prompts are useful: use harder or easier ones, or rollout.dynamic",
     ),
     Rule(
         name="judges_diverge", metric=SCORE, diverges=5.0,
-        advice="the reward is being exploited: read the best samples, raise beta or roll back",
+        advice="the reward is being exploited: read the best samples; raise beta or roll back",
     ),
 )  # fmt: skip
 """The built-in rules. A configured rule of the same name replaces one."""

@@ -85,7 +85,7 @@ class LiveSettings:
         limit = max_response_tokens(self._run)
         if limit is not None and values.get("max_new_tokens", 0) > limit:
             raise CommandRejectedError(
-                f"max_new_tokens may be {limit} at most: the models have no more positions "
+                f"max_new_tokens must be at most {limit}: the models have no more positions "
                 f"after the longest prompt ({self._run.prompts.longest} tokens)"
             )
         check_change(self._run.config, values)

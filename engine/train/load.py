@@ -324,9 +324,9 @@ def _check_response_length(run: Run) -> None:
         )
     if configured > limit:
         raise UserInputError(
-            f"rollout.max_new_tokens ({configured}) may be {limit} at most: the models have no "
-            f"more positions after the longest prompt ({run.prompts.longest} tokens; lower "
-            "data.max_prompt_tokens to leave long prompts out)"
+            f"rollout.max_new_tokens ({configured}) must be at most {limit}: the models have "
+            f"no more positions after the longest prompt ({run.prompts.longest} tokens; lower "
+            "data.max_prompt_tokens to leave out long prompts)"
         )
     if run.held_out is None:
         return

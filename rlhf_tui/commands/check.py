@@ -47,7 +47,7 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
     check_rollout_engine(loaded)
-    show_wait("loading what the configuration names, and taking a small step")
+    show_wait("loading models and data, and taking a small step")
     result = msgspec.json.decode(
         run_engine_program(
             "engine.train.check", config=loaded, failed="the configuration cannot be tried"

@@ -64,14 +64,14 @@ def init(
     head = (
         f"# {RECIPES[recipe].title}.\n"
         f"# Try it: rlhf-tui check {file}. Start it: rlhf-tui run {file}.\n"
-        "# Keys that are not here have their defaults: docs/configuration.md.\n"
+        "# Other keys have their defaults: docs/configuration.md.\n"
     )
     text = head + commented(tree) + "\n"
     write(file, text)
-    say(f"{file} is written; try it with: {fmt.command('check', str(file))}")
+    say(f"wrote {file}; try it with: {fmt.command('check', str(file))}")
     if answers["policy"] != STARTER["policy"] and "dtype" not in tree["model"]:
         say(
-            "it is for a CPU, as no GPU was found here; for a GPU, give init or run: "
+            "it is for a CPU, because no GPU was found; for a GPU, add to init or run: "
             f"-o model.dtype=bfloat16 -o ppo.micro_batch_size={MICRO_BATCH['gpu']}"
         )
 

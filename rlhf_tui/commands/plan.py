@@ -196,7 +196,7 @@ def _conclusion(
     if gathered > GATHERED_SHARE * capacity.total:
         lines.append(
             f"fsdp gathers {gathered / GB:.1f} GB of weights on each rank to generate responses, "
-            "however many ranks there are: more ranks do not make this smaller."
+            "however many ranks there are: more ranks do not reduce this."
         )
     current = estimate(config, models, layout)
     peak = f"{current.peak / GB:.2f} GB"
@@ -206,7 +206,7 @@ def _conclusion(
         if micro_batch is not None:
             lines.append(
                 f"There is room for -o ppo.micro_batch_size={micro_batch}, with the same result in "
-                "fewer and larger kernels: quicker if the model is small for the GPU."
+                "fewer and larger kernels: faster if the model is small for the GPU."
             )
         return lines
     changes, smaller = changes_to_fit(config, models, layout, capacity)
@@ -234,11 +234,11 @@ def _engine_lines(config: RunConfig, models: Models) -> list[str]:
         "handover": "weights handed over (host)",
     }
     listed = ", ".join(f"{label} {parts[key] / GB:.2f}" for key, label in named.items())
-    where = "beside the ranks" if beside_ranks(config, models) else "on GPUs of its own"
+    where = "beside the ranks" if beside_ranks(config, models) else "on separate GPUs"
     count = config.rollout.engines
     who = "vLLM" if count == 1 else f"Each of {count} vLLM engines"
-    once = " That is handed over once for all." if count > 1 and parts["handover"] else ""
-    return [f"{who} needs {where}, GB: {listed}.{once} What is left to the ranks follows."]
+    once = " The handed-over weights are shared by all." if count > 1 and parts["handover"] else ""
+    return [f"{who} needs {where}, GB: {listed}.{once} The ranks' share follows."]
 
 
 def _machine(capacity: Capacity) -> str:

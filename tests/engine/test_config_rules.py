@@ -235,7 +235,7 @@ REFUSED = {
         ["model.value=reward_model", "rollout.dynamic=true", "rollout.per_prompt=2"],
         "rollout.dynamic cannot be combined with model.value",
     ),
-    "a buffer longer than a response": (["reward.overlong.buffer=1000"], r"may be.*at most"),
+    "a buffer longer than a response": (["reward.overlong.buffer=1000"], "must be at most rollout"),
     "a stop that is everywhere": (['rollout.stop=[".", ""]'], "stop must not contain an empty"),
     "a reference without weights of its own": (
         ["kl.reference_update.every=5", "lora.rank=8"], "without its adapters",

@@ -53,7 +53,7 @@ def test_a_file_that_others_can_read_is_refused_without_repeating_the_secret(fil
 @pytest.mark.parametrize("secret", ["", "short", "   short   \n"])
 def test_a_secret_that_could_be_found_by_trying_is_refused(file, secret):
     file.write_text(secret)
-    with pytest.raises(UserInputError, match="less than 16 characters") as caught:
+    with pytest.raises(UserInputError, match="fewer than 16 characters") as caught:
         read_secret(file)
     assert not secret.strip() or secret.strip() not in str(caught.value)
 

@@ -196,7 +196,7 @@ def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):
 
 
 def test_responses_longer_than_the_models_positions_are_refused(make_run):
-    with pytest.raises(UserInputError, match=r"rollout.max_new_tokens \(300\) may be \d+ at most"):
+    with pytest.raises(UserInputError, match=r"rollout.max_new_tokens \(300\) must be at most \d+"):
         make_run("rollout.max_new_tokens=300")
 
 
@@ -204,7 +204,7 @@ def test_responses_longer_than_the_references_positions_are_refused(make_run, tm
     policy = AutoConfig.from_pretrained(starter.resolve("starter:policy"))
     shape = GPT2Config(vocab_size=policy.vocab_size, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(shape).save_pretrained(tmp_path)
-    with pytest.raises(UserInputError, match=r"may be \d+ at most: the models have no"):
+    with pytest.raises(UserInputError, match=r"must be at most \d+: the models have no"):
         make_run(f"model.reference={tmp_path}", "rollout.max_new_tokens=60")
 
 

@@ -38,8 +38,8 @@ def _check_batches(config: RunConfig) -> None:
         )
     if config.reward.overlong.buffer > config.rollout.max_new_tokens:
         raise ConfigError(
-            f"reward.overlong.buffer ({config.reward.overlong.buffer}) may be "
-            f"rollout.max_new_tokens ({config.rollout.max_new_tokens}) at most"
+            f"reward.overlong.buffer ({config.reward.overlong.buffer}) must be at "
+            f"most rollout.max_new_tokens ({config.rollout.max_new_tokens})"
         )
     if batch < 2 and traits.baseline and config.ppo.baseline == "batch":
         raise ConfigError("ppo.baseline: batch needs a rollout.batch_size of at least 2")

@@ -57,7 +57,7 @@ def training_tensors(policy: LanguageModel, optimiser: torch.optim.Optimizer) ->
             tensors |= {f"{part}/{name}": value.detach() for part, value in state.items()}
             missing -= 1
     if missing:
-        raise RuntimeError(f"the optimiser has {missing} parameters that the policy has not")
+        raise RuntimeError(f"the optimiser has {missing} parameters that the policy does not have")
     # Sorted: the order differs between an optimiser that was loaded and one that has stepped.
     return dict(sorted(tensors.items()))
 
