@@ -27,16 +27,20 @@ def choose(environment: MutableMapping[str, str]) -> None:
     elif wanted != "auto":
         environment.pop("NO_COLOR", None)
         environment["TEXTUAL_COLOR_SYSTEM"] = SYSTEMS[wanted]
-    elif not environment.get("COLORTERM") and _colours_in_terminfo(environment) >= 256:
-        environment.setdefault("TEXTUAL_COLOR_SYSTEM", "256")
+    elif not environment.get("COLORTERM"):
+        colours = _colours_in_terminfo(environment)
+        if colours == 0:  # such as a vt220
+            environment["NO_COLOR"] = "1"
+        elif colours is not None and colours >= 256:
+            environment.setdefault("TEXTUAL_COLOR_SYSTEM", "256")
 
 
-def _colours_in_terminfo(environment: MutableMapping[str, str]) -> int:
-    """The number of colours of TERM in terminfo; -1 if that is not known."""
+def _colours_in_terminfo(environment: MutableMapping[str, str]) -> int | None:
+    """The number of colours of TERM in terminfo; None if there is no such entry."""
     import curses  # noqa: PLC0415 - few terminals leave COLORTERM out
 
     try:
         curses.setupterm(environment.get("TERM", "dumb"), 1)
     except curses.error:
-        return -1  # no such entry on this machine
-    return curses.tigetnum("colors")
+        return None
+    return max(0, curses.tigetnum("colors"))

@@ -98,12 +98,17 @@ def test_the_terminal_s_colours_are_as_chosen(given, expected):
 
 
 @pytest.mark.parametrize(
-    ("term", "expected"), [("xterm-256color", "256"), ("linux", "None"), ("no-such-one", "None")]
-)
+    ("term", "expected"),
+    [
+        ("xterm-256color", "256 None"), ("linux", "None None"), ("vt100", "None 1"),
+        ("no-such-one", "None None"),
+    ],
+)  # fmt: skip
 def test_without_a_choice_the_colours_are_those_of_terminfo(term, expected):
     # curses reads terminfo once a process.
     code = "from rlhf_tui.terminal_colors import choose; environment = {'TERM': '%s'}; "
-    code += "choose(environment); print(environment.get('TEXTUAL_COLOR_SYSTEM'))"
+    code += "choose(environment); "
+    code += "print(environment.get('TEXTUAL_COLOR_SYSTEM'), environment.get('NO_COLOR'))"
     done = subprocess.run(
         [sys.executable, "-c", code % term], capture_output=True, text=True, check=True
     )
