@@ -68,9 +68,10 @@ def test_every_part_of_the_objective_has_its_formula_on_the_page(section, key):
         assert is_default or any(f"`{name}` |" in r or f"{key}: {name}` |" in r for r in rows), name
 
 
-def rows_of(page):
-    """The first column of every table of a page."""
-    text = (DOCS / page).read_text(encoding="utf-8")
+def rows_of(page, section="# "):
+    """The first column of every table of a page, or of a section of it."""
+    text = (DOCS / page).read_text(encoding="utf-8").partition(section)[2]
+    text = text.partition("\n## ")[0] if section.startswith("## ") else text
     return [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
 
 
@@ -80,7 +81,9 @@ def test_every_command_of_the_program_stands_on_a_page():
 
 def test_every_key_that_steers_stands_in_the_table_of_the_page():
     keys = {binding.key for binding in Binding.make_bindings(STEERING)}
-    named = {key for cell in rows_of("tui.md") for key in re.findall(r"`([^`]+)`", cell)}
+    named = {
+        key for cell in rows_of("tui.md", "## Steering") for key in re.findall(r"`([^`]+)`", cell)
+    }
     assert {KEYS_AS_SHOWN.get(key, key) for key in keys} <= named
 
 
