@@ -22,7 +22,7 @@ from engine.monitoring.guardrails import DEFAULT_RULES
 from engine.monitoring.notify import CHANNELS
 from examples import word_problems
 from rlhf_tui.app.steering import BINDINGS as STEERING
-from rlhf_tui.cli import COMMANDS
+from rlhf_tui.cli import MODULES
 from scripts import man_page, metrics_page
 from scripts.configuration_page import page
 from tests.docs.pages import PAGES, commands
@@ -76,7 +76,7 @@ def rows_of(page, section="# "):
 
 
 def test_every_command_of_the_program_stands_on_a_page():
-    assert {c.words[0] for each in PAGES for c in commands(each) if c.words} >= set(COMMANDS)
+    assert {c.words[0] for each in PAGES for c in commands(each) if c.words} >= set(MODULES)
 
 
 def test_every_key_that_steers_stands_in_the_table_of_the_page():
