@@ -19,7 +19,7 @@ from engine.errors import RlhfError, UserInputError
 from rlhf_tui.commands.options import colors_option, sessions_option
 from rlhf_tui.text import escape_unencodable, one_line
 
-COMMANDS = {
+MODULES = {
     "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "machines",
     "launch": "machines", "plan": "plan",
     "init": "init", "check": "check",
@@ -40,17 +40,17 @@ LONGEST_ERROR = 1000
 
 
 class Commands(click.Group):
-    """The commands of :data:`COMMANDS`, imported lazily."""
+    """The commands, of the modules in :data:`MODULES`, which are imported lazily."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, sorted."""
-        return sorted(COMMANDS)
+        return sorted(MODULES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Imports a command; None if there is none of that name."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in MODULES:
             return None
-        module = importlib.import_module(f"rlhf_tui.commands.{COMMANDS[cmd_name]}")
+        module = importlib.import_module(f"rlhf_tui.commands.{MODULES[cmd_name]}")
         name = "evaluate" if cmd_name == "eval" else cmd_name  # eval is a builtin function
         command: click.Command = getattr(module, name)
         return command

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import engine
 import rlhf_tui
-from rlhf_tui.cli import COMMANDS
+from rlhf_tui.cli import MODULES
 
 ENGINE = Path(engine.__file__).parent
 TUI = Path(rlhf_tui.__file__).parent
@@ -94,7 +94,7 @@ MOST_MODULES = 15
 LIGHT = [
     "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app.app", "engine.supervisor.serve",
     "engine.__main__", "engine.api",
-    *(f"rlhf_tui.commands.{name}" for name in sorted(set(COMMANDS.values()))),
+    *(f"rlhf_tui.commands.{name}" for name in sorted(set(MODULES.values()))),
     *(["rlhf_tui.commands.integration.mcp_server"] if find_spec("mcp") else []),
 ]  # fmt: skip
 

@@ -41,6 +41,9 @@ LIVE_SETTINGS = {
     "micro_batch_size": "ppo.micro_batch_size",
 }
 """Setting → configuration key, which defines its initial value, type and range."""
+ONCE_FIXED = ("micro_batch_size",)
+"""Settings whose key is older than they are: checkpoints of that time do not have them, and were
+trained with the configuration's value."""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,7 +71,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     entropy_coef: float = 0.0
     loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
     micro_batch_size: int | None = None
-    """None in such a checkpoint: that of the configuration."""
+    """None in such a checkpoint, see :data:`ONCE_FIXED`."""
 
 
 class SettingChange(Struct, frozen=True, kw_only=True):
@@ -98,8 +101,9 @@ def apply_settings(config: "RunConfig", settings: Settings) -> "RunConfig":
     sections: dict[str, dict[str, Any]] = {}
     for name, path in LIVE_SETTINGS.items():
         section, key = path.split(".")
-        if name != "micro_batch_size" or settings.micro_batch_size is not None:
-            sections.setdefault(section, {})[key] = getattr(settings, name)
+        value = getattr(settings, name)
+        if value is not None or name not in ONCE_FIXED:
+            sections.setdefault(section, {})[key] = value
     changed = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
     return replace(config, **changed)
 

@@ -6,7 +6,7 @@ from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CommandRow
-from engine.protocol.commands import Note
+from engine.protocol.commands import COMMANDS, Command, Note, Probe, SettingCommand, Undo
 from engine.session.states import ENDED_STATES
 from engine.verification.databases import RESTORE, missing_numbers
 from engine.verification.finding import Finding, listed, note, problem
@@ -108,8 +108,9 @@ def _is_numbered(database: ReadOnlyDatabase) -> bool:
 
 def _has_no_effect(command: CommandRow) -> bool:
     """Whether an applied command lacks what its kind leaves in the journal."""
-    if command.command in ("beta", "kl", "set", "undo"):
+    kind = COMMANDS.get(command.command, Command)  # one of a later version leaves what it may
+    if issubclass(kind, SettingCommand | Undo):
         return not command.changes
-    if command.command == "probe":
+    if kind is Probe:
         return not command.result
-    return command.command == Note.name() and not command.args.get("text")
+    return kind is Note and not command.args.get("text")

@@ -129,7 +129,19 @@ class CtlCall:
                 say(f"{model}: score {score}, KL {kl}\n  {one_line(result['response'])}")
 
 
-@click.group()
+class Verbs(click.Group):
+    """The verbs of `ctl`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The verb of these arguments. Raises UsageError if an option stands in its place."""
+        if args[0].startswith("-"):
+            raise click.UsageError(f"{args[0]} stands before NAME or after the verb", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Verbs)
 @name_argument
 @sessions_option
 @click.option("--wait", is_flag=True, help=WAIT)

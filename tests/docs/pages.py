@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_tui.cli import COMMANDS
+from rlhf_tui.cli import MODULES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -78,7 +78,7 @@ def commands(page: Path) -> list[Command]:
         begins = span.removeprefix("rlhf-tui ")
         first, _, rest = begins.partition(" ")
         # `metrics` may also be a section or a word of the text.
-        if begins != span or (first in COMMANDS and re.match(r"[A-Z\[]|--", rest)):
+        if begins != span or (first in MODULES and re.match(r"[A-Z\[]|--", rest)):
             found.append(Command(tuple(shlex.split(_replaced(begins))), whole=False))
     return list(dict.fromkeys(found))
 

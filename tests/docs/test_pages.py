@@ -22,7 +22,7 @@ from engine.monitoring.guardrails import DEFAULT_RULES
 from engine.monitoring.notify import CHANNELS
 from examples import word_problems
 from rlhf_tui.app.steering import BINDINGS as STEERING
-from rlhf_tui.cli import COMMANDS
+from rlhf_tui.cli import MODULES
 from scripts import man_page, metrics_page
 from scripts.configuration_page import page
 from tests.docs.pages import PAGES, commands
@@ -68,19 +68,22 @@ def test_every_part_of_the_objective_has_its_formula_on_the_page(section, key):
         assert is_default or any(f"`{name}` |" in r or f"{key}: {name}` |" in r for r in rows), name
 
 
-def rows_of(page):
-    """The first column of every table of a page."""
-    text = (DOCS / page).read_text(encoding="utf-8")
+def rows_of(page, section="# "):
+    """The first column of every table of a page, or of a section of it."""
+    text = (DOCS / page).read_text(encoding="utf-8").partition(section)[2]
+    text = text.partition("\n## ")[0] if section.startswith("## ") else text
     return [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
 
 
 def test_every_command_of_the_program_stands_on_a_page():
-    assert {c.words[0] for each in PAGES for c in commands(each) if c.words} >= set(COMMANDS)
+    assert {c.words[0] for each in PAGES for c in commands(each) if c.words} >= set(MODULES)
 
 
 def test_every_key_that_steers_stands_in_the_table_of_the_page():
     keys = {binding.key for binding in Binding.make_bindings(STEERING)}
-    named = {key for cell in rows_of("tui.md") for key in re.findall(r"`([^`]+)`", cell)}
+    named = {
+        key for cell in rows_of("tui.md", "## Steering") for key in re.findall(r"`([^`]+)`", cell)
+    }
     assert {KEYS_AS_SHOWN.get(key, key) for key in keys} <= named
 
 

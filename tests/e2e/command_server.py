@@ -17,7 +17,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rlhf_tui.cli import COMMANDS, main
+from rlhf_tui.cli import MODULES, main
 
 NOT_LOADED = {"view", "integration.mcp"}
 """Modules of commands that are not short."""
@@ -107,7 +107,7 @@ def begin(
 
 def run_server() -> None:
     """What the server does with the number of an open socket as its argument."""
-    for name in set(COMMANDS.values()) - NOT_LOADED:
+    for name in set(MODULES.values()) - NOT_LOADED:
         importlib.import_module(f"rlhf_tui.commands.{name}")
     gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -12,6 +12,7 @@ from engine.config.names_elsewhere import KEYS_HERE
 from engine.config.sections.reward import SOURCE_KEYS, RewardConfig
 from engine.config.settings import (
     LIVE_SETTINGS,
+    ONCE_FIXED,
     Settings,
     apply_settings,
     change_settings,
@@ -294,6 +295,14 @@ def test_a_live_setting_changes_its_own_key_and_no_other(name):
 
 def test_settings_of_a_configuration_put_back_into_it_change_nothing():
     assert apply_settings(demo(), settings_of(demo())) == demo()
+
+
+def test_a_setting_that_was_fixed_once_is_the_configuration_s_in_a_checkpoint_without_it():
+    changed = change_settings(demo(), CHANGED)
+    of_then = msgspec.structs.asdict(settings_of(changed))
+    for name in ONCE_FIXED:
+        del of_then[name]
+    assert apply_settings(changed, Settings(**of_then)) == changed
 
 
 def test_the_keys_of_the_objective_keep_the_defaults_of_sessions_without_them():

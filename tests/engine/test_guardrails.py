@@ -1,6 +1,7 @@
 """Guard rails: when a rule raises an alert, what the alert holds, and that it is not repeated."""
 
 import math
+from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from engine.monitoring.conditions import CONDITIONS
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import DEFAULT_RULES, Alert, Guardrails, worst_samples
 from engine.protocol.rank_messages import Sample
+from engine.supervisor.command_handler import ACTIONS
 
 
 def rails(*rules, defaults=False):
@@ -158,6 +160,10 @@ def test_each_condition_of_a_rule_has_its_key_and_its_function():
     assert set(CONDITIONS) <= set(Rule.__struct_fields__)
     for key in CONDITIONS:
         check_rule(Rule(name="r", metric="m", **{key: 1.0}))
+
+
+def test_every_action_of_a_rule_but_to_notify_is_a_command():
+    assert set(get_args(get_type_hints(Rule)["action"])) == {"notify", *ACTIONS}
     with pytest.raises(ConfigError, match="needs one of above, below, predicted_above, falls"):
         check_rule(Rule(name="r", metric="m"))
 

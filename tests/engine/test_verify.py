@@ -95,6 +95,8 @@ DAMAGE = {
     "DELETE FROM commands WHERE id = 'late'": "commands: commands were acknowledged and are lost",
     "DELETE FROM events WHERE kind = 'command'": "commands: commands have no event: first, rate",
     "UPDATE commands SET changes = '[]' WHERE id = 'rate'": "commands: applied commands have no",
+    "UPDATE commands SET command = 'probe', status = 'applied', applied_step = 7 WHERE id = 'late'":
+        "commands: applied commands have no effect: late",
     "UPDATE commands SET reason = '' WHERE id = 'late'": "commands: rejected commands have no reas",
     "UPDATE commands SET status = 'accepted' WHERE id = 'late'": "commands: the run has ended, and",
     "UPDATE checkpoints SET step = 5": "checkpoints: the disk lacks complete checkpoints of the",

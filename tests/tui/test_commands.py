@@ -24,7 +24,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.session.folder import create
 from rlhf_tui import identity
-from rlhf_tui.cli import COMMANDS, cli
+from rlhf_tui.cli import MODULES, cli
 from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.steer import ctl
 from rlhf_tui.format import plural
@@ -126,10 +126,15 @@ def test_several_sessions_are_deleted_or_none_if_one_is_missing(session_maker, t
     assert [session.folder.exists() for session in sessions] == [False, False, True]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", MODULES)
 def test_every_option_of_a_command_has_a_line_of_help(name):
     command = cli.get_command(click.Context(cli), name)
     assert [p.name for p in command.params if isinstance(p, click.Option) and not p.help] == []
+
+
+def test_an_option_between_the_name_and_the_verb_is_told_where_it_stands():
+    result = CliRunner().invoke(cli, ["ctl", "frozen", "--wait", "pause"])
+    assert "--wait stands before NAME or after the verb" in result.output
 
 
 @pytest.mark.parametrize("verb", ctl.commands)

@@ -2,11 +2,14 @@
 
 import pytest
 
-from engine.config.settings import SettingChange
+from engine.config.settings import LIVE_SETTINGS, SettingChange, settings_of
+from engine.errors import CommandRejectedError
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
+from engine.protocol.commands import SetSetting
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.app.forms.settings_input import OFF, parse_value
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.picker import PickerDialog
 from rlhf_tui.dialogs.text import ProbeDialog
@@ -14,6 +17,7 @@ from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.scroll_list import ScrollText
+from tests.engine.demo_config import demo
 from tests.tui.screen import notices
 
 
@@ -111,6 +115,16 @@ async def test_a_hands_beta_over_and_takes_it_back(make_app, engine, running, un
     async with running(app) as pilot:
         await pilot.press("a")
         await until(pilot, lambda: engine == [steering.SetKLController(controller="fixed")])
+
+
+@pytest.mark.parametrize("name", LIVE_SETTINGS)
+def test_what_a_setting_that_is_off_means_is_said_where_it_may_be_off(name):
+    settings = settings_of(demo())
+    if name in OFF:
+        assert parse_value(name, "off", settings) is None
+    else:
+        with pytest.raises(CommandRejectedError):
+            SetSetting(key=name, value=None).new_values(settings)
 
 
 @pytest.mark.parametrize(("key", "command"), [("u", steering.Undo()), ("c", steering.Checkpoint())])

@@ -78,6 +78,13 @@ async def test_a_command_of_another_screen_goes_there_and_names_its_key(make_app
         await until(pilot, lambda: "r here" in app.screen.query_one("#keys").text())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_no_screen_takes_a_key_of_the_app(mode):
+    of_app = {b.key for b in Binding.make_bindings(RlhfApp.BINDINGS)}
+    of_screen = {b.key for b in Binding.make_bindings(screen_class(mode).BINDINGS)}
+    assert not of_app & of_screen
+
+
 def test_every_key_with_words_is_described():
     owners = [RlhfApp, *map(screen_class, MODES)]
     bindings = [b for owner in owners for b in Binding.make_bindings(owner.BINDINGS)]

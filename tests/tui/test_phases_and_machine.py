@@ -4,14 +4,19 @@ import re
 
 import pytest
 
+from engine.metrics import EVALUATE, PHASES
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.state.feeds.updates import SessionUpdate
-from rlhf_tui.widgets.panels.machine import MachinePanel
+from rlhf_tui.widgets.panels.machine import PHASE_BARS, MachinePanel
 from rlhf_tui.widgets.panels.phases import PhaseStrip
 from tests.tui.panels import make_state, text
 
 # -- phases ----------------------------------------------------------------------------------------
+
+
+def test_each_phase_that_is_timed_on_the_ranks_has_its_part_of_their_bars():
+    assert tuple(PHASE_BARS) == tuple(p for p in PHASES if p not in (EVALUATE, "checkpoint"))
 
 
 def test_a_phase_has_its_share_and_what_is_left_of_the_step():
