@@ -194,9 +194,10 @@ METRICS = (
     Metric("loss/policy_avg", "",
            "the clipped objective, aggregated over response tokens by `ppo.loss_aggregation`"),
     Metric("loss/entropy_avg", "nats per token",
-           "the entropy during the updates, aggregated alike (with `ppo.entropy_coef` only)"),
+           "the entropy during the updates, aggregated likewise (with `ppo.entropy_coef` only)"),
     Metric("loss/kl_avg", "nats per token",
-           "the estimate of the KL in the updates, aggregated alike (with `kl.place: loss` only)"),
+           "the estimate of the KL in the updates, aggregated likewise "
+           "(with `kl.place: loss` only)"),
     Metric("loss/value_avg", "score²",
            "0.5 · mean (V − return)² (`ppo.advantage: gae` only); with `model.value: reward_model` "
            "of the V from a fit to the other responses"),

@@ -104,12 +104,12 @@ def page() -> str:
 
 
 def _fixed() -> str:
-    """The keys that a resume keeps: `seed`, `data.*` without `data.cache`, …, in a sentence."""
+    """The keys that a resume keeps: `seed`, `data.*` except `data.cache`, …, in a sentence."""
     names = []
     for name in schema.FIXED_AT_START:
         free = [f"`{key}`" for key in schema.FREE_ON_RESUME if key.startswith(name)]
         shown = f"`{name}*`" if name.endswith(".") else f"`{name}`"
-        names.append(f"{shown} without {' and '.join(free)}" if free else shown)
+        names.append(f"{shown} except {' and '.join(free)}" if free else shown)
     return textwrap.fill(", ".join(names[:-1]) + f" and {names[-1]}", 70)
 
 

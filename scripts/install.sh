@@ -6,7 +6,7 @@ set -eu
     echo "rlhf-tui needs Python 3.11 or newer; select one with: make PYTHON=python3.12 setup" >&2
     exit 1
 }
-echo "installing into $VENV: about 1.5 GB, some minutes (more with a GPU)" >&2
+echo "installing into $VENV: about 2 GB, a few minutes (more with a GPU)" >&2
 test -x "$VENV/bin/python" || "$PYTHON" -m venv "$VENV"
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 pip="$VENV/bin/python -m pip install --quiet --disable-pip-version-check"
