@@ -79,7 +79,7 @@ ALWAYS = [
     ),
     Ablation(
         "cache, ended responses removed",
-        {"engine.train.rollout.native.generate": textbook.generate},
+        {"engine.train.rollout.native.backend.generate": textbook.generate},
     ),
     Ablation(
         "log π of the rollout reused",
@@ -97,7 +97,7 @@ SHARED_VALUE = Ablation(
 """The ablation is TRL's variant: a second model and one learning rate."""
 FLOAT32 = Ablation("float32 (bfloat16 instead)", settings=("model.dtype=bfloat16",))
 PROMPT_PER_GROUP = Ablation(
-    "one prompt pass per group", {"engine.train.rollout.native.generate": textbook.generate}
+    "one prompt pass per group", {"engine.train.rollout.native.backend.generate": textbook.generate}
 )
 SEPARATE_PASSES = Ablation(
     "separate policy and value passes",

@@ -11,10 +11,10 @@ from benchmarks.gpu.numerics import score, starter_run
 from engine.train.data.prompts import batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.pretrained import eos_ids
-from engine.train.rollout import decoder
-from engine.train.rollout.compiled_layers import CompiledLayers
-from engine.train.rollout.decoder import EXACT, GRAPHED, Schedule
-from engine.train.rollout.native import generate
+from engine.train.rollout.native import decoder
+from engine.train.rollout.native.backend import generate
+from engine.train.rollout.native.compiled_layers import CompiledLayers
+from engine.train.rollout.native.decoder import EXACT, GRAPHED, Schedule
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Run

@@ -31,7 +31,7 @@ from engine.protocol.rollout.messages import (
 )
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.models.language_model import LanguageModel
-from engine.train.rollout.native import generate
+from engine.train.rollout.native.backend import generate
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.checksum import checksum
 from engine.train.rollout.vllm.group import WeightsGroup

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel
-from engine.train.rollout.cast_weights import cast_weights
-from engine.train.rollout.compiled_layers import CompiledLayers
-from engine.train.rollout.decoder import Schedule
-from engine.train.rollout.native import generate
+from engine.train.rollout.native.backend import generate
+from engine.train.rollout.native.cast_weights import cast_weights
+from engine.train.rollout.native.compiled_layers import CompiledLayers
+from engine.train.rollout.native.decoder import Schedule
 from engine.train.rollout.stop_criteria import StopCriteria
 
 VOCABULARY, LIMIT, ROWS = 64, 80, 20

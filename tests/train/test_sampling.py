@@ -21,8 +21,8 @@ from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed, permutation, sampling_uniforms
 from engine.train.models.language_model import LanguageModel
 from engine.train.ppo.forward import by_length, score_tokens
-from engine.train.rollout.decoder import EXACT, Schedule
-from engine.train.rollout.native import generate
+from engine.train.rollout.native.backend import generate
+from engine.train.rollout.native.decoder import EXACT, Schedule
 from engine.train.rollout.rollout import Rollout, left_mask
 from engine.train.rollout.sampling import SCHEMES, block_size, log_uniforms, sample
 from engine.train.rollout.stop_criteria import StopCriteria

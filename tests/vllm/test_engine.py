@@ -13,7 +13,7 @@ from engine.protocol.rollout.messages import EngineFailed, Generate, LoadWeights
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel
-from engine.train.rollout.native import generate
+from engine.train.rollout.native.backend import generate
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.weights import write_weights
 

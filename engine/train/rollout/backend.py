@@ -19,7 +19,7 @@ from engine.train.data.randomness import sampling_uniforms
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
-from engine.train.rollout.native import NativeBackend
+from engine.train.rollout.native.backend import NativeBackend
 from engine.train.rollout.rollout import Rollout, merge_rollouts
 from engine.train.rollout.vllm.backend import VllmBackend
 

@@ -11,8 +11,8 @@ from engine.train.data.randomness import sampling_uniforms
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.optimise import backward
-from engine.train.rollout.decoder import GRAPHED, Decoder, Schedule
-from engine.train.rollout.native import generate
+from engine.train.rollout.native.backend import generate
+from engine.train.rollout.native.decoder import GRAPHED, Decoder, Schedule
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.step import train_step
 from tests.train.gpu.pretend import GPU, pretend_gpu

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from engine.train.reports.probe import answer_probe
-from engine.train.rollout import native
-from engine.train.rollout.decoder import Schedule
+from engine.train.rollout.native import backend as native
+from engine.train.rollout.native.decoder import Schedule
 from engine.train.step import train_step
 from tests.train.gpu.pretend import GPU, MixedDevicesError, pretend_gpu
 from tests.variants import some_of

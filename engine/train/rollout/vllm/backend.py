@@ -24,7 +24,7 @@ from engine.protocol.rollout.messages import Generate, Generated, LoadWeights
 from engine.train.data.prompts import PromptBatch
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
-from engine.train.rollout.native import NativeBackend
+from engine.train.rollout.native.backend import NativeBackend
 from engine.train.rollout.rollout import Rollout, assemble
 from engine.train.rollout.vllm.background import BackgroundGeneration
 from engine.train.rollout.vllm.client import EngineLostError

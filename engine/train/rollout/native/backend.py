@@ -11,11 +11,11 @@ from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
-from engine.train.rollout.compiled_layers import CompiledLayers
 from engine.train.rollout.context import BackendContext
-from engine.train.rollout.decoder import Decoder, Schedule, schedule_for
+from engine.train.rollout.native.compiled_layers import CompiledLayers
+from engine.train.rollout.native.decoder import Decoder, Schedule, schedule_for
+from engine.train.rollout.native.slots import Responses
 from engine.train.rollout.rollout import Rollout
-from engine.train.rollout.slots import Responses
 from engine.train.rollout.stop_criteria import StopCriteria
 
 

@@ -9,15 +9,15 @@ from transformers import DynamicCache
 
 from engine.progress import ReportProgress
 from engine.train.models.language_model import AnyModel
-from engine.train.rollout.cuda_graph import GraphedFunction, can_capture
-from engine.train.rollout.decoding_attention import DECODING_ATTENTION
-from engine.train.rollout.kv_cache import (
+from engine.train.rollout.native.cuda_graph import GraphedFunction, can_capture
+from engine.train.rollout.native.decoding_attention import DECODING_ATTENTION
+from engine.train.rollout.native.kv_cache import (
     PreallocatedLayer,
     full_attention_layers,
     preallocated_cache,
 )
+from engine.train.rollout.native.slots import Responses, Slots
 from engine.train.rollout.rollout import left_mask
-from engine.train.rollout.slots import Responses, Slots
 from engine.train.rollout.stop_criteria import StopCriteria
 
 READ_LENGTHS = 4
@@ -103,7 +103,7 @@ class Decoder:
             per_prompt: number of adjacent rows with the same prompt, which is processed once.
             at_once: number of slots; B when left out.
             compiled: shapes that the model's layers have been compiled for, if they are; see
-                :class:`~engine.train.rollout.compiled_layers.CompiledLayers`.
+                :class:`~engine.train.rollout.native.compiled_layers.CompiledLayers`.
         """
         self._model, self._responses, self._stop_criteria = model, responses, stop_criteria
         self._report = report

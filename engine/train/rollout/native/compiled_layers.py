@@ -18,10 +18,10 @@ from transformers import DynamicCache
 from engine.train.distributed.sharding import blocks
 from engine.train.models.language_model import AnyModel, cache_name
 from engine.train.models.quantised_linear import packed_weight_count
-from engine.train.rollout.cast_weights import cast_weights
-from engine.train.rollout.cuda_graph import can_capture
-from engine.train.rollout.decoding_attention import DECODING_ATTENTION
-from engine.train.rollout.kv_cache import PreallocatedLayer
+from engine.train.rollout.native.cast_weights import cast_weights
+from engine.train.rollout.native.cuda_graph import can_capture
+from engine.train.rollout.native.decoding_attention import DECODING_ATTENTION
+from engine.train.rollout.native.kv_cache import PreallocatedLayer
 from engine.train.rollout.sampling import Distribution, distribution
 
 log = logging.getLogger("engine")
