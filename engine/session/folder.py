@@ -180,8 +180,12 @@ class SessionFolder:
         except SessionError:
             return True
 
-    def acquire(self) -> lock.SessionLock:
+    def acquire(self, advice: str | None = None) -> lock.SessionLock:
         """Locks the session for one engine.
+
+        Args:
+            advice: what the message tells the user to do if another engine holds the lock; by
+                default, to look at its status.
 
         Raises:
             SessionLockedError: another engine holds the lock; the message names its process.
@@ -195,7 +199,7 @@ class SessionFolder:
             holder = f"pid {engine.pid} on {engine.host}" if engine else "another process"
             raise SessionLockedError(
                 f"session '{self.name}' already has an engine ({holder}); "
-                f"see: {self.command('status')}"
+                + (advice or f"see: {self.command('status')}")
             ) from None
 
     def command(self, verb: str, *words: str) -> str:

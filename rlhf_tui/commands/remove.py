@@ -32,7 +32,7 @@ def rm(root: Path, names: tuple[str, ...], yes: bool) -> None:
 
 def _delete(session: SessionFolder, *, yes: bool) -> None:
     """Deletes a session, unless the answer to the question is no."""
-    lock = session.acquire()
+    lock = session.acquire(f"stop it first: {session.command('ctl', 'stop', '--wait')}")
     try:
         freed = fmt.freed(session.disk_usage())
         question = f"delete session '{session.name}' and its checkpoints ({freed})?"

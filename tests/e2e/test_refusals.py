@@ -40,6 +40,7 @@ def test_the_engine_itself_refuses_to_be_the_second(endless, lab):
 def test_a_running_session_is_not_deleted(endless):
     line = one_line(endless.lab.cli("rm", endless.name, "--yes"), 1)
     assert str(endless.engine().pid) in line
+    assert f"stop it first: rlhf-tui ctl {endless.name} stop --wait" in line
     assert endless.session.folder.is_dir()
 
 
