@@ -7,11 +7,13 @@ GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 STAMP := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
-# Files of tests at a time: most of what they do is wait for processes.
-ABREAST := -n 6 --dist loadfile
+# In the order of the files' names: tests/e2e has the longest, and the shortest of tests/tui come last.
+ABREAST := --dist loadfile --no-loadscope-reorder
+SELECTED := not slow and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-faults vllm test-vllm gpu-check lint types docs man site package bench bench-extra gpu-bench starter clean
+.PHONY: help setup demo test test-all tests-of-ranks other-tests test-faults vllm test-vllm gpu-check lint types \
+	docs man site package bench bench-extra gpu-bench starter clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,11 +27,25 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 demo: $(STAMP)  ## train the starter model and watch it
 	$(BIN)/rlhf-tui demo
 
-test: $(STAMP) lint types  ## what every change must pass (under 10 minutes on two cores)
-	$(BIN)/pytest -q $(ABREAST) -m "not slow and not vllm"
+test: $(STAMP) lint  ## what every change must pass (under 10 minutes on two cores)
+	$(TOGETHER)
 
-test-all: $(STAMP) lint types  ## with the whole learning runs
-	$(BIN)/pytest -q $(ABREAST) -m "not vllm"
+test-all: SELECTED := not vllm
+test-all: $(STAMP) lint  ## with the whole learning runs
+	$(TOGETHER)
+
+# mypy, the tests of ranks and the other tests run at the same time. If one fails, the others go on and make fails.
+TOGETHER = @$(MAKE) --no-print-directory -j 3 -k SELECTED="$(SELECTED)" types tests-of-ranks other-tests
+
+# These import torch, which takes ten seconds of processor time for each process of pytest. Their
+# output is printed when they have ended, so that only the other tests print dots.
+tests-of-ranks: $(STAMP)
+	@out=$$(mktemp); $(BIN)/pytest -q -n 2 $(ABREAST) -m "$(SELECTED)" tests/train > $$out 2>&1; \
+	code=$$?; echo; echo tests/train:; cat $$out; rm $$out; exit $$code
+
+# These mostly wait for processes.
+other-tests: $(STAMP)
+	$(BIN)/pytest -q -n 4 $(ABREAST) -m "$(SELECTED)" --ignore=tests/train
 
 vllm: $(VLLM_STAMP)  ## .venv-vllm for rollout.engine=vllm on a CPU (2 minutes, 1.8 GB)
 

@@ -62,3 +62,25 @@ def test_tests_use_what_is_public():
         for name in private_accesses(path)
     )
     assert found == Counter(EXCEPTIONS)
+
+
+def at_the_top(path):
+    """The modules that a file imports when it is imported itself."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+
+
+def test_only_tests_of_ranks_import_torch():
+    """`make test` runs the others in processes of their own, as that import takes seconds."""
+    ours = ("engine.train", "tests.train")
+    found = {
+        path.relative_to(TESTS).as_posix(): name
+        for path in sorted(TESTS.rglob("*.py"))
+        if path.relative_to(TESTS).parts[0] not in ("train", "vllm")
+        for name in at_the_top(path)
+        if name.startswith(ours) or name.split(".")[0] in ("torch", "transformers", "accelerate")
+    }
+    assert not found

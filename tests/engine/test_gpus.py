@@ -4,11 +4,9 @@ import types
 
 import pynvml
 import pytest
-import torch
 
 from engine.config.sections.launch import LaunchConfig
-from engine.launch import environment
-from engine.launch.environment import rank_environment, ranks_per_node, torch_is_built_for_gpus
+from engine.launch.environment import rank_environment
 from engine.monitoring.telemetry import Sampler, busy_gpus, gpu_count
 
 GB = 10**9
@@ -101,10 +99,3 @@ def test_launch_gpus_are_chosen_among_those_that_a_scheduler_assigned(
     found = rank_environment(LaunchConfig(gpus=gpus))
     assert found["CUDA_VISIBLE_DEVICES"] == expected
     assert found["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
-
-
-def test_a_torch_for_cpus_gets_one_rank_on_a_machine_with_gpus(monkeypatch):
-    monkeypatch.setattr(environment, "gpu_count", lambda: 4)
-    built = torch.version.cuda is not None or torch.version.hip is not None
-    assert torch_is_built_for_gpus() == built
-    assert ranks_per_node(LaunchConfig()) == (4 if built else 1)

@@ -19,6 +19,7 @@ from engine.train.load import load_run
 from engine.train.reward_scales import fit_scales
 from engine.train.run import PhaseTimer
 from engine.train.step import train_step
+from tests.train.half_models import write_half
 from tests.train.reward_inputs import three_responses
 from tests.train.stand_in_engine import StandInEngine
 from tests.train.supervisor_end import Supervisor
@@ -52,13 +53,27 @@ def inputs(tokenizer):
     return three_responses(tokenizer)
 
 
+@pytest.fixture(scope="session")
+def half_policy(tmp_path_factory):
+    """The folder of the starter policy with half of its layers."""
+    return write_half("policy", tmp_path_factory.mktemp("half"))
+
+
+@pytest.fixture(scope="session")
+def half_models(half_policy, tmp_path_factory):
+    """Keys for runs of the starter models with half of their layers."""
+    reward = write_half("reward", tmp_path_factory.mktemp("half"))
+    return f"model.policy={half_policy}", f"reward.model={reward}"
+
+
 @pytest.fixture
-def make_run(tmp_path):
-    """Returns a function that builds a run of the starter models, with keys overridden."""
+def make_run(tmp_path, half_models):
+    """Returns a function that builds a run of :func:`half_models`, with keys overridden."""
     made = []
 
     def make(*overrides, begin=None, config=None, device=None):
-        loaded = config or config_file.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
+        given = [*SMALL, *half_models, *overrides]
+        loaded = config or config_file.load(starter.FOLDER / "demo.yaml", given)
         session = create(tmp_path, f"s{len(made)}", loaded)
         made.append(session)
         begin_at = begin or Begin(attempt=1, from_step=0)

@@ -151,7 +151,8 @@ def test_a_normalisation_can_be_turned_on_and_off_by_a_resume(trained, make_run)
 
 
 def test_another_reward_is_reported_and_its_scales_are_measured_again(make_run):
-    run, session = make_run("reward.normalise=reference", "reward.normalise_samples=8")
+    whole, scaled = "reward.model=starter:reward", "reward.normalise=reference"
+    run, session = make_run(whole, scaled, "reward.normalise_samples=8")
     train_step(run, 1)
     run.state.step = 1
     save(run, session)

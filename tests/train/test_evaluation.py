@@ -89,9 +89,10 @@ def test_an_evaluation_without_word_pairs_has_no_fraction_of_different_ones(make
 
 
 def test_a_watched_source_is_reported_and_changes_no_score(make_run):
+    whole = "reward.model=starter:reward"
     watched = "eval.rewards=[{model: 'starter:reward', name: watched, weight: 9}]"
-    run, _ = make_run(*EVALUATED, watched)
-    plain, _ = make_run(*EVALUATED)
+    run, _ = make_run(*EVALUATED, whole, watched)
+    plain, _ = make_run(*EVALUATED, whole)
     ours, theirs = evaluate_if_due(run, 0), evaluate_if_due(plain, 0)
     assert ours.metrics["eval/score"] == theirs.metrics["eval/score"]
     assert ours.metrics["eval/reward/watched"] == pytest.approx(ours.metrics["eval/score"])

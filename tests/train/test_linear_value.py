@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.ppo import PPOConfig
 from engine.config.settings import change_settings
@@ -116,7 +115,7 @@ def test_states_are_those_of_the_last_and_of_the_middle_layer(make_run):
     run, _ = make_run(LINEAR)
     rollout = rollout_of(run)
     states = recorded(run, rollout)
-    path = starter.resolve("starter:reward")
+    path = run.config.reward.model
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     row, of_row = states.rows[0], states.states[0]
     prompt = rollout.batch.prompts[row].ids

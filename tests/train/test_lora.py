@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -30,7 +31,6 @@ from tests.variants import some_of
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 DEADLINE = 120
 """Seconds; generous, for a busy machine."""
-BASE = starter.resolve("starter:policy")
 RANK = "lora.rank=4"
 FAST = "train.learning_rate=1e-3"
 VARIANTS = {
@@ -85,9 +85,15 @@ def logits(model):
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(half_policy):
     """The base model, without adapters."""
-    return LanguageModel(load_lm(BASE, "model.policy", SINGLE_RANK))
+    return LanguageModel(load_lm(str(half_policy), "model.policy", SINGLE_RANK))
+
+
+@pytest.fixture(scope="module")
+def copied_base(half_policy, tmp_path_factory):
+    """A copy of the base model, which a run takes for another one."""
+    return shutil.copytree(half_policy, tmp_path_factory.mktemp("other") / "policy")
 
 
 @pytest.fixture
@@ -126,12 +132,13 @@ def test_the_reference_is_the_base_model(trained, plain):
     assert fingerprint(run.reference) == run.state.reference == fingerprint(plain)
 
 
-def test_the_reference_shares_the_policys_base_weights(shared_run):
+def test_the_reference_shares_the_policys_base_weights(shared_run, half_policy):
     run, _ = shared_run(RANK)
     ours = {p.data_ptr() for p in run.policy.parameters()}
     assert {p.data_ptr() for p in run.reference.parameters()} < ours
     base = sum(p.numel() for p in run.reference.parameters())
-    assert base == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(BASE).parameters())
+    alone = AutoModelForCausalLM.from_pretrained(half_policy)
+    assert base == sum(p.numel() for p in alone.parameters())
 
 
 def test_adapters_are_on_again_after_an_error_in_the_reference(trained):
@@ -173,14 +180,14 @@ def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_s
     assert_same_step(run, resumed(session), 2)
 
 
-def test_a_checkpoint_holds_the_adapters_and_not_the_base_model(trained):
+def test_a_checkpoint_holds_the_adapters_and_not_the_base_model(trained, half_policy):
     run, session = trained
     folder = save(run, session)
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     assert size < sum(p.numel() for p in run.reference.parameters())  # a quarter of its bytes
     assert not list((folder / "policy").glob("model*"))
     described = json.loads((folder / "policy" / "adapter_config.json").read_text())
-    assert described["base_model_name_or_path"] == BASE
+    assert described["base_model_name_or_path"] == str(half_policy)
     assert (described["r"], described["lora_alpha"], described["lora_dropout"]) == (4, 8, 0.0)
 
 
@@ -221,16 +228,16 @@ def test_an_error_of_a_merge_is_one_line(trained, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_changed_base_is_refused_on_a_resume(shared_run):
-    run, session = shared_run(RANK, FAST, f"model.reference={BASE}", steps=1)
+def test_a_changed_base_is_refused_on_a_resume(shared_run, copied_base):
+    run, session = shared_run(RANK, FAST, f"model.reference={copied_base}", steps=1)
     run.state.base = "another"
     save(run, session)
     with pytest.raises(CheckpointError, match="model under the adapters is not the one"):
         resumed(session)
 
 
-def test_a_configured_reference_is_a_separate_model(shared_run, plain):
-    run, _ = shared_run(RANK, FAST, f"model.reference={BASE}", steps=1)
+def test_a_configured_reference_is_a_separate_model(shared_run, copied_base, plain):
+    run, _ = shared_run(RANK, FAST, f"model.reference={copied_base}", steps=1)
     assert not isinstance(run.reference, AdapterFreePolicy)
     assert torch.equal(logits(run.reference), logits(plain))
     assert run.state.base == run.state.reference
@@ -240,7 +247,7 @@ def test_the_reference_is_the_policy_without_adapters_only_if_it_is_of_the_same_
     same = "model.revision=v2", "model.reference=starter:policy", "model.reference_revision=v2"
     for keys, shared in ((same, True), (same[:2], False), (same[1:], False), (same[:1], True)):
         config = config_file.load(starter.FOLDER / "demo.yaml", [RANK, *keys])
-        policy = load_policy(config, BASE, SINGLE_RANK, "ddp")
+        policy = load_policy(config, starter.resolve("starter:policy"), SINGLE_RANK, "ddp")
         found = load_reference(config, policy, SINGLE_RANK, "ddp")
         assert isinstance(found, AdapterFreePolicy) is shared, keys
 

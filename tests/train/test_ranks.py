@@ -107,8 +107,8 @@ layouts = pytest.mark.parametrize(
 )
 
 
-def config_of(strategy, variant):
-    given = [*STEP, f"parallel.strategy={strategy}", *VARIANTS[variant]]
+def config_of(strategy, variant, models):
+    given = [*STEP, *models, f"parallel.strategy={strategy}", *VARIANTS[variant]]
     return config_file.load(RECIPES.get(variant, starter.FOLDER / "demo.yaml"), given)
 
 
@@ -130,7 +130,7 @@ def weights(run):
 
 
 @pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory):
+def outcomes(request, tmp_path_factory, half_models):
     """Metrics and weights after one step, by variant and by how the ranks run.
 
     Only of the variants and strategies that some selected test needs.
@@ -142,14 +142,15 @@ def outcomes(request, tmp_path_factory):
     placed = {(p["variant"], p["strategy"]) for p in params if {"variant", "strategy"} <= p.keys()}
     found, jobs = {}, []
     for i, variant in enumerate(v for v in VARIANTS if v in needed):
-        rollout = record(folder, f"recording-{i}", variant)
-        run = one_process(create(folder, f"one-{i}", config_of("auto", variant)))
+        alone = config_of("auto", variant, half_models)
+        rollout = record(folder, f"recording-{i}", alone)
+        run = one_process(create(folder, f"one-{i}", alone))
         before = weights(run)
         metrics, _ = train_step(run, 1, rollout)
         metrics |= evaluate_if_due(run, 1).metrics
         found[variant, "before"], found[variant, "one"] = ({}, before), (metrics, weights(run))
         for strategy in (s for s in STRATEGIES if (variant, s) in placed):
-            session = create(folder, f"{strategy}-{i}", config_of(strategy, variant))
+            session = create(folder, f"{strategy}-{i}", config_of(strategy, variant, half_models))
             job = {"session": session.folder, "recorded": folder / f"recording-{i}.pickle"}
             job["most_logits"] = IN_CHUNKS if variant in [*EVERY_TIME][1:] else MOST_LOGITS
             jobs.append(
@@ -162,9 +163,9 @@ def outcomes(request, tmp_path_factory):
     return found
 
 
-def record(folder, name, variant):
+def record(folder, name, config):
     """A rollout of a policy after one step, so that neither the KL nor the log-ratio is 0."""
-    run = one_process(create(folder, name, config_of("auto", variant)))
+    run = one_process(create(folder, name, config))
     train_step(run, 1)
     rollout = generate_rollout(run, 2, lambda _done, _total: None)
     assert len(set(rollout.lengths.tolist())) > 2, "the responses must differ in length"

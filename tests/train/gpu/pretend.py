@@ -127,12 +127,12 @@ class Graph:
         if self.captured_just_now:  # unlike CUDA's, a capture here has computed
             self.captured_just_now = False
             return
-        for func, args, kwargs, outs in self.operators:
-            with torch.autocast("cpu", enabled=False):  # what it would cast is recorded
+        with torch.autocast("cpu", enabled=False):  # what it would cast is recorded
+            for func, args, kwargs, outs in self.operators:
                 again = func(*args, **kwargs)
-            for old, new in zip(leaves([outs]), leaves([again]), strict=True):
-                if isinstance(old, torch.Tensor) and storage(old) != storage(new):
-                    old.copy_(new)
+                for old, new in zip(leaves([outs]), leaves([again]), strict=True):
+                    if isinstance(old, torch.Tensor) and storage(old) != storage(new):
+                        old.copy_(new)
 
 
 @contextmanager
@@ -286,11 +286,12 @@ class PretendGpu(TorchFunctionMode):
             func(*map(real, args))
             return args[0]
         self._check_devices(func, args, kwargs)
-        self._count(func, args)
+        launched = self._count(func, args)
         real_args, real_kwargs = each(real, args), {k: each(real, v) for k, v in kwargs.items()}
         kernel = ONLY_ON_A_GPU.get(func, func)
         out = kernel(*real_args, **real_kwargs)
-        self._record(kernel, real_args, real_kwargs, out)
+        if launched:  # a view of the same memory stays what it is
+            self._record(kernel, real_args, real_kwargs, out)
         if func is aten._local_scalar_dense.default:
             return out
         if func is aten._to_copy.default:
@@ -332,6 +333,7 @@ class PretendGpu(TorchFunctionMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
 
     def _count(self, func, args):
+        """Counts what an operator costs; returns whether it launches a kernel."""
         if func in WAITING:
             self._waited(str(func))
         elif func in INDEXING:
@@ -341,11 +343,13 @@ class PretendGpu(TorchFunctionMode):
         if func is aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
             self.casts += 1
         if func is aten._local_scalar_dense.default:
-            return
+            return False
         returns = [r.alias_info for r in func._schema.returns]
         view = any(alias is not None and not alias.is_write for alias in returns)
-        if not view and func not in WITHOUT_KERNEL:
+        launched = not view and func not in WITHOUT_KERNEL
+        if launched:
             self.launches[str(func)] += 1
+        return launched
 
 
 def place():

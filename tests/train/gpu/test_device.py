@@ -5,6 +5,8 @@ import torch
 
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
+from engine.launch import environment
+from engine.launch.environment import ranks_per_node, torch_is_built_for_gpus
 from engine.train.distributed.ranks import RankGroup
 from engine.train.worker import failed_message, is_slow_dtype
 
@@ -63,3 +65,10 @@ def test_running_out_of_memory_is_reported_with_what_would_help_and_not_tried_ag
     assert failed.text.startswith("out of memory: ")
     assert "ppo.micro_batch_size" in failed.text
     assert "\n" not in failed.text
+
+
+def test_a_torch_for_cpus_gets_one_rank_on_a_machine_with_gpus(monkeypatch):
+    monkeypatch.setattr(environment, "gpu_count", lambda: 4)
+    built = torch.version.cuda is not None or torch.version.hip is not None
+    assert torch_is_built_for_gpus() == built
+    assert ranks_per_node(LaunchConfig()) == (4 if built else 1)
