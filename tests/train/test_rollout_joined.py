@@ -132,7 +132,7 @@ def test_files_are_put_together_from_their_parts_and_a_new_one_replaces_the_last
 def test_a_file_that_is_none_of_a_model_is_refused(name):
     with (
         contextlib.closing(ReceivedFiles()) as files,
-        pytest.raises(LinkError, match="no file of a model"),
+        pytest.raises(LinkError, match="is not a file of a model"),
     ):
         files.write(part(name))
 
