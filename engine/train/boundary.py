@@ -365,10 +365,10 @@ class Boundary:
         self.checkpoints.close()
 
     def finish(self) -> str:
-        """Saves the last step, checks the reference's weights, and reports the end of the run.
+        """Saves the last step, verifies the reference's weights, and reports the end of the run.
 
         Returns:
-            The reason of the end, as in :class:`Ended`.
+            Why the run ended, as in :class:`Ended`.
 
         Raises:
             CheckpointError: the checkpoint could not be written.
