@@ -1,1 +1,1 @@
-"""What a rank runs; the only package that imports torch, transformers, accelerate and datasets."""
+"""Code run by ranks; the only package that imports torch, transformers, accelerate and datasets."""

@@ -1,6 +1,6 @@
-"""What happens between two steps: commands, the KL controller, and the end of the run.
+"""Handles what happens between two steps: commands, the KL controller and the end of the run.
 
-Settings change only here. So they are constant within a step, and all ranks change them between the
+Settings change only here, so they are constant within a step and all ranks change them between the
 same two steps.
 """
 
@@ -56,9 +56,9 @@ from engine.train.run import Run
 log = logging.getLogger("engine")
 
 PAUSE_POLL_INTERVAL = 0.5
-"""Seconds between polls for commands while paused; far below the time-out of a collective."""
+"""Seconds between polls for commands while paused; far below a collective's timeout."""
 PAUSE_REPORT_INTERVAL = 2.0
-"""Seconds between `paused` messages, by which the supervisor knows that the ranks are alive."""
+"""Seconds between `paused` messages, which tell the supervisor that the ranks are alive."""
 
 
 class BoundaryBroadcast(msgspec.Struct):
@@ -69,17 +69,18 @@ class BoundaryBroadcast(msgspec.Struct):
     """Training time so far. Equal on all ranks, so `train.max_hours` ends them at the same step."""
     beta: float
     reached: bool
-    """Whether `train.stop_at` is met. Ranks may differ, in times or in a sum's last bit."""
+    """Whether `train.stop_at` is met. Ranks may differ in times, or in the last bit of a sum."""
     early: str = ""
-    """Why the ranks save and end now although steps are left, as in :class:`Ended`; "" if not."""
+    """Why the run must save and end before its last step, as in :class:`Ended`; else ""."""
     recovered: bool = False
-    """Whether the reward source that the run is paused for works again."""
+    """Whether the reward source that caused the pause works again."""
 
 
 def update_reference(run: Run) -> None:
-    """Updates the reference if `kl.reference_update` has it due before the next step.
+    """Updates the reference if `kl.reference_update` says it is due before the next step.
 
-    Not right after the last one: its checkpoint and its evaluation have the reference of that step.
+    This does not happen immediately after a step, since the step's checkpoint and evaluation use
+    the reference of that step.
     """
     state, update = run.state, run.config.kl.reference_update
     due = update.every and state.step and state.step % update.every == 0
@@ -89,10 +90,10 @@ def update_reference(run: Run) -> None:
 
 
 class Boundary:
-    """The boundary between steps. All ranks call its methods together.
+    """The boundary between steps. All ranks must call its methods together.
 
-    Call :meth:`before_step`, run the step if it returns True, call :meth:`after_step`, and repeat;
-    then call :meth:`finish`. Call :meth:`close` in either case.
+    Call :meth:`before_step`, run the step if it returns True, call :meth:`after_step`, and repeat.
+    Then call :meth:`finish`. Always call :meth:`close` at the end, also after an error.
     """
 
     def __init__(self, session: SessionFolder, run: Run, begin: Begin, link: Link) -> None:
@@ -100,10 +101,9 @@ class Boundary:
         self._link = link
         self._settings = LiveSettings(run, begin)
         self.checkpoints = CheckpointManager(session.checkpoints, run, link, begin)
-        """Saves the run's checkpoints."""
         self._paused = begin.paused
         self._recovers = False
-        """Whether the pause ends by itself. A command to pause makes it one that does not."""
+        """Whether the pause ends when the source recovers; a pause command clears this."""
         self._recovery: Recovery | None = None
         self._stop_ids: list[str] = []
         self._ended = False
@@ -137,24 +137,24 @@ class Boundary:
         return follows
 
     def next_settings(self) -> dict[str, Any]:
-        """The settings of the next step, with what a resume repeats before it."""
+        """Returns the settings of the next step, including changes to repeat before it."""
         settings: dict[str, Any] = msgspec.to_builtins(
             self._settings.of_step(self._run.state.step + 1)
         )
         return settings
 
     def pause_before_step(self, error: RewardCallError) -> None:
-        """Has :meth:`before_step` pause before a step whose reward could not be computed.
+        """Makes :meth:`before_step` pause before a step whose reward could not be computed.
 
-        It then executes commands, like in any pause, and returns when the step is to be repeated.
-        If the error says that the source may recover, it is tried from time to time, and the pause
-        ends when it works again. After the last step there is no pause, as nothing is left to
-        repeat, but a notice. Call it on all ranks; the error is the same on all of them.
+        As in any pause, :meth:`before_step` then executes commands; it returns when the step should
+        be repeated. If the error says that the source may recover, the source is tried from time to
+        time, and the pause ends when it works again. After the last step nothing is left to repeat,
+        so there is only a notice. All ranks must call this with the same error.
         """
         self._pause_error = error
 
     def _begin_pause(self) -> None:
-        """Carries out :meth:`pause_before_step`. Call it when the ranks agree on the end."""
+        """Starts the pause of :meth:`pause_before_step`, once the ranks agree on whether to end."""
         error, self._pause_error = self._pause_error, None
         if error is None:
             return
@@ -163,7 +163,7 @@ class Boundary:
         if self._end_reason() is not None:
             self._link.send(Notice(step=step, rule=REWARD_FAILED, text=reason))
             return
-        # An attempt that begins paused computes rewards before its first boundary.
+        # An attempt that starts paused computes rewards before its first boundary.
         already = self._paused and not self._recovers
         self._set_pause(True)
         self._recovers = error.recovers and not already
@@ -182,7 +182,7 @@ class Boundary:
         )
 
     def _set_pause(self, paused: bool) -> None:
-        """Pauses or unpauses; in either case no source is waited for any more."""
+        """Pauses or resumes; either way, stops waiting for a reward source."""
         self._paused, self._recovers = paused, False
         if self._recovery is not None:
             self._recovery.cancel()
@@ -199,16 +199,16 @@ class Boundary:
         return self._early or None
 
     def _early_end(self) -> str:
-        """Why the run has to save and end, decided by rank 0 before a step; "" if it does not.
+        """Returns rank 0's reason to save and end before the next step; "" if there is none.
 
-        `deadline`: the longest step and the longest save do not fit any more. `preempted`: another
-        machine of the run is about to be taken away; `leaving`: and the others can continue.
-        `joining`: another machine wants to take part, and the last step is being saved.
+        `deadline`: there is no time left for the longest step and the longest save. `preempted`:
+        another machine of the run is about to be taken away. `leaving`: the same, but the others
+        can continue. `joining`: another machine wants to join, and the last step is being saved.
         """
         needed = self._longest_step + self.checkpoints.seconds_to_save()
         needed += self._run.config.train.deadline_margin
         if self._run.config.log.trackers:
-            needed += FINISH_SECONDS  # the end of the run may wait as long for them
+            needed += FINISH_SECONDS  # the end of the run may wait this long for them
         if self._deadline is not None and self._deadline - time.time() < needed:
             return "deadline"
         if self._run.ranks.is_machine_leaving():
@@ -225,9 +225,9 @@ class Boundary:
     # -- commands -----------------------------------------------------------------------------
 
     def _execute_received(self, received: BoundaryBroadcast) -> None:
-        """Executes rank 0's new commands, and ends a pause for a source that works again.
+        """Executes rank 0's new commands, then ends the pause if the reward source works again.
 
-        The commands come first: a person's pause in the same moment stays.
+        Commands come first, so that a pause requested by a person at the same moment persists.
         """
         self._execute(received.commands)
         if received.recovered and self._recovers:
@@ -237,12 +237,11 @@ class Boundary:
             self._link.send(Unpaused(step=self._run.state.step, rule=REWARD_FAILED, text=text))
 
     def _next_broadcast(self, wait: float) -> BoundaryBroadcast:
-        """Rank 0's new commands, on every rank.
+        """Broadcasts rank 0's new commands to every rank.
 
-        Training time, beta and the verdicts on `train.stop_at` and an early end are broadcast with
-        them: rank 0 measured or computed them, and they must be bitwise equal on all ranks. While
-        paused this runs every :data:`PAUSE_POLL_INTERVAL`, so that no rank waits in a collective
-        until it times out.
+        Training time, beta, and the decisions about `train.stop_at` and an early end are broadcast
+        with them, because they must be bitwise equal on all ranks. While paused this runs every
+        :data:`PAUSE_POLL_INTERVAL`, so that no rank waits in a collective until it times out.
         """
         run, data = self._run, b""
         if run.ranks.is_lead:
@@ -281,11 +280,11 @@ class Boundary:
                     self._link.send(applied)
 
     def _carry_out(self, command_id: str, command: BoundaryCommand) -> Applied | None:
-        """Executes a command; returns its reply, or None for `stop`: :meth:`finish` sends that.
+        """Executes a command; returns its reply, or None for `stop`, which :meth:`finish` answers.
 
         Raises:
-            CommandRejectedError: it cannot be executed now.
-            CheckpointError: the checkpoint it asks for could not be written.
+            CommandRejectedError: the command cannot be executed now.
+            CheckpointError: the requested checkpoint could not be written.
         """
         step, changes, result = self._run.state.step + 1, [], {}
         match command:
@@ -315,14 +314,15 @@ class Boundary:
         if problem := self.checkpoints.save():
             raise CheckpointError(problem)
         if self._run.ahead is not None:
-            # What follows a checkpoint is generated with its weights, here as after a resume.
+            # Responses after a checkpoint are generated with its weights, as they are after a
+            # resume.
             self._run.ahead.drop()
 
     def adjust(self, change: SettingChange, text: str) -> None:
         """Changes a setting for the next step without a command, and tells the operator why.
 
-        It is recorded like the command `set`, so a resume repeats it at the same step and `undo`
-        reverts it.
+        The change is recorded like the command `set`: a resume repeats it at the same step, and
+        `undo` reverts it.
         """
         changes = self._settings.change({change.key: change.new})
         log.warning("%s", text)
@@ -335,12 +335,12 @@ class Boundary:
     def after_step(
         self, step: int, metrics: dict[str, float], seconds: float
     ) -> list[SettingChange]:
-        """Counts a finished step, and lets the KL controller set the next step's beta.
+        """Records a finished step, and lets the KL controller set the next step's beta.
 
         Args:
             step: the finished step.
-            metrics: its metrics; gains `time/checkpoint`, the seconds that saving has taken since
-                the step before.
+            metrics: its metrics. `time/checkpoint` is added: the seconds spent saving since the
+                previous step.
             seconds: the step's duration.
 
         Returns:
@@ -360,15 +360,15 @@ class Boundary:
         return changes
 
     def close(self) -> None:
-        """Lets a running save finish; for a run that ends with an error, too."""
+        """Waits for a running save to finish; also called when the run ends with an error."""
         self._set_pause(self._paused)
         self.checkpoints.close()
 
     def finish(self) -> str:
-        """Saves the last step, checks the reference's weights, and reports the end of the run.
+        """Saves the last step, verifies the reference's weights, and reports the end of the run.
 
         Returns:
-            The reason of the end, as in :class:`Ended`.
+            Why the run ended, as in :class:`Ended`.
 
         Raises:
             CheckpointError: the checkpoint could not be written.

@@ -1,9 +1,9 @@
-"""Tries a configuration: ``python -m engine.train.check``.
+"""Tries out a configuration: ``python -m engine.train.check``.
 
-Reads the configuration as JSON on standard input, loads everything that it names, takes two steps
-on two prompts and times one on a few more. The last line of standard output is a
-:class:`engine.protocol.programs.check_result.CheckResult` or an object with `error`, as JSON. What
-it writes is in a temporary folder, which it removes.
+Reads the configuration as JSON from standard input, loads everything it names, takes two steps on
+two prompts, and times one with a few more. The last line of standard output is a
+:class:`engine.protocol.programs.check_result.CheckResult` or an object with `error`, as JSON. It
+writes only to a temporary folder, which it removes.
 """
 
 import sys
@@ -37,23 +37,23 @@ from engine.train.step import train_step
 
 PROMPTS = 2
 MORE_PROMPTS = 32
-"""Of a third step: its time and that of the second give what each response adds. Below that it is
-noise, and the longest response, which a small batch may lack."""
+"""Prompts of a third step. The time per response is estimated from this step and the second one.
+With fewer prompts, noise would dominate and the batch might lack a long response."""
 LONGEST_STEP = 60.0
-"""Seconds that the third step may take, if each prompt adds as much as the first ones took."""
+"""Most seconds that the third step may take, extrapolated from the time per prompt so far."""
 RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
-"""How far the mean ratio before an update may be from 1; rounding explains less."""
+"""Largest deviation from 1 of the mean ratio before an update; rounding causes less."""
 
 
 def main() -> None:
-    """Tries one configuration and prints the result."""
+    """Checks one configuration and prints the result."""
     disable_progress_bar()
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RunConfig))
     print_result(lambda: check(config))
 
 
 def check(config: RunConfig) -> CheckResult:
-    """Loads everything, takes two steps, and times a larger one if those of the run are larger.
+    """Loads everything, takes two steps, and times a larger step if the run's steps are larger.
 
     Raises:
         RlhfError: something cannot be loaded or used, or the run does not start at ratio 1 with a
@@ -81,9 +81,9 @@ def check(config: RunConfig) -> CheckResult:
 
 
 def reduced(config: RunConfig) -> RunConfig:
-    """The configuration with two prompts a step, one update and one rank.
+    """Reduces a configuration to two prompts a step, one update and one rank.
 
-    Scores are not normalised: those of a few responses of the reference may not vary.
+    Turns off score normalisation, since the scores of a few reference responses may all be equal.
     """
     reward = replace(
         config.reward,
@@ -95,7 +95,7 @@ def reduced(config: RunConfig) -> RunConfig:
         config,
         reward=reward,
         rollout=replace(
-            config.rollout.in_process(),  # no supervisor is here to start another program
+            config.rollout.in_process(),  # there is no supervisor to start another program
             batch_size=PROMPTS * config.responses_per_prompt,
             dynamic=False,
         ),
@@ -105,7 +105,7 @@ def reduced(config: RunConfig) -> RunConfig:
 
 
 def suggested_value(config: RunConfig, run: Run) -> list[str]:
-    """A line if the value function could be fitted to the reward model's states and is not."""
+    """Suggests fitting the value function to the reward model's states if that is possible."""
     if config.model.value != "shared" or not config.ppo.traits.value_function:
         return []
     fitted = replace(config, model=replace(config.model, value="reward_model"))
@@ -169,14 +169,14 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
 def _time_larger(
     config: RunConfig, run: Run, tried: float, warnings: list[str]
 ) -> TimedStep | None:
-    """Takes a third step on more prompts, if ranks of the run have more and it does not take long.
+    """Takes a third step with more prompts, if the run's ranks have more and it will be short.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         run: after two steps.
-        tried: seconds of the second one.
-        warnings: gets the reason if the step fails: the run could do without it, by retries or a
-            smaller micro-batch.
+        tried: duration of the second step in seconds.
+        warnings: the reason is appended if the step fails, which the run itself might survive by
+            retries or a smaller micro-batch.
     """
     ranks = ranks_per_node(config.launch) * config.launch.nodes
     affordable = int(PROMPTS * LONGEST_STEP / tried)
@@ -187,7 +187,7 @@ def _time_larger(
     run.prompts = run.prompts.in_steps_of(prompts)
     run.config = replace(run.config, rollout=replace(run.config.rollout, batch_size=responses))
     try:
-        # A GPU prepares itself for a shape when it comes first.
+        # On a GPU, the first step with new shapes is slower.
         for number in (3,) if run.device.type == "cpu" else (3, 4):
             run.state.step = number - 1
             step, _ = train_step(run, number)

@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints, in the background, and removes older ones."""
+"""Saves a run's checkpoints in the background and removes older ones."""
 
 import contextlib
 import logging
@@ -24,16 +24,16 @@ log = logging.getLogger("engine")
 REPORT_INTERVAL = 2.0
 """Seconds between `checkpoint` messages while waiting for a save."""
 REMOVAL_PATIENCE = 60.0
-"""Seconds that the removal of old checkpoints waits until the journal has it."""
+"""Most seconds to wait for the journal to record a removal before removing old checkpoints."""
 CLOSE_TIMEOUT = 30.0
-"""Seconds that a running save gets to finish when the run fails."""
+"""Seconds that a running save may take to finish when the run fails."""
 
 
 def settings_digest(state: SavedState) -> bytes:
-    """The state that must be equal on all ranks before a save, serialised for comparison.
+    """Serialises the state that must be equal on all ranks before a save, for comparison.
 
-    Beta is left out. On different processors, the controller's result may differ in its last bit
-    until rank 0 broadcasts its own at the next boundary.
+    Omits beta: on different processors, the controller's result may differ in the last bit until
+    rank 0 broadcasts its own at the next boundary.
     """
     settings = msgspec.structs.replace(state.settings, beta=0.0)
     return msgspec.msgpack.encode((state.step, state.episodes, state.sampling_seed, settings))
@@ -48,7 +48,8 @@ class CheckpointManager:
         Args:
             folder: the session's checkpoint folder.
             run: the run to save.
-            link: to the supervisor, which confirms each checkpoint before it becomes complete.
+            link: the connection to the supervisor, which confirms each checkpoint before it becomes
+                complete.
             begin: the step the run starts from, and the checkpoints of its branch.
         """
         self._folder = folder
@@ -64,20 +65,19 @@ class CheckpointManager:
         self._saved_step = begin.from_step
         """The step of the last save that was started."""
         self._branch = set(begin.checkpoints)
-        """Steps of the checkpoints of this branch of the run, removed ones included."""
+        """Steps of the checkpoints on this branch of the run, including removed ones."""
         self._score = self._kl = math.nan
         self._best: MetricValue | None = None
         self._seconds = 0.0
-        """That saving has blocked training since the last step."""
+        """Seconds that saving has blocked training since the last step."""
         self._longest_save = 0.0
-        """Seconds from the start of a save to its end."""
 
     def poll(self) -> None:
-        """Raises an unexpected error of the thread that saves, if there was one."""
+        """Raises the unexpected error of the saving thread, if there was one."""
         self._saver.poll()
 
     def step_done(self, metrics: dict[str, float]) -> float:
-        """Call after each step, with its metrics for the next checkpoint.
+        """Records the metrics of a finished step for the next checkpoint; call it after each step.
 
         Returns:
             Seconds that saving has blocked training since the last call.
@@ -89,26 +89,26 @@ class CheckpointManager:
         return seconds
 
     def seconds_to_save(self) -> float:
-        """How long :meth:`save` may take: as long as the longest save so far; 0 before the first.
+        """Estimates the duration of :meth:`save` from the longest save so far; 0 before the first.
 
-        A save that is running has to end first.
+        Includes the time for a running save to end.
         """
         return self._longest_save * (2 if self._saver.busy else 1)
 
     def save_if_due(self) -> None:
-        """Starts a save every `train.save_every` steps. If it fails, the operator gets a notice."""
+        """Starts a save every `train.save_every` steps. Notifies the operator if it fails."""
         if self._run.config.train.saves_after(self._run.state.step):
             self._start_save()
 
     def has_begun_to_save(self, step: int) -> bool:
-        """Whether the last save that was started is that of a step."""
+        """Whether the last save that was started is the one of this step."""
         return self._saved_step == step
 
     def save(self) -> str | None:
         """Saves the last step and waits until the checkpoint is complete.
 
         Returns:
-            None, or the reason why it could not be written.
+            Why the checkpoint could not be written, or None on success.
         """
         step = self._run.state.step
         if self._saved_step == step and self._wait_for_save() is None:
@@ -117,7 +117,7 @@ class CheckpointManager:
         return self._wait_for_save()
 
     def _start_save(self) -> None:
-        """Copies the state; it is written while the next steps run."""
+        """Copies the state and starts writing it in the background."""
         run, state = self._run, self._run.state
         self._wait_for_save()  # for the previous save
         self._check_ranks_agree()
@@ -133,7 +133,7 @@ class CheckpointManager:
         self._seconds += time.monotonic() - started
 
     def _check_ranks_agree(self) -> None:
-        """All ranks must agree on step and settings; otherwise the checkpoint would mix states.
+        """Checks that all ranks agree on step and settings, so that the checkpoint mixes no states.
 
         Raises:
             RlhfError: they differ, which is a bug.
@@ -160,10 +160,10 @@ class CheckpointManager:
         return str(outcome) if isinstance(outcome, CheckpointError) else None
 
     def _confirm(self, saved: Saved) -> None:
-        """Marks a checkpoint COMPLETE once the journal is; called in the thread that saves.
+        """Marks a checkpoint COMPLETE once the journal is complete; called in the saving thread.
 
-        This does not wait for the next boundary: a step can take minutes, and if it crashes, a
-        checkpoint that is on disk should be there to resume from.
+        This does not wait for the next boundary, because a step can take minutes. If it crashes,
+        the run can resume from a checkpoint that is already on disk.
         """
         self._link.send(
             CheckpointWritten(step=saved.step, size=saved.size, score=saved.score, kl=saved.kl)
@@ -172,15 +172,15 @@ class CheckpointManager:
         mark_complete(saved.folder)
 
     def _conclude(self, step: int, outcome: Outcome) -> None:
-        """Reports an outcome, then removes older checkpoints; called in the thread that saves."""
+        """Reports an outcome, then removes older checkpoints; called in the saving thread."""
         if isinstance(outcome, CheckpointError):
             self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
             return
         self._longest_save = max(self._longest_save, outcome.seconds)
         removable = self._removable(step, outcome.best)
-        # Journalled first: a crash between the two leaves a folder too many, not one too few.
+        # Recorded first: a crash in between leaves a spare folder instead of a missing one.
         self._link.send(CheckpointComplete(step=step, removed=removable))
-        # On a full disk the journal may wait for the very room that the removal makes.
+        # Bounded: on a full disk the journal may be waiting for the space that the removal frees.
         self._link.wait_for_confirm(step, at_most=REMOVAL_PATIENCE)
         for old_step in removable:
             self._remove(old_step, step)
@@ -189,11 +189,11 @@ class CheckpointManager:
         )
 
     def _removable(self, saved_step: int, best: MetricValue | None) -> list[int]:
-        """Steps of older checkpoints to remove, by `train.keep_last` and `train.keep_best`.
+        """Selects older checkpoints to remove, by `train.keep_last` and `train.keep_best`.
 
         Checkpoints of an abandoned branch are neither counted nor removed, since an operator may
-        have asked for them; a new checkpoint of the same step replaces them. A checkpoint that
-        cannot be read is left alone as well.
+        have requested them; a new checkpoint of the same step replaces them. Unreadable checkpoints
+        are also kept.
         """
         train, scored_by = self._run.config.train, self._run.state.scored_by
         scores = {saved_step: -math.inf if best is None else best.rank}
@@ -205,7 +205,7 @@ class CheckpointManager:
         return checkpoint_folder.to_remove(scores, train.keep_last, train.keep_best)
 
     def _remove(self, step: int, saved_step: int) -> None:
-        """Removes a checkpoint. If that fails, the operator gets a notice and the run continues."""
+        """Removes a checkpoint. If that fails, notifies the operator and lets the run continue."""
         try:
             checkpoint_folder.remove(checkpoint_path(self._folder, step))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Dynamic sampling: prompts whose responses all score alike are replaced by others.
+"""Dynamic sampling: replaces prompts whose responses all have the same score.
 
 Source: Yu et al. 2025, arXiv 2503.14476 (DAPO), section 3.2; `filter_groups` in verl.
 """
@@ -29,7 +29,7 @@ class ScoredRollout:
     parts: Parts
     """B scores of each reward source, by name."""
     redrawn: int = 0
-    """Number of prompts whose responses were drawn in place of others, kept or not."""
+    """Number of replacement prompts that were generated, whether kept or not."""
 
 
 def redraw_constant_groups(
@@ -39,22 +39,22 @@ def redraw_constant_groups(
     options: SamplingOptions,
     score: Callable[[Rollout], tuple[Tensor, Parts]],
 ) -> ScoredRollout:
-    """Replaces the prompts without variance, at most `rollout.dynamic_limit` times in a row.
+    """Replaces prompts whose scores have no variance, in at most `rollout.dynamic_limit` attempts.
 
-    Their group advantages are 0, so they would only make the batch smaller. Replacements are chosen
-    by (seed, step, attempt), from all prompts, so that the other steps keep their order. Every rank
-    must call it; the result depends on the number of ranks no more than a step does.
+    Their group advantages are 0, so they would only shrink the effective batch. Replacements are
+    chosen from all prompts by (seed, step, attempt), so that the other steps keep their order.
+    Every rank must call it; the result depends on the number of ranks no more than a step's does.
 
     Args:
         run: the run.
         step: counted from 1.
         scored: the step's first draw.
-        options: how it was generated.
-        score: gives a rollout's raw scores and each source's.
+        options: the sampling options of the first draw.
+        score: returns a rollout's raw scores and those of each source.
 
     Returns:
-        The rollout with the replacements in the rows of what they replace. A prompt without
-        variance that is left after the last attempt stays.
+        The rollout with each replacement in the rows of the prompt it replaces. A prompt that still
+        has no variance after the last attempt is kept.
     """
     group, ranks = options.per_prompt, run.ranks
     for attempt in range(1, run.config.rollout.dynamic_limit + 1):
@@ -62,7 +62,7 @@ def redraw_constant_groups(
         wanted = len(constant)
         if not wanted:
             break
-        # Each rank needs a prompt; what is drawn beyond the wanted number is not used.
+        # Each rank needs a prompt; any beyond the wanted number are not used.
         prompts = run.prompts.replacements(step, attempt, max(wanted, ranks.size))
         seed = derived_seed(options.seed, "redraw", attempt)
         with run.timer.phase(run, step, "generate") as report:
@@ -84,7 +84,7 @@ def redraw_constant_groups(
 
 
 def _rows(groups: Tensor, per_prompt: int) -> Tensor:
-    """The rows of groups: (n,) → (n · per_prompt,)."""
+    """Returns the row indices of groups: (n,) → (n · per_prompt,)."""
     return (groups[:, None] * per_prompt + torch.arange(per_prompt)).view(-1)
 
 

@@ -1,4 +1,4 @@
-"""The scores of greedy responses, the baseline of estimators such as ReMax.
+"""Scores greedy responses, the baseline of estimators such as ReMax.
 
 Source: Li et al. 2023, arXiv 2310.10505 (ReMax), section 4.
 """
@@ -24,18 +24,18 @@ def greedy_scores(
     options: SamplingOptions,
     score: Callable[[Rollout], Tensor],
 ) -> Tensor:
-    """Generates and scores the policy's most likely response to each prompt; all ranks call it.
+    """Generates and scores the policy's greedy response to each prompt; all ranks must call it.
 
     Args:
-        run: before the update of the step.
+        run: the run, before the step's update.
         step: counted from 1.
         rollout: the step's B responses.
-        options: how they were generated.
-        score: gives the raw scores of a rollout.
+        options: their sampling options.
+        score: returns the raw scores of a rollout.
 
     Returns:
-        (B,) float32 on the device: for each response the score of the greedy one to its prompt,
-        normalised and clipped, with the same penalties.
+        (B,) float32 on the device: for each response, the score of the greedy response to the same
+        prompt, normalised and clipped, with the same penalties.
     """
     greedy_options = dataclasses.replace(options, temperature=GREEDY_TEMPERATURE, per_prompt=1)
     prompts = rollout.batch.prompts[:: options.per_prompt]

@@ -1,8 +1,8 @@
 """A rank's connection to the supervisor.
 
 A reader thread receives messages; the synchronous training loop takes them when it is safe to act.
-Each rank on the supervisor's machine has a connection, for its phases and its errors. Everything
-that concerns the run as a whole is sent and received by rank 0 alone.
+Each rank on the supervisor's machine has a connection, over which it reports its phases and errors.
+Everything that concerns the run as a whole is sent and received by rank 0 alone.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class Link:
         self._sock: socket.socket | None = None
         if SOCKET_VARIABLE not in os.environ:
             return
-        # A queue of its own: the thread that saves waits for it while the loop takes commands.
+        # Separate from the inbox: the saving thread waits on it while the loop takes commands.
         self._confirmed: queue.SimpleQueue[Confirm | None] = queue.SimpleQueue()
         try:
             self._sock = sockets.connect(Path(os.environ[SOCKET_VARIABLE]))
@@ -86,10 +86,10 @@ class Link:
 
         Args:
             step: the step.
-            at_most: seconds without any confirmation after which it gives up.
+            at_most: give up after this many seconds without any confirmation.
 
         Returns:
-            Whether the confirmation came.
+            Whether the confirmation arrived.
         """
         try:
             while self._checked(self._confirmed.get(timeout=at_most)).step != step:
@@ -99,7 +99,7 @@ class Link:
         return True
 
     def commands(self, wait: float = 0.0) -> list[ToRank]:
-        """The messages received since the last call. Raises LinkError.
+        """Returns the messages received since the last call. Raises LinkError.
 
         Args:
             wait: seconds to block if there is none.
@@ -144,6 +144,6 @@ class Link:
                 else:
                     self._inbox.put(message)
         except (OSError, LinkError):
-            # None wakes whoever waits: the connection has ended.
+            # None wakes any waiting thread: the connection has ended.
             self._inbox.put(None)
             self._confirmed.put(None)

@@ -1,4 +1,4 @@
-"""The live settings of a run on each rank: changed, undone, and changed again after a crash."""
+"""Changes, undoes, and (after a crash) repeats changes of a run's live settings on each rank."""
 
 from typing import Any
 
@@ -20,23 +20,23 @@ from engine.train.run import Run, max_response_tokens
 
 
 class LiveSettings:
-    """Changes the settings in `run.config`. Call it between two steps, on all ranks alike."""
+    """Changes the settings in `run.config`. Use it only between steps and equally on all ranks."""
 
     def __init__(self, run: Run, begin: Begin) -> None:
-        """Takes over what earlier attempts changed after the checkpoint.
+        """Takes over the changes that earlier attempts made after the checkpoint.
 
         Args:
-            run: whose configuration is replaced with each change.
-            begin: with the changes to repeat, and those that can be undone.
+            run: the run; each change replaces its configuration.
+            begin: holds the changes to repeat and those that can be undone.
         """
         self._run = run
         self._to_repeat = begin.repeat
         self._undoable = list(begin.undoable)
 
     def repeat(self, step: int) -> None:
-        """Applies again what commands of earlier attempts changed before this step."""
+        """Reapplies the changes that commands of earlier attempts made before this step."""
         for earlier in self._to_repeat:
-            # Without changes, later commands have replaced all of it: nothing to undo either.
+            # Without changes, later commands have replaced all of it, so there is nothing to undo.
             if earlier.step != step or not earlier.changes:
                 continue
             changes = self.set({c.key: c.new for c in earlier.changes})
@@ -44,22 +44,22 @@ class LiveSettings:
                 del self._undoable[-1:]
             elif have_effect(earlier.changes):
                 self._undoable.append(changes)
-        # A step that is repeated must not have them again.
+        # A repeated step must not apply them again.
         self._to_repeat = [r for r in self._to_repeat if r.step != step]
 
     def of_step(self, step: int) -> Settings:
-        """Those of the next step, with what :meth:`repeat` has not applied yet."""
+        """Returns the settings of the next step, including changes still to be repeated."""
         repeated = {c.key: c.new for r in self._to_repeat if r.step == step for c in r.changes}
         return settings_of(change_settings(self._run.config, repeated))
 
     def change(self, values: dict[str, Any]) -> list[SettingChange]:
-        """Changes settings, so that :meth:`undo` can revert it if a value differs from before.
+        """Changes settings; if any value differs from before, :meth:`undo` can revert the change.
 
         Args:
-            values: setting → new value, of its type and in its range.
+            values: new value by setting, of its type and in its range.
 
         Raises:
-            CommandRejectedError: a value does not fit the model or the other keys.
+            CommandRejectedError: a value conflicts with the model or with other keys.
         """
         changes = self._override(values)
         if have_effect(changes):
@@ -70,18 +70,18 @@ class LiveSettings:
         """Reverts the last change.
 
         Raises:
-            CommandRejectedError: there is none, or the old value is not valid any more.
+            CommandRejectedError: there is no change to undo, or the old value is no longer valid.
         """
         if not self._undoable:
             raise CommandRejectedError("there is no change to undo")
         values = {c.key: c.old for c in self._undoable.pop()}
-        # A version without bounds may have set the old value, or put it into a checkpoint.
+        # An earlier version without bounds may have set the old value or stored it in a checkpoint.
         if problems := invalid_values(values):
             raise CommandRejectedError(f"the change cannot be undone: {min(problems.values())}")
         return self._override(values)
 
     def _override(self, values: dict[str, Any]) -> list[SettingChange]:
-        """Changes settings, and drops changes of the same settings that are still to repeat."""
+        """Changes settings, and drops pending repetitions of changes to the same settings."""
         limit = max_response_tokens(self._run)
         if limit is not None and values.get("max_new_tokens", 0) > limit:
             raise CommandRejectedError(
@@ -96,7 +96,7 @@ class LiveSettings:
         return self.set(values)
 
     def set(self, values: dict[str, Any]) -> list[SettingChange]:
-        """Changes settings without a check; no command did it, so it cannot be undone."""
+        """Changes settings without validation. Not caused by a command, so it cannot be undone."""
         before = msgspec.structs.asdict(settings_of(self._run.config))
         self._run.config = change_settings(self._run.config, values)
         return [SettingChange(key=k, old=before[k], new=v) for k, v in values.items()]

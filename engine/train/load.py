@@ -78,21 +78,22 @@ def load_run(
     announce: Announce,
     notify: Callable[[str, str], None] = lambda _rule, _text: None,
 ) -> Run:
-    """Loads everything that a step needs; all ranks call it together.
+    """Loads everything that a step needs; all ranks must call it.
 
-    Rank 0 reads the files and the others receive their content, except for the weights of sharded
-    models, of which each rank reads its shards. Prompts come before weights, so
-    that a mistake in the data is found before minutes of loading.
+    Rank 0 reads the files and sends their content to the other ranks. The exception is the weights
+    of sharded models: each rank reads its own shards. Prompts are loaded before weights, so that a
+    mistake in the data shows up before minutes of loading.
 
     Args:
         session: the session's folder.
-        config: as the run was started; live settings are restored from the checkpoint.
-        begin: the step to start from, and the changes to repeat.
+        config: the configuration that the run was started with; live settings are restored from the
+            checkpoint.
+        begin: the step to start from, and the setting changes to repeat.
         ranks: all ranks of this attempt.
         announce: called with each phase of loading.
-        notify: called with the rule and the text of each notice for the operator: `memory` if the
-            models probably do not fit, `settings` for a saved setting that is not used, `reward` if
-            the scores come from another reward than those before the checkpoint.
+        notify: called with the rule and the text of each notice to the operator: `memory` if the
+            models probably do not fit, `settings` if a saved setting is ignored, `reward` if the
+            reward differs from the one used before the checkpoint.
 
     Raises:
         UserInputError: something that the configuration names cannot be used.
@@ -174,7 +175,7 @@ def load_run(
     )  # fmt: skip
     _check_response_length(run)
     use_saved_scales(run, lambda text: notify(REWARD_CHANGED, text))
-    # What is wrong with an engine of its own shows here, not in the first step.
+    # Makes a faulty separate engine fail here instead of in the first step.
     backend.sync(policy, begin.from_step, report_nothing)
     return run
 
@@ -185,7 +186,7 @@ def _load_prompts(
     ranks: RankGroup,
     begin_part: BeginPart,
 ) -> tuple[Prompts, list[Prompt]]:
-    """The prompts to train on, and those that are held out. Raises UserInputError."""
+    """Returns the training prompts and the held-out prompts. Raises UserInputError."""
     loaded = load_on_all_ranks(
         config.data, tokenizer, ranks,
         per_step=config.prompts_per_step, seed=config.seed, begin=begin_part,
@@ -196,7 +197,7 @@ def _load_prompts(
 def _load_held_out(
     context: LoadContext, config: RunConfig, prompts: list[Prompt], trained_on: RewardMix
 ) -> HeldOut | None:
-    """The held-out prompts with the sources of `eval.rewards`. Raises UserInputError."""
+    """Returns the held-out prompts with the sources of `eval.rewards`. Raises UserInputError."""
     if not prompts:
         return None
     sources = config.eval.rewards
@@ -204,7 +205,7 @@ def _load_held_out(
 
 
 def _load_scores(config: RunConfig, context: LoadContext) -> RewardMix:
-    """The sources of the section `reward`. Raises UserInputError, also if V cannot be fitted."""
+    """Loads the reward sources. Raises UserInputError, for example if V cannot be fitted."""
     rewards = load_rewards(context)
     if config.linear_value:
         rewards.reward_model().check_states()
@@ -214,7 +215,7 @@ def _load_scores(config: RunConfig, context: LoadContext) -> RewardMix:
 def load_policy_average(
     config: RunConfig, policy: LanguageModel, saved: Path | None, ranks: RankGroup
 ) -> PolicyAverage | None:
-    """The averaged policy of a checkpoint; without one there, it starts from the policy.
+    """Loads the averaged policy from a checkpoint, or starts one from the policy.
 
     Returns:
         None without `train.ema.decay`.
@@ -228,7 +229,7 @@ def load_policy_average(
 
 
 def check_rank_count(config: RunConfig, ranks: int) -> None:
-    """Checks that there is work for every rank; their number is known only when they run.
+    """Checks that every rank has work; the number of ranks is only known at run time.
 
     Raises:
         UserInputError: there are too few prompts or samples; names the key to change.
@@ -247,14 +248,14 @@ def check_rank_count(config: RunConfig, ranks: int) -> None:
 
 
 def _normalises(reward: RewardConfig) -> bool:
-    """Whether scores of the reference's responses are needed before the first step."""
+    """Whether the reference's responses must be scored before the first step."""
     return "reference" in (reward.normalise, *(s.normalise for s in reward.sources()))
 
 
 def first_step_config(config: RunConfig, begin: Begin) -> RunConfig:
-    """The configuration of the first step: `config` with the changes repeated before it.
+    """Returns the configuration of the first step: `config` plus the changes to repeat.
 
-    These are from an attempt that ended after the checkpoint, or overrides of a resume.
+    These come from an attempt that ended after the checkpoint, or from overrides given on resume.
     """
     for repeated in begin.repeat:
         if repeated.step == begin.from_step + 1:
@@ -279,12 +280,12 @@ def _check_frozen_models(
     reference: AnyModel,
     threads: int,
 ) -> None:
-    """Checks that the frozen models are those the run began with: no checkpoint holds them.
+    """Checks that the frozen models, which no checkpoint holds, are those the run began with.
 
     Stores their fingerprints and the number of threads in `state`.
 
     Raises:
-        CheckpointError: the weights of one have changed.
+        CheckpointError: the weights of a frozen model have changed.
     """
     weights = fingerprint(reference)
     if state.reference and state.reference != weights:

@@ -1,4 +1,4 @@
-"""A step that runs out of memory: the message of its error, and its repetition with less."""
+"""Handles a step that runs out of memory: describes the error and retries with less memory."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ TEXTS = (
     "DefaultCPUAllocator",
     "Cuda failure 2 'out of memory'",
 )
-"""Parts of the messages of torch's allocators, of CUDA's libraries and of NCCL."""
+"""Substrings of out-of-memory messages from torch's allocators, CUDA's libraries and NCCL."""
 
 
 class StepOutOfMemoryError(RlhfError):
@@ -40,7 +40,7 @@ class StepOutOfMemoryError(RlhfError):
         Args:
             text: what happened.
             step: the step.
-            change: the setting with which to repeat it; None if no setting is known to help.
+            change: the setting to retry with; None if no setting is known to help.
         """
         super().__init__(text)
         self.step = step
@@ -58,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_text(error: BaseException) -> str:
-    """The first two sentences of torch's message, without its statistics."""
+    """Returns the first two sentences of torch's message, without its statistics."""
     first = error_text(error).strip().split("\n")[0]
     return ". ".join(first.split(". ")[:2]).rstrip(".")
 
@@ -66,12 +66,13 @@ def memory_text(error: BaseException) -> str:
 def run_step(
     run: Run, step: int, adjust: Callable[[SettingChange, str], None]
 ) -> tuple[dict[str, float], list[Sample]]:
-    """Runs a step; if it runs out of memory, repeats it with a halved micro-batch.
+    """Runs a step; if it runs out of memory, retries it with half the micro-batch.
 
-    The step begins again: its random choices come from its number, so it has the numbers of a run
-    with that micro-batch from this step on. That needs the weights of its beginning, so only a
-    single rank that has not updated them yet repeats it here. In any other case the supervisor
-    starts the ranks from the last checkpoint, with the micro-batch halved from this step on.
+    The step starts over. Its random choices depend only on its number, so the results equal those
+    of a run that uses the smaller micro-batch from this step on. The retry needs the weights from
+    the beginning of the step, so it only happens here on a single rank that has not updated them
+    yet. Otherwise the supervisor restarts the ranks from the last checkpoint, with half the
+    micro-batch from this step on.
 
     Args:
         run: the run.
@@ -85,7 +86,7 @@ def run_step(
         problem = attempt_step(run, step)
         if not isinstance(problem, StepOutOfMemoryError):
             return problem
-        # The frames of the error held the tensors of the step.
+        # The error's stack frames held the tensors of the step.
         gc.collect()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -97,17 +98,17 @@ def run_step(
 def attempt_step(
     run: Run, step: int
 ) -> tuple[dict[str, float], list[Sample]] | StepOutOfMemoryError:
-    """Runs a step, or returns why it ran out of memory if it can be repeated.
+    """Runs a step; if it runs out of memory but can be retried here, returns the error.
 
     Raises:
-        StepOutOfMemoryError: it cannot be repeated.
+        StepOutOfMemoryError: the step cannot be retried here.
     """
     state, updates = copy.copy(run.state), list[int]()
 
     def count(*_hook_arguments: Any) -> None:
         updates.append(step)
 
-    # Before: one that runs out of memory within an update leaves half of it behind.
+    # A pre-hook: an update that runs out of memory midway has already changed some weights.
     hook = run.optimiser.register_step_pre_hook(count)
     try:
         return train_step(run, step)
@@ -126,7 +127,7 @@ def attempt_step(
 
 
 def describe(error: BaseException, run: Run, step: int) -> StepOutOfMemoryError:
-    """The error of a step that ran out of memory, with what would help."""
+    """Builds the error of a step that ran out of memory, with a remedy."""
     phase = run.timer.current
     size = smaller_micro_batch(run.config, run.ranks.size, phase)
     text = f"step {step} ran out of memory in the phase '{phase}': {memory_text(error)}"
@@ -137,7 +138,7 @@ def describe(error: BaseException, run: Run, step: int) -> StepOutOfMemoryError:
 
 
 def smaller_micro_batch(config: RunConfig, ranks: int, phase: str) -> int | None:
-    """Half of the largest micro-batch of a phase; None if that phase has none or it is one row."""
+    """Halves the largest micro-batch of a phase; None if the phase has none or it is one row."""
     rows = -(-config.rollout.batch_size // ranks)
     if phase == "optimise":
         rows = -(-config.rollout.batch_size // config.ppo.minibatches // ranks)
@@ -147,5 +148,5 @@ def smaller_micro_batch(config: RunConfig, ranks: int, phase: str) -> int | None
 
 
 def change_text(change: SettingChange) -> str:
-    """`ppo.micro_batch_size 8 instead of 16`."""
+    """Formats a change, for example `ppo.micro_batch_size 8 instead of 16`."""
     return f"ppo.{change.key} {change.new} instead of {change.old}"

@@ -1,4 +1,4 @@
-"""An averaged policy (`train.ema`): an exponential moving average of the weights over the steps.
+"""Maintains an averaged policy (`train.ema`): an exponential moving average of the weights.
 
 Source: Polyak and Juditsky 1992 (averaged iterates); the decayed form is that of Morales-Brotons et
 al. 2024, arXiv 2411.18704, and of OpenRLHF's `--enable_ema`.
@@ -19,17 +19,17 @@ from engine.train.models.language_model import LanguageModel
 
 
 class PolicyAverage:
-    """The average of a policy's trained weights, in their dtype (float32) and sharded like them.
+    """The average of a policy's trained weights, in the same dtype (float32) and sharded alike.
 
-    With LoRA it has the adapters only. The value function is not part of it.
+    With LoRA it contains only the adapters. The value function is not averaged.
     """
 
     def __init__(self, policy: LanguageModel, config: EMAConfig) -> None:
         """Starts from the policy as it is.
 
         Args:
-            policy: on its device, sharded if it is going to be.
-            config: with a `decay`.
+            policy: the policy, on its device and, if it is to be sharded, already sharded.
+            config: the configuration, with `decay` set.
         """
         if config.decay is None:
             raise TypeError("an average needs a decay")
@@ -42,7 +42,7 @@ class PolicyAverage:
 
     @torch.no_grad()
     def update(self, policy: LanguageModel) -> None:
-        """Average ← decay·average + (1 − decay)·policy, weight by weight."""
+        """Updates the average to decay·average + (1 − decay)·policy."""
         for name, tensor in _local_tensors(policy).items():
             average = self._tensors[name]
             new = tensor.to(average.device)
@@ -53,10 +53,10 @@ class PolicyAverage:
 
     @contextmanager
     def in_place_of(self, policy: LanguageModel) -> Iterator[None]:
-        """Context in which the policy computes with the average; restores it bit for bit.
+        """Context manager in which the policy uses the averaged weights; restores its own exactly.
 
-        The weights are exchanged one by one, so it takes the memory of the largest. Nothing may
-        train inside. All ranks must enter and leave the context.
+        Weights are swapped one by one, so this needs extra memory only for the largest one. Do not
+        train inside the context. All ranks must enter and leave it.
         """
         self._exchange(policy)
         try:
@@ -75,15 +75,15 @@ class PolicyAverage:
             self._tensors[name].copy_(own)
 
     def tensors(self, policy: LanguageModel) -> dict[str, Tensor]:
-        """The average by the names of :func:`policy_tensors`; not copied.
+        """Returns the average by the names of :func:`policy_tensors`, without copying.
 
-        As DTensors where the policy, which they are the average of, is sharded.
+        The tensors are DTensors where the policy is sharded.
         """
         return {n: shard_like(t, self._tensors[n]) for n, t in policy_tensors(policy).items()}
 
 
 def _local_tensors(policy: LanguageModel) -> dict[str, Tensor]:
-    """The policy's weights, of a sharded one this rank's shards; they share its memory."""
+    """Returns the policy's weights, or this rank's shards of them, without copying."""
     return {
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for name, tensor in policy_tensors(policy).items()

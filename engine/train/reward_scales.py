@@ -1,4 +1,4 @@
-"""The scales of the scores (`normalise`): measured before the first step, kept in checkpoints."""
+"""Scales for normalising scores: measured before the first step and kept in checkpoints."""
 
 import logging
 import re
@@ -19,15 +19,15 @@ from engine.train.run import Run
 log = logging.getLogger("engine")
 
 ADDRESS = re.compile(r"(://[^\s?]*)\?\S*")
-"""An address with a query in a text, after its scheme; group 1 is without the query."""
+"""Matches a URL with a query, from after its scheme on; group 1 excludes the query."""
 
 
 def use_saved_scales(run: Run, changed: Callable[[str], None]) -> None:
-    """Gives the sources the checkpoint's scales, and forgets those that are no longer wanted.
+    """Applies the checkpoint's scales to the reward sources, and drops those no longer needed.
 
     Args:
         run: as it was loaded.
-        changed: called with a sentence if the scores come from another reward than before.
+        changed: called with a sentence if the reward differs from the one used before.
     """
     state, rewards = run.state, run.rewards
     _adopt_reward(state, run.config.reward, changed)
@@ -39,17 +39,17 @@ def use_saved_scales(run: Run, changed: Callable[[str], None]) -> None:
 
 
 def fit_scales(run: Run, config: RunConfig) -> None:
-    """Measures the scales of the scores, and scales a value function that begins with them.
+    """Measures the scales of the scores, and scales a value function that starts from the reward.
 
-    A resumed run has them in its checkpoint, unless a `normalise` was turned on since: then all are
-    measured on the reference as it is now, which is that of the first step if nothing updates it.
+    A resumed run has them in its checkpoint, unless a `normalise` was turned on since. In that case
+    all are measured on the current reference, which is the initial one unless it is updated.
 
     Args:
-        run: its state and reward mix get the scales, its value head is scaled.
-        config: the configuration that the run was loaded with. That in force may already differ.
+        run: the run; its state and reward mix receive the scales, and its value head is scaled.
+        config: the configuration that the run was loaded with; the current one may already differ.
 
     Raises:
-        RewardCallError: a reward function raises; on all ranks.
+        RewardCallError: a reward function raised; on all ranks.
     """
     state, rewards = run.state, run.rewards
     unscaled = (state.reward_mean, state.reward_std) == (0.0, 1.0)
@@ -58,21 +58,21 @@ def fit_scales(run: Run, config: RunConfig) -> None:
     ):
         run.announce(state.step, "normalise reward")
         _normalise_rewards(run, config)
-        state.value_weights = []  # those of other scores
+        state.value_weights = []  # they belong to other scores
     total = Normaliser(state.reward_mean, state.reward_std)
     if config.ppo.value_init == "reward_model" and not state.step:
         scale_value_head(run.policy, rewards, total)
     if config.linear_value:
         first = first_weights(rewards, total)
         weights = state.value_weights or first
-        if len(weights) == len(first):  # of a version without other features, too
+        if len(weights) == len(first):  # also from a version without the other features
             weights = with_all_features(weights)
             state.value_positions = config.rollout.max_new_tokens
         state.value_weights = weights
 
 
 def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
-    """The reference's responses to the run's first prompts, to normalise scores by.
+    """Generates responses of the reference to the run's first prompts, to normalise scores with.
 
     There are `reward.normalise_samples` of them.
     """
@@ -94,9 +94,9 @@ def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
 def _adopt_reward(
     state: TrainingState, config: RewardConfig, changed: Callable[[str], None]
 ) -> None:
-    """Forgets the scales of another reward, so that they are measured again."""
+    """Drops scales that belong to another reward, so that they are measured again."""
     reward = config.scored_by
-    # Earlier versions kept the query of an address, which may be a key.
+    # Earlier versions kept a URL's query, which may contain a secret key.
     before = ADDRESS.sub(r"\1", state.scored_by)
     if before not in ("", reward):
         text = (
@@ -111,7 +111,7 @@ def _adopt_reward(
 
 
 def _normalise_rewards(run: Run, config: RunConfig) -> None:
-    """Measures means and deviations on responses of the reference, and stores them in the state."""
+    """Measures means and standard deviations on reference responses; stores them in the state."""
     state, rewards = run.state, run.rewards
     inputs = reference_responses(run, config)
     total, parts = rewards(inputs)

@@ -1,4 +1,4 @@
-"""Checks of rollouts: of each attempt's first, and of every one that another engine generated."""
+"""Checks each attempt's first rollout, and every rollout that another engine generated."""
 
 from torch import Tensor
 
@@ -9,20 +9,20 @@ from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 
 GAP_LIMIT = 1e-4
-"""Nats per token by which cached and full forward passes of a model may differ in float32."""
+"""Largest difference in nats per token between cached and full forward passes in float32."""
 
 MIXED_GAP_LIMIT = 0.3
-"""The same in bfloat16, for the mean over a response: only gross errors can be distinguished from
-rounding, and among the thousands of tokens of a long response one or another is off by more."""
+"""The same in bfloat16, for the mean over a response: only gross errors can be told apart from
+rounding, and a few of the thousands of tokens in a long response always differ by more."""
 
 ENGINE_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.3}
-"""Nats per token, mean over a step, by which an engine with the right weights may differ."""
+"""Largest mean difference, in nats per token, for a step of an engine with the right weights."""
 
 
 def check_rollout(
     run: Run, step: int, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor
 ) -> None:
-    """Checks a rollout of the policy before the update of its step.
+    """Checks a rollout of the policy before the step's update.
 
     Args:
         run: the run.
@@ -32,7 +32,8 @@ def check_rollout(
         ref_logprobs: (B, T) float32.
 
     Raises:
-        RlhfError: it does not come from the policy, or the policy cannot be trained safely.
+        RlhfError: the rollout does not come from the policy, or the policy cannot be trained
+            safely.
     """
     if not run.rollout_checked:
         check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
@@ -42,10 +43,10 @@ def check_rollout(
 
 
 def version_lag(rollout: Rollout, step: int) -> int:
-    """How many updates older than the policy the weights are that sampled the oldest response.
+    """Counts the updates between the weights that sampled the oldest response and the policy.
 
     Args:
-        rollout: of this step.
+        rollout: the step's rollout.
         step: from 1; the policy has the weights after the update of the step before.
     """
     if rollout.versions is None:
@@ -54,7 +55,7 @@ def version_lag(rollout: Rollout, step: int) -> int:
 
 
 def check_weights(run: Run, step: int, rollout: Rollout, old_logprobs: Tensor) -> None:
-    """Checks that another engine generated with weights that it may have; every step.
+    """Checks in every step that another engine generated with permitted weights.
 
     Args:
         run: the run, before the step's update.
@@ -63,8 +64,9 @@ def check_weights(run: Run, step: int, rollout: Rollout, old_logprobs: Tensor) -
         old_logprobs: (B, T) float32, by the policy.
 
     Raises:
-        RlhfError: the weights were others, by their version or by their log-probabilities. Those of
-            weights that are an update old say nothing: they must differ.
+        RlhfError: the version or the log-probabilities show that the weights were wrong. The
+            log-probabilities of weights that are one update old are not compared, since they must
+            differ.
     """
     if rollout.versions is None:
         return
@@ -89,9 +91,9 @@ def check_first_rollout(
 ) -> None:
     """Checks what must hold for any rollout; called once per attempt.
 
-    A model whose cache, positions or masks are used wrongly still trains, but on wrong ratios. So
-    the log-probabilities of a few responses, recorded while generating, are compared with a full
-    forward pass. And before the first update the policy is its own reference: the KL must be 0.
+    A model whose cache, positions or masks are misused still trains, but with wrong ratios. So the
+    log-probabilities recorded while generating a few responses are compared with those of a full
+    forward pass. Also, before the first update the policy equals the reference: the KL must be 0.
 
     Args:
         run: the run, before this attempt's first update.

@@ -35,20 +35,20 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        """By phase, of the current step."""
+        """Seconds of the current step by phase."""
         self.current = ""
-        """The phase that runs, or ran last."""
+        """The current phase, or the last one."""
         self.ranks: list[RankTimes] = []
         """Every rank's times of the last step; set by :meth:`gather`."""
 
     @contextmanager
     def phase(self, run: "Run", step: int, name: str) -> Iterator[ReportProgress]:
-        """Reports that a phase begins and times it. Yields a function that reports its progress."""
+        """Announces and times a phase. Yields a function that reports its progress."""
         started, self.current = time.perf_counter(), name
         yield run.announce(step, name)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
-        # A phase may have several parts in a step.
+        # A phase may run several times in a step.
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def gather(self, run: "Run") -> None:
@@ -61,15 +61,15 @@ class PhaseTimer:
 
 
 Announce = Callable[..., ReportProgress]
-"""Called with a step, a phase's name and, where known, (done, total)."""
+"""Called with a step, a phase name and, if known, (done, total)."""
 
 
 @dataclass
 class Run:
-    """Everything that a step reads or changes."""
+    """Everything that a training step reads or changes."""
 
     config: RunConfig
-    """In force for the next step. Live settings change at step boundaries; the rest never does."""
+    """Configuration of the next step. Only live settings change, and only between steps."""
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     backend: RolloutBackend
@@ -78,10 +78,10 @@ class Run:
     ranks: RankGroup
     """The ranks of this attempt."""
     strategy: str
-    """How the models are placed on the ranks: `ddp` or `fsdp`."""
+    """How the models are distributed over the ranks: `ddp` or `fsdp`."""
     policy: LanguageModel
     learner: nn.Module
-    """The policy as wrapped for training: in DDP, or the policy itself."""
+    """The policy as wrapped for training: in DDP, or unwrapped."""
     reference: AnyModel
     rewards: RewardMix
     optimiser: torch.optim.Optimizer
@@ -89,26 +89,27 @@ class Run:
     announce: Announce
     """Reports that a phase begins; see :meth:`engine.train.link.Link.phase`."""
     held_out: HeldOut | None
-    """For evaluations; None without `eval.every`."""
+    """Held-out prompts for evaluation; None without `eval.every`."""
     average: PolicyAverage | None
     """The averaged policy; None without `train.ema.decay`."""
     memory: Estimate | None
-    """The memory estimate; None if the model's shapes are unknown to the estimator."""
+    """The memory estimate; None if the estimator does not know the model's architecture."""
     ahead: RolloutAhead | None = None
-    """Generates the next step's responses beside a step; None without `rollout.ahead`."""
+    """Generates the next step's responses during a step; None without `rollout.ahead`."""
     settings_after_step: Settings | None = None
-    """The settings after the last step, before the commands that followed it; None if this attempt
-    has no step yet."""
+    """The settings right after the last step, before any later command; None before this attempt's
+    first step."""
     rollout_checked: bool = False
     """Whether :func:`check_first_rollout` has run in this attempt."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def saved_state(self) -> SavedState:
-        """The state that a checkpoint of this moment holds, apart from tensors.
+        """Returns the state, other than tensors, that a checkpoint saved now would hold.
 
-        Its settings are those after the last step. A command between two steps is never in the
-        checkpoint of the first one, whether it came before the save or after it: the journal has
-        it at the second one, where a resume applies it, and where a roll back discards it.
+        Its settings are those right after the last step. A command executed between two steps is
+        never part of the first step's checkpoint, whether it came before or after the save. The
+        journal records it with the second step, where a resume applies it and a rollback discards
+        it.
         """
         return SavedState.of(self.state, self.config, self.settings_after_step)
 
@@ -117,10 +118,10 @@ def scores_for_training(run: Run, raw: Tensor, rollout: Rollout, max_new_tokens:
     """Normalises and clips the raw scores of a rollout, and subtracts penalties.
 
     Args:
-        run: with the scale of the scores.
+        run: holds the scale of the scores.
         raw: (B,) float32.
         rollout: the B responses.
-        max_new_tokens: of them.
+        max_new_tokens: the token limit of these responses.
 
     Returns:
         (B,) float32 on the device.
@@ -132,9 +133,9 @@ def scores_for_training(run: Run, raw: Tensor, rollout: Rollout, max_new_tokens:
 
 
 def max_sequence_tokens(run: Run) -> int | None:
-    """Tokens of a prompt and its response that the models can read; None if they have no limit.
+    """Returns the most tokens of prompt plus response that the models accept; None if unlimited.
 
-    These are the policy, the reference, and a value function with a transformer of its own.
+    Considers the policy, the reference, and a value function with its own transformer.
     """
     models = (run.policy.lm, run.reference.lm, run.policy.value_trunk)
     configs = (getattr(model, "config", None) for model in models)
@@ -143,6 +144,6 @@ def max_sequence_tokens(run: Run) -> int | None:
 
 
 def max_response_tokens(run: Run) -> int | None:
-    """New tokens that fit after the longest prompt; None if the models have no limit."""
+    """Returns how many new tokens fit after the longest prompt; None if unlimited."""
     most = max_sequence_tokens(run)
     return None if most is None else most - run.prompts.longest

@@ -34,29 +34,29 @@ def train_step(
 ) -> tuple[dict[str, float], list[Sample]]:
     """Runs one PPO step: generate, score, compare with the reference, update the policy.
 
-    Changes the policy, the optimiser and the running values of `run.state`. All ranks call it
-    together. They share the forward and backward passes; the tensors between these, (B, T) at most,
-    are computed on every rank from the whole global batch.
+    Updates the policy, the optimiser and the running values of `run.state`. All ranks must call it.
+    They share the forward and backward passes; everything in between, tensors of at most (B, T), is
+    computed on every rank from the whole global batch.
 
     Args:
         run: the run.
         step: counted from 1. With the seed, it determines every random choice.
-        recorded: a rollout to train on instead of generating one, to compare runs.
+        recorded: a rollout to train on instead of generating one; used to compare runs.
 
     Returns:
-        The step's metrics by name, and the samples to log (none on ranks other than 0).
+        The step's metrics by name, and the samples to log (empty on ranks other than 0).
     """
     config, state, ranks, timer = run.config, run.state, run.ranks, run.timer
     started = time.perf_counter()
     timer.seconds.clear()
 
-    # 1. Generate responses to the step's prompts, and begin with those of the next step.
+    # 1. Generate responses to the step's prompts, and begin generating the next step's.
     rollout = recorded or obtain_rollout(run, step)
     generates_again = config.rollout.dynamic or config.ppo.traits.greedy_baseline
     if recorded is None and not generates_again:
         begin_next_rollout(run, step)
 
-    # 2. Score them, and draw again where scores do not vary.
+    # 2. Score them, and redraw prompts whose scores do not vary.
     with recorded_states(run) as states:
         scored = ScoredRollout(rollout, *score_rollout(run, step, rollout))
     if config.rollout.dynamic and recorded is None:
@@ -99,7 +99,7 @@ def train_step(
         inputs = with_fitted_values(run, step, states, inputs)
     targets = make_targets(inputs)
     targets = with_rollout_correction(targets, rollout, config.ppo)
-    # A moving average that is not finite would stay so.
+    # Once the moving average is not finite, it would never recover.
     if targets.baseline is not None and math.isfinite(targets.baseline):
         state.baseline = targets.baseline
 
@@ -131,7 +131,7 @@ def train_step(
 
 
 def obtain_rollout(run: Run, step: int) -> Rollout:
-    """The rollout of a step: generated ahead, or now."""
+    """Returns the rollout of a step, generated ahead or now."""
     if run.ahead is not None:
         with run.timer.phase(run, step, "generate") as report:
             rollout = run.ahead.take(sampling_options(run, step), report)
@@ -145,10 +145,10 @@ def obtain_rollout(run: Run, step: int) -> Rollout:
 
 
 def begin_next_rollout(run: Run, step: int) -> None:
-    """Begins to generate the next step's responses beside the rest of a step (`rollout.ahead`).
+    """Starts generating the next step's responses during the rest of this step (`rollout.ahead`).
 
-    Not after the last step, and not if a checkpoint follows the step: the step after a checkpoint
-    is generated with the checkpoint's weights, so that a run resumed from it trains on the same
+    Does nothing after the last step, or if a checkpoint follows this step: responses after a
+    checkpoint are generated with its weights, so that a run resumed from it trains on the same
     responses as the run that saved it.
     """
     train = run.config.train
@@ -168,7 +168,7 @@ def generate_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
 
 
 def sampling_options(run: Run, step: int) -> SamplingOptions:
-    """How the responses of a step are sampled."""
+    """Returns the sampling options of a step."""
     rollout = run.config.rollout
     return SamplingOptions(
         seed=run.state.sampling_seed,
@@ -181,9 +181,9 @@ def sampling_options(run: Run, step: int) -> SamplingOptions:
 
 
 def recorded_states(run: Run) -> AbstractContextManager[TokenStates | None]:
-    """Context that yields the hidden states of what the reward model scores in it.
+    """Context manager that records the reward model's hidden states for the responses it scores.
 
-    It yields None without `model.value: reward_model`.
+    Yields None without `model.value: reward_model`.
     """
     return (
         run.rewards.reward_model().recorded_states() if run.config.linear_value else nullcontext()
@@ -191,7 +191,7 @@ def recorded_states(run: Run) -> AbstractContextManager[TokenStates | None]:
 
 
 def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]:
-    """The raw scores of a step's responses, (B,) float32, and those of each source."""
+    """Returns the raw scores of a step's responses, (B,) float32, and each source's scores."""
     with run.timer.phase(run, step, "score") as report:
         return run.rewards(RewardInputs.of(rollout, step), report)
 
@@ -202,22 +202,22 @@ def old_policy_outputs(
     rows: Tensor,
     report: ReportProgress = report_nothing,
 ) -> tuple[Tensor, Tensor]:
-    """Log π_old and V_old of a rollout, by the policy before the update.
+    """Computes log π_old and V_old of a rollout with the policy before its update.
 
-    In float32, the log-probabilities of a native rollout are used: they agree with a full forward
-    pass to rounding. In bfloat16 they do not, and those of another engine never do well enough, so
-    the forward pass that training uses computes them again. A separate value trunk does not run
-    while generating, so its values are always computed here.
+    In float32, the log-probabilities recorded by a native rollout are reused: they match a full
+    forward pass up to rounding. In bfloat16 they do not, and those of another engine never match
+    closely enough, so they are recomputed by the same forward pass as in training. A separate value
+    trunk does not run during generation, so its values are always computed here.
 
     Args:
         run: the run.
         rollout: B responses of at most T tokens.
-        rows: this rank's share of what is computed; (n,) int64.
+        rows: the rows that this rank computes; (n,) int64.
         report: called with (rows done, rows).
 
     Returns:
-        log π_old and V_old, each (B, T) float32 and 0 beyond a response's length. V_old is 0
-        without a value function in the policy.
+        log π_old and V_old, each (B, T) float32 and 0 beyond a response's length. V_old is 0 if the
+        policy has no value function.
     """
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     logprobs, values = rollout.logprobs * rollout.mask, rollout.values * rollout.mask
@@ -237,10 +237,10 @@ def old_policy_outputs(
 def with_fitted_values(
     run: Run, step: int, states: TokenStates, inputs: AdvantageInputs
 ) -> AdvantageInputs:
-    """Fits the value function of `model.value: reward_model`, and gives the estimator its values.
+    """Fits the value function of `model.value: reward_model` and adds its values to the inputs.
 
-    Weights that are not finite are not kept. Clears `states`, which are large, before the updates
-    of the policy.
+    Discards weights that are not finite. Clears `states`, which are large, to free memory before
+    the policy is updated.
     """
     state = run.state
     with run.timer.phase(run, step, "fit"):

@@ -1,7 +1,7 @@
 """The main program of a rank: ``python -m engine.train.worker SESSION_FOLDER``.
 
 A supervisor starts it through :mod:`engine.launch.rank`, sends it commands and receives its
-reports. A rank never outlives it.
+reports. A rank never outlives its supervisor.
 """
 
 import contextlib
@@ -69,10 +69,10 @@ from engine.train.run import Run
 log = logging.getLogger("engine")
 
 RESTARTS = 3
-"""Exit code of a rank whose run is not over: other machines must not take it for that."""
+"""Exit code of a rank when the run is not over, so that other machines do not stop as well."""
 LARGE = 50_000_000
-"""Weights from which a GPU's products take longer than their launches: the starter's 4 million are
-as quick in float32 as in bfloat16 (benchmarks/RESULTS.md)."""
+"""Number of weights above which a GPU's matrix products take longer than launching them. With the
+starter's 4 million, float32 is as fast as bfloat16 (benchmarks/RESULTS.md)."""
 
 
 def main() -> None:
@@ -83,9 +83,9 @@ def main() -> None:
     # Progress bars would fill engine.log with carriage returns.
     disable_progress_bar()
     session = SessionFolder(Path(sys.argv[1]))
-    # RankGroup sets the final rank below. Only ranks on the supervisor's machine have a link, and
-    # they get the first numbers, so LOCAL_RANK is right for them. torchrun's RANK may not be: it
-    # counts the machines in another order.
+    # RankGroup determines the final rank below. Only ranks on the supervisor's machine have a link,
+    # and they are numbered first, so their rank is LOCAL_RANK. torchrun's RANK may differ: it may
+    # order the machines differently.
     link = Link(int(os.environ.get("LOCAL_RANK", "0")))
     ranks: RankGroup | None = None
     try:
@@ -110,8 +110,8 @@ def main() -> None:
 def exit_now(code: int) -> NoReturn:
     """Exits without finalising the interpreter.
 
-    Threads of process groups may be waiting for other ranks, which wait for this one. And when the
-    interpreter destroys the groups, it sometimes aborts, which looks like a failure.
+    Process-group threads may be waiting for other ranks that in turn wait for this one. Also, the
+    interpreter sometimes aborts while destroying the groups, which looks like a failure.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -121,24 +121,24 @@ def exit_now(code: int) -> NoReturn:
 def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Failed:
     """Describes the error that ends this rank.
 
-    If the error only says that another rank is gone, the message is the one that rank has left in
-    the store. If there is none, `echo` is set: this error is a consequence, and the supervisor
-    looks for the cause in the messages of other ranks.
+    If the error only says that another rank is gone, returns the message that the other rank left
+    in the store. If there is none, sets `echo`: this error is only a consequence, and the
+    supervisor looks for the cause in the messages of other ranks.
 
     Args:
         error: what was raised.
-        ranks: None if this rank failed before the ranks had met.
+        ranks: None if this rank failed before the process group was formed.
         rank: this rank.
     """
     if isinstance(error, UserInputError):
         return Failed(rank=rank, text=error_text(error), user_input=True)
-    # RlhfErrors are raised deliberately, and a restart would raise them again: no restart follows.
-    # Any other exception may be due to the hardware.
+    # An RlhfError is raised deliberately and would recur after a restart, so none follows. Any
+    # other exception may be due to the hardware.
     full = is_out_of_memory(error)
     final = isinstance(error, RlhfError) or full
     deliberate = isinstance(error, RlhfError)
     text = error_text(error) if deliberate else f"{type(error).__name__}: {error_text(error)}"
-    if full:  # with the same settings a restart would run out of it again
+    if full:  # a restart with the same settings would run out again
         text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
     damaged = isinstance(error, DamagedCheckpointError)
     trace = traceback.format_exc().encode("utf-8", "backslashreplace").decode()
@@ -166,7 +166,7 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
 
 
 def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
-    """The training loop: execute commands, run a step, report it, save; returns why it ended."""
+    """Runs the training loop: commands, step, report, save. Returns the reason of the end."""
     begin, config = receive_start(session, link, ranks)
 
     def notify(rule: str, text: str) -> None:
@@ -232,16 +232,16 @@ def step_report(
     changes: list[SettingChange],
     evaluation: Evaluation,
 ) -> StepReport:
-    """What is recorded of a finished step.
+    """Builds the report of a finished step.
 
     Args:
-        run: after the step.
+        run: its state after the step.
         step: its number.
-        metrics: of the step.
+        metrics: the step's metrics.
         samples: its responses.
-        settings: of the next step.
-        changes: what the KL controller has changed.
-        evaluation: after the step.
+        settings: the next step's settings.
+        changes: changes made by the KL controller.
+        evaluation: the evaluation after the step.
     """
     update_step = run.state.reference_updated
     return StepReport(
@@ -257,7 +257,7 @@ def step_report(
 
 
 def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
-    """Measures what needs rewards before training; pauses while they cannot be computed.
+    """Takes the measurements that need rewards before training; pauses while rewards fail.
 
     Args:
         boundary: before the first step.
@@ -265,7 +265,7 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
         config: the configuration that it was loaded with.
 
     Returns:
-        The evaluation before the first step; empty for a resumed run, if none is due, or if the run
+        The evaluation before the first step. Empty for a resumed run, if none is due, or if the run
         is stopped first.
     """
     fitted = False
@@ -289,8 +289,8 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
 
     Returns:
         The evaluation, and an error to pause with if a reward could not be computed or used. The
-        weights have changed, so the step cannot be repeated: it has no evaluation then, or one
-        without the sources of `eval.rewards` that failed.
+        step cannot be repeated, since the weights have changed. So in that case the evaluation is
+        empty, or lacks the sources of `eval.rewards` that failed.
     """
     try:
         evaluation = evaluate_if_due(run, step)
@@ -305,7 +305,7 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
 
 
 def _pausing(error: RlhfError, more: str) -> RewardCallError:
-    """The error with which the run pauses after a step whose evaluation failed."""
+    """Returns the error that pauses the run after a step whose evaluation failed."""
     text = f"{error}; {more}"
     if not isinstance(error, RewardCallError):
         return RewardCallError(text)
@@ -315,7 +315,7 @@ def _pausing(error: RlhfError, more: str) -> RewardCallError:
 
 
 def receive_start(session: SessionFolder, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
-    """Receives the start on rank 0 and reads the configuration; returns both on every rank."""
+    """Receives `Begin` on rank 0 and reads the configuration; returns both on every rank."""
     kind = tuple[Begin, RunConfig]
     data = b""
     if ranks.is_lead:
@@ -324,12 +324,12 @@ def receive_start(session: SessionFolder, link: Link, ranks: RankGroup) -> tuple
 
 
 def is_slow_dtype(device: torch.device, dtype: str, weights: int) -> bool:
-    """Whether bfloat16 would be much quicker: float32 on a GPU, of a model that is not small."""
+    """Whether bfloat16 would be much faster: true for a large float32 model on a GPU."""
     return device.type == "cuda" and dtype == "float32" and weights >= LARGE
 
 
 def run_info(run: Run) -> dict[str, object]:
-    """Facts about a loaded run, for the event `ready`."""
+    """Collects facts about a loaded run for the event `ready`."""
     return {
         "policy_parameters": parameter_count(run.policy),
         "trained_parameters": sum(p.numel() for p in run.policy.parameters() if p.requires_grad),

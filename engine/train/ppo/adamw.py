@@ -12,10 +12,10 @@ from engine.train.ppo.adamw_8bit import AdamW8bit
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of step `step`, counted from 1.
+    """Returns the learning rate of step `step`, counted from 1.
 
-    Rises linearly over `warmup_steps`, then follows `schedule`: `constant`, or `linear` or `cosine`
-    towards 0 at the end of the run.
+    It rises linearly over `warmup_steps`, then follows `schedule`: `constant`, or `linear` or
+    `cosine` towards 0 at the end of the run.
     """
     rate = config.learning_rate
     if step <= config.warmup_steps:
@@ -30,22 +30,22 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW, fused or with 8-bit moments (`train.optimiser`), with two groups of parameters.
+    """Creates AdamW, fused or with 8-bit moments (`train.optimiser`), with two parameter groups.
 
-    The value head is one of them and everything else the other.
+    One group is the value head, the other is everything else.
 
     Each group has the key `lr_scale`, a factor on :func:`learning_rate`. It is 1 for the policy and
-    `ppo.value_head_rate` for the value head, which starts from zeros: AdamW moves a weight by about
-    the learning rate per update, so at a rate that suits a pretrained model the value head would be
-    far from the returns for most of a run. (OpenRLHF's examples train a whole critic at 9 and 18
-    times the actor's rate.)
+    `ppo.value_head_rate` for the value head, which is initialised to zero. AdamW moves a weight by
+    about the learning rate per update, so at a rate that suits a pretrained model the value head
+    would be far from the returns for most of a run. (OpenRLHF's examples train a whole critic at 9
+    and 18 times the actor's rate.)
 
     The default of `train.adam_eps` is 1e-5: torch's default, 1e-8, gave about six times the
     approximate KL in early steps.
     """
     head = {id(p) for p in policy.value_head.parameters()} if policy.value_head is not None else ()
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    head_scale = config.ppo.value_head_rate or 1.0  # set by engine.config.file when left out
+    head_scale = config.ppo.value_head_rate or 1.0  # engine.config.file sets it if omitted
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if id(p) not in head], "lr_scale": 1.0},
         {"params": [p for p in trainable if id(p) in head], "lr_scale": head_scale},

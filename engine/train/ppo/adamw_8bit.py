@@ -1,15 +1,15 @@
 """AdamW with its two moments in 8 bits (`train.optimiser: adamw_8bit`).
 
-A moment is a byte for each number and a float32 scale for each block of numbers: with blocks of 256
-2.03 bytes a weight for both, where float32 takes 8. The byte is an index into a table of values
-between -1 and 1 (0 and 1 for the second moment) that are dense near 0. An update unpacks a few
-million numbers at a time, computes in float32, and packs them again.
+A moment is stored as one byte per element and one float32 scale per block of elements. With blocks
+of 256, both moments take 2.03 bytes per weight instead of 8 in float32. The byte is an index into a
+table of values between -1 and 1 (0 and 1 for the second moment) that are dense near 0. An update
+unpacks a few million elements at a time, computes in float32, and packs them again.
 
 Source: Dettmers et al. 2022, arXiv 2110.02861 (block-wise dynamic quantisation). torchao's
-`AdamW8bit` has the same tables and, where the blocks are the same, the same numbers; it compiles
-its update for every shape of a weight, and its blocks cross the borders of shards. Here a block is
-part of one row: FSDP2 shards rows, so the moments are sharded, saved and loaded like the weights,
-bit for bit on any number of ranks.
+`AdamW8bit` uses the same tables and, for equal blocks, gives the same results, but it compiles its
+update for every weight shape, and its blocks cross shard boundaries. Here a block lies within one
+row. FSDP2 shards rows, so the moments are sharded, saved and loaded like the weights, bit for bit
+on any number of ranks.
 """
 
 import functools
@@ -25,28 +25,28 @@ from torch.optim.optimizer import ParamsT
 from engine.train.distributed.sharding import zeros_by_rows
 
 BLOCK = 256
-"""Most numbers of a block; the largest power of two up to this that divides a row is taken."""
+"""Largest block size. The largest power of two up to this that divides a row is used."""
 SMALLEST_BLOCK = 8
-"""With smaller blocks the scales would take more than half a byte a number."""
+"""With smaller blocks the scales would take more than half a byte per element."""
 SMALL = 4096
-"""Weights with fewer numbers keep float32 moments, as in the paper: they save nothing."""
+"""Weights with fewer elements keep float32 moments, as in the paper: packing saves little."""
 AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Numbers that are unpacked at a time: few enough for a CPU's cache, and on a GPU enough for the
-kernels' launches not to matter. About 30 bytes of memory each."""
+"""Elements unpacked at a time: few enough for a CPU's cache, and on a GPU enough to make kernel
+launches negligible. Each needs about 30 bytes of memory."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALE = "_scale"
-"""What the name of a moment's scales ends with."""
+"""Suffix of the name of a moment's scales."""
 SMALLEST_SCALE = 1e-30
-"""For a block of zeros."""
+"""Scale of a block of zeros."""
 DECADES = 7
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) whose moments are held in 8 bits.
 
-    The state of a parameter has the names of torch's AdamW (`step`, `exp_avg`, `exp_avg_sq`), and
-    for each moment in 8 bits its scales, `exp_avg_scale` and `exp_avg_sq_scale`. Of a sharded
-    parameter all of them except `step` are DTensors with its placement.
+    A parameter's state uses the names of torch's AdamW (`step`, `exp_avg`, `exp_avg_sq`), plus the
+    scales of each 8-bit moment, `exp_avg_scale` and `exp_avg_sq_scale`. For a sharded parameter,
+    all except `step` are DTensors with the parameter's placement.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
     ) -> None:
-        """Makes an optimiser; the state of a parameter is allocated by its first update.
+        """Creates an optimiser; a parameter's state is allocated by its first update.
 
         Args:
             params: float32 parameters, or groups of them.
-            lr: learning rate; `param_groups` has it as a number that may change between steps.
+            lr: learning rate; its value in `param_groups` may change between steps.
             betas: β1 and β2.
             eps: ε.
             weight_decay: decoupled, as in torch's AdamW.
@@ -93,14 +93,14 @@ class AdamW8bit(torch.optim.Optimizer):
         moments = [_local(state[name]) for name in MOMENTS]
         if not block_size(parameter.shape):
             _update_(weight, gradient, moments, rates)
-        elif weight.numel():  # a rank beyond the rows of a sharded weight has none of it
+        elif weight.numel():  # of a small sharded weight, some ranks have no rows
             scales = [_local(state[name + SCALE]) for name in MOMENTS]
             _update_packed_(weight, gradient, moments, scales, rates)
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """The numbers of an update that are the same for all of a parameter."""
+    """The scalars of an update, the same for all elements of a parameter."""
 
     beta1: float
     beta2: float
@@ -114,7 +114,7 @@ class _Rates:
 
     @classmethod
     def of(cls, group: dict[str, Any], step: int) -> "_Rates":
-        """Those of update `step`, from 1, of a parameter in a group."""
+        """Computes them for update `step`, from 1, of a parameter in a group."""
         (beta1, beta2), rate = group["betas"], group["lr"]
         return cls(
             beta1=beta1,
@@ -127,38 +127,39 @@ class _Rates:
 
 
 def block_size(shape: torch.Size) -> int:
-    """Numbers of a row that share a scale; 0 for a weight whose moments stay float32."""
+    """Returns how many elements of a row share a scale; 0 if the moments stay float32."""
     size = math.gcd(math.prod(shape[1:]), BLOCK)
     return size if shape.numel() >= SMALL and size >= SMALLEST_BLOCK else 0
 
 
 def scale_shape(shape: torch.Size) -> tuple[int, int]:
-    """The shape of the scales of a weight with blocks: rows, blocks of a row."""
+    """Returns the shape of a weight's scales: rows, blocks per row."""
     return shape[0], math.prod(shape[1:]) // block_size(shape)
 
 
 def new_state(parameter: Tensor) -> dict[str, Tensor]:
-    """The state of a parameter before its first update; sharded like it."""
-    # On the host, whatever the device: the bias corrections are numbers.
+    """Creates a parameter's state before its first update, sharded like the parameter."""
+    # Always on the host: the bias corrections are Python numbers.
     state = {"step": torch.zeros((), device="cpu")}
     packed = bool(block_size(parameter.shape))
     for name in MOMENTS:
         state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if packed else None)
-        if packed:  # with scales of 0 any byte is a 0
+        if packed:  # with scales of 0, any byte stands for 0
             state[name + SCALE] = zeros_by_rows(parameter, scale_shape(parameter.shape))
     return state
 
 
 def pack(numbers: Tensor, blocks: int, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Rounds numbers to the nearest values of the table, in blocks.
+    """Rounds numbers to the nearest table values, in blocks.
 
     Args:
-        numbers: (n, m) float32, contiguous; not negative unless `signed`.
-        blocks: of a row, k.
-        signed: which table.
+        numbers: (n, m) float32, contiguous; non-negative unless `signed`.
+        blocks: number of blocks per row, k.
+        signed: whether to use the table with negative values.
 
     Returns:
-        Indices into the table, (n, m) uint8; the largest size in each block, (n, k) float32.
+        Indices into the table, (n, m) uint8; the largest absolute value in each block, (n, k)
+        float32.
     """
     table = _table(numbers.device, signed)
     parts = numbers.view(len(numbers), blocks, -1)
@@ -171,7 +172,7 @@ def pack(numbers: Tensor, blocks: int, *, signed: bool) -> tuple[Tensor, Tensor]
 
 
 def unpack(indices: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """The numbers of :func:`pack`, (n, m) float32; a new tensor."""
+    """Inverts :func:`pack`; returns a new tensor, (n, m) float32."""
     values = _table(indices.device, signed).values
     numbers = values.index_select(0, indices.reshape(-1).int())
     return numbers.view(*scales.shape, -1).mul_(scales.unsqueeze(-1)).view(indices.shape)
@@ -179,27 +180,26 @@ def unpack(indices: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class _Table:
-    """The values of a moment in parts of its block's largest one, and how to find the nearest.
+    """The table of quantised values, relative to the block's largest, with a fast nearest lookup.
 
-    torch.bucketize finds it too, by a search that takes eight times as long as all of this on a
-    CPU. The upper half of a float32 is a short interval, in which there is at most one border
-    between two values.
+    The upper 16 bits of a float32 define an interval so short that it contains at most one boundary
+    between two table values. On a CPU, torch.bucketize would take eight times as long.
     """
 
     values: Tensor
     """Ascending; (256,) float32."""
     above: Tensor
-    """The border above each value, ∞ above the last one; (256,) float32."""
+    """The boundary above each value, ∞ above the last one; (256,) float32."""
     first: Tensor
     """The index of the value nearest to the smallest number of each interval; (65536,) uint8."""
 
 
 @functools.cache
 def _table(device: torch.device, signed: bool) -> _Table:
-    """The dynamic data type of the paper.
+    """Builds the paper's dynamic data type.
 
-    0, 1 and seven decades below 1, of which each has twice as many values as the one below it, at
-    equal distances.
+    It contains 0, 1 and seven decades below 1. Each decade has twice as many values as the one
+    below it, equally spaced.
     """
     values = [0.0, 1.0]
     for decade in range(DECADES):
@@ -211,7 +211,7 @@ def _table(device: torch.device, signed: bool) -> _Table:
     table = torch.tensor(sorted(values), dtype=torch.float64, device="cpu")
     borders = ((table[:-1] + table[1:]) / 2).float()
     halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device="cpu").roll(1 << 15)
-    # The rest of the bits adds to the size: of negative numbers the largest size is the smallest.
+    # The lower bits increase the magnitude: for negative numbers, setting them gives the smallest.
     smallest = (halves << 16) | torch.where(halves < 0, 0xFFFF, 0).int()
     first = torch.bucketize(smallest.view(torch.float32), borders, right=True)
     above = torch.cat([borders, borders.new_full((1,), math.inf)])
@@ -255,6 +255,6 @@ def _update_(weight: Tensor, gradient: Tensor, moments: list[Tensor], rates: _Ra
 
 
 def _local(tensor: Any) -> Tensor:
-    """This rank's part of a tensor; it shares its memory."""
+    """Returns this rank's part of a tensor, without copying."""
     local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local

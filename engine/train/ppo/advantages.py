@@ -39,7 +39,7 @@ class AdvantageInputs:
     ref_logprobs: Tensor
     """(B, T): log π_ref."""
     values: Tensor
-    """(B, T): V before each token; zeros without a value function."""
+    """(B, T): value estimate before each token; zeros without a value function."""
     mask: Tensor
     """(B, T) bool: true on response tokens."""
     lengths: Tensor
@@ -54,22 +54,22 @@ class AdvantageInputs:
     kl_estimator: str = "k1"
     """`kl.estimator`."""
     greedy_scores: Tensor | None = None
-    """(B,): the score of a greedy response to the same prompt, processed as :attr:`scores`; given
-    to the estimators that declare `greedy_baseline`."""
+    """(B,): the score of a greedy response to the same prompt, processed like :attr:`scores`; set
+    for estimators that declare `greedy_baseline`."""
     ended: Tensor | None = None
-    """(B,) bool: false where a response was cut off; not needed without `ppo.mask_truncated`."""
+    """(B,) bool: false where a response was truncated; only needed for `ppo.mask_truncated`."""
     entropies: Tensor | None = None
-    """(B, T): of what each token was drawn from; not needed without `ppo.top_entropy`."""
+    """(B, T): entropy of each token's distribution; only needed for `ppo.top_entropy`."""
 
     @property
     def token_kl(self) -> Tensor:
-        """(B, T): the estimate of each token's KL to the reference that is penalised."""
+        """Estimates each token's KL to the reference for the penalty; (B, T)."""
         log_ratio = (self.old_logprobs - self.ref_logprobs) * self.mask
         return KL_ESTIMATORS[self.kl_estimator](log_ratio) * self.mask
 
     @property
     def outcomes(self) -> Tensor:
-        """(B,): each score minus beta times the response's KL to the reference."""
+        """Each score minus beta times the response's KL to the reference; (B,)."""
         return self.scores - self.beta * self.token_kl.sum(1)
 
 
@@ -92,11 +92,11 @@ class Targets:
 
 
 def make_targets(inputs: AdvantageInputs) -> Targets:
-    """Runs the configured estimator, and what is done to its advantages.
+    """Runs the configured estimator and post-processes its advantages.
 
-    With `ppo.mask_truncated`, those of responses that were cut off are 0 (DAPO, section 3.4); their
-    scores still count in the baselines of their groups and in whitening. With `ppo.top_entropy`,
-    those of the tokens of lower entropy are 0 (Wang et al. 2025, arXiv 2506.01939).
+    With `ppo.mask_truncated`, advantages of truncated responses are set to 0 (DAPO, section 3.4);
+    their scores still count in group baselines and in whitening. With `ppo.top_entropy`, advantages
+    of lower-entropy tokens are set to 0 (Wang et al. 2025, arXiv 2506.01939).
     """
     targets = ESTIMATORS[inputs.config.advantage](inputs)
     advantages = targets.advantages
@@ -111,9 +111,9 @@ def make_targets(inputs: AdvantageInputs) -> Targets:
 
 
 def top_entropy(entropies: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The `share` of the tokens of a mask that have the highest entropies, at least one.
+    """Selects the `share` of the mask's tokens with the highest entropies; (B, T) bool.
 
-    More where several tokens have the lowest entropy of these. (B, T) bool.
+    Selects at least one token, and all tokens that tie with the lowest selected entropy.
     """
     values = entropies[mask]
     least = values.sort(descending=True).values[max(1, round(share * len(values))) - 1]
@@ -152,7 +152,7 @@ def reward(inputs: AdvantageInputs) -> Targets:
 
 
 def _baseline(inputs: AdvantageInputs, mean: float) -> tuple[float, float | None]:
-    """The baseline of this batch, and :attr:`Targets.baseline`."""
+    """Returns the baseline of this batch and :attr:`Targets.baseline`."""
     previous = inputs.baseline
     match inputs.config.baseline:
         case "none":
@@ -178,10 +178,10 @@ def grpo(inputs: AdvantageInputs) -> Targets:
 
 
 def grpo_passk(inputs: AdvantageInputs) -> Targets:
-    """Pass@k (Tang et al. 2025): the best outcome of a group minus the second, scaled.
+    """Pass@k (Tang et al. 2025): the best outcome of a group minus the second best, scaled.
 
-    On each token of the best response; all others have 0. So the policy learns to have one good
-    response among `rollout.per_prompt`.
+    This is the advantage of each token of the best response; all others get 0. So the policy learns
+    to produce at least one good response among `rollout.per_prompt`.
     """
     groups = inputs.outcomes.double().view(-1, inputs.per_prompt)  # see masked.whiten
     top = groups.topk(2, dim=1)
@@ -201,13 +201,13 @@ def opo(inputs: AdvantageInputs) -> Targets:
 def reinforce_plus_plus(inputs: AdvantageInputs) -> Targets:
     """REINFORCE++ (Hu 2025): the sum of token rewards from each token on.
 
-    Its baseline and scale are the batch's mean and standard deviation: `ppo.whiten` is on.
+    Its baseline and scale are the batch's mean and standard deviation, applied by `ppo.whiten`.
     """
     return Targets(inputs.old_logprobs, rewards_to_go(inputs))
 
 
 def remax(inputs: AdvantageInputs) -> Targets:
-    """ReMax (Li et al. 2023): the sum of token rewards from each token on, less the greedy score.
+    """ReMax (Li et al. 2023): the sum of token rewards from each token on minus the greedy score.
 
     The baseline has no KL term, as in verl.
     """
@@ -238,9 +238,9 @@ ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
 
 
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> Tensor:
-    """−β·KL (B, T) on every token, plus the score (B,) on the last one; (B, T).
+    """Computes −β·KL (B, T) on every token plus the score (B,) on the last one; (B, T).
 
-    This is the reward of Ziegler et al. 2019. The score is on the last response token, as in
+    This is the reward of Ziegler et al. 2019. The score is given on the last response token, as in
     OpenRLHF (`compute_reward`) and DeepSpeed-Chat, not on the padding after it.
     """
     rewards = -beta * kl
@@ -251,7 +251,7 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> T
 def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
     """λ = 1 − 1/(α·length) of each response, at least 0 (VAPO, section 3.2): (B,) → (B,).
 
-    So Σ λ^t, the reach of a reward in tokens, is proportional to the length.
+    This makes Σ λ^t, the number of tokens a reward reaches, proportional to the length.
     """
     return (1 - 1 / (alpha * lengths.float())).clamp(min=0)
 
@@ -259,11 +259,11 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
 def generalised_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
 ) -> Tensor:
-    """GAE (Schulman et al. 2016, eq. 16), backwards over the response; (B, T).
+    """GAE (Schulman et al. 2016, eq. 16), computed backwards over the response; (B, T).
 
-    `lam` may be a tensor (B,): each response's own.
-    The value after the last token is 0. A token outside the mask leaves the accumulators unchanged,
-    so a gap inside a response neither ends the sum nor counts as a time step.
+    `lam` may be a tensor (B,) with one value per response. The value after the last token is 0. A
+    token outside the mask leaves the accumulators unchanged, so a gap inside a response neither
+    ends the sum nor counts as a time step.
     """
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(rewards[:, 0])
@@ -289,9 +289,9 @@ def leave_one_out(returns: Tensor, per_prompt: int) -> Tensor:
 
 
 def length_weighted_mean(returns: Tensor, lengths: Tensor, per_prompt: int) -> Tensor:
-    """The mean of each prompt's returns (B,), each weighted by its response's length (B,); (B,).
+    """The mean of each prompt's returns (B,), weighted by the response lengths (B,); (B,).
 
-    It is the baseline of least variance if a response's squared gradient grows with its length.
+    It is the minimum-variance baseline if a response's squared gradient grows with its length.
     Responses to one prompt are in `per_prompt` adjacent rows.
     """
     groups, weights = returns.double().view(-1, per_prompt), lengths.double().view(-1, per_prompt)
@@ -306,7 +306,8 @@ GROUP_STD_EPS = 1e-4
 def group_advantages(returns: Tensor, per_prompt: int, scale: str) -> Tensor:
     """Each return (B,) minus the mean of the responses to its prompt, :func:`scaled`.
 
-    A group without variance gets zeros. Responses to one prompt are in `per_prompt` adjacent rows.
+    A group without variance gets advantages of 0. Responses to one prompt are in `per_prompt`
+    adjacent rows.
     """
     groups = returns.double().view(-1, per_prompt)  # see masked.whiten
     centred = groups - groups.mean(1, keepdim=True)
@@ -314,10 +315,11 @@ def group_advantages(returns: Tensor, per_prompt: int, scale: str) -> Tensor:
 
 
 def scaled(differences: Tensor, groups: Tensor, scale: str) -> Tensor:
-    """Differences of returns divided by a standard deviation of the returns; (groups, n) each.
+    """Divides differences of returns by a standard deviation of the returns; (groups, n) each.
 
-    `scale` is `ppo.scale_rewards`: that of each group (`group`) or of all returns (`batch`), with
-    n − 1 in the denominator as in TRL and verl; `none` divides by nothing (Dr. GRPO).
+    `scale` is `ppo.scale_rewards`: `group` uses each group's standard deviation and `batch` that of
+    all returns, with n − 1 in the denominator as in TRL and verl; `none` does not divide (Dr.
+    GRPO).
     """
     match scale:
         case "group":
@@ -329,9 +331,9 @@ def scaled(differences: Tensor, groups: Tensor, scale: str) -> Tensor:
 
 
 def constant_groups(scores: Tensor, per_prompt: int) -> Tensor:
-    """Which prompts' responses all have the same score, to rounding: (B,) → (groups,) bool.
+    """Finds prompts whose responses all have the same score up to rounding: (B,) → (groups,) bool.
 
-    Such a group's advantages are zeros, so it teaches nothing.
+    The advantages of such a group are 0, so it has no effect on training.
     """
     groups = scores.view(-1, per_prompt)
     spread = groups.amax(1) - groups.amin(1)

@@ -1,10 +1,10 @@
-"""Log-probabilities and losses from hidden states, without the logits of a whole micro-batch.
+"""Computes log-probabilities and losses from hidden states, a chunk of logits at a time.
 
 The logits of n responses of T tokens are n·T·V numbers: 1.2 GB for 2,000 tokens and a vocabulary of
-152,000. Where they would be more than :data:`MOST_LOGITS`, they are made for some tokens at a time.
-A sum of losses of tokens is differentiated chunk by chunk in the forward pass, so that no logits
-are needed in the backward pass: computing them again there took 15–35 % longer. Only the ratios of
-whole responses (`ppo.ratio`), on which the loss of each token depends, need them twice.
+152,000. If there would be more than :data:`MOST_LOGITS`, they are computed for a chunk of tokens at
+a time. A sum of per-token losses is differentiated chunk by chunk in the forward pass, so that the
+backward pass needs no logits: recomputing them there took 15–35 % longer. Only the ratios of whole
+responses (`ppo.ratio`), on which every token's loss depends, require computing logits twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,14 +26,14 @@ from engine.train.ppo.logprobs import (
 )
 
 MOST_LOGITS = LOGITS_AT_ONCE["cpu"]
-"""Logits alive at a time on a CPU. Fewer are computed at once: with the starter's vocabulary, and
-with SmolLM2's of 49,152 up to 682 tokens of a micro-batch."""
+"""Most logits in memory at a time on a CPU. A micro-batch with fewer is computed in one piece, for
+example with the starter's vocabulary, or up to 682 tokens with SmolLM2's 49,152."""
 MOST_LOGITS_ON_GPU = LOGITS_AT_ONCE["cuda"]
-"""The same on a GPU. With fewer rows the sum of the weight's gradients would be bound by memory."""
+"""The same on a GPU. With smaller chunks, summing the weight gradients would be memory-bound."""
 
 
 def most_logits(device: torch.device) -> int:
-    """The number of logits that may be alive at a time."""
+    """Returns the number of logits that may be in memory at a time."""
     return MOST_LOGITS_ON_GPU if device.type == "cuda" else MOST_LOGITS
 
 
@@ -46,7 +46,7 @@ def chunks(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice
 def chunked_logprobs(
     output: OutputLayer, hidden: Tensor, tokens: Tensor, temperature: float, *, entropies: bool
 ) -> tuple[Tensor, ...]:
-    """Log-probabilities of tokens, without gradients.
+    """Computes log-probabilities of tokens without gradients.
 
     Args:
         output: the output layer.
@@ -56,7 +56,7 @@ def chunked_logprobs(
         entropies: whether to compute them.
 
     Returns:
-        The log-probabilities, and the entropies if asked for, in nats; (n, T) float32 each.
+        The log-probabilities and, if requested, the entropies in nats; (n, T) float32 each.
     """
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
     function = TokenLogprobsAndEntropies if entropies else TokenLogprobs
@@ -69,25 +69,25 @@ def chunked_logprobs(
 
 
 LossOfTokens = Callable[[slice | None, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""Called with a chunk of the tokens in row-major order, or None for all at once, with their
-log-probabilities, (tokens of the chunk,) float32, and their entropies if asked for. Returns the sum
+"""Called with a chunk of the tokens in row-major order (None for all of them), their
+log-probabilities, (tokens of the chunk,) float32, and their entropies if requested. Returns the sum
 of their losses, a scalar with gradient, and other sums, (k,) float64."""
 
 
 @dataclass(frozen=True)
 class ChunkedLoss:
-    """A loss of tokens as a function of the output layer's input."""
+    """A token loss as a function of the output layer's input."""
 
     loss: LossOfTokens
     separable: bool
-    """Whether the loss is a sum of functions of one token each."""
+    """Whether the loss is a sum of per-token terms, each depending on one token only."""
     tokens: Tensor
     """(n, T) int64."""
     temperature: float
     entropies: bool
 
     def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, a scalar with gradient, and its sums, (k,) float64; of hidden (n, T, H)."""
+        """Computes the loss, a scalar with gradient, and its sums, (k,) float64, from (n, T, H)."""
         with torch.autocast(hidden.device.type, enabled=False):
             flat = hidden.reshape(-1, hidden.shape[-1]).to(output.compute)
             layer = output.layer
@@ -107,7 +107,7 @@ class _LossFunction(torch.autograd.Function):
         output: OutputLayer,
         task: ChunkedLoss,
     ) -> tuple[Tensor, Tensor]:
-        """Computes the gradients as well; saves them."""
+        """Also computes the gradients and saves them."""
         work = _Pass(hidden, weight, bias, output.after or AfterLayer(), task)
         needed = ctx.needs_input_grad
         loss, sums = work.run(*needed[:3])
@@ -120,7 +120,7 @@ class _LossFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor, _sums: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        """Scales the saved gradients in place, so that a graph is good for one backward pass."""
+        """Scales the saved gradients in place, so a graph supports only one backward pass."""
         of_hidden, of_weight, of_bias = (
             None if g is None else _scaled(g, grad).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -129,7 +129,7 @@ class _LossFunction(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient times a scalar, which in bfloat16 would be off by 0.2 %; in place in float32."""
+    """Multiplies a gradient by a scalar, in float32 (bfloat16 would be off by 0.2 %)."""
     if gradient.dtype == factor.dtype:
         return gradient.mul_(factor)
     return gradient.to(factor.dtype) * factor
@@ -155,7 +155,7 @@ class _Pass:
         self.bias_grad: Tensor | None = None
 
     def run(self, of_hidden: bool, of_weight: bool, of_bias: bool) -> tuple[Tensor, Tensor]:
-        """The loss and the sums; the arguments say which gradients are needed."""
+        """Computes the loss and the sums; the arguments select the gradients to compute."""
         if of_hidden:
             self.hidden_grad = torch.empty_like(self._hidden)
         if of_weight:  # in float32, also where the products or the weight are in bfloat16
@@ -184,7 +184,7 @@ class _Pass:
         return loss, sums
 
     def _add(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Loss and sums of a chunk; adds its gradients."""
+        """Computes a chunk's loss and sums, and accumulates its gradients."""
         logits = self._logits(part)
         logprobs, entropies, log_sums = self._logprobs(logits, part)
         loss, sums, gradients = self._loss(
@@ -198,7 +198,7 @@ class _Pass:
         return self._after.apply_(logits if self._bias is None else logits.add_(self._bias))
 
     def _logprobs(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies (if asked for) and log Σ exp, (c,) float32 each."""
+        """Log-probabilities, entropies (if requested) and log Σ exp, (c,) float32 each."""
         temperature = self._task.temperature
         log_sums, entropies = row_sums(logits, temperature, entropies=self._task.entropies)
         return scaled_at(logits, self._tokens[part], temperature) - log_sums, entropies, log_sums
@@ -221,7 +221,7 @@ class _Pass:
         entropies: Tensor,
         gradients: tuple[Tensor | None, ...],
     ) -> None:
-        """Adds a chunk's gradients; overwrites its logits."""
+        """Accumulates a chunk's gradients; overwrites its logits."""
         of_logprobs, of_entropies = gradients
         if of_logprobs is None:
             raise ValueError("the loss does not depend on the log-probabilities")

@@ -1,4 +1,4 @@
-"""Log-probabilities and values of a rollout, by full forward passes without a cache."""
+"""Computes log-probabilities and values of a rollout by full forward passes without a cache."""
 
 from dataclasses import dataclass
 
@@ -22,16 +22,16 @@ from engine.train.rollout.rollout import Rollout, left_mask
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What one forward pass computes for the response tokens of n rows; (n, t') float32 each."""
+    """Outputs of one forward pass for the response tokens of n rows; (n, t') float32 each."""
 
     logprobs: Tensor
     """log π at the temperature; zeros with `want="values"`."""
     values: Tensor | None
     """None without a value function."""
     entropies: Tensor | None
-    """Of the distribution at the temperature, in nats; None if not asked for."""
+    """Entropies of the distributions at the temperature, in nats; None if not requested."""
     loss: tuple[Tensor, Tensor] | None = None
-    """The loss and its sums, if they were computed with the logits; `logprobs` are zeros then."""
+    """The loss and its sums, if computed together with the logits; `logprobs` are then zeros."""
 
     @property
     def width(self) -> int:
@@ -41,7 +41,7 @@ class TokenOutputs:
 
 @dataclass(frozen=True)
 class RolloutReader:
-    """Reads log-probabilities or a loss of response tokens from hidden states, in chunks."""
+    """Computes log-probabilities or a loss of response tokens from hidden states, in chunks."""
 
     responses: Tensor
     """(n, t') int64."""
@@ -51,12 +51,12 @@ class RolloutReader:
     separable: bool
 
     def wants(self, logits: int) -> bool:
-        """If they are many, and either not differentiated or only for a loss."""
+        """Whether there are many logits, and they are not differentiated or only for a loss."""
         known = self.loss is not None or not torch.is_grad_enabled()
         return known and logits > most_logits(self.responses.device)
 
     def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Log-probabilities and, if asked for, entropies; or with a loss that and its sums."""
+        """Returns log-probabilities and, if requested, entropies; or the loss and its sums."""
         if self.loss is None:
             return chunked_logprobs(
                 output, hidden, self.responses, self.temperature, entropies=self.entropies
@@ -78,10 +78,10 @@ def rollout_forward(
     loss: LossOfTokens | None = None,
     separable: bool = True,
 ) -> TokenOutputs:
-    """Log-probabilities and values of the response tokens of some rows, by one forward pass.
+    """Computes log-probabilities and values of some rows' response tokens in one forward pass.
 
     The rows are trimmed to their longest prompt and response. The logits and the value of token t
-    are outputs at position t − 1, so the last token is not part of the input.
+    are the outputs at position t − 1, so the last token is not part of the input.
 
     Args:
         model: the policy, the reference, or the policy wrapped for training.
@@ -89,10 +89,10 @@ def rollout_forward(
         rows: indices into the rollout, on the host; (n,) int64.
         temperature: divides the logits; > 0.
         want: `both`, `logits` or `values`.
-        detach_trunk: stop the value's gradient at a trunk that the policy shares.
+        detach_trunk: stop the value's gradient at a trunk shared with the policy.
         entropies: also compute entropies, which costs a pass over the logits.
-        loss: what becomes of the log-probabilities, called instead of returning them if there would
-            be more logits than are made at a time.
+        loss: the loss to compute from the log-probabilities. It is called instead of returning them
+            if there would be more logits than may be in memory at a time.
         separable: see :class:`ChunkedLoss`.
     """
     prompt_width, width = rollout.host_lengths[:, rows].max(1).values.tolist()
@@ -120,7 +120,7 @@ def rollout_forward(
 
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
-    """Splits row indices into micro-batches of `size`, of similar lengths to reduce padding."""
+    """Splits row indices into micro-batches of `size` with similar lengths, to reduce padding."""
     return list(longest_first(rollout, rows).split(size)) if len(rows) else []
 
 
@@ -143,14 +143,14 @@ def score_tokens(
     want: str = "both",
     report: ReportProgress = report_nothing,
 ) -> tuple[Tensor, Tensor]:
-    """Log π and V of a rollout's tokens under a model, without gradients.
+    """Computes log π and V of a rollout's tokens under a model, without gradients.
 
     Args:
         model: the policy or the reference.
         rollout: B responses of at most T tokens.
         temperature: divides the logits; > 0.
         size: rows of a micro-batch.
-        rows: indices of the rows to compute, (n,) int64 on the host; all when left out.
+        rows: indices of the rows to compute, (n,) int64 on the host; default: all.
         want: `both`, `logits` or `values`.
         report: called with (rows done, rows).
 

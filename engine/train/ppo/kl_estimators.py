@@ -26,10 +26,10 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 def k3(log_ratio: Tensor) -> Tensor:
     """GRPO's penalty, π_ref/π − 1 − log(π_ref/π): unbiased and never negative."""
-    # In both terms: bounded in the exponential alone, k3 would fall beyond the bound.
+    # Bounded in both terms: with a bound on the exponential alone, k3 would decrease beyond it.
     bounded = log_ratio.clamp(min=-LOG_RATIO_LIMIT)
     return (-bounded).exp() - 1 + bounded
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-"""Each maps log π − log π_ref, any shape, to an estimate in nats of the same shape."""
+"""Each maps log π − log π_ref of any shape to an estimate in nats of the same shape."""

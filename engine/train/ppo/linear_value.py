@@ -1,16 +1,16 @@
 """A value function that is linear in the hidden states of the reward model (`model.value`).
 
-The reward model reads every response anyway, and its weights do not change. So the states cost
-nothing more, and the function of them that predicts the returns best is the solution of a linear
-system: no model is trained for the value, and no gradient of it reaches the policy.
+The reward model reads every response anyway and its weights do not change, so its hidden states
+come for free. The linear function of them that best predicts the returns is the solution of a
+linear system: no value model has to be trained, and no value gradient reaches the policy.
 
-A baseline fitted by least squares to a batch is that of Duan et al. 2016, arXiv 1604.06778, and its
-library rllab; position and its square are among the features there too. Here the penalty draws the
-weights towards those before the step instead of towards 0, so that they remember earlier responses,
-and the values of a response are those of a fit to the other responses: a baseline may not depend on
-what it judges.
+Fitting a baseline to a batch by least squares follows Duan et al. 2016, arXiv 1604.06778, and its
+library rllab, which also uses the position and its square as features. There are two differences.
+The penalty pulls the weights towards those before the step instead of towards 0, so that they
+remember earlier responses. And the values of a response come from a fit to the other responses,
+because a baseline must not depend on the response it is subtracted from.
 
-Shapes: N tokens of a step's responses, H the width of the reward model, B responses of at most T
+Shapes: N tokens in a step's responses, H the width of the reward model, B responses of at most T
 tokens, D = 3·H + 3 features.
 """
 
@@ -26,20 +26,20 @@ from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.rollout.token_states import TokenStates
 
 PENALTY = 3.0
-"""Weight of the penalty on a change of the weights, in mean squares of their features."""
+"""Weight of the penalty on changing the weights, in units of their features' mean squares."""
 BIAS_PENALTY = 1e-6
-"""That of the bias: it may change freely, and the system has a solution without any response."""
+"""The same for the bias: it may change freely, but the system is solvable without any response."""
 
 
 @dataclass(frozen=True)
 class LinearFit:
-    """The value function that was fitted to a step's responses."""
+    """The value function fitted to a step's responses."""
 
     weights: list[float]
-    """Of the D features, fitted to all responses: those for the next step."""
+    """Weights of the D features, fitted to all responses; used for the next step."""
     values: Tensor
-    """V before each token; (B, T) float32, 0 beyond a response's length. Those of a response come
-    from a fit to all other responses."""
+    """V before each token; (B, T) float32, 0 beyond a response's length. The values of each
+    response come from a fit to all other responses."""
 
 
 def fit_linear_value(
@@ -52,24 +52,24 @@ def fit_linear_value(
     """Fits V to the returns of a step's responses. All ranks must call it.
 
     The weights w' minimise mean (x·w' − return)² + Σ p·(w' − w)² over the tokens x of the batch. p
-    is three times the mean square of a feature's kind: the last layer's states, the middle layer's,
-    and so on. So the batch counts as much as w in the directions in which states vary by three
-    times the average, more where they vary more, and less where they vary less. Returns are those
-    that the estimator makes of the values by w.
+    is three times the mean square of the features of the same kind: the last layer's states, the
+    middle layer's, and so on. So the batch counts as much as w in directions where the states vary
+    three times as much as the average, more where they vary more, and less where they vary less.
+    The returns are computed by the estimator from the values under w.
 
-    The fit without a response is not computed again: its errors on that response's tokens are
-    (I − X·A⁻¹·Xᵀ)⁻¹ times those of the whole fit, with X their features and A the matrix of the
-    whole system: the leave-one-out residuals of ridge regression, for the tokens of a response
-    together. The result depends on the number of ranks to rounding only.
+    Leaving out a response does not require another fit. Its errors on that response's tokens are (I
+    − X·A⁻¹·Xᵀ)⁻¹ times those of the whole fit, where X are the tokens' features and A is the matrix
+    of the whole system. These are the leave-one-out residuals of ridge regression, with all tokens
+    of a response left out together. The result depends on the number of ranks only by rounding.
 
-    Costs some 3·N·D² multiplications in float64, and 24·D² bytes.
+    Takes about 3·N·D² multiplications in float64 and 24·D² bytes.
 
     Args:
-        weights: w of the D features.
-        states: of this rank's rows.
-        inputs: of the advantage estimator, whose values are not read; the same on every rank.
+        weights: w, one weight for each of the D features.
+        states: the hidden states of this rank's rows.
+        inputs: the advantage estimator's inputs, the same on every rank; their values are not read.
         ranks: all ranks of this attempt.
-        positions: that a position is divided by, the same for these weights in all steps.
+        positions: the divisor of positions; the same for these weights in all steps.
     """
     w = torch.tensor(weights, dtype=torch.float64, device=inputs.mask.device)
     before = torch.zeros_like(inputs.old_logprobs)
@@ -104,13 +104,13 @@ def fit_linear_value(
 
 
 def features(states: Tensor, positions: int) -> Tensor:
-    """What V is a linear function of.
+    """Computes the features of V, which is linear in them.
 
     In this order: the last layer's states, the middle layer's, the last layer's times the position
     in the response (from -1 to 1), the position (from 0 to 1), its square, and 1.
 
     Args:
-        states: of T tokens; (T, 2, H), see :class:`TokenStates`.
+        states: hidden states of T tokens; (T, 2, H), see :class:`TokenStates`.
         positions: what a position is divided by.
 
     Returns:
@@ -125,13 +125,13 @@ def features(states: Tensor, positions: int) -> Tensor:
 
 
 def with_all_features(weights: list[float]) -> list[float]:
-    """The D weights of the function that has H weights of the last layer's states and a bias."""
+    """Extends H weights of the last layer's states and a bias to D weights of equal effect."""
     *last, bias = weights
     return [*last, *[0.0] * (2 * len(last) + 2), bias]
 
 
 def _rows(states: TokenStates, positions: int) -> Iterator[tuple[int, Tensor]]:
-    """The rows and their features, made anew: they take six times the memory of the states."""
+    """Yields rows with their features, which are not kept: they are six times the states' size."""
     for row, x in zip(states.rows, states.states, strict=True):
         yield row, features(x, positions)
 

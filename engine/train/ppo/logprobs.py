@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from logits, without copies of the logits' size."""
+"""Computes log-probabilities and entropies from logits without copying the logits."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ CHUNK, GPU_CHUNK = LOGITS_PIECE["cpu"], LOGITS_PIECE["cuda"]
 
 
 LOWEST = -1e4
-"""Bound on log p in the entropy. A token that the model forbids has a logit of -∞ and would make
-0·(-∞), not a number. Below this p is 0 in float32 anyway, so no other value changes."""
+"""Lower bound on log p in the entropy. A token that the model forbids has a logit of -∞ and would
+give 0·(-∞) = NaN. Below the bound p is 0 in float32 anyway, so no other value changes."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -22,7 +22,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 
     Nothing else may use the logits: the backward pass overwrites them with their gradient, and
     autograd raises an error if another operation still needs them. `log_softmax` would keep two
-    more tensors of their size for its backward pass, which allocates a third.
+    more tensors of the same size for its backward pass, which would allocate a third.
     """
     flat = TokenLogprobs.apply(
         logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1), temperature
@@ -33,10 +33,10 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 def token_logprobs_and_entropies(
     logits: Tensor, tokens: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`token_logprobs`, with the entropy of softmax(logits/τ) in nats; (n, T) each.
+    """Like :func:`token_logprobs`, plus entropies of softmax(logits/τ) in nats; (n, T) float32.
 
-    One function gives both, since its backward pass overwrites the logits with the sum of their
-    gradients. Both are float32.
+    One function computes both, since its backward pass overwrites the logits with the sum of both
+    gradients.
     """
     logprobs, entropies = TokenLogprobsAndEntropies.apply(
         logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1), temperature
@@ -94,9 +94,9 @@ def scaled_at(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 def row_sums(
     logits: Tensor, temperature: float, *, entropies: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log Σ exp(logits/τ) and the entropy of each row, (n,) float32 each.
+    """Computes log Σ exp(logits/τ) and the entropy of each row, (n,) float32 each.
 
-    Without `entropies` the second is uninitialised.
+    Without `entropies` the second tensor is uninitialised.
     """
     log_sums = torch.empty(len(logits), device=logits.device)
     found = torch.empty_like(log_sums)
@@ -118,9 +118,9 @@ def overwrite_with_gradient(
     entropies_and_grad: tuple[Tensor, Tensor] | None = None,
     after: AfterLayer | None = None,
 ) -> None:
-    """Writes (g·(1[token] − p) − h·p·(log p + H))/τ over the logits, in chunks.
+    """Overwrites the logits with (g·(1[token] − p) − h·p·(log p + H))/τ, in chunks.
 
-    g and h are the gradients of log-probability and entropy; ∂H/∂z = −p·(log p + H)/τ.
+    g and h are the gradients with respect to log-probability and entropy; ∂H/∂z = −p·(log p + H)/τ.
 
     Args:
         logits: (n, V).
@@ -129,7 +129,7 @@ def overwrite_with_gradient(
         log_sums: from :func:`row_sums`.
         logprob_grad: g, (n,) float32.
         entropies_and_grad: H and h, (n,) float32 each, if entropies have a gradient.
-        after: if given, the gradient is that of the output layer's result instead.
+        after: if given, computes the gradient with respect to the output layer's result instead.
     """
     g = logprob_grad / temperature
     h = None if entropies_and_grad is None else entropies_and_grad[1] / temperature

@@ -44,14 +44,14 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, kind: str) -
 def off_policy(
     logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, mask: Tensor, limit: float
 ) -> Tensor:
-    """The tokens that the off-policy mask leaves out of the policy loss; (B, T) bool.
+    """Selects the tokens that the off-policy mask excludes from the policy loss; (B, T) bool.
 
-    Those of negative advantage in responses of which the policy is by now so much less sure than
-    what sampled them that the mean of log(μ/π) over their tokens is above `limit`.
+    These have a negative advantage, and are in responses that have become so much less likely under
+    the policy than when sampled that the mean of log(μ/π) over their tokens exceeds `limit`.
 
     Args:
         logprobs: log π.
-        rollout_logprobs: log μ, by whoever sampled.
+        rollout_logprobs: log μ, from the engine that sampled.
         advantages: Â.
         mask: the response tokens.
         limit: in nats per token.
@@ -63,14 +63,14 @@ def off_policy(
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """What the policy loss of a token is computed from; (B, T) each."""
+    """Inputs of the per-token policy loss; (B, T) each."""
 
     logprobs: Tensor
     """Log π, with gradient."""
     rho: Tensor
     """ρ, with gradient."""
     clipped_rho: Tensor
-    """ρ clipped to the range."""
+    """ρ clipped to the clip range."""
     advantages: Tensor
     config: PPOConfig
 
@@ -122,9 +122,9 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "sapo": sapo,
     "vespo": vespo,
 }
-"""The loss of a token, by `ppo.policy_loss`.
+"""Per-token losses by `ppo.policy_loss`.
 
-Each function returns the losses and whether each is that of a clipped ratio; (B, T) both.
+Each function returns the losses and whether each one has a clipped ratio; (B, T) both.
 """
 
 
@@ -133,7 +133,7 @@ class PolicyTerms:
     """Sums over the mask. Divide by the minibatch's token count over all ranks."""
 
     loss: Tensor
-    """Σ w·l, with gradient; l is by `ppo.policy_loss`, w is 1 unless rows have weights."""
+    """Σ w·l, with gradient. l is selected by `ppo.policy_loss`; w is 1 unless rows have weights."""
     clipped_high: Tensor
     """Number of tokens whose loss is the clipped term, with ρ above the range."""
     clipped_low: Tensor
@@ -153,9 +153,9 @@ def policy_terms(
     config: PPOConfig,
     row_weights: Tensor | None = None,
 ) -> PolicyTerms:
-    """The policy's loss, summed over response tokens.
+    """Computes the policy loss, summed over response tokens.
 
-    By default the negated clipped objective (Schulman et al. 2017, eq. 7).
+    By default this is the negated clipped objective (Schulman et al. 2017, eq. 7).
 
     Args:
         logprobs: log π, with gradient.
@@ -163,7 +163,7 @@ def policy_terms(
         advantages: Â.
         mask: the response tokens.
         config: `ratio`, `policy_loss` with its keys, and the clip ranges are read.
-        row_weights: (B,), of each response's tokens in the loss; see :data:`AGGREGATIONS`.
+        row_weights: (B,), the weight of each response's tokens; see :data:`AGGREGATIONS`.
     """
     high = config.clip_range if config.clip_range_high is None else config.clip_range_high
     log_rho = log_ratio(logprobs, old_logprobs, mask, config.ratio)
@@ -195,17 +195,17 @@ def weighted_sum(x: Tensor, mask: Tensor, row_weights: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class MinibatchSize:
-    """The size of a minibatch over all ranks, of which a rank holds some rows."""
+    """The size of a minibatch over all ranks; each rank holds some of its rows."""
 
     tokens: int
-    """Response tokens."""
+    """Number of response tokens."""
     responses: int
     max_new_tokens: int
     """`rollout.max_new_tokens`."""
 
 
 def token_mean(size: MinibatchSize, lengths: Tensor) -> Tensor | None:
-    """The mean over tokens: each token counts alike, so a long response counts more."""
+    """The mean over tokens: tokens have equal weight, so longer responses count more."""
     del size, lengths
     return None
 
@@ -228,18 +228,18 @@ AGGREGATIONS: dict[str, Aggregation] = {
     "sequence": sequence_mean,
     "sequence_sum_constant": sequence_sum_constant,
 }
-"""How a minibatch's policy loss is made of its tokens, by `ppo.loss_aggregation`.
+"""Aggregations of token losses to a minibatch's policy loss, by `ppo.loss_aggregation`.
 
-Each function returns the weights (B,) of the rows in a sum that is divided by the minibatch's
-tokens, given the lengths (B,); None is 1 for all. So every aggregation depends neither on the
-number of ranks nor on micro-batches.
+Given the lengths (B,), each function returns row weights (B,) for a sum that is divided by the
+minibatch's token count; None means weights of 1. So the result does not depend on the number of
+ranks or on micro-batches.
 """
 
 
 def value_terms(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Σ 0.5·(V − return)² over the mask, and the number of tokens on which the clip is active.
+    """Computes Σ 0.5·(V − return)² over the mask, and the number of tokens with an active clip.
 
     With `clip`, each token's loss is the larger of (V − return)² and the same with V clamped to
     V_old ± clip, as in TRL and OpenRLHF. The sum carries the gradient.
@@ -247,8 +247,8 @@ def value_terms(
     loss = (values - returns) ** 2
     clipped = torch.zeros_like(mask)
     if clip is not None:
-        # Not `old_values + difference.clamp()`: it rounds a value within the range to one beside
-        # it, which may then count as clipped.
+        # Not `old_values + difference.clamp()`: rounding would change values within the range,
+        # which might then count as clipped.
         clipped_values = values.clamp(old_values - clip, old_values + clip)
         clipped_loss = (clipped_values - returns) ** 2
         clipped = (clipped_loss > loss) & mask

@@ -30,7 +30,7 @@ def statistics(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {
         "mean": masked_mean(wide, mask),
         "std": masked_variance(wide, mask).sqrt(),
-        # Indexing by the mask would wait for the GPU.
+        # Indexing by the mask would synchronise with the GPU.
         "min": x.masked_fill(~mask, torch.inf).min(),
         "max": x.masked_fill(~mask, -torch.inf).max(),
     }
@@ -39,11 +39,11 @@ def statistics(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Scales x (B, T) to variance 1 over the mask, and shifts it to mean 0.
 
-    With `shift_mean=False` the mean stays. The result is 0 outside the mask. As in
-    lm-human-preferences, with 1e-8 added to the variance, whose denominator is the number of tokens
-    (TRL's is one less).
+    With `shift_mean=False` the mean is kept. The result is 0 outside the mask. As in
+    lm-human-preferences, 1e-8 is added to the variance, and its denominator is the number of tokens
+    (one less in TRL).
     """
-    # In float32 the mean of equal numbers is not that number: 1,000 times 100.7 would become 0.2.
+    # In float32 the mean of equal numbers is inexact: 1,000 times 100.7 would be whitened to 0.2.
     wide = x.double()
     mean = masked_mean(wide, mask)
     whitened = (wide - mean) * torch.rsqrt(masked_variance(wide, mask) + 1e-8)
@@ -53,8 +53,8 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Σ_t (log π − log π_ref): (B, T) → (B,), in nats per response.
 
-    The one-sample estimate of the KL (k1 in Schulman 2020, "Approximating KL divergence"). It is
-    unbiased, and may be negative for a response.
+    This is the single-sample estimate of the KL (k1 in Schulman 2020, "Approximating KL
+    divergence"). It is unbiased, and may be negative for a response.
     """
     return ((logprobs - ref_logprobs) * mask).sum(1)
 
@@ -68,5 +68,5 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def as_float64(scalars: Iterable[Tensor]) -> Tensor:
-    """Scalars of any dtype as one tensor, (n,) float64: the host waits once to read them all."""
+    """Stacks scalars of any dtype, (n,) float64, so that reading them takes one synchronisation."""
     return torch.stack([x.double() for x in scalars])

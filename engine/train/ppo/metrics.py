@@ -1,6 +1,6 @@
-"""The metrics of a step.
+"""Computes the metrics of a step.
 
-A metric that TRL's PPO trainer has as well has its name there. All are declared in
+Metrics that TRL's PPO trainer also reports have the same names as there. All are declared in
 :mod:`engine.metrics`.
 """
 
@@ -30,7 +30,7 @@ def step_metrics(
     stats: UpdateStats,
     config: RunConfig,
 ) -> dict[str, float]:
-    """All metrics except times and counters; a metric that is undefined is left out.
+    """Computes all metrics except times and counters; omits undefined metrics.
 
     Args:
         rollout: B responses of at most T tokens.
@@ -86,7 +86,7 @@ def step_metrics(
 
 
 def group_metrics(scores: Tensor, per_prompt: int) -> dict[str, float]:
-    """How the scores (B,) vary within prompts; empty with one response to each prompt."""
+    """Measures how scores (B,) vary within prompts; empty with one response per prompt."""
     if per_prompt < 2:
         return {}
     deviations = scores.view(-1, per_prompt).std(1, correction=0)
@@ -128,7 +128,7 @@ def _optimiser_metrics(stats: UpdateStats, config: RunConfig) -> dict[str, float
 def _value_metrics(
     mask: Tensor, targets: Targets, stats: UpdateStats, *, fitted: bool
 ) -> dict[str, float]:
-    """`fitted`: whether the value function is fitted between steps, and has no loss in updates."""
+    """`fitted`: whether the value function is fitted between steps and has no loss in updates."""
     sums = stats.sums
     if not stats.updates or targets.returns is None or targets.old_values is None:
         return {}
@@ -145,7 +145,7 @@ def _value_metrics(
 
 
 def source_metrics(parts: dict[str, list[float | None]]) -> dict[str, float]:
-    """The mean score of each reward source, if there are several; None scores do not count."""
+    """Mean score of each reward source, if there are several; ignores None scores."""
     if len(parts) < 2:
         return {}
     scored = {k: [s for s in v if s is not None] for k, v in parts.items()}
@@ -153,12 +153,12 @@ def source_metrics(parts: dict[str, list[float | None]]) -> dict[str, float]:
 
 
 def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> dict[str, float]:
-    """Times and rates. A phase's time is the slowest rank's, since the others wait for it.
+    """Computes times and rates. A phase's time is the slowest rank's: the others wait for it.
 
     Args:
         ranks: every rank's phase times.
         rollout: the whole batch.
-        seconds: of the step.
+        seconds: duration of the step.
     """
     times = {f"time/{k}": max(r.seconds[k] for r in ranks) for k in ranks[0].seconds}
     return times | {
@@ -172,14 +172,14 @@ def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> d
 def distinct_2(texts: list[str]) -> float | None:
     """Distinct word bigrams divided by all word bigrams of the batch; None if there are none.
 
-    distinct-2 (Li et al. 2016). Falls when responses repeat themselves or each other.
+    This is distinct-2 (Li et al. 2016). It falls when responses repeat themselves or each other.
     """
     pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory of this rank in bytes: allocated on its GPU, or the process's resident set."""
+    """Returns this rank's peak memory in bytes: allocated on its GPU, or the resident set size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

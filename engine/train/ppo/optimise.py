@@ -33,7 +33,7 @@ POLICY_SUMS = (
     "tokens", "policy_loss", "clipped_high", "clipped_low", "dual_clipped", "off_policy",
     "squared_log_ratio", "ratio", "squared_ratio", "entropy", "kl",
 )  # fmt: skip
-"""The fields of :class:`LossSums` that come with the policy loss."""
+"""The fields of :class:`LossSums` that are computed with the policy loss."""
 
 
 def optimise(
@@ -62,7 +62,7 @@ def optimise(
         config: in force for this step.
         seed: with `step`, determines the order of the minibatches.
         step: from 1.
-        report: called with (responses done, responses), of all epochs and ranks.
+        report: called with (responses done, responses), counted over all epochs and ranks.
     """
     stats, done = UpdateStats(), 0
     total = config.ppo.epochs * len(rollout.ids)
@@ -73,7 +73,7 @@ def optimise(
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(config.train, step) * group["lr_scale"]
     warming_up = step <= config.ppo.value_warmup and targets.returns is not None
-    # transformers recomputes activations in training mode only. Dropout is 0 in either mode.
+    # transformers recomputes activations only in training mode. Dropout is 0 in both modes.
     learner.train(config.parallel.activation_checkpointing)
     for epoch in range(config.ppo.epochs):
         order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
@@ -104,7 +104,7 @@ def optimise(
 
 def clip_gradient(learner: nn.Module, limit: float) -> float:
     """Clips the global gradient norm to `limit`; returns the norm before clipping."""
-    # foreach: a few kernels for all parameters, of sharded ones too.
+    # foreach: a few kernels for all parameters, including sharded ones.
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit, foreach=True)
     return float(full_tensor(norm))
 
@@ -133,7 +133,7 @@ def backward(
         rows: the minibatch's rows, the same on every rank; (n,) int64, on the host.
         config: in force for this step.
         warming_up: train the value function only (`ppo.value_warmup`).
-        report: called with (passes done, passes), of this rank.
+        report: called with this rank's (passes done, passes).
     """
     minibatch = losses.MinibatchSize(
         tokens=int(rollout.host_lengths[1, rows].sum()),
@@ -142,8 +142,8 @@ def backward(
     )
     size = config.ppo.micro_batch_size
     micros = by_length(rollout, ranks.strided_share(longest_first(rollout, rows)), size)
-    # DDP and FSDP2 communicate in every pass, so all ranks must run the same number of them: a rank
-    # with fewer micro-batches runs the rest on one row, with a loss of 0.
+    # DDP and FSDP2 communicate in every pass, so all ranks must run the same number of passes: a
+    # rank with fewer micro-batches runs the remaining ones on one row, with a loss of 0.
     count = -(-ranks.largest_share(len(rows)) // size)
     wants = ("logits", "values") if separate_passes(ranks, learner) else ("both",)
     total: Tensor | None = None
@@ -162,7 +162,7 @@ def backward(
         report(done, len(passes))
     if warming_up:
         _drop_policy_gradients(learner)
-    if total is None:  # this rank has dummies only
+    if total is None:  # this rank had only dummy passes
         total = torch.zeros(len(fields(LossSums)), dtype=torch.float64)
     return LossSums(*ranks.all_reduce_sum(total).tolist())  # the minibatch's first wait for a GPU
 
@@ -171,8 +171,8 @@ def separate_passes(ranks: RankGroup, learner: nn.Module) -> bool:
     """Whether policy and value run separate forward and backward passes over a micro-batch.
 
     A separate value trunk shares no activations with the policy, so running one after the other
-    halves the peak. Only with a single rank: DDP expects a gradient for all parameters in each
-    backward pass.
+    halves peak memory. This requires a single rank, since DDP expects a gradient for all parameters
+    in each backward pass.
     """
     return ranks.size == 1 and getattr(learner, "value_trunk", None) is not None
 
@@ -187,14 +187,14 @@ def micro_batch(
     warming_up: bool,
     want: str = "both",
 ) -> tuple[Tensor, Tensor]:
-    """One forward pass of n rows.
+    """Runs one forward pass over n rows and computes their loss.
 
     Args:
         learner: the policy as wrapped for training.
         rollout: B responses of at most T tokens.
         targets: (B, T) each.
         micro: the micro-batch's rows; (n,) int64, on the host.
-        minibatch: the minibatch that it is part of, over all ranks.
+        minibatch: size of the whole minibatch, over all ranks.
         config: in force for this step.
         warming_up: the policy loss gets a factor of 0.
         want: `both`, or `logits` or `values` for the policy or the value loss alone.
@@ -239,7 +239,7 @@ def micro_batch(
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What the policy loss of some tokens needs besides their log-probabilities; (n, t') each."""
+    """Inputs of the policy loss of some tokens, except their log-probabilities; (n, t') each."""
 
     mask: Tensor
     old_logprobs: Tensor
@@ -249,7 +249,7 @@ class PolicyInputs:
     rollout_logprobs: Tensor | None
     """None without `ppo.off_policy_mask`."""
     weights: Tensor | None
-    """Of each row in the loss, (n,); None for 1."""
+    """Weight of each row in the loss, (n,); None means 1."""
 
     @classmethod
     def of(
@@ -261,15 +261,15 @@ class PolicyInputs:
         minibatch: losses.MinibatchSize,
         config: RunConfig,
     ) -> "PolicyInputs":
-        """Those of a micro-batch's rows, trimmed to their longest response.
+        """Selects the inputs of a micro-batch's rows, trimmed to their longest response.
 
-        `micro` and `there` are their indices on the host and on the device.
+        `micro` and `there` are the row indices on the host and on the device.
         """
         width = int(rollout.host_lengths[1, micro].max())
         in_loss = config.kl.place == "loss" and targets.ref_logprobs is not None
         advantages = targets.advantages[there, :width]
         if targets.token_weights is not None:
-            # A token's loss is linear in its advantage's size: a weight on one is on the other.
+            # A token's loss scales linearly with its advantage, so weighting either is equivalent.
             advantages = advantages * targets.token_weights[there, :width]
         return cls(
             mask=rollout.mask[there, :width],
@@ -285,7 +285,7 @@ class PolicyInputs:
         )
 
     def part(self, tokens: slice) -> "PolicyInputs":
-        """A chunk of the tokens in row-major order, each a row of its own: (c, 1)."""
+        """Selects a chunk of the tokens in row-major order, each as a row of its own: (c, 1)."""
 
         def column(x: Tensor) -> Tensor:
             return x.reshape(-1, 1)[tokens]
@@ -323,12 +323,12 @@ def _policy_loss_of_tokens(
 def _policy_loss(
     logprobs: Tensor, entropies: Tensor | None, inputs: PolicyInputs, config: RunConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy's loss, less the entropy bonus, plus the KL penalty with `kl.place: loss`.
+    """Computes the policy loss minus the entropy bonus, plus the KL penalty with `kl.place: loss`.
 
     Args:
         logprobs: (n, t'), with gradient.
-        entropies: the same; None without an entropy bonus.
-        inputs: of the same tokens.
+        entropies: (n, t'), with gradient; None without an entropy bonus.
+        inputs: the other inputs of the same tokens.
         config: in force for this step.
 
     Returns:

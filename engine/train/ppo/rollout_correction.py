@@ -1,8 +1,8 @@
-"""Corrects for rollouts whose sampling distribution is not exactly that of the policy.
+"""Corrects for rollouts sampled from a distribution that differs slightly from the policy.
 
-Another engine, or generation in bfloat16, samples from a slightly different distribution μ than the
-policy π_old that the trainer computes. The policy's loss divides by π_old, so each token's loss is
-weighted by π_old/μ, of the token or of its whole response. The weight is not differentiated.
+Another engine, or generation in bfloat16, samples from a distribution μ that differs slightly from
+the policy π_old computed by the trainer. Since the policy loss divides by π_old, each token's loss
+is weighted by π_old/μ, of the token or of its whole response. No gradient flows through the weight.
 
 Source: truncated importance sampling, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
 You Off-Policy RL Training"; a band of ratios, Ling Team 2025, arXiv 2510.18855 (IcePop);
@@ -20,7 +20,7 @@ from engine.train.ppo.advantages import Targets
 from engine.train.rollout.rollout import Rollout
 
 TAIL = 0.99
-"""The quantile of the gap that is reported beside its mean and its maximum."""
+"""The quantile of the gap that is reported in addition to its mean and maximum."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Correction:
 def correction(
     old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, config: PPOConfig
 ) -> Correction:
-    """The weights by `ppo.rollout_correction`, which must not be `none`.
+    """Computes the weights by `ppo.rollout_correction`, which must not be `none`.
 
     Args:
         old_logprobs: (B, T): log π_old, by the trainer.
-        rollout_logprobs: (B, T): log μ, by whoever sampled.
+        rollout_logprobs: (B, T): log μ, by the engine that sampled.
         mask: (B, T) bool: the response tokens.
         config: the kind and the bounds.
     """
@@ -62,7 +62,7 @@ def correction(
 
 
 def with_rollout_correction(targets: Targets, rollout: Rollout, config: PPOConfig) -> Targets:
-    """Adds the weights of `ppo.rollout_correction` to what the epochs train on."""
+    """Adds the weights of `ppo.rollout_correction` to the targets."""
     if config.rollout_correction == "none":
         return targets
     found = correction(targets.old_logprobs, rollout.logprobs, rollout.mask, config)
@@ -70,7 +70,7 @@ def with_rollout_correction(targets: Targets, rollout: Rollout, config: PPOConfi
 
 
 def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[str, float]:
-    """How far the sampling distribution was from π_old, and what the correction did."""
+    """Measures the gap between the sampling distribution and π_old, and the correction's effect."""
     mask = rollout.mask
     gap = (targets.old_logprobs - rollout.logprobs)[mask].double()
     order = gap.abs().sort().values
@@ -78,12 +78,12 @@ def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[s
         "val/rollout_logprob_gap": order[-1],
         "val/rollout_logprob_gap_mean": order.mean(),
         "val/rollout_logprob_gap_p99": order[int(TAIL * (len(order) - 1))],
-        # Of k3's form: not negative, and small where the two agree.
+        # k3: non-negative, and small where the two agree.
         "val/rollout_kl": (torch.expm1(gap) - gap).mean(),
     }
     if targets.token_weights is not None:
         found = correction(targets.old_logprobs, rollout.logprobs, mask, config)
         metrics["policy/rollout_weight"] = targets.token_weights[mask].double().mean()
         metrics["policy/rollout_capped_frac"] = found.bounded[mask].double().mean()
-    # Copied together: the host waits once.
+    # Copied together, so that the host synchronises once.
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Sums and counters of the policy updates of a step."""
+"""Sums and counters of a step's policy updates."""
 
 from dataclasses import dataclass, field
 
@@ -20,9 +20,9 @@ class LossSums:
     off_policy: float = 0.0
     """Number of tokens left out by `ppo.off_policy_mask`."""
     entropy: float = 0.0
-    """Weighted as the loss; 0 without `ppo.entropy_coef`."""
+    """Entropy, weighted like the loss; 0 without `ppo.entropy_coef`."""
     kl: float = 0.0
-    """The KL penalty in the loss, weighted as the loss, before beta; 0 unless `kl.place: loss`."""
+    """KL penalty in the loss, weighted like the loss, before beta; 0 unless `kl.place: loss`."""
     value_clipped: float = 0.0
     squared_log_ratio: float = 0.0
     ratio: float = 0.0
@@ -40,7 +40,7 @@ class LossSums:
 
     @property
     def approx_kl(self) -> float:
-        """0.5·mean (log ρ)² between the policy and the one that sampled, in nats (as TRL)."""
+        """0.5·mean (log ρ)² between the policy and the sampling policy, in nats (as in TRL)."""
         return 0.5 * self.squared_log_ratio / self.tokens
 
 
@@ -51,7 +51,7 @@ class UpdateStats:
     sums: LossSums = field(default_factory=LossSums)
     """Over the minibatches that led to an update."""
     grad_norms: list[float] = field(default_factory=list)
-    """Of each update, before clipping."""
+    """Gradient norm of each update, before clipping."""
     updates: int = 0
     skipped: int = 0
     """Minibatches without an update."""
