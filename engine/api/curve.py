@@ -19,7 +19,7 @@ class Curve:
     steps: "array[int]"
     """Increasing; int64."""
     values: "array[float]"
-    """As many as steps; float64. NaN where the metric was not finite."""
+    """One value per step; float64. NaN where the metric was not finite."""
 
     def __len__(self) -> int:
         """The number of points."""
@@ -27,7 +27,7 @@ class Curve:
 
 
 def as_curve(name: str, points: Iterable[tuple[int, float | None]]) -> Curve:
-    """Makes a curve of the journal's (step, value) points, in their order."""
+    """Builds a curve from the journal's (step, value) points, in their order."""
     steps, values = array("q"), array("d")
     for step, value in points:
         steps.append(step)
@@ -36,10 +36,10 @@ def as_curve(name: str, points: Iterable[tuple[int, float | None]]) -> Curve:
 
 
 def aligned(curves: Sequence[Curve]) -> "dict[str, array[int] | array[float]]":
-    """The curves over all steps that any of them has.
+    """Aligns curves over the union of their steps.
 
     Returns:
-        `step` → the steps; the name of each curve → its values, NaN at steps that it does not have.
+        `step` → the steps; the name of each curve → its values, NaN at steps it does not have.
         All arrays have the same length.
     """
     steps = array("q", sorted({step for curve in curves for step in curve.steps}))

@@ -20,7 +20,7 @@ LOADING_TIMEOUT = 60.0
 """Seconds to wait for errors while models load; loading continues after it."""
 
 NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufffe\uffff]")
-"""Characters of JSON that YAML refuses or takes for the end of a line."""
+"""Characters valid in JSON that YAML rejects or reads as a line break."""
 
 Overrides = Mapping[str, Any]
 """Configuration key → value, such as `{"kl.beta": 0.1}`."""
@@ -38,17 +38,17 @@ def start(
     """Starts a run in the background. It outlives this process.
 
     Args:
-        config: a YAML file, the same as nested mappings, or `starter:demo`. Relative paths in a
-            mapping start at the current folder.
+        config: a YAML file, its content as nested mappings, or `starter:demo`. Relative paths in
+            a mapping start at the current folder.
         name: of the session. Default: the file's name or `run`, with a number if that is taken.
         sessions: the folder of sessions. Default: $RLHF_TUI_SESSIONS or ./sessions.
         overrides: configuration keys that replace those of `config`.
         who: as for :class:`Session`.
-        timeout: seconds to wait until the models are loaded. After it the run continues to load,
-            and an error is in the session's state and message instead of an exception.
+        timeout: seconds to wait until the models are loaded. When it expires, loading continues,
+            and an error appears in the session's state and message instead of an exception.
 
     Returns:
-        The session, which trains unless the timeout has passed.
+        The session; it is training unless the timeout expired.
 
     Raises:
         ConfigError: a key or a value is wrong, or a file it names is missing.
@@ -94,7 +94,7 @@ def attach(
 
 
 def sessions(folder: str | Path | None = None) -> list[Session]:
-    """All sessions of a folder, by name. Default: $RLHF_TUI_SESSIONS or ./sessions."""
+    """All sessions in a folder, sorted by name. Default: $RLHF_TUI_SESSIONS or ./sessions."""
     return [Session(files.folder) for files in all_sessions(_root(folder))]
 
 
@@ -109,10 +109,10 @@ def resume(
     """Resumes a session that has ended, in the background.
 
     Args:
-        session: it, or its name, as for :func:`attach`; it must have no live engine.
+        session: the session or its name, as for :func:`attach`; it must have no live engine.
         from_step: the checkpoint's step; later steps become an abandoned branch. Default: the last
             checkpoint, and nothing is abandoned.
-        reseed: whether to sample other responses than before.
+        reseed: whether to sample different responses than before.
         overrides: configuration keys that change, such as `{"train.steps": 200}`.
         timeout: as for :func:`start`.
 
@@ -123,7 +123,7 @@ def resume(
         ConfigError: an override is wrong, or would change the model or the data's order.
         NoSuchSessionError: there is no such session, or no checkpoint of that step.
         SessionLockedError: the session has a live engine.
-        UserInputError: all its steps are done, and `train.steps` does not ask for more.
+        UserInputError: all its steps are done, and `train.steps` was not raised.
         CheckpointError: the chosen checkpoint is damaged.
         SessionError: the run ended before the training began, or belongs to another user.
     """
@@ -154,11 +154,11 @@ def fork(
     """Forks a new session from a checkpoint of another, and starts it in the background.
 
     Args:
-        session: it, or its name, as for :func:`attach`; live or ended, it stays as it is.
+        session: the session or its name, as for :func:`attach`; live or ended, it is not changed.
         name: of the new session, in the same folder.
         from_step: the checkpoint's step.
-        reseed: whether to sample other responses than the other session did.
-        ema: whether to begin with the averaged policy of `train.ema`.
+        reseed: whether to sample different responses than the other session did.
+        ema: whether to start from the averaged policy of `train.ema`.
         overrides: configuration keys that differ.
         timeout: as for :func:`start`.
 
@@ -202,7 +202,7 @@ def _root(folder: str | Path | None) -> Path:
 
 
 def _as_words(overrides: Overrides | None) -> list[str]:
-    """Overrides as the command line gives them: in JSON, which is YAML. Raises UserInputError."""
+    """Overrides in the form of the command line: JSON, which is YAML. Raises UserInputError."""
     try:
         return [f"{key}={_as_yaml(value)}" for key, value in (overrides or {}).items()]
     except (TypeError, ValueError) as error:
@@ -210,6 +210,6 @@ def _as_words(overrides: Overrides | None) -> list[str]:
 
 
 def _as_yaml(value: Any) -> str:
-    # Not in ASCII: JSON writes an emoji as two surrogates, which are no text in YAML.
+    # With ASCII only, JSON would escape an emoji as two surrogates, which YAML does not combine.
     text = json.dumps(value, ensure_ascii=False)
     return NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,6 +1,6 @@
-"""One run, as scripts and notebooks see it: read it, wait for it, steer it.
+"""One run, for scripts and notebooks: read it, wait for it, steer it.
 
-A session may be used in several threads, and while others watch and steer the same run.
+A session object may be used from several threads, and while others watch and steer the same run.
 """
 
 import math
@@ -39,11 +39,11 @@ from engine.session.access import current_user
 T = TypeVar("T")
 
 POLL_INTERVAL = 0.2
-"""Seconds between two evaluations of a condition that is waited for."""
+"""Seconds between two evaluations of the condition passed to `wait`."""
 
 
 def default_operator() -> str:
-    """Who steers if a script does not say it: `ana in Python`."""
+    """The operator's name if a script gives none: `ana in Python`."""
     return f"{current_user()} in Python"
 
 
@@ -54,7 +54,7 @@ class Session(SessionReader):
         """Opens a session by its folder, such as `sessions/demo`.
 
         Args:
-            folder: the session's; it must exist.
+            folder: the session's folder; it must exist.
             who: the name under which the journal records the commands sent by this object.
                 Default: this user, `in Python`.
 
@@ -72,14 +72,14 @@ class Session(SessionReader):
 
         Args:
             condition: called with this session, several times a second.
-            timeout: seconds; None for as long as the run lives.
+            timeout: seconds; None to wait until the run ends.
 
         Returns:
             What the condition returned.
 
         Raises:
-            TimeoutError: it did not hold in time.
-            SessionError: the run has ended, and it does not hold.
+            TimeoutError: the condition did not hold in time.
+            SessionError: the run has ended, and the condition does not hold.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
@@ -99,8 +99,8 @@ class Session(SessionReader):
         """Waits until a step is completed, and returns the last completed one.
 
         Raises:
-            TimeoutError: it is not completed in time.
-            SessionError: the run has ended before it.
+            TimeoutError: the step was not completed in time.
+            SessionError: the run ended before that step.
         """
 
         def completed(run: Session) -> list[int]:
@@ -116,20 +116,20 @@ class Session(SessionReader):
         The session can then be resumed, forked or deleted.
 
         Raises:
-            TimeoutError: it has not exited in time.
+            TimeoutError: the engine did not exit in time.
         """
         return self.wait(lambda run: "" if run.is_live else run.state, timeout)
 
     # -- steering --------------------------------------------------------------------------------
 
     def send(self, command: AnyCommand, timeout: float | None = None) -> CommandReply:
-        """Sends a command and waits until it is applied; the methods below do so.
+        """Sends a command and waits until it is applied; the methods below call this one.
 
         Commands take effect between two steps, so this takes up to a step.
 
         Args:
             command: one of :mod:`engine.protocol.commands`.
-            timeout: seconds to wait; None for as long as it takes, 0 to return as soon as the
+            timeout: seconds to wait; None to wait without limit, 0 to return as soon as the
                 engine has accepted it.
 
         Returns:
@@ -138,11 +138,11 @@ class Session(SessionReader):
 
         Raises:
             CommandRejectedError: the engine has rejected it; the message has the reason.
-            UserInputError: an argument is of a wrong type.
+            UserInputError: an argument has a wrong type.
             NoSuchSessionError: the session has no live engine on this machine.
-            LinkError: the engine does not reply, or has gone.
+            LinkError: the engine does not reply, or is gone.
             SessionError: the session belongs to another user.
-            TimeoutError: it is not applied in time. It stays pending.
+            TimeoutError: the command was not applied in time. It stays pending.
         """
         _check_types(command)
         with Client(self.files, self.who) as client:
@@ -188,7 +188,7 @@ class Session(SessionReader):
         horizon: float | None = None,
         timeout: float | None = None,
     ) -> CommandReply:
-        """Chooses the KL controller; what is None does not change. Raises as :meth:`send`.
+        """Sets the KL controller; arguments that are None do not change. Raises as :meth:`send`.
 
         Args:
             controller: `fixed` or `adaptive`.
@@ -210,35 +210,35 @@ class Session(SessionReader):
     def rollback(
         self, step: int, *, reseed: bool = False, timeout: float | None = None
     ) -> CommandReply:
-        """Returns to the checkpoint of a step; what followed becomes an abandoned branch.
+        """Returns to the checkpoint of a step; later steps become an abandoned branch.
 
         Raises as :meth:`send`.
 
         Args:
             step: of one of :meth:`checkpoints`.
-            reseed: whether to sample other responses than before.
+            reseed: whether to sample different responses than before.
             timeout: as for :meth:`send`.
         """
         return self.send(Rollback(step=step, reseed=reseed), timeout)
 
     def stop(self, *, now: bool = False, timeout: float | None = None) -> CommandReply:
-        """Finishes the step, saves a checkpoint and stops; with `now` at once, without saving.
+        """Finishes the step, saves a checkpoint and stops; with `now`, stops at once, unsaved.
 
         Raises as :meth:`send`. The engine has exited after :meth:`wait_for_end`.
         """
         return self.send(Stop(now=now), timeout)
 
     def probe(self, prompt: str, timeout: float | None = None) -> ProbeResult:
-        """Responses of the policy and of the reference to a prompt. Raises as :meth:`send`."""
+        """Generates responses of policy and reference to a prompt. Raises as :meth:`send`."""
         if timeout == 0:
             raise UserInputError("a probe has its result once it is applied: give a longer timeout")
         return ProbeResult.of(self.send(Probe(text=prompt), timeout).result)
 
     def note(self, text: str) -> int:
-        """Adds a note to the journal, also of a run that has ended.
+        """Adds a note to the journal; works for a run that has ended, too.
 
         Returns:
-            The last completed step, at which the note stands.
+            The last completed step, to which the note is attached.
 
         Raises:
             CommandRejectedError: the text is empty or too long.
@@ -252,7 +252,7 @@ class Session(SessionReader):
 
 
 def _check_types(command: AnyCommand) -> None:
-    """The engine closes a connection that sends what it cannot decode. Raises UserInputError."""
+    """Checks types here: the engine would close the connection. Raises UserInputError."""
     try:
         msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=examined(type(command)))
     except msgspec.ValidationError as error:

@@ -1,7 +1,7 @@
-"""What a run has recorded, as scripts and notebooks read it.
+"""Reads what a run has recorded, for scripts and notebooks.
 
-Every read opens the journal anew, so a session may be used in several threads, during the run and
-after it.
+Every read opens the journal again, so a session may be used from several threads, during the run
+and after it.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from engine.session import folder as session_folder
 
 
 class SessionReader:
-    """A run in its folder, live or ended, to be read."""
+    """Read access to a run in its folder, live or ended."""
 
     def __init__(self, folder: str | Path) -> None:
         """Opens a session by its folder, such as `sessions/demo`.
@@ -35,7 +35,7 @@ class SessionReader:
         self._check_exists()
 
     def _check_exists(self) -> None:
-        """Without its files a session would read as one that crashed before its first step.
+        """Checks the folder: a missing one would read as a run that crashed before its first step.
 
         Raises NoSuchSessionError or SessionError.
         """
@@ -49,7 +49,7 @@ class SessionReader:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r})"
 
-    # -- what it is ------------------------------------------------------------------------------
+    # -- identity and state ----------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -68,12 +68,12 @@ class SessionReader:
 
     @property
     def is_live(self) -> bool:
-        """Whether an engine runs it. Raises SessionError if that cannot be told."""
+        """Whether an engine is running the session. Raises SessionError if that is unknown."""
         return self._files.is_live()
 
     @property
     def state(self) -> str:
-        """One of :data:`engine.session.states.STATES`, or `crashed`: live, but without engine."""
+        """One of :data:`engine.session.states.STATES`, or `crashed`: live but without an engine."""
         with self._reader() as reader:
             return reader.state()
 
@@ -95,15 +95,15 @@ class SessionReader:
         return self._files.config()
 
     def settings(self) -> dict[str, Any]:
-        """The settings in force, by name: what :meth:`set` changes.
+        """The settings in force, by name: those that :meth:`set` changes.
 
-        Before the first step, those of the configuration.
+        Before the first step, they are those of the configuration.
         """
         configured = as_mapping(settings_of(self.config()))
         with self._reader() as reader:
             return configured | (reader.meta().settings or {})
 
-    # -- what it has recorded --------------------------------------------------------------------
+    # -- recorded data ---------------------------------------------------------------------------
 
     def metric_names(self) -> list[str]:
         """The names of the metrics that the run has recorded."""
@@ -111,10 +111,9 @@ class SessionReader:
             return reader.metric_names()
 
     def metric(self, name: str) -> float:
-        """The newest value of a metric.
+        """The newest value of a metric; NaN if there is none yet.
 
-        NaN if there is none yet: a condition such as `run.metric("objective/kl") > 6` is then
-        false.
+        A condition such as `run.metric("objective/kl") > 6` is then false.
 
         Raises:
             UserInputError: there is no such metric.
@@ -131,7 +130,7 @@ class SessionReader:
 
         Args:
             name: of the metric, see docs/metrics.md.
-            after: only later steps. Step 0 has the evaluation before the first step.
+            after: return only later steps. Step 0 is the evaluation before the first step.
 
         Raises:
             UserInputError: there is no such metric.
@@ -143,11 +142,11 @@ class SessionReader:
         return as_curve(name, points)
 
     def as_arrays(self, *names: str, after: int = -1) -> dict[str, Any]:
-        """Several metrics over the same steps; all that the run has recorded by default.
+        """Several metrics over the same steps; by default all that the run has recorded.
 
         Returns:
-            `step` and each name, each an array of the standard library of the same length, which
-            `numpy.asarray` converts without a copy. NaN where a metric has no value at a step.
+            `step` and each name → an `array.array`, all of the same length, which `numpy.asarray`
+            converts without a copy. NaN where a metric has no value at a step.
             `pandas.DataFrame` takes the whole mapping.
 
         Raises:
@@ -155,7 +154,7 @@ class SessionReader:
         """
         with self._reader() as reader:
             known = reader.metric_names()
-            # A step that ends meanwhile would be in the curves that are read later only.
+            # A step that ends meanwhile would appear only in the curves that are read later.
             last = reader.last_step()
             curves = []
             for name in names or known:
@@ -171,9 +170,9 @@ class SessionReader:
         """Recorded responses with their judgements.
 
         Args:
-            last: at most as many; all by default.
-            query: without one, the newest responses of the current timeline, the newest last. With
-                one, the first of those that it selects, in its order.
+            last: maximum number of responses; all by default.
+            query: selects and orders the responses; the first `last` of them are returned. Without
+                one: the newest responses of the current timeline, the newest last.
         """
         self._check_exists()
         with SampleReader(self._files) as reader:
@@ -185,14 +184,14 @@ class SessionReader:
         """The log of the run, oldest first: states, commands, alerts, checkpoints, notes, errors.
 
         Args:
-            last: the newest ones, at most as many; all by default.
+            last: maximum number of events, the newest ones; all by default.
             after: only events with a greater number (`EventRow.event`).
         """
         with self._reader() as reader:
             return reader.events(last, after)
 
     def commands(self) -> list[CommandRow]:
-        """Every command with who sent it, its status and what it changed, in order of arrival."""
+        """Every command with its sender, its status and its changes, in order of arrival."""
         with self._reader() as reader:
             return reader.commands()
 
@@ -207,7 +206,7 @@ class SessionReader:
 
 
 def _check_metric(name: str, recorded: list[str]) -> None:
-    """Raises UserInputError if a run has no such metric, and never will have."""
+    """Raises UserInputError if the run has no such metric and never will."""
     declared = [metric.name for metric in METRICS]
     if name in recorded or name in declared or not recorded:
         return

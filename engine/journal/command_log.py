@@ -24,7 +24,7 @@ class CommandLog:
     """Writes and reads commands. Each command also has an event."""
 
     def __init__(self, db: sqlite3.Connection, events: EventLog) -> None:
-        """Reads the last numbers of the journal: later, each command would read all of them."""
+        """Reads the journal's last sequence numbers once, not again for each command."""
         self._db = db
         self._events = events
         self._seq, self._applied_seq = db.execute(
@@ -66,8 +66,8 @@ class CommandLog:
             command_id: of the command.
             command: its name.
             args: its arguments.
-            who: sent it.
-            rejected: whether :meth:`reject` follows; a rejected note is no note in the history.
+            who: the operator who sent it.
+            rejected: whether :meth:`reject` follows; a rejected note is not shown as a note.
         """
         self._seq += 1
         with self._db:
@@ -126,7 +126,7 @@ class CommandLog:
                 self._override_earlier(step, {c.key for c in changes})
 
     def _last_earlier_change(self) -> int:
-        """The last step with a command of an earlier attempt, or a later step; read once."""
+        """An upper bound on the steps with commands of earlier attempts; read once."""
         attempt = self._events.attempt
         if self._earlier[0] != attempt:
             (last,) = self._db.execute(
@@ -136,12 +136,12 @@ class CommandLog:
         return self._earlier[1]
 
     def _override_earlier(self, step: int, keys: set[str]) -> None:
-        """Drops what earlier attempts changed of these settings after this step.
+        """Drops earlier attempts' changes of these settings after this step.
 
-        It would otherwise be applied again after the next crash, and override the new change. A
-        command that changed other settings, too, keeps these changes. Changes at this step itself
-        stay: they were applied again before the new command, and `undo` and the next resume have to
-        find them in that order.
+        They would otherwise be applied again after the next crash and override the new change. If
+        the same command also changed other settings, those changes stay. Changes at this step
+        itself stay, too: they were applied again before the new command, and `undo` and the next
+        resume must find them in that order.
         """
         rows = self._db.execute(
             "SELECT id, changes FROM commands "
@@ -166,7 +166,7 @@ class CommandLog:
             )
 
     def reject_unfinished(self, reason: str) -> None:
-        """Rejects all commands that are queued or accepted, such as those of a dead engine."""
+        """Rejects all commands still queued or accepted, such as those of a dead engine."""
         with self._db:
             self._db.execute(
                 "UPDATE commands SET status = 'rejected', ended = ?, reason = ? "

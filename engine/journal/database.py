@@ -16,7 +16,7 @@ Views = Callable[[int], list[str]]
 
 
 class ReadOnlyDatabase:
-    """A database opened for reading. A missing one reads as empty until it is there."""
+    """A database opened for reading. A missing one reads as empty until it exists."""
 
     def __init__(self, path: Path, migrations: list[str], views: Views | None = None) -> None:
         """Opens the file if it exists.
@@ -24,7 +24,7 @@ class ReadOnlyDatabase:
         Args:
             path: of the file.
             migrations: all migrations of this kind of file, see :mod:`engine.journal.schema`.
-            views: hide the tables of the same names from all queries.
+            views: temporary views that replace the tables of the same names in all queries.
 
         Raises:
             JournalError: the file cannot be read, or a newer version wrote it.
@@ -55,9 +55,10 @@ class ReadOnlyDatabase:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """All queries inside see the same rows, whatever is written meanwhile.
+        """Context manager in which all queries see the same rows, whatever is written meanwhile.
 
-        Keep it to seconds: on network file systems, without WAL, the writer waits for its end.
+        Hold it for seconds at most: on network file systems, which have no WAL, it blocks the
+        writer.
 
         Raises:
             JournalError: the file cannot be read.
@@ -71,7 +72,7 @@ class ReadOnlyDatabase:
                 self.connection.rollback()
 
     def rows(self, query: str, values: Values = ()) -> list[Any]:
-        """Runs a query and returns its rows as tuples, whose types a type checker cannot know.
+        """Runs a query and returns its rows as tuples, which a type checker knows nothing about.
 
         Raises:
             JournalError: the file cannot be read.
@@ -91,7 +92,7 @@ class ReadOnlyDatabase:
 
 
 def limit(last: int | None) -> int:
-    """The value of SQL's LIMIT for the last N rows, or for all rows if None."""
+    """The value for SQL's LIMIT that returns the last N rows, or all rows if None."""
     return -1 if last is None else last
 
 
@@ -141,9 +142,9 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
 def _connect_without_shared_memory(path: Path, uri: str) -> tuple[sqlite3.Connection, str]:
     """Connects without locks: in a read-only folder nobody writes.
 
-    If the writer crashed, its last rows are in the file `-wal` only. SQLite reads that without
-    shared memory in exclusive mode, which `immutable` would ignore. Exclusive mode needs a lock,
-    which a file that is open for reading cannot have, hence the VFS that takes none.
+    If the writer crashed, its last rows are only in the file `-wal`, which `immutable` would
+    ignore. In exclusive mode SQLite reads it without shared memory. That mode needs a lock, which a
+    file opened for reading cannot have; hence the VFS that takes none.
     """
     wal = path.resolve().with_name(f"{path.resolve().name}-wal")
     if not (wal.is_file() and wal.stat().st_size):

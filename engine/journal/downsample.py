@@ -1,4 +1,4 @@
-"""Long curves of the journal, in as many points as a chart can show."""
+"""Downsamples long curves of the journal to as many points as a chart can show."""
 
 import json
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ def downsampled(
     Args:
         database: the journal.
         names: metrics of the current timeline.
-        table: that has them.
+        table: the table that holds them.
         last: the last step.
         spans: number of spans of equal length that the run is divided into.
 
@@ -70,11 +70,11 @@ def downsampled(
 def cumulated(
     database: ReadOnlyDatabase, name: str, *, last: int, spans: int, summed: bool
 ) -> list[tuple[int, float]]:
-    """What a metric had come to at one step in each span; see `JournalReader.cumulated`.
+    """The cumulated value of a metric at one step in each span; see `JournalReader.cumulated`.
 
     Args:
         database: the journal.
-        name: a metric of the current timeline that never falls, or that has a sum.
+        name: a metric of the current timeline that never decreases, or that `summed` adds up.
         last: the last step.
         spans: number of spans of equal length that the run is divided into.
         summed: returns the sum over all steps up to each.

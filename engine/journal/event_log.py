@@ -1,4 +1,4 @@
-"""The events in the journal, and the attempt and step that they are recorded with."""
+"""The events in the journal, each recorded with its attempt and step."""
 
 import json
 import sqlite3

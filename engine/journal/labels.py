@@ -28,12 +28,12 @@ from engine.session.folder import SessionFolder
 
 LABELS = ("good", "bad", "hack")
 BUSY = 10.0
-"""Seconds to wait for the change of another client."""
+"""Seconds to wait for another client to finish its change."""
 NEXT = (
     "(SELECT ifnull(max(seq), 0) + 1 FROM "
     "(SELECT seq FROM judgements UNION ALL SELECT seq FROM preferences))"
 )
-"""The number of a row that is being written, in SQL."""
+"""SQL: the number of the row that is being written."""
 
 Key = tuple[int, int, int]
 """Attempt, step, index."""
@@ -62,7 +62,7 @@ class JudgedResponse(msgspec.Struct, frozen=True, kw_only=True):
     response: Response
     judgement: Judgement
     order: float
-    """Greater than that of what was judged before, in this session. Times may not be."""
+    """Increases with each judgement of this session, unlike the times."""
 
 
 class Preference(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +74,7 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True):
     who: str
     time: float
     order: float = 0.0
-    """As of :class:`JudgedResponse`; 0 if it is not recorded yet."""
+    """As for :class:`JudgedResponse`; 0 if it is not recorded yet."""
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def attach(db: sqlite3.Connection, session: SessionFolder) -> bool:
 
 
 def _roll_back_interrupted_change(path: Path) -> None:
-    """Rolls back the change of a killed client, which a read-only connection cannot do."""
+    """Rolls back the unfinished change of a killed client; a read-only connection cannot."""
     if path.with_name(f"{path.name}-journal").is_file():
         uri = f"{path.resolve().as_uri()}?mode=rw"
         with (

@@ -1,4 +1,4 @@
-"""The last reply to a command, wherever it is to be had: the engine, or else the journal."""
+"""Gets the last reply to a command: from the engine, or else from the journal."""
 
 import math
 import time
@@ -25,16 +25,16 @@ def last_reply(
     """Waits until a command that the engine has accepted is applied or rejected.
 
     An engine closes connections if there are too many, and all of them when it ends. The command is
-    carried out all the same, so its end is then read from the journal: a new connection would only
-    have another one give way.
+    still carried out, so its outcome is then read from the journal: a new connection would only
+    make the engine close another one.
 
     Args:
-        client: has sent the command.
-        session: whose engine has accepted it.
-        command: that the client has sent. A stop is carried out once the engine has ended, even if
-            the journal has nothing of it, as on a full disk.
+        client: the client that sent the command.
+        session: the session whose engine has accepted it.
+        command: the command. A stop counts as carried out once the engine has ended, even if the
+            journal does not record it, as on a full disk.
         command_id: of the command.
-        timeout: seconds; None for as long as it takes.
+        timeout: seconds; None to wait without limit.
 
     Raises:
         TimeoutError: it is still pending.

@@ -1,4 +1,4 @@
-"""Adds a note to the journal of a session that has no engine; a live one does so itself."""
+"""Adds a note to the journal of a session without an engine; a live engine does it itself."""
 
 import sqlite3
 from contextlib import closing
@@ -13,7 +13,7 @@ def add_note(session: SessionFolder, text: str, who: str) -> int:
     """Adds a note, holding the session's lock.
 
     Returns:
-        The last completed step, at which the note stands.
+        The last completed step, to which the note is attached.
 
     Raises:
         CommandRejectedError: the text is empty or too long.

@@ -1,6 +1,6 @@
 """The export of preferences: pairs of a chosen and a rejected response to the same prompt.
 
-The columns `prompt`, `chosen` and `rejected` are those of preference trainers such as TRL's DPO.
+The columns `prompt`, `chosen` and `rejected` are those that trainers such as TRL's DPO read.
 Further columns hold the operator, the time and the origin of each response.
 """
 
@@ -58,7 +58,7 @@ def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
 
 
 def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, PreferencePair]]:
-    """The pairs that labels make, each with the order of the later label."""
+    """The pairs that follow from labels, each with the order of its later label."""
     worse: dict[str, list[JudgedResponse]] = {}
     for response in judged:
         if response.judgement.label in WORSE:

@@ -80,7 +80,7 @@ class JournalReader:
 
         Args:
             session: whose journal to read.
-            database: the journal if it is open already. It is closed with the reader.
+            database: the journal, if it is already open. It is closed with the reader.
 
         Raises:
             JournalError: it cannot be read, or a newer version wrote it.
@@ -130,7 +130,7 @@ class JournalReader:
         return read_meta_at(self._db, position, meta)
 
     def state(self) -> str:
-        """The session's state; `crashed` if the recorded state is live and there is no engine."""
+        """The session's state; `crashed` if the recorded state is live but there is no engine."""
         if (position := self.session.position) is not None:
             state = self.meta().state
             return "crashed" if state in LIVE_STATES and not position.live else state
@@ -176,7 +176,7 @@ class JournalReader:
         return ForkOrigin(*rows[0]) if rows else None
 
     def has_steps(self, attempt: int) -> bool:
-        """Whether that attempt or a later one has completed a step, abandoned branches included."""
+        """Whether this attempt or a later one has completed a step, abandoned ones included."""
         rows = self._db.rows(
             "SELECT 1 WHERE EXISTS (SELECT 1 FROM steps WHERE attempt >= :attempt) "
             "OR EXISTS (SELECT 1 FROM steps_past WHERE attempt >= :attempt)",
@@ -215,9 +215,9 @@ class JournalReader:
     ) -> dict[str, list[tuple[int, float | None]]]:
         """Downsamples long curves to the minimum and the maximum of each span of steps.
 
-        Takes a tenth of the time of :meth:`series`. The result of SQLite is a single row, so a
-        thread does not wait for the GIL between rows. The last point is the newest value; other
-        values are rounded to the 15 digits of SQLite's JSON.
+        Takes a tenth of the time of :meth:`series`. SQLite returns a single row, so a thread does
+        not wait for the GIL between rows. The last point is the newest value; the other values are
+        rounded to the 15 digits of SQLite's JSON.
 
         Args:
             names: metrics of the current timeline.
@@ -234,10 +234,10 @@ class JournalReader:
         )
 
     def cumulated(self, name: str, spans: int, *, summed: bool) -> list[tuple[int, float]]:
-        """What a metric had come to at some steps: one in each span of steps, and the last one.
+        """The cumulated value of a metric at one step in each span of steps, and at the last step.
 
         Args:
-            name: a metric of the current timeline that never falls, or that has a sum.
+            name: a metric of the current timeline that never decreases, or that `summed` adds up.
             spans: number of spans of equal length that the run is divided into.
             summed: returns the sum over all steps up to each.
         """
@@ -246,7 +246,7 @@ class JournalReader:
         )
 
     def last_row(self, names: Iterable[str]) -> MetricRow | None:
-        """The last step of the current timeline, with these metrics only; None before the first."""
+        """The last row of the current timeline, with these metrics only; None before the first."""
         rows = self._db.rows("SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT 1")
         if not rows:
             return None
@@ -258,7 +258,7 @@ class JournalReader:
         return MetricRow(step=step, attempt=attempt, time=time, values=values)
 
     def newest_value(self, name: str) -> tuple[int, float] | None:
-        """The last step of the current timeline with a value of a metric, and the value."""
+        """The last step of the current timeline at which a metric has a value, and the value."""
         rows = self._db.rows(downsample.NEWEST_VALUE, {"name": name})
         return rows[0] if rows else None
 
@@ -271,7 +271,7 @@ class JournalReader:
         )
 
     def metrics(self, last: int | None = None) -> list[MetricRow]:
-        """One row per step of the current timeline, the last `last` or all, oldest first.
+        """One row per step of the current timeline, all or only the last ones, oldest first.
 
         The evaluation before the first step is a row of step 0.
         """
@@ -292,7 +292,7 @@ class JournalReader:
         return list(rows.values())
 
     def _before_first_step(self, names: dict[str, None]) -> dict[int, MetricRow]:
-        """An empty row of step 0 if there are metrics of it, which no step has reported."""
+        """An empty row for step 0 if it has metrics: the evaluation before the first step."""
         found = self._db.rows(
             "SELECT max(attempt) FROM attempts WHERE from_step = 0 AND EXISTS "
             "(SELECT 1 FROM names CROSS JOIN metrics WHERE metrics.name = names.id AND step = 0)"
@@ -303,7 +303,7 @@ class JournalReader:
         return {0: MetricRow(step=0, attempt=attempt, time=None, values=dict(names))}
 
     def last_telemetry(self) -> Telemetry | None:
-        """The newest reading of the machine; None if there is none, or not of this version."""
+        """The newest telemetry; None if there is none or it is of another version."""
         rows = self._db.rows("SELECT data FROM telemetry ORDER BY time DESC LIMIT 1")
         try:
             return msgspec.json.decode(rows[0][0], type=examined(Telemetry)) if rows else None
@@ -376,7 +376,7 @@ class JournalReader:
         return int(rows[0][0]) if rows else 0
 
     def _commands_of(self, ids: list[str]) -> dict[str, CommandRow]:
-        """Commands by id: a look at the newest events must not read the commands of a long run."""
+        """The commands of some events, by id: reading few events must not read all commands."""
         rows = self._db.rows(
             f"{COMMANDS} WHERE id IN (SELECT value FROM json_each(?))",  # noqa: S608 - a constant
             (json.dumps(ids),),
@@ -404,7 +404,7 @@ class JournalReader:
     def checkpoints(
         self, statuses: tuple[str, ...] = ("complete", "superseded")
     ) -> list[CheckpointRow]:
-        """Checkpoints by step; by default all complete ones, also of abandoned branches."""
+        """Checkpoints by step; by default all complete ones, including abandoned branches."""
         columns = ", ".join(CheckpointRow.__struct_fields__)
         rows = self._db.rows(
             f"SELECT {columns} FROM checkpoints ORDER BY step, attempt"  # noqa: S608 - constants
@@ -412,10 +412,10 @@ class JournalReader:
         return [c for c in (CheckpointRow(*row) for row in rows) if c.status in statuses]
 
     def best_checkpoint(self, metric: str) -> int | None:
-        """The step of the checkpoint with the highest value of a metric, of equal ones the newest.
+        """The step of the checkpoint with the highest value of a metric; the newest one on a tie.
 
-        None if no checkpoint of the current timeline has a value of it. Scores of an earlier reward
-        are not compared.
+        None if no checkpoint of the current timeline has a value. Scores of an earlier reward are
+        not compared.
         """
         changes = self.reward_changes() if metric in SCORES else []
         found: list[tuple[float, int]] = []

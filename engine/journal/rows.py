@@ -32,7 +32,7 @@ class SessionMeta(Struct, frozen=True, kw_only=True):
     deadline: float | None = None
     """Unix time before which the run saves and ends; None without one."""
     exit_code: int | None = None
-    """Of the last engine that ended regularly; None while one lives, or if it was killed."""
+    """Exit code of the last engine; None while one lives, or if it was killed."""
     best_metric: str | None = None
     """`train.best_metric`; None in a session whose last engine was of an earlier version."""
 
@@ -44,10 +44,10 @@ class AttemptRow(Struct, frozen=True, kw_only=True):
     from_step: int
     """Step of the checkpoint that it started from, 0 for none."""
     fresh: bool
-    """Whether changes of settings after that step are not repeated."""
+    """Whether settings changed after that step are discarded instead of repeated."""
     started: float
     ended: float | None
-    """When its engine ended; None if that lives, was killed, or began another attempt."""
+    """When its engine ended; None if the engine lives, was killed, or began another attempt."""
     pid: int
     host: str
     version: str
@@ -75,7 +75,7 @@ class MetricRow(Struct, frozen=True, kw_only=True):
     """Value of every metric of the session, None where undefined."""
 
     def as_json(self) -> Json:
-        """Step, attempt and time, and each metric under its name, with all of `CONTRACT`."""
+        """Step, attempt and time, and each metric under its name, including all of `CONTRACT`."""
         row = {"step": self.step, "attempt": self.attempt, "time": self.time} | self.values
         return row | {name: None for name in CONTRACT if name not in row}
 
@@ -160,9 +160,9 @@ class AlertEvent(Struct, frozen=True):
     text: str = ""
     action: str = "notify"
     brief: str = ""
-    """A shorter text: `KL 7.26 > 6`. Empty if there is none, and in earlier versions."""
+    """A shorter text: `KL 7.26 > 6`. Empty if there is none, or from an earlier version."""
     count: int = 0
-    """Which alert of its rule in the run it is, from 1; 0 if it is not of a rule."""
+    """Number of the alert among those of its rule in the run, from 1; 0 if no rule raised it."""
 
 
 class CheckpointEvent(Struct, frozen=True):
@@ -189,15 +189,15 @@ class AttemptEvent(Struct, frozen=True):
     fresh: bool = False
     fork: ForkedFrom | None = None
     new_engine: bool | None = None
-    """Whether it is the first one of its engine; None in sessions of earlier versions."""
+    """Whether it is its engine's first attempt; None in sessions of earlier versions."""
 
 
 def engine_died_before(begun: AttemptEvent, attempts: Mapping[int, AttemptRow]) -> bool:
-    """Whether the engine of the attempt before died: it wrote no end, and another one followed.
+    """Whether the previous attempt's engine died: it recorded no end, and another engine followed.
 
     Args:
         begun: the attempt that followed.
-        attempts: by number.
+        attempts: all attempts, by number.
     """
     if begun.fork is not None:  # the attempts before are its parent's, whose engine may live
         return False
@@ -223,7 +223,7 @@ class ReadyEvent(Struct, frozen=True):
     """Models and data are loaded. Further keys of the JSON depend on the run."""
 
     notes: list[str] = []
-    """What is allowed in the configuration but seldom meant; in the first attempt only."""
+    """Settings that are allowed but seldom intended; in the first attempt only."""
 
 
 class ReferenceEvent(Struct, frozen=True):
@@ -329,15 +329,15 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     parts: dict[str, float | None] = {}
     """Score of each reward source."""
     weights_version: int | None = None
-    """The step after whose update the policy had the weights that sampled it; None if unknown, as
-    in sessions of earlier versions."""
+    """The step whose update produced the weights that sampled it; None if unknown, as in sessions
+    of earlier versions."""
     judgement: Judgement | None = None
     """None if there is no judgement, or if it was not read."""
     left: bool = False
     """Whether the sample belongs to an abandoned branch."""
     held_out: bool = False
-    """Whether it is a response to a held-out prompt. Attempt, step and index may be those of a
-    response of training, so it has no judgement."""
+    """Whether it is a response to a held-out prompt. It can have the attempt, step and index of a
+    training response, so it has no judgement."""
 
     @property
     def label(self) -> str | None:

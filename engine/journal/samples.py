@@ -22,7 +22,7 @@ NO_JUDGEMENTS = (
     "SELECT NULL AS attempt, NULL AS step, NULL AS idx, NULL AS response, NULL AS label, "
     "NULL AS note, NULL AS who, NULL AS time WHERE 0"
 )
-"""The same columns without rows, for a session without judgements."""
+"""An empty table with the same columns, for a session without judgements."""
 MATCHING = """
 LEFT JOIN judged USING (attempt, step, idx, response)
 WHERE (:prompt IS NULL OR prompt = :prompt)
@@ -39,7 +39,7 @@ SELECT attempt, step, idx, response FROM labels.judgements
 UNION SELECT chosen_attempt, chosen_step, chosen_idx, chosen FROM labels.preferences
 UNION SELECT rejected_attempt, rejected_step, rejected_idx, rejected FROM labels.preferences
 """
-"""The responses with a judgement or in a preference. Those of the reference have no key, so that no
+"""The responses with a judgement or in a preference. Responses of the reference have no key, so no
 sample matches them."""
 MAX_COMPARED = 200
 """Maximum number of other responses to a prompt that :meth:`SampleReader.earlier` returns."""
@@ -66,7 +66,7 @@ class SampleQuery(msgspec.Struct, frozen=True, kw_only=True):
     judged: bool | None = None
     """Only responses with a judgement (True), or only those without (False)."""
     held_out: bool = False
-    """Responses to held-out prompts, which have no judgements, instead of those of training."""
+    """Responses to held-out prompts, which have no judgements, instead of training responses."""
 
 
 class SampleReader:
@@ -121,7 +121,7 @@ class SampleReader:
 
     @property
     def _columns(self) -> str:
-        """SAMPLE_COLUMNS, as far as the file has them."""
+        """SAMPLE_COLUMNS, with replacements for those that an older file lacks."""
         if self._db.version >= schema.WEIGHTS_ARE_KNOWN:
             return schema.SAMPLE_COLUMNS
         return schema.SAMPLE_COLUMNS.replace("weights_version", "NULL AS weights_version")
@@ -139,8 +139,8 @@ class SampleReader:
             query: filter and order.
             limit: maximum number of samples.
             offset: matching samples before the page.
-            last_step: no samples of later steps. With the same step, the pages of a live run do
-                not move while it records more.
+            last_step: return no samples of later steps. With a fixed step, the pages of a live run
+                do not shift while it records more.
         """
         # Column and direction come from fixed sets, never from user input.
         order = query.order if query.order in SAMPLE_ORDERS else "step"
@@ -163,7 +163,7 @@ class SampleReader:
     def _matching(
         self, query: SampleQuery, columns: str, rest: str, values: Mapping[str, Any]
     ) -> list[tuple[Any, ...]]:
-        """Columns of the samples that match a query; `rest`: further conditions and the order."""
+        """Selects columns of the samples that match a query; `rest`: more conditions, the order."""
         if query.held_out and not self._keeps_evaluated:
             return []
         return self._judged_rows(
@@ -176,8 +176,8 @@ class SampleReader:
         """Other responses to the same prompt, up to the same step, newest first, with judgements.
 
         They include other responses of the same step, and responses of abandoned branches, which
-        have `left` set. At most :data:`MAX_COMPARED`. Of a response to a held-out prompt, they are
-        those of the same index, which were drawn with the same random numbers.
+        have `left` set. At most :data:`MAX_COMPARED`. For a response to a held-out prompt, they are
+        those with the same index, which were sampled with the same random numbers.
         """
         values = {name: getattr(sample, name) for name in ("attempt", "step", "index", "prompt")}
         samples: list[SampleRow] = []
@@ -198,7 +198,7 @@ class SampleReader:
         return samples[:MAX_COMPARED]
 
     def evaluated(self, step: int | None = None) -> list[SampleRow]:
-        """Responses to held-out prompts, by step and index; those of all evaluations by default."""
+        """Responses to held-out prompts, by step and index; by default of all evaluations."""
         if not self._keeps_evaluated:
             return []
         rows = self._db.rows(
@@ -218,7 +218,7 @@ class SampleReader:
         return self._db.rows(f"WITH judged AS ({judgements}) {query}", values)
 
     def judged(self) -> list[SampleRow]:
-        """The responses with a judgement or in a preference, also of abandoned branches."""
+        """The responses with a judgement or in a preference, including abandoned branches."""
         if not self._attach_labels():
             return []
         found = []

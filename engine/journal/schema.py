@@ -1,7 +1,7 @@
 """The schemas of a session's databases: an ordered list of migrations for each of them.
 
 A released migration is never edited; a change is a new migration at the end. SQLite's
-`user_version` is the number of migrations that a file has had. The holder of the session's lock
+`user_version` is the number of migrations applied to a file. The holder of the session's lock
 migrates the journal and the samples. The first client that writes labels migrates those.
 """
 
@@ -117,14 +117,14 @@ SAMPLES: list[str] = [
 ]
 
 EVALUATED_ARE_KEPT = 2
-"""The version of samples.db from which it has the responses to held-out prompts."""
+"""The version of samples.db from which it holds the responses to held-out prompts."""
 WEIGHTS_ARE_KNOWN = 3
-"""The version of samples.db from which a response has that of the weights that sampled it."""
+"""The version of samples.db from which a response has the version of its weights."""
 
 SAMPLE_COLUMNS = (
     "step, idx, attempt, prompt, response, score, kl, length, ended, parts, weights_version"
 )
-"""Of the tables of responses, with and without `_past`."""
+"""The columns that both tables of responses have, with and without `_past`."""
 
 LABELS: list[str] = [
     """
@@ -164,7 +164,7 @@ def migrate(db: sqlite3.Connection, migrations: list[str], path: Path) -> None:
     """Applies the missing migrations to a file, in one transaction.
 
     Args:
-        db: a connection to the file that can write.
+        db: a writable connection to the file.
         migrations: all migrations of this kind of file.
         path: of the file, for errors.
 
@@ -197,5 +197,5 @@ def _statements(script: str) -> Iterator[str]:
 
 
 def schema_version(db: sqlite3.Connection) -> int:
-    """The number of migrations that a file has had."""
+    """The number of migrations applied to a file."""
     return int(db.execute("PRAGMA user_version").fetchone()[0])

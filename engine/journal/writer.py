@@ -1,6 +1,6 @@
 """Writes the journal and the samples of a session. The supervisor is the only writer.
 
-Samples are in a file of their own, so that reading metrics does not page through text. A step is
+Samples are in a separate file, so that reading metrics does not page through text. A step is
 one transaction in each file, samples first. A crash between the two leaves samples of a step that
 is not in the journal; the next attempt overwrites them.
 """
@@ -35,17 +35,17 @@ NETWORK_FILE_SYSTEMS = {
 OPEN_TIMEOUT = 30.0
 """Seconds to wait for other programs that lock the files, at the start and at the end."""
 LOCK_TIMEOUT = 2.0
-"""The same while the run lives. The event loop stands still meanwhile."""
+"""The same while the run lives. The event loop is blocked meanwhile."""
 
 
 class AdoptedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A complete checkpoint on disk that the journal does not know."""
+    """A complete checkpoint on disk that is missing from the journal."""
 
     size: int
     """Bytes."""
     score: float | None
     kl: float | None
-    """Of its step; None where they cannot be read."""
+    """Score and KL of its step; None if they cannot be read."""
 
 
 class JournalWriter:
@@ -66,7 +66,7 @@ class JournalWriter:
         self.commands = CommandLog(self._db, self._events)
 
     def begin_serving(self) -> None:
-        """From now on a locked file is waited for only briefly: the event loop has other work."""
+        """Waits only briefly for a locked file from now on: the event loop has other work."""
         self._wait_for_locks(LOCK_TIMEOUT)
 
     def _wait_for_locks(self, seconds: float) -> None:
@@ -74,10 +74,10 @@ class JournalWriter:
             db.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
 
     def check_unlocked(self) -> None:
-        """Looks, without waiting, whether another program keeps this one from writing.
+        """Checks, without waiting, that no other program keeps this one from writing.
 
         Raises:
-            sqlite3.OperationalError: it does, see :func:`is_busy`.
+            sqlite3.OperationalError: one does, see :func:`is_busy`.
         """
         self._wait_for_locks(0.0)
         try:
@@ -103,9 +103,9 @@ class JournalWriter:
         return self._events.last
 
     def close(self) -> None:
-        """Ends the attempt, if it began here, and closes the files.
+        """Records the end of the attempt, if this writer began it, and closes the files.
 
-        One that a killed engine began stays without an end, by which readers know of its death.
+        An attempt of a killed engine stays without an end, which tells readers that it died.
         """
         try:
             self._wait_for_locks(OPEN_TIMEOUT)
@@ -140,7 +140,7 @@ class JournalWriter:
                 instead of repeating them (resume).
             reseed: whether this and later attempts from the same step sample with another seed.
             origin: for a fork, the source session and step.
-            adopt: the checkpoint of `from_step`, if this journal does not know it.
+            adopt: the checkpoint of `from_step`, if it is missing from this journal.
 
         Returns:
             The number of the attempt, from 1.
@@ -349,7 +349,7 @@ class JournalWriter:
     # -- inside a transaction -----------------------------------------------------------------
 
     def _complete(self, step: int, attempt: int) -> None:
-        """Marks a checkpoint as complete, and earlier attempts' of the same step as replaced."""
+        """Marks a checkpoint as complete, and those of earlier attempts at its step as replaced."""
         self._db.execute(
             "UPDATE checkpoints SET status = 'replaced' WHERE step = ? AND attempt <> ?",
             (step, attempt),
@@ -370,7 +370,7 @@ class JournalWriter:
 
 def is_busy(error: sqlite3.Error) -> bool:
     """Whether an error means that another program keeps a file locked."""
-    # The low byte is the kind of error; the rest says more. None if Python raised it.
+    # The low byte is the kind of error, the rest its details. There is none if Python raised it.
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 

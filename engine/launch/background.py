@@ -38,8 +38,8 @@ def start_engine(
         start: the first attempt.
         timeout: seconds to wait for the models to be loaded.
         waiting: called with the session's state at each poll.
-        notice: called with the text of each alert and each note on the configuration that was
-            recorded until this function returns.
+        notice: called with the text of each alert and each note on the configuration that is
+            recorded before this function returns.
 
     Returns:
         The engine's process id.
@@ -83,9 +83,10 @@ def start_or_remove(
     timeout: float,
     notice: Callable[[str], None] = lambda _text: None,
 ) -> int:
-    """Like :func:`start_engine`, but a new session whose start fails is removed again.
+    """Like :func:`start_engine`, but removes a new session whose start fails.
 
-    One whose engine failed by itself stays with its log, and gives up its name to the next.
+    If its engine ran and failed, the session stays with its log, and the next run may take its
+    name.
     """
     new = is_new(session, start)
     try:
@@ -109,7 +110,7 @@ def _ended(session: SessionFolder, code: int, state: str, pid: int, log_size: in
 
 
 def _last_line(session: SessionFolder, start: int) -> str:
-    """The last line that this engine wrote to the log, from an offset in bytes; empty if none."""
+    """The last line that this engine wrote to the log after a byte offset; empty if none."""
     with session.log_file.open("rb") as file:
         file.seek(start)
         lines = file.read().decode("utf-8", "replace").splitlines()

@@ -38,7 +38,7 @@ def rollout_socket_variable(engine: int) -> str:
 
 
 OTHER_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-"""Set by a scheduler's script or a torchrun around this process; they do not apply to our ranks."""
+"""Set by a scheduler's script or an outer torchrun; they do not apply to our ranks."""
 
 
 def clean_environment() -> dict[str, str]:
@@ -49,26 +49,26 @@ def clean_environment() -> dict[str, str]:
 OPENMP_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """A waiting thread spins a thousand times, some microseconds, and then sleeps.
 
-By default libgomp's threads spin so long that a step takes 3 to 6 times as long beside another busy
-process. If they sleep at once, a step on an idle machine takes an eighth longer, because decoding
-consists of thousands of short parallel regions. Ten thousand spins gain little on an idle machine
-and make a step half as long again beside another busy process."""
+By default libgomp's threads spin for so long that a step takes 3 to 6 times as long beside another
+busy process. If they sleep at once, a step on an idle machine takes an eighth longer, because
+decoding consists of thousands of short parallel regions. Ten thousand spins gain little on an idle
+machine and make a step 1.5 times as long beside another busy process."""
 
 MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 23), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc keeps the memory that tensors free, instead of returning it and asking for it again.
+"""Make glibc keep the memory that tensors free, instead of returning it and asking for it again.
 
-Each time the kernel would clear every page, which took a fifth of a step's processor time on a CPU.
+The kernel would clear every page each time, which took a fifth of a step's processor time on a CPU.
 Blocks over 8 MB are returned: keeping them fragments the heap and costs too much memory."""
 
 
 LOG_ENCODING = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
-"""Of processes whose output is a log of the session, which is read as UTF-8 whatever the locale.
+"""For processes whose output is a log of the session, which is read as UTF-8 whatever the locale.
 
-Without it a reward function that prints a response is an error in some locales."""
+Without it, a reward function that prints a response fails in some locales."""
 
 
 GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-"""CUDA numbers GPUs as the driver's tools do, and `launch.gpus`. By default the fastest is 0."""
+"""Makes CUDA number GPUs like the driver's tools and `launch.gpus`. By default the fastest is 0."""
 
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
@@ -76,8 +76,8 @@ ALLOCATOR = "PYTORCH_ALLOC_CONF"
 OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 """The name of earlier versions, still read first."""
 GROWING_SEGMENTS = "expandable_segments:True"
-"""Responses differ in length from step to step, so blocks of fixed segments rarely fit again:
-memory that is free in pieces counts as used."""
+"""Responses differ in length from step to step, so blocks of fixed segments can rarely be reused:
+fragmented free memory counts as used."""
 TF32_OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 """Set in some container images: float32 products are then rounded to 10 bits whatever torch is
 told, and the check of the first rollout takes that for an architecture that cannot be trained."""

@@ -1,17 +1,17 @@
-"""How a process ends: with its parent, and its children by SIGTERM. Standard library only."""
+"""Makes a process end with its parent, and lets SIGTERM end its children. Standard library only."""
 
 import ctypes
 import os
 import signal
 
 PARENT_VARIABLE = "RLHF_TUI_PARENT"
-"""The process id of the parent with which a process ends."""
+"""The environment variable with the id of the parent process that this process ends with."""
 
 PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Has the kernel kill this process when its parent dies; ignores all signals to stop.
+    """Makes the kernel kill this process when its parent dies; ignores all signals to stop.
 
     A scheduler or Ctrl+C signals all processes at once. Only the supervisor reacts: it lets the
     ranks finish and save the current step.
@@ -27,8 +27,8 @@ def die_with_parent() -> None:
 def let_children_be_terminated() -> None:
     """Lets SIGTERM end the children of a process that ignores it.
 
-    A signal that is ignored is also ignored by what a process forks and executes. `terminate()` of
-    a pool or a process then does nothing, and whoever waits for the end waits for ever.
+    An ignored signal is also ignored by the processes that it forks and the programs they execute.
+    `terminate()` of a pool or a process then does nothing, and whoever joins it waits forever.
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         return

@@ -1,6 +1,6 @@
 """Starts a rank or torchrun's agent: ``python -m engine.launch.rank MODULE ARGUMENT...``.
 
-Importing torch takes seconds. This module imports none of it and first has the kernel end the
+Importing torch takes seconds. This module does not import it, and first makes the kernel end the
 process with its parent, so that a rank does not outlive a supervisor that is killed meanwhile.
 """
 

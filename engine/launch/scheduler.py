@@ -1,7 +1,7 @@
-"""What a scheduler sets for each machine of a job, in environment variables.
+"""Reads the environment variables that a scheduler sets on each machine of a job.
 
-One command is started on every machine of a job. From these variables it knows which machine it is
-on, how many there are, and how to reach the first one.
+The same command is started on every machine of a job. From these variables it learns which machine
+it is on, how many there are, and how to reach the first one.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from engine.errors import UserInputError
 
 PORT = 29400
-"""At which the first machine listens, if nothing says otherwise."""
+"""The default port of the first machine."""
 KNOWN = "SLURM, SkyPilot, torchrun's PET_* or MASTER_ADDR, Kubernetes' indexed jobs"
 """For an error message."""
 
@@ -29,9 +29,9 @@ class Placement:
     first: str | None
     """Name or address of machine 0; None if the scheduler does not say."""
     port: int | None = None
-    """At which machine 0 is to listen; None if the scheduler does not say."""
+    """The port on which machine 0 is to listen; None if the scheduler does not say."""
     job: str | None = None
-    """Equal on all machines, and when the job is started again; None if there is nothing such."""
+    """Id that is equal on all machines and after a requeue; None if there is none."""
 
 
 def placement(environment: Mapping[str, str], host: str) -> Placement | None:
@@ -142,8 +142,8 @@ def _slurm(environment: Mapping[str, str]) -> Placement:
 def _generic(environment: Mapping[str, str]) -> Placement:
     """MASTER_ADDR and MASTER_PORT, with the number of this machine and of all machines.
 
-    These are NODE_RANK and NNODES; or RANK and WORLD_SIZE, which some operators set for processes
-    of which there is one on each machine.
+    These are NODE_RANK and NNODES; or RANK and WORLD_SIZE, which some operators set for one process
+    per machine.
     """
     if "LOCAL_RANK" in environment or "LOCAL_WORLD_SIZE" in environment:
         raise UserInputError(
@@ -199,7 +199,7 @@ def machines(place: Placement, configured: int) -> int:
         configured: `launch.nodes`.
 
     Raises:
-        UserInputError: the two differ, or the number does not fit the machine's own.
+        UserInputError: the two differ, or the number contradicts that of this machine.
     """
     if place.machines is not None and configured not in (1, place.machines):
         raise UserInputError(

@@ -1,8 +1,8 @@
-"""The secret by which the machines of a run know each other.
+"""The secret by which the machines of a run authenticate each other.
 
-Whoever starts the run hands it over in the environment, or in a file that only its owner can read.
-If nobody does, the first machine writes a random one into the session's folder, which all machines
-share. It is never on a command line, which every user of a machine can read, and never in the
+Whoever starts the run passes it in the environment, or in a file that only its owner can read.
+Otherwise the first machine writes a random one into the session's folder, which all machines share.
+It is never on a command line, which every user of a machine can read, and never in the
 configuration or the journal, which are copied and passed around.
 """
 
@@ -18,12 +18,12 @@ from engine.session.folder import SessionFolder, write_atomically
 SECRET_VARIABLE = "RLHF_TUI_SECRET"  # noqa: S105 - the name of a variable
 SECRET_FILE_VARIABLE = "RLHF_TUI_SECRET_FILE"  # noqa: S105 - the name of a variable
 FEWEST_CHARACTERS = 16
-"""Whoever sees a connection could find a shorter secret by trying."""
+"""Whoever records a connection could find a shorter secret by brute force."""
 HOW_TO_MAKE_ONE = "make one with: openssl rand -hex 32"
 
 
 def read_secret(file: Path | None = None) -> str | None:
-    """The secret that was handed to this process.
+    """The secret that was passed to this process.
 
     Args:
         file: the file that holds it; by default the environment decides.
@@ -61,7 +61,7 @@ def read_secret(file: Path | None = None) -> str | None:
 
 
 def secret_of_run(session: SessionFolder) -> str:
-    """The secret on the first machine; made and written into the session if none was handed over.
+    """The secret on the first machine; created and written into the session if none was passed.
 
     Raises:
         UserInputError: as in :func:`read_secret`.

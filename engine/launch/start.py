@@ -46,7 +46,7 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     from_step: int = 0
     """The checkpoint's step; 0 starts from the configuration's models."""
     fresh: bool = False
-    """Forget the settings changed after that step (--from, fork, roll back)."""
+    """Discard the settings changed after that step (--from, fork, roll back)."""
     reseed: bool = False
     """Sample with other random numbers than the previous attempt from that step."""
     overrides: list[str] = []
@@ -61,7 +61,7 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def start_variable(start: StartOptions) -> dict[str, str]:
-    """The environment variable by which an engine's process receives its start.
+    """The environment variable that passes its :class:`StartOptions` to an engine's process.
 
     An override may hold a secret, and a command line is visible to every user.
     """
@@ -69,7 +69,7 @@ def start_variable(start: StartOptions) -> dict[str, str]:
 
 
 def received_start() -> StartOptions:
-    """Takes the start out of this process's environment, which the ranks inherit."""
+    """Reads the start and removes it from this process's environment, which the ranks inherit."""
     return msgspec.json.decode(os.environ.pop(START_VARIABLE), type=examined(StartOptions))
 
 
@@ -91,7 +91,7 @@ def timeline_checkpoints(session: SessionFolder) -> list[int]:
 
 
 def has_history(session: SessionFolder) -> bool:
-    """Whether the session's journal holds an attempt; false if it is missing or empty."""
+    """Whether the session's journal holds an attempt; False if it is missing or empty."""
     with JournalReader(session) as reader:
         return bool(reader.attempts())
 
@@ -110,8 +110,8 @@ def is_new(session: SessionFolder, start: StartOptions) -> bool:
 def is_failed_start(session: SessionFolder) -> bool:
     """Whether a session has ended without a step or a checkpoint of its own.
 
-    Such a session does not block its name: nothing was trained in it. A fork has the steps and the
-    checkpoint that were copied, which stay in the session it was forked from.
+    Such a session does not block its name: nothing was trained in it. The copied steps and
+    checkpoint of a fork do not count, because the session it was forked from still has them.
     """
     if session.is_live():
         return False
@@ -127,7 +127,7 @@ def is_failed_start(session: SessionFolder) -> bool:
 
 
 def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -> SessionFolder:
-    """Creates the session of a new run. A session that failed to start gives up its name.
+    """Creates the session of a new run. It may replace a session that failed to start.
 
     Args:
         root: the folder of sessions.
@@ -176,7 +176,7 @@ def remove_failed_start(session: SessionFolder) -> None:
 
 
 def adopted_checkpoint(session: SessionFolder, step: int) -> AdoptedCheckpoint | None:
-    """Describes a complete checkpoint for a journal that does not have it.
+    """Describes a complete checkpoint that is missing from the journal.
 
     Returns:
         None if there is no such checkpoint, or the journal has it.
@@ -195,7 +195,7 @@ def last_checkpoint(session: SessionFolder) -> int:
 
 
 def earlier_checkpoint(session: SessionFolder, start: StartOptions) -> StartOptions | None:
-    """The same start from the checkpoint before, for one whose checkpoint is damaged.
+    """The same start, but from the previous checkpoint, because its own is damaged.
 
     Returns:
         None if there is no earlier checkpoint of the timeline, or an operator chose the step.
@@ -232,7 +232,7 @@ def forked_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
 def resume(
     session: SessionFolder, *, from_step: int | None, reseed: bool, overrides: list[str], who: str
 ) -> StartOptions:
-    """Prepares a resume from the last checkpoint, or from a chosen one without what followed it.
+    """Prepares a resume from the last checkpoint, or from a chosen one, abandoning later steps.
 
     Raises:
         ConfigError: an override is wrong, or would change the model or the data's order.
@@ -347,7 +347,7 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _check_history(session: SessionFolder) -> None:
-    """A resume without a journal would start at step 0 and replace the checkpoints it passes."""
+    """Requires a journal: without one, a resume would start at step 0 and replace checkpoints."""
     steps = checkpoint_steps(session)
     if steps and not has_history(session):
         problem = "is empty" if session.journal_file.exists() else "is missing"
@@ -377,7 +377,7 @@ def check_average(session: SessionFolder, step: int) -> None:
 
 
 def _check_whole(session: SessionFolder, step: int) -> None:
-    """Reads a chosen checkpoint, before the attempt abandons the steps that followed it."""
+    """Checks a chosen checkpoint's files before the attempt abandons the steps after it."""
     folder = checkpoint_path(session.checkpoints, step)
     if problem := find_damage(folder):
         raise DamagedCheckpointError(

@@ -1,8 +1,8 @@
 """The key-value store of a run over several machines, at `launch.rendezvous` of the first one.
 
-It takes the place of torch's `TCPStore`, which whoever reaches its port can read and write. Here
-nothing is read from a client, beyond 80 bytes, before it has proved that it knows the secret of the
-run (:mod:`engine.protocol.machines.authentication`).
+It replaces torch's `TCPStore`, which anybody who reaches its port can read and write. Here at most
+80 bytes are read from a client before it has proved that it knows the secret of the run
+(:mod:`engine.protocol.machines.authentication`).
 """
 
 import contextlib
@@ -35,15 +35,15 @@ from engine.protocol.machines.store_messages import (
 log = logging.getLogger("engine")
 
 MOST_HANDSHAKES = 64
-"""Clients that may be proving themselves at a time; others are turned away and try again."""
+"""Maximum number of simultaneous handshakes; other clients are turned away and try again."""
 BACKLOG = 1024
-"""Connections that wait to be accepted: all ranks connect at once."""
+"""Maximum number of connections waiting to be accepted: all ranks connect at once."""
 MOST_WARNINGS = 20
-"""Refused clients that are logged: a port scanner must not fill the log."""
+"""Maximum number of refused clients that are logged: a port scanner must not fill the log."""
 
 
 class KeyValues:
-    """The keys and values. Any thread may call."""
+    """The keys and values. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -101,7 +101,7 @@ class KeyValues:
             return reply
 
     def _wait(self, keys: list[str], seconds: float) -> str | None:
-        """Waits until all keys exist; returns one that does not after that time, or None."""
+        """Waits until all keys exist; returns one that is still missing at the end, or None."""
         deadline = time.monotonic() + seconds
         while True:
             with self._lock:
@@ -125,9 +125,9 @@ class StoreServer:
         """Listens, and serves in the background until :meth:`close` or the process ends.
 
         Args:
-            address: `HOST:PORT`. If HOST is an IP address of this machine, only its interface
-                listens; a name may stand for another interface than the one that others use, so all
-                listen.
+            address: `HOST:PORT`. If HOST is an IP address of this machine, the server listens on
+                that interface only. A name may resolve to an interface other than the one that
+                others use, so it then listens on all.
             secret: of the run.
 
         Raises:
@@ -209,7 +209,7 @@ class StoreServer:
 
 
 def listen_at(address: str) -> socket.socket:
-    """A listening socket at `HOST:PORT`, as :class:`StoreServer` has one. Raises OSError."""
+    """Opens a listening socket at `HOST:PORT`, see :class:`StoreServer`. Raises OSError."""
     name, _, number = address.rpartition(":")
     host, port = name.strip("[]"), int(number)
     family: socket.AddressFamily | None = None

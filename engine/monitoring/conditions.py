@@ -25,7 +25,7 @@ class Observation(Struct, frozen=True):
     value: float
     """The step's value, finite."""
     scale: float | None
-    """The setting that bounds are multiples of, 1 if the rule names none; None if it is unset."""
+    """Value of the setting that bounds are multiples of; 1 if none is named, None if unset."""
     window: Sequence[float]
     """The values of at most `rule.window` earlier steps, oldest first."""
     drift_up: DriftTest | None = None
@@ -33,7 +33,7 @@ class Observation(Struct, frozen=True):
     drift_down: DriftTest | None = None
     """The test of `rule.drifts_down`, this step included."""
     divergence: Divergence | None = None
-    """What the test of `rule.diverges` has found."""
+    """The result of the test of `rule.diverges`."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Breach:
     limit: float
     """The magnitude of the limit; a fraction for changes relative to a mean."""
     since: int | None = None
-    """The first step of the stretch that is the evidence; None: this step alone."""
+    """The first step of the evidence; None if it is this step alone."""
     noise: float = 0.0
-    """The metric's usual change from one step to the next, in the unit of `limit`; 0 if it is not
-    known. A limit near 0 is no measure of distances, this is."""
+    """The metric's usual change from one step to the next, in the unit of `limit`; 0 if unknown.
+    Distances are measured by it if the limit is near 0."""
 
 
 Condition = Callable[[Rule, Observation], Breach | None]
@@ -89,7 +89,7 @@ def below(rule: Rule, observed: Observation) -> Breach | None:
 
 
 def predicted_above(rule: Rule, observed: Observation) -> Breach | None:
-    """The value is not above the bound, but will be by the line through the last steps."""
+    """The value is not above the bound, but is predicted to be by a line through the last steps."""
     if rule.predicted_above is None or observed.scale is None:
         return None
     earlier = list(observed.window)[1 - rule.window :]
@@ -169,7 +169,7 @@ def not_finite(metrics: Mapping[str, float | None]) -> Breach | None:
 
 
 def _lasting(rule: Rule, observed: Observation) -> list[float]:
-    """The earlier values on which a bound must hold, too; -inf and inf if there are too few."""
+    """The earlier values for which a bound must also hold; -inf and inf if there are too few."""
     if rule.lasts == 1:
         return []
     earlier = list(observed.window)[1 - rule.lasts :]

@@ -15,16 +15,16 @@ from engine.config.schema import RunConfig
 from engine.metrics import EVAL_SCORE, EVAL_SOURCE, REWARD_SOURCE
 
 BLOCK = 5
-"""Values of a judge in a block. An evaluation is a mean over many responses: a block of its own."""
+"""Values of a judge per block. An evaluation is a mean over many responses, so it is one block."""
 LEAST_BLOCKS = 5
-"""Blocks before which the usual change is not known."""
+"""Number of blocks from which on the usual change is known."""
 REMEMBERED = 40
-"""The last changes, whose median is the usual one."""
+"""Number of last changes whose median is the usual change."""
 IN_SUCCESSION = 2
 
 
 def judges_of(config: RunConfig) -> frozenset[str]:
-    """The metrics of a run's judges that it is not trained on. Sources need a name."""
+    """The metrics of the judges that a run is not trained on. Sources without a name have none."""
     sources = [EVAL_SOURCE.replace("NAME", s.name) for s in config.eval.rewards if s.name]
     watched = [
         REWARD_SOURCE.replace("NAME", source.name)
@@ -45,7 +45,7 @@ class Divergence:
     highest: float
     last: float
     excess: float
-    """The smaller one of fall and rise, in usual changes."""
+    """The smaller of the fall and the rise, in usual changes."""
 
 
 @dataclass
@@ -56,15 +56,15 @@ class _Series:
     trained: list[float] = field(default_factory=list)
     judged: list[float] = field(default_factory=list)
     last: tuple[float, float] | None = None
-    """Trained and judged of the last block."""
+    """Trained score and judge's score of the last block."""
     highest: tuple[int, float, float] | None = None
-    """Step, trained and judged of the block with the highest score of the judge."""
+    """Step, trained score and judge's score of the block in which the latter was highest."""
     changes: tuple[deque[float], deque[float]] = field(
         default_factory=lambda: (deque(maxlen=REMEMBERED), deque(maxlen=REMEMBERED))
     )
     blocks: int = 0
     apart: int = 0
-    """Successive blocks that are apart."""
+    """Number of successive blocks in which the scores have diverged."""
     divergence: Divergence | None = None
 
 
@@ -89,7 +89,7 @@ class DivergenceTest:
 
     @property
     def found(self) -> Divergence | None:
-        """The judge that is furthest apart; None if none is."""
+        """The judge that diverges most; None if none does."""
         found = [s.divergence for s in self._series.values() if s.divergence is not None]
         return max(found, key=lambda d: d.excess, default=None)
 

@@ -1,9 +1,9 @@
 """A sequential test for slow drift: a one-sided CUSUM against the run's own first steps.
 
-A mean of the last steps is carried along by a slow collapse; the first steps are not. The test adds
-up by how much each value lies beyond what is allowed, in units of the noise from one step to the
-next, and starts again at 0 whenever the sum would be negative (E. S. Page, "Continuous inspection
-schemes", Biometrika 41, 1954). Median and noise are robust: one bad step changes neither.
+A mean of the last steps drifts along with a slow collapse; the first steps do not. The test sums
+how far each value lies beyond the allowed change, in units of the noise from one step to the next,
+and restarts at 0 whenever the sum would be negative (E. S. Page, "Continuous inspection schemes",
+Biometrika 41, 1954). Median and noise are robust: one bad step changes neither.
 """
 
 from itertools import pairwise
@@ -53,7 +53,7 @@ class DriftTest:
         return max(self._fraction * abs(self.baseline or 0.0), self._noise)
 
     def add(self, step: int, value: float) -> None:
-        """Takes the value of a step, finite. A baseline of 0 has no fractions: no test then."""
+        """Adds a step's finite value. A baseline of 0 has no fractions, so nothing is tested."""
         if self.baseline is None:
             self._learn(value)
             return

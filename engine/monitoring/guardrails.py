@@ -118,7 +118,7 @@ class Alert:
     advice: str = ""
     """What to do, in one line; empty if the rule has none."""
     count: int = 0
-    """Which alert of the rule in the run it is, from 1; 0 if it is not of a rule."""
+    """Number of the alert among those of its rule in the run, from 1; 0 if no rule raised it."""
 
     @property
     def cause(self) -> str:
@@ -138,9 +138,9 @@ class Alert:
 
 
 class Guardrails:
-    """Evaluates a run's rules on each step and keeps what they have seen.
+    """Evaluates a run's rules on each step and keeps their state.
 
-    That follows from the steps of the current timeline and from the alerts raised on it, so it is
+    The state follows from the steps of the current timeline and the alerts raised on it, so it is
     not saved: :func:`engine.monitoring.recorded_steps.rebuild` derives it from the journal.
     """
 
@@ -175,8 +175,8 @@ class Guardrails:
             samples: the step's responses, from which the evidence is chosen.
 
         Returns:
-            An alert for each rule whose condition holds, unless an earlier alert has not cleared;
-            or whose metric is twice as far beyond its limit as at that alert.
+            An alert for each rule whose condition holds. If the rule's last alert has not cleared,
+            only if the metric is twice as far beyond its limit as at that alert.
         """
         alerts = []
         for state in self.states:
@@ -197,22 +197,23 @@ class Guardrails:
         return alerts
 
     def begin_attempt(self) -> None:
-        """Call it when ranks start, at first and again.
+        """Call it when ranks start, the first time and at each restart.
 
-        A rule with an action acts again if its condition still holds, since what it did may have
-        ended with the last ranks or not have begun. A rule that only notifies has done so.
+        A rule with an action acts again if its condition still holds, because its action may have
+        ended with the last ranks or never have begun. A rule that only notifies does not repeat
+        its alert.
         """
         for state in self.states:
             state.begin_attempt()
 
     def forget_steps(self) -> None:
-        """Forgets every step; call it when scores are those of another reward from now on."""
+        """Forgets every step; call it when another reward computes the scores from now on."""
         for state in self.states:
             state.forget_steps()
 
 
 def _missing_scale(state: RuleState, settings: Mapping[str, Any]) -> str | None:
-    """A message for a bound that has no value; once, and again only after it had one."""
+    """A message about a bound without a value; only once until the bound has had a value."""
     lacked, state.lacks_scale = state.lacks_scale, state.scale(settings) is None
     if lacked or not state.lacks_scale:
         return None
@@ -222,7 +223,7 @@ def _missing_scale(state: RuleState, settings: Mapping[str, Any]) -> str | None:
 
 
 def _alert(state: RuleState, step: int, breach: Breach, evidence: dict[str, Any]) -> Alert:
-    """The alert of a rule that is due, before it is counted."""
+    """Builds the alert of a rule that is due, before it is counted."""
     rule, count = state.rule, state.count + 1
     of_any = rule.metric == "*"
     text = breach.text if of_any else f"{rule.metric} {breach.text}"

@@ -26,9 +26,9 @@ log = logging.getLogger("engine")
 TIMEOUT = 30.0
 """Seconds for one message on one channel."""
 FINISH_TIMEOUT = 40.0
-"""Seconds that the end of an engine waits for messages on their way."""
+"""Seconds that a finished engine waits for messages that are being sent."""
 CANCEL_TIMEOUT = 2.0
-"""Further seconds for those that were cancelled then."""
+"""Further seconds for messages that are then cancelled."""
 HOUR = 3600.0
 
 
@@ -95,7 +95,7 @@ async def send(channel: Channel, message: Notification) -> None:
 
 
 class Notifier:
-    """Decides which messages are sent, sends them, and logs the fate of each."""
+    """Decides which messages are sent, sends them, and logs the outcome of each."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Notifier:
         """Alerts that the rate limit kept back since the last message."""
 
     def submit(self, message: Notification) -> bool:
-        """Starts to send a message, or logs why it is not sent. Returns at once whether it is."""
+        """Starts to send a message, or logs why not. Returns at once whether it is being sent."""
         if not self.channels:
             return False
         if (why := self._withheld(message)) is not None:
@@ -142,7 +142,7 @@ class Notifier:
         return True
 
     def _withheld(self, message: Notification) -> str | None:
-        """Why a message is not sent; None if it is. Only alerts count for the rate limit."""
+        """Why a message is not sent; None if it is. Only alerts count towards the rate limit."""
         if LEVELS.index(message.level) < self._level:
             return f"below the level {LEVELS[self._level]}"
         if message.level != "error" and self._is_quiet():
@@ -182,7 +182,7 @@ class Notifier:
             log.info("%s sent: %s", channel.name, message.title)
 
     async def finish(self) -> None:
-        """Waits for messages on their way, at most :data:`FINISH_TIMEOUT`; cancels the others."""
+        """Waits up to :data:`FINISH_TIMEOUT` for messages being sent; cancels the rest."""
         if not self._tasks:
             return
         _, late = await asyncio.wait(self._tasks, timeout=FINISH_TIMEOUT)
@@ -192,6 +192,6 @@ class Notifier:
             await asyncio.wait(late, timeout=CANCEL_TIMEOUT)
 
     def cancel(self) -> None:
-        """Cancels the messages on their way, so that :meth:`finish` returns; the log names them."""
+        """Cancels and logs the messages being sent, so that :meth:`finish` returns."""
         for task in self._tasks:
             task.cancel()

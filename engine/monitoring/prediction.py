@@ -1,4 +1,4 @@
-"""Where a metric is heading: the straight line through its last steps."""
+"""Predicts a metric by a straight line through its last steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 AHEAD = 10
 """Steps ahead that a value is predicted for."""
 CERTAIN = 4.0
-"""The least slope of a prediction, in standard errors: noise alone seldom rises so steadily."""
+"""Minimum slope for a prediction, in standard errors: noise alone seldom rises so steadily."""
 
 
 @dataclass(frozen=True)

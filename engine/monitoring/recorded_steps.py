@@ -1,7 +1,8 @@
-"""Guard rails over the steps of a journal: evaluated again, or brought to the state that they had.
+"""Evaluates guard rails on the steps of a journal, or restores their state from it.
 
-The engine checks a step when it ends, this module later. Both come to the same alerts: steps of
-abandoned branches do not count, and attempts and other rewards begin where they did.
+The engine checks a step when it ends, this module later. Both raise the same alerts: steps of
+abandoned branches do not count, and starts of attempts and changes of the reward are taken into
+account.
 """
 
 import math
@@ -37,7 +38,7 @@ class RecordedStep:
     begins_attempt: bool
     """Whether ranks started before it."""
     new_reward: bool
-    """Whether its scores are the first ones of another reward."""
+    """Whether its scores are the first from another reward."""
 
 
 def evaluate(record: JournalReader, rules: GuardrailConfig, run: RunConfig) -> Iterator[Alert]:
@@ -58,7 +59,7 @@ def evaluate(record: JournalReader, rules: GuardrailConfig, run: RunConfig) -> I
 
 
 def _with_samples(alert: Alert, record: JournalReader) -> Alert:
-    """Adds the samples to the evidence of an alert: those of all steps would take gigabytes."""
+    """Adds the samples to an alert's evidence; reading those of all steps would take gigabytes."""
     if "samples" not in alert.evidence:
         return alert
     samples = [_as_reported(row) for row in record.samples.of_step(alert.step)]
@@ -69,13 +70,13 @@ def _with_samples(alert: Alert, record: JournalReader) -> Alert:
 def rebuild(record: JournalReader, run: RunConfig, last_step: int) -> Guardrails:
     """The guard rails of a run's configuration, for ranks that start after `last_step`.
 
-    What they have raised is what the journal holds, so that a rule that is new or another one
-    raises its first alert although its condition has held for long.
+    Their past alerts are those in the journal, so a new or changed rule raises its first alert
+    even if its condition has held for long.
 
-    Conditions are evaluated from a rule's last alert until that has cleared: nothing else depends
-    on them. Of the other steps a rule has its last values, and its tests have all of them. That
-    takes a second for 100,000 steps, most of it for the tests, and another one for each rule whose
-    alert holds all the time.
+    A rule's conditions are evaluated only from its last alert until that has cleared: nothing else
+    depends on them. From the other steps a rule keeps the last values, and its tests see all of
+    them. That takes a second for 100,000 steps, most of it for the tests, and another second for
+    each rule whose alert holds all the time.
 
     Raises:
         JournalError: the journal cannot be read.
@@ -107,7 +108,7 @@ class _Timeline:
         self._rewards = {step + 1 for step in record.reward_changes()}
 
     def steps(self, names: Collection[str], after: int, until: int) -> Iterator[RecordedStep]:
-        """The steps in (after, until], with these metrics of theirs."""
+        """The steps in (after, until], with the given metrics."""
         names = {*names, BETA}
         settings = dict(self._first_settings)
         for step in sorted(step for step in self._changes if step <= after):
@@ -128,11 +129,11 @@ class _Timeline:
                 )
 
     def restore(self, state: RuleState, alerts: list[int], until: int) -> None:
-        """Brings a rule that has seen nothing to its state after a step.
+        """Restores a rule's state after a step.
 
         Args:
-            state: of the rule.
-            alerts: the steps on which it has raised one, in order.
+            state: the rule's initial state, which is updated.
+            alerts: the steps at which the rule raised an alert, in order.
             until: the step.
         """
         forgotten = max((step - 1 for step in self._rewards if step <= until), default=0)
@@ -147,7 +148,7 @@ class _Timeline:
         state.count, state.last_alert = len(alerts), alerts[-1] if alerts else 0
 
     def _learn(self, state: RuleState, after: int, until: int) -> None:
-        """Takes the steps in (after, until], on which no alert was raised and none held."""
+        """Adds the steps in (after, until], at which no alert was raised or held."""
         record, rule = self._record, state.rule
         if not state.learns_from_all:
             for step, finite in record.last_finite(rule.metric, rule.window, after, until):
@@ -162,7 +163,7 @@ class _Timeline:
                     state.learn(step, value, judged.get(step, {}))
 
     def _observe(self, state: RuleState, alerts: list[int], until: int) -> bool:
-        """Takes the steps from the first of these alerts on.
+        """Adds the steps from the first of these alerts on.
 
         Returns:
             Whether the rule's condition holds on one of them.

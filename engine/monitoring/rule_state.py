@@ -1,4 +1,4 @@
-"""The state of one guard rail: what it has seen, and when it is due to raise an alert."""
+"""The state of one guard rail: its recent values, and when it is due to raise an alert."""
 
 import math
 from collections import deque
@@ -14,13 +14,12 @@ from engine.monitoring.drift import DriftTest
 CLEARS_AFTER = 20
 """Default of `clears_after` for a rule that only notifies."""
 LEAST_DISTANCE = 0.5
-"""A metric closer to its limit than this share of the limit, or than its usual change from step to
-step, counts as that far beyond it. Otherwise one that crosses its limit by a hair would double its
-distance many times."""
+"""Minimum distance beyond the limit, as a share of the limit; the usual change from step to step is
+another minimum. Otherwise a metric just across its limit would double its distance many times."""
 
 
 def clears_after(rule: Rule) -> int:
-    """The number of steps in a row without a rule's condition after which its alert has cleared."""
+    """The number of steps in a row without a rule's condition after which its alert clears."""
     if rule.clears_after is not None:
         return rule.clears_after
     return CLEARS_AFTER if rule.action == "notify" else 1
@@ -36,7 +35,7 @@ class _Tests:
 
     @classmethod
     def of(cls, rule: Rule, judges: Collection[str]) -> "_Tests":
-        """Those of a rule's keys."""
+        """Creates the tests for a rule's keys."""
         return cls(
             up=DriftTest(1, rule.drifts_up, rule.window) if rule.drifts_up else None,
             down=DriftTest(-1, rule.drifts_down, rule.window) if rule.drifts_down else None,
@@ -44,7 +43,7 @@ class _Tests:
         )
 
     def add(self, step: int, value: float, metrics: Mapping[str, float | None]) -> None:
-        """Takes a step."""
+        """Adds a step."""
         for drift in (self.up, self.down):
             if drift is not None:
                 drift.add(step, value)
@@ -73,7 +72,7 @@ class RuleState:
         self.forget_steps()
 
     def forget_steps(self) -> None:
-        """Forgets every step, but not which alerts there were."""
+        """Forgets every step, but not the alerts."""
         self._tests = _Tests.of(self.rule, self.judges)
         self._values: deque[float] = deque(maxlen=self.rule.window)
         self._alerted: float | None = None
@@ -93,9 +92,9 @@ class RuleState:
     def observe(
         self, step: int, metrics: Mapping[str, float | None], settings: Mapping[str, Any]
     ) -> Breach | None:
-        """Takes a step; returns the first condition that holds, or None.
+        """Adds a step; returns the first condition that holds, or None.
 
-        A value that is not finite is no value: it neither holds nor clears a condition.
+        A value that is not finite counts as missing: it neither meets nor clears a condition.
         """
         value = metrics.get(self.rule.metric)
         if self.rule.metric == "*":
@@ -112,9 +111,9 @@ class RuleState:
         return breach
 
     def learn(self, step: int, value: float, metrics: Mapping[str, float | None]) -> None:
-        """Takes a step with a finite value, on which no alert was raised and none held.
+        """Adds a step with a finite value at which no alert was raised or held.
 
-        Whether a condition held on it makes no difference then.
+        Whether a condition held at the step then makes no difference.
         """
         self._tests.add(step, value, metrics)
         self._values.append(value)

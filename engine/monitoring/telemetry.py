@@ -18,7 +18,7 @@ log = logging.getLogger("engine")
 
 
 class Sampler:
-    """Measures the machine's load; cheap enough to call every few seconds."""
+    """Measures the machine's load. Cheap enough to call every few seconds."""
 
     def __init__(self, folder: Path) -> None:
         """Opens the GPUs' driver.

@@ -46,7 +46,7 @@ class Client:
         """Connects.
 
         Args:
-            session: whose engine to connect to.
+            session: the session whose engine to connect to.
             who: the operator, for the journal.
             timeout: seconds to wait for each reply that does not depend on a training step.
 
@@ -129,7 +129,7 @@ class Client:
         return self._ask_twice(ask)
 
     def _ask_twice(self, ask: Callable[[], T]) -> T:
-        """Asks, and once more on a new connection if this one gave way to others."""
+        """Asks, and once more on a new connection if the engine closed this one for others."""
         try:
             try:
                 return ask()
@@ -147,7 +147,7 @@ class Client:
 
         Raises:
             TimeoutError: it is still pending.
-            LinkError: the engine is gone, or the connection gave way to others.
+            LinkError: the engine is gone, or closed this connection for others.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not (reply := self._reply(command_id, deadline)).final:

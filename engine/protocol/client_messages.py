@@ -43,7 +43,7 @@ class Watch(Message, frozen=True, tag="watch"):
 
 
 class WatchRefused(Message, frozen=True, tag="watch_refused"):
-    """In place of the first of these, if too many clients watch. The connection is closed."""
+    """Sent instead of the first of these if too many clients watch. The connection is closed."""
 
     reason: str
 
@@ -55,7 +55,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     version: int = VERSION
     software: str = ""
     refused: str = ""
-    """Why an engine of an earlier version closes the connection; otherwise empty."""
+    """The reason, if an engine of an earlier version closes the connection; otherwise empty."""
 
 
 class CommandReply(Message, frozen=True, tag="answer"):
@@ -149,8 +149,8 @@ class Status(Message, frozen=True, tag="status"):
     watchers: int
     pid: int
     pause_reason: str | None = None
-    """What paused the run: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
-    paused."""
+    """What paused the run: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if the run is
+    not paused."""
 
 
 class JournalAdvanced(Message, frozen=True, tag="wake"):

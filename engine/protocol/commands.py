@@ -39,11 +39,11 @@ class Moment(Struct, frozen=True):
     checkpoint_steps: Callable[[], list[int]]
     """Returns the steps that a rollback can name. Reads the journal; may raise JournalError."""
     recovers: bool = False
-    """Whether the present pause ends by itself once its reason is gone."""
+    """Whether the current pause ends by itself once its reason is gone."""
 
 
 class Command(Struct, frozen=True, kw_only=True, tag_field="command", forbid_unknown_fields=True):
-    """Base class of all commands, with what each of them declares."""
+    """Base class of all commands; declares the attributes and checks of each."""
 
     summary: ClassVar[str]
     """One line of help for the command line."""
@@ -86,7 +86,7 @@ class Pause(Command, frozen=True, tag="pause"):
     dropped_after_failures: ClassVar[bool] = False  # a failure must not end a pause
 
     def check(self, moment: Moment) -> None:
-        # One that would end by itself becomes one that does not.
+        # A pause that would end by itself becomes one that does not.
         if moment.paused and not (moment.recovers and moment.state == "paused"):
             raise CommandRejectedError("the run is already paused")
 

@@ -1,4 +1,4 @@
-"""Frames on the socket: a message in MessagePack after its length, 4 bytes in big-endian order."""
+"""Frames on the socket: a 4-byte big-endian length, followed by a message in MessagePack."""
 
 import socket
 import struct
@@ -41,7 +41,7 @@ def encode(message: Message) -> bytes:
 
 
 def pack(body: bytes) -> bytes:
-    """The frame of an encoded message. Raises LinkError if that is too long."""
+    """Frames an encoded message. Raises LinkError if it is too long."""
     if len(body) > MAX_FRAME:
         raise LinkError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
     return HEADER.pack(len(body)) + body

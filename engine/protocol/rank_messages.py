@@ -17,7 +17,7 @@ from engine.protocol.commands import BoundaryCommand
 from engine.protocol.frames import VERSION, Message, decode
 
 WAIT_FOR = "wait for "
-"""Begins the name of a phase in which a run waits for what an operator can do."""
+"""Prefix of the name of a phase in which the run waits for something an operator can do."""
 
 
 class RankHello(Message, frozen=True, tag="rank_hello"):
@@ -76,7 +76,7 @@ class Sample(Struct, frozen=True, kw_only=True):
     parts: dict[str, float | None] = {}
     """Score of each reward source."""
     weights_version: int | None = None
-    """The step after whose update the policy had the weights that sampled it; None if unknown."""
+    """The step whose update produced the weights that sampled it; None if unknown."""
     arrays: "TokenArrays | None" = None
 
 
@@ -163,7 +163,7 @@ class Rejected(Message, frozen=True, tag="rejected"):
 
 
 REWARD_CHANGED = "reward_changed"
-"""The rule of the notice that the scores come from another reward from the next step on."""
+"""The rule of the notice that another reward computes the scores from the next step on."""
 REWARD_FAILED = "reward"
 """The rule of a pause, and of notices, about a reward that cannot be computed."""
 
@@ -194,7 +194,7 @@ class Paused(Message, frozen=True, tag="paused"):
 
 
 class Unpaused(Message, frozen=True, tag="unpaused"):
-    """The ranks have ended a pause by themselves, since its reason is gone."""
+    """The ranks have ended a pause by themselves, because its reason is gone."""
 
     step: int
     """The last completed step."""
@@ -231,14 +231,14 @@ class Failed(Message, frozen=True, tag="failed"):
     step: int = 0
     """The step that failed, if `changes` are to be made before it."""
     changes: list[SettingChange] = []
-    """Settings with which a restart would not fail in the same way, although `final`."""
+    """Settings with which a restart would not fail in the same way, even if `final`."""
 
 
 RESTART_REASONS = {
     "joining": "another machine joins: the ranks start again from step {}",
     "leaving": "a machine is about to be taken away: the ranks start again from step {} without it",
 }
-"""Why the ranks of a run over several machines end although the run does not."""
+"""Reasons for which the ranks of a run over several machines end although the run goes on."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -266,7 +266,7 @@ class Begin(Message, frozen=True, tag="begin"):
     paused: bool = False
     """Pause before the first step, because the run was paused when its ranks died."""
     repeat: list["RepeatedChange"] = field(default_factory=list, name="replay")
-    """Changes after the checkpoint that the ranks apply again. The name on the link stays: a
+    """Changes after the checkpoint that the ranks apply again. The name in the message must stay: a
     supervisor may outlive an upgrade of the package that its next ranks are started from."""
     undoable: list[list[SettingChange]] = []
     """Changes that `undo` can revert; the last list is reverted first."""
@@ -306,15 +306,17 @@ class RankCommand(Message, frozen=True, tag="order"):
 
 
 JOIN_INFO_KEY = "join_info"
-"""Where the store of the first machine has the :class:`JoinInfo` of the current start."""
+"""The key of the :class:`JoinInfo` of the current start, in the store of the first machine."""
 LEAVING_KEY = "leaving"
-"""A key that a machine sets which a scheduler is about to take away: the run saves and ends."""
+"""Set by a machine that a scheduler is about to take away: the run saves and ends."""
 STARTED_KEY = "agents/count"
-"""A key that exists once the machines of this start are settled: others wait for the next one."""
+"""Exists once the machines of this start are settled: others wait for the next start."""
 COMING_KEY = "agents/coming"
-"""Counts the other machines that start their agents, which takes them some seconds."""
+"""Counts the other machines that are starting their agents, which takes some seconds."""
 WAITING_KEY = "waiting"
-"""A key that such a machine sets: the run starts its ranks again after its next checkpoint."""
+"""Set by a machine that waits for the next start: the run restarts its ranks after its next
+checkpoint.
+"""
 
 
 class JoinInfo(Struct, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ NAME = "engine.sock"
 ROLLOUT_NAME = "rollout.sock"
 """Names of the sockets: the supervisor's, and that of the first rollout engine."""
 RETRY_INTERVAL = 0.05
-"""Seconds between attempts to connect to an engine whose queue of connections is full."""
+"""Seconds between attempts to connect to an engine whose connection queue is full."""
 _CREDENTIALS = struct.Struct("=iii")
 
 
@@ -80,10 +80,10 @@ def peer_uid(sock: socket.socket) -> int:
 
 
 def peer_pid(sock: socket.socket) -> int:
-    """The process id of the peer, from the kernel, as this process must use it.
+    """The process id of the peer, from the kernel, as valid in this process.
 
-    The peer may know itself by another one, in a pid namespace of its own. 0 if it is in one that
-    this process cannot see.
+    In its own pid namespace the peer may have a different id. 0 if it is in a namespace that this
+    process cannot see.
     """
     return _peer_credentials(sock)[0]
 

@@ -18,7 +18,7 @@ FILE_MODE = 0o600
 
 
 def make_folders(path: Path) -> None:
-    """Creates a folder and its missing parents, each with mode 0700; an existing folder stays.
+    """Creates a folder and its missing parents with mode 0700; an existing folder is not changed.
 
     Raises:
         OSError: a folder cannot be created.
@@ -44,14 +44,14 @@ def private_temporary_folder() -> Path:
 
 
 def user_folder(variable: str, default: str) -> Path:
-    """Where this software keeps files of this user, which may not exist yet.
+    """The folder for this software's files of this user; it may not exist yet.
 
     Args:
         variable: of the XDG base directory specification, such as `XDG_STATE_HOME`.
         default: the base where that is not set, such as `.local/state` in the user's home.
     """
     given = Path(os.environ.get(variable, ""))
-    if given.is_absolute():  # the specification has relative paths ignored
+    if given.is_absolute():  # the specification says to ignore relative paths
         return given / "rlhf-tui"
     try:
         home = Path.home()
@@ -73,10 +73,10 @@ def create_file(path: Path) -> None:
 
 
 def open_to_umask(folder: Path) -> None:
-    """Lets those read a model folder and its files whom the umask lets.
+    """Gives a model folder and its files the modes that the umask allows.
 
-    For models outside of sessions: safetensors makes its files private, whatever the umask, and a
-    copy of a checkpoint's folder is as private as that.
+    For models outside of sessions. safetensors makes its files private whatever the umask, and a
+    copy of a checkpoint's folder is as private as the original.
 
     Raises:
         OSError: a mode cannot be changed.
@@ -87,7 +87,7 @@ def open_to_umask(folder: Path) -> None:
 
 
 def _umask() -> int:
-    """This process's umask, read without changing it: other threads create files meanwhile."""
+    """This process's umask, read without setting it: other threads may be creating files."""
     status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     (found,) = (line for line in status.splitlines() if line.startswith("Umask:"))
     return int(found.split()[1], 8)
@@ -99,7 +99,7 @@ def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:
     Call it before running or writing a session. Reading a session needs no check.
 
     Args:
-        folder: the session's.
+        folder: the session's folder.
         files: files of the session that must belong to this user, too; missing ones are skipped.
         allow_root: whether root passes the check for every session.
 
@@ -135,7 +135,7 @@ def current_user() -> str:
 def _owner_of_new_files(folder: Path) -> int | None:
     """The owner of a file that this user creates in a folder; None if it cannot be created.
 
-    Some network file systems and mounts record another owner than the user who writes.
+    Some network file systems and mounts record an owner other than the user who writes.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -1,6 +1,6 @@
-"""Names of checkpoints, the marker of complete ones, the sums of their files, and saved settings.
+"""Checkpoints as read without torch: names, the marker of complete ones, sums, and settings.
 
-No torch: the ranks read the rest of their contents.
+The ranks read the rest of their contents.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ holds the SHA-256 of state.json, which holds those of all other files. Empty in 
 STATE = "state.json"
 POLICY = "policy"
 AVERAGED_POLICY = "policy-ema"
-"""Folders of a checkpoint that transformers or peft loads: the policy, and its average over the
-steps if the run has `train.ema`."""
+"""Folders of a checkpoint that transformers or peft can load: the policy, and its average over
+the steps if the run has `train.ema`."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -31,7 +31,7 @@ class _Sums(msgspec.Struct):
 
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
-    """The folder of a step's checkpoint, in a session's folder of checkpoints."""
+    """The folder of a step's checkpoint inside a session's checkpoints folder."""
     return checkpoints / f"step-{step:06d}"
 
 
@@ -122,7 +122,7 @@ class _SavedState(msgspec.Struct, frozen=True):
 
 
 class StateSummary(msgspec.Struct, frozen=True):
-    """What of a checkpoint's state.json can be read without torch."""
+    """The part of a checkpoint's state.json that can be read without torch."""
 
     score: float | None = None
     kl: float | None = None
@@ -130,7 +130,7 @@ class StateSummary(msgspec.Struct, frozen=True):
 
 
 def read_summary(folder: Path) -> StateSummary:
-    """Reads it; empty if that is impossible, which the rank that loads the checkpoint reports."""
+    """Reads state.json; empty if it is unreadable, which the rank that loads it then reports."""
     try:
         return msgspec.json.decode((folder / STATE).read_bytes(), type=examined(StateSummary))
     except (OSError, msgspec.DecodeError, RecursionError):
@@ -138,5 +138,5 @@ def read_summary(folder: Path) -> StateSummary:
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The live settings that a checkpoint restores, those after its step; or none."""
+    """The live settings that a checkpoint restores: those in force after its step; may be empty."""
     return read_summary(folder).state.settings

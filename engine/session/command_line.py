@@ -1,4 +1,4 @@
-"""Command lines of rlhf-tui in messages, which can be pasted where the messages are shown."""
+"""Command lines of rlhf-tui for messages, written so that they can be pasted into a shell."""
 
 import os
 import shlex
@@ -8,20 +8,20 @@ from pathlib import Path
 
 PROGRAM = "rlhf-tui"
 SESSIONS_VARIABLE = "RLHF_TUI_SESSIONS"
-"""Names the folder of sessions that its user has set."""
+"""The environment variable in which a user sets the folder of sessions."""
 
 
 COPIES = ".copies"
-"""A file in a folder whose sessions are copies of those of another machine."""
+"""The marker file of a folder whose sessions were copied from another machine."""
 
 
 def sessions_folder() -> Path:
-    """The folder of sessions where none is given: the one that its user has set, or ./sessions."""
+    """The default folder of sessions: the one that the user has set, or ./sessions."""
     return Path(os.environ.get(SESSIONS_VARIABLE) or "sessions")
 
 
 def mark_copies(root: Path) -> None:
-    """Marks a folder of copies: commands about its sessions are to be typed on their machine.
+    """Marks a folder as holding copies: commands on its sessions belong on their own machine.
 
     Raises:
         OSError: the mark cannot be created.
@@ -34,9 +34,9 @@ def command(*words: str, root: Path | None = None) -> str:
 
     Args:
         words: the command and its arguments.
-        root: the folder of sessions that it is about: added as `--sessions` if the command would
-            look in another one. None if it is about none. If it has copies, the command is as it
-            can be typed on their machine.
+        root: the folder of sessions that the command concerns, None if none. It is added as
+            `--sessions` if the command would otherwise look in a different folder. If the folder
+            holds copies, the command is written for the machine they came from.
     """
     if root is not None and (root / COPIES).exists():
         return shlex.join([PROGRAM, *words])
@@ -45,18 +45,18 @@ def command(*words: str, root: Path | None = None) -> str:
 
 
 def recorded_command(*words: str, root: Path) -> str:
-    """A command of an engine's message, which is recorded and read in any folder of its machine.
+    """A command for an engine's message, which is recorded and later read from any folder.
 
     Args:
         words: the command and its arguments.
-        root: the folder of sessions that it is about, an absolute path.
+        root: the folder of sessions that the command concerns, an absolute path.
     """
     program = PROGRAM if shutil.which(PROGRAM) else str(_installed() or PROGRAM)
     return shlex.join([program, *words, "--sessions", str(root)])
 
 
 def _called() -> str:
-    """The program as it was called; if another one was, such as that of `--headless`, its path."""
+    """This program as it was called; its path if another was called, as with `--headless`."""
     if Path(sys.argv[0]).name == PROGRAM:
         return sys.argv[0]
     installed = _installed()
@@ -67,7 +67,7 @@ def _called() -> str:
 
 
 def _installed() -> Path | None:
-    """The program beside this Python, an absolute path."""
+    """The absolute path of the program installed beside this Python."""
     path = Path(sys.executable).with_name(PROGRAM)
     return path if path.is_file() else None
 
@@ -82,7 +82,7 @@ def _sessions_option(root: Path) -> list[str]:
 
 
 def _from_here(path: Path) -> str:
-    """An absolute path as it is typed in the current folder."""
+    """An absolute path as it would be typed in the current folder."""
     try:
         below = path.relative_to(Path.cwd())
     except (ValueError, OSError):

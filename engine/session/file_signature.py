@@ -1,10 +1,10 @@
-"""Tells whether a file has changed since it was looked at last."""
+"""Detects whether a file has changed since it was last looked at."""
 
 import os
 from pathlib import Path
 
 FileSignature = tuple[int, ...]
-"""Differs from the one before whenever the file was changed or replaced; () without a file."""
+"""Differs from the previous one if the file was changed or replaced; () if there is no file."""
 
 
 def file_signature(path: Path) -> FileSignature:
@@ -17,9 +17,9 @@ def file_signature(path: Path) -> FileSignature:
 
 
 def file_id(path: Path) -> tuple[int, int] | None:
-    """Returns device and inode of the file at a path; None without a file.
+    """Returns the device and inode of the file at a path; None if there is no file.
 
-    Unlike the signature it stays while the file is written: it tells of another file at the path.
+    Unlike the signature, it changes only when another file takes the path, not on writes.
     """
     try:
         found = os.stat(path)  # noqa: PTH116

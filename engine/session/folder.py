@@ -42,12 +42,12 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class DiskUsage(msgspec.Struct, frozen=True):
-    """How much room the files of a session take, in bytes."""
+    """The disk space that a session's files take, in bytes."""
 
     size: int
-    """Of all files. A fork has links to files of its parent, which count for both."""
+    """Of all files. Files that a fork shares with its parent by hard links count for both."""
     freed: int
-    """Of the files that have no other name: what deleting the session frees."""
+    """Of the files without other hard links: what deleting the session frees."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class SessionFolder:
     """The moment of its history at which readers show its files; None: the present."""
 
     def at(self, position: Position | None) -> "SessionFolder":
-        """The same session as it was at a moment. It has no engine that could be reached."""
+        """The same session as it was at a moment of its history, without a live engine."""
         return replace(self, position=position)
 
     @property
     def name(self) -> str:
-        """The name of the session, which is that of the folder."""
+        """The name of the session: the folder's name."""
         return self.folder.name
 
     @property
@@ -93,7 +93,7 @@ class SessionFolder:
         return self.folder / "engine.log"
 
     def rollout_log_file(self, engine: int = 0) -> Path:
-        """Output of one of `rollout.engines`, processes of their own, counted from 0."""
+        """Output of one of the `rollout.engines` processes, counted from 0."""
         return self.folder / ("rollout.log" if engine == 0 else f"rollout-{engine}.log")
 
     @property
@@ -118,7 +118,7 @@ class SessionFolder:
 
     @property
     def trackers(self) -> Path:
-        """Folder of what experiment trackers write, and of the ids of their runs."""
+        """Folder of the files of experiment trackers, and of the ids of their runs."""
         return self.folder / "trackers"
 
     @property
@@ -142,12 +142,15 @@ class SessionFolder:
         """Checks that config.yaml can be read and is not cut off, but not the values in it.
 
         Raises:
-            ConfigError: it is not whole.
+            ConfigError: it is cut off or cannot be read.
         """
         read_session_text(self.config_file)
 
     def write_config(self, config: "RunConfig") -> None:
-        """Replaces config.yaml atomically. Call it with the session's lock held, or before."""
+        """Replaces config.yaml atomically.
+
+        Call it while holding the session's lock, or before any engine can take it.
+        """
         from engine.config import file as config_file  # noqa: PLC0415
 
         for leftover in self.folder.glob(f".{self.config_file.name}.*"):  # of a killed process
@@ -155,7 +158,7 @@ class SessionFolder:
         write_atomically(self.config_file, config_file.dump_session(config))
 
     def disk_usage(self) -> DiskUsage:
-        """The size of its files, each of which it looks at."""
+        """The disk space of its files; looks at each of them."""
         size = freed = 0
         for folder, _, names in os.walk(self.folder):
             for name in names:
@@ -169,12 +172,12 @@ class SessionFolder:
         """Whether an engine holds the session's lock; False for a moment of its history.
 
         Raises:
-            SessionError: it cannot be told.
+            SessionError: the lock cannot be tested.
         """
         return self.position is None and lock.is_held(self.lock_file)
 
     def may_be_live(self) -> bool:
-        """Whether an engine runs it or that cannot be told, which later readings of it report."""
+        """Whether an engine runs the session, or the lock cannot be tested; later reads say why."""
         try:
             return self.is_live()
         except SessionError:
@@ -207,7 +210,7 @@ class SessionFolder:
         return command(verb, self.name, *words, root=self.folder.parent)
 
     def recorded_command(self, verb: str) -> str:
-        """A command on this session for a message of its engine, which is read elsewhere, too."""
+        """A command on this session for a message of its engine, which may be read elsewhere."""
         return recorded_command(verb, self.name, root=self.folder.parent)
 
     def check_owner(self, *, allow_root: bool = False) -> None:
@@ -263,10 +266,10 @@ def check_name(name: str) -> str:
 
 
 def check_path(folder: Path) -> None:
-    """Checks that a session can run in a folder: libraries take paths in UTF-8 only.
+    """Checks that a session can run in a folder: libraries only take paths in UTF-8.
 
     Raises:
-        SessionError: its path is not valid UTF-8.
+        SessionError: the path is not valid UTF-8.
     """
     try:
         str(folder).encode()

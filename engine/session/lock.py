@@ -48,7 +48,7 @@ def is_held(path: Path) -> bool:
     """Whether a process holds the lock. Does not take it.
 
     Raises:
-        SessionError: it cannot be told, such as without a free file descriptor.
+        SessionError: the lock cannot be tested, such as without a free file descriptor.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

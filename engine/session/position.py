@@ -6,7 +6,7 @@ from msgspec import Struct
 
 
 class StepRange(Struct, frozen=True):
-    """The steps of an attempt after one step and up to another, of those that were abandoned."""
+    """A range of abandoned steps of one attempt: after one step, up to and including another."""
 
     attempt: int
     after: int
@@ -14,10 +14,10 @@ class StepRange(Struct, frozen=True):
 
 
 class Position(Struct, frozen=True, kw_only=True):
-    """A moment of a session. Readers show the steps and events before it, not the later ones.
+    """A moment of a session. Readers show the steps and events up to it, not the later ones.
 
-    The order of a session is that of its attempts, of the steps in an attempt and of the events'
-    ids: a wall clock may have been set back.
+    Moments are ordered by attempt, step and event id, not by the wall clock, which may have been
+    set back.
     """
 
     attempt: int
@@ -31,12 +31,12 @@ class Position(Struct, frozen=True, kw_only=True):
     live: bool
     """Whether an engine ran."""
     kept: int
-    """The last step that is shown of today's timeline. Later steps of that moment's timeline are in
-    :attr:`current`."""
+    """The last step of today's timeline that is shown. Later steps of that moment's timeline are
+    in :attr:`current`."""
     current: tuple[StepRange, ...] = ()
     """Steps that belonged to the timeline then, and are on an abandoned branch today."""
     abandoned: tuple[StepRange, ...] = ()
-    """Steps that were on an abandoned branch already."""
+    """Steps that were already on an abandoned branch."""
 
 
 Start = tuple[int, int]
@@ -52,8 +52,8 @@ def step_ranges(
 
     Args:
         starts: all attempts of the session, in order.
-        attempt: that runs at the position.
-        step: its last completed step.
+        attempt: the one that runs at the position.
+        step: the last completed step of that attempt.
     """
     current, abandoned = [], []
     today, then = _cuts(starts), _cuts([s for s in starts if s[0] <= attempt])
@@ -68,9 +68,10 @@ def step_ranges(
 
 
 def _cuts(starts: Sequence[Start]) -> dict[int, int]:
-    """Attempt → the last of its steps that the later ones of these attempts have kept.
+    """Attempt → the last of its steps that later attempts among these have kept.
 
-    An attempt from step 0 repeats the evaluation before the first step, so it keeps not even that.
+    An attempt from step 0 repeats the evaluation before the first step, so it does not keep even
+    that.
     """
     cuts, cut = {}, NO_LIMIT
     for number, from_step in reversed(starts):

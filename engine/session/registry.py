@@ -1,4 +1,4 @@
-"""The registry of a user's live sessions, with which `ls` and `attach` find them in any folder.
+"""The registry of a user's live sessions, so that `ls` and `attach` find them in any folder.
 
 Each session has a small file in ``$XDG_STATE_HOME/rlhf-tui/live`` (default: ``~/.local/state``). An
 entry may be stale: whether a session is live depends on its lock alone.

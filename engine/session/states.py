@@ -22,8 +22,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     "stopped": frozenset(),
     "failed": frozenset(),
 }
-"""State → states that can follow it during the life of an engine. A restart of the ranks leads from
-a live state to `starting`; the next engine of a session begins at `starting` as well."""
+"""State → states that can follow it during the life of an engine. A restart of the ranks leads
+from a live state to `starting`; the next engine of a session also begins at `starting`."""
 
 STATES: tuple[State, ...] = get_args(State)
 ENDED_STATES: tuple[State, ...] = tuple(s for s in STATES if not TRANSITIONS[s])

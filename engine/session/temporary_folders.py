@@ -1,4 +1,4 @@
-"""Temporary folders: removed even if their process was killed, or moved into their place."""
+"""Temporary folders: removed even if their process is killed, or moved to their final path."""
 
 import contextlib
 import os
@@ -15,22 +15,22 @@ from engine.session.checkpoints import sync
 PREFIX = "rlhf-tui-"
 LOCK = ".rlhf-tui.lock"
 GRACE = 60.0
-"""Seconds for which a new folder is left alone: it is created before it is locked."""
+"""Seconds during which a new folder is left alone: it is created before it is locked."""
 
 
 class TemporaryFolder:
     """A folder under the system's temporary one, locked while its process lives.
 
-    The kernel releases the lock of a process that was killed, so the next TemporaryFolder that any
-    process of this user creates can tell that the folder is abandoned, and removes it.
+    The kernel releases the lock of a process that is killed. The next TemporaryFolder that any
+    process of this user creates therefore recognises the folder as abandoned and removes it.
     """
 
     def __init__(self, parent: Path | None = None) -> None:
         """Creates the folder, mode 0700. Raises OSError or SessionError if that is impossible.
 
         Args:
-            parent: the folder that it is created in, such as shared memory; the system's temporary
-                one when left out.
+            parent: the folder that it is created in, such as shared memory. Default: the system's
+                temporary folder.
         """
         parent = parent or Path(tempfile.gettempdir())
         remove_abandoned(parent)
@@ -48,9 +48,10 @@ class TemporaryFolder:
 
 @contextlib.contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """Context that yields a new folder beside `out` and moves it there unless the context raises.
+    """Context manager that yields a new folder beside `out` and moves it there at the end.
 
-    So `out` is there with all of its files or not at all, also if the process is killed.
+    It is removed instead if the context raises. So `out` has all of its files or does not exist,
+    even if the process is killed.
 
     Raises:
         OSError: a folder cannot be created or synced, or `out` exists and is not an empty folder.
@@ -72,7 +73,7 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Removes the folders of processes that were killed; what cannot be removed stays."""
+    """Removes the folders of processes that were killed; ignores those it cannot remove."""
     for folder in parent.glob(f"{PREFIX}*"):
         file = folder / LOCK
         with contextlib.suppress(OSError, SessionError):

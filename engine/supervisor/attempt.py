@@ -19,7 +19,7 @@ DRAIN_TIMEOUT = 10.0
 
 
 class Attempt:
-    """The ranks of one start, as far as their messages and connections show."""
+    """The ranks of one start: what is known of them from their messages and connections."""
 
     def __init__(self, start: StartOptions) -> None:
         self.start = start
@@ -132,8 +132,8 @@ class StepTimer:
     def phase(self, phase: Phase) -> None:
         """Takes the progress of rank 0 into account.
 
-        Only that of `optimise`, the last phase, whose responses take about the same time each. Its
-        length depends on `ppo.epochs`, which may have changed since the steps of the average.
+        Uses only `optimise`, the last phase, in which each response takes about the same time. Its
+        length depends on `ppo.epochs`, which may have changed since the averaged steps.
         """
         if phase.rank != 0 or phase.name != "optimise":
             return

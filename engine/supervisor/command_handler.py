@@ -67,10 +67,10 @@ class CommandHandler:
 
         Args:
             state: shared by all parts.
-            session: its checkpoints are those of roll backs.
+            session: holds the checkpoints that roll backs read.
             config: as the run was started.
             journal: records every command before it is carried out.
-            publisher: knows the session's state, and publishes its changes.
+            publisher: holds the session's state and publishes its changes.
             pending: gets the commands that rank 0 carries out.
             ranks: the processes.
         """
@@ -87,8 +87,8 @@ class CommandHandler:
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Records and checks a command, then carries it out or sends it to rank 0.
 
-        A stop is carried out even if the journal cannot be written, such as on a full disk; every
-        other command is then rejected, unless the journal has accepted it and it is on its way.
+        A stop is carried out even if the journal cannot be written, such as on a full disk. Every
+        other command is then rejected, unless it is already recorded as accepted.
         """
         try:
             return self._record_and_carry_out(request, who)
@@ -103,7 +103,7 @@ class CommandHandler:
     def _record_and_carry_out(
         self, request: CommandRequest, who: str, *, again: bool = False
     ) -> CommandReply:
-        """`again`: what failed is done for a command that is in the journal already."""
+        """Does both; `again`: repeats what failed, for a command that the journal already has."""
         command, commands = request.command, self._journal.commands
         if again and request.id in self._pending:  # only its state was not recorded
             self._show_state_after(command)
@@ -163,7 +163,7 @@ class CommandHandler:
         )
 
     def _carry_out(self, request: CommandRequest, who: str) -> None:
-        """Carries out a supervisor's command; the type of a RankCommand admits all others."""
+        """Carries out a supervisor's command; sends any other to rank 0."""
         state = self._state
         match request.command:
             case Stop() if self._is_immediate(request.command):
@@ -216,7 +216,7 @@ class CommandHandler:
         self._publisher.rows_added()
 
     async def _unusable(self, step: int) -> str | None:
-        """Why a checkpoint cannot be rolled back to, None if all of its files are whole."""
+        """Why the run cannot roll back to a checkpoint; None if all of its files are intact."""
         folder = checkpoint_path(self._session.checkpoints, step)
         try:
             damage = await in_daemon_thread(partial(find_damage, folder))
@@ -228,7 +228,7 @@ class CommandHandler:
         return f"the checkpoint of step {step} is damaged: {damage}; the run continues"
 
     def _rollback_problem(self, step: int, unusable: str | None) -> str | None:
-        """Why a roll back cannot be carried out now that its checkpoint is read, or None."""
+        """Why a roll back whose checkpoint has been read cannot be carried out; None if it can."""
         if self._state.stopping:
             return "the run is stopping: resume it first"
         try:
@@ -240,7 +240,7 @@ class CommandHandler:
         return unusable
 
     async def finish_rollbacks(self) -> None:
-        """Rejects the roll backs whose checkpoints are still being read, as the run has ended."""
+        """Rejects the roll backs whose checkpoints are still being read when the run has ended."""
         for command_id, task in list(self._rollbacks.items()):
             task.cancel()
             self._journal.commands.reject(command_id, "the run ended before it was carried out")
@@ -249,7 +249,7 @@ class CommandHandler:
         self._rollbacks.clear()
 
     def _is_immediate(self, stop: Stop) -> bool:
-        """While the models are loaded there is nothing to save."""
+        """Whether a stop is immediate: while models load there is nothing to save."""
         return stop.now or self._publisher.state == "starting"
 
     def _end_ranks(self) -> None:

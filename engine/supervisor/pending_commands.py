@@ -1,4 +1,4 @@
-"""Commands that are accepted and not yet carried out by the ranks."""
+"""Commands that are accepted but not yet carried out by the ranks."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from engine.protocol.rank_messages import Applied, RankCommand
 from engine.supervisor.server import Server
 
 MAX_FAILURES = 2
-"""Failed attempts with a command pending after which the command counts as their cause."""
+"""After this many failed attempts with a command pending, the command counts as their cause."""
 
 
 @dataclass
@@ -23,14 +23,14 @@ class _Pending:
 
 
 class PendingCommands:
-    """The commands in the order they were accepted. Each one ends applied or rejected."""
+    """The commands in the order they were accepted. Each ends up applied or rejected."""
 
     def __init__(self, commands: CommandLog, server: Server) -> None:
         self._commands, self._server = commands, server
         self._pending: dict[str, _Pending] = {}
 
     def add(self, message: RankCommand, who: str, *, recorded: bool = True) -> None:
-        """Adds a command; one that is not in the journal is recorded when it ends."""
+        """Adds a command; if the journal does not have it yet, it is recorded when it ends."""
         self._pending[message.id] = _Pending(message, who, recorded)
 
     def __contains__(self, command_id: str) -> bool:
@@ -48,7 +48,10 @@ class PendingCommands:
         ]
 
     def paused_after(self, paused: bool) -> bool:
-        """Whether the run is paused once all of them are carried out; `paused`: it is now."""
+        """Whether the run will be paused once all commands are carried out.
+
+        `paused` says whether it is now.
+        """
         for pending in self._pending.values():
             if isinstance(pending.message.command, Pause | Unpause):
                 paused = isinstance(pending.message.command, Pause)
@@ -88,7 +91,7 @@ class PendingCommands:
         """Counts a failure against the first command; call it for attempts that were ready.
 
         The ranks were carrying out that command. If no rank survives it, it would otherwise use up
-        every restart that is left.
+        all remaining restarts.
         """
         for command_id, pending in self._pending.items():
             if not pending.message.command.dropped_after_failures:
@@ -101,6 +104,6 @@ class PendingCommands:
             return
 
     def run_ended(self) -> None:
-        """Rejects the commands that are left."""
+        """Rejects the remaining commands."""
         for command_id in list(self._pending):
             self.reject(command_id, "the run ended before it was carried out")

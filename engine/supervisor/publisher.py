@@ -1,4 +1,4 @@
-"""Publishes what happens: to the journal first, then to clients, channels, the observer."""
+"""Publishes events: first to the journal, then to clients, channels and the observer."""
 
 import logging
 from dataclasses import replace
@@ -29,7 +29,7 @@ class Observer(Protocol):
 
 
 class EventPublisher:
-    """Owns the session's state while its engine lives."""
+    """Publishes states, alerts and messages; owns the session's state while its engine lives."""
 
     def __init__(
         self,
@@ -62,12 +62,12 @@ class EventPublisher:
         return self._state or "starting"
 
     def set_state(self, state: State, text: str = "") -> None:
-        """Changes the session's state; does nothing if it is the current one and recorded.
+        """Changes the session's state; does nothing if it is already the recorded state.
 
-        `text` says why, such as what failed or what paused the run.
+        `text` is the reason, such as what failed or what paused the run.
 
-        A transition that is not in :data:`~engine.session.states.TRANSITIONS` is a bug of the
-        supervisor. It is logged as an error and made all the same, so that the training continues.
+        A transition that is not in :data:`~engine.session.states.TRANSITIONS` is a bug in the
+        supervisor. It is logged as an error but still made, so that the training continues.
         """
         if state == self._state:
             if not self._recorded:
@@ -113,7 +113,7 @@ class EventPublisher:
             self._notified_reasons |= reasons if sent else set()
 
     def notify_unrecorded(self, rule: str, text: str) -> None:
-        """Notifies operators of what stops the run and cannot be recorded, such as a full disk."""
+        """Notifies operators of a failure that stops the run but cannot be recorded (full disk)."""
         alert = Alert(rule, "notify", text, self._journal.step)
         message = replace(of_alert(self._name, alert), level="error")
         self._notifier.submit(message)
@@ -123,11 +123,11 @@ class EventPublisher:
         self.alert(Alert(rule, "notify", text, step))
 
     def rows_added(self) -> None:
-        """Announces rows of the journal that others have written, such as a command's."""
+        """Announces journal rows that other code has written, such as those of a command."""
         self._server.notify_watchers()
 
     def phase(self, phase: Phase) -> None:
-        """Shows a phase to the clients that watch; the journal has none."""
+        """Shows a phase to the clients that watch; phases are not in the journal."""
         self._server.send_to_watchers(phase)
 
     def rank_message(self, message: FromRank) -> None:

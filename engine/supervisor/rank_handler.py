@@ -52,11 +52,11 @@ from engine.supervisor.watchdog import Watchdog
 log = logging.getLogger("engine")
 
 FAILURE_GRACE = 3.0
-"""Seconds between a rank's failure and the end of the others, for their own reports."""
+"""Seconds that the other ranks have for their own reports after a rank has failed."""
 RETRY_INTERVAL = 2.0
-"""Seconds between attempts to write a journal whose disk is full or that is locked."""
+"""Seconds between attempts to write a journal that is locked or on a full disk."""
 STOP_TIMEOUT = 30.0
-"""Seconds in which a run that is being stopped waits for a locked journal."""
+"""Seconds that a run that is being stopped waits for a locked journal."""
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
 EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
@@ -141,10 +141,10 @@ class RankMessageHandler:
     async def _handle_when_writable(self, rank: int, attempt: Attempt, message: FromRank) -> None:
         """Handles one message; waits while the journal's disk has no room, or it is locked.
 
-        The rank trains on until the socket's buffer is full of its reports, and then waits, so no
-        step is lost. A run that is being stopped does not wait for room, and not long for a lock:
-        the error ends it. Once the next attempt has begun, the message is dropped: it would be
-        written as one of that attempt.
+        The rank trains on until its reports fill the socket's buffer, and then waits, so no step is
+        lost. A run that is being stopped does not wait for room, and only briefly for a lock: then
+        the error ends it. Once the next attempt has begun, the message is dropped, because it would
+        be recorded under that attempt.
         """
         waits_for, since = "", time.monotonic()
         before = self._state.phases.get(rank)
@@ -179,9 +179,9 @@ class RankMessageHandler:
             await asyncio.sleep(RETRY_INTERVAL)
 
     def _end_wait(self, rank: int, before: Phase | None, waited_for: str) -> None:
-        """Shows the phase before the wait, unless the rank has reported another one.
+        """Shows the phase from before the wait again, unless the rank has reported another one.
 
-        A rank of a paused run, whose save has ended, reports none until it is unpaused.
+        A rank of a paused run that has finished its save reports no phase until it is unpaused.
         """
         now = self._state.phases.get(rank)
         if now is None or now.waits_for != waited_for:
@@ -219,7 +219,7 @@ class RankMessageHandler:
             attempt.send(message)
 
     def _without_invalid(self, repeated: RepeatedChange) -> RepeatedChange:
-        """Leaves out values that an earlier version accepted and no rank could work with."""
+        """Leaves out values that an earlier version accepted but no rank can work with."""
         problems = invalid_values({c.key: c.new for c in repeated.changes})
         for problem in problems.values():
             text = f"a change of step {repeated.step} is not repeated: {problem}"
@@ -284,9 +284,9 @@ class RankMessageHandler:
         self._publisher.rank_message(message)
 
     def _handle_in_parts(self, message: FromRank, first: Callable[[], Parts]) -> None:
-        """Handles the first part of a message, then what that leaves to do.
+        """Handles the first part of a message, then the parts that it returns.
 
-        If the journal cannot be written, call it again: it continues with the part that failed.
+        If the journal cannot be written, call this again: it continues with the part that failed.
         """
         if message is not self._begun:
             self._begun, self._remaining = message, [first]
@@ -294,7 +294,7 @@ class RankMessageHandler:
             self._remaining[:1] = self._remaining[0]()
 
     def _record_step(self, report: StepReport) -> Parts:
-        """Records a step; its alerts are the parts that follow."""
+        """Records a step; returns one part for each of its alerts."""
         state = self._state
         state.rollout_restarts.clear()
         state.rollout_replaced.clear()
@@ -335,13 +335,13 @@ class RankMessageHandler:
         self._publisher.notice(notice.rule, notice.text, notice.step)
 
     def adjust(self, step: int, changes: list[SettingChange], rule: str, text: str) -> None:
-        """Records changes that no operator asked for, like a command, and tells the operator.
+        """Records changes that no operator asked for as a command, and notifies the operator.
 
         Args:
             step: the first step with the changes in effect.
-            changes: of settings.
+            changes: the changes of settings.
             rule: name of the notice.
-            text: why.
+            text: the reason.
         """
         state, commands = self._state, self._journal.commands
         for change in changes:
@@ -354,7 +354,7 @@ class RankMessageHandler:
         self._publisher.notice(rule, text, step)
 
     def _paused(self, message: Paused) -> Parts:
-        """Publishes a pause that the ranks began by themselves; the state follows."""
+        """Publishes a pause that the ranks began by themselves; the next part sets the state."""
         self._state.paused, self._state.pause_reason = True, message.reason
         self._state.pause_recovers = message.recovers
         self._state.timer.restart()
@@ -364,7 +364,7 @@ class RankMessageHandler:
         return [self._show_state]
 
     def _unpaused(self, message: Unpaused) -> Parts:
-        """Publishes that the ranks ended such a pause; the state follows."""
+        """Publishes that the ranks ended such a pause; the next part sets the state."""
         self._publisher.notice(message.rule, message.text, message.step)
         self._end_recovering_pause()
         self._state.timer.restart()
@@ -387,7 +387,7 @@ class RankMessageHandler:
 
 
 def _awaited(error: sqlite3.OperationalError) -> str | None:
-    """What lets the journal be written again; None after an error that ends the run."""
+    """What the run must wait for to write the journal; None if the error ends the run."""
     code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
     if code in NO_ROOM:
         return ROOM

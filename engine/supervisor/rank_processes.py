@@ -51,7 +51,8 @@ class RankProcesses:
         The session's folder is part of the command line, so that `ps` shows the owner.
 
         Args:
-            rollout: variables by which rank 0 finds its rollout engine; none for native rollouts.
+            rollout: environment variables by which rank 0 finds its rollout engine; empty for
+                native rollouts.
         """
         self.token, self.pids, self._leaders = secrets.token_hex(16), {}, {}
         link = {
@@ -73,12 +74,12 @@ class RankProcesses:
         self._add_leader(self._process.pid)
 
     def rank_connected(self, rank: int, pid: int) -> None:
-        """Call it when a rank on this machine connects; its process group ends with the others.
+        """Registers a rank of this machine, so that :meth:`kill` ends its process group, too.
 
         Args:
-            rank: which one.
-            pid: from :func:`~engine.protocol.sockets.peer_pid`. A rank that cannot be seen from
-                here, 0, is left to its agent: as a process group 0 is the supervisor's own.
+            rank: its number.
+            pid: from :func:`~engine.protocol.sockets.peer_pid`. 0, a rank that is not visible from
+                here, is left to its agent: process group 0 would be the supervisor's own.
         """
         if pid:
             self.pids[rank] = pid
@@ -89,7 +90,7 @@ class RankProcesses:
             self._leaders[pid] = psutil.Process(pid)
 
     def _create_rendezvous(self) -> str:
-        """The address at which the ranks find each other; a new one at each start."""
+        """Returns the address at which the ranks find each other; a new one for each start."""
         if self._launch.nodes > 1:
             return f"tcp:{self._launch.rendezvous}"
         self._remove_rendezvous()
@@ -118,7 +119,7 @@ class RankProcesses:
         """Kills all processes at once.
 
         Args:
-            token: kill only if this is the current attempt's token.
+            token: kill only if this is the token of the current attempt.
         """
         process = self._process
         current = token in (None, self.token)

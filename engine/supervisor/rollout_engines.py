@@ -1,4 +1,4 @@
-"""The rollout engines of a session: all of their processes, and the folders for their weights."""
+"""The rollout engines of a session: all their processes, and the folders for their weights."""
 
 import asyncio
 import socket
@@ -27,9 +27,9 @@ from engine.supervisor.state import SupervisorState
 
 
 class RolloutEngines:
-    """`rollout.engines` processes, each restarted by itself; none for native rollouts.
+    """`rollout.engines` processes, each restarted on its own; none for native rollouts.
 
-    In place of an engine on another machine, a relay runs here.
+    For an engine on another machine, a relay runs here in its place.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class RolloutEngines:
             config: the run's configuration.
             state: counts how often engines have ended in a step.
             secret: of the run, if engines run on other machines.
-            on_restart: as of :class:`RolloutProcess`.
-            on_failure: as of :class:`RolloutProcess`.
+            on_restart: as for :class:`RolloutProcess`.
+            on_failure: as for :class:`RolloutProcess`.
         """
         self._session, self._config, self._state = session, config, state
         self._secret = secret
@@ -69,7 +69,7 @@ class RolloutEngines:
         """At which other machines join."""
 
     def listen(self) -> None:
-        """Opens the port at which machines that generate join, if there are to be some.
+        """Opens the port at which machines that generate join, if the run uses any.
 
         Raises:
             UserInputError: the port is in use.
@@ -87,7 +87,7 @@ class RolloutEngines:
 
     @property
     def port(self) -> int | None:
-        """The port at which it listens; None if it does not."""
+        """The port that it listens on; None if it does not listen."""
         return None if self._port is None else int(self._port.getsockname()[1])
 
     def _program(self, engine: int, listener_fd: int) -> Program:
@@ -131,7 +131,7 @@ class RolloutEngines:
         self._folders = []
 
     async def close(self) -> None:
-        """Ends the engines for good, tells their machines, and closes the port."""
+        """Ends the engines for good, tells their machines so, and closes the port."""
         await self.stop()
         if self._port is not None:
             secret = rollout_secret(self._secret)

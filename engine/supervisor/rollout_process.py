@@ -1,7 +1,7 @@
 """A rollout engine's process: started and ended with the ranks, restarted when it ends.
 
-It serves rank 0 on a socket that this process holds open, so that a rank can connect at any time:
-its connection waits for the next engine.
+It serves rank 0 on a socket that the supervisor holds open, so a rank can connect at any time: the
+connection waits for the next engine.
 """
 
 import asyncio
@@ -25,18 +25,18 @@ from engine.supervisor.state import SupervisorState
 log = logging.getLogger("engine")
 
 MAX_REPLACED = 20
-"""Processes of an engine that may end with status 0 in a step. Rank 0 gives up after four in a row,
-so more of them end without it, such as those of a script that is not an engine."""
+"""Number of an engine's processes that may end with status 0 in a step. Rank 0 gives up after four
+in a row, so more than that end by themselves, such as those of a script that is not an engine."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is started as an engine."""
+    """The command and environment that start an engine."""
 
     command: list[str]
     environment: dict[str, str]
     port_fd: int | None = None
-    """A descriptor that it inherits beside that of its socket."""
+    """A descriptor that the process inherits in addition to its socket's."""
 
 
 class RolloutProcess:
@@ -61,9 +61,9 @@ class RolloutProcess:
             state: counts how often engines have ended in a step.
             program: called with the number of the engine and the descriptor of its socket.
             engine: the number of this one, from 0.
-            on_restart: called with the reason when another engine has been started. It may raise
+            on_restart: called with the reason when the engine has been restarted. It may raise
                 sqlite3.Error, which is logged.
-            on_failure: called with the reason when none is started any more.
+            on_failure: called with the reason when the engine is not restarted any more.
         """
         self._session, self._config, self._state = session, config, state
         self._program, self._engine = program, engine
@@ -77,13 +77,13 @@ class RolloutProcess:
 
     @property
     def pid(self) -> int | None:
-        """The engine's process id; None while there is none."""
+        """The engine's process id; None while no process runs."""
         process = self._process
         return None if process is None or process.returncode is not None else process.pid
 
     @property
     def log_file(self) -> Path:
-        """Its output."""
+        """The log of the engine's output."""
         return self._session.rollout_log_file(self._engine)
 
     async def start(self) -> Path:
@@ -116,9 +116,9 @@ class RolloutProcess:
             )
 
     async def _keep_alive(self, listener: socket.socket) -> None:
-        """Starts another engine whenever one ends, `launch.max_restarts` times in a step.
+        """Restarts the engine whenever it ends, at most `launch.max_restarts` times in a step.
 
-        One that ends with status 0 is not counted there but by :data:`MAX_REPLACED`.
+        Ends with status 0 are limited by :data:`MAX_REPLACED` instead.
         """
         while self._process is not None:
             status = await self._process.wait()
@@ -148,7 +148,7 @@ class RolloutProcess:
             log.warning("%s (cannot write the journal: %s)", text, error)
 
     def _on_watch_end(self, task: asyncio.Task[None]) -> None:
-        """Ends the attempt if the task failed: the ranks would wait for an engine without end."""
+        """Ends the attempt if the task failed: the ranks would wait for an engine forever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             text = f"{self._name} is no longer watched"
             log.error(text, exc_info=error)

@@ -28,7 +28,7 @@ log = logging.getLogger("engine")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CANCEL_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""After the end of a run they end the wait for notifications; SIGUSR1 leaves time for them."""
+"""After the end of a run these end the wait for notifications; SIGUSR1 leaves time for them."""
 
 
 async def supervise(
@@ -42,11 +42,11 @@ async def supervise(
         observer: notified of states, alerts and messages, in this process.
 
     Returns:
-        The exit code: 0 finished or stopped, `launch.preempted_exit` stopped by a scheduler's
-        signal, 1 failed, 2 wrong input of the user.
+        The exit code: 0 if finished or stopped, `launch.preempted_exit` if stopped by a scheduler's
+        signal, 1 if failed, 2 if the user's input is wrong.
 
     Raises:
-        SessionLockedError: another engine has the session.
+        SessionLockedError: another engine holds the session.
         SessionError: a file or the socket cannot be created or written.
     """
     lock = session.acquire()
@@ -100,13 +100,13 @@ async def _serve(
 
 
 def _use(config: RunConfig, session: SessionFolder, journal: JournalWriter) -> None:
-    """Writes the configuration; in the journal, too, what lists show, as YAML is slow to read."""
+    """Writes config.yaml, and to the journal what lists show, because YAML is slow to read."""
     session.write_config(config)
     journal.set_meta(total_steps=config.train.steps, best_metric=config.train.best_metric)
 
 
 def _remove(*files: Path) -> None:
-    """Removes files of an engine that ends. One that stays does not hide why it has ended."""
+    """Removes files of an engine that ends; only logs a failure, so as not to hide the run's."""
     for file in files:
         try:
             file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The supervisor's socket: accepts ranks and clients, limits what a connection may cost.
+"""The supervisor's socket: accepts ranks and clients, and limits what a connection may cost.
 
 A connection that is malformed, oversized, slow or abandoned is closed. Its only effect is a line in
 the log.
@@ -46,14 +46,14 @@ CLOSE_TIMEOUT = 10.0
 MAX_CLIENT_FRAME = 256 * 1024
 MAX_WATCHERS = 64
 MAX_CLIENTS = 64
-"""Of those that do not watch. One more makes the oldest give way: whoever wants to stop a run must
-get through, however many connections others have left open."""
+"""Maximum number of clients that do not watch. For one more, the oldest is closed: whoever wants to
+stop a run must get through, however many connections others have left open."""
 FRESH = 1.0
-"""Seconds in which a connection does not give way: a command may be on its way."""
+"""Seconds for which a new connection is not closed for others: a command may be on its way."""
 MAX_FRESH = 256
-"""Of those that do not watch, if many come within :data:`FRESH`."""
+"""Maximum number of clients that do not watch if many connect within :data:`FRESH`."""
 MAX_UNREAD = 4 * 1024 * 1024
-"""Bytes that may be queued for a client that does not read; then its connection is closed."""
+"""Bytes that may be queued for a client that does not read; beyond that, it is disconnected."""
 
 _hello = msgspec.msgpack.Decoder(examined(RankHello | ClientHello))
 
@@ -72,7 +72,7 @@ class Connection:
         """Ids of the commands whose replies go to this client."""
 
     def is_behind(self) -> bool:
-        """Whether it has not read yet what was sent before."""
+        """Whether it has not yet read everything that was sent."""
         return self._writer.transport.get_write_buffer_size() > 0
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class CommandReceiver(Protocol):
 
 
 class StatusSource(Protocol):
-    """Knows what clients ask for."""
+    """Provides the information that clients request."""
 
     def status(self) -> Status:
         """The session's current status."""
@@ -136,7 +136,7 @@ class Server:
         Args:
             listener: a bound Unix socket.
             commands: receives the commands of clients.
-            source: of status messages and of the newest rows.
+            source: provides status messages and the newest rows.
             handle_rank: runs a rank's connection until it ends.
         """
         self._commands, self._source = commands, source
@@ -144,7 +144,7 @@ class Server:
         self._server = await asyncio.start_unix_server(self._serve, sock=listener)
 
     def close(self) -> None:
-        """Sends watchers what is new and stops accepting connections."""
+        """Sends watchers the last news and stops accepting connections."""
         self._watchers.close()
         self._server.close()
 
@@ -162,7 +162,7 @@ class Server:
                     client.awaited.discard(reply.id)
 
     def send_to_watchers(self, message: Phase | Telemetry) -> None:
-        """Sends a message that is not in the journal to every client that watches, merged."""
+        """Sends watchers a message that is not in the journal, see :meth:`Watchers.set_state`."""
         self._watchers.set_state(message)
 
     def notify_watchers(self, *, soon: bool = True) -> None:
@@ -220,10 +220,10 @@ class Server:
             self._watchers.discard(client)
 
     def _make_room(self) -> None:
-        """Closes connections if there are too many, first those that wait for no reply.
+        """Closes connections if there are too many, starting with those that await no reply.
 
-        What they asked for is done all the same, and its end is in the journal, where clients then
-        look for it (:mod:`engine.journal.last_reply`).
+        Their commands are still carried out. Clients then read the outcome from the journal
+        (:mod:`engine.journal.last_reply`).
         """
         others = [client for client in self._clients if client not in self._watchers]
         fresh = asyncio.get_running_loop().time() - FRESH
@@ -261,9 +261,9 @@ class Server:
 
 
 def close(writer: asyncio.StreamWriter) -> None:
-    """Closes a connection once what is queued is sent, or after :data:`CLOSE_TIMEOUT`.
+    """Closes a connection once its queue is sent, or after :data:`CLOSE_TIMEOUT`.
 
-    asyncio alone would keep the connection of a client that never reads, and what is queued for it.
+    asyncio alone would keep the connection and the queue of a client that never reads.
     """
     writer.close()
     if writer.transport.get_write_buffer_size():

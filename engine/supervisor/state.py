@@ -1,4 +1,4 @@
-"""The state of a live session that the parts of its supervisor share."""
+"""The state of a live session, shared by the parts of its supervisor."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from engine.protocol.rank_messages import Phase
 from engine.supervisor.attempt import Attempt, StepTimer
 
 Parts = list[Callable[[], "Parts"]]
-"""What is left to do of a message, in order. A part can be repeated until it succeeds; it returns
-the parts that take its place."""
+"""The remaining parts of handling a message, in order. A part can be repeated until it succeeds; it
+returns the parts that replace it."""
 
 
 @dataclass
@@ -19,28 +19,28 @@ class SupervisorState:
     """Plain data. Only the event loop's thread may change it."""
 
     settings: dict[str, Any]
-    """In force, by name."""
+    """Settings in force, by name."""
     attempt: Attempt
     """The current or the last attempt."""
     next: StartOptions | None
-    """The attempt that follows: the run's first, a restart or a roll back; None if none does."""
+    """The start of the next attempt: the first one, a restart or a roll back; None if none."""
     paused: bool = False
     pause_reason: str | None = None
-    """What asked for the pause that holds or is to come; None if a person did, or without one."""
+    """What asked for the current or coming pause; None if a person did, or without a pause."""
     pause_recovers: bool = False
     """Whether the ranks end the pause by themselves once its reason is gone."""
     stopping: bool = False
     """A stop was accepted. It stays accepted after a restart of the ranks."""
     stop_now: bool = False
-    """Stopping without another save."""
+    """The run stops without another save."""
     preempted: bool = False
     """A scheduler's signal asked for the stop."""
     began: bool = False
-    """Whether the models were loaded in any attempt: from then on an error is not the user's."""
+    """Whether any attempt has loaded the models: later errors are not due to the user's input."""
     rollout_restarts: Counter[int] = field(default_factory=Counter)
     """How often each rollout engine has failed since the last finished step."""
     rollout_replaced: Counter[int] = field(default_factory=Counter)
-    """How often each one has ended with status 0, as when rank 0 asks for another, since then."""
+    """How often each has ended with status 0 since then, as when rank 0 asks for a new one."""
     phases: dict[int, Phase] = field(default_factory=dict)
     """The latest phase of each rank."""
     timer: StepTimer = field(default_factory=StepTimer)

@@ -1,6 +1,6 @@
 """The supervisor of one live session, a coroutine that never imports torch.
 
-It starts and monitors the ranks, and alone writes the journal. Commands are handled by
+It starts and monitors the ranks, and is the only writer of the journal. Commands are handled by
 :mod:`engine.supervisor.command_handler`, messages of ranks by
 :mod:`engine.supervisor.rank_handler`; :mod:`engine.supervisor.serve` runs it.
 """
@@ -60,10 +60,10 @@ log = logging.getLogger("engine")
 
 
 class Supervisor:
-    """Starts the ranks, waits for their end, and decides whether to start them again.
+    """Starts the ranks, waits for their end, and decides whether to restart them.
 
-    Tells clients the session's status. The public attributes are its parts and the state that they
-    share.
+    Also tells clients the session's status. The public attributes are its parts and the state that
+    they share.
     """
 
     def __init__(
@@ -229,9 +229,9 @@ class Supervisor:
             await asyncio.sleep(RETRY_INTERVAL)
 
     async def _guardrails(self, from_step: int) -> Guardrails:
-        """The guard rails as the timeline up to a checkpoint has left them.
+        """The guard rails in their state after a checkpoint's step, derived from the timeline.
 
-        If these steps cannot be read, they begin anew: that is no reason to end a run.
+        If its steps cannot be read, the guard rails start afresh: that is no reason to end a run.
         """
 
         def read() -> Guardrails:
@@ -246,7 +246,7 @@ class Supervisor:
             return Guardrails(self._config.guardrails, judges_of(self._config))
 
     def _announce_machines(self, step: int) -> None:
-        """Shows which machines a run waits for, until its ranks report their own phases."""
+        """Shows which machines the run waits for, until its ranks report their own phases."""
         launch = self._config.launch
         others, address = launch.nodes - 1, launch.rendezvous
         needed = launch.fewest_nodes - 1
@@ -269,7 +269,7 @@ class Supervisor:
             self.publisher.notice("machines", text, step)
 
     def _secret_words(self) -> str:
-        """The rest of the command by which machines join."""
+        """The end of the command by which machines join: how they get the secret."""
         if self._session.secret_file.exists():
             return f" --secret-file {self._session.secret_file}"
         return ", with the same secret in the environment"
@@ -328,7 +328,7 @@ class Supervisor:
         return 1
 
     def _end_regularly(self, reason: str) -> int:
-        """Sets the state after an end that the ranks reported, or has them start again."""
+        """Sets the state after the ranks reported their end, or restarts them."""
         restart = reason in RESTART_REASONS
         if restart and not self.state.stopping:
             step = self._start_from_last_checkpoint()
@@ -340,26 +340,26 @@ class Supervisor:
         return self._set_end("finished", text, 0)
 
     def _set_stopped(self, text: str, *, early: bool = False) -> int:
-        """Sets the last state `stopped`; `early`: the ranks ended as a scheduler would end them."""
+        """Sets the final state `stopped`; `early`: the run was ended as by a scheduler."""
         preempted = early or self.state.preempted
         code = self._config.launch.preempted_exit if preempted else 0
         return self._set_end("stopped", text, code)
 
     def _set_end(self, end: State, text: str, code: int) -> int:
-        """Sets the last state of the session, and the exit code, which other machines look up."""
+        """Sets the session's final state, and its exit code, which other machines read."""
         with contextlib.suppress(sqlite3.Error):  # of a full disk; the state matters more
             self._journal.set_meta(exit_code=code)
         self.publisher.set_state(end, text)
         return code
 
     def _start_from_last_checkpoint(self) -> int:
-        """Has another attempt follow; returns the step that it starts from."""
+        """Schedules another attempt; returns the step that it starts from."""
         step = last_checkpoint(self._session)
         self.state.next = StartOptions(from_step=step)
         return step
 
     def _restart(self, failure: Failed) -> None:
-        """Has the ranks start again after a failure that may not come again."""
+        """Restarts the ranks after a failure that may not recur."""
         self._restarts += 1
         if self.state.attempt.ready:
             self.pending.attempt_failed()
@@ -371,10 +371,10 @@ class Supervisor:
         self.publisher.notice("restart", text, self._journal.step)
 
     def _restart_with_changes(self, failure: Failed) -> None:
-        """Has the ranks start again with other settings from the step that failed.
+        """Restarts the ranks with other settings from the failed step on.
 
-        Not counted in `launch.max_restarts`: it is not the same start. The steps from the
-        checkpoint on are repeated with the settings that they had.
+        This does not count towards `launch.max_restarts`, because it is not the same start. The
+        steps since the checkpoint are repeated with the settings that they had.
         """
         step = self._start_from_last_checkpoint()
         words = ", ".join(f"{c.key} {c.new} instead of {c.old}" for c in failure.changes)
@@ -387,7 +387,7 @@ class Supervisor:
         return self.state.attempt.cause(status, self._config.launch, logs)
 
     def _unrecorded_end(self, status: int, error: sqlite3.Error) -> str:
-        """How the attempt ended, for a journal that cannot say it, and what is saved."""
+        """How the attempt ended and what is saved, for when the journal cannot be written."""
         step = self._journal.step
         known = self._journal.timeline()
         saved = max((s for s in checkpoint_steps(self._session) if s in known), default=0)
@@ -420,9 +420,10 @@ class Supervisor:
         return "train.max_hours is used up" if reason == "max_hours" else ""
 
     def on_silence(self, rank: int, seconds: float) -> None:
-        """Ends an attempt one of whose ranks counts as hung.
+        """Ends the attempt because a rank counts as hung.
 
-        The cause is the first failure: a rank is also silent while it waits for one that is gone.
+        An earlier failure remains the cause: a rank is also silent while it waits for one that is
+        gone.
         """
         attempt = self.state.attempt
         if attempt.failed_by_itself:
@@ -434,7 +435,7 @@ class Supervisor:
             self._fail(f"rank {rank} has been silent for {seconds:.0f} s", rank)
 
     def on_watchdog_end(self, task: asyncio.Task[None]) -> None:
-        """Ends the run if the watchdog failed: a hung rank would no longer be noticed."""
+        """Ends the run if the watchdog failed: it could no longer detect a hung rank."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self.abort(error)
 
@@ -449,6 +450,6 @@ class Supervisor:
         self._fail(text, final=True)
 
     def _fail(self, text: str, rank: int = 0, *, final: bool = False) -> None:
-        """Ends the attempt for a reason that no rank reported; after a final one none follows."""
+        """Ends the attempt for a reason that no rank reported; if `final`, no attempt follows."""
         self.state.attempt.failure = Failed(rank=rank, text=text, final=final)
         self.ranks.kill()

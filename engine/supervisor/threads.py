@@ -12,8 +12,8 @@ T = TypeVar("T")
 async def in_daemon_thread(function: Callable[[], T]) -> T:
     """Like :func:`asyncio.to_thread`, but the process may end while the function runs.
 
-    The end of an event loop waits for the threads of its executor, cancelled or not. The function
-    must do no harm if it is cut short, such as one that only reads.
+    The end of an event loop waits for its executor's threads, cancelled or not. The function must
+    be harmless if it is cut short, such as one that only reads.
 
     Raises:
         RuntimeError: no thread can be started.

@@ -21,11 +21,11 @@ log = logging.getLogger("engine")
 CHECK_INTERVAL = 5.0
 """Seconds between checks."""
 CHECKS_PER_ROW = 6
-"""The journal keeps the telemetry of one check in so many."""
+"""The journal keeps the telemetry of one in this many checks."""
 
 
 class Watchdog:
-    """A task beside the supervisor that notices what no message reports."""
+    """A task beside the supervisor that detects problems that no message reports."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Watchdog:
         self._loaded: set[int] = set()
 
     def rank_connected(self, rank: int) -> None:
-        """From now on a rank's silence counts."""
+        """Starts to measure a rank's silence."""
         self._last_message[rank] = time.monotonic()
 
     def message_received(self, rank: int, message: FromRank) -> None:
@@ -72,16 +72,16 @@ class Watchdog:
     def extend_silence(self) -> None:
         """Ends the silence of all connected ranks; call it while none can report.
 
-        Ranks wait for each other: where one cannot send its reports, the others are silent, too.
+        Ranks wait for each other: if one cannot send its reports, the others are silent, too.
         """
         self._last_message = dict.fromkeys(self._last_message, time.monotonic())
 
     def rank_disconnected(self, rank: int) -> None:
-        """No further message is expected of a rank."""
+        """Stops expecting messages from a rank."""
         self._last_message.pop(rank, None)
 
     def step_done(self, times: Iterable[RankTimes]) -> None:
-        """Keeps the duration of a step on each rank for the next telemetry."""
+        """Stores the duration of a step on each rank for the next telemetry."""
         self._times = {t.rank: t for t in times}
 
     async def run(
@@ -141,10 +141,10 @@ class Watchdog:
         self._alert_once("disk", free < rails.disk_free_gb, text, on_alert)
 
     def _exclude_absence(self, now: float) -> None:
-        """Moves the ranks' last messages forward by the time in which this process did not run.
+        """Moves the times of the ranks' last messages forward by the time this process did not run.
 
-        A supervisor that was stopped (SIGSTOP, a frozen container, a stalled file system) reads no
-        messages; that is not silence of the ranks. If the whole machine is suspended,
+        While the supervisor is stopped (SIGSTOP, a frozen container, a stalled file system) it
+        reads no messages, but the ranks are not silent. If the whole machine is suspended,
         CLOCK_MONOTONIC stops on Linux, for checks and messages alike.
         """
         if self._last_check is not None:
@@ -161,7 +161,7 @@ class Watchdog:
     def _alert_once(
         self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], object]
     ) -> None:
-        """Alerts when a condition begins to hold, not again while it holds."""
+        """Alerts when a condition begins to hold, but not again while it holds."""
         if not holds:
             self._active_alerts.discard(rule)
         elif rule not in self._active_alerts:

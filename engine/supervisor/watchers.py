@@ -1,7 +1,7 @@
-"""The clients that watch, and what each of them was sent: the newest state, merged.
+"""The clients that watch: each is sent the newest state, with updates merged.
 
 Watchers are sent states, not a list of messages: the journal holds every row, and a newer phase or
-telemetry replaces an older one that was not sent yet. So what they cost does not grow with the
+telemetry replaces an older one that was not sent yet. Their cost therefore does not grow with the
 number of steps or phases, and hardly with the number of watchers.
 """
 
@@ -14,32 +14,32 @@ from engine.protocol.client_messages import JournalAdvanced, Telemetry
 from engine.protocol.rank_messages import Phase
 
 INTERVAL = 0.1
-"""Least seconds between two frames to a watcher; what is new in between is merged."""
+"""Minimum seconds between two frames to a watcher; updates in between are merged."""
 FRAMES_PER_SECOND = 50
-"""To all watchers together, of steps, phases and telemetry. With more than five watchers each gets
-them less often, at least once in :data:`LONGEST`. Each frame has a watcher read the journal, which
-takes milliseconds of processor time, on the machine of the run."""
+"""Maximum rate over all watchers, of steps, phases and telemetry. With more than five watchers each
+gets them less often, but at least once per :data:`LONGEST`. Each frame makes a watcher read the
+journal, which takes milliseconds of processor time on the machine of the run."""
 LONGEST = 1.0
 """Seconds after which the newest steps and phases are sent, however many watch."""
 ROWS = "rows"
-"""The key of what is new in the journal."""
+"""The key of the state "new rows in the journal"."""
 
 
 class Watcher(Protocol):
     """A connection to which frames are sent."""
 
     def is_behind(self) -> bool:
-        """Whether it has not read yet what was sent before."""
+        """Whether it has not yet read everything that was sent."""
 
     def send_frame(self, frame: bytes) -> None:
         """Queues a frame."""
 
 
 class Watchers:
-    """Sends each watcher what is new since the last time, all in one frame.
+    """Sends each watcher all updates since the last time in one frame.
 
-    A watcher that does not read gets nothing more until it does, and then the newest state: what
-    waits for it never grows.
+    A watcher that does not read gets nothing more until it does, and then the newest state, so its
+    queue never grows.
     """
 
     def __init__(self, journal_position: Callable[[], JournalAdvanced]) -> None:
@@ -68,11 +68,12 @@ class Watchers:
         return self._number
 
     def add(self, watcher: Watcher, after: int) -> None:
-        """Sends a watcher the newest rows at once, and from now on what is new.
+        """Sends a watcher the newest rows at once, and all updates from now on.
 
         Args:
-            watcher: a watcher.
-            after: :attr:`number` up to which it knows the states, having asked for them.
+            watcher: the connection.
+            after: the value of :attr:`number` up to which the watcher already has the states, from
+                a request.
         """
         self._sent[watcher] = after
         watcher.send_frame(frames.encode(self._journal_position()))
@@ -84,7 +85,7 @@ class Watchers:
         self._sent.pop(watcher, None)
 
     def set_state(self, message: Phase | Telemetry) -> None:
-        """Sends a state that is not in the journal, in place of an older one not sent yet."""
+        """Sends a state that is not in the journal; it replaces an older one not sent yet."""
         key = message.rank if isinstance(message, Phase) else type(message)
         self._set(key, message)
         self._schedule(self._pace())
@@ -93,14 +94,14 @@ class Watchers:
         """Announces new rows of the journal.
 
         Args:
-            soon: whether within :data:`INTERVAL`, however many watch: for what people wait for,
-                and not for steps.
+            soon: whether to send within :data:`INTERVAL`, however many watch: for events that
+                people wait for, not for steps.
         """
         self._set(ROWS, None)
         self._schedule(INTERVAL if soon else self._pace())
 
     def close(self) -> None:
-        """Sends what is new and then nothing more."""
+        """Sends the last updates, and nothing afterwards."""
         if self._timer is not None:
             self._timer.cancel()
             self._send()
@@ -116,7 +117,7 @@ class Watchers:
         return min(max(INTERVAL, len(self._sent) / FRAMES_PER_SECOND), LONGEST)
 
     def _schedule(self, pace: float) -> None:
-        """Sends what is new `pace` seconds after the last time, and not at once."""
+        """Schedules the next frames `pace` seconds after the last ones."""
         if not self._sent:
             return
         loop = asyncio.get_running_loop()
@@ -146,7 +147,7 @@ class Watchers:
             self._schedule(self._pace())
 
     def _frames_after(self, number: int) -> bytes:
-        """What is newer than a state, the oldest first."""
+        """The frames newer than a state, oldest first."""
         return b"".join(
             frames.encode(self._journal_position() if message is None else message)
             for when, message in self._states.values()

@@ -1,4 +1,4 @@
-"""A copy of a session of another machine: a folder that readers and clients use like any other."""
+"""A copy of a session on another machine: a folder that readers and clients use like any other."""
 
 import sqlite3
 from pathlib import Path
@@ -17,10 +17,10 @@ MIGRATIONS = {"journal": schema.JOURNAL, "samples": schema.SAMPLES, "labels": sc
 
 
 class SessionCopy:
-    """Writes what a source sends. Only its own folder is written, never the session."""
+    """Writes what a source sends into a folder of its own, never into the session."""
 
     def __init__(self, root: Path, socket: Path) -> None:
-        """A copy below `root`; `socket` is where the engine's socket is forwarded to."""
+        """Creates a copy below `root`; `socket` is the path of the forwarded engine socket."""
         self._root = root
         self._socket = socket
         self._databases: dict[str, sqlite3.Connection] = {}
@@ -100,7 +100,7 @@ class SessionCopy:
         return self._columns[key]
 
     def _engine(self, engine: EngineState) -> None:
-        """Makes the copy look live as long as the session is: by the lock, and by engine.json."""
+        """Makes the copy look live while the session is, by its lock and by engine.json."""
         if self.session is None:
             return
         self.remote_socket = engine.socket

@@ -1,4 +1,4 @@
-"""What the machine of a session sends to a copy of it: JSON, a message a line."""
+"""Messages from the machine of a session to a copy: JSON, one message per line."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from engine.errors import LinkError
 from engine.examined import examined
 
 VERSION = 1
-"""Of these messages. Both sides must have the same."""
+"""Version of these messages. Both sides must have the same."""
 
 
 class Hello(Struct, frozen=True, tag="hello"):
@@ -30,7 +30,7 @@ class Rows(Struct, frozen=True, tag="rows"):
     columns: list[str]
     rows: list[list[Any]]
     clear: bool = False
-    """Whether all rows that the copy has are removed first."""
+    """Whether all existing rows of the copy are removed first."""
 
 
 class EngineState(Struct, frozen=True, tag="engine"):
@@ -48,7 +48,7 @@ class Log(Struct, frozen=True, tag="log"):
 
 
 class Done(Struct, frozen=True, tag="done"):
-    """Everything up to here belongs together."""
+    """Ends a set of messages that belong together."""
 
 
 Message = Hello | Rows | EngineState | Log | Done
@@ -62,7 +62,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> Message:
-    """Raises LinkError for what is no message."""
+    """Decodes a line. Raises LinkError if it is not a message."""
     try:
         message: Message = _decoder.decode(line)
     except (msgspec.DecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Reads what is new of a session, for a copy on another machine."""
+"""Reads the changes of a session, for a copy on another machine."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +12,9 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.remote.messages import VERSION, Done, EngineState, Hello, Log, Message, Rows
 
 LOG_BYTES = 200_000
-"""Of the log that a copy begins with, and that is sent at once."""
+"""Bytes of the log that a copy begins with, and that are sent at once."""
 SAMPLED_STEPS = 200
-"""Newest steps whose responses a copy begins with."""
+"""Number of newest steps whose responses a copy begins with."""
 SMALL = ("meta", "names", "attempts", "commands", "checkpoints")
 """Tables that are sent whole when they have changed."""
 LABELS = ("judgements", "preferences")
@@ -22,14 +22,14 @@ SAMPLES = ("samples", "evaluated")
 
 
 class SessionSource:
-    """Sends a session: first its tail, then what is new."""
+    """Reads a session for a copy: first its tail, then its changes."""
 
     def __init__(self, session: SessionFolder, tail: int) -> None:
         """Reads nothing yet.
 
         Args:
-            session: to be copied.
-            tail: newest steps whose metrics the copy begins with.
+            session: the session to copy.
+            tail: number of newest steps whose metrics the copy begins with.
         """
         self._session = session
         self._tail = tail
@@ -52,7 +52,7 @@ class SessionSource:
         return Hello(VERSION, self._session.name, config)
 
     def changes(self) -> Iterator[Message]:
-        """What is new since the last call; nothing if nothing is. Raises SessionError."""
+        """The changes since the last call; empty if there are none. Raises SessionError."""
         session = self._session
         engine = session.engine() if session.is_live() else None
         journal = session.journal_file

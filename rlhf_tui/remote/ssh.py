@@ -1,4 +1,4 @@
-"""Programs on other machines, run by `ssh`: no port is opened, and SSH's own settings apply."""
+"""Runs programs on other machines by `ssh`: no port is opened, and SSH's own settings apply."""
 
 import os
 import re
@@ -19,13 +19,13 @@ from rlhf_tui.remote.messages import Done, decode
 
 _ADDRESS = re.compile(r"ssh://(?P<host>[^/:\s]+)(:(?P<port>\d+))?(/(?P<name>[^/\s]*))?")
 COMMAND = "RLHF_TUI_REMOTE"
-"""Names the program on other machines, if it is not `rlhf-tui` on the PATH of their shells."""
+"""Environment variable with the program's name on other machines, if not `rlhf-tui` on the PATH."""
 RECONNECT = 5.0
 """Seconds between two attempts to connect again."""
 POLL = 0.05
-"""Seconds between two looks at a connection that is being made."""
+"""Seconds between two checks of a connection that is being established."""
 JOIN = 5.0
-"""Seconds for the thread to end with the connections."""
+"""Seconds for the thread to end once the connections are closed."""
 SILENCE = 30.0
 """Seconds without a message after which a connection counts as broken: three heartbeats."""
 FIRST = 60.0
@@ -85,19 +85,19 @@ def _last_line(output: bytes, code: int) -> str:
 
 
 class RemoteSession:
-    """A session of another machine: its copy, kept up to date, and its engine's socket.
+    """A session on another machine: its copy, kept up to date, and its engine's socket.
 
     Attributes:
-        root: the private folder that has the copy; deleted at the end, or if this process is
-            killed, when the next such folder is created.
+        root: the private folder that holds the copy. Deleted at the end; if this process is
+            killed, deleted when the next such folder is created.
     """
 
     def __init__(self, address: Address, arguments: list[str]) -> None:
         """Starts nothing yet.
 
         Args:
-            address: with the name of the session.
-            arguments: of the command there that sends the session.
+            address: the address, including the name of the session.
+            arguments: arguments of the command on that machine that sends the session.
         """
         self._address = address
         self._arguments = arguments
@@ -121,7 +121,7 @@ class RemoteSession:
         """Waits for the first copy.
 
         Raises:
-            LinkError: ssh failed, or the other machine did.
+            LinkError: ssh failed, or the command on the other machine.
             NoSuchSessionError: there is no such session.
         """
         self._thread.start()
@@ -194,11 +194,11 @@ class RemoteSession:
             self._stopped.wait(RECONNECT)
 
     def _receive(self) -> None:
-        """Copies the session until the connection ends, which is an error in any case.
+        """Copies the session until the connection ends, which always is an error.
 
         Raises:
             NoSuchSessionError: there is no such session.
-            LinkError: ssh has ended, or sent what is no message.
+            LinkError: ssh has ended, or its output is not a message.
             SessionError: the copy cannot be locked.
             sqlite3.Error, OSError: the copy cannot be written.
         """
@@ -227,11 +227,11 @@ class RemoteSession:
             raise kind(f"{self._address.host}: {text}")
 
     def _batch_options(self) -> tuple[str, ...]:
-        """Options of ssh: once the app has the terminal, nobody is asked for a passphrase there."""
+        """Options of ssh: it must not ask for a passphrase once the app has the terminal."""
         return ("-o", "BatchMode=yes") if self._first.is_set() else ()
 
     def _forward_socket(self) -> None:
-        """Forwards the engine's socket, again if it has another path now."""
+        """Forwards the engine's socket; does so again if its path has changed."""
         remote = self._copy.remote_socket
         running = self._forward is not None and self._forward.poll() is None
         if remote == self._forwarded and (running or remote is None):

@@ -1,8 +1,8 @@
 """Sends the operator's commands in order, and predicts their effects.
 
 One thread sends all commands, one after another: each has its first reply before the next is sent,
-so that an undo never overtakes the change it takes back. The last reply may take a step or a day;
-a thread and a connection for each command wait for it.
+so that an undo never overtakes the change it reverts. The last reply may take a step or a day, so
+each command has a thread and a connection that wait for it.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.state.messages import CommandAnswered
 
 WAIT = 24 * 3600.0
-"""Seconds a terminal waits for the last reply; the engine carries a command out in any case."""
+"""Seconds a terminal waits for the last reply; the engine carries out the command in any case."""
 
 
 UNCHANGED_READINGS = 2
-"""Readings in the state before a command, after which others have undone what it did. The first one
-may have begun before the command was applied."""
+"""After this many readings that show the state before a command, others must have undone it. The
+first reading may have begun before the command was applied."""
 
 
 class OutgoingCommand(Struct, frozen=True):
@@ -45,7 +45,7 @@ class OutgoingCommand(Struct, frozen=True):
     text: str
     """Describes the command in notices."""
     post: Callable[[CommandAnswered], object]
-    """Takes each reply, or why there is none, from another thread."""
+    """Called from another thread with each reply, or with the reason why there is none."""
 
 
 class CommandSender:
@@ -107,7 +107,7 @@ def _post(outgoing: OutgoingCommand, reply: CommandReply | None = None, problem:
 
 
 class PendingEffects:
-    """Predicts state and beta of one run from pending commands, until the journal shows them.
+    """Predicts a run's state and beta from pending commands, until the journal shows their effect.
 
     A command takes effect at the next step boundary and is read back after that. Without the
     prediction, a key that depends on the state (pause or resume, beta +10 %) would send the same
@@ -160,5 +160,5 @@ class PendingEffects:
         return state in ("paused", "pausing")
 
     def beta(self, shown: float | None) -> float | None:
-        """Beta as it will be; `shown`: the one in force."""
+        """The predicted beta; `shown`: the one in force."""
         return shown if self._beta is None else self._beta.value

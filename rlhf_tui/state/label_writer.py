@@ -1,4 +1,4 @@
-"""Writes labels, notes and preferences in a thread, in the order in which they were made.
+"""Writes labels, notes and preferences in a thread, in the order they were made.
 
 A slow or busy disk must not block the keys. All changes are written before the process ends, unless
 it is killed.
@@ -15,7 +15,7 @@ class LabelWriter:
     """Writes changes one after another, and reports each one."""
 
     def __init__(self, post: Callable[[str], object]) -> None:
-        """`post` takes why a change could not be written, or "", from another thread."""
+        """`post` is called from another thread with why a change could not be written, or ""."""
         self._post = post
 
     @functools.cached_property

@@ -59,14 +59,14 @@ class SessionPreviewed(Message):
 
 
 class CommandResult(Struct, frozen=True):
-    """What a command of the CLI said."""
+    """The output of a command of the CLI."""
 
     problem: str = ""
     """The last line of its error output; empty if it succeeded."""
     last_line: str = ""
     """Of its output."""
     notices: list[str] = []
-    """The other lines of its error output that are its own, such as what a fork keeps."""
+    """The other lines that the CLI itself wrote to its error output, such as what a fork keeps."""
 
 
 class EngineStarted(Message):
@@ -79,7 +79,7 @@ class EngineStarted(Message):
 
 
 class EnginesAsked(Message):
-    """Engines were asked what they wait for; `waits` has what, by the names of their sessions."""
+    """Engines were asked what they wait for; `waits` has the answers by session name."""
 
     def __init__(self, waits: dict[str, str]) -> None:
         super().__init__()

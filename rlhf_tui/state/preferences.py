@@ -20,7 +20,7 @@ CHARTS = [metrics.SCORE, metrics.KL, metrics.CLIP_FRACTION, metrics.BETA]
 THEME_NAMES = ("dark", "light", "contrast")
 SEEN_KEPT = 200
 _saving = threading.Lock()
-"""The app saves in threads. The last one writes what holds then."""
+"""The app saves in threads. The last one to run writes the current values."""
 
 
 class Preferences(Struct, kw_only=True):
@@ -30,7 +30,7 @@ class Preferences(Struct, kw_only=True):
     charts: list[str] = msgspec.field(default_factory=lambda: list(CHARTS))
     """Metrics; `a + b` puts two on one chart."""
     columns: Annotated[int, Meta(ge=0, le=4)] = 0
-    """Columns of charts; 0: as many as fit."""
+    """Number of columns of charts; 0: as many as fit."""
     log: list[str] = []
     """Metrics on a logarithmic scale."""
     weight: Annotated[float, Meta(ge=0, lt=1)] = 0.6
@@ -38,7 +38,7 @@ class Preferences(Struct, kw_only=True):
     past: bool = True
     """Whether earlier attempts are drawn."""
     listed_metric: str = metrics.SCORE
-    """Whose values the list of sessions shows."""
+    """The metric that the list of sessions shows."""
 
     def metrics(self) -> list[str]:
         """The metrics of all charts, in their order, with those drawn beside them."""
@@ -52,7 +52,7 @@ class Seen(Struct, kw_only=True):
     step: int
     event: int
     began: float = 0.0
-    """When the session began, which tells it from another one in the same folder; 0: not known."""
+    """When the session began, to recognise another one in the same folder; 0 if unknown."""
 
 
 SeenAll = dict[str, Seen]
@@ -70,7 +70,7 @@ def seen_file() -> Path:
 
 
 def load_preferences() -> tuple[Preferences, str]:
-    """The preferences, and what was wrong with their file (empty: nothing)."""
+    """Loads the preferences; also returns what is wrong with their file (empty: nothing)."""
     found, problem = _load(preferences_file(), Preferences)
     found = found or Preferences()
     if found.theme not in THEME_NAMES:
@@ -80,7 +80,7 @@ def load_preferences() -> tuple[Preferences, str]:
 
 
 def load_seen() -> SeenAll:
-    """What was seen of which session's folder."""
+    """Loads what was seen, by the session's folder."""
     return _load(seen_file(), SeenAll)[0] or {}
 
 

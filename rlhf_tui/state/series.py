@@ -8,25 +8,25 @@ from collections.abc import Iterable
 BLOCK = 64
 """Points for which one pair of extremes is stored."""
 LARGEST = 1e300
-"""Greatest size of a value that is drawn, and one over the smallest."""
+"""Largest magnitude of a value that is drawn; its inverse is the smallest."""
 
 
 def bounded(value: float) -> float:
-    """The value, or one near it whose sums, differences and logarithm do not overflow or underflow.
+    """Clamps a value so that its sums, differences and logarithm neither overflow nor underflow.
 
     Args:
-        value: of any size, infinite ones included; not NaN.
+        value: any value, including infinities; not NaN.
     """
     return 0.0 if abs(value) < 1 / LARGEST else min(max(value, -LARGEST), LARGEST)
 
 
 class Series:
-    """Values by step, steps increasing, none beyond :data:`LARGEST`; without undefined ones."""
+    """Values by increasing step, bounded by :data:`LARGEST`, without undefined ones."""
 
     def __init__(
         self, points: Iterable[tuple[float, float | None]] = (), *, fractional: bool = False
     ) -> None:
-        """With `fractional` the steps need not be whole: those of a run in steps of another one."""
+        """With `fractional`, steps need not be whole, as those of one run in steps of another."""
         self._ends_undefined = False
         self.steps: array[float] = array("d" if fractional else "q")
         self.values = array("d")
@@ -38,7 +38,7 @@ class Series:
         return len(self.steps)
 
     def extend(self, points: Iterable[tuple[float, float | None]]) -> None:
-        """Appends points that lie after all that are there."""
+        """Appends points that lie after all existing ones."""
         points = list(points)
         values = [value for _, value in points]
         if points:

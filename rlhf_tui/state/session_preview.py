@@ -1,4 +1,4 @@
-"""What the sessions screen shows of the highlighted session: curves, responses, settings."""
+"""The preview of the highlighted session on the sessions screen: curves, responses, settings."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ SPANS = 200
 """Spans of a downsampled curve: about the dot columns of a preview's chart."""
 RESPONSES = 16
 REQUIRED = ("model", "data", "reward")
-"""Sections without a default; the reference for defaults has those of the session."""
+"""Sections without a default; the configuration of defaults takes them from the session."""
 
 
 class Difference(Struct, frozen=True):
@@ -32,17 +32,17 @@ class Difference(Struct, frozen=True):
 
 
 class SessionPreview(Struct, frozen=True):
-    """What was read of a session."""
+    """The preview of a session."""
 
     folder: str
     update: SessionUpdate = msgspec.field(default_factory=SessionUpdate)
     """Its summary, the last alert, the newest responses, and the downsampled curves of
-    :data:`METRICS` and of what is drawn with them."""
+    :data:`METRICS` and of the metrics drawn with them."""
     against: str = ""
     """The name of the session that it is compared with; empty: the defaults."""
     differences: tuple[Difference, ...] = ()
     problem: str = ""
-    """Why it cannot be read; with an update, why no settings are compared."""
+    """Why the session cannot be read; with an update, why no settings are compared."""
 
 
 def read_preview(session: SessionFolder, other: SessionFolder | None) -> SessionPreview:
@@ -50,7 +50,7 @@ def read_preview(session: SessionFolder, other: SessionFolder | None) -> Session
 
     Args:
         session: the highlighted one.
-        other: the session whose settings it is compared with; None for the defaults.
+        other: the session to compare its settings with; None for the defaults.
     """
     against = other.name if other is not None else ""
     try:

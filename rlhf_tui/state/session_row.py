@@ -53,21 +53,21 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     checkpoints: list[int] = []
     """Steps that can be resumed from."""
     best_checkpoint: int | None = None
-    """The best of them by `train.best_metric`; None without one, and if it was not asked for."""
+    """The best of them by `train.best_metric`; None without one, or if it was not requested."""
     message: str = ""
     pause_reason: str | None = None
     """What paused it: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
     paused."""
     waits_for: str | None = None
-    """What its engine waits for: `room on the disk`. None without one, if it does not reply,
-    and if it was not asked."""
+    """What its engine waits for: `room on the disk`. None without an engine, if it does not reply,
+    or if it was not asked."""
     deadline: float | None = None
     """Unix time before which its engine saves and ends; None without one."""
     updated: float | None = None
     """Time of its last step or of the start of its last engine, whichever is later."""
     size: int | None = None
-    """Bytes of its files; None if it was not asked for. A fork has links to files of its parent,
-    which count for both."""
+    """Bytes of its files; None if not requested. Files that a fork shares with its parent by hard
+    links count for both."""
     folder: str
 
     def as_json(self) -> Json:
@@ -89,7 +89,7 @@ class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
     metrics: tuple[str, ...] = ()
     """The names of all of its metrics."""
     settings: dict[str, Any] = {}
-    """Its configuration, flat, if it was asked for; live settings as they are in force."""
+    """Its configuration, flat, if requested; live settings have the values in force."""
 
 
 def read_session_row(
@@ -98,11 +98,11 @@ def read_session_row(
     """Reads the row of a session.
 
     Args:
-        session: to read.
-        ask: also asks its engine what it waits for; one that hangs takes :data:`REPLY_TIMEOUT`.
-            Also reads its size, for which it looks at each of its files.
-        best: also reads its best checkpoint. Where an earlier version has run the session, it
-            opens the configuration, which takes some ten milliseconds.
+        session: the session to read.
+        ask: also ask its engine what it waits for; one that hangs takes :data:`REPLY_TIMEOUT`.
+            Also read its size, which looks at each of its files.
+        best: also read its best checkpoint. If an earlier version has run the session, this opens
+            the configuration, which takes some ten milliseconds.
 
     Raises:
         RlhfError: its journal or its configuration cannot be read.
@@ -123,8 +123,8 @@ def read_session_row(
 def read_session_rows(sessions: Iterable[SessionFolder], *, best: bool) -> list[SessionRow]:
     """The rows of several sessions in their order, see :func:`read_session_row` with `ask`.
 
-    One that cannot be read has the reason in its row. They are read in threads: most of the time
-    goes into waiting for a network file system, or for an engine that hangs.
+    The row of one that cannot be read has the reason. They are read in threads, because most of the
+    time is spent waiting for a network file system, or for an engine that hangs.
     """
 
     def read(session: SessionFolder) -> SessionRow:
@@ -148,8 +148,8 @@ def _best_checkpoint(session: SessionFolder, record: JournalReader) -> int | Non
 def awaited(session: SessionFolder) -> str | None:
     """What an engine waits for; None if nothing, or if it does not reply.
 
-    The journal cannot say it: the disk that has no room is the journal's. An engine that hangs
-    takes :data:`REPLY_TIMEOUT`.
+    The journal cannot tell, because the full disk is its own. An engine that hangs takes
+    :data:`REPLY_TIMEOUT`.
     """
     # Without a reply the row is still right; a command is what tells that an engine hangs.
     with contextlib.suppress(LinkError, SessionError, OSError):
@@ -160,7 +160,7 @@ def awaited(session: SessionFolder) -> str | None:
 
 
 def session_row(session: SessionFolder, record: JournalReader) -> SessionRow:
-    """Reads the row of a session with an open reader; raises as :func:`read_session_row`."""
+    """Reads the row of a session with an open reader; raises like :func:`read_session_row`."""
     session.check_config_file()  # without it the session cannot be resumed
     meta, attempts = record.meta(), record.attempts()
     state = record.state() if meta.state in LIVE_STATES else meta.state

@@ -45,7 +45,7 @@ ALWAYS = (
 )  # fmt: skip
 """Metrics that are always read, whichever charts are shown."""
 BEFORE_SYNC = ("generate", "score")
-"""What `sync` may follow in a step, with `rollout.ahead`."""
+"""The phases that `sync` may follow in a step with `rollout.ahead`."""
 RECENT = 10
 """Steps of `recent_mean`, and of the means before and after an intervention."""
 
@@ -60,13 +60,13 @@ class SessionState:
         now: Callable[[], float] = time.time,
         root: Path | None = None,
     ) -> None:
-        """Knows nothing of the session yet.
+        """Creates an empty state.
 
         Args:
             name: of the session.
-            batch_size: responses of a step; None until the configuration is read.
+            batch_size: responses per step; None until the configuration is read.
             now: the wall clock.
-            root: its folder's parent; None: commands name no folder.
+            root: the folder of sessions; None: commands name no folder.
         """
         self.name = name
         self._root = root
@@ -121,7 +121,7 @@ class SessionState:
 
     @property
     def unread(self) -> str:
-        """What stands in the place of all that is unknown before anything was read; else empty."""
+        """The text shown for everything that is unknown before the first reading; later empty."""
         if self.known:
             return ""
         return "cannot be read" if self.problem else "reading …"
@@ -173,7 +173,7 @@ class SessionState:
                 self._reached[attempt] = max(self._reached.get(attempt, 0), points[-1][0])
 
     def _changes_timeline(self, update: SessionUpdate) -> bool:
-        """Whether the timeline must be made again. Most steps do not change it."""
+        """Whether the timeline must be rebuilt. Most steps do not change it."""
         if update.events or update.past or update.commands is not None:
             return True
         now, then = update.head, self.head
@@ -223,9 +223,9 @@ class SessionState:
         return 0 if found and not found.steps[0] else 1
 
     def step_phases(self, now: Phase) -> tuple[str, ...]:
-        """The phases of the step that a rank is in, in order; `now` is among them in any case.
+        """The phases of a rank's current step, in order; always includes `now`.
 
-        Before the first step is done, or the configuration read, others may be missing. `sync`
+        Before the first step is done or the configuration is read, others may be missing. `sync`
         comes first, or with `rollout.ahead` after `generate` or `score`, where it was seen.
         """
         absent = {p for p in PHASES_OF_SOME_RUNS if phase_time(p) not in self.names}
@@ -263,7 +263,7 @@ class SessionState:
 
     @property
     def starting(self) -> bool:
-        """Whether an engine loads the models: settings in force are not known meanwhile."""
+        """Whether an engine is loading the models: until then the settings in force are unknown."""
         return self.live and self.head.state == "starting"
 
     @property
@@ -273,7 +273,7 @@ class SessionState:
 
     @property
     def training(self) -> bool:
-        """Whether the engine takes steps."""
+        """Whether the engine is training."""
         return self.live and self.head.state in ("running", "pausing", "stopping")
 
     def seconds_left(self) -> float | None:
@@ -343,7 +343,7 @@ class SessionState:
         return head.pause_reason or pause_reason(head.state, self.events, self.commands)
 
     def timeline(self) -> list[Marker]:
-        """What happened, oldest first, also on abandoned branches."""
+        """The entries of the timeline, oldest first, including abandoned branches."""
         if self._timeline is None:
             head = self.head
             self._timeline = timeline(

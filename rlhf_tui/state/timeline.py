@@ -1,7 +1,7 @@
 """The timeline of a run, in the order of the journal's sequence numbers, and why it is paused.
 
-A roll back keeps what happened on the abandoned branch; such entries are marked. An engine that
-died leaves no event, so its end is inferred: an attempt follows one that did not end.
+A roll back keeps the entries of the abandoned branch, which are marked. An engine that died leaves
+no event, so its end is inferred: an attempt follows one that did not end.
 """
 
 import bisect
@@ -47,7 +47,7 @@ MARKER_TONES = {
     "end": "dim",
 }
 GUARD_RAIL = "guard rail "
-"""Begins the name of the sender of a guard rail's command; the name of its rule follows."""
+"""Prefix of the sender's name for a guard rail's command; the name of its rule follows."""
 RESTART = "restart"
 """Rule of the notice that follows the error of an attempt and repeats its text."""
 PAUSED_STATES = ("paused", "pausing")
@@ -76,7 +76,7 @@ class Marker(Struct, frozen=True):
     abandoned: bool = False
     """Whether it belongs to an abandoned branch."""
     event: EventRow | None = None
-    """What it was made of; None for a command, and for an engine that died."""
+    """The event of the entry; None for a command and for an engine that died."""
 
 
 def command_text(command: CommandRow) -> str:
@@ -133,9 +133,9 @@ def timeline(
 
 
 def folded(markers: Iterable[Marker]) -> list[list[Marker]]:
-    """Puts checkpoints with nothing between them together, in the order of the markers.
+    """Groups consecutive checkpoints, in the order of the markers.
 
-    Each other marker is alone, and those of an abandoned branch are apart from the others.
+    Each other marker is a group of its own. Abandoned branches are grouped separately.
     """
     groups: list[list[Marker]] = []
     for marker in markers:
@@ -191,7 +191,7 @@ class _Timeline:
     # -- attempts and their ends ---------------------------------------------------------------
 
     def _death(self, last: EventRow, at_least: int) -> Marker:
-        """The end of an engine that was killed, some time after its last event."""
+        """The entry for an engine that was killed at some time after its last event."""
         step = max(last.step, self._reached.get(last.attempt, at_least))
         return Marker(step, "crash", DIED, time=last.time, key=f"died-{last.attempt}")
 
@@ -330,7 +330,7 @@ def pause_reason(
 
 
 def short_alert(alert: AlertEvent) -> str:
-    """An alert in a few words: `KL 7.26 > 6`, or its whole text if there are none."""
+    """An alert in a few words: `KL 7.26 > 6`; its whole text if it has no short one."""
     if not alert.brief:
         return short_condition(alert.text.removeprefix("look here: "))
     return f"{alert.brief} (alert {alert.count})" if alert.count > 1 else alert.brief
@@ -340,9 +340,8 @@ def short_alert(alert: AlertEvent) -> str:
 def short_condition(text: str) -> str:
     """Shortens `objective/kl is 7.26, above 6` to `KL 7.26 > 6`; other texts stay as they are.
 
-    For alerts of earlier versions, which recorded no brief text. What is predicted becomes `KL 4.9,
-    in 10 steps 7.1 > 6`. What a later alert of the rule says of the last one becomes `KL 7.26 > 6
-    (alert 2)`.
+    For alerts of earlier versions, which recorded no brief text. A prediction becomes `KL 4.9, in
+    10 steps 7.1 > 6`. A repeated alert of the same rule becomes `KL 7.26 > 6 (alert 2)`.
     """
     if found := _BOUND.fullmatch(text):
         sign = ">" if found["side"] == "above" else "<"

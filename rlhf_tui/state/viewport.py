@@ -31,7 +31,7 @@ class Viewport(Struct):
     wanted: list[str] = msgspec.field(default_factory=list)
     """The sessions to overlay. Their curves are in `others` once they are read."""
     alignment: str = ALIGNMENTS[0]
-    """By what they are aligned, one of :data:`~rlhf_tui.state.runs.overlay.ALIGNMENTS`."""
+    """What they are aligned by, one of :data:`~rlhf_tui.state.runs.overlay.ALIGNMENTS`."""
     selected: str | None = None
     """The key of the selected entry of the timeline; None if none is."""
 
@@ -50,12 +50,12 @@ class Viewport(Struct):
         return max(first, end - self.width), max(end, first + self.width)
 
     def _first(self, state: SessionState) -> float:
-        """The first step of the curves that are shown: 0 if one begins with an evaluation."""
+        """The first step of the visible curves: 0 if one begins with an evaluation."""
         starts = (s.steps[0] for found in self.others.values() for s in found.values() if s)
         return float(min([state.first_step, *starts]))
 
     def _whole(self, state: SessionState) -> float:
-        """The last step of the longest curve that is shown, rounded where it is this run's."""
+        """The last step of the longest visible curve; rounded up if it is this run's."""
         end = round_end(state.head.step, state.head.total_steps)
         curves = (s for found in self.others.values() for s in found.values() if s)
         return max([end, *(s.steps[-1] for s in curves)])
@@ -125,7 +125,7 @@ class Viewport(Struct):
         self.put(state, self.cursor + round(steps))
 
     def put(self, state: SessionState, step: int) -> None:
-        """Sets the crosshair on a step, and brings the step into the window."""
+        """Sets the crosshair to a step and brings it into the window."""
         self.selected = None
         newest = max(state.head.step, 1)
         self.cursor = min(max(step, int(self._first(state))), newest)
@@ -134,13 +134,13 @@ class Viewport(Struct):
             self._end_at(state, self.cursor + self.width / 2)
 
     def stride(self, state: SessionState, cells: int) -> float:
-        """Steps to a cell of a chart, at least one."""
+        """Steps per cell of a chart, at least one."""
         first, last = self.window(state)
         return max(1.0, (last - first) / max(cells, 1))
 
 
 def round_end(step: int, total: int) -> float:
-    """A round step somewhat beyond the newest one, and not beyond the run's end."""
+    """A round step somewhat beyond the newest one, but not beyond the run's end."""
     want = max(step, NARROWEST)
     power = 10.0 ** math.floor(math.log10(want))
     steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)

@@ -1,1 +1,1 @@
-"""What a session had recorded up to a moment of its history, for a replay."""
+"""A session as it was recorded up to a moment of its history, for a replay."""

@@ -47,7 +47,7 @@ WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND atte
 
 
 def read_meta_at(database: ReadOnlyDatabase, position: Position, now: SessionMeta) -> SessionMeta:
-    """Returns what the supervisor had recorded at a moment.
+    """Returns the session's state and settings as recorded at a moment.
 
     Args:
         database: the journal, with the views of that moment.
@@ -70,7 +70,7 @@ def read_meta_at(database: ReadOnlyDatabase, position: Position, now: SessionMet
 
 
 def _settings(database: ReadOnlyDatabase, position: Position, now: SessionMeta) -> dict[str, Any]:
-    """The settings in force: those of today with all changes reverted, then changed again."""
+    """The settings in force: today's with all changes reverted, then reapplied up to the moment."""
     numbered = database.version >= schema.COMMANDS_ARE_NUMBERED
     applied = "c.applied_seq" if numbered else "c.ended, c.applied_step"
     arrived = "c.seq" if numbered else "c.queued"

@@ -1,4 +1,4 @@
-"""Everything that a session recorded, in the order in which it happened, for a replay."""
+"""Everything that a session recorded, in the order it happened, for a replay."""
 
 import itertools
 import statistics
@@ -19,24 +19,24 @@ SELECT id, attempt, time, step, kind IN ('alert', 'checkpoint', 'reference') FRO
 """
 ATTEMPTS = "SELECT attempt, from_step FROM attempts ORDER BY attempt"
 LONGEST_GAP = 10
-"""Steps of the usual length. A longer time in which nothing was recorded is shortened to it."""
+"""In steps of the usual length. A longer gap without anything recorded is shortened to this."""
 LEAST_GAP = 1.0
-"""Seconds to which no gap is shortened further."""
+"""Seconds; no gap is shortened below this."""
 MEASURED = 1000
-"""Steps whose length is looked at to know the usual one."""
+"""Number of steps from which the usual length of a step is taken."""
 
 Step = tuple[int, int, float]
 """Attempt, number and wall clock."""
 Event = tuple[int, int, float, int, bool]
-"""Id, attempt, wall clock, step, and whether that is the step that the event is about. It is the
-last finished step otherwise."""
+"""Id, attempt, wall clock, step, and whether that is the step the event is about. Otherwise it is
+the last finished step."""
 
 
 class Recording:
     """The items of a session, each a step or an event, and when a replay reaches them.
 
-    A replay's time, the *offset*, begins with 0 at the first item and leaves out pauses: a run
-    that was resumed after a night continues after some steps' time.
+    A replay's time, the *offset*, is 0 at the first item and leaves out long gaps: a run that was
+    resumed the next morning continues after the time of some steps.
     """
 
     def __init__(self, session: SessionFolder) -> None:
@@ -103,7 +103,7 @@ class Recording:
         """The offset of the last item."""
         return self.offsets[-1] if self.offsets else 0.0
 
-    # -- where things are ----------------------------------------------------------------------
+    # -- lookups -------------------------------------------------------------------------------
 
     def index_at(self, offset: float) -> int:
         """The last item that a replay has reached at an offset."""
@@ -127,7 +127,7 @@ class Recording:
             attempt=attempt,
             step=step,
             event=self._events[index],
-            # A clock that was set back must not hide anything for ever.
+            # A clock that was set back must not hide anything forever.
             time=max(self.times) if last else self.time_at(offset),
             live=self._live if last else self._attempts[index + 1] == attempt,
             kept=kept,
@@ -163,9 +163,9 @@ class Recording:
         return self.offsets[max(bisect_right(self._attempts, attempt) - 1, 0)]
 
     def next_step(self, offset: float) -> tuple[int, float, float] | None:
-        """The step that is taken at an offset: its number, and when it begins and ends.
+        """The step in progress at an offset: its number, and when it begins and ends.
 
-        None between two attempts, and at the end.
+        None between two attempts and at the end.
         """
         index = self.index_at(offset)
         attempt, step = self._attempts[index], self._steps[index]
@@ -177,7 +177,7 @@ class Recording:
         return self._steps[following], self.times[begin], self.times[following]
 
     def _attempt_of(self, step: int) -> int:
-        """The attempt that took a step of today's timeline."""
+        """The attempt that trained a step of today's timeline."""
         found = 1
         for number, from_step in self._starts:
             if from_step < step or number == 1:
@@ -188,9 +188,9 @@ class Recording:
 def _steps_before(steps: Sequence[Step], events: Sequence[Event]) -> list[int]:
     """The number of steps before each event, whatever the wall clock was set to.
 
-    Most events have the last finished step. Those with the step that they are about lie between
-    such events, by time: an alert may be about the step before it or after it, and a checkpoint is
-    complete some steps after its own.
+    Most events are recorded with the last finished step. Events recorded with the step that they
+    are about are placed between those by time: an alert may be about the step before it or after
+    it, and a checkpoint is complete some steps after its own.
     """
     numbers = [(attempt, step) for attempt, step, _ in steps]
     least = [

@@ -1,11 +1,11 @@
 """Temporary views that limit a session's databases to what they held at a moment of its history.
 
 A temporary view hides the table of the same name, so every query of the readers returns what it
-would have returned then. Nothing is written to the files. Steps that later attempts abandoned are
-in the tables named `*_past` today, and belonged to the timeline before.
+would have returned then. Nothing is written to the files. Steps that later attempts abandoned
+belonged to the timeline then, and are in the tables named `*_past` today.
 
-The journal does not record when a checkpoint was removed: one that is removed today is shown until
-the next one was saved.
+The journal does not record when a checkpoint was removed: a removed one is shown until the time at
+which the next one was saved.
 """
 
 import functools
@@ -18,13 +18,13 @@ from engine.session.position import Position, StepRange
 
 
 def views_of(session: SessionFolder, of: Callable[[Position, int], list[str]]) -> Views | None:
-    """The views over one of a session's files; None unless it is at a moment of its history."""
+    """The views over one of a session's files; None for a session that is not in the past."""
     position = session.position
     return None if position is None else functools.partial(of, position)
 
 
 def journal_views(position: Position, version: int) -> list[str]:
-    """The statements that create the views over journal.db; `version` is that of its schema."""
+    """The statements that create the views over journal.db; `version` is its schema version."""
     at, attempt = position.time, position.attempt
     numbers = ", seq, applied_seq" if version >= schema.COMMANDS_ARE_NUMBERED else ""
     return [
@@ -110,9 +110,9 @@ def _timeline_views(
 
     Args:
         position: the moment.
-        table: with the rows of today's timeline.
-        past: with those that are on an abandoned branch today.
-        columns: of the table.
+        table: the table with the rows of today's timeline.
+        past: the table with the rows that are on an abandoned branch today.
+        columns: the columns of `table`.
         of_past: a column that only `past` has.
     """
     timeline = f"SELECT {columns} FROM main.{table} WHERE step <= {position.kept}"
@@ -155,7 +155,7 @@ def _checkpoint_status(position: Position) -> str:
 
 
 def _ended(row: str, position: Position) -> str:
-    """Whether a command, a row named `row`, was applied or rejected by then."""
+    """SQL: whether a command, the row named `row`, was applied or rejected by then."""
     attempt = position.attempt
     return f"""(
         {row}.ended <= {position.time!r} OR {row}.attempt < {attempt}
@@ -164,12 +164,12 @@ def _ended(row: str, position: Position) -> str:
 
 
 def _attempt_before(step: str, position: Position, condition: str = "") -> str:
-    """Whether a later attempt than that of row c had begun before a step of c by then.
+    """SQL: whether, by then, an attempt later than that of row c had begun before a step of c.
 
     Args:
-        step: an expression.
+        step: an SQL expression.
         position: the moment.
-        condition: counts only attempts `b` that meet it.
+        condition: SQL that restricts which attempts `b` count.
     """
     return f"""EXISTS (
         SELECT 1 FROM main.attempts b
@@ -179,7 +179,7 @@ def _attempt_before(step: str, position: Position, condition: str = "") -> str:
 
 
 def _overridden(position: Position) -> str:
-    """Whether a later attempt had changed a setting of command c before c was repeated."""
+    """SQL: whether a later attempt had changed a setting of command c before c was repeated."""
     return f"""EXISTS (
         SELECT 1
         FROM main.commands o, json_each(o.changes) new, json_each(c.changes) old

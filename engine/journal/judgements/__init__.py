@@ -1,1 +1,1 @@
-"""What is made of the judgements: their agreement with scores, and data to train on."""
+"""Uses of the judgements: their agreement with scores, and data to train on."""

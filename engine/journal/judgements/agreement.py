@@ -1,6 +1,6 @@
 """How far a session's scores agree with its judgements, over the steps.
 
-The score of a response is the one that it was trained on, by the reward in force at its step.
+The score of a response is the one used in training, from the reward in force at its step.
 Scores of different rewards are never compared: a fork or a resume with another reward begins a new
 part.
 """
@@ -54,7 +54,7 @@ def _scored(row: SampleRow, changes: Sequence[int]) -> _Scored | None:
 
 
 def _of_preferences(preferences: list[Preference], scored: list[_Scored]) -> list[Point]:
-    """The agreement with each preference whose responses both have a score of the same reward."""
+    """The agreement with each preference between two responses scored by the same reward."""
     known = {Response.of(s.row): s for s in scored}
     points = []
     for preference in preferences:

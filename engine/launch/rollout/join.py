@@ -1,10 +1,10 @@
-"""Generates on this machine for a run of another one.
+"""Generates responses on this machine for a run on another one.
 
 ``python -m engine.launch.rollout.join HOST:PORT SECONDS SECRET_FILE PYTHON``
 
 `rlhf-tui join --rollout` executes this module. It connects to the port of `rollout.rendezvous` on
-the first machine of the run, starts an engine here, and passes on the messages of both. It repeats
-this when the engine or the connection has ended, until the run has. The secret comes from
+the first machine of the run, starts an engine here, and passes messages between the two. When the
+engine or the connection ends, it starts over, until the run has ended. The secret comes from
 SECRET_FILE, or from the environment if that is `-`. An empty PYTHON stands for the default.
 """
 
@@ -106,8 +106,8 @@ def find_run(
         address: `HOST:PORT`.
         file: holds the secret; it is read again each time. None: the environment has it.
         wait: seconds to try.
-        joined: whether this machine has generated before. Otherwise the end of a run, or a file
-            that is gone, is no reason not to wait for the next one.
+        joined: whether this machine has generated before. If not, it waits for the next run when a
+            run has ended or the file is gone.
 
     Raises:
         RunOverError: this machine has generated, and the run is over.
@@ -145,13 +145,13 @@ def find_run(
 
 
 def offer(machine: AuthenticatedConnection, *, joined_before: bool) -> RolloutJoinInfo:
-    """Sends what this machine is; returns the reply. Closes the connection if this raises.
+    """Offers this machine to the run; returns the reply. Closes the connection on an error.
 
     Raises:
         UserInputError: it cannot take part.
         RunOverError: the run is over.
         OSError: the first machine is gone, or needs no other machine.
-        LinkError: it is none of this version.
+        LinkError: it runs a different version.
     """
     try:
         machine.notice_loss(LOST_AFTER)
@@ -164,7 +164,7 @@ def offer(machine: AuthenticatedConnection, *, joined_before: bool) -> RolloutJo
 
 
 def accepted(reply: ToJoined) -> RolloutJoinInfo:
-    """The reply to an offer. Raises what :func:`offer` raises."""
+    """Decodes the reply to an offer. Raises like :func:`offer`."""
     if isinstance(reply, RunOver):
         raise RunOverError
     if isinstance(reply, JoinRefused):
@@ -180,7 +180,7 @@ def generate(
     """Starts an engine and serves the first machine with it; returns why that ended.
 
     Args:
-        machine: the first one.
+        machine: the connection to the first machine.
         info: its reply.
         rollout: names this machine's Python.
     """
@@ -224,12 +224,12 @@ def serve(machine: AuthenticatedConnection, engine: socket.socket, files: Receiv
     """Passes messages on until one side is gone; returns which.
 
     Args:
-        machine: the first one.
-        engine: has had no message yet.
-        files: where those of the first machine are put.
+        machine: the connection to the first machine.
+        engine: the local engine; it has received no message yet.
+        files: stores the files that the first machine sends.
 
     Raises:
-        LinkError: the first machine sends what no engine may get.
+        LinkError: the first machine sends a message that no engine may get.
     """
     while True:
         readable, _, _ = select.select([machine.fileno(), engine.fileno()], [], [])
@@ -265,7 +265,7 @@ def with_paths(message: Message, files: ReceivedFiles) -> Message:
     """A message for the engine, with the paths of this machine.
 
     Raises:
-        LinkError: it is none that the engine may get. Handles of CUDA IPC are pickled.
+        LinkError: the engine may not get this message, such as CUDA IPC handles: these are pickled.
     """
     match message:
         case Start():

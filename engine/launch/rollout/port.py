@@ -1,6 +1,6 @@
-"""The port at which machines join a run to generate: lets them prove themselves.
+"""The port at which machines join a run to generate: authenticates them.
 
-Several relays may accept from one port, each as long as it needs a machine.
+Several relays may accept from one port, each while it needs a machine.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from engine.protocol.rollout.join_messages import (
 log = logging.getLogger("rollout")
 
 INTERVAL = 0.2
-"""Seconds between two looks whether a machine has proved itself."""
+"""Seconds between two checks whether a machine has authenticated."""
 MOST_HANDSHAKES = 16
-"""Machines that may be proving themselves at a time; others wait."""
+"""Maximum number of simultaneous handshakes; other machines wait."""
 OFFER_TIMEOUT = 10.0
-"""Seconds for a machine that has proved itself to say what it is."""
+"""Seconds for an authenticated machine to send its offer."""
 LOST_AFTER = 60
 """Seconds without any sign of a machine after which it counts as lost."""
 END_TIMEOUT = 3.0
@@ -65,7 +65,7 @@ def announce_end(port: socket.socket, secret: bytes, machines: int) -> None:
     Args:
         port: the listening socket, from which no relay accepts any more.
         secret: as for :func:`wait_for_machine`.
-        machines: the number that have generated; it returns once they have been told so.
+        machines: the number of machines that have generated; returns once that many were told.
             Others that have waited in vain are told, too.
     """
     deadline = time.monotonic() + END_TIMEOUT
@@ -80,7 +80,7 @@ def announce_end(port: socket.socket, secret: bytes, machines: int) -> None:
 def _joining(
     port: socket.socket, secret: bytes
 ) -> Generator[tuple[AuthenticatedConnection, Joined] | None, None, None]:
-    """Yields each machine that proves itself, with its offer; None where none has for a while.
+    """Yields each machine that authenticates, with its offer; None if none has for a while.
 
     The generator closes the connections of machines that it has not yielded; they try again.
     """
@@ -130,7 +130,7 @@ def _close_all(found: "queue.SimpleQueue[tuple[AuthenticatedConnection, Joined]]
 
 
 def _let_join(sock: socket.socket, secret: bytes) -> tuple[AuthenticatedConnection, Joined]:
-    """Has a machine prove itself, and reads its offer.
+    """Authenticates a machine, and reads its offer.
 
     Raises:
         OSError: it is gone, or took too long.

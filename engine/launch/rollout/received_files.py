@@ -1,4 +1,4 @@
-"""The files that a machine which generates for a run gets from the run's first machine."""
+"""The files that a generating machine receives from the run's first machine."""
 
 import re
 import shutil
@@ -11,11 +11,11 @@ from engine.protocol.rollout.join_messages import WEIGHTS, FilePart
 from engine.session.temporary_folders import TemporaryFolder
 
 CONFIGURATION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.json")
-"""Names of files that a model folder may get."""
+"""Allowed names of files in the model folder."""
 
 
 class ReceivedFiles:
-    """What the first machine sends: the model's configuration, and weights."""
+    """Stores what the first machine sends: the model's configuration, and weights."""
 
     def __init__(self) -> None:
         """Makes the folders, in shared memory and on a disk."""
@@ -31,7 +31,7 @@ class ReceivedFiles:
         """Writes the next bytes of a file.
 
         Raises:
-            LinkError: it is no file that may be here.
+            LinkError: a file of this name is not allowed.
             OSError: there is no room for it.
         """
         if part.offset == 0:

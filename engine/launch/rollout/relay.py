@@ -2,10 +2,10 @@
 
 ``python -m engine.launch.rollout.relay SOCKET_FD PORT_FD SESSION_FOLDER ENGINE``
 
-The supervisor starts, watches and ends it like an engine, and rank 0 talks to it like to one. It
-lets one machine join at the port of `rollout.rendezvous`, and passes on the messages of both sides,
-with the files that they name. When the machine is lost it reports that and exits; the supervisor
-starts another one, at which the machine or another one joins.
+To the supervisor and to rank 0 a relay looks like an engine. It lets one machine join at the port
+of `rollout.rendezvous`, and passes on the messages of both sides, with the files that they name.
+When it loses the machine, it reports that and exits. The supervisor then starts another relay, and
+the same machine or another one joins it.
 """
 
 import contextlib
@@ -95,14 +95,14 @@ def relay(client: socket.socket, start: Start, machine: AuthenticatedConnection)
     """Passes messages on until one side is gone.
 
     Args:
-        client: rank 0.
+        client: the connection to rank 0.
         start: its first message.
-        machine: has been told what to start.
+        machine: the joined machine, which already knows what to start.
 
     Raises:
         OSError: rank 0 has disconnected.
         MachineLostError: the machine is gone.
-        LinkError: rank 0 asks for what cannot be passed on.
+        LinkError: rank 0 sends a message that cannot be passed on.
     """
     for path in sorted(Path(start.model).glob("*.json")):
         send_file(machine, path, path.name)
@@ -123,7 +123,7 @@ def relay(client: socket.socket, start: Start, machine: AuthenticatedConnection)
 
 
 def send_file(machine: AuthenticatedConnection, path: Path, name: str) -> None:
-    """Sends a file in parts. Raises LinkError if it cannot be read here, else as :func:`send`."""
+    """Sends a file in parts. Raises LinkError if it cannot be read; else like :func:`send`."""
     for part in parts_of(path, name):
         send(machine, part)
 
@@ -151,7 +151,7 @@ def send(machine: AuthenticatedConnection, message: Message) -> None:
 
 @contextlib.contextmanager
 def machine_errors() -> Iterator[None]:
-    """Context in which errors of a connection are those of the machine."""
+    """Context manager that turns connection errors into :class:`MachineLostError`."""
     try:
         yield
     except (OSError, LinkError) as error:

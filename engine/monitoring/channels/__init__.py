@@ -1,1 +1,1 @@
-"""The channels that take notifications out of the terminal: one module for each kind."""
+"""The channels that send notifications outside the terminal: one module for each kind."""

@@ -13,11 +13,11 @@ from engine.errors import shortened
 from engine.monitoring.channels.message import Notification, NotificationError, one_line
 
 LONGEST_OUTPUT = 500
-"""Bytes of what a failed command printed that the log repeats."""
+"""Maximum number of bytes of a failed command's output that the log repeats."""
 LONGEST_VARIABLE = 10_000
 """Characters of the text in the environment: Linux takes 128 KiB, and no NUL. The JSON has all."""
 MOST_OUTPUT = 1 << 20
-"""Bytes of errors that a command can write: they are in the host's memory."""
+"""Maximum size of a command's error output in bytes, which is kept in memory."""
 
 
 class CommandChannel:
@@ -32,7 +32,7 @@ class CommandChannel:
         self._command = command
 
     def missing_variables(self) -> list[str]:
-        """None: it reads none."""
+        """Empty: it reads no variables."""
         return []
 
     async def send(self, message: Notification) -> None:
@@ -49,13 +49,13 @@ class CommandChannel:
 async def run_program(
     arguments: Sequence[str], text: bytes, environment: Mapping[str, str] | None = None
 ) -> None:
-    """Runs a program with an input, in a process group of its own; kills that if it is cancelled.
+    """Runs a program with an input, in its own process group, which is killed on cancellation.
 
-    Its errors go to memory, not to a pipe: a process that it leaves behind would hold that open.
+    Its error output goes to memory, not to a pipe, which a process left behind would hold open.
     After :data:`MOST_OUTPUT` bytes its writes fail.
 
     Raises:
-        NotificationError: it cannot be run, or it ends with another status than 0.
+        NotificationError: it cannot be run, or it exits with a status other than 0.
     """
     errors = os.memfd_create("errors", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

@@ -1,4 +1,4 @@
-"""What is sent to operators: one notification of an alert or of a change of the session's state."""
+"""A notification for operators, of an alert or of a change of the session's state."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ STATE_KINDS: dict[State, Kind] = {
 }
 """State → kind of its notification; no other state is notified."""
 EFFECTS = {"pause": "the run pauses: ", "stop": "the run stops: "}
-"""Action of an alert → how its text begins for people; the text of the JSON is the journal's."""
+"""Action of an alert → prefix of its text for people; the JSON has the journal's text."""
 
 
 class NotificationError(RlhfError):
@@ -44,7 +44,7 @@ class Notification:
     unsent: int = 0
     """Alerts before this one that the rate limit kept back."""
     root: Path | None = None
-    """The folder of sessions, an absolute path; None if the message is of no session."""
+    """The folder of sessions, an absolute path; None if the message concerns no session."""
 
     @property
     def title(self) -> str:
@@ -76,10 +76,10 @@ def of_state(session: str, state: State, reason: str, step: int) -> Notification
     """The notification of a new state; None if the state needs none.
 
     Args:
-        session: its name.
-        state: the new one.
-        reason: for it; empty for a pause that a person asked for.
-        step: the last finished one.
+        session: the session's name.
+        state: the new state.
+        reason: the reason for it; empty for a pause that a person asked for.
+        step: the last finished step.
     """
     kind = STATE_KINDS.get(state)
     if kind is None:
@@ -91,7 +91,7 @@ def of_state(session: str, state: State, reason: str, step: int) -> Notification
 
 
 def trial(session: str) -> Notification:
-    """A message without an occasion, to try the channels."""
+    """A test message, to try the channels."""
     return Notification(session, "test", "info", "test message: this channel works", 0)
 
 

@@ -12,7 +12,7 @@ from engine.monitoring.channels.message import Notification, NotificationError
 from engine.session.command_line import PROGRAM, recorded_command
 
 FOLDERS = "/usr/sbin:/usr/lib:/usr/local/sbin"
-"""Where sendmail is besides $PATH, which often leaves out the programs of administrators."""
+"""Where to look for sendmail besides $PATH, which often lacks the administrators' programs."""
 LONGEST_SUBJECT = 150
 
 
@@ -27,7 +27,7 @@ class EmailChannel:
         self._program = program or "sendmail"
 
     def missing_variables(self) -> list[str]:
-        """None: it reads none."""
+        """Empty: it reads no variables."""
         return []
 
     async def send(self, message: Notification) -> None:
@@ -55,7 +55,7 @@ class EmailChannel:
 
 
 def _how_to_open(message: Notification) -> str:
-    """The commands that show the session: a letter is read on any machine."""
+    """The commands that show the session; an e-mail may be read on any machine."""
     if message.root is None:
         return ""
     host = socket.gethostname()

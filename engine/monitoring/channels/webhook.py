@@ -26,12 +26,12 @@ from engine.monitoring.channels.message import Notification, NotificationError, 
 from engine.tls import https_hint, tls_problem
 
 SOCKET_TIMEOUT = 10.0
-"""Seconds for each operation of a connection. The time of a whole message is limited as well."""
+"""Seconds for each operation on a connection. The time for a whole message is limited as well."""
 TELEGRAM = "https://api.telegram.org"
 LONGEST_TEXT = 1900
 """Characters of a text. Discord accepts 2000, the others more."""
 LONGEST_REPLY = 300
-"""Bytes of a refusal that the log repeats."""
+"""Maximum number of bytes of an error reply that the log repeats."""
 NTFY_PRIORITIES = {"info": "default", "warning": "high", "error": "urgent"}
 
 
@@ -68,7 +68,7 @@ class WebhookChannel:
         return [name for name in named if name is not None and not self._environment.get(name)]
 
     async def send(self, message: Notification) -> None:
-        """Posts the message in a thread of its own, which does not delay the end of the process.
+        """Posts the message in a separate thread, which does not delay the end of the process.
 
         Raises:
             NotificationError: a variable is not set, the server cannot be reached or refuses, or
@@ -103,7 +103,7 @@ class WebhookChannel:
         return FORMATS[self._webhook.format](message, url, token, self._webhook)
 
     def _without_secrets(self, text: str) -> str:
-        """A server may repeat the URL or the token in what it replies."""
+        """Removes URL and token from a reply, in which a server may repeat them."""
         for name in (self._webhook.url_variable, self._webhook.token_variable):
             secret = self._environment.get(name or "", "")
             for part in (secret, urlsplit(secret).path):
@@ -169,14 +169,14 @@ def _text(message: Notification) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would become a GET without the message, and may lead the token elsewhere."""
+    """Follows no redirects: they become a GET without the message and may leak the token."""
 
     def redirect_request(self, *_args: Any) -> None:
-        """Follows none."""
+        """Follows no redirect."""
 
 
 def post(request: Post) -> str | None:
-    """Sends a request; returns why that failed, or None. Blocks; uses the proxies of the system."""
+    """Sends a request; returns why it failed, or None. Blocks; uses the system's proxies."""
     if urlsplit(request.url).scheme not in ("http", "https"):
         return "its URL does not begin with http:// or https://"
     headers = {"User-Agent": "rlhf-tui"} | request.headers  # Discord refuses the one of urllib
@@ -200,7 +200,7 @@ def _reply(error: urllib.error.HTTPError) -> str:
 
 
 def _reason(error: object, url: str) -> str:
-    """Why a connection failed. Other exceptions than these may repeat the URL."""
+    """Why a connection failed. Texts of other exceptions are left out: they may hold the URL."""
     if isinstance(error, TimeoutError):
         return f"no reply within {SOCKET_TIMEOUT:.0f} s"
     if isinstance(error, socket.gaierror):

@@ -1,1 +1,1 @@
-"""Between the machines of a run: authenticated connections and the key-value store."""
+"""Communication between the machines of a run: authenticated connections, key-value store."""

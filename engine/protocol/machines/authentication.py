@@ -1,9 +1,9 @@
-"""Connections between machines of a run, both of whose sides prove that they know its secret.
+"""Mutually authenticated connections between the machines of a run, by its shared secret.
 
 Each side sends a random challenge, and proves by an HMAC over both challenges that it knows the
-secret, which is never sent. The challenges also give the connection two keys of its own, one for
-each direction. A frame carries an HMAC by such a key over its number and its body, so a frame that
-somebody else made, changed, repeated, dropped, moved or sent back is noticed. Frames are not
+secret, which is never sent. From the challenges each connection derives two keys, one for each
+direction. A frame carries an HMAC with such a key over its number and its body, so that frames
+forged, changed, repeated, dropped, reordered or reflected by others are detected. Frames are not
 encrypted: whoever sees the network can read them.
 
 HMAC-SHA256 (RFC 2104) as in Python's standard library. The handshake follows the pattern of ISO/IEC
@@ -27,7 +27,7 @@ CHALLENGE = 32
 PROOF = 32
 """Bytes of an HMAC."""
 HANDSHAKE_TIMEOUT = 10.0
-"""Seconds in which the other side must have proved itself."""
+"""Seconds that the other side has to prove that it knows the secret."""
 
 
 class AuthenticatedConnection:
@@ -50,11 +50,11 @@ class AuthenticatedConnection:
         """Receives the body of a frame.
 
         Args:
-            timeout: seconds to wait for each part of it; None waits without a limit.
+            timeout: seconds to wait for each part of it; None to wait without limit.
 
         Raises:
-            OSError: the connection is broken or the time is over.
-            LinkError: the frame is not the next one of the other side.
+            OSError: the connection is broken or the timeout expired.
+            LinkError: the frame is not the next one from the other side.
         """
         self._socket.settimeout(timeout)
         frame = frames.receive(self._socket)
@@ -66,11 +66,11 @@ class AuthenticatedConnection:
         return body
 
     def fileno(self) -> int:
-        """The file descriptor, to wait for the next frame; nothing of it is read ahead."""
+        """The file descriptor, to wait for the next frame; frames are not read ahead."""
         return self._socket.fileno()
 
     def notice_loss(self, seconds: int) -> None:
-        """Has the connection break when the other machine is silent to the kernel for so long."""
+        """Makes the connection fail when the other machine's kernel is silent for so long."""
         for option, value in (
             (socket.TCP_KEEPIDLE, seconds // 2),
             (socket.TCP_KEEPINTVL, max(1, seconds // 10)),
@@ -121,7 +121,7 @@ def connect(address: tuple[str, int], secret: bytes, timeout: float) -> Authenti
 
 
 def accept(sock: socket.socket, secret: bytes) -> AuthenticatedConnection:
-    """Lets a client of :func:`connect` prove itself. Reads 80 bytes at most of one that does not.
+    """Authenticates a client of :func:`connect`; reads at most 80 bytes from any other.
 
     Args:
         sock: a new connection; closed if this raises.
@@ -157,14 +157,14 @@ def _connection(
 
 
 def _challenge(sock: socket.socket, deadline: float, otherwise: str) -> bytes:
-    """The challenge of the other side; LinkError with the text `otherwise` if it sends none."""
+    """Reads the other side's challenge. Raises LinkError with the text `otherwise` without one."""
     if _receive(sock, len(MAGIC), deadline) != MAGIC:
         raise LinkError(otherwise)
     return _receive(sock, CHALLENGE, deadline)
 
 
 def _derive(secret: bytes, purpose: bytes, challenges: bytes) -> bytes:
-    """A proof or a key; the purposes differ, so one is never taken for another."""
+    """Derives a proof or a key; purposes differ, so that one cannot be used as another."""
     return hmac.digest(secret, MAGIC + purpose + b"\0" + challenges, "sha256")
 
 
@@ -178,7 +178,7 @@ def _frame_tag(key: bytes, number: int, body: bytes) -> bytes:
 
 
 def _receive(sock: socket.socket, count: int, deadline: float) -> bytes:
-    """Receives bytes of a handshake, whose parts together have one limit of time."""
+    """Receives bytes of a handshake; all its parts share one deadline."""
     data = bytearray()
     while len(data) < count:
         left = deadline - time.monotonic()

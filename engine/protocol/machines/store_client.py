@@ -27,10 +27,10 @@ RETRY = 0.5
 
 
 class StoreClient:
-    """Requests to a store. Any thread may call; calls at the same time use several connections.
+    """Sends requests to a store. Thread-safe; simultaneous calls use several connections.
 
-    A connection that breaks is not made again: the store belongs to one start of the ranks, and
-    another one may already listen at its address.
+    A connection that breaks is not replaced: the store belongs to one start of the ranks, and
+    another store may already listen at its address.
     """
 
     def __init__(self, address: str, secret: bytes, patience: float = 30.0) -> None:
@@ -39,11 +39,11 @@ class StoreClient:
         Args:
             address: `HOST:PORT` of the first machine.
             secret: of the run.
-            patience: seconds to try, as the server may not listen yet.
+            patience: seconds to keep trying, because the server may not listen yet.
 
         Raises:
             LinkError: the store cannot be reached.
-            AuthenticationError: it has another secret.
+            AuthenticationError: it has a different secret.
         """
         host, _, port = address.rpartition(":")
         self._host, self._port, self._secret = host.strip("[]"), int(port), secret
@@ -66,7 +66,7 @@ class StoreClient:
 
         Args:
             message: the request.
-            seconds: that it may take by itself.
+            seconds: the time that it may take besides the timeout for a reply.
 
         Raises:
             LinkError: the connection is broken, or the request could not be carried out.
@@ -86,7 +86,7 @@ class StoreClient:
         return reply
 
     def wait(self, keys: list[str], seconds: float, *, values: bool = False) -> StoreReply:
-        """Waits until all keys exist; `missing` in the reply names one that does not in time.
+        """Waits until all keys exist; on a timeout, `missing` in the reply names a missing key.
 
         Args:
             keys: to wait for.
@@ -117,7 +117,7 @@ class StoreClient:
             return self._connect_again()
 
     def _connect_again(self) -> AuthenticatedConnection:
-        """Another connection. A busy server turns clients away for a while."""
+        """Opens another connection. A busy server may turn clients away for a while."""
         deadline = time.monotonic() + 3 * CONNECT_TIMEOUT
         while True:
             try:

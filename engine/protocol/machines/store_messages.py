@@ -1,7 +1,7 @@
 """Messages of the key-value store by which the machines of a run find each other.
 
-The operations are those of torch's stores, which its process groups need. A value is a string of
-bytes. Messages are those of :mod:`engine.protocol.frames`, in authenticated frames.
+The operations are those of torch's stores, as its process groups need them. A value is a byte
+string. Messages are those of :mod:`engine.protocol.frames`, in authenticated frames.
 """
 
 from msgspec.msgpack import Decoder
@@ -79,7 +79,7 @@ StoreRequest = (
 
 
 class StoreReply(Message, frozen=True, tag="reply"):
-    """The result of a request, in the field that fits it."""
+    """The result of a request, in the field for its type."""
 
     values: list[bytes] = []
     number: int = 0

@@ -1,1 +1,1 @@
-"""Results of the programs that the command line runs in processes of their own."""
+"""Results of the programs that the command line runs in separate processes."""

@@ -1,4 +1,4 @@
-"""What `rlhf-tui check` learns from the process that tries a configuration."""
+"""The result that `rlhf-tui check` gets from the process that tries a configuration."""
 
 from msgspec import Struct
 
@@ -12,14 +12,14 @@ class CheckedSample(Struct, frozen=True):
 
 
 class TimedStep(Struct, frozen=True):
-    """A step that was taken for its duration."""
+    """A step that was run to measure its duration."""
 
     responses: int
     seconds: float
 
 
 class CheckResult(Struct, frozen=True, kw_only=True):
-    """Whole steps on two prompts, by one rank that has loaded everything."""
+    """The results of whole steps on two prompts, on one rank that has loaded everything."""
 
     device: str
     dtype: str
@@ -37,21 +37,21 @@ class CheckResult(Struct, frozen=True, kw_only=True):
     response_tokens: float
     """Mean tokens of a response."""
     ratio: float | None
-    """Mean probability ratio before the first update, which must be 1; None if none was made."""
+    """Mean probability ratio before the first update, which must be 1; None without an update."""
     kl: float
     """Nats to the reference before the first update; 0 unless the reference is another model."""
     score: float
     sources: dict[str, float]
     """Mean score by reward source."""
     step_seconds: float
-    """Duration of a second step, which is without what only a first one does."""
+    """Duration of a second step, without the one-time work of a first one."""
     larger_step: TimedStep | None
-    """One of more responses; None if no rank of the run has more, or if it would take minutes."""
+    """A step with more responses; None if no rank has more, or if it would take minutes."""
     phases: dict[str, float]
-    """Seconds of it, by phase."""
+    """Seconds of the second step, by phase."""
     memory: float
-    """Peak of the process while it tried, in GB."""
+    """Peak memory of the process during the trial, in GB."""
     planned_memory: float | None
-    """Estimated peak with the configured batch on one rank, in GB; None if unknown."""
+    """Estimated peak memory with the configured batch on one rank, in GB; None if unknown."""
     warnings: list[str]
     samples: list[CheckedSample]

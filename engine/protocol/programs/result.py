@@ -1,4 +1,4 @@
-"""What a program of the engine prints for the command line that runs it: JSON in its last line."""
+"""The output of an engine's program for the command line that runs it: JSON on its last line."""
 
 import logging
 import os
@@ -13,20 +13,20 @@ from engine.errors import RlhfError, error_text
 
 
 class ProgramNotice(Struct, frozen=True, tag="notice"):
-    """A line for whoever waits, printed before the result."""
+    """A line for the waiting user, printed before the result."""
 
     text: str
 
 
 class ProgramFailure(Struct, frozen=True):
-    """What is printed in the place of a result."""
+    """Printed in place of a result."""
 
     error: str
     exit_code: int
 
     @classmethod
     def of(cls, error: RlhfError) -> "ProgramFailure":
-        """Of an error that the user gets in one line."""
+        """Converts an error that the user is shown in one line."""
         return cls(error_text(error), error.exit_code)
 
 
@@ -46,7 +46,7 @@ def _print(line: object) -> None:
 
 
 def print_result(work: Callable[[], object]) -> NoReturn:
-    """Does the program's work, prints what it returns or its RlhfError, and ends the process."""
+    """Runs the program's work, prints its result or its RlhfError, and ends the process."""
     try:
         result: object = work()
     except RlhfError as error:

@@ -1,4 +1,4 @@
-"""What `rlhf-tui reward train` tells the process that trains, and learns from it."""
+"""The request of `rlhf-tui reward train` to the process that trains, and the result."""
 
 from msgspec import Struct
 
@@ -17,11 +17,11 @@ class JudgedText(Struct, frozen=True, kw_only=True):
     ended: bool = True
     """False if it was truncated."""
     score: float | None = None
-    """Recorded, by the reward in force at its step; None for the reference's responses."""
+    """Recorded score, from the reward in force at its step; None for the reference's responses."""
 
 
 class RewardTrainingRequest(Struct, frozen=True, kw_only=True):
-    """What to train on, from what, and where to write it."""
+    """The data to train on, the model to start from, and the folder to write."""
 
     sessions: list[str]
     """Names."""
@@ -42,7 +42,7 @@ class RewardTrainingRequest(Struct, frozen=True, kw_only=True):
 
 
 class TrainingProgress(Struct, frozen=True, tag="progress"):
-    """A line for whoever waits."""
+    """A line for the waiting user."""
 
     text: str
 
@@ -60,16 +60,16 @@ class HeldOutAgreement(Struct, frozen=True, kw_only=True):
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
-    """How far σ(difference of two scores) is the probability of a held-out preference."""
+    """How well σ(difference of two scores) predicts the probability of a held-out preference."""
 
     comparisons: int
     """Preferences, and pairs of a good response and another one."""
     stated: float
     """Mean probability that the model gives to the response it scores higher."""
     right: float
-    """Share of the comparisons in which that response is the better one."""
+    """Share of the comparisons in which that response was judged better."""
     log_loss: float
-    """Nats; 0.693 for a coin."""
+    """Nats; 0.693 for guessing."""
 
 
 class ScoreScale(Struct, frozen=True):
@@ -98,7 +98,7 @@ class TrainedReward(Struct, frozen=True, kw_only=True):
     validated_on: int
     held_out: int
     split_by: str
-    """What is never on both sides of the split: `prompt` or `response`."""
+    """The unit that is never on both sides of the split: `prompt` or `response`."""
     epochs: int
     best_epoch: int
     losses: list[tuple[float, float]]
@@ -120,13 +120,13 @@ class TrainedReward(Struct, frozen=True, kw_only=True):
 
     @property
     def width(self) -> float | None:
-        """How many times as wide the scores are as the recorded ones; None if that is unknown."""
+        """Ratio of the scores' standard deviation to that of the recorded ones; None if unknown."""
         old, new = self.old_scale, self.new_scale
         return new.std / old.std if old is not None and old.std and new.std else None
 
     @property
     def warning(self) -> str:
-        """Why the model should not be used yet, in one sentence; empty without a reason."""
+        """Why the model should not be used yet, in one sentence; empty if it can be."""
         found = self.trained
         if found.low > 0.5:
             return ""
@@ -137,6 +137,6 @@ class TrainedReward(Struct, frozen=True, kw_only=True):
 
     @property
     def keeps_width(self) -> bool:
-        """Whether that is within :data:`SAME_WIDTH`."""
+        """Whether :attr:`width` is within :data:`SAME_WIDTH`."""
         low, high = SAME_WIDTH
         return self.width is not None and low <= self.width <= high

@@ -1,1 +1,1 @@
-"""Between rank 0 and rollout engines, on this machine or on others."""
+"""Communication between rank 0 and rollout engines, on this machine or on others."""

@@ -3,8 +3,8 @@
 The connection is authenticated (:mod:`engine.protocol.machines.authentication`). The joined machine
 sends :class:`Joined` and gets :class:`RolloutJoinInfo`. Then the messages of
 :mod:`engine.protocol.rollout.messages` follow, as between rank 0 and an engine. Files that they
-name are sent before them, in :class:`FilePart`, and the paths in them mean nothing on the joined
-machine, which puts in its own.
+name are sent first, in :class:`FilePart`. The joined machine replaces the paths in the messages by
+its own.
 """
 
 import hmac
@@ -19,9 +19,9 @@ from engine.protocol.frames import Message, decode
 from engine.protocol.rollout.messages import Continue, Generate, LoadWeights, Start
 
 PART = 4 * 1024 * 1024
-"""Bytes of a file that a message has."""
+"""Bytes of a file per message."""
 WEIGHTS = "weights.safetensors"
-"""The name of the file of an update; all other files are of the model's configuration."""
+"""The name of the file of an update; all other files belong to the model's configuration."""
 
 
 class Joined(Message, frozen=True, tag="rollout_joined"):
@@ -31,7 +31,7 @@ class Joined(Message, frozen=True, tag="rollout_joined"):
     """Its name, for messages."""
     software: str = __version__
     joined_before: bool = False
-    """Whether it has generated for the run, and awaits its end."""
+    """Whether it has generated for this run before, and so awaits its end."""
 
 
 class RolloutJoinInfo(Message, frozen=True, tag="rollout_join_info"):
@@ -43,17 +43,17 @@ class RolloutJoinInfo(Message, frozen=True, tag="rollout_join_info"):
 
 
 class JoinRefused(Message, frozen=True, tag="rollout_join_refused"):
-    """In place of it: why the machine cannot take part."""
+    """Sent instead of :class:`RolloutJoinInfo`: why the machine cannot take part."""
 
     text: str
 
 
 class RunOver(Message, frozen=True, tag="run_over"):
-    """In place of it: no machine is needed any more."""
+    """Sent instead of :class:`RolloutJoinInfo`: no machine is needed any more."""
 
 
 class FilePart(Message, frozen=True, tag="file_part"):
-    """The next bytes of a file, which begins anew at offset 0."""
+    """The next bytes of a file; offset 0 starts a new file."""
 
     name: str
     offset: int
@@ -81,8 +81,8 @@ def decode_joined(body: bytes) -> Joined:
 
 
 def rollout_secret(secret: str) -> bytes:
-    """The secret of these connections, made from that of the run.
+    """The secret of these connections, derived from that of the run.
 
-    It is another one than the store's, so that no handshake with one can be passed on to the other.
+    It differs from the store's, so that a handshake with one cannot be relayed to the other.
     """
     return hmac.digest(secret.encode(), b"rlhf-tui rollout", "sha256")

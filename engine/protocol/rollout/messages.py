@@ -1,9 +1,9 @@
-"""Messages between rank 0 and a rollout engine in a process of its own.
+"""Messages between rank 0 and a rollout engine in a separate process.
 
 The engine is a server for one client. Rank 0 sends :class:`Start`, and after :class:`EngineReady`
-alternates :class:`LoadWeights` and :class:`Generate`. Whatever goes wrong is reported by
-:class:`EngineFailed`, after which the engine exits: its weights may be half replaced, so that only
-a new process can be trusted.
+alternates :class:`LoadWeights` and :class:`Generate`. The engine reports any error by
+:class:`EngineFailed` and exits: its weights may be half replaced, so only a new process can be
+trusted.
 """
 
 from msgspec import Struct
@@ -23,9 +23,9 @@ class Start(Message, frozen=True, tag="start"):
     """Folder with the model's config.json."""
     dtype: str
     max_tokens: int
-    """Most tokens of a prompt with its response."""
+    """Maximum number of tokens of a prompt and its response together."""
     max_responses: int
-    """Most responses that are generated at once."""
+    """Maximum number of responses that are generated at once."""
     cache_bytes: int
     """Size of the key-value cache."""
     tensor_parallel: int = 1
@@ -61,10 +61,10 @@ class LoadWeights(Message, frozen=True, tag="load_weights"):
     """Replace all weights, by those of a file, of memory on a GPU, or of a broadcast."""
 
     weights_version: int
-    """The step after whose update the policy has these weights."""
+    """The step whose update produced these weights."""
     path: str
-    """A safetensors file in shared memory. With `broadcast` the file by which rank 0 and the
-    engine's workers meet; empty if they have."""
+    """A safetensors file in shared memory. With `broadcast`, the rendezvous file of rank 0 and the
+    engine's workers; empty if they are already connected."""
     tensors: list[TensorInfo]
     """All tensors, in order."""
     checksum: Checksum | None
@@ -72,9 +72,9 @@ class LoadWeights(Message, frozen=True, tag="load_weights"):
     transfer: str = "file"
     """`rollout.transfer`."""
     handles: bytes = b""
-    """With `ipc`: pickled arguments of torch's `rebuild_cuda_tensor`, one tuple a tensor."""
+    """With `ipc`: pickled arguments of torch's `rebuild_cuda_tensor`, one tuple per tensor."""
     gpu: str = ""
-    """With `ipc`: what identifies the GPU that the tensors are on, in every process."""
+    """With `ipc`: identifies the GPU that holds the tensors, in any process."""
 
 
 class WeightsLoaded(Message, frozen=True, tag="weights_loaded"):
@@ -96,24 +96,24 @@ class Generate(Message, frozen=True, tag="generate"):
     prompts: list[list[int]]
     """Token ids; n prompts."""
     uniforms: bytes
-    """(n, T) float64 in native byte order; T is the most new tokens."""
+    """(n, T) float64 in native byte order; T is the maximum number of new tokens."""
     max_new_tokens: int
     temperature: float
     sampling: str
-    """How a token is chosen by its uniform number (`rollout.sampling`)."""
+    """How a uniform number selects a token (`rollout.sampling`)."""
     eos: list[int]
     look: bool
-    """Whether the client looks at the text for stop strings while it is generated."""
+    """Whether the client checks the text for stop strings during generation."""
 
 
 class Progress(Message, frozen=True, tag="progress"):
     """Sent regularly while generating. The engine waits for :class:`Continue`."""
 
     done: int
-    """Tokens, where a response that has ended counts as one of the greatest length."""
+    """Tokens; a response that has ended counts with the maximum length."""
     total: int
     tokens: dict[int, list[int]] = {}
-    """With `look`: row → all tokens so far, of rows that have gained some."""
+    """With `look`: row → all its tokens so far, for rows with new tokens."""
 
 
 class Continue(Message, frozen=True, tag="continue"):
@@ -139,7 +139,7 @@ class Generated(Message, frozen=True, tag="generated"):
 
 
 class EngineFailed(Message, frozen=True, tag="engine_failed"):
-    """The engine cannot do what it was asked, and exits."""
+    """The engine cannot carry out a request, and exits."""
 
     text: str
     user_input: bool = False

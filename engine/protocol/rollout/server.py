@@ -1,4 +1,4 @@
-"""The engine's end of rank 0's connection; used by the engine and by what stands in its place."""
+"""The engine's end of rank 0's connection; used by the engine and by the relay."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ FAILED = 3
 def first_client(listener: socket.socket) -> tuple[socket.socket, Start]:
     """Waits for a process of the same user that sends :class:`Start`.
 
-    Connections that have ended are left out: those of a rank that died before this process began.
+    Skips connections that are already closed: those of a rank that died before this process began.
     """
     while True:
         connection, _ = listener.accept()

@@ -1,1 +1,1 @@
-"""What reads a session in a thread and posts updates of what is shown of it."""
+"""Feeds: read a session in a thread and post updates of what the app shows."""

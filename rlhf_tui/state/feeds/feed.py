@@ -23,16 +23,16 @@ from rlhf_tui.state.feeds.output import Post, UpdateOutput
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 
 SHORTEST = 0.3
-"""Least seconds between two readings: about three frames a second at most."""
+"""Minimum seconds between two readings: about three frames a second."""
 IDLE = 1.0
 """Seconds after which it reads again without new rows: labels have no message."""
 RECONNECT = 0.5
 APPEARS = 30.0
-"""Seconds after the start of a run in which its engine may not live yet."""
+"""Seconds after the start of a run during which its engine may not be up yet."""
 
 
 class SessionFeed(Protocol):
-    """What posts the updates of a session: a :class:`Feed`, or the feed of a replay."""
+    """Posts the updates of a session: a :class:`Feed`, or the feed of a replay."""
 
     def start(self) -> None:
         """Starts to read, in threads."""
@@ -54,10 +54,10 @@ class Feed:
         """Starts nothing yet.
 
         Args:
-            session: whose journal.
+            session: the session to follow.
             who: the name of this client in the engine.
             names: metrics to read; :meth:`want` adds to them.
-            post: takes each update, from another thread.
+            post: called with each update, from another thread.
         """
         self._session = session
         self._who = who
@@ -160,7 +160,7 @@ class Feed:
             self._output.post(SessionUpdate(reset=True))
 
     def _send_head_of_new(self) -> None:
-        """Posts the summary of a session whose engine has not written yet, or never will."""
+        """Posts the summary of a session whose engine has written nothing yet, or never will."""
         written = self._session.config_file.stat().st_mtime
         starting = self._session.is_live() or time.time() - written < APPEARS
         state = "starting" if starting else "crashed"

@@ -46,7 +46,7 @@ class FirstRead:
     """Starts to read at construction. Ignores errors; the feed reports them."""
 
     def __init__(self, session: SessionFolder, names: Iterable[str]) -> None:
-        """`names`: metrics whose downsampled curves are wanted."""
+        """Starts to read; `names`: metrics whose downsampled curves are read."""
         self.session = session
         self._names = list(names)
         self._update = SessionUpdate()
@@ -65,6 +65,6 @@ class FirstRead:
             return
 
     def update(self) -> SessionUpdate:
-        """Returns what was read; empty if there was nothing, or not in time."""
+        """Returns what was read; empty if there was nothing, or it was not read in time."""
         self._thread.join(PATIENCE)
         return self._update

@@ -1,4 +1,4 @@
-"""Finds out what is new in a journal since it was read last."""
+"""Finds what is new in a journal since it was last read."""
 
 import threading
 from collections.abc import Iterable
@@ -19,20 +19,20 @@ from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate, newest_e
 EVENTS_READ = 20_000
 """Newest events read at once, which takes a tenth of a second; see :func:`newest_events`."""
 LONG = 10_000
-"""Steps from which on downsampled curves are read before the whole ones, which take longer."""
+"""Number of steps above which downsampled curves are read before the slower whole ones."""
 SAMPLES_SHOWN = 16
 
 
 class JournalChanges:
-    """Posts what is new in a journal since it was read last."""
+    """Posts what is new in a journal since it was last read."""
 
     def __init__(self, names: Iterable[str], output: UpdateOutput) -> None:
         """Nothing is read yet.
 
         Args:
             names: metrics to read; :meth:`want` adds to them.
-            output: takes each update. A reading, which takes seconds of a long run, ends early
-                when it is stopped.
+            output: posts each update. When it is stopped, a reading ends early: for a long run it
+                takes seconds.
         """
         self._wanted = list(dict.fromkeys(names))
         self._output = output
@@ -83,10 +83,10 @@ class JournalChanges:
         """Posts what is new; the first time in parts, so that the screen fills early.
 
         Args:
-            session: whose journal.
-            record: reads it.
+            session: the session.
+            record: the reader of its journal.
             labels: changes whenever somebody labels a response.
-            live: what has changed that is not in the journal; posted with the first part.
+            live: changes that are not in the journal; posted with the first part.
         """
         first = self.head is None
         head = read_summary(session, record)
@@ -139,10 +139,11 @@ class JournalChanges:
     def _read_commands(
         self, session: SessionFolder, record: JournalReader
     ) -> dict[int, CommandRow]:
-        """All commands; those that have ended are not read again unless others have changed them.
+        """All commands; ended ones are read again only if other commands may have changed them.
 
-        A command of this attempt overrides later ones of an earlier attempt. In a history, where a
-        clock that was set back decides what had been sent by then, all are read if one is missing.
+        A command of this attempt overrides later ones of an earlier attempt. In a history, the
+        clock, which may have been set back, decides what had been sent by then; so all are read if
+        one is missing.
         """
         known = {n: c for n, c in self._commands.items() if n <= self._ended}
         new = record.numbered_commands(max(known, default=0))
@@ -186,7 +187,7 @@ class JournalChanges:
 
 
 def _agreement(record: JournalReader) -> Agreement:
-    """That with the judgements. A damaged labels.db does not hide the rest of the session."""
+    """Agreement with the judgements. A damaged labels.db does not hide the rest of a session."""
     try:
         return read_agreement(record)
     except JournalError as error:

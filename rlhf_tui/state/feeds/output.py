@@ -1,4 +1,4 @@
-"""Where the updates of a feed go."""
+"""The output of a feed."""
 
 import threading
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from rlhf_tui.state.feeds.updates import SessionUpdate
 
 Post = Callable[[SessionUpdate], object]
-"""Takes an update, from another thread."""
+"""Called with an update, from another thread."""
 
 
 class UpdateOutput:
     """Posts updates until the feed is stopped."""
 
     def __init__(self, post: Post) -> None:
-        """`post` takes the updates."""
+        """`post` is called with each update."""
         self._post = post
         self._problem = ""
         self.stopped = threading.Event()
@@ -25,7 +25,7 @@ class UpdateOutput:
             self._post(update)
 
     def report(self, problem: str) -> None:
-        """Posts why the session cannot be read, or "" that it can, if that has changed."""
+        """Posts why the session cannot be read ("": it can), if that has changed."""
         if problem != self._problem:
             self._problem = problem
             self.post(SessionUpdate(problem=problem))

@@ -22,13 +22,13 @@ class SessionSummary(Struct, frozen=True):
     step: int
     total_steps: int
     settings: dict[str, Any]
-    """In force. A mapping: a session of another version has other settings."""
+    """Settings in force. A mapping, because a session of another version has other settings."""
     message: str
     attempts: list[AttemptRow]
     pid: int | None
     host: str | None
     pause_reason: str | None = None
-    """What paused it; None if a person did, if it is not paused, or if the engine does not say."""
+    """What paused it; None if a person did, if it is not paused, or if that is not recorded."""
     deadline: float | None = None
     """Unix time before which the run saves and ends; None without one."""
 
@@ -43,22 +43,22 @@ class ReplayMark(Struct, frozen=True):
 
 
 class ReplayStatus(Struct, frozen=True):
-    """Where a replay is, and how it plays."""
+    """The position and speed of a replay."""
 
     position: Position
     share: float
-    """Of the replay that was played, from 0 to 1."""
+    """Share of the replay that was played, from 0 to 1."""
     last_step: int
     """Of the recording."""
     speed: float
-    """Seconds of the recording in a second."""
+    """Seconds of the recording per second."""
     playing: bool
     marks: tuple[ReplayMark, ...] = ()
     """In order; also those that are still to come."""
 
 
 class SessionUpdate(Struct, frozen=True):
-    """What a reading found; a field that is None has not changed."""
+    """The result of a reading; a field that is None has not changed."""
 
     reset: bool = False
     """Discard the state: the run was rolled back, or the journal was replaced."""
@@ -66,7 +66,7 @@ class SessionUpdate(Struct, frozen=True):
     curves: dict[str, Points] = msgspec.field(default_factory=dict)
     """Points to append to those of earlier readings."""
     downsampled: dict[str, Points] = msgspec.field(default_factory=dict)
-    """Lowest and highest values of whole curves, alternating; shown until the curve is read."""
+    """Alternating minima and maxima of whole curves; shown until the curve is read."""
     past: dict[str, list[tuple[int, int, float | None]]] = msgspec.field(default_factory=dict)
     """(attempt, step, value) of abandoned branches."""
     names: list[str] | None = None
@@ -87,7 +87,7 @@ class SessionUpdate(Struct, frozen=True):
     problem: str | None = None
     """Why the journal cannot be read; empty once it can be read again."""
     replay: ReplayStatus | None = None
-    """Where the replay is that posts this; None in the feed of a session as it is now."""
+    """The status of the replay that posts this; None for a session shown as it is now."""
 
     def __bool__(self) -> bool:
         return self != SessionUpdate()

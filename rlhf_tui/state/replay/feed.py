@@ -1,4 +1,4 @@
-"""Posts the updates of a session as it was, in the order and at the pace of a player."""
+"""Posts the updates of a past session, in the order and at the pace of a player."""
 
 import threading
 from bisect import bisect_left, bisect_right
@@ -29,7 +29,7 @@ WITHOUT_PHASES = ("starting", "paused")
 STALE = 60.0
 """Seconds after which a reading of the machine is not shown any more."""
 JUST_PASSED = 1.0
-"""Seconds of playing after a marker in which the key to the previous one passes it over."""
+"""Seconds of playing after a marker during which the key for the previous marker skips it."""
 
 
 class PlacedMarker(Struct, frozen=True):
@@ -40,7 +40,7 @@ class PlacedMarker(Struct, frozen=True):
 
 
 class ReplayFeed:
-    """Reads a session up to a moment that moves on. Nothing can be sent to the session."""
+    """Reads a session up to a moving moment. Nothing can be sent to the session."""
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class ReplayFeed:
         """Starts nothing yet.
 
         Args:
-            session: what is replayed.
-            player: the clock; set to `from_step` when the recording is read.
+            session: the session to replay.
+            player: the clock; set to `from_step` when the recording has been read.
             names: metrics to read; :meth:`want` adds to them.
-            post: takes each update, from another thread.
-            from_step: of today's timeline, at whose end the replay begins.
+            post: called with each update, from another thread.
+            from_step: the step of today's timeline at whose end the replay begins.
         """
         self._session = session
         self._player = player
@@ -97,13 +97,13 @@ class ReplayFeed:
         self._player.changed.set()
 
     def jump(self, way: int) -> Marker | None:
-        """Moves to the next marker (1) or the previous one (-1) and returns it; None without."""
+        """Moves to the next marker (1) or the previous one (-1) and returns it; None if none."""
         offsets = [placed.offset for placed in self.markers]
         now, speed, playing = self._player.read()
         if way > 0:
             index = bisect_right(offsets, now)
         else:
-            # While it plays it has moved on since: the key would lead to the same one for ever.
+            # While it plays it has moved on since: the key would lead to the same one forever.
             moved = JUST_PASSED * speed if playing else 0.0
             index = bisect_left(offsets, now - moved) - 1
         if not 0 <= index < len(offsets):
@@ -168,7 +168,7 @@ class ReplayFeed:
             self._changes.read(session, record, (labels.count(),), live)
 
     def _live_state(self, record: JournalReader, offset: float) -> SessionUpdate:
-        """What an engine would have sent."""
+        """The live data that an engine would have sent."""
         position = record.session.position
         if position is None or not position.live:
             return SessionUpdate(phases=[], connected=False)

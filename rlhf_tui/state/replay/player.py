@@ -1,4 +1,4 @@
-"""The clock of a replay: where it is, whether it plays and how fast."""
+"""The clock of a replay: its position, whether it plays, and its speed."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ class ReplayOptions(Struct, frozen=True):
     speed: float = 20.0
     """Seconds of the recording in a second."""
     from_step: int = 0
-    """The step of today's timeline at whose end it begins."""
+    """The step of today's timeline at whose end the replay begins."""
 
 
 class Player:
@@ -27,7 +27,7 @@ class Player:
 
         Args:
             speed: seconds of the recording in a second.
-            clock: seconds, of which only differences count.
+            clock: returns seconds; only differences count.
         """
         self._clock = clock
         self._lock = threading.Lock()
@@ -47,7 +47,7 @@ class Player:
             self._go(offset)
 
     def read(self) -> tuple[float, float, bool]:
-        """The offset, the speed, and whether time passes, all of one moment."""
+        """The offset, the speed, and whether time passes, read together."""
         with self._lock:
             now = self._now()
             return now, self._speed, self._playing and now < self._duration
@@ -66,7 +66,7 @@ class Player:
             self._go(offset)
 
     def toggle(self) -> None:
-        """Pauses or plays on. At the end it plays from the beginning."""
+        """Pauses or continues. At the end it plays from the beginning."""
         with self._lock:
             now = self._now()
             self._playing = not self._playing or now >= self._duration

@@ -1,1 +1,1 @@
-"""Several runs beside each other: overlaid curves, and the settings that differ."""
+"""Comparisons of several runs: overlaid curves, and the settings that differ."""

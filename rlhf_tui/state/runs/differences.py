@@ -12,7 +12,7 @@ NAMED_ALIKE = ("model", "data", "reward")
 
 
 def configuration_of(session: SessionFolder) -> dict[str, Any]:
-    """Every configuration key with its value, of any type; that in force for live settings.
+    """Every configuration key with its value, of any type; for live settings the one in force.
 
     Raises:
         RlhfError: the journal or the configuration cannot be read.
@@ -26,14 +26,14 @@ def configuration_of(session: SessionFolder) -> dict[str, Any]:
 
 
 def differing(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all, those that may change during a run first."""
+    """The keys whose values differ, those that may change during a run first."""
     keys = dict.fromkeys([*LIVE_SETTINGS.values(), *(k for each in configurations for k in each)])
     first = configurations[0]
     return [key for key in keys if any(c.get(key) != first.get(key) for c in configurations)]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Key → the last part of it, or the whole key where that would be ambiguous or says little."""
+    """Key → its last part, or the whole key if that would be ambiguous or says little."""
     last = [key.rpartition(".")[2] for key in keys]
     return {
         key: name if last.count(name) == 1 and key.partition(".")[0] not in NAMED_ALIKE else key

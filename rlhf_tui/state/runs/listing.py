@@ -40,8 +40,8 @@ def listed_session(session: SessionFolder, metric: str = metrics.SCORE) -> Liste
     """A session as the browser lists it; if it cannot be read, with the reason.
 
     Args:
-        session: to read.
-        metric: whose last value and newest values are listed.
+        session: the session to read.
+        metric: the metric whose last and newest values are listed.
     """
     try:
         with JournalReader(session) as record:
@@ -62,7 +62,7 @@ def listed_session(session: SessionFolder, metric: str = metrics.SCORE) -> Liste
 
 
 class SessionListCache:
-    """Keeps the rows of sessions; reads only those that have changed. Any thread may read."""
+    """Caches the rows of sessions; reads only those that have changed. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,19 +72,19 @@ class SessionListCache:
     def rows(
         self, root: Path, metric: str = metrics.SCORE, *, settings: bool = False
     ) -> list[ListedSession]:
-        """All sessions: those with an engine, the last started first, then the last active.
+        """All sessions: those with an engine, the last started first; then the last active first.
 
         Args:
             root: the folder of sessions.
-            metric: whose values are listed.
-            settings: also reads configurations, which takes some ten milliseconds each.
+            metric: the metric whose values are listed.
+            settings: whether to read configurations, which takes some ten milliseconds each.
         """
         with self._lock:
             found = [self._row(s, metric, settings=settings) for s in all_sessions(root)]
         return sorted(found, key=_place)
 
     def begin(self, root: Path, metric: str) -> None:
-        """Starts to read in a thread; who asks for the rows meanwhile waits for it."""
+        """Starts to read in a thread; :meth:`rows` waits for it."""
 
         def read() -> None:
             with contextlib.suppress(OSError, RlhfError):  # raised to whoever asks for the rows

@@ -1,4 +1,4 @@
-"""Other runs' curves, to be drawn over those of the open run: read, and aligned with it."""
+"""Reads other runs' curves and aligns them with the open run, to overlay them."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,8 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.state.series import Series
 
 ALIGNMENTS = ("step", "episode", "hours")
-"""By what the curves of several runs are aligned: the same step, the same number of responses so
-far, or the same hours of training, without pauses."""
+"""What the curves of several runs are aligned by: the step, the number of responses so far, or the
+hours of training, without pauses."""
 SPANS = 500
 """Spans of a downsampled curve: more than the dot columns of a chart on half of a wide terminal."""
 CLOCKS = {"episode": (EPISODE, False), "hours": (STEP_TIME, True)}
@@ -21,24 +21,24 @@ CLOCKS = {"episode": (EPISODE, False), "hours": (STEP_TIME, True)}
 
 
 class RunClock:
-    """What had passed at each step of a run: responses, or seconds of training."""
+    """The cumulated responses, or seconds of training, at each step of a run."""
 
     def __init__(self, points: Iterable[tuple[int, float]]) -> None:
-        """`points`: step and what had passed, both increasing. 0 at step 0."""
+        """`points`: step and cumulated value, both increasing. 0 at step 0."""
         later = [(step, passed) for step, passed in points if step > 0 and passed > 0]
         self._steps = [0, *(step for step, _ in later)]
         self._passed = [0.0, *(passed for _, passed in later)]
 
     def __bool__(self) -> bool:
-        """Whether anything is known of it."""
+        """Whether there are any points."""
         return len(self._steps) > 1
 
     def at(self, step: float) -> float:
-        """What had passed at a step; after the last one at the mean pace."""
+        """The cumulated value at a step; extrapolated at the mean pace after the last one."""
         return _interpolated(self._steps, self._passed, step)
 
     def step_at(self, passed: float) -> float:
-        """The step at which so much had passed; after the last one at the mean pace."""
+        """The step at which a value was reached; extrapolated like :meth:`at`."""
         return _interpolated(self._passed, self._steps, passed)
 
 
@@ -95,7 +95,7 @@ def aligned(overlay: Overlay, own: Mapping[str, RunClock], alignment: str) -> di
         alignment: one of :data:`ALIGNMENTS`.
 
     Returns:
-        Metric → curve; empty if the alignment needs a clock that one of the runs does not have.
+        Metric → curve; empty if the alignment needs a clock that one of the runs lacks.
     """
     if alignment == ALIGNMENTS[0]:
         return overlay.curves
