@@ -130,9 +130,9 @@ class SamplesScreen(SessionScreen):
             return "no held-out responses: this run has no evaluation (eval.every)"
         if self.samples.query.held_out:
             if action in self.WRITES:
-                return "held-out responses are not judged: labels are for responses of training"
+                return "held-out responses cannot be judged; only training responses can"
             if action == "view":
-                return "token values are kept for responses of training only"
+                return "token values are kept for training responses only"
         return super().why_disabled(action)
 
     # -- the list ------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def empty_list(samples: SampleList, state: SessionState) -> list[Row]:
     if samples.filter:
         return [[(f" no response matches '{samples.filter}'; esc removes the filter", "dim")]]
     if samples.query.held_out:
-        return [[(" no held-out responses yet; E shows those of training", "dim")]]
+        return [[(" no held-out responses yet; E shows the training responses", "dim")]]
     if not state.head.step:
         return [[(" no responses before the first step is done", "dim")]]
     return [[(" no responses were kept (log.samples)", "dim")]]
