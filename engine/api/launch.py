@@ -136,7 +136,7 @@ def resume(
     if (total := preparation.steps_done(files, options)) is not None:
         raise UserInputError(
             f"session '{session.name}' has finished its {total} steps; to extend it, give "
-            f"overrides={{'train.steps': {2 * total}}}"
+            f"overrides={{'train.steps': {2 * options.from_step}}}"
         )
     return _started(files, options, session.who, timeout)
 

@@ -254,7 +254,7 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
     Raises:
         ConfigError: a key that is fixed at the start of a run differs.
     """
-    for key in changes(old, new):
+    for key in _changed_keys(old, new):
         if is_fixed_at_start(key):
             alternative = "" if _is_in_checkpoints(key, old, new) else ", or fork instead"
             reason = "it determines the model or the order of the data"
@@ -272,13 +272,18 @@ def check_forkable(old: RunConfig, new: RunConfig) -> None:
     Raises:
         ConfigError: a `lora` key differs, or the value function that is trained.
     """
-    for key in changes(old, new):
+    for key in _changed_keys(old, new):
         if _is_in_checkpoints(key, old, new):
-            merged = "with --merged " if key.startswith("lora.") else ""
+            merged = "with --merged " if old.lora.rank is not None else ""
             raise ConfigError(
                 f"{key} cannot change on a fork because the checkpoint depends on it: "
                 f"export the policy {merged}and start a new run from it"
             )
+
+
+def _changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """The keys whose values differ; last `lora.alpha`, whose default follows from `lora.rank`."""
+    return sorted(changes(old, new), key=lambda key: (key == "lora.alpha", key))
 
 
 def _is_in_checkpoints(key: str, old: RunConfig, new: RunConfig) -> bool:

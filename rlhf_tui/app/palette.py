@@ -104,7 +104,7 @@ DESCRIPTIONS = {
     "label('hack')": "label the response as reward hacking, or remove that label",
     "show_new": "show the responses that arrived while the list was kept still",
     "same_prompt": "show all responses to the prompt of this one",
-    "held_out": "switch between responses of training and those to held-out prompts (evaluation)",
+    "held_out": "switch between training responses and those to held-out prompts (evaluation)",
     "probes": "read the probes of this run again",
     "remark": "write a note on the response",
     "compare": "compare the response with the reference's or an earlier one",

@@ -80,16 +80,18 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
     ratio = "not measured" if result.ratio is None else f"{result.ratio:.4f}"
     parts = ", ".join(f"{name} {fmt.number(score)}" for name, score in result.sources.items())
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in result.prompts_left_out.items() if n)
+    held_out = config.eval.holdout
     start = f"start     ratio {ratio}, KL {result.kl:z.4f}"
     return [
         f"policy    {result.policy_parameters / 1e6:,.1f} M parameters, "
         f"{result.trained_parameters / 1e6:,.1f} M of them trained; {result.dtype} on "
         f"{result.device}",
         f"prompts   {result.prompts:,}, the longest of {result.longest_prompt} tokens"
+        + (f"; held out: {held_out:,}" if held_out else "")
         + (f"; left out: {left_out}" if left_out else ""),
         f"step      {fmt.plural(result.responses, 'response')} of "
-        f"{result.response_tokens:.0f} tokens (at most {config.rollout.max_new_tokens}) to two "
-        f"prompts of up to {result.prompt_tokens}",
+        f"{result.response_tokens:.0f} tokens (at most {config.rollout.max_new_tokens}) to 2 "
+        f"prompts of at most {fmt.plural(result.prompt_tokens, 'token')}",
         f"{start}; sampled log-probabilities are those of a full pass",
         f"score     {fmt.number(result.score)}" + (f" ({parts})" if parts else ""),
         f"memory    {result.memory:.2f} GB for this step"

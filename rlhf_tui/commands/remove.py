@@ -24,7 +24,7 @@ def rm(root: Path, names: tuple[str, ...], yes: bool) -> None:
     if not yes and not os.isatty(0):  # the output may be piped; the question is on stderr
         listed = ", ".join(f"'{session.name}'" for session in sessions)
         raise UserInputError(
-            f"stdin is not a terminal: give -y to delete session {listed} without confirmation"
+            f"stdin is not a terminal: give -y to delete {listed} without confirmation"
         )
     for session in sessions:
         _delete(session, yes=yes)

@@ -190,7 +190,7 @@ def _resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
     if (total := steps_done(session, start)) is not None:
-        more, root = f"train.steps={2 * total}", session.folder.parent
+        more, root = f"train.steps={2 * start.from_step}", session.folder.parent
         say(
             f"session '{session.name}' has finished its {fmt.plural(total, 'step')}; to extend it: "
             + fmt.command("resume", session.name, "-o", more, root=root)

@@ -137,7 +137,7 @@ class Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The verb of these arguments. Raises UsageError if an option stands in its place."""
         if args[0].startswith("-"):
-            raise click.UsageError(f"{args[0]} stands before NAME or after the verb", ctx)
+            raise click.UsageError(f"give {args[0]} before NAME or after the verb", ctx)
         return super().resolve_command(ctx, args)
 
 

@@ -264,7 +264,7 @@ class JudgingDialog(Dialog[None]):
         row.append(
             (f"   score {fmt.number(decision.row.score)}, above {share:.0%} of these: ", "dim")
         )
-        verdict: Piece = ("reward model agrees", "good") if agrees else ("it disagrees", "warn")
+        verdict: Piece = ("the score agrees", "good") if agrees else ("the score disagrees", "warn")
         return [*row, verdict]
 
     def _text(self, row: SampleRow | None, width: int) -> list[Row]:

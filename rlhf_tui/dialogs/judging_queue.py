@@ -96,7 +96,7 @@ class JudgingQueue:
         self._ahead = [row if key_of(each) == key_of(row) else each for each in self._ahead]
 
     def agrees(self, decision: Decision) -> bool | None:
-        """Whether the reward model agrees; None for a skipped response and without a score."""
+        """Whether the score agrees; None for a skipped response and without a score."""
         score = _finite(decision.row.score)
         if decision.label is None or score is None:
             return None
@@ -108,7 +108,7 @@ class JudgingQueue:
         return None if score is None else sum(s < score for s in self._scores) / len(self._scores)
 
     def agreement(self) -> tuple[int, int]:
-        """The number of judgements that the reward model agrees with, and of those compared."""
+        """The number of judgements that the scores agree with, and of those compared."""
         found = Counter(self.agrees(decision) for decision in self.decisions)
         return found[True], found[True] + found[False]
 

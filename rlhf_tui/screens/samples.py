@@ -33,7 +33,7 @@ from rlhf_tui.screens.parts.sample_list import (
 from rlhf_tui.screens.parts.sample_query_line import empty_list, not_shown_yet, query_line
 from rlhf_tui.screens.parts.sample_table import cells_of, samples_table
 from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
-from rlhf_tui.widgets.lines import Lines, justified
+from rlhf_tui.widgets.lines import Lines, justified, row_width
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
@@ -130,9 +130,9 @@ class SamplesScreen(SessionScreen):
             return "no held-out responses: this run has no evaluation (eval.every)"
         if self.samples.query.held_out:
             if action in self.WRITES:
-                return "held-out responses are not judged: labels are for responses of training"
+                return "held-out responses cannot be judged; only training responses can"
             if action == "view":
-                return "token values are kept for responses of training only"
+                return "token values are kept for training responses only"
         return super().why_disabled(action)
 
     # -- the list ------------------------------------------------------------------------------
@@ -177,12 +177,14 @@ class SamplesScreen(SessionScreen):
     def _show_query(self) -> None:
         table, samples, line = self.query_one(Table), self.samples, self.query_one("#filter", Lines)
         state = self.context.state
+        new = not_shown_yet(samples, live=state.live)
         shown = query_line(
             samples, state, cursor=table.cursor, count=table.count(),
             mode=self.query_one(SampleView).mode,
             full_screen=self.query_one("#panes").has_class("alone"),
+            room=line.size.width - row_width(new),
         )  # fmt: skip
-        line.show([justified(shown, not_shown_yet(samples, live=state.live), line.size.width)])
+        line.show([justified(shown, new, line.size.width)])
 
     # -- the sample under the cursor -----------------------------------------------------------
 

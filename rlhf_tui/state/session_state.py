@@ -126,6 +126,11 @@ class SessionState:
             return ""
         return "cannot be read" if self.problem else "reading …"
 
+    @property
+    def steps_unread(self) -> bool:
+        """Whether there are steps, of which only downsampled curves were read so far."""
+        return bool(self.head.step) and not self.curves
+
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""
         if update.replay is not None:
@@ -329,12 +334,19 @@ class SessionState:
         return "controller" if self.setting("controller") == "adaptive" else "configuration"
 
     def _sets_beta(self, command: CommandRow) -> bool:
-        """Whether beta was changed by a command up to now; after a restart it may follow later."""
+        """Whether a command up to now changed beta, or fixed it where the controller had moved it.
+
+        After a restart, a command that was applied may follow later.
+        """
         return (
             command.status == "applied"
             and command.live
             and (command.applied_step or 0) <= self.head.step + 1
-            and any(change.key == "beta" for change in command.changes)
+            and any(
+                change.key == "beta"
+                or (change.key == "controller" and change.new == "fixed" != change.old)
+                for change in command.changes
+            )
         )
 
     def pause_reason(self) -> str | None:

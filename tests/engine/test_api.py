@@ -195,6 +195,8 @@ def test_a_finished_run_is_resumed_only_for_more_steps(run, writer):
     writer.checkpoint(3)
     with pytest.raises(UserInputError, match="has finished its 3 steps"):
         resume(run, overrides={"train.steps": 3})
+    with pytest.raises(UserInputError, match=r"has finished its 2 steps.*'train.steps': 6"):
+        resume(run, overrides={"train.steps": 2})
 
 
 def test_a_session_is_resumed_and_forked_by_its_name(run, writer):

@@ -229,6 +229,11 @@ def test_neither_a_resume_nor_a_fork_may_change_the_adapters(key):
         config_file.check_forkable(before, after)
 
 
+def test_a_fork_that_adds_adapters_is_refused_by_the_key_that_was_given():
+    with pytest.raises(ConfigError, match=r"lora\.rank cannot.*export the policy and start"):
+        config_file.check_forkable(demo(), demo("lora.rank=8"))
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from textual.screen import Screen
 
+from engine.agreement import Agreement, Point
 from engine.config import file as config_file
 from engine.config.sections.reward import SOURCE_KEYS
 from engine.journal.labels import Response, set_label
@@ -22,9 +24,13 @@ from rlhf_tui.cli import cli
 from rlhf_tui.commands.reward.training import fork_command
 from rlhf_tui.report import html, markdown
 from rlhf_tui.report.data import read_report
+from rlhf_tui.screens.parts.sample_list import PAGE, SampleList
+from rlhf_tui.screens.parts.sample_query_line import not_shown_yet, query_line
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.charts.chart import Chart
-from rlhf_tui.widgets.lines import Lines
+from rlhf_tui.widgets.lines import Lines, row_width
 from tests.tui.conftest import NOW
+from tests.tui.panels import make_state
 
 STEPS = 24
 
@@ -90,6 +96,20 @@ async def test_the_app_shows_it_on_samples_and_as_a_chart(make_app, running, ses
         await pilot.press("3")
         line = app.screen.query_one("#filter", Lines)
         await until(pilot, lambda: "of 48, less from step 13" in line.text())
+
+
+def test_the_app_shows_it_above_a_full_page_in_80_columns(make_app, session):
+    samples = SampleList(Screen(), make_app("judged", root=session.folder.parent))
+    samples.new = 320
+    state = make_state()
+    state.take(SessionUpdate(agreement=Agreement(points=[Point(20, 0.5)] * 37)))
+    room = 80 - row_width(not_shown_yet(samples, live=True))
+    line = query_line(
+        samples, state, cursor=0, count=PAGE, mode="text", full_screen=False, room=room
+    )
+    assert row_width(line) <= room
+    shown = "".join(words for words, _ in line)
+    assert "by step▾   1/500" in shown and "agrees 50% of 37" in shown
 
 
 async def test_a_damaged_file_of_judgements_hides_nothing_else(make_app, running, session, until):

@@ -134,7 +134,7 @@ def test_every_option_of_a_command_has_a_line_of_help(name):
 
 def test_an_option_between_the_name_and_the_verb_is_told_where_it_stands():
     result = CliRunner().invoke(cli, ["ctl", "frozen", "--wait", "pause"])
-    assert "--wait stands before NAME or after the verb" in result.output
+    assert "give --wait before NAME or after the verb" in result.output
 
 
 @pytest.mark.parametrize("verb", ctl.commands)

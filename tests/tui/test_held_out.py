@@ -253,7 +253,7 @@ async def test_held_out_responses_are_not_judged_and_keep_the_labels_of_training
         assert (sample.attempt, sample.step, sample.index) == (1, 20, 0)  # that of the label, too
         assert sample.judgement is None
         await pilot.press("minus")
-        await until(pilot, lambda: any("are not judged" in text for text in notices(app)))
+        await until(pilot, lambda: any("cannot be judged" in text for text in notices(app)))
         await pilot.press("W", "y", "v")
         await pilot.pause()
         assert view.mode == "text"

@@ -82,7 +82,7 @@ def test_a_note_is_kept_with_its_response_though_another_one_has_come_back():
         ("good", -9.0, False), ("good", None, None), (None, 9.0, None),
     ],
 )  # fmt: skip
-def test_the_reward_model_agrees_if_good_ones_score_above_the_median(label, score, agrees):
+def test_the_score_agrees_if_good_ones_score_above_the_median(label, score, agrees):
     queue = JudgingQueue(pool(score, 0.0, 0.1, -0.1))
     while queue.current.step != 1:
         queue.decide(None)

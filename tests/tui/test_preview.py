@@ -4,10 +4,12 @@ import pytest
 
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.screens.sessions import SessionsScreen
+from rlhf_tui.state.session_preview import Difference, SessionPreview
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.panels.preview import PreviewNotes, PreviewSamples
 from rlhf_tui.widgets.table import Table
 from tests.tui.conftest import config_of
+from tests.tui.panels import make_state
 from tests.tui.screen import cells
 
 
@@ -54,6 +56,15 @@ async def test_the_preview_shows_the_highlighted_run_and_what_differs_from_the_o
         await highlight(pilot, until, app, "torn")
         await until(pilot, lambda: "torn/journal.db" in notes.text().replace("\n", ""))
         assert "file is not a database" in " ".join(notes.text().split())
+
+
+def test_the_end_of_a_long_value_is_marked_as_cut():
+    path = "/models/" + 20 * "long-" + "reward"
+    preview = SessionPreview("run", differences=[Difference("reward.model", path, None)])
+    notes = PreviewNotes(id="notes")
+    notes.read(make_state(), preview)
+    shown = "".join(words for words, _ in notes.rows(100, 5)[2])
+    assert shown.startswith(" reward.model …") and "long-reward (off)" in shown
 
 
 async def test_a_configuration_that_cannot_be_read_hides_no_curves(folder, running, until):

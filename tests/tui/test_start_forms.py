@@ -50,6 +50,10 @@ async def test_r_on_the_dashboard_of_a_finished_run_resumes_it_with_other_settin
     async with seat() as (app, pilot):
         await form(app, pilot, until, "r")
         assert effect(app) == "its 50 steps are done; train.steps=100 extends the run"
+        app.screen.query_one("#overrides", Input).value = "train.steps=10"
+        fewer = "its 10 steps are done; train.steps=100 extends the run"
+        await until(pilot, lambda: effect(app) == fewer)
+        app.screen.query_one("#overrides", Input).value = ""
         await pilot.press(*"train.steps=100 kl.beta=0.3")
         await until(pilot, lambda: effect(app) == "kl.beta 0.05 → 0.3, train.steps 50 → 100")
         await pilot.press("enter")

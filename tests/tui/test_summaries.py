@@ -17,11 +17,12 @@ from rlhf_tui.state.runs.listing import spark
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.cursor import CursorPanel
+from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.phases import PhaseStrip
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs
-from tests.tui.panels import command, make_state, text
+from tests.tui.panels import command, head, make_state, text
 
 # -- top lines -------------------------------------------------------------------------------------
 
@@ -94,6 +95,14 @@ def test_a_session_of_which_nothing_was_read_is_not_said_to_start(problem, shown
     assert ("✗ unreadable" in tabs) == bool(problem)
     for panel in (PhaseStrip(state), SteeringPanel(state), TimelinePanel(state, Viewport())):
         assert shown in text(panel)
+
+
+def test_a_panel_does_not_say_that_a_run_has_nothing_before_its_steps_were_read():
+    state = SessionState("run")
+    state.take(SessionUpdate(head=head(state="crashed")))
+    for panel in (PhaseStrip(state), SteeringPanel(state), TimelinePanel(state, Viewport())):
+        assert "reading …" in text(panel)
+    assert "first step" not in text(LatestSamplesPanel(state))
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120])

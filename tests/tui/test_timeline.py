@@ -22,7 +22,7 @@ from rlhf_tui.state.timeline import DIED, short_condition
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.status_lines import StatusLine
-from tests.tui.panels import command, make_state, text
+from tests.tui.panels import SETTINGS, command, make_state, text
 
 
 def attempts(*from_steps, each_killed=False):
@@ -243,6 +243,14 @@ def test_a_change_that_a_resume_repeats_later_is_not_beta_s_source_yet():
     state = make_state(attempts=attempts(0, 20), step=22)
     state.take(SessionUpdate(commands=[beta(41)]))
     assert state.beta_source() == "controller"
+
+
+def test_who_fixes_a_beta_that_the_controller_moved_is_its_source():
+    state = make_state(step=50, settings=SETTINGS | {"controller": "fixed"})
+    fixed = [SettingChange(key="controller", old="adaptive", new="fixed")]
+    later = command("applied", id="later", applied_step=41, ended=3.0, live=True, changes=fixed)
+    state.take(SessionUpdate(commands=[beta(21), later]))
+    assert state.beta_source().endswith("at step 41")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def resume_form(root: Path, name: str, from_step: int | None) -> StartForm:
             return False, str(error)
         total = new.train.steps
         if step >= total and row.state != "crashed":  # a crashed one has to record its end
-            return False, f"its {total} steps are done; train.steps={2 * total} extends the run"
+            return False, f"its {total} steps are done; train.steps={2 * step} extends the run"
         return True, base.changed(new) or f"up to step {total}, with the same settings"
 
     def arguments(values: Values) -> list[str]:

@@ -1,8 +1,9 @@
 """The line above the list of samples, and what is in the place of an empty list."""
 
+from engine.journal.samples import SampleQuery
 from rlhf_tui.screens.parts.sample_list import ORDER_TITLES, PAGE, SampleList
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.samples.sample_view import VIEWS
 
 AGREEMENT_SHOWN_FROM = 10
@@ -17,8 +18,9 @@ def query_line(
     count: int,
     mode: str,
     full_screen: bool,
+    room: int,
 ) -> list[Piece]:
-    """Order, filter and page of the list.
+    """Order, filter and page of the list, and the agreement; in fewer words if they do not fit.
 
     Args:
         samples: the list.
@@ -27,26 +29,41 @@ def query_line(
         count: of the rows.
         mode: the view of the selected sample, one of :data:`VIEWS`.
         full_screen: whether that is shown without the list.
+        room: cells for the line.
     """
+    before: list[Piece] = []
+    after: list[Piece] = []
     query = samples.query
-    row: list[Piece] = []
     if full_screen:
-        row += [(" full screen", "accent"), ("  z back  ", "dim")]
+        before += [(" full screen", "accent"), ("  z back  ", "dim")]
     if query.held_out:
-        row += [(" held-out", "accent"), ("  E back  ", "dim")]
-    row += [(" sorted by ", "dim"), (ORDER_TITLES[query.order], "strong")]
-    row.append((" descending" if query.descending else " ascending", "dim"))
-    if count:
-        row += [("   row ", "dim"), (f"{cursor + 1}/{count}", "strong")]
+        before += [(" held-out", "accent"), ("  E back  ", "dim")]
     if samples.page or count == PAGE:
-        row += _page(samples.page, more=count == PAGE)
+        after += _page(samples.page, more=count == PAGE)
     if query.prompt is not None:
-        row += [("   one prompt  ", "accent"), ("= back", "dim")]
+        after += [("   one prompt  ", "accent"), ("= back", "dim")]
     if samples.filter:
-        row += [("   only ", "dim"), (samples.filter, "accent")]
+        after += [("   only ", "dim"), (samples.filter, "accent")]
     if mode != VIEWS[0]:
-        row += [("   tokens: ", "dim"), (mode, "strong")]
-    return row if query.held_out else row + _agreement(state)
+        after += [("   tokens: ", "dim"), (mode, "strong")]
+    if not query.held_out:
+        after += _agreement(state)
+    position = f"{cursor + 1}/{count}" if count else ""
+    row = [*before, *_order(query, position), *after]
+    if row_width(row) <= room:
+        return row
+    return [*before, *_order(query, position, short=True), *after]
+
+
+def _order(query: SampleQuery, position: str, *, short: bool = False) -> list[Piece]:
+    """The order and the selected row; in the short form as in the title of its column."""
+    title = ORDER_TITLES[query.order]
+    if short:
+        row: list[Piece] = [(" by ", "dim"), (title + ("▾" if query.descending else "▴"), "strong")]
+        return [*row, (f"   {position}", "strong")] if position else row
+    row = [(" sorted by ", "dim"), (title, "strong")]
+    row.append((" descending" if query.descending else " ascending", "dim"))
+    return [*row, ("   row ", "dim"), (position, "strong")] if position else row
 
 
 def _page(number: int, *, more: bool) -> list[Piece]:
@@ -86,7 +103,7 @@ def empty_list(samples: SampleList, state: SessionState) -> list[Row]:
     if samples.filter:
         return [[(f" no response matches '{samples.filter}'; esc removes the filter", "dim")]]
     if samples.query.held_out:
-        return [[(" no held-out responses yet; E shows those of training", "dim")]]
+        return [[(" no held-out responses yet; E shows the training responses", "dim")]]
     if not state.head.step:
         return [[(" no responses before the first step is done", "dim")]]
     return [[(" no responses were kept (log.samples)", "dim")]]

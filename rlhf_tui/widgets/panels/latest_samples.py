@@ -17,16 +17,18 @@ class LatestSamplesPanel(Panel):
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Score, KL and length, then the end of the prompt and the response."""
-        return newest_responses(self.state.samples, width, height, "3 read" if width >= 40 else "3")
+        keys = "3 read" if width >= 40 else "3"
+        first = not self.state.head.step
+        none = "none yet: they appear with the first step" if first else "none read yet"
+        return newest_responses(self.state.samples, width, height, keys, none=none)
 
 
 def newest_responses(
-    samples: Sequence[SampleRow], width: int, height: int, keys: str = ""
+    samples: Sequence[SampleRow], width: int, height: int, keys: str = "", none: str = "none yet"
 ) -> list[Row]:
-    """The lines of the newest step's responses, below a heading with `keys`."""
+    """The lines of the newest step's responses, or `none`, below a heading with `keys`."""
     if not samples:
-        none = " none yet: they appear with the first step"
-        return [heading("Newest responses", keys, width), [(none, "dim")]]
+        return [heading("Newest responses", keys, width), [(f" {none}", "dim")]]
     step = samples[-1].step
     newest = [s for s in samples if s.step == step]
     title = f"Newest responses, step {step}"

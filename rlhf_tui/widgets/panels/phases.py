@@ -44,7 +44,8 @@ class PhaseStrip(Panel):
         """How long the last step and its phases took, after `state`."""
         times = [(n, s) for n in PHASES if (s := self._last(phase_time(n))) is not None]
         if not times:
-            return [(f" {state}no step measured yet", "dim")]
+            none = "reading …" if self.state.steps_unread else "no step measured yet"
+            return [(f" {state}{none}", "dim")]
         total = self._last(metrics.STEP_TIME)
         pieces: list[Piece] = [(f" {state}last step took ", "dim")]
         pieces += [(f"{total or 0:.1f}s", ""), (": ", "dim")]

@@ -109,7 +109,7 @@ def _short(value: object) -> str:
     text = fmt.value_text(value)
     if isinstance(value, list) and len(text) > VALUE:
         return f"{text[: VALUE - 1]}…"
-    return text[-VALUE:]
+    return text if len(text) <= VALUE else f"…{text[1 - VALUE :]}"
 
 
 def packed(groups: list[list[Piece]], width: int) -> list[Row]:

@@ -74,11 +74,12 @@ class SteeringPanel(Panel):
     def _beta(self, width: int) -> Row:
         state = self.state
         beta = state.setting("beta")
+        source = "reading …" if state.steps_unread else state.beta_source(short=width < 50)
         return [
             *_label("beta"),
             (f"{fmt.number(beta, 4):<8}", "strong"),
             (f" {state.setting('controller')}", "accent"),
-            (f" · {state.beta_source(short=width < 50)}", "dim"),
+            (f" · {source}", "dim"),
         ]
 
     def _kl(self, width: int) -> Row:
@@ -99,8 +100,11 @@ class SteeringPanel(Panel):
         kl = self.state.series(metrics.KL).last
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
-            first = not self.state.head.step
-            reason = "after the first step" if first else "unknown: the last step has no KL"
+            reason = "unknown: the last step has no KL"
+            if self.state.steps_unread:
+                reason = "reading …"
+            elif not self.state.head.step:
+                reason = "after the first step"
             return [*row, (reason, "dim")]
         if batch_size is None:
             return [*row, ("unknown: config.yaml is not read", "dim")]

@@ -87,7 +87,7 @@ class TimelinePanel(ScrollList):
 
     def empty(self) -> list[Row]:
         """What will be here."""
-        nothing = "nothing yet: changes, alerts and checkpoints appear here"
+        nothing = "reading …" if self.state.steps_unread else "nothing yet"
         return [[(f" {self.state.unread or nothing}", "dim")]]
 
     def row(self, index: int, width: int) -> Row:
