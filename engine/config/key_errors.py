@@ -57,8 +57,8 @@ def explain(message: str, tree: dict[str, Any]) -> str:
         return f"unknown key '{key}'{colon or nearest(key)}"
     if match := re.search(r"missing required field `(.+)`", text):
         key = f"{path}.{match[1]}" if path else match[1]
-        hint = " (a section)" if key in ("model", "data", "reward") else ""
-        return f"'{key}' is missing{hint} and has no default"
+        kind = "section" if key in ("model", "data", "reward") else "key"
+        return f"the {kind} '{key}' is required, but missing"
     wanted = expected(text)
     value = _lookup(tree, path)
     choices = _choices(path)

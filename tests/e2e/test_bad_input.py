@@ -56,7 +56,7 @@ def test_an_empty_prompt_file_is_named(lab, tmp_path):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("model: {policy: x}\n", "'data' is missing"),
+        ("model: {policy: x}\n", "the section 'data' is required, but missing"),
         ("just words\n", "must contain sections"),
         ("model: [\n", "line 2"),
         ("", "must contain sections"),
