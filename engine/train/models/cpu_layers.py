@@ -1,11 +1,12 @@
-"""Float32 linear layers and embeddings on a CPU, which accumulate their gradients in place.
+"""Float32 linear layers and embeddings on a CPU that accumulate their gradients in place.
 
-Linear layers also choose the library of their products (:mod:`engine.train.models.cpu_matmul`).
+Linear layers also choose the library for their products (:mod:`engine.train.models.cpu_matmul`).
 
-autograd makes a gradient of a weight's size for each micro-batch and then adds it to `weight.grad`;
-for an embedding that is also the output layer it makes three. With one rank nothing but the
-optimiser reads a weight's gradient, so a layer adds its own to `weight.grad` itself. The largest
-are the output layer's: 113 MB each for SmolLM2's 135 M, which the kernel clears each time.
+autograd allocates a gradient of a weight's size for each micro-batch and then adds it to
+`weight.grad`; for an embedding tied to the output layer it allocates three. With a single rank,
+only the optimiser reads a weight's gradient, so a layer can add its own to `weight.grad` directly.
+The largest gradients are the output layer's: 113 MB each for SmolLM2's 135 M, which the kernel
+would clear each time.
 """
 
 import types
@@ -27,16 +28,16 @@ from engine.train.models.cpu_matmul import (
 
 
 def use_cpu_layers(module: nn.Module, ranks: RankGroup) -> None:
-    """Replaces the `forward` of a model's plain linear layers and embeddings where that pays.
+    """Replaces the `forward` of a model's plain linear layers and embeddings where that pays off.
 
-    Does nothing on a GPU. Call it when the model is placed, and its weights are trained or frozen.
-    Where this is the only rank, `weight.grad` is set in the backward pass itself, and autograd gets
-    no gradient of the weight: neither `torch.autograd.grad` nor a hook on the weight sees one.
+    Does nothing on a GPU. Call it once the model is placed and its trainable weights are chosen.
+    With a single rank, the backward pass sets `weight.grad` directly and autograd gets no gradient
+    of the weight: neither `torch.autograd.grad` nor a hook on the weight sees one.
     """
     if ranks.device.type != "cpu":
         return
     for part in module.modules():
-        # Of these classes themselves: those derived from them compute something else.
+        # Exact types only: subclasses may compute something else.
         if type(part) is nn.Linear:
             forward = _linear_forward(part.weight, alone=ranks.size == 1)
         elif type(part) is nn.Embedding:
@@ -49,7 +50,7 @@ def use_cpu_layers(module: nn.Module, ranks: RankGroup) -> None:
 
 
 def _linear_forward(weight: Tensor, *, alone: bool) -> Callable[..., Tensor] | None:
-    """What replaces a linear layer's `forward`; None if it is to stay."""
+    """Returns the replacement of a linear layer's `forward`; None to keep it."""
     in_place = alone and weight.requires_grad
     if onednn_is_quicker_for(weight):
         return _in_place_onednn_linear if in_place else _onednn_linear
@@ -60,8 +61,8 @@ def _is_plain(layer: nn.Embedding) -> bool:
     return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
 
 
-# A token of a rollout calls each layer once, for some 0.3 ms. What precedes the product must be
-# short: while it lasts, the threads of the last product fall asleep.
+# Each rollout token calls each layer once, for about 0.3 ms. The code before the product must be
+# short: meanwhile the threads of the previous product fall asleep.
 
 
 def _in_place_linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def _onednn_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear, x: Tensor, *, in_place: bool) -> Tensor:
-    """`nn.Linear.forward`, with products of our own for plain float32 tensors on the CPU."""
+    """`nn.Linear.forward`, with custom products for plain float32 tensors on the CPU."""
     weight, bias = layer.weight, layer.bias
     plain = x.dtype == weight.dtype == torch.float32 and _is_on_cpu(weight)
     if not plain or torch.is_autocast_enabled("cpu"):
@@ -101,7 +102,7 @@ def _in_place_embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
 
 
 def _is_on_cpu(weight: Tensor) -> bool:
-    """Whether it is a plain tensor there: not sharded or quantised."""
+    """Whether it is a plain tensor on the CPU, neither sharded nor quantised."""
     return weight.device.type == "cpu" and type(weight.data) is Tensor
 
 
@@ -110,14 +111,14 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, in_place: bool) -> Tensor:
-        """Saves x, and refers to the weight, which does not change before the backward pass."""
+        """Saves x and keeps a reference to the weight, which must not change before backward."""
         ctx.save_for_backward(x)
         ctx.weight, ctx.in_place = weight, in_place
         return layer_output(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Returns the gradients g W and gᵀ x, the second unless it is added to `weight.grad`."""
+        """Returns the gradients g W and gᵀ x, or None for the latter if added to `weight.grad`."""
         (x,), weight = ctx.saved_tensors, ctx.weight
         grad = grad.contiguous()
         of_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
@@ -133,7 +134,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 class InPlaceEmbedding(torch.autograd.Function):
-    """Rows of a weight (V, H) by ids of any shape; adds the gradient to `weight.grad`."""
+    """Looks up rows of a weight (V, H) by ids of any shape; adds the gradient to `weight.grad`."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:

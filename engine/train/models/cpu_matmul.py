@@ -1,13 +1,13 @@
-"""Float32 matrix products on a CPU, by the library that is faster for them.
+"""Computes float32 matrix products on a CPU with the faster of two libraries.
 
-torch's products use MKL, which takes its AVX2 path on processors that are not by Intel. With
-AVX-512, oneDNN, which is also part of torch, is more than twice as fast: 480 against 210 GFLOP/s on
-two Zen 5 cores, for all shapes of a training step, forward and backward. With AVX2 alone MKL is
-faster, except for an output layer: 17 against 30 ms for 16 rows and 49,152 words on two Zen 3
-cores. There MKL also divides products of a few rows badly among its threads; as a batch of products
-with 64 rows of the weight each they take 0.4 to 0.95 of the time, the same 16 rows 14 ms. The
-results agree up to rounding. The choice depends only on the processor and the shape, so a resumed
-run makes the same one.
+torch's products use MKL, which takes its AVX2 path on non-Intel processors. With AVX-512, oneDNN,
+which is also part of torch, is more than twice as fast: 480 against 210 GFLOP/s on two Zen 5 cores,
+for all shapes of a training step, forward and backward. With only AVX2, MKL is faster except for an
+output layer, where oneDNN takes 17 instead of 30 ms for 16 rows and 49,152 words on two Zen 3
+cores. There MKL also divides products of a few rows badly among its threads. Computed as a batch of
+products with 64 weight rows each, they take 0.4 to 0.95 of the time; the same 16 rows take 14 ms.
+The results agree up to rounding. The choice depends only on the processor and the shape, so a
+resumed run makes the same one.
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 def has_onednn() -> bool:
-    """Whether torch has oneDNN's product."""
+    """Whether torch has oneDNN's matrix product."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _has_both_with(instructions: str) -> bool:
-    """Whether torch has MKL and oneDNN, and computes with these instructions."""
+    """Whether torch has both MKL and oneDNN and uses the given instruction set."""
     return (
         torch.backends.cpu.get_cpu_capability() == instructions
         and torch.backends.mkl.is_available()
@@ -31,31 +31,31 @@ def _has_both_with(instructions: str) -> bool:
 
 
 def _is_by_intel() -> bool:
-    """Whether the processor is, or may be."""
+    """Whether the processor is, or may be, made by Intel."""
     cpus = Path("/proc/cpuinfo")
     return not cpus.is_file() or "GenuineIntel" in cpus.read_text(errors="replace")
 
 
-# Constants, since the compiler of `rollout.compile` does not follow cached functions.
+# Constants, because torch.compile (`rollout.compile`) does not trace cached functions.
 ONEDNN_IS_QUICKER = _has_both_with("AVX512") and not _is_by_intel()
 """Whether oneDNN is faster than MKL on this machine."""
 ONEDNN_IS_QUICKER_IF_WIDE = _has_both_with("AVX2")
-"""Whether it is for layers of many outputs."""
+"""Whether oneDNN is faster for layers with many outputs."""
 WIDE = 1 << 14
-"""So many."""
+"""Smallest number of outputs that counts as many."""
 BLOCKS_ARE_QUICKER = ONEDNN_IS_QUICKER_IF_WIDE
-"""Whether a batch of small products by MKL is faster than one for a few rows, as in decoding."""
+"""Whether MKL computes a product of a few rows, as in decoding, faster as a batch of small ones."""
 FEW_ROWS, BLOCK, LARGE = 32, 64, 1 << 18
-"""So few; the rows of the weight in each small product; the numbers of the smallest such weight."""
+"""Most rows; weight rows in each small product; elements of the smallest weight treated so."""
 
 
 def onednn_is_quicker_for(weight: Tensor) -> bool:
-    """Whether it is for the output of a layer with this weight, (o, i)."""
+    """Whether oneDNN is faster for the output of a layer with this weight, (o, i)."""
     return ONEDNN_IS_QUICKER or (ONEDNN_IS_QUICKER_IF_WIDE and weight.shape[0] >= WIDE)
 
 
 def blocks_are_quicker_for(x: Tensor, weight: Tensor) -> bool:
-    """Whether they are for the product of x (…, i) and a layer's weight (o, i)."""
+    """Whether a batch of small products is faster for x (…, i) and a layer's weight (o, i)."""
     return (
         BLOCKS_ARE_QUICKER
         and x.shape[-1] < x.numel() <= FEW_ROWS * x.shape[-1]

@@ -1,7 +1,8 @@
-"""Fused kernels for a GPU: norms, rotary embeddings and MLPs of known architectures, by Liger.
+"""Fused GPU kernels from Liger: norms, rotary embeddings and MLPs of known architectures.
 
-A transformer layer's small operations are some forty kernels of a few microseconds each, most of
-the time of a decoded token. liger-kernel has them as one Triton kernel each, with the gradients.
+A transformer layer's small operations are about forty kernels of a few microseconds each, which
+take most of the time per decoded token. liger-kernel implements each operation as one Triton
+kernel, including gradients.
 """
 
 from importlib.util import find_spec
@@ -43,5 +44,5 @@ def use_fused_kernels(lm: PreTrainedModel, device: torch.device) -> None:
             f"model.kernels: liger-kernel does not know the architecture {lm.config.model_type}; "
             "use torch"
         )
-    # Its losses replace `forward` and return no logits: the engine's own are used.
+    # Liger's losses would replace `forward` and return no logits, so the engine's own are used.
     _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -21,20 +21,20 @@ from engine.train.models.quantised_linear import packed_weight_count
 
 
 class HiddenReader(Protocol):
-    """What a caller computes from hidden states where it does not want all logits at once."""
+    """Computes something from hidden states without materialising all logits at once."""
 
     def wants(self, logits: int) -> bool:
-        """Whether a pass with so many logits is to be read rather than to return them."""
+        """Whether to read the hidden states instead of returning this many logits."""
 
     def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
         """Computes from the output layer's input, (n, keep, H), inside the forward pass."""
 
 
 def cache_name(parameters: Container[str]) -> str:
-    """What a `forward` with these parameters, or called with these, calls the key-value cache.
+    """Returns the name of the key-value cache argument among a `forward`'s parameters.
 
-    transformers renamed it in 5.24, and announces that 5.40 refuses the former name. The models of
-    other authors that a source may bring along have either.
+    transformers renamed it in 5.24 and announces that 5.40 will reject the old name. Models with
+    custom code may use either.
     """
     return "cache" if "cache" in parameters else "past_key_values"
 
@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         self.value_head: nn.Linear | None = None
         head = lm.get_output_embeddings()
         if value is not None:
-            # Zero, so that the first advantages depend on the rewards only.
+            # Zero, so that the first advantages depend only on the rewards.
             self.value_head = nn.Linear(head.in_features, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
@@ -89,8 +89,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
         """Calls :meth:`run` under autocast to the compute dtype.
 
-        `adapters=False` disables the LoRA adapters for this call. It is an argument rather than a
-        state of the model, so that it also works through a DDP or FSDP wrapper. Not thread-safe.
+        `adapters=False` disables the LoRA adapters for this call. It is an argument instead of
+        model state so that it also works through a DDP or FSDP wrapper. Not thread-safe.
         """
         with ExitStack() as stack:
             if not adapters:
@@ -99,11 +99,11 @@ class LanguageModel(nn.Module):
             return self.run(tokens, *args, **kwargs)
 
     def autocast(self, device: str) -> torch.autocast:
-        """The context that forward passes compute in; does nothing in float32.
+        """Returns the autocast context of forward passes; it does nothing in float32.
 
         Autocast keeps its copies of trained weights until the outermost context ends. Enter this
-        one around many forward passes between which no weight changes, such as a rollout's, so
-        that weights are cast once and not once per token.
+        context around forward passes between which no weight changes, such as a rollout's, so that
+        weights are cast once instead of once per token.
         """
         return torch.autocast(device, self._compute, enabled=self._compute is not torch.float32)
 
@@ -129,18 +129,19 @@ class LanguageModel(nn.Module):
             cache: a transformers cache, which this call extends.
             want: `both`, `logits` or `values`.
             detach_trunk: do not propagate the value's gradient to a shared trunk.
-            positions: (n, L) int64; made from the mask when left out.
-            read: computes something from the hidden states, if it wants to and the function from
-                these to the logits is known.
+            positions: (n, L) int64; default: computed from the mask.
+            read: reads the hidden states, if it wants to and the function from hidden states to
+                logits is known.
 
         Returns:
-            The logits, (n, keep, V) in the model's dtype, or None if not computed, or the tensors
-            that `read` returns; the values,
-            (n, keep) float32, or None: without a value function, with `want="logits"`, and with a
-            cache if the value function has a separate trunk.
+            The logits, (n, keep, V) in the model's dtype, the tensors that `read` returns, or None
+            if not computed; and the values, (n, keep) float32. The values are None without a value
+            function, with `want="logits"`, and with a cache if the value function has a separate
+            trunk.
         """
         if positions is None:
-            # From the mask: left padding must not shift positions (trl#6819: 34 nats of error).
+            # From the mask, so that left padding does not shift positions (trl#6819: 34 nats of
+            # error).
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs: dict[str, Any] = {"attention_mask": attention_mask}
         if self._takes_positions:
@@ -161,7 +162,7 @@ class LanguageModel(nn.Module):
                 else:
                     logits = self.lm(**inputs_of_lm).logits
             except BaseException:
-                self._hidden = None  # all activations hang on it, and memory may be short
+                self._hidden = None  # it keeps all activations alive
                 raise
         # A separate value trunk has no cache: it reads complete responses.
         if self.value_head is None or want == "logits" or (separate and cache is not None):
@@ -172,9 +173,9 @@ class LanguageModel(nn.Module):
             hidden = trunk.last_hidden_state[:, -keep:]
         else:
             hidden, self._hidden = self._hidden, None
-        # A separate trunk is trained together with the value head in every case.
+        # A separate trunk is always trained together with the value head.
         hidden = hidden.detach() if detach_trunk and not separate else hidden
-        # One product per token: computed in float32.
+        # Only one product per token, so float32 is cheap.
         with torch.autocast(tokens.device.type, enabled=False):
             # A copy, not a view: FSDP2 registers hooks on the outputs, and an in-place operation on
             # a view would lose them.
@@ -228,7 +229,7 @@ class AdapterFreePolicy:
         return self._model.modules()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights under the adapters, with the names they have in a model without adapters."""
+        """Returns the base weights, with the names they have in a model without adapters."""
         return {f"lm.{name}": tensor for name, tensor in lora.base_tensors(self.lm).items()}
 
 
@@ -237,7 +238,7 @@ AnyModel = LanguageModel | AdapterFreePolicy
 
 
 def parameter_count(model: AnyModel) -> int:
-    """The number of weights of a model, those in packed layers included."""
+    """Returns the number of weights of a model, including those in packed layers."""
     lm_only = isinstance(model, AdapterFreePolicy)
     modules = model.lm.modules() if lm_only else model.modules()
     return sum(p.numel() for p in model.parameters()) + packed_weight_count(modules)
@@ -246,9 +247,9 @@ def parameter_count(model: AnyModel) -> int:
 def fingerprint(module: nn.Module | AdapterFreePolicy) -> str:
     """Hashes all weights, to detect that a frozen model has changed.
 
-    Sums the bits of each tensor instead of hashing them, which takes seconds for billions of
-    weights. It detects accidents, not attacks. For a sharded model all ranks must call it; each
-    sums its shards, so that no weight is sent.
+    Sums the bits of each tensor first, because hashing them would take seconds for billions of
+    weights. This detects accidents, not attacks. For a sharded model all ranks must call it; each
+    sums its own shards, so that no weights are sent.
     """
     tensors = sorted(module.state_dict().items())
     sums, sharded, group = [], [], None
@@ -271,16 +272,16 @@ def fingerprint(module: nn.Module | AdapterFreePolicy) -> str:
 
 
 def _sums_apart(tensor: DTensor) -> bool:
-    """Whether the ranks can sum their shards: each is rows, of whole 32-bit words."""
+    """Whether each rank can sum its own shard: shards consist of rows of whole 32-bit words."""
     row = tensor.numel() // max(1, tensor.shape[0]) * tensor.element_size()
     return tensor.placements == (Shard(0),) and row % 4 == 0
 
 
 def _bit_sums(tensor: Tensor) -> Tensor:
-    """Two sums over a tensor's bits, or over this rank's part of them; (2,) int64.
+    """Computes two sums over the bits of a tensor or of this rank's part; (2,) int64.
 
-    The first is over all 32-bit words, or bytes if they are not whole words; the second over about
-    a thousand of them, weighted by their positions. Both wrap.
+    The first is over all 32-bit words (or bytes, if there are no whole words). The second is over
+    about a thousand of them, weighted by position. Both wrap around.
     """
     local, start = tensor.detach(), 0
     words = -(-tensor.numel() * tensor.element_size() // 4)

@@ -65,7 +65,7 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
     )
     try:
         inject_adapter_in_model(adapters, lm)
-    except ValueError as error:  # a target that also matches layers of other types
+    except ValueError as error:  # a target also matches layers of other types
         raise UserInputError(f"lora.targets: {first_line(error)}") from error
     for name, layer in _named_layers(lm):
         _initialise(layer, derived_key(seed, f"adapter {name}"))
@@ -74,7 +74,7 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
 def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
     """The layers that can have adapters, by name: all linear layers except the output layer.
 
-    The output layer often shares its weight with the embedding, which a merge would change too.
+    The output layer often shares its weight with the embedding, which a merge would also change.
     """
     head = lm.get_output_embeddings() if isinstance(lm, PreTrainedModel) else None
     kinds = (nn.Linear, Conv1D)
@@ -82,7 +82,7 @@ def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_layers(lm: nn.Module) -> dict[str, nn.Module]:
-    """The same of a model that may have adapters already: those that are not part of an adapter."""
+    """Like :func:`linear_layers`, but the model may have adapters, whose layers are excluded."""
     adapters = _adapter_prefixes(lm)
     return {n: m for n, m in linear_layers(lm).items() if not n.startswith(adapters)}
 
@@ -94,7 +94,7 @@ def adapted_layers(module: nn.Module) -> "list[LoraLayer]":
 
 @contextmanager
 def disabled(layers: "list[LoraLayer]") -> Iterator[None]:
-    """Context in which the layers compute without their adapters.
+    """Context manager in which the layers compute without their adapters.
 
     The adapters do not require gradients inside the context; DDP and FSDP2 support this even before
     the first training pass. Takes about 50 µs per layer.
@@ -116,9 +116,9 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def mergeable_weights(module: nn.Module) -> "dict[str, tuple[nn.Parameter, LoraLayer | None]]":
-    """Every weight by the name it has in a model without adapters, with its layer of adapters.
+    """Returns each weight and its adapter layer, by its name in a model without adapters.
 
-    Works without adapters, too. Tied weights come under each of their names, as the same object.
+    Also works without adapters. Tied weights appear under each of their names, as the same object.
     """
     layers = {f"{name}.weight": layer for name, layer in _named_layers(module)}
     adapters = _adapter_prefixes(module)
@@ -132,9 +132,9 @@ def mergeable_weights(module: nn.Module) -> "dict[str, tuple[nn.Parameter, LoraL
 
 
 def merged_weight(weight: nn.Parameter, layer: "LoraLayer | None") -> Tensor:
-    """A weight with its adapter merged, W + scale · B·A in float32; unchanged without one.
+    """Merges a weight with its adapter: W + scale · B·A in float32; unchanged without one.
 
-    Of a sharded model it is gathered; all ranks must call this in the same order.
+    In a sharded model the weight is gathered; all ranks must call this in the same order.
     """
     whole = full_tensor(weight.detach())
     if layer is None:
@@ -197,7 +197,7 @@ def load_adapters(lm: PreTrainedModel, folder: Path) -> None:
 
 
 def _named_layers(module: nn.Module) -> "list[tuple[str, LoraLayer]]":
-    if "peft" not in sys.modules:  # then nothing has made a layer of its classes
+    if "peft" not in sys.modules:  # then there can be no adapter layers
         return []
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow, see above
 
@@ -205,7 +205,7 @@ def _named_layers(module: nn.Module) -> "list[tuple[str, LoraLayer]]":
 
 
 def _adapter_prefixes(module: nn.Module) -> tuple[str, ...]:
-    """What the names of the adapters' modules and tensors begin with."""
+    """Returns the prefixes of the names of the adapters' modules and tensors."""
     return tuple(
         f"{name}.{part}."
         for name, layer in _named_layers(module)

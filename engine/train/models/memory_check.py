@@ -40,8 +40,8 @@ def check_memory(
         prompt_tokens: length of the longest prompt.
         ranks: the ranks; rank 0 decides.
         warn: called on rank 0 with a sentence if the run probably needs more memory than is free.
-        placed: how the attempt before had placed the models. With as many ranks, `auto` keeps that:
-            what is free at this moment is not the same at every start.
+        placed: how the previous attempt placed the models. With the same number of ranks, `auto`
+            keeps that choice, because free memory varies between starts.
 
     Returns:
         `ddp` or `fsdp`, and the estimate. The estimate is None on the other ranks, and for a model
@@ -96,7 +96,7 @@ def _strategy(layout: Layout) -> str:
 
 
 def facts(estimated: Estimate | None) -> dict[str, object]:
-    """The estimate for the event `ready`, in GB; comparable with `perf/peak_memory_gb`."""
+    """Formats the estimate for the event `ready`, in GB; comparable with `perf/peak_memory_gb`."""
     if estimated is None:
         return {}
     values: dict[str, object] = {"planned_memory_gb": round(estimated.metric / 1e9, 3)}

@@ -1,4 +1,4 @@
-"""A frozen model with bfloat16 weights that computes what one with float32 weights would."""
+"""Makes a frozen model with bfloat16 weights compute like one with float32 weights."""
 
 from typing import Any
 
@@ -7,16 +7,17 @@ from torch import Tensor, nn
 
 
 def keep_hidden_states_float32(module: nn.Module) -> None:
-    """Has embeddings return float32 and holds vectors of weights in float32.
+    """Makes embeddings return float32 and stores weight vectors in float32.
 
-    Autocast casts the inputs of matrix products only. The policy's embeddings and norms have
-    float32 weights, so its hidden states are float32, too. A reference whose weights are all
-    bfloat16 would add and normalise bfloat16 hidden states, and differ from a policy with the same
-    weights by 0.01 to 0.02 nats a token. With this both compute the same function, bit for bit if
-    the model's files have bfloat16 weights. Experts are an exception: transformers computes their
-    products in the dtype of their weights, autocast or not.
+    Autocast only casts the inputs of matrix products. The policy's embeddings and norms have
+    float32 weights, so its hidden states are also float32. A reference with only bfloat16 weights
+    would add and normalise bfloat16 hidden states, and differ from a policy with the same weights
+    by 0.01 to 0.02 nats per token. This function makes both compute the same function, bit for bit
+    if the model's files have bfloat16 weights. Experts are an exception: transformers computes
+    their products in the dtype of their weights, with or without autocast.
 
-    FSDP gathers all weights in the compute dtype, the policy's too: the two agree without this.
+    With FSDP this is not needed: it gathers all weights, including the policy's, in the compute
+    dtype.
 
     Args:
         module: the model, in `torch.bfloat16` or `torch.float16`, its weights possibly on the meta

@@ -1,8 +1,9 @@
-"""The output layer of a language model, and what the model does to its result.
+"""The output layer of a language model, and how the model transforms its result.
 
-Logits of a whole micro-batch are often the largest tensor of a step. A caller that needs a number
-per token reads the hidden states instead and computes the logits of some tokens at a time. For that
-it has to know what follows the layer: nothing, a factor (Cohere, Granite), or a soft cap (Gemma 2).
+The logits of a whole micro-batch are often the largest tensor of a step. A caller that only needs
+one number per token can read the hidden states instead and compute logits for some tokens at a
+time. To do so it must know what follows the layer: nothing, a factor (Cohere, Granite), or a soft
+cap (Gemma 2).
 """
 
 import logging
@@ -21,9 +22,9 @@ from transformers import PreTrainedModel
 log = logging.getLogger("engine")
 
 PROBES = (1.0, -1.0, 0.0, 0.25, -3.0, 8.0, 40.0, -200.0, 1e30)
-"""Results of the output layer at which a model is asked for its logits."""
+"""Output-layer results for which the model's logits are probed."""
 AGREEMENT = 1e-5
-"""Relative difference by which a model's logits may differ from :meth:`AfterLayer.apply_`."""
+"""Largest relative difference between a model's logits and :meth:`AfterLayer.apply_`."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class AfterLayer:
 
 
 class OutputLayer:
-    """A model's output layer. Not a module: the layer stays a part of its model alone."""
+    """A model's output layer. Not a module, so that only the model registers the layer."""
 
     def __init__(self, lm: PreTrainedModel, compute: torch.dtype) -> None:
-        """Finds out what follows the layer; reads no weight.
+        """Determines what follows the layer; reads no weights.
 
         Args:
             lm: the language model, on any device.
@@ -60,13 +61,13 @@ class OutputLayer:
         self.layer: Any = lm.get_output_embeddings()
         self.compute = compute
         self.after = find_after_layer(lm) if isinstance(self.layer, nn.Linear) else None
-        """None if it is something else than the functions of :class:`AfterLayer`."""
+        """None if it is not one of the functions of :class:`AfterLayer`."""
 
     def use_float32(self) -> None:
-        """Has the layer compute in float32 within autocast, too (`model.float32_logits`).
+        """Makes the layer compute in float32 even within autocast (`model.float32_logits`).
 
-        Call it when the model is placed. Weights that are held in a narrower dtype are converted at
-        each call.
+        Call it once the model is placed. Weights stored in a narrower dtype are converted at each
+        call.
         """
         self.layer.forward = types.MethodType(_float32_linear, self.layer)
         self.compute = torch.float32
@@ -80,16 +81,16 @@ class OutputLayer:
         """The logits of hidden states, (n, H) → (n, V), as the model computes them itself."""
         if self.after is None:
             raise ValueError("what follows the output layer is unknown")
-        return self.after.apply_(self.layer.forward(hidden))  # its hooks have seen all of them
+        return self.after.apply_(self.layer.forward(hidden))  # its hooks have already run
 
     @contextmanager
     def reading(
         self, read: Callable[[Tensor], tuple[Tensor, ...]]
     ) -> Iterator[list[tuple[Tensor, ...]]]:
-        """Context in which a forward pass of the model makes no logits.
+        """Context manager in which a forward pass of the model computes no logits.
 
         Args:
-            read: called with the layer's input, (n, T, H), while the layer's weight is at hand.
+            read: called with the layer's input, (n, T, H), while the layer's weight is available.
 
         Yields:
             A list that holds `read`'s result after the forward pass.
@@ -114,7 +115,7 @@ def _float32_linear(layer: nn.Linear, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Context in which a module computes something else. Its hooks run as always."""
+    """Context manager that replaces a module's `forward`. Its hooks still run."""
     before = vars(module).get("forward")  # set by `use_cpu_layers`, for example
     module.forward = forward  # of this module only
     try:
@@ -127,7 +128,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 class _TrunkOutput:
-    """What a trunk returns: hidden states, and None for everything else."""
+    """Imitates a trunk's output: hidden states, and None for everything else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -141,10 +142,10 @@ class _TrunkOutput:
 
 @torch.no_grad()
 def find_after_layer(lm: PreTrainedModel) -> AfterLayer | None:
-    """Finds what a model does to the result of its output layer, by trying numbers.
+    """Determines by probing how a model transforms the result of its output layer.
 
-    Runs the model's own `forward` between a trunk and an output layer that compute nothing. The
-    logits are then made in pieces; for a function that is not found they are made at once.
+    Runs the model's own `forward` between a trunk and an output layer that compute nothing. If the
+    function is found, logits can be computed in chunks; otherwise they are computed all at once.
     """
     trunk, layer = lm.base_model, lm.get_output_embeddings()
     # A rank other than 0 builds models inside a context that puts new tensors on the meta device.
@@ -158,14 +159,14 @@ def find_after_layer(lm: PreTrainedModel) -> AfterLayer | None:
         ):
             found = lm(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
         found = found.detach().cpu().double().flatten()
-    except Exception as error:  # whatever an architecture that we do not know raises here
+    except Exception as error:  # unknown architectures may raise anything
         log.info("%s: logits are made at once: %s", type(lm).__name__, error)
         return None
     first, last = float(found[0]), float(found[-1])
     after = AfterLayer(factor=first)
     if 0 < last < PROBES[-1] * 1e-10:  # bounded
         slope = last * math.atanh(min(first / last, 0.999))
-        # A number of six digits or so in a configuration, known here to float32's precision.
+        # Rounded, as configurations give few digits and the slope only has float32 precision.
         after = AfterLayer(factor=float(f"{slope:.5g}"), cap=last)
     expected = after.apply_(given.double()).flatten()
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=AGREEMENT):

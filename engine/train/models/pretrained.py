@@ -43,7 +43,7 @@ from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pr
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 
 DROPOUT_BEFORE = "dropout_before"
-"""In the configuration of a loaded model: the numbers of dropout that its file has, by key."""
+"""Attribute of a loaded model's configuration: its file's original dropout values, by key."""
 
 
 def load_policy(
@@ -109,8 +109,7 @@ def load_reference(
 ) -> AnyModel:
     """Loads the frozen reference: `model.reference`, or the initial policy by default.
 
-    With LoRA, and if the reference is the same model as the policy, the reference shares the
-    policy's weights.
+    With LoRA, a reference that is the same model as the policy shares the policy's weights.
     """
     if config.lora.rank is not None and config.model.reference_is_policy:
         return AdapterFreePolicy(policy)
@@ -143,7 +142,7 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def policy_options(config: RunConfig, source: str) -> ReadOptions:
-    """How the policy is read: as configured, or from a checkpoint, which is a plain folder."""
+    """Returns the options to read the policy as configured, or from a checkpoint's folder."""
     model = config.model
     original = source == starter.resolve(model.policy)
     return ReadOptions(
@@ -155,12 +154,12 @@ def policy_options(config: RunConfig, source: str) -> ReadOptions:
 
 
 def reward_options(source: RewardSource) -> ReadOptions:
-    """How a reward model is read."""
+    """Returns the options to read a reward model."""
     return ReadOptions(revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 
 def shards_weights(ranks: RankGroup, strategy: str) -> bool:
-    """Whether models are sharded, so that rank 0 need not read them whole."""
+    """Whether models are sharded, so that rank 0 does not have to read them whole."""
     return ranks.size > 1 and strategy == "fsdp"
 
 
@@ -209,9 +208,9 @@ def load_lm(
 
 
 def read_shape(source: str, received: Path, key: str, read: ReadOptions) -> Any:
-    """The configuration that rank 0 has broadcast, on another rank.
+    """Reads, on a rank other than 0, the configuration that rank 0 has broadcast.
 
-    That of a model with code of its own is read from the source, where its code is.
+    For a model with custom code it is read from the source, where the code is.
     """
     if read.trust_remote_code:
         return read_pretrained(AutoConfig, source, key, "configuration", read)
@@ -227,7 +226,7 @@ def read_model(
     *,
     sharded: bool,
 ) -> tuple[Any, StoredModel | None]:
-    """Reads a model on rank 0, or finds where its weights are if it is going to be sharded.
+    """Reads a model on rank 0, or locates its weights if it is going to be sharded.
 
     Args:
         kind: one of the Auto classes.
@@ -315,20 +314,20 @@ def load_tokenizer(
     with broadcast_files(ranks, tokenizer) as folder:
         if tokenizer is not None:
             return tokenizer
-        if read.trust_remote_code:  # its code is not among the files
+        if read.trust_remote_code:  # its code is not among the broadcast files
             return read_pretrained(AutoTokenizer, source, key, "tokenizer", read)
         return read_pretrained(AutoTokenizer, str(folder), key, "tokenizer")
 
 
 def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of all tokens that end a response, sorted; chat models have several."""
+    """Returns the sorted ids of all tokens that end a response; chat models have several."""
     eos = getattr(lm.generation_config, "eos_token_id", None)
     ids = eos if isinstance(eos, list) else [eos]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 def save_configs(lm: PreTrainedModel, folder: str) -> None:
-    """Writes the configuration of a model, and of its generation, as transformers reads them."""
+    """Writes a model's configuration and generation configuration for transformers to read."""
     config = copy.deepcopy(lm.config)
     vars(config).update(vars(config).pop(DROPOUT_BEFORE, {}))
     config.dtype = str(next(lm.parameters()).dtype).removeprefix("torch.")
@@ -361,7 +360,7 @@ def _disable_dropout(module: LanguageModel) -> LanguageModel:
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         for name, value in vars(part).items():
-            # Numbers that a forward pass reads in training mode: of dropout, of dropped layers.
+            # Floats that a forward pass reads in training mode: dropout and layer drop.
             if "drop" in name and isinstance(value, float):
                 vars(part)[name] = 0.0
     for model in (module.lm, module.value_trunk):
@@ -371,9 +370,9 @@ def _disable_dropout(module: LanguageModel) -> LanguageModel:
 
 
 def _disable_dropout_of_config(config: PretrainedConfig) -> None:
-    """Sets the numbers to 0 that layers of falcon and gpt_neo read there in each forward pass.
+    """Sets dropout to 0 in the configuration, where falcon and gpt_neo layers read it at run time.
 
-    :func:`save_configs` writes them as they were.
+    :func:`save_configs` writes the original values.
     """
     found = {k: v for k, v in vars(config).items() if "drop" in k and isinstance(v, float) and v}
     if found:

@@ -1,9 +1,9 @@
 """Frozen linear layers in 4 bits: the base model of QLoRA (`lora.quantise: nf4`).
 
-A product unpacks the whole weight and is then an ordinary one. bitsandbytes has kernels that unpack
-while they multiply, but which of them is taken depends on the number of rows, and each rounds
-differently: log-probabilities while generating and while training would come from different
-functions. Memory is what 4 bits are for here.
+A product unpacks the whole weight and then multiplies as usual. bitsandbytes has kernels that
+unpack while multiplying, but the kernel depends on the number of rows and each rounds differently,
+so log-probabilities in generation and in training would come from different functions. Here 4 bits
+only serve to save memory.
 
 Source: Dettmers et al. 2023, arXiv 2305.14314 (the data type NF4, in blocks of 64 with a float32
 scale). The scales are not quantised again, which would save 0.37 of 4.5 bits a weight.
@@ -25,15 +25,15 @@ from engine.errors import UserInputError, first_line
 from engine.train.models.lora import base_layers
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""Number of weights that share a scale."""
 TYPE = "nf4"
 
 
 def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
     """Packs the weights of a model's linear layers, except the output layer and adapters.
 
-    Weights are packed on the host, so that a model has the same bits on every device. Weights on
-    the meta device stay there.
+    Weights are packed on the host, so that the result is the same on every device. Weights on the
+    meta device stay there.
 
     Args:
         lm: the model, with adapters or without; changed in place.
@@ -56,7 +56,7 @@ def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
 
 
 def dequantise(lm: nn.Module) -> None:
-    """Replaces packed layers by ordinary ones in float32, with the weights they compute with."""
+    """Replaces packed layers by ordinary float32 layers with the unpacked weights."""
     for name, part in list(lm.named_modules()):
         if isinstance(part, QuantisedLinear):
             lm.set_submodule(name, part.unpacked())
@@ -65,13 +65,13 @@ def dequantise(lm: nn.Module) -> None:
 class QuantisedLinear(nn.Module):
     """A frozen linear layer whose weight, (outputs, inputs), is packed in 4 bits.
 
-    It computes in the dtype that the weight had.
+    It computes in the weight's original dtype.
     """
 
     packed: Tensor
-    """Two weights a byte, (⌈outputs · inputs / 2⌉, 1) uint8."""
+    """Two weights per byte, (⌈outputs · inputs / 2⌉, 1) uint8."""
     scales: Tensor
-    """The largest size in each block, float32."""
+    """Largest absolute value in each block, float32."""
     bias: nn.Parameter | None
 
     def __init__(self, layer: Any) -> None:
@@ -129,7 +129,7 @@ class QuantisedLinear(nn.Module):
 
 
 def packed_weight_count(modules: Iterable[nn.Module]) -> int:
-    """The number of weights in packed layers among these modules; no parameters hold them."""
+    """Counts the weights in packed layers among these modules, which are not parameters."""
     packed = (m for m in modules if isinstance(m, QuantisedLinear))
     return sum(layer.out_features * layer.in_features for layer in packed)
 

@@ -1,7 +1,7 @@
 """Reads models, their configurations and tokenizers from folders and the hub.
 
-All of the code reads them through :func:`read_pretrained`: code of theirs is run only if the user
-says so, no pickle is loaded, and whatever is wrong with them is one sentence for the user.
+All reads go through :func:`read_pretrained`: custom code runs only if the user allows it, no pickle
+is loaded, and any problem is reported to the user in one sentence.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from engine.config.model_folder import folder_error
 from engine.errors import UserInputError, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Extensions of weights that a pickle holds."""
+"""File extensions of weights stored in pickles."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class ReadOptions:
     gguf_file: str | None = None
     """Name of the GGUF file that holds all of them."""
     trust_remote_code: bool = False
-    """Whether code that comes with them may be run."""
+    """Whether to allow running code that comes with them."""
     attn_implementation: str | None = None
-    """transformers' name of the attention to compute with, None for its choice."""
+    """Name of the transformers attention implementation; None for transformers' choice."""
 
     def of_any(self) -> dict[str, Any]:
-        """The arguments of each `from_pretrained`."""
+        """Returns the arguments common to every `from_pretrained`."""
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.revision is not None:
             options["revision"] = self.revision
@@ -42,7 +42,7 @@ class ReadOptions:
         return options
 
     def of_model(self) -> dict[str, Any]:
-        """The further arguments of a model's, and of its `from_config`."""
+        """Returns the additional arguments of a model's `from_pretrained` and `from_config`."""
         if self.attn_implementation is None:
             return {}
         return {"attn_implementation": self.attn_implementation}
@@ -61,7 +61,7 @@ def read_pretrained(
     new_head: bool = False,
     **options: Any,
 ) -> Any:
-    """Calls `from_pretrained` of a transformers class, such that nothing that is read can run code.
+    """Calls `from_pretrained` of a transformers class so that no file that is read can run code.
 
     The exception is `read.trust_remote_code`.
 
@@ -70,13 +70,13 @@ def read_pretrained(
         source: a folder or a hub id.
         key: the configuration key that names the source, for error messages.
         what: `model`, `tokenizer` or `configuration`.
-        read: what the user says about the source.
-        new_head: whether the weights of a classifier's head may be missing, and are then random.
+        read: the user's options for the source.
+        new_head: whether the weights of a classifier's head may be missing; they are then random.
         options: for `from_pretrained`.
 
     Raises:
         UserInputError: it cannot be loaded. transformers, tokenizers and safetensors raise almost
-            any type of exception for a file that is damaged or not what they expect.
+            any type of exception for damaged or unexpected files.
     """
     try:
         if what != "model":
@@ -105,7 +105,7 @@ def _read_model(
     if new_head:
         missing = [name for name in missing if not _is_of_head(name, model.base_model_prefix)]
     if missing:
-        # transformers would train or score with random numbers in their place.
+        # transformers would silently use random weights in their place.
         where = f"{read.gguf_file} in {source}" if read.gguf_file else f"'{source}'"
         raise UserInputError(
             f"{key}: {where} has no weights for {missing[0]}"
@@ -113,13 +113,13 @@ def _read_model(
             + f", which {type(model).__name__} needs"
         )
     if read.gguf_file is not None:
-        # Plain weights now, which are trained, and saved as such.
+        # The weights are now plain tensors, and are trained and saved as such.
         vars(model.config).pop("quantization_config", None)
     return model
 
 
 def _is_of_head(name: str, base: str) -> bool:
-    """Whether a weight is part of a head: it is outside of the base model, or of its pooler."""
+    """Whether a weight belongs to a head: it is outside the base model, or in its pooler."""
     return not name.startswith(f"{base}.") or ".pooler." in name
 
 
@@ -133,10 +133,9 @@ def _explain_gguf(source: str, name: str, error: Exception) -> str:
 
 
 def check_weights(source: str, key: str) -> None:
-    """Refuses what is no whole model, or holds its weights in pickles.
+    """Checks that a source is a whole model and does not store its weights in pickles.
 
-    Raises:
-        UserInputError: with what to do instead.
+    Raises: UserInputError: it is not; the message says what to do instead.
     """
     if find_adapter_config_file(source) is not None:
         raise UserInputError(
@@ -160,7 +159,7 @@ def _pickle_refused(key: str, source: str, file: str) -> str:
 
 
 def _trust_setting(key: str) -> str:
-    """`model.trust_remote_code: true` for `model.policy`."""
+    """Returns the setting that allows custom code, e.g. `model.trust_remote_code: true`."""
     if key.startswith("--"):  # an option of the command line
         return "--set trust_remote_code=true"
     return f"{key.rpartition('.')[0]}.trust_remote_code: true"

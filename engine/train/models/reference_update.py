@@ -42,7 +42,7 @@ def mix_into_reference(policy: LanguageModel, reference: AnyModel, mix: float) -
 
 
 def _aligned(target: nn.Parameter, source: nn.Parameter) -> tuple[Tensor, Tensor]:
-    """Both tensors, or this rank's shards of both where both are sharded alike."""
+    """Returns both tensors, or this rank's shards if both are sharded alike."""
     if isinstance(target, DTensor) and isinstance(source, DTensor):
         return target.to_local(), source.to_local()
     return target.data, full_tensor(source.data)

@@ -30,7 +30,7 @@ from engine.train.models.pretrained import load_policy_tokenizer, policy_options
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 
 MAX_PROMPT_FILE = 20_000_000
-"""Bytes. For a larger file `data.max_prompt_tokens` is used instead of the longest prompt."""
+"""In bytes. For larger files `data.max_prompt_tokens` is used instead of the longest prompt."""
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def describe_models(config: RunConfig) -> Models:
-    """The shapes of all models, and the length of the longest prompt if the file is small.
+    """Returns the shapes of all models, and the longest prompt's length if the file is small.
 
     Raises:
         UserInputError: a model or the prompts cannot be read.
@@ -60,7 +60,7 @@ def describe_models(config: RunConfig) -> Models:
 
 
 def models_of(config: RunConfig, prompt_tokens: int, device: str, *, exact: bool = True) -> Models:
-    """The planner's input; `process` is the resident memory of the calling process.
+    """Builds the planner's input; `process` is the resident memory of the calling process.
 
     Args:
         config: the configuration of the run.
@@ -142,13 +142,13 @@ def _shape(model: Any, config: Any) -> Shape:
 
 
 def transformer_layers(model: nn.Module, count: int) -> list[nn.Module]:
-    """The transformer blocks: the first ModuleList whose length is the number of layers."""
+    """Returns the transformer blocks: the first ModuleList as long as the number of layers."""
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return list(next(lists, []))
 
 
 def _intermediate(config: Any) -> int:
-    """The width of the MLP; for a mixture of experts, of all experts that a token uses."""
+    """Returns the MLP width; for a mixture of experts, summed over the experts a token uses."""
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     experts = getattr(config, "num_experts_per_tok", None)
     if experts:

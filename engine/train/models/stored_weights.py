@@ -1,11 +1,10 @@
-"""Models for FSDP whose weights stay in their files until each rank reads its shards.
+"""Builds models for FSDP, leaving weights in their files until each rank reads its shards.
 
 :func:`empty_model` builds a model on the meta device on rank 0, :func:`share_stored` tells the
 other ranks where the weights are, and :func:`engine.train.distributed.sharding.place_model` reads
-them.
-Used for models whose parameters are stored under their own names. If transformers has to convert
-the tensors of a file (experts that it joins into one tensor, quantised weights), or initialises
-some, :func:`empty_model` returns None, and rank 0 reads the whole model.
+them. This works for models whose parameters are stored under their own names. If transformers has
+to convert tensors (joining experts into one tensor, quantised weights) or initialise some,
+:func:`empty_model` returns None and rank 0 reads the whole model.
 """
 
 import logging
@@ -42,10 +41,10 @@ INDEX = "model.safetensors.index.json"
 
 
 class StoredModel(msgspec.Struct, frozen=True):
-    """Where the weights of a model are."""
+    """The location of a model's weights."""
 
     tensors: dict[str, StoredTensor]
-    """By the name of the parameter; of tied parameters only the first one."""
+    """By parameter name; only the first of tied parameters."""
     digests: dict[str, str]
     """Path → :func:`file_digest` on rank 0."""
 
@@ -62,7 +61,7 @@ def empty_model(
         source: a folder or a hub id.
         key: the configuration key that names the source, for error messages.
         dtype: dtype of the parameters.
-        read: how it is read. Code of its own and GGUF files are left to transformers.
+        read: how it is read. Custom code and GGUF files are left to transformers.
 
     Returns:
         The model and where its weights are; None if transformers has to read it.
@@ -82,11 +81,11 @@ def empty_model(
             model = kind.from_config(
                 config, dtype=dtype, trust_remote_code=False, **read.of_model()
             )
-        model.tie_weights()  # every registration has made a parameter of its own
+        model.tie_weights()  # every registration has created a separate parameter
         stored = {name: t for f in files for name, t in stored_tensors(f).items()}
         found = _by_parameter(model, stored, dtype)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        # What is wrong with a model that cannot be loaded at all, transformers says as well.
+        # If the model cannot be loaded at all, transformers will report that too.
         log.info("load: rank 0 reads all of %s: %s", source, error)
         return None
     if found is None:
@@ -101,10 +100,10 @@ def empty_model(
 
 
 def share_stored(model: nn.Module, stored: StoredModel | None, ranks: RankGroup) -> None:
-    """Marks the parameters of a model with what :func:`empty_model` has found.
+    """Marks a model's parameters with the locations that :func:`empty_model` has found.
 
     All ranks must call it. Every rank reads its own shards if all ranks have the same files, which
-    they need not have on other machines. Otherwise rank 0 reads one tensor at a time and sends.
+    may not be the case on other machines. Otherwise rank 0 reads and sends one tensor at a time.
 
     Args:
         model: on the meta device, on every rank.
@@ -168,7 +167,7 @@ def _by_parameter(
         for candidate in (name, prefix + name, name.removeprefix(prefix)):
             if candidate in wanted:
                 first = names[id(wanted[candidate])]
-                if first in found:  # both of a tied pair: whether they are tied is in their values
+                if first in found:  # both of a tied pair are stored, and might differ
                     return None
                 found[first] = tensor
                 break
@@ -196,7 +195,7 @@ def _is_converted(model: PreTrainedModel, names: list[str]) -> bool:
 
 
 def _read_generation_config(model: PreTrainedModel, source: str, revision: str | None) -> None:
-    """As `from_pretrained` does; without the file, what the model's configuration says stays."""
+    """Reads it like `from_pretrained`; without the file, keeps the model configuration's values."""
     if _find(source, "generation_config.json", revision) is not None:
         model.generation_config = GenerationConfig.from_pretrained(
             source, revision=revision or "main"

@@ -1,4 +1,4 @@
-"""Which models may run Python code of their own (`trust_remote_code`)."""
+"""Lists the models that may run their own Python code (`trust_remote_code`)."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from engine.config.schema import RunConfig
 
 
 def trusted_code(config: RunConfig) -> Iterator[str]:
-    """A sentence for each model whose code may run, for the history and the operator."""
+    """Yields a sentence for each model whose code may run, for the history and the operator."""
     model = config.model
     rewards = [*config.reward.sources(), *config.eval.rewards]
     models = [

@@ -1,4 +1,4 @@
-"""Calls of reward sources that run on rank 0, and a description of what they raise."""
+"""Calls reward sources that run on rank 0, and describes the errors they raise."""
 
 import traceback
 from collections.abc import Iterator
@@ -16,17 +16,18 @@ from engine.train.rewards.source import (
 )
 
 FIRST_DELAY = 1.0
-"""Seconds before the first retry; each further one waits twice as long."""
+"""Seconds before the first retry; doubled for each further one."""
 MAX_DELAY = 60.0
-"""Seconds that a retry waits at most; commands are not executed meanwhile."""
+"""Most seconds to wait before a retry; no commands are executed meanwhile."""
 SHOWN_MESSAGE = 240
-"""Characters of an exception's message in ours."""
+"""Most characters of an exception's message that are quoted."""
 
 
 class SourceCall:
-    """The calls of a source of rank 0 for the same responses.
+    """Calls a rank-0 source for one set of responses, repeatedly if needed.
 
-    A service may score some of them and fail for others; only these are asked for again.
+    A service may score some responses and fail for others; only the failed ones are requested
+    again.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class SourceCall:
         """Calls the source once, with the responses that are not scored yet; returns B scores.
 
         Raises:
-            RewardError: the scores cannot be used. There is no retry: a function that returns them
-                would return them again.
+            RewardError: the scores cannot be used. There is no retry, since a function would return
+                the same scores again.
             RewardCallError: the source raised.
-            LinkError: the supervisor is gone, which `report` notices.
+            LinkError: the supervisor is gone; raised by `report`.
         """
         name, count = self._name, len(self._inputs)
         rows = [i for i in range(count) if i not in self._scores]
@@ -66,16 +67,16 @@ class SourceCall:
             self._scores |= {rows[i]: score for i, score in error.scores.items()}
             left = count - len(self._scores)
             text = f"reward '{name}' at step {part.step}: {error} "
-            # The text says everything: a traceback would show our own code alone.
+            # No traceback: it would only show our own code.
             raise RewardCallError(
                 f"{text}({left} of {count} responses are not scored)",
                 recovers=True, works_again=error.works_again, retry_after=error.retry_after,
             ) from error  # fmt: skip
-        # sys.exit() in a function is no reason to end the rank without a word.
+        # sys.exit() in a reward function must not end the rank silently.
         except (Exception, SystemExit) as error:
             raise RewardCallError(_describe(name, error, part), _traceback(error)) from error
         self._scores |= zip(rows, scores, strict=True)
-        # Those of earlier calls, too, of which other responses failed.
+        # Includes scores from earlier calls in which other responses failed.
         return validate_scores(name, [self._scores[i] for i in range(count)], self._inputs)
 
 
@@ -86,7 +87,7 @@ def retry_delays(retries: int) -> Iterator[float]:
 
 
 def _describe(name: str, error: BaseException, inputs: RewardInputs) -> str:
-    """One line: source, step and exception, and the response in question if it is known."""
+    """Describes an error in one line: source, step, exception and, if known, the response."""
     text = f"reward '{name}' at step {inputs.step}: {_exception_text(error)}"
     conversations = inputs.batch.prompts[0].messages is not None
     if conversations and isinstance(error, TypeError | AttributeError):
@@ -111,10 +112,10 @@ def _traceback(error: BaseException) -> str:
 
 
 def _response_in_hand(error: BaseException, inputs: RewardInputs) -> int | None:
-    """The response that the failed function was looking at; None if that is not known.
+    """Returns the response that the failed function was processing; None if unknown.
 
-    The function has all responses. A loop over them leaves the current one, or its prompt, in a
-    local variable of a frame of the traceback. The innermost such frame counts.
+    The function receives all responses. A loop over them leaves the current response, or its
+    prompt, in a local variable of some traceback frame. The innermost such frame is used.
     """
     prompts = [p.text for p in inputs.batch.prompts]
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

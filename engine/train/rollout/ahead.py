@@ -1,7 +1,7 @@
-"""Generation of a step's responses beside the step before (`rollout.ahead: 1`).
+"""Generates a step's responses during the previous step (`rollout.ahead: 1`).
 
-While the policy is updated, the engine generates the responses of the next step with the weights
-from before that update. So they are one version old when they are trained on, which
+While the policy is updated, the engine generates the next step's responses with the weights from
+before that update. So the responses are one version old when they are trained on, which
 `ppo.rollout_correction` corrects for.
 """
 
@@ -29,7 +29,7 @@ from engine.train.rollout.rollout import Rollout
 
 @dataclass(frozen=True)
 class _Next:
-    """The responses that are generated for a later step."""
+    """The responses being generated for a later step."""
 
     options: SamplingOptions
     share: Share
@@ -37,10 +37,10 @@ class _Next:
 
 
 class RolloutAhead:
-    """The rollout of the next step, while it is generated, and that of the step that trains on it.
+    """Holds the next step's rollout while it is generated, and the rollout of the current step.
 
-    All ranks call its methods together. It is state of an attempt that no checkpoint holds: what
-    follows a checkpoint is generated anew, in the run that saved it, too.
+    All ranks must call its methods together. This state is not part of a checkpoint: responses
+    after a checkpoint are generated anew, also in the run that saved it.
     """
 
     def __init__(
@@ -57,21 +57,21 @@ class RolloutAhead:
         self._ranks = ranks
         self._next: _Next | None = None
         self._taken: tuple[SamplingOptions, Rollout] | None = None
-        """Of the step that trains on it, in case it is repeated: the weights that sampled it are
-        no longer there."""
+        """Rollout of the current step, kept in case the step is repeated: the weights that sampled
+        it no longer exist."""
 
     def take(self, options: SamplingOptions, report: ReportProgress) -> Rollout | None:
-        """The rollout of a step, if it was generated ahead as that step samples; waits for it.
+        """Waits for and returns a step's rollout, if it was generated ahead with the same options.
 
-        A setting may have changed since: then the responses are dropped, because those of the step
-        must be sampled with the settings that the journal has for it.
+        If a setting has changed since, the responses are dropped: a step's responses must be
+        sampled with the settings that the journal records for it.
 
         Args:
-            options: those of the step; their version of the weights does not count.
+            options: the step's sampling options; the weights version is not compared.
             report: called with (tokens done, total).
 
         Returns:
-            The rollout, the same if a step is repeated; None if it must be generated now.
+            The rollout (the same one if the step is repeated), or None if it must be generated now.
         """
         if self._taken is not None:
             taken, rollout = self._taken
@@ -94,13 +94,14 @@ class RolloutAhead:
     def begin(
         self, prompts: list[Prompt], options: SamplingOptions, report: ReportProgress
     ) -> None:
-        """Begins to generate the rollout of the next step, with the policy's present weights.
+        """Starts generating the next step's rollout with the policy's current weights.
 
-        Does nothing if that has begun, as when a step is repeated.
+        Does nothing if it has already started, for example when a step is repeated.
 
         Args:
-            prompts: those of the next step, the same on every rank.
-            options: those of the next step, with the version of the policy's present weights.
+            prompts: the next step's prompts, the same on every rank.
+            options: the next step's sampling options, with the version of the policy's current
+                weights.
             report: called with the progress of sending the weights.
         """
         if self._next is not None and self._next.options == options:
@@ -111,12 +112,12 @@ class RolloutAhead:
         self._next = _Next(options, share, pending)
 
     def drop(self) -> None:
-        """Drops the responses of the next step, which are then generated anew."""
+        """Drops the next step's responses, so that they are generated anew."""
         self._next = self._taken = None
 
 
 def _alike(one: SamplingOptions, other: SamplingOptions) -> bool:
-    """Whether two samplings differ by the weights alone."""
+    """Whether two sampling options differ at most in the weights version."""
     return dataclasses.replace(one, weights_version=other.weights_version) == other
 
 
@@ -127,10 +128,9 @@ def rollout_ahead(
     tokenizer: PreTrainedTokenizerBase,
     ranks: RankGroup,
 ) -> RolloutAhead | None:
-    """What generates ahead in a run; None without `rollout.ahead`.
+    """Creates a run's :class:`RolloutAhead`; None without `rollout.ahead`.
 
-    Raises:
-        UserInputError: the backend cannot do that.
+    Raises: UserInputError: the backend cannot generate in the background.
     """
     if not config.rollout.ahead:
         return None

@@ -29,20 +29,21 @@ class RolloutBackend(Protocol):
 
     @property
     def separate(self) -> bool:
-        """Whether it generates with a copy of the weights, in another program.
+        """Whether it generates in another program, with a copy of the weights.
 
         Its log-probabilities then differ from the model's by more than rounding, and are never used
         as log π_old.
         """
 
     def sync(self, model: AnyModel, weights_version: int, report: ReportProgress) -> None:
-        """Makes the model's current weights those that :meth:`generate` uses.
+        """Makes :meth:`generate` use the model's current weights.
 
-        All ranks call it at the same point. Does nothing if it has this version.
+        All ranks must call it at the same point. Does nothing if the backend already has this
+        version.
 
         Args:
             model: the policy or the reference.
-            weights_version: the step after whose update the policy has its present weights.
+            weights_version: the step whose update produced the policy's current weights.
             report: call it regularly with (done, total).
         """
 
@@ -58,13 +59,13 @@ class RolloutBackend(Protocol):
     ) -> Rollout:
         """Generates a response to each prompt, with log-probabilities at the temperature.
 
-        All ranks call it at the same point, each with its own prompts.
+        All ranks must call it at the same point, each with its own prompts.
 
         Args:
             model: in evaluation mode; its weights may have changed since the last call.
             batch: B prompts.
-            uniforms: (B, T) float64 in [0, 1); T is the most new tokens. They are the only source
-                of randomness, so that a resumed run samples the same tokens.
+            uniforms: (B, T) float64 in [0, 1), where T is the maximum number of new tokens. They
+                are the only source of randomness, so that a resumed run samples the same tokens.
             temperature: > 0.
             per_prompt: number of adjacent rows with the same prompt.
             report: call it regularly with (tokens done, T).
@@ -72,10 +73,10 @@ class RolloutBackend(Protocol):
 
 
 class PendingRollout(Protocol):
-    """Responses that are generated in the background."""
+    """Responses being generated in the background."""
 
     def result(self, report: ReportProgress) -> Rollout:
-        """Waits for this rank's responses; all ranks call it at the same point.
+        """Waits for this rank's responses; all ranks must call it at the same point.
 
         Args:
             report: call it regularly with (done, total) while waiting.
@@ -84,13 +85,14 @@ class PendingRollout(Protocol):
 
 @runtime_checkable
 class BackgroundBackend(RolloutBackend, Protocol):
-    """A backend that can generate while the policy changes, for `rollout.ahead`."""
+    """A backend that can generate while the policy is updated, for `rollout.ahead`."""
 
     def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> PendingRollout:
-        """Begins to generate with the policy's weights of the last :meth:`sync`.
+        """Starts generating with the policy's weights of the last :meth:`sync`.
 
-        All ranks call it at the same point. The arguments are those of :meth:`generate`. Another
-        use of the backend waits until the responses are generated, and loses none of them.
+        All ranks must call it at the same point. The arguments are those of :meth:`generate`. Any
+        other use of the backend first waits until these responses are complete, and loses none of
+        them.
         """
 
 
@@ -104,27 +106,26 @@ BACKENDS: dict[str, MakeBackend] = {
 
 
 GREEDY_TEMPERATURE = 1e-6
-"""Leaves the most likely token with probability 1 in float32, unless logits differ by less than
-1e-4."""
+"""Gives the most likely token probability 1 in float32, unless logits differ by less than 1e-4."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """With model and prompts, these determine which tokens are sampled."""
+    """Everything that, besides model and prompts, determines the sampled tokens."""
 
     seed: int
     step: int
     temperature: float
     max_new_tokens: int
     weights_version: int
-    """The step after whose update the policy has its present weights; other numbers for others."""
+    """The step whose update produced the policy's current weights; unique for any other weights."""
     per_prompt: int = 1
     """Responses to each prompt, in adjacent rows."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank generates of a batch."""
+    """The part of a batch that one rank generates."""
 
     batch: PromptBatch
     """All B prompts."""
@@ -133,7 +134,7 @@ class Share:
     uniforms: Tensor
     """(n, T) float64, of these rows."""
     limit: int
-    """T, the most new tokens."""
+    """T, the maximum number of new tokens."""
 
     @property
     def prompts(self) -> PromptBatch:
@@ -147,13 +148,13 @@ class Share:
         tokenizer: PreTrainedTokenizerBase,
         ranks: RankGroup | None,
     ) -> Rollout:
-        """The rollout of the whole batch from this rank's part; a collective.
+        """Merges all ranks' parts into the rollout of the whole batch; a collective.
 
         Args:
             local: this rank's n responses.
-            version: that of the weights, for a backend that does not report it.
+            version: the weights version, for a backend that does not report it.
             tokenizer: the policy's.
-            ranks: those that shared the work; None if `local` is the whole batch.
+            ranks: the ranks that shared the work; None if `local` is the whole batch.
         """
         if local.versions is None:
             local.versions = torch.full_like(local.lengths, version)
@@ -168,7 +169,7 @@ def share_of(
     tokenizer: PreTrainedTokenizerBase,
     ranks: RankGroup | None,
 ) -> Share:
-    """What this rank generates of a batch; see :func:`generate_responses`."""
+    """Selects what this rank generates of a batch; see :func:`generate_responses`."""
     per_prompt, limit = options.per_prompt, options.max_new_tokens
     batch = batch_prompts(prompts, per_prompt, tokenizer.eos_token_id or 0)
     uniforms = sampling_uniforms(options.seed, options.step, len(batch.prompts), limit)
@@ -192,11 +193,12 @@ def generate_responses(
     Args:
         backend: the run's.
         model: the policy or the reference, in evaluation mode.
-        prompts: those of the whole batch, the same on every rank.
+        prompts: the prompts of the whole batch, the same on every rank.
         options: seed, step, temperature and lengths.
         tokenizer: the policy's.
-        ranks: shares the work: each rank generates for a contiguous part of the prompts, of which
-            there must be at least as many as ranks. None: every rank generates all responses.
+        ranks: the ranks that share the work. Each generates for a contiguous part of the prompts,
+            and there must be at least as many prompts as ranks. If None, every rank generates all
+            responses.
         report: called with (tokens done, total).
     """
     share = share_of(prompts, options, tokenizer, ranks)

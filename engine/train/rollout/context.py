@@ -1,4 +1,4 @@
-"""What a rollout backend is made from."""
+"""The parts of a run that rollout backends are built from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class BackendContext:
     """The parts of a run that backends use."""
 
     config: RunConfig
-    """In force at the start of the attempt."""
+    """The configuration at the start of the attempt."""
     stop_criteria: StopCriteria
     tokenizer: PreTrainedTokenizerBase
     """The policy's."""

@@ -27,7 +27,7 @@ class Rollout:
     eos: Tensor
     """(B,) bool: the last token is an end-of-sequence token."""
     ended: Tensor
-    """(B,) bool: ended by eos or a stop string; False where the token limit cut it off."""
+    """(B,) bool: ended by eos or a stop string; False if truncated at the token limit."""
     logprobs: Tensor
     """(B, T) float32: log π_old of the sampled tokens, at the rollout temperature."""
     entropies: Tensor
@@ -37,8 +37,8 @@ class Rollout:
     texts: list[str]
     """The responses as text, without special tokens."""
     versions: Tensor | None = None
-    """(B,) int64: the step after whose update the policy had the weights that sampled a response.
-    None if whoever generated it knows only of the model that it was given."""
+    """(B,) int64: the step whose update produced the weights that sampled each response. None if
+    the backend does not track versions."""
 
     @property
     def rows(self) -> Tensor:
@@ -49,7 +49,8 @@ class Rollout:
     def host_lengths(self) -> Tensor:
         """Lengths of prompts and of responses; (2, B) int64, on the host.
 
-        Copied once: the host reads them for each micro-batch, and would wait for the GPU each time.
+        Copied once, since the host reads them for each micro-batch and would wait for the GPU each
+        time.
         """
         return torch.stack([self.batch.lengths, self.lengths]).cpu()
 
@@ -59,7 +60,7 @@ class Rollout:
         return response_mask(self.lengths, self.ids.shape[1])
 
     def select(self, rows: Tensor) -> "Rollout":
-        """Some of the responses, by indices on the host; P and T stay the same."""
+        """Selects responses by indices on the host; P and T stay the same."""
         return Rollout(
             batch=self.batch.select(rows),
             ids=self.ids[rows],
@@ -75,7 +76,7 @@ class Rollout:
 
 
 def replace_rows(rollout: Rollout, rows: Tensor, other: Rollout, other_rows: Tensor) -> Rollout:
-    """A rollout with some rows taken from another; both row indices are (n,) int64."""
+    """Returns a rollout with some rows taken from another; both row indices are (n,) int64."""
     width = max(rollout.ids.shape[1], other.ids.shape[1])
     rows, other_rows = rows.to(rollout.ids.device), other_rows.to(rollout.ids.device)
 
@@ -150,7 +151,7 @@ def merge_rollouts(
         batch: all B prompts.
         local: this rank's n responses.
         rows: their rows in the batch; (n,) int64.
-        limit: the most new tokens.
+        limit: the maximum number of new tokens.
         tokenizer: the model's.
     """
     if ranks.size == 1:
@@ -177,5 +178,5 @@ def merge_rollouts(
 
 
 def left_mask(lengths: Tensor, width: int) -> Tensor:
-    """The attention mask of left-padded prompts: (B,) lengths → (B, width) int64."""
+    """Builds the attention mask of left-padded prompts: (B,) lengths → (B, width) int64."""
     return (torch.arange(width, device=lengths.device)[None, :] >= width - lengths[:, None]).long()

@@ -1,11 +1,11 @@
-"""Sampling of tokens from logits.
+"""Samples tokens from logits.
 
-A scheme chooses each row's token by the row's probabilities and one uniform number, and by nothing
-else. Two machines, or two batch shapes, compute probabilities that differ in the last bit, and now
-and then that changes a token. Schemes differ in how often, per million tokens, with rounding errors
-of 1e-6 in the logits:
+A scheme chooses each row's token from the row's probabilities and one uniform number alone. Two
+machines, or two batch shapes, compute probabilities that differ in the last bits, which
+occasionally changes a token. Schemes differ in how often this happens, per million tokens with
+rounding errors of 1e-6 in the logits:
 
-- `gumbel`: some one to five, for any vocabulary. No scheme can be below the total variation
+- `gumbel`: about one to five, for any vocabulary. No scheme can be below the total variation
   distance between the two distributions, and this is little above twice that (Daliri, Musco and
   Suresh 2024, "Coupling without communication and drafter-invariant speculative decoding").
 - `inverse_cdf`: hundreds to thousands with vocabularies of 50,000 tokens and more, since rounding
@@ -35,9 +35,9 @@ class Distribution(NamedTuple):
 
 
 def distribution(logits: Tensor, temperature: float) -> Distribution:
-    """The distributions of logits (n, V) of any dtype at a temperature > 0."""
+    """Computes the distributions of logits (n, V) of any dtype at a temperature > 0."""
     values = logits.float()
-    scaled = values if temperature == 1.0 else values / temperature  # 1: a copy of the same bits
+    scaled = values if temperature == 1.0 else values / temperature  # dividing by 1 would only copy
     logprobs = torch.log_softmax(scaled, dim=-1)
     probs = logprobs.exp()
     return Distribution(logprobs, probs, -(probs * logprobs.clamp(min=-1e4)).sum(-1))
@@ -52,14 +52,14 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples a token from each row's full distribution.
 
-    Reads nothing on the host and has fixed shapes, so that a CUDA graph can hold it.
+    It never synchronises with the host and has fixed shapes, so a CUDA graph can capture it.
 
     Args:
         logits: (n, V), any dtype.
         uniforms: (n,) float64 in [0, 1), multiples of 2^-53.
         temperature: > 0.
         scheme: a name in :data:`SCHEMES`.
-        distribution: computes the distributions, if it is not to be done as it stands here.
+        distribution: computes the distributions; default: :func:`distribution`.
 
     Returns:
         Token (n,) int64, its log-probability (n,) float32, and the distribution's entropy (n,)
@@ -71,11 +71,12 @@ def sample(
 
 
 def gumbel(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The Gumbel-max trick as an exponential race, first between blocks of tokens, then in one.
+    """The Gumbel-max trick as an exponential race, first between blocks, then within the winner.
 
-    argmax p/E with independent E ~ Exp(1) is distributed as p, and it changes only where the two
-    largest quotients are equal to rounding. A block's probability is the sum of its tokens', so two
-    races of about √V give the same distribution as one of V, for a fraction of the random numbers.
+    argmax p/E with independent E ~ Exp(1) has distribution p, and changes only where the two
+    largest quotients are equal up to rounding. A block's probability is the sum over its tokens, so
+    two races of about √V entries give the same distribution as one race of V, with a fraction of
+    the random numbers.
     """
     vocabulary = probs.shape[1]
     size = block_size(vocabulary)
@@ -96,22 +97,22 @@ def gumbel(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def block_size(vocabulary: int) -> int:
-    """The power of 2 next to √V. Tokens depend on it, so it must not change."""
+    """Returns the power of 2 nearest √V. Sampled tokens depend on it, so it must not change."""
     return 1 << round(math.log2(vocabulary) / 2)
 
 
 _GAMMA, *_FACTORS = (
     x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
-"""SplitMix64's constants as int64, whose products wrap as those of uint64 do."""
+"""SplitMix64's constants as int64, whose products wrap like those of uint64."""
 
 
 def log_uniforms(uniforms: Tensor, index: Tensor) -> Tensor:
-    """Logarithms of independent numbers that are uniform in (0, 1), for each uniform and index.
+    """Derives log u, with independent u uniform in (0, 1), for each pair of uniform and index.
 
-    They are a hash of a uniform's bits and an index, by integer operations that give the same bits
-    on every device: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-    generators") with the uniform as its seed.
+    u is a hash of the uniform's bits and the index, computed by integer operations that give the
+    same bits on every device: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+    number generators") with the uniform as its seed.
 
     Args:
         uniforms: (n,) float64, multiples of 2^-53.
@@ -124,7 +125,7 @@ def log_uniforms(uniforms: Tensor, index: Tensor) -> Tensor:
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         x = (x ^ _shift_right(x, shift)) * factor
     x = x ^ _shift_right(x, 31)
-    # The upper 52 bits, signed, become (k + 1/2) · 2^-52, which is never 0 or 1.
+    # Maps the upper 52 bits, signed, to (k + 1/2) · 2^-52, which is never 0 or 1.
     return ((x >> 12).double() * 2.0**-52 + (0.5 + 2.0**-53)).log()
 
 
@@ -136,7 +137,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The inverse of the cumulative distribution at the uniform's first 24 bits.
 
-    Sessions that began when there was nothing else use it, so it must not change.
+    Sessions from before other schemes existed use it, so it must not change.
     """
     first = ((uniforms * 2.0**24).floor() * 2.0**-24).float()
     # On a CPU, torch accumulates float32 sums in double. On a GPU it accumulates in float32, in a
@@ -150,4 +151,4 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 SCHEMES: dict[str, Scheme] = {"gumbel": gumbel, "inverse_cdf": inverse_cdf}
-"""By the value of `rollout.sampling`."""
+"""Sampling schemes by the value of `rollout.sampling`."""

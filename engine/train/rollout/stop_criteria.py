@@ -1,4 +1,4 @@
-"""When a response ends."""
+"""Decides when a response ends."""
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ class StopCriteria:
         return bool(self._stop)
 
     def stops_at(self, ids: list[int], first: int) -> int | None:
-        """The first position from `first` on at which a stop string is in the text, or None.
+        """Returns the first position from `first` on where the text has a stop string, or None.
 
         Args:
-            ids: a response's tokens until now.
-            first: the positions before have been searched.
+            ids: a response's tokens so far.
+            first: the first position that has not been searched yet.
         """
         if not self._stop:
             return None

@@ -1,1 +1,1 @@
-"""Rollouts with the model that is trained, in the ranks: token by token, with a key-value cache."""
+"""Generates rollouts in the ranks with the trained model itself, using a key-value cache."""

@@ -1,4 +1,4 @@
-"""Generation with the model that is trained, by full-distribution sampling."""
+"""Generates with the trained model itself, by sampling from the full distribution."""
 
 from dataclasses import dataclass, field
 
@@ -31,15 +31,16 @@ class NativeBackend:
 
     @classmethod
     def of(cls, context: BackendContext) -> "NativeBackend":
-        """The backend of a run."""
+        """Creates the backend of a run."""
         config = context.config.rollout
-        # The compiler copies what liger's kernels are given: it cannot tell what they write.
+        # The compiler copies the arguments of liger's kernels: it cannot tell which ones they
+        # write.
         fused = context.config.model.kernels == "liger"
         when = "never" if fused and config.compile == "auto" else config.compile
         return cls(context.stop_criteria, context.tokenizer, config, CompiledLayers(when))
 
     def sync(self, model: AnyModel, weights_version: int, report: ReportProgress) -> None:
-        """Does nothing: it generates with the model itself."""
+        """Does nothing, since the backend generates with the model itself."""
 
     def generate(
         self,
@@ -78,26 +79,25 @@ def generate(
 ) -> Rollout:
     """Samples a response to each prompt from the full distribution.
 
-    The token of sample i at position t is chosen by row i's distribution and uniforms[i, t] alone,
-    so it depends on no other row and on no generator. Truncated sampling (top-p,
-    top-k) is not supported: the sampled KL would ignore the mass that truncation removes, and the
-    policy could exploit that.
+    The token of sample i at position t depends only on row i's distribution and uniforms[i, t], not
+    on other rows or on a random generator. Truncated sampling (top-p, top-k) is not supported: the
+    sampled KL would ignore the mass that truncation removes, and the policy could exploit that.
 
     Args:
         model: in evaluation mode.
         batch: B prompts.
-        uniforms: (B, T) float64 in [0, 1); T is the most new tokens.
+        uniforms: (B, T) float64 in [0, 1), where T is the maximum number of new tokens.
         temperature: > 0.
         stop_criteria: when a response ends.
         tokenizer: the model's.
-        report: called with tokens done and their number, at least after every 16 tokens.
+        report: called with (tokens done, T), at least after every 16 tokens.
         per_prompt: number of adjacent rows with the same prompt; the prompt is processed once for
             all of them.
-        at_once: the most responses generated at once; the others wait until one has ended. All
-            when left out.
-        sampling: the scheme, by the values of `rollout.sampling`.
-        schedule: of checks and shapes; the device's when left out.
-        compiled: compiles the model's layers where it pays; not at all when left out.
+        at_once: maximum number of responses generated at once; the others wait until one has ended.
+            Default: all.
+        sampling: the scheme; a value of `rollout.sampling`.
+        schedule: the schedule of checks and shapes; default: the device's.
+        compiled: compiles the model's layers where that pays off; default: no compilation.
     """
     device = next(model.parameters()).device
     compiled = compiled or CompiledLayers("never")

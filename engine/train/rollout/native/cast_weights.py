@@ -1,7 +1,7 @@
-"""Weights cast once to the dtype of the matrix products, for as long as they do not change.
+"""Casts weights to the dtype of the matrix products once, for as long as they do not change.
 
-Linear layers of the same input are fused: they share one tensor of weights and compute one product.
-For few rows, such as the tokens of a decoding step, a kernel's start takes longer than its work.
+Linear layers with the same input are fused: they share one weight tensor and compute one product.
+For few rows, such as the tokens of a decoding step, launching a kernel takes longer than its work.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names that linear layers with the same input have in transformers' models."""
+"""Names of linear layers with the same input in transformers' models."""
 
 
 @contextmanager
 def cast_weights(blocks: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Context in which float32 linear layers have their weights in autocast's dtype.
+    """Context manager in which float32 linear layers hold weights in autocast's dtype.
 
-    Does nothing outside autocast. The copies take the memory that autocast's own would take.
+    Does nothing outside autocast. The copies take as much memory as autocast's own would.
 
     Args:
         blocks: a model's decoder layers.
@@ -57,7 +57,7 @@ def cast_weights(blocks: list[nn.Module], device: torch.device) -> Iterator[None
 
 
 def _with_same_input(module: nn.Module) -> Iterator[list[nn.Linear]]:
-    """The groups of a module's own layers whose products can be one."""
+    """Yields the groups of a module's direct children whose products can be fused."""
     for names in SAME_INPUT:
         children = [getattr(module, name, None) for name in names]
         layers = [x for x in children if type(x) is nn.Linear and "forward" not in vars(x)]
@@ -70,10 +70,10 @@ def _with_same_input(module: nn.Module) -> Iterator[list[nn.Linear]]:
 
 
 class FusedLinear:
-    """Linear layers with the same input, as one product with all their weights.
+    """Computes linear layers with the same input as one product.
 
-    The layer that is called first computes the outputs of all. Each of the others takes its own if
-    it is called with the same tensor.
+    The layer that is called first computes the outputs of all. Each other layer takes its own
+    output if it is called with the same tensor.
     """
 
     def __init__(self, layers: list[nn.Linear], dtype: torch.dtype) -> None:
@@ -83,12 +83,12 @@ class FusedLinear:
         self._bias = torch.cat(biases) if biases else None
         self._sizes = [x.out_features for x in layers]
         self.weights = self._weight.split(self._sizes)
-        """Of each layer; views of one tensor."""
+        """Weights of each layer; views of one tensor."""
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
     def forward_of(self, index: int) -> Callable[[Tensor], Tensor]:
-        """The `forward` of one of the layers."""
+        """Returns the `forward` of one of the layers."""
         last = index == len(self._sizes) - 1
 
         def forward(x: Tensor) -> Tensor:

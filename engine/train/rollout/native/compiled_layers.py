@@ -1,8 +1,8 @@
-"""Decoder layers compiled for decoding, by `torch.compile`.
+"""Compiles decoder layers for decoding, using `torch.compile`.
 
-A layer's small operations are some forty kernels of a few microseconds each, and with CUDA graphs
-they are most of the time of a token. Compiled, a layer has about fifteen. All layers of a model
-share one compilation, since they differ in their weights only ("regional compilation").
+A layer's small operations are about forty kernels of a few microseconds each; with CUDA graphs they
+take most of the time per token. A compiled layer has about fifteen kernels. All layers of a model
+share one compilation, since they differ only in their weights ("regional compilation").
 """
 
 import logging
@@ -27,16 +27,16 @@ from engine.train.rollout.sampling import Distribution, distribution
 log = logging.getLogger("engine")
 
 WORTHWHILE = 50_000_000
-"""Weights of the layers from which `auto` compiles: it takes some 20 s, once per process."""
+"""Number of layer weights from which `auto` compiles, which takes about 20 s once per process."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}
-"""Norm of a compiled layer's error, relative to the norm of its output."""
+"""Largest norm of a compiled layer's error, relative to the norm of its output."""
 
 
 class CompiledLayers:
-    """Compiles the decoder layers of the models that generate, where that pays.
+    """Compiles the decoder layers of the generating models where that pays off.
 
-    The first token is also computed without compilation. If that differs, or if a layer cannot be
-    compiled, the log says so once, and the layers are used as they are from then on.
+    The first token is also computed without compilation. If the results differ, or a layer cannot
+    be compiled, this is logged once and the layers are used uncompiled from then on.
     """
 
     def __init__(self, when: str = "auto", *, backend: str = "inductor") -> None:
@@ -44,7 +44,7 @@ class CompiledLayers:
 
         Args:
             when: a value of `rollout.compile`.
-            backend: of `torch.compile`.
+            backend: the backend of `torch.compile`.
         """
         self._when = when
         self._backend = backend
@@ -52,17 +52,17 @@ class CompiledLayers:
         self._distribution: Callable[..., Any] | None = None
         self._checked = self._distribution_checked = False
         self.usable = True
-        """False once a layer could not be compiled, or was wrong."""
+        """False once a layer failed to compile or gave wrong results."""
         self.shapes: set[Hashable] = set()
         """Keys of the shapes that layers have been compiled for: a new shape may compile again,
         which a CUDA graph's capture does not allow."""
 
     @contextmanager
     def used_by(self, model: AnyModel, device: torch.device) -> Iterator[bool]:
-        """Context in which the model's layers decode compiled, if they are to be.
+        """Context manager in which the model's layers decode compiled, if they should.
 
-        Enter it inside the model's autocast. Weights are cast to the dtype of the products before:
-        a compiled layer would cast them for each token.
+        Enter it inside the model's autocast. Weights are cast to the dtype of the products first,
+        since a compiled layer would cast them for each token.
 
         Yields:
             Whether they are compiled.
@@ -92,10 +92,10 @@ class CompiledLayers:
     def _wanted(self, model: AnyModel, layers: list[nn.Module], device: torch.device) -> bool:
         if self._when == "never" or not self.usable or not layers:
             return False
-        # As for other attention functions: positions and masks are given, not made by transformers.
+        # Positions and masks are passed in rather than made by transformers, which requires sdpa.
         if getattr(model.lm.config, "_attn_implementation", None) != "sdpa":
             return False
-        # FSDP2's hooks, and a `forward` that another library has put there, would be left out.
+        # FSDP2's hooks, or a `forward` replaced by another library, would be bypassed.
         if any(isinstance(x, FSDPModule) or "forward" in vars(x) for x in layers):
             return False
         if self._when == "always":
@@ -107,7 +107,7 @@ class CompiledLayers:
     def _forward(
         self, compiled: Callable[..., Any], index: int, layer: nn.Module, *, last: bool
     ) -> Callable[..., Any]:
-        """The `forward` of a layer: compiled for one token per row of a cache of fixed shapes."""
+        """Returns a layer's `forward`, compiled for one token per row of a fixed-shape cache."""
         eager = layer.forward
 
         def forward(hidden: Tensor, *args: Any, **keywords: Any) -> Any:
@@ -125,7 +125,7 @@ class CompiledLayers:
                 self._check(output, expected)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # torch.compile raises what it meets, of any type
+            except Exception as error:  # torch.compile may raise any type
                 if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                     raise
                 self._give_up(str(error))
@@ -138,8 +138,8 @@ class CompiledLayers:
     def distribution(self, logits: Tensor, temperature: float) -> Distribution:
         """:func:`~engine.train.rollout.sampling.distribution`, compiled if the layers are.
 
-        Eager, each operation reads or writes numbers for the whole vocabulary: together they take
-        a tenth of the time of a token. Raises no error of the compiler.
+        In eager mode each operation reads or writes the whole vocabulary; together they take a
+        tenth of the time per token. Never raises compiler errors.
         """
         if self._distribution is None or not self.usable:
             return distribution(logits, temperature)
@@ -169,11 +169,11 @@ class CompiledLayers:
 
     def _give_up(self, reason: str) -> None:
         self.usable = False
-        # The compiler's first line names the part that failed, the second says why.
+        # The compiler's first line names the part that failed, the second gives the reason.
         short = " ".join(reason.split("\n\n", 1)[0].split())
         log.warning("decoding without compiled layers: %s", short[:300])
 
 
 def _one_token(layer: nn.Module, hidden: Tensor, keywords: dict[str, Any]) -> Any:
-    """What is compiled. The class's `forward`: the instance's leads here."""
+    """The function to compile. Calls the class's `forward`: the instance's leads back here."""
     return type(layer).forward(layer, hidden, **keywords)

@@ -1,4 +1,4 @@
-"""Runs a function as CUDA graphs: the host launches one graph instead of some hundred kernels."""
+"""Runs a function as CUDA graphs: the host launches one graph instead of hundreds of kernels."""
 
 import gc
 import logging
@@ -14,16 +14,16 @@ log = logging.getLogger("engine")
 
 
 class GraphedFunction:
-    """A function without arguments that only changes tensors in place, by key.
+    """Captures a function without arguments that only changes tensors in place, one graph per key.
 
-    The first call runs the function itself. It initialises libraries, and autocast casts and keeps
-    the weights: a cast inside a capture would be one of the graph's own. Later calls capture a
-    graph for each new key and replay it. If a capture fails, the log says so once, and the function
-    runs as it is.
+    The first call runs the function itself. This initialises libraries and lets autocast cast and
+    cache the weights; a cast inside a capture would belong to that graph alone. Later calls capture
+    a graph for each new key and replay it. If a capture fails, this is logged once, and the
+    function runs without graphs.
 
-    Graphs read and write the memory of their capture. Call :meth:`release` before the tensors that
-    the function uses are dropped, and before the autocast that it was called in ends. See "CUDA
-    Graphs" in torch's notes on CUDA semantics.
+    Graphs read and write the memory addresses of their capture. Call :meth:`release` before
+    dropping the tensors that the function uses, and before leaving the autocast context it was
+    called in. See "CUDA Graphs" in torch's notes on CUDA semantics.
     """
 
     def __init__(
@@ -38,19 +38,19 @@ class GraphedFunction:
         Args:
             function: what to run.
             usable: whether to use graphs at all; see :func:`can_capture`.
-            compiled: keys that the function has been run with, if it compiles code for some of
-                them; it is run with a new one before it is captured, and the key is added.
+            compiled: if the function compiles code, the keys it has already run with. It is run
+                once with each new key before the capture, and the key is added.
         """
         self._function = function
         self._usable = usable
         self._compiled = compiled
         self._warm = False
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        # One pool for all: they run one after the other, and no result lives in it.
+        # One pool for all graphs: they run one after another, and no result lives in it.
         self._pool = torch.cuda.graph_pool_handle() if usable else None
 
     def __call__(self, key: Hashable) -> None:
-        """Runs the function; `key` stands for the shapes and the memory that it works on."""
+        """Runs the function; `key` identifies the shapes and the memory that it works on."""
         ready = self._warm and (self._compiled is None or key in self._compiled)
         if self._usable and ready and key not in self._graphs:
             self._capture(key)
@@ -69,7 +69,7 @@ class GraphedFunction:
             with (
                 # After a failed capture `torch.cuda.graph` leaves its own stream current.
                 torch.cuda.stream(torch.cuda.current_stream()),
-                # thread_local: a thread that saves a checkpoint may use the GPU meanwhile.
+                # thread_local: the saving thread may use the GPU meanwhile.
                 torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"),
                 _without_garbage_collection(),
             ):
@@ -81,10 +81,10 @@ class GraphedFunction:
             self._graphs[key] = graph
 
     def release(self) -> None:
-        """Frees the graphs, and forgets the function; there are no later calls.
+        """Frees the graphs and drops the function; it cannot be called afterwards.
 
-        The function is often a method of the object that holds this one. Such a cycle would keep
-        a key-value cache until the collector runs, which is seldom.
+        The function is often a method of the object that holds this one. Such a reference cycle
+        would keep a key-value cache alive until the garbage collector runs, which is seldom.
         """
         for graph in self._graphs.values():
             graph.reset()
@@ -99,7 +99,7 @@ def _forgotten() -> None:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Keeps the collector from freeing other graphs: CUDA forbids that during a capture."""
+    """Keeps the garbage collector from freeing graphs, which CUDA forbids during a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -112,6 +112,6 @@ def _without_garbage_collection() -> Iterator[None]:
 def can_capture(model: AnyModel, device: torch.device) -> bool:
     """Whether a model's forward pass may be captured: on a GPU, and not sharded.
 
-    FSDP2's hooks wait for streams of their own.
+    FSDP2's hooks synchronise with streams of their own.
     """
     return device.type == "cuda" and not any(isinstance(m, FSDPModule) for m in model.modules())

@@ -1,4 +1,4 @@
-"""The decoding loop: prompts are put into slots, and the slots generate token by token."""
+"""The decoding loop: assigns prompts to slots, which generate token by token."""
 
 import inspect
 from collections.abc import Hashable
@@ -21,63 +21,64 @@ from engine.train.rollout.rollout import left_mask
 from engine.train.rollout.stop_criteria import StopCriteria
 
 READ_LENGTHS = 4
-"""With fixed shapes, the most lengths to which the cache is read: its first quarter, half, ..."""
+"""With fixed shapes, the number of read lengths of the cache: its first quarter, half, ..."""
 ALIGNMENT = 16
-"""Lengths are multiples of it, or CUDA's attention kernels would copy the mask to pad it."""
+"""Lengths are multiples of this; otherwise CUDA's attention kernels would copy the mask to pad
+it."""
 MIN_SLOTS = 8
-"""With fixed shapes, the number of slots is halved until here as responses end."""
+"""With fixed shapes, the number of slots is halved down to this as responses end."""
 REFILL_SHARE = 8
-"""Ended slots are refilled when they are an eighth of all: a prompt alone is slow to process."""
+"""Ended slots are refilled once they are an eighth of all, since single prompts are inefficient."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often the host reads what the device has sampled, and which shapes are computed."""
+    """How often the host reads sampled tokens from the device, and which shapes are computed."""
 
     check_every: int
-    """Tokens between two checks of which responses have ended. Until the next, their slots compute
-    tokens that are not kept."""
+    """Tokens between two checks for ended responses. Until the next check, their slots compute
+    tokens that are discarded."""
     fixed_shapes: bool
-    """Whether the cache is read in a few lengths, and slots are dropped in a few sizes only, so
-    that few CUDA graphs hold all tokens. Otherwise ended slots are dropped at each check."""
+    """Whether only a few read lengths of the cache and a few numbers of slots occur, so that few
+    CUDA graphs cover all tokens. Otherwise ended slots are dropped at each check."""
     read_step: int = 256
-    """With fixed shapes, the least by which the lengths that the cache is read to differ. For each
-    the host runs a token's kernels once more, to capture a graph: 24 to 39 ms for 24 layers.
-    Reading 384 positions of 64 responses instead of 192 takes a layer 1 µs (both on an H200)."""
+    """With fixed shapes, the smallest difference between two read lengths of the cache. Each read
+    length costs an extra pass over one token to capture a graph: 24 to 39 ms for 24 layers. Reading
+    384 positions of 64 responses instead of 192 takes a layer 1 µs (both on an H200)."""
 
 
 EXACT = Schedule(check_every=1, fixed_shapes=False)
-"""For a CPU: it waits for each operation anyway, and each row and position costs time."""
+"""For a CPU, which is synchronous anyway and where each row and position costs time."""
 GRAPHED = Schedule(check_every=16, fixed_shapes=True)
-"""For a GPU: launches and checks cost more than rows and positions that are not needed."""
+"""For a GPU, where launches and checks cost more than unneeded rows and positions."""
 
 
 def schedule_for(device: torch.device) -> Schedule:
-    """The schedule that suits a device."""
+    """Returns the schedule for a device."""
     return GRAPHED if device.type == "cuda" else EXACT
 
 
 @dataclass
 class HostSlot:
-    """What the host knows of a slot: of the response that it holds, as of the last check."""
+    """The host's view of a slot and its response at the last check."""
 
     row: int
-    """Which response."""
+    """Index of the response."""
     start: int
     """Where its prompt starts in the cache."""
     token_count: int = 1
-    """Tokens sampled."""
+    """Number of sampled tokens."""
     searched: int = 0
-    """Tokens among which stop strings have been searched."""
+    """Number of tokens already searched for stop strings."""
     ended: bool = False
 
 
 class Decoder:
     """Generates all responses with a model; call :meth:`run` once, inside the model's autocast.
 
-    All slots write their next token at the same position of the cache. A prompt ends just before
-    that position when its slot is filled; what is before the prompt belongs to an earlier response
-    and is masked. So left padding is all that the model sees, whatever its architecture.
+    All slots write their next token at the same position of the cache. When a slot is filled, its
+    prompt ends just before that position; anything before the prompt belongs to an earlier response
+    and is masked. So to the model, of any architecture, this looks like left padding.
     """
 
     def __init__(
@@ -96,13 +97,13 @@ class Decoder:
 
         Args:
             model: in evaluation mode.
-            responses: B prompts, and room for what is sampled.
+            responses: B prompts, and room for the sampled tokens.
             stop_criteria: when a response ends.
             schedule: see :func:`schedule_for`.
             report: see :meth:`run`.
             per_prompt: number of adjacent rows with the same prompt, which is processed once.
-            at_once: number of slots; B when left out.
-            compiled: shapes that the model's layers have been compiled for, if they are; see
+            at_once: number of slots; default: B.
+            compiled: shapes that the model's layers have been compiled for, if any; see
                 :class:`~engine.train.rollout.native.compiled_layers.CompiledLayers`.
         """
         self._model, self._responses, self._stop_criteria = model, responses, stop_criteria
@@ -134,9 +135,9 @@ class Decoder:
             compiled=compiled,
         )
         self._next_row = 0
-        """The next response that has no slot yet."""
+        """The next response without a slot."""
         self._cache_length = 0
-        """Positions of the cache that are written."""
+        """Number of written positions in the cache."""
         self._read_length = self._capacity
         self._cache = DynamicCache(config=model.lm.config)
         self._slots = Slots.of(responses, torch.arange(0, device=self._device), 0)
@@ -146,7 +147,8 @@ class Decoder:
     def run(self) -> tuple[list[int], list[bool]]:
         """Generates all responses.
 
-        Reports (tokens done, T) after each check; T as often as the slots are filled.
+        Reports (tokens done, T) after each check, with T counted once for each time the slots are
+        filled.
 
         Returns:
             The length of each response, and whether a stop string ended it.
@@ -158,7 +160,7 @@ class Decoder:
         while True:
             new = self._admit()
             done += new
-            # Where every token is checked, so is the first, which the prompt's pass sampled.
+            # If every token is checked, so is the first one, sampled with the prompt.
             if not new or self._check_every > 1:
                 done += self._decode()
             self._check_ended(lengths, stopped)
@@ -171,7 +173,7 @@ class Decoder:
     # -- filling slots -------------------------------------------------------------------------
 
     def _admit(self) -> bool:
-        """Fills free slots with waiting responses; their first tokens are sampled."""
+        """Fills free slots with waiting responses and samples their first tokens."""
         rows = range(self._next_row, min(self._responses.count, self._next_row + self._slot_count))
         if not rows:
             return False
@@ -209,7 +211,7 @@ class Decoder:
             self._host_slots[slot] = self._host_slot(row)
 
     def _prefill(self, rows: range, cache: DynamicCache) -> Slots:
-        """Processes the prompts of some responses, and samples their first tokens."""
+        """Processes the prompts of some responses and samples their first tokens."""
         batch, n = self._responses.batch, self._per_prompt
         first, last = rows.start // n, (rows.stop - 1) // n + 1
         ids, lengths = batch.ids[::n][first:last], batch.lengths[::n][first:last]
@@ -227,12 +229,13 @@ class Decoder:
     # -- tokens --------------------------------------------------------------------------------
 
     def _decode(self) -> int:
-        """Generates tokens until the next check; returns how many for each slot."""
+        """Generates tokens until the next check; returns how many per slot."""
         live = [slot for slot in self._host_slots if not slot.ended]
         most = max((self._responses.limit - slot.token_count for slot in live), default=0)
         steps = min(self._check_every, most)
         if self._cache_length + steps > self._capacity:
-            # The prompts that refill slots end at the cache's length, and need their width there.
+            # Prompts that refill slots end at the cache's length, which must be at least their
+            # width.
             first = min(slot.start for slot in live)
             self._move_to_front(min(first, self._cache_length - self._prompt_width))
         for _ in range(steps):
@@ -244,7 +247,7 @@ class Decoder:
         return steps
 
     def _fixed_step(self) -> None:
-        """One token of each slot; shapes depend on the number of slots and the read length only."""
+        """Generates one token per slot; shapes depend only on slot count and read length."""
         slots, positions = self._slots, self._positions[: self._read_length]
         for layer in full_attention_layers(self._cache) or ():
             layer.read_length = self._read_length
@@ -257,7 +260,7 @@ class Decoder:
         self._cache_position.add_(1)
 
     def _exact_step(self) -> None:
-        """One token of each slot; the cache is read as far as it is written."""
+        """Generates one token per slot, reading the cache as far as it is written."""
         slots = self._slots
         attended = (self._positions[: self._cache_length + 1] >= slots.start[:, None]).long()
         logits, values = self._model(slots.token[:, None], attended, 1, cache=self._cache)
@@ -266,7 +269,7 @@ class Decoder:
     # -- ends of responses ---------------------------------------------------------------------
 
     def _check_ended(self, lengths: list[int], stopped: list[bool]) -> None:
-        """Finds the slots whose response has ended, and keeps its length."""
+        """Finds slots whose response has ended, and records its length."""
         counts, done = self._slots.to_host()
         ids: list[list[int]] = []
         if self._stop_criteria.has_strings:
@@ -300,7 +303,7 @@ class Decoder:
                 size //= 2
         if size == len(self._host_slots):
             return
-        # With fixed shapes, ended slots fill up the size, for which there is or will be one graph.
+        # With fixed shapes, ended slots pad the number of slots to one that has a graph.
         ended = [k for k, slot in enumerate(self._host_slots) if slot.ended]
         keep = sorted(live + ended[: size - len(live)])
         self._host_slots = [self._host_slots[k] for k in keep]
@@ -313,10 +316,9 @@ class Decoder:
     # -- the cache -----------------------------------------------------------------------------
 
     def _set_layer_lengths(self) -> list[PreallocatedLayer]:
-        """Tells the cache's layers how many positions are written, before rows are moved.
+        """Sets the number of written positions in the cache's layers, before rows are moved.
 
-        Returns:
-            The layers; none if some do not attend to all positions.
+        Returns: The layers; empty if some do not attend to all positions.
         """
         layers = full_attention_layers(self._cache) or []
         for layer in layers:
@@ -324,7 +326,7 @@ class Decoder:
         return layers
 
     def _move_to_front(self, first: int) -> None:
-        """Moves the positions from `first` on, all that is still attended to, to the front."""
+        """Moves the positions from `first` on, the only ones still attended to, to the front."""
         for layer in self._set_layer_lengths():
             layer.drop_first(first)
         self._cache_length -= first
@@ -335,7 +337,7 @@ class Decoder:
 
 
 def takes_any_mask(model: AnyModel) -> bool:
-    """Whether a model takes positions, and a mask of our own in the place of transformers'."""
+    """Whether a model accepts positions, and a custom mask in place of transformers' own."""
     config = model.lm.config
     return (
         "position_ids" in inspect.signature(model.lm.forward).parameters

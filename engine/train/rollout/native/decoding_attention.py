@@ -1,4 +1,4 @@
-"""Attention of one token per row, for decoding; one of transformers' attention functions."""
+"""Attention of one token per row for decoding, as a transformers attention function."""
 
 from typing import Any
 
@@ -22,23 +22,23 @@ def decoding_attention(
     scaling: float | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one query per row by two products, with the softmax in float32.
+    """Computes attention of one query per row by two products, with the softmax in float32.
 
-    On a GPU the kernels behind `scaled_dot_product_attention` that take a mask divide their work by
-    queries, of which there is one: they leave most of the GPU idle. All else goes to them.
+    On a GPU, the masked kernels behind `scaled_dot_product_attention` parallelise over queries.
+    With a single query they leave most of the GPU idle. All other cases are passed on to them.
 
     Args:
-        module: of the caller; unused.
+        module: the calling layer.
         query: (n, heads, q, width).
         key: (n, key heads, L, width).
         value: (n, key heads, L, width of values).
-        attention_mask: (n, 1, q, L) bool, or as transformers' `sdpa` takes it.
+        attention_mask: (n, 1, q, L) bool, or any mask accepted by transformers' `sdpa`.
         dropout: must be 0, as in evaluation mode.
-        scaling: of the scores.
-        keywords: what transformers' `sdpa` takes besides.
+        scaling: factor on the scores.
+        keywords: further arguments of transformers' `sdpa`.
 
     Returns:
-        (n, q, heads, width of values), and None in the place of the attention weights.
+        (n, q, heads, width of values), and None in place of the attention weights.
     """
     count, heads, queries, width = query.shape
     special = any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))

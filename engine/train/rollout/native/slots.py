@@ -1,4 +1,4 @@
-"""Slots: the rows that are generated together, each with the response it holds."""
+"""Slots: rows that are generated together, each holding one response."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from engine.train.rollout.sampling import Distribution, distribution, sample
 
 
 class Responses:
-    """What has been sampled for each of B responses, on the device.
+    """The tokens sampled so far for each of B responses, on the device.
 
-    One more row than there are responses takes what slots compute that hold none.
+    An extra row collects the output of slots without a response.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Responses:
             temperature: > 0.
             eos: the end-of-sequence token ids; int64, on the device.
             sampling: the scheme; a name in :data:`~engine.train.rollout.sampling.SCHEMES`.
-            distribution: as of :func:`~engine.train.rollout.sampling.sample`.
+            distribution: see :func:`~engine.train.rollout.sampling.sample`.
         """
         self.count, self.limit = uniforms.shape
-        """B, and T: the most new tokens."""
+        """B, and T, the maximum number of new tokens."""
         self.batch = batch
         self.uniforms = uniforms
         self.temperature = temperature
@@ -50,17 +50,18 @@ class Responses:
         self.floats = torch.zeros(3, self.count + 1, self.limit, device=device)
 
     def is_eos(self, tokens: Tensor) -> Tensor:
-        """Which of the (n,) tokens end a sequence; (n,) bool."""
+        """Whether each token, (n,) int64, is an end-of-sequence token; (n,) bool."""
         return (tokens[:, None] == self.eos).any(1)
 
     def rollout(
         self, lengths: list[int], stopped: list[bool], tokenizer: PreTrainedTokenizerBase
     ) -> Rollout:
-        """The finished rollout.
+        """Returns the finished rollout.
 
         Args:
-            lengths: of each response, at least 1.
-            stopped: whether a stop string ended it. Tokens after it may have been sampled.
+            lengths: length of each response, at least 1.
+            stopped: whether a stop string ended each response; tokens after it may have been
+                sampled.
             tokenizer: the model's.
         """
         device = self.ids.device
@@ -76,24 +77,24 @@ class Responses:
 
 @dataclass
 class Slots:
-    """n slots. Tensors are (n,), on the device; all but `start` change in place with each token."""
+    """n slots. Tensors are (n,) on the device; all but `start` change in place with each token."""
 
     row: Tensor
-    """int64: which response a slot holds."""
+    """int64: index of the slot's response."""
     prompt_length: Tensor
-    """int64: tokens of its prompt."""
+    """int64: number of prompt tokens."""
     start: Tensor
-    """int64: where its prompt starts in the cache."""
+    """int64: start of the prompt in the cache."""
     token_count: Tensor
-    """int64: tokens sampled for it."""
+    """int64: number of sampled tokens."""
     done: Tensor
-    """bool: it has ended; what the slot computes is not kept."""
+    """bool: whether the response has ended; further output of the slot is discarded."""
     token: Tensor
     """int64: the last token sampled."""
 
     @classmethod
     def of(cls, responses: Responses, rows: Tensor, end: int) -> "Slots":
-        """Slots for some responses, whose prompts end before position `end` of the cache."""
+        """Creates slots for responses whose prompts end before position `end` of the cache."""
         prompt_length = responses.batch.lengths[rows]
         zeros = torch.zeros_like(rows)
         return cls(
@@ -106,12 +107,12 @@ class Slots:
         return self.prompt_length + self.token_count - 1
 
     def sample(self, responses: Responses, logits: Tensor, values: Tensor | None) -> None:
-        """Samples each slot's next token, and keeps it where the slot has not ended.
+        """Samples each slot's next token, and stores it unless the slot has ended.
 
-        Reads nothing on the host and has fixed shapes, so that a CUDA graph can hold it.
+        It never synchronises with the host and has fixed shapes, so a CUDA graph can capture it.
 
         Args:
-            responses: takes the tokens.
+            responses: stores the tokens.
             logits: (n, V).
             values: (n,) float32, or None.
         """
@@ -130,15 +131,15 @@ class Slots:
         self.done.logical_or_(self.token_count >= responses.limit)
 
     def to_host(self) -> tuple[list[int], list[bool]]:
-        """Each slot's token count, and whether it has ended. The host waits for the device."""
+        """Returns each slot's token count and whether it has ended. Waits for the device."""
         counts, done = torch.stack([self.token_count, self.done.long()]).tolist()
         return counts, [bool(d) for d in done]
 
     def overwrite(self, slots: Tensor, other: "Slots") -> None:
-        """Overwrites some slots."""
+        """Overwrites the given slots with others."""
         for name in self.__dataclass_fields__:
             getattr(self, name)[slots] = getattr(other, name)
 
     def select(self, slots: Tensor) -> "Slots":
-        """Some of the slots, copied."""
+        """Returns copies of the given slots."""
         return Slots(*(getattr(self, name)[slots] for name in self.__dataclass_fields__))
