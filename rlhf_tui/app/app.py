@@ -110,10 +110,10 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             now: the wall clock.
             follow: False reads each session once and never again, for tests.
             first_read: a summary of that session whose reading has begun.
-            replay: shows sessions as they were, and disables commands; None: as they are.
-            origin: the session of which this one is a copy: commands reach it, but nothing else
-                may be changed. None for the session itself.
-            listing: of the folder, whose reading may have begun.
+            replay: replays sessions and disables commands; None: shows them as they are.
+            origin: the session that this one is a copy of: commands reach it, but nothing else
+                may be changed. None if it is not a copy.
+            listing: the folder's list of sessions, which may already be loading.
         """
         self.root = root.resolve()
         self.steers = not read_only and replay is None
@@ -157,7 +157,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.theme = self.preferences.theme
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Removes all colour codes if NO_COLOR is set; Textual alone would send greys."""
+        """Removes all colour codes if NO_COLOR is set; Textual by itself would send greys."""
         return [NoColorFilter()] if self.no_color else super().get_line_filters()
 
     def on_load(self) -> None:
@@ -207,7 +207,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         return True
 
     def _drop_lists(self) -> None:
-        """Tells the screens that what they have read is not of this session, or of this moment."""
+        """Tells the screens that their data belongs to another session or moment."""
         for screen in screens_of_all_modes(self):
             if isinstance(screen, SessionScreen) and screen.is_mounted:
                 screen.session_changed()
@@ -287,7 +287,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- keys ----------------------------------------------------------------------------------
 
     async def wait_until_ready(self, key: str) -> None:
-        """Waits for the rows that a key typed ahead is meant for. Leaving waits for nothing.
+        """Waits for the rows that a key typed ahead is meant for, except for the keys that leave.
 
         A digest that opened meanwhile does not take the key.
         """

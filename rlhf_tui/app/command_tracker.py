@@ -1,4 +1,4 @@
-"""Sends the app's commands and follows what becomes of them."""
+"""Sends the app's commands and tracks their outcome."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # imported when a probe is answered
 
 READ_ONLY = "read-only: commands are disabled"
 AGAIN = 0.5
-"""Seconds after which it looks again whether a dialog is still open."""
+"""Seconds between checks whether a dialog is still open."""
 
 
 class CommandTracker:
@@ -61,7 +61,7 @@ class CommandTracker:
         """The newest state of each run, by session folder."""
 
     def no_engine(self, target: SteeringTarget) -> str:
-        """That a run has no engine, and how to start one."""
+        """The notice that a run has no engine, and how to start one."""
         resume = fmt.command("resume", target.name, root=self._root)
         return f"'{target.name}' has no engine; resume it: {resume}"
 
@@ -109,7 +109,7 @@ class CommandTracker:
         return self._effects.setdefault(target.session.folder, PendingEffects())
 
     def run_read(self, target: SteeringTarget) -> None:
-        """Call it when a run was read again: effects of commands may show now."""
+        """Call this when a run was read again: effects of commands may be visible now."""
         folder = target.session.folder
         self._last_read[folder] = target
         if folder in self._effects:
@@ -145,14 +145,14 @@ class CommandTracker:
             self._say(f"{text}: {reply.status}{expected}")
 
     def _show_probe(self, dialog: "ProbeDialog") -> None:
-        """Shows the responses to a probe once no other dialog is open: it may be typed into."""
+        """Shows the responses to a probe once no other dialog is open: somebody may be typing."""
         if isinstance(self._app.screen, SessionScreen):
             self._app.push_screen(dialog)
         else:
             self._app.set_timer(AGAIN, lambda: self._show_probe(dialog))
 
     def _latest(self, folder: Path) -> SteeringTarget | None:
-        """A run as known now: the selected one has a fresher time of its step boundary."""
+        """The latest state of a run: the selected one has a fresher estimate of its boundary."""
         target = self.target()
         if target is not None and target.session.folder == folder:
             return target

@@ -10,7 +10,7 @@ from rlhf_tui.widgets.lines import Row
 
 MOST = 8
 AWAY = 60.0
-"""Seconds of absence from which on a digest is shown."""
+"""Minimum seconds of absence for which a digest is shown."""
 
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
@@ -60,7 +60,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
 
 
 def began(state: SessionState) -> float:
-    """The time of the session's first event; 0 if that is not known."""
+    """The time of the session's first event; 0 if unknown."""
     first = state.events[0] if state.events else None
     return first.time if first is not None and first.event == 1 else 0.0
 

@@ -66,9 +66,9 @@ class SessionFollower:
             say: shows a notice.
             draw: draws the visible screens.
             root: the folder of sessions.
-            replay: shows sessions as they were, from their beginning; the first one that is opened
-                from the step of these options. None: as they are.
-            origin: the session of which the open one is a copy; None for the session itself.
+            replay: replays sessions from their beginning; the first one that is opened from the
+                step of these options. None: shows them as they are.
+            origin: the session that the open one is a copy of; None if it is not a copy.
         """
         self._app = app
         self._preferences = preferences
@@ -122,7 +122,7 @@ class SessionFollower:
         self._replay = msgspec.structs.replace(self._replay, from_step=0)
 
     def _time(self) -> float:
-        """The wall clock, or in a replay that of the moment that is shown."""
+        """The wall clock; in a replay, that of the displayed moment."""
         replay = self.state.replay
         return self._now() if replay is None else replay.position.time
 
@@ -158,7 +158,7 @@ class SessionFollower:
             self._feed.want(with_drawn(n.strip() for spec in specs for n in spec.split(" + ")))
 
     def command_ended(self) -> None:
-        """Call it when a command was applied: others may have reverted it before it was read."""
+        """Call this when a command was applied: others may have reverted it before it was read."""
         if isinstance(self._feed, Feed):
             self._feed.repeat_summary(UNCHANGED_READINGS)
 
@@ -180,7 +180,7 @@ class SessionFollower:
     # -- updates -------------------------------------------------------------------------------
 
     def take(self, message: SessionUpdated) -> bool:
-        """Adds an update to the state and schedules drawing; False if it is of another session."""
+        """Adds an update to the state and schedules drawing; False if it is for another session."""
         if self.session is None or message.folder != str(self.session.folder):
             return False
         self.state.take(message.update)

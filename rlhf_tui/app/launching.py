@@ -27,11 +27,11 @@ APPEARS = 10.0
 """Seconds within which the engine of a new session lives."""
 POLL_INTERVAL = 0.3
 OURS = "rlhf-tui: "
-"""Begins each line that the command line itself writes to its error output."""
+"""Prefix of each line that the command line itself writes to its error output."""
 
 
 class EngineStarter:
-    """Starts, resumes and forks runs; each command is a process of its own."""
+    """Starts, resumes and forks runs, each by a command in a separate process."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class EngineStarter:
         self._ask(lambda: fork_form(self._root, name, step))
 
     def _ask(self, make: "Callable[[], StartForm]") -> None:
-        """Opens a form, and starts what it asks for. Shows why it cannot be opened."""
+        """Opens a form and starts its run, or shows why the form cannot be opened."""
         if self._refused():
             return
         try:
@@ -144,12 +144,12 @@ class EngineStarter:
     def _takes_keys(self, mode: str) -> bool:
         """Whether a mode's screen takes the keys, and no dialog over it.
 
-        A session that opens by itself elsewhere would get keys that are meant for another one.
+        Otherwise a session that opens by itself would get keys that are meant for another screen.
         """
         return self._app.current_mode == mode and isinstance(self._app.screen, SessionScreen)
 
     def started(self, message: EngineStarted) -> None:
-        """Shows what a start said; on the sessions screen, opens the session."""
+        """Shows the output of a start; on the sessions screen, opens the session."""
         result = message.result
         for notice in result.notices:
             self._say(notice, "warning")

@@ -11,7 +11,7 @@ from rlhf_tui.widgets.textual_internals import screens_of_current_mode
 NOTICE = 5.0
 """Seconds for which a notice replaces the line of keys."""
 SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
-"""Seconds for which a notice is shown in a box at least."""
+"""Minimum seconds for which a notice is shown in a box."""
 READ_A_SECOND = 15.0
 """Characters that are read in a second: a long notice is shown for longer."""
 

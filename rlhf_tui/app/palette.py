@@ -156,7 +156,7 @@ class PaletteCommand(Struct, frozen=True):
     help: str
     run: Callable[[], Any]
     rank: int = 2
-    """Its place while nothing is typed: 0 first, 1 for the keys that the footer may show, 3 for
+    """Its rank while nothing is typed: 0 first, 1 for the keys that the footer may show, 3 for
     disabled ones."""
 
 
@@ -231,7 +231,7 @@ class PaletteCommands(Provider):
         return list(found.values())
 
     def _of_screen(self, mode: str) -> Iterator[PaletteCommand]:
-        """The commands of another screen. They act on what is selected there: go and look first."""
+        """The commands of another screen. They only show that screen and name the key there."""
         number = list(MODES).index(mode) + 1
         for binding in Binding.make_bindings(screen_class(mode).BINDINGS):
             if binding.description and binding.action != "back":

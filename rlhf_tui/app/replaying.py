@@ -23,7 +23,7 @@ BINDINGS: list[BindingType] = [
 
 
 class ReplayControls:
-    """What the keys do to a replay."""
+    """Carries out the keys of a replay."""
 
     def __init__(self, player: Player, feed: "ReplayFeed", say: Say) -> None:
         """Of one replay; `say` shows a notice."""

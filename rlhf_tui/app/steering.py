@@ -49,13 +49,13 @@ BINDINGS: list[BindingType] = [
 ]
 """The keys of the app that call :meth:`Steering.act`; `--read-only` removes them."""
 WITH_OLD_VALUE = ("beta", "lower_beta", "raise_beta", "adaptive", "change")
-"""The actions that start from a setting in force, which is not known while a run is starting."""
+"""The actions that depend on a setting in force, which is unknown while a run is starting."""
 WHILE_STOPPING = ("stop", "note")
 """The actions that a run takes while it is stopping."""
 
 
 class Steering:
-    """What the steering keys do to the selected run."""
+    """Carries out the steering keys on the selected run."""
 
     def __init__(self, app: App[None], commands: CommandTracker, say: Say) -> None:
         """Sends nothing yet.
@@ -289,7 +289,7 @@ class Steering:
         return self._commands.send(target, command, text, post)
 
     def run_read(self, target: SteeringTarget) -> None:
-        """Call it when a run was read again: effects of commands may show now."""
+        """Call this when a run was read again: effects of commands may be visible now."""
         self._commands.run_read(target)
 
     def command_answered(self, message: CommandAnswered) -> None:
@@ -298,7 +298,7 @@ class Steering:
 
 
 def _is_too_early_or_late(target: SteeringTarget, action: str) -> bool:
-    """Whether a live run takes no such command now, or its old value is not known."""
+    """Whether a live run does not accept such a command now, or the old value is unknown."""
     if target.state == "starting":
         return action in WITH_OLD_VALUE
     return target.state == "stopping" and action not in WHILE_STOPPING

@@ -1,7 +1,7 @@
 """The themes dark, light and contrast, for terminals of 16 million, 256 and 16 colours.
 
-Their colours come from the Okabe–Ito palette. A terminal of fewer colours gets a palette made of
-colours that it has: Textual would otherwise replace each colour by the nearest one, which makes
+Their colours come from the Okabe–Ito palette. A terminal with fewer colours gets a palette of the
+colours that it has. Textual would otherwise replace each colour by the nearest one, which makes
 dark tints equal to the background and the steps of the heat strip equal to one another.
 """
 
@@ -22,7 +22,7 @@ Ramp = tuple[Step, Step, Step]
 _SERIES_DARK: Series = (SKY, ORANGE, "#2FC79A", PURPLE, YELLOW, "#E0733A")
 _SERIES_LIGHT: Series = (BLUE, "#B87A00", "#007A59", "#A8477D", "#8A8000", VERMILLION)
 READABLE = 3.0
-"""The least contrast of text (WCAG 2, for large text)."""
+"""Minimum contrast of text (WCAG 2, for large text)."""
 
 
 class Palette(Struct, frozen=True):

@@ -24,14 +24,14 @@ class SessionScreen(Screen[None]):
     """The screen of a mode."""
 
     MODE = ""
-    """Its key in :data:`~rlhf_tui.screens.modes.MODES`; set by the subclass."""
+    """The screen's key in :data:`~rlhf_tui.screens.modes.MODES`; set by the subclass."""
     WRITES: ClassVar[frozenset[str]] = frozenset()
     """Actions that `--read-only` removes."""
     READ_ONLY = "read-only: nothing can be changed"
     """The notice in place of an action of :attr:`WRITES`."""
 
     LISTS: ClassVar[bool] = False
-    """Whether it reads a list in a thread; it then calls :meth:`rows_read`."""
+    """Whether the screen reads a list in a thread; it then calls :meth:`rows_read`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class SessionScreen(Screen[None]):
         self._rows_read.set()
 
     async def wait_for_rows(self) -> None:
-        """Waits for the first rows, so that keys typed ahead act on them; not for long."""
+        """Waits briefly for the first rows, so that keys typed ahead act on them."""
         if self.LISTS and not self._rows_read.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._rows_read.wait(), FIRST_ROWS)
@@ -103,11 +103,11 @@ class SessionScreen(Screen[None]):
         return None if self.why_disabled(action) else True
 
     def why_disabled(self, action: str) -> str:
-        """Why an action of this screen does nothing now; empty if it acts. May be extended."""
+        """Why an action of this screen is disabled; empty if it is enabled. May be extended."""
         return self.READ_ONLY if self.context.read_only and action in self.WRITES else ""
 
     def refresh_keys(self) -> None:
-        """Draws the line of keys again if other keys are enabled than before."""
+        """Redraws the line of keys if the enabled keys have changed."""
         enabled = [(key, b.binding.action, b.enabled) for key, b in self.active_bindings.items()]
         if enabled != self._enabled_keys:
             self._enabled_keys = enabled
@@ -116,10 +116,10 @@ class SessionScreen(Screen[None]):
     # -- overridden by the screens -------------------------------------------------------------
 
     def refresh_content(self) -> None:
-        """Shows the rest of the state, which the panels do not; overridden."""
+        """Shows the parts of the state that no panel shows; overridden."""
 
     def session_changed(self) -> None:
-        """Another session was opened: drops what is kept of the last one; overridden."""
+        """Another session was opened: drops the data of the previous one; overridden."""
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
         """The cursor of a table has moved; overridden."""

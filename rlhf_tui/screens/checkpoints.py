@@ -44,7 +44,7 @@ class CheckpointsScreen(SessionScreen):
     ]
 
     def compose_body(self) -> ComposeResult:
-        """What the best one is best by, if that is not the score; the table."""
+        """The metric that decides the best checkpoint, if it is not the score; the table."""
         yield Lines(id="best")
         yield Table(
             [
@@ -60,7 +60,7 @@ class CheckpointsScreen(SessionScreen):
         )
 
     def refresh_content(self) -> None:
-        """Shows the checkpoints, unless a title was clicked the newest step first."""
+        """Shows the checkpoints, newest step first unless a title was clicked."""
         table = self.query_one(Table)
         found = self.context.state.checkpoints
         current = [c for c in found if c.status == "complete"]
@@ -87,7 +87,7 @@ class CheckpointsScreen(SessionScreen):
 
     @property
     def _remark(self) -> str:
-        """On the best checkpoint. A metric that is no column is named above the table."""
+        """The remark on the best checkpoint. A metric without a column is named above the table."""
         return "best score" if self.context.state.best_metric == SCORE else "best"
 
     def _show_best(self, best: CheckpointRow | None) -> None:
@@ -181,7 +181,7 @@ class CheckpointsScreen(SessionScreen):
 
 
 def _cells(c: CheckpointRow, best: str, last: bool) -> list[Piece]:
-    """A row; `best`: what it is best by, empty if it is not the best one."""
+    """The cells of a row; `best`: the metric it is best by, empty if it is not the best one."""
     remarks = [text for text in ("last" if last else "", best) if text]
     if c.status == "superseded":
         remarks = ["abandoned branch"]

@@ -1,4 +1,4 @@
-"""What a screen may use of the app, as protocols: screens never import the app itself."""
+"""Protocols of what a screen may use of the app: screens never import the app itself."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,23 +33,23 @@ class CommandActions(Protocol):
         text: str,
         post: Callable[[CommandAnswered], object] | None = None,
     ) -> bool:
-        """Sends a command after all earlier ones; False, with a notice, if no engine takes it.
+        """Sends a command after all earlier ones. Returns False, with a notice, without an engine.
 
         Args:
             target: the run.
             command: what to send.
             text: describes the command in notices.
-            post: takes the replies, from another thread; None: the app, which shows them.
+            post: called with each reply, from another thread; None: the app shows them.
         """
 
     def run_read(self, target: SteeringTarget) -> None:
-        """Call it when a run was read again: effects of commands may show now."""
+        """Call this when a run was read again: effects of commands may be visible now."""
 
     def roll_back(self, target: SteeringTarget, step: int, resume: Callable[[bool], None]) -> None:
         """Asks, then sends a rollback to the checkpoint of `step`.
 
-        If the run ends while the question is open, `resume` is called in place of it; it gets
-        whether to sample with a new seed.
+        If the run ends while the question is open, `resume` is called instead, with whether to
+        sample with a new seed.
         """
 
     def ask_roll_back(
@@ -83,7 +83,7 @@ class EngineActions(Protocol):
 
 
 class Origin(Protocol):
-    """The session of another machine of which the open one is a copy."""
+    """The session on another machine that the open one is a copy of."""
 
     @property
     def address(self) -> str:
@@ -100,13 +100,13 @@ class AppContext(Protocol):
     root: Path
     """The folder of sessions."""
     read_only: bool
-    """Whether nothing of the session's files may be changed."""
+    """Whether the session's files must not be changed."""
     steers: bool
     """Whether commands may be sent."""
     origin: Origin | None
-    """The session of which the open one is a copy; None for the session itself."""
+    """The session that the open one is a copy of; None if it is not a copy."""
     replaying: bool
-    """Whether sessions are shown as they were."""
+    """Whether sessions are replayed."""
     who: str
     """The operator's name in the command log and in labels."""
     preferences: Preferences
@@ -121,7 +121,7 @@ class AppContext(Protocol):
 
     @property
     def state(self) -> SessionState:
-        """What is known of the open session."""
+        """The state of the open session."""
 
     @property
     def view(self) -> Viewport:

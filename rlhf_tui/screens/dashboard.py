@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # imported when it is opened
     from rlhf_tui.dialogs.picker import PickerDialog
 
 PAGES = ("timeline", "latest", "machine")
-"""Panels of which a narrow terminal shows one at a time."""
+"""Panels that a narrow terminal shows one at a time."""
 
 
 class DashboardScreen(SessionScreen):
@@ -105,7 +105,7 @@ class DashboardScreen(SessionScreen):
 
     @property
     def focus_chain(self) -> list[Widget]:
-        """What tab leads through: the charts are one panel, in which j and k lead on."""
+        """The stops of the tab key: the charts are one stop, within which j and k move."""
         chart = self.grid.current
         return [w for w in super().focus_chain if w is chart or not isinstance(w, Chart)]
 
@@ -173,7 +173,7 @@ class DashboardScreen(SessionScreen):
         self.refresh_view()
 
     def action_marker(self, way: int) -> None:
-        """Selects the next event of the charts, several of one step in turn; first the newest."""
+        """Selects the next event on the charts, also among those of one step; first the newest."""
         view, state = self.context.view, self.context.state
         # Before the first step no event is on the charts, and an alert may have paused the run.
         markers = state.markers() or state.timeline()
@@ -211,7 +211,7 @@ class DashboardScreen(SessionScreen):
             self._open_event()
 
     def _open_event(self) -> None:
-        """Shows the whole text of the selected event. n and N lead from one to the next."""
+        """Shows the whole text of the selected event. n and N move to the next and previous one."""
         from rlhf_tui.dialogs.event import EventDialog  # noqa: PLC0415 - keeps start-up short
 
         state = self.context.state
@@ -342,7 +342,7 @@ class DashboardScreen(SessionScreen):
 
     @work(thread=True, exclusive=True, group="newest")
     def show_newest(self, session: SessionFolder, names: list[str], dialog: "PickerDialog") -> None:
-        """Adds the newest values of metrics that no chart has read to a dialog."""
+        """Adds the newest values of metrics that no chart shows to a dialog."""
         try:
             with JournalReader(session) as record:
                 newest = {name: record.newest_value(name) for name in names}

@@ -21,19 +21,19 @@ MOST_BYTES = 8_000_000
 MOST_LINES = 100_000
 EVERY = 1.0
 STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
-"""Of the lines of the engine's loggers."""
+"""The time stamp of lines that the engine's loggers write."""
 
 
 @dataclass(frozen=True)
 class LogPart:
-    """What was read of a log."""
+    """The result of one reading of a log."""
 
     lines: list[str]
     """The whole lines."""
     at: int
     """The byte after the last of them."""
     seen: int
-    """The byte after all that need not be read again, such as the beginning of a line."""
+    """The byte after everything that need not be read again, such as the beginning of a line."""
     fresh: bool
     """Whether the lines replace all earlier ones."""
     cut: bool = False
@@ -89,7 +89,7 @@ class LogView(ScrollList):
         return super().rows(width, height)
 
     def moved(self) -> None:
-        """Notes whether the end is in sight: a terminal of another height shows it, too."""
+        """Stores whether the end is visible, to keep it visible when the height changes."""
         self._at_end = self.top >= self.count() - self.page_size
 
     def add(self, lines: list[str], *, fresh: bool, cut: bool = False) -> None:
@@ -227,9 +227,9 @@ class LogScreen(SessionScreen):
         return [i for i, line in enumerate(self.query_one(LogView).lines) if query in line.lower()]
 
     def action_match(self, way: int) -> None:
-        """Leads to the next line that contains the searched text, from the last one if in sight.
+        """Moves to the next line with the searched text, starting from the last match if visible.
 
-        From the first or the last line in sight otherwise: a search begins with the newest one.
+        Otherwise starts from the first or the last visible line: a search begins with the newest.
         """
         view, hits = self.query_one(LogView), self._hits()
         if not hits:
@@ -267,8 +267,8 @@ def read_part(path: Path, at: int, seen: int, until: str | None) -> LogPart | No
     Args:
         path: of the log.
         at: the byte after the last line that was read.
-        seen: :attr:`LogPart.seen` of the last part; `at` for other lines than until then.
-        until: only lines that were written by then.
+        seen: :attr:`LogPart.seen` of the last part; `at` to read other lines than until then.
+        until: read only lines that were written by this time.
     """
     try:
         size = path.stat().st_size

@@ -206,7 +206,7 @@ class SamplesScreen(SessionScreen):
             self.post_message(ArraysRead(key, arrays, kept))
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """Shows the sample under the cursor. Who moves the cursor freezes the list."""
+        """Shows the sample under the cursor. Moving the cursor freezes the list."""
         if message.table != "samples":
             return
         if message.moved:
@@ -234,7 +234,7 @@ class SamplesScreen(SessionScreen):
             view.read(row, view.arrays, view.kept)
 
     def read_again(self) -> None:
-        """Reads again what is written of the page and of the comparison."""
+        """Reads the written judgements of the page and of the comparison again."""
         self.comparison.read_again()
         self.samples.read_again()
 

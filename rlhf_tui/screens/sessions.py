@@ -50,7 +50,7 @@ from rlhf_tui.widgets.panels.preview import PreviewPanel
 READ_INTERVAL = 2.0
 """Seconds between two readings of the folder."""
 STILL = 10.0
-"""Seconds without a step from which on an engine is asked what it waits for."""
+"""Seconds without a step after which an engine is asked what it waits for."""
 
 
 class SessionsScreen(SessionScreen):
@@ -147,7 +147,7 @@ class SessionsScreen(SessionScreen):
         self.refresh_keys()
 
     def _how_to_start(self) -> list[Row]:
-        """What stands in the place of the rows in a folder without sessions."""
+        """The text in place of the rows in a folder without sessions."""
         command = self.context.state.command
         return [
             [(f" no sessions in {short_path(self.context.root)}", "dim")],
@@ -161,7 +161,7 @@ class SessionsScreen(SessionScreen):
         ]
 
     def _ask_engines(self) -> None:
-        """Asks the engines that take no steps what they wait for, in a thread."""
+        """Asks engines that are not making progress what they wait for, in a thread."""
         now = self.context.now()
         rows = [s.row for s in self._rows.values() if s.row.pid and s.row.state != "paused"]
         rows = [r for r in rows if r.updated is None or now - r.updated > STILL]
@@ -264,7 +264,7 @@ class SessionsScreen(SessionScreen):
     # -- keys ----------------------------------------------------------------------------------
 
     def why_disabled(self, action: str) -> str:
-        """What the highlighted session lacks for an action."""
+        """Why the highlighted session does not allow an action."""
         if reason := super().why_disabled(action):
             return reason
         row = self._highlighted()
@@ -431,7 +431,7 @@ class SessionsScreen(SessionScreen):
 
 
 def matching(pattern: str, names: list[str]) -> list[str] | None:
-    """The names that a regular expression matches; none if it is empty, None if it is invalid."""
+    """The names that a regular expression matches: [] if it is empty, None if it is invalid."""
     try:
         return [name for name in names if pattern and re.search(pattern, name)]
     except re.error:

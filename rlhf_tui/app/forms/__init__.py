@@ -1,1 +1,1 @@
-"""What is typed into the dialogs of the app: checked, completed, and made into commands."""
+"""Forms of the app: check and complete what is typed, and turn it into commands."""

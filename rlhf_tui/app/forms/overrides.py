@@ -1,4 +1,4 @@
-"""What a start from the app would do: checks of names, files and `key=value` overrides."""
+"""Checks names, files and `key=value` overrides of a start, and tells what it would do."""
 
 import shlex
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ MOST_NAMES = 6
 
 
 class FormError(Exception):
-    """What is typed cannot be used; the message is for the operator."""
+    """The typed input cannot be used; the message is for the operator."""
 
 
 def split_overrides(text: str) -> list[str]:
@@ -41,7 +41,7 @@ def split_overrides(text: str) -> list[str]:
 
 
 class EarlierRun(Struct, frozen=True):
-    """The run that is resumed or forked, as it was at the step of the start."""
+    """The run to resume or fork, as it was at the chosen step."""
 
     config: RunConfig
     """Of the session's file."""
@@ -58,7 +58,7 @@ class EarlierRun(Struct, frozen=True):
             return cls(config, config)
 
     def values(self, *, fixed: bool) -> dict[str, str]:
-        """Key → present value, those that may change during a run first, with beta at the head.
+        """Key → current value, those that may change during a run first, starting with beta.
 
         Args:
             fixed: whether to include the keys that are fixed on a resume.
@@ -86,7 +86,7 @@ class EarlierRun(Struct, frozen=True):
         return config_file.override(self.in_force, overrides)
 
     def changed(self, new: RunConfig) -> str:
-        """What differs from this run, as `key old → new`."""
+        """The differences from this run, as `key old → new`."""
         return changes_text(config_file.changes(self.in_force, new))
 
 
@@ -155,7 +155,7 @@ def typed_path(text: str) -> Path:
 
 
 def missing_file(path: str) -> str:
-    """Why a path is not a configuration file yet: which names would continue it."""
+    """Why a path is not a configuration file yet, with the names that would complete it."""
     found = completions(path)
     if not found:
         return f"no configuration file at {path}" if path else "type the path of a YAML file"

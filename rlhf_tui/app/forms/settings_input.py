@@ -18,7 +18,7 @@ OFF = {
 
 
 def settings_after(target: SteeringTarget, step: int) -> list[Row]:
-    """The settings that a roll back changes, old → new: the checkpoint has those of its step."""
+    """The settings that a roll back to a checkpoint's step changes, old → new."""
     saved = saved_settings(checkpoint_path(target.session.checkpoints, step))
     if not saved:
         return [

@@ -28,7 +28,7 @@ OVERRIDES = "other settings: key=value, separated by spaces (optional)"
 
 
 class StartForm(Struct, frozen=True):
-    """A dialog, and what it starts."""
+    """A dialog and the command that it starts."""
 
     dialog: FormDialog
     arguments: Callable[[Values], list[str]]

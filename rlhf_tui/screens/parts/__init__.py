@@ -1,1 +1,1 @@
-"""The parts of screens that have several responsibilities, each a class that its screen owns."""
+"""Parts of the larger screens, each a class with one responsibility that its screen owns."""

@@ -1,4 +1,4 @@
-"""The preview on the sessions screen: where there is room for it, and when it is read."""
+"""The preview on the sessions screen: where it is placed, and when it is read."""
 
 import functools
 from pathlib import Path
@@ -18,9 +18,9 @@ from rlhf_tui.widgets.table import Table
 PREVIEW_AFTER = 0.15
 """Seconds that a row is highlighted before its preview is read."""
 BESIDE, LEAST_HEIGHT = 170, 20
-"""Width and height from which on the preview is beside the table."""
+"""Minimum width and height at which the preview is beside the table."""
 BELOW, LEAST_ROWS = 34, 6
-"""Height from which on the preview is below the table, and the least height of the table then."""
+"""Minimum height at which the preview is below the table, and the table's minimum height then."""
 
 
 class HighlightedPreview:
@@ -30,8 +30,8 @@ class HighlightedPreview:
         """Reads nothing yet.
 
         Args:
-            screen: has the container `#browser` and the panel; takes the messages.
-            context: of the screen.
+            screen: has the container `#browser` and the panel; receives the messages.
+            context: the app.
             table: the list of sessions.
         """
         self._screen = screen
@@ -55,9 +55,9 @@ class HighlightedPreview:
             table.styles.clear_rule("height")
 
     def ask(self, listed: ListedSession | None) -> None:
-        """Reads the preview of a session soon, if another row or other values are highlighted.
+        """Schedules reading the preview if another row is highlighted or its values have changed.
 
-        Soon: moving through the list reads nothing on the way.
+        The delay avoids reading every session on the way when moving through the list.
         """
         shown = self._screen.query_one("#browser").classes & {"beside", "below"}
         if listed is None or not shown:

@@ -35,7 +35,7 @@ class RunOverlays:
     """Reads the runs that the viewport wants overlaid, and aligns them with the open one."""
 
     def __init__(self, screen: Screen[None], context: AppContext, draw: Callable[[], None]) -> None:
-        """Of the screen with the charts, which takes :class:`OverlaysRead`; `draw` draws them."""
+        """For a screen with charts, which receives :class:`OverlaysRead`; `draw` draws them."""
         self._screen = screen
         self._context = context
         self._draw = draw
@@ -44,7 +44,7 @@ class RunOverlays:
         self._read: OverlaysRead | None = None
 
     def refresh(self) -> None:
-        """Reads the wanted runs, if others are wanted than before, or other metrics."""
+        """Reads the wanted runs if the wanted runs or metrics have changed."""
         session, view = self._context.session, self._context.view
         if session is None:
             return

@@ -24,7 +24,7 @@ from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
 
 KINDS = ("", "earlier", "reference")
-"""What a sample is compared with, in the order of the key."""
+"""Kinds of comparison, in the order of the key."""
 Other = SampleRow | ProbeResponse
 """What a sample is compared with: another sample, or the reference's response to a probe."""
 BINDINGS: list[BindingType] = [
@@ -63,10 +63,10 @@ class SampleComparison:
         *,
         selected: Callable[[], SampleRow | None],
     ) -> None:
-        """Of a screen with a :class:`SampleView`.
+        """For a screen with a :class:`SampleView`.
 
         Args:
-            screen: has the view and the workers, takes the messages.
+            screen: has the view and the workers, and receives the messages.
             context: the app.
             labels: writes the preferences.
             selected: returns the sample under the cursor.
@@ -91,7 +91,7 @@ class SampleComparison:
         return self._screen.query_one(SampleView)
 
     def session_changed(self) -> None:
-        """Another session was opened: no comparison, no pending probe."""
+        """Another session was opened: drops the comparison and a pending probe."""
         self._probed.clear()
         self.leave()
 
@@ -156,7 +156,7 @@ class SampleComparison:
             )
 
     def take(self, message: ComparisonRead) -> None:
-        """Shows the responses that were read; the one that is shown stays."""
+        """Takes the responses that were read; the displayed one stays."""
         row = self._selected()
         asked = (message.key, message.kind)
         if row is None or (key_of(row), self._kind) != asked or self._labels.unwritten:
@@ -288,7 +288,7 @@ class SampleComparison:
         self._show()
 
     def _preferred(self, mine: str, theirs: str) -> tuple[str, str]:
-        """`this` or `other`, and who preferred it; empty without a preference."""
+        """The preferred response, `this` or `other`, and by whom; empty without a preference."""
         for preference in self._preferences:
             if _pair(preference) == {mine, theirs}:
                 which = "this" if preference.chosen.response == mine else "other"
@@ -301,7 +301,7 @@ def _pair(preference: Preference) -> set[str]:
 
 
 def _response(other: Other) -> Response:
-    """As a preference stores it; a response of the reference has no step and index."""
+    """A response as a preference stores it; those of the reference have no step and index."""
     if isinstance(other, SampleRow):
         return Response.of(other)
     return Response(response=other.response)

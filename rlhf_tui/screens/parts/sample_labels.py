@@ -37,8 +37,8 @@ class LabelWritten(Message):
 class SampleLabels:
     """Sets labels and notes, and has every judgement of the screen written in order.
 
-    A judgement is shown at once and written afterwards. If it cannot be written, the screen shows
-    again what it showed before, and then what the file holds.
+    A judgement is shown at once and written afterwards. If it cannot be written, the screen first
+    reverts to the previous judgement, and then shows what the file holds.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class SampleLabels:
         show: Callable[[SampleRow], None],
         read_again: Callable[[], None],
     ) -> None:
-        """Of a screen of samples.
+        """For a screen of samples.
 
         Args:
-            screen: takes :class:`LabelWritten`, and has the dialog.
+            screen: receives :class:`LabelWritten`, and shows the dialog.
             context: the app.
             selected: returns the sample under the cursor.
             show: shows a sample with its new judgement.
-            read_again: reads again what the file holds.
+            read_again: reads the file again.
         """
         self._screen = screen
         self._context = context
@@ -110,7 +110,7 @@ class SampleLabels:
         self._show(msgspec.structs.replace(row, judgement=judgement))
 
     def session_changed(self) -> None:
-        """Another session was opened: nothing of the last one is shown again."""
+        """Another session was opened: nothing of the previous one is restored."""
         self._before.clear()
 
     def write(self, change: Callable[[SessionFolder], None]) -> None:
@@ -121,9 +121,9 @@ class SampleLabels:
             self._writer.write(functools.partial(change, session))
 
     def written(self, message: LabelWritten) -> None:
-        """Takes back what is shown if it was not written, and reads again after the last write.
+        """Reverts a displayed judgement that was not written; reads again after the last write.
 
-        What has prevented the write may prevent the reading, too.
+        Whatever has prevented the write may prevent the reading, too.
         """
         self.unwritten -= 1
         if message.problem:

@@ -34,7 +34,7 @@ BINDINGS: list[BindingType] = [
 
 
 class PageRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What to read for a page."""
+    """A request to read a page."""
 
     query: SampleQuery
     page: int
@@ -55,7 +55,7 @@ class PageRead(Message):
 
 
 class JudgementsRead(Message):
-    """The rows of a page were read again with their judgements of now."""
+    """The rows of a page were read again with their current judgements."""
 
     def __init__(self, query: SampleQuery, rows: list[SampleRow]) -> None:
         super().__init__()
@@ -71,14 +71,15 @@ class NewCounted(Message):
 
 
 class SampleList:
-    """Which samples are listed, and when the list changes.
+    """Decides which samples are listed, and when the list changes.
 
     It follows a live run if it is sorted by step, newest first, until :meth:`freeze`. A frozen list
-    changes only by a key of its reader; what the run records meanwhile is counted in :attr:`new`.
+    changes only when its reader presses a key; samples recorded meanwhile are counted in
+    :attr:`new`.
     """
 
     def __init__(self, screen: Screen[None], context: AppContext) -> None:
-        """Of a screen of samples, which takes the messages; nothing is read yet."""
+        """For a screen of samples, which receives the messages; reads nothing yet."""
         self._screen = screen
         self._context = context
         self.query = SampleQuery()
@@ -118,13 +119,13 @@ class SampleList:
 
     @property
     def following(self) -> bool:
-        """Whether new responses come into the list by themselves."""
+        """Whether new responses appear in the list automatically."""
         return self.live and not self.frozen
 
     # -- freezing ------------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Call it at each key with which somebody reads: the list stays as it is from now on.
+        """Keeps the list as it is from now on; call it for each key of somebody who is reading.
 
         An empty list has no reader.
         """
@@ -134,7 +135,7 @@ class SampleList:
     def freeze_to_judge(self) -> bool:
         """Freezes before a judgement; False if the response may not have been read.
 
-        A response that came by itself may have replaced the one that the reader wants to judge.
+        A response that appeared by itself may have replaced the one that the reader wants to judge.
         """
         unread = self.arrived
         self.freeze()
@@ -143,7 +144,7 @@ class SampleList:
         return not unread
 
     def show_new(self) -> None:
-        """Shows what is new. In an order that can be followed, follows the run again."""
+        """Shows new responses. In an order that can be followed, follows the run again."""
         self.page, self._last_step = 0, None
         self.frozen = self.frozen and not self.live
         self._ask()
@@ -173,7 +174,7 @@ class SampleList:
         self._change(parse_filter(text, self.query))
 
     def turn_page(self, by: int) -> None:
-        """Turns pages. All pages end with the same step, so that none moves on a live run."""
+        """Turns pages. All pages end with the same step, so they do not shift during a live run."""
         if by > 0 and len(self.rows) < PAGE:
             self._context.say("this is the last page")
             return
@@ -334,8 +335,8 @@ class SampleList:
 
         Args:
             message: the page.
-            unwritten: judgements are still being written, so that those of the page may be older.
-                It is read again with :meth:`read_again`.
+            unwritten: whether judgements are still being written, so that those of the page may be
+                older. It is read again with :meth:`read_again`.
         """
         request = message.request
         if (request.query, request.page) != (self.query, self.page) or unwritten:

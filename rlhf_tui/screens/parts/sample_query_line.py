@@ -1,4 +1,4 @@
-"""The line above the list of samples, and what is in the place of an empty list."""
+"""The line above the list of samples, and the text in place of an empty list."""
 
 from engine.journal.samples import SampleQuery
 from rlhf_tui.screens.parts.sample_list import ORDER_TITLES, PAGE, SampleList
@@ -67,7 +67,7 @@ def _order(query: SampleQuery, position: str, *, short: bool = False) -> list[Pi
 
 
 def _page(number: int, *, more: bool) -> list[Piece]:
-    """The page from 0, and the keys that lead to its neighbours."""
+    """The number of the page, and the keys for the next and previous ones."""
     row: list[Piece] = [("   page ", "dim"), (str(number + 1), "strong")]
     if number:
         row += [("  , ", "key"), ("previous", "dim")]
@@ -92,14 +92,14 @@ def _agreement(state: SessionState) -> list[Piece]:
 
 
 def not_shown_yet(samples: SampleList, *, live: bool) -> Row:
-    """What the list does not show yet; whether it follows a live run."""
+    """How many samples the list does not show yet; whether it follows a live run."""
     if samples.new:
         return [(f"{samples.new:,} new", "accent"), ("  F ", "key"), ("show ", "dim")]
     return [("following ", "dim")] if live and samples.following else []
 
 
 def empty_list(samples: SampleList, state: SessionState) -> list[Row]:
-    """Why there is nothing in the list."""
+    """Why the list is empty."""
     if samples.filter:
         return [[(f" no response matches '{samples.filter}'; esc removes the filter", "dim")]]
     if samples.query.held_out:

@@ -49,5 +49,5 @@ def cells_of(row: SampleRow, affixes: CommonAffixes) -> list[Piece]:
 
 
 def _kl(value: float | None) -> str:
-    """One decimal is enough, except near 0, where the KL of the first steps is."""
+    """The KL with one decimal, or more near 0, where it is in the first steps."""
     return fmt.number(value, 2 if abs(value or 0) < 0.1 else 1)

@@ -20,11 +20,11 @@ from rlhf_tui.widgets.table import Column, Table
 NAME = 1
 """The index of the column of names."""
 LEAST_WITH_KL = 94
-"""Width of the table from which on it has a column of the KL."""
+"""Minimum width of the table for a KL column."""
 MARK = "▸ "
 """Before the name of a marked session."""
 WIDEST_SETTING = 18
-"""Cells of a column of settings; of a path the end is shown."""
+"""Maximum cells of a settings column; of a path, the end is shown."""
 
 LEAST = float("-inf")
 """Sorts before all values."""
@@ -132,7 +132,7 @@ def _steps(row: SessionRow, done: int | None) -> str:
 
 
 def _by_setting(key: str) -> Order:
-    """Numbers before texts, what is not set before both."""
+    """Sorts unset values first, then numbers, then texts."""
 
     def order(session: ListedSession) -> tuple[int, float, str]:
         value = session.settings.get(key)
@@ -180,8 +180,8 @@ def short_path(path: str | Path) -> str:
 def lines_about(row: SessionRow, width: int, resume: str) -> list[Row]:
     """Folder, engine, checkpoints and the reason for the state of a session.
 
-    The KL, too, if the table is too narrow for its column. `resume` is the command for one that
-    has crashed.
+    Includes the KL if the table is too narrow for its column. `resume` is the command for a session
+    that has crashed.
     """
     engine = f"engine pid {row.pid} on {row.host}" if row.pid else "no engine"
     steps = ", ".join(map(str, row.checkpoints[-6:]))
@@ -208,7 +208,7 @@ def lines_about(row: SessionRow, width: int, resume: str) -> list[Row]:
 
 
 def line_of_marks(marked: int) -> Row:
-    """What can be done with marked sessions."""
+    """The line about what can be done with marked sessions."""
     return [
         (f" {fmt.plural(marked, 'session')} marked   ", "accent"), ("O", "key"),
         (" overlay on this one   ", "dim"), ("C", "key"), (" settings   ", "dim"),
