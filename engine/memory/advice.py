@@ -12,7 +12,7 @@ from engine.memory.estimate import estimate
 from engine.memory.model import WHAT_IF_RANK, Estimate, Layout, Models
 
 MARGIN = 1.1
-"""A run fits if this multiple of its estimate does."""
+"""A run fits if this multiple of its estimate fits."""
 USEFUL = 0.98
 """A change is proposed only if it reduces the estimate to this fraction or less."""
 
@@ -30,10 +30,10 @@ def can_start(layout: Layout, capacity: Capacity) -> bool:
 def changes_to_fit(
     config: RunConfig, models: Models, layout: Layout, capacity: Capacity
 ) -> tuple[list[str], Estimate]:
-    """Finds configuration changes with which a run fits, the least harmful ones first.
+    """Finds configuration changes that make a run fit, least harmful first.
 
     Returns:
-        The changes as `key=value`, as `-o` takes them, and the estimate with all of them, which may
+        The changes as `key=value`, the format of `-o`, and the estimate with all of them, which may
         still not fit.
     """
     found, changes = estimate(config, models, layout), dict[str, str]()
@@ -62,11 +62,11 @@ def _is_allowed(config: RunConfig) -> bool:
 def room_for_micro_batch(
     config: RunConfig, models: Models, layout: Layout, capacity: Capacity
 ) -> int | None:
-    """The largest micro-batch that fits a GPU, by doubling the configured one.
+    """Finds the largest micro-batch that fits a GPU, by doubling the configured one.
 
-    None on a CPU, and if it is not larger: a small model's kernels are shorter than their launches,
-    so that a GPU waits for the host with a small micro-batch (benchmarks/RESULTS.md); a CPU does
-    not.
+    Returns None on a CPU, and if it is not larger. With a small micro-batch, a small model's
+    kernels take less time than launching them, so that a GPU waits for the host
+    (benchmarks/RESULTS.md).
     """
     rows = -(-config.rollout.batch_size // config.ppo.minibatches // layout.ranks)
     found, size = None, config.ppo.micro_batch_size
@@ -115,7 +115,7 @@ def _merge(config: RunConfig, change: Change) -> RunConfig:
 
 
 def shortage(config: RunConfig, models: Models, layout: Layout, free: Capacity) -> str | None:
-    """A warning if a run is likely to run out of memory, else None.
+    """Returns a warning if a run is likely to run out of memory, else None.
 
     Args:
         config: the run's configuration.

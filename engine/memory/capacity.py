@@ -27,7 +27,7 @@ class Capacity(Struct, frozen=True, kw_only=True):
     """The number of chosen GPUs."""
 
     def less(self, taken: int) -> "Capacity":
-        """What is left when another program takes some of it."""
+        """Returns the capacity left if another program takes some of it."""
         return replace(self, total=max(0, self.total - taken), free=max(0, self.free - taken))
 
     def room(self, ranks: int) -> int:
@@ -36,7 +36,7 @@ class Capacity(Struct, frozen=True, kw_only=True):
 
 
 def of_host() -> Capacity:
-    """The host's memory, or the limit of this process if that is lower."""
+    """Returns the host's memory, or this process's limit if that is lower."""
     memory = psutil.virtual_memory()
     total = memory.total
     for path in CGROUP_LIMITS:
@@ -46,7 +46,7 @@ def of_host() -> Capacity:
 
 
 def of_gpus(chosen: list[int]) -> Capacity | None:
-    """The memory of the chosen GPUs, of all if the list is empty; None without a GPU."""
+    """Returns the memory of the chosen GPUs (all if the list is empty); None without a GPU."""
     with gpu_handles(chosen) as handles:
         try:
             memories = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
@@ -60,5 +60,5 @@ def of_gpus(chosen: list[int]) -> Capacity | None:
 
 
 def of_device(device: Literal["cpu", "cuda"], chosen: list[int]) -> Capacity:
-    """The memory of the device that ranks compute on; of the host if there is no GPU."""
+    """Returns the memory of the device that ranks compute on; the host's if there is no GPU."""
     return (of_gpus(chosen) if device == "cuda" else None) or of_host()

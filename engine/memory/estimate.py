@@ -1,9 +1,9 @@
 """Estimates the memory of a rank from the shapes of its models, without torch and without weights.
 
-``benchmarks/memory.py`` compares the estimate with measured peaks; a test compares the formula of
-the activations with what autograd keeps.
+``benchmarks/memory.py`` compares the estimate with measured peaks; a test compares the activation
+formula with what autograd keeps.
 
-A run needs the memory of its fullest *phase*. Each phase is a sum of named parts, in bytes.
+A run needs as much memory as its largest *phase*. Each phase is a sum of named parts, in bytes.
 Notation: n rows of L tokens, of which T belong to the response; H hidden size, A attention size
 (heads × head size), I width of the MLP, V vocabulary.
 """
@@ -20,11 +20,11 @@ from engine.memory.model import (
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 MASTER = 4
-"""Bytes of a master weight and of its gradient (float32)."""
+"""Bytes per master weight, and per element of its gradient (float32)."""
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.1}
-"""Bytes of AdamW's two moments of a weight; in 8 bits with the scales of blocks of about 100."""
+"""Bytes per weight of AdamW's two moments; for 8 bits, including scales of blocks of about 100."""
 QUANTISED = {"none": 0.0, "nf4": 0.5625}
-"""Bytes of a weight in 4 bits with the scales of blocks of 64; 0 where it has `model.dtype`."""
+"""Bytes per 4-bit weight, including scales of blocks of 64; 0 for weights in `model.dtype`."""
 SAMPLING = 6
 """float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sampling.sample`."""
 LAZY = 80_000_000
@@ -63,7 +63,7 @@ class _Estimator:
         self._read_rows = max(1, min(config.ppo.micro_batch_size, self._rows))
         self._response = config.rollout.max_new_tokens
         self._length = models.prompt_tokens + self._response
-        # With LoRA, the policy with disabled adapters serves as the reference.
+        # With LoRA, the policy with its adapters disabled serves as the reference.
         self._shared_reference = layout.lora_rank is not None and config.model.reference_is_policy
         self._adapters = self._adapter_parameters()
         has_value = config.trained_value is not None
@@ -134,14 +134,14 @@ class _Estimator:
         }
 
     def _frozen_bytes(self, parameters: int) -> int:
-        """Bytes of the weights under adapters, of a model of the policy's shape or of its trunk."""
+        """Bytes of the base weights of a model with the policy's shape, or of its trunk."""
         packed = self._policy.in_linear if parameters and self._quantised else 0
         return int(self._compute * (parameters - packed) + self._quantised * packed)
 
     def _loading(self) -> dict[str, int]:
-        """The peak of loading: the pages of the last model's file, and the copy made of them.
+        """The peak during loading: the pages of the last model's file plus their copy.
 
-        Each rank reads its shards of a sharded model: only one tensor or layer more than these.
+        With a sharded model, each rank only reads its own shards, plus one tensor or layer.
         """
         last = self._policy if self._shared_reference else self._models.reference
         loaded = {
@@ -256,7 +256,7 @@ class _Estimator:
         return width * count + pieces
 
     def _head_gradient(self, rows: int) -> int:
-        """The output layer's gradient of a micro-batch, where it is summed over chunks."""
+        """The output layer's gradient of a micro-batch, if it is summed over chunks."""
         if self._frozen or self._all_logits(rows) <= LOGITS_AT_ONCE[self._models.device]:
             return 0
         return MASTER * self._policy.hidden * self._policy.vocabulary
@@ -297,7 +297,7 @@ def _output_layer(shape: Shape) -> int:
 def kept_for_backward(
     shape: Shape, rows: int, length: int, width: int, *, checkpointing: bool
 ) -> int:
-    """Bytes that autograd keeps of a forward pass for the backward pass.
+    """Computes the bytes that autograd keeps from a forward pass for the backward pass.
 
     In float32 a layer keeps 6·H (each norm's input, normalised input and output), 4·A
     (queries, expanded keys and values, output) and 4·I of a gated MLP (gate, its activation, up,

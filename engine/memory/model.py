@@ -13,11 +13,11 @@ from msgspec.structs import replace
 from engine.config.schema import RunConfig
 
 LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""Logits of a micro-batch that are alive at a time, by device: 134 MB of float32 on a CPU, 0.5 GB
+"""Most logits of a micro-batch in memory at a time, by device: 134 MB of float32 on a CPU, 0.5 GB
 of bfloat16 on a GPU. See :mod:`engine.train.ppo.chunked_loss`."""
 LOGITS_PIECE = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Logits whose softmax is computed at a time, in float32. On a CPU 4 MB: they fit its cache, and
-the allocator keeps their memory, unlike larger blocks (`engine.launch.environment`). On a GPU each
+"""Number of logits whose float32 softmax is computed at a time. On a CPU 4 MB, which fit its cache
+and, unlike larger blocks, stay with the allocator (`engine.launch.environment`). On a GPU each
 piece costs a few kernel launches."""
 WHAT_IF_RANK = 16
 """The LoRA rank of the planner's comparison if the configuration names none."""
@@ -99,7 +99,7 @@ class Estimate(Struct, frozen=True, kw_only=True):
 
     @property
     def peak(self) -> int:
-        """Bytes of the fullest phase."""
+        """Bytes of the largest phase."""
         return max(self.totals.values())
 
     @property

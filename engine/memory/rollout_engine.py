@@ -1,4 +1,4 @@
-"""The size of rollout engines of their own: responses at once, and their key-value caches."""
+"""The size of separate rollout engines: concurrent responses, and their key-value caches."""
 
 from engine.config.schema import RunConfig
 from engine.config.sections.rollout import RolloutConfig
@@ -6,7 +6,7 @@ from engine.memory.estimate import WIDTH
 from engine.memory.model import Models
 
 MOST_RESPONSES = 256
-"""Responses at once unless `rollout.at_once` says otherwise; vLLM's own default."""
+"""Default of concurrent responses without `rollout.at_once`; the same as vLLM's."""
 BLOCK = 128
 """Tokens; vLLM rounds each response's cache up to blocks, of 16 to 128 by device."""
 MOST_CACHE = 4_000_000_000
@@ -32,8 +32,8 @@ def cache_bytes(
         tokens: of the longest prompt with its response.
 
     Returns:
-        What all responses that are generated at once need, but no more than `rollout.cache_gb`; in
-        every case enough for one response.
+        What all concurrent responses need, but at most `rollout.cache_gb`; always enough for one
+        response.
     """
     one = 2 * layers * key_value * WIDTH[dtype] * BLOCK * (-(-tokens // BLOCK) + 1)
     most = MOST_CACHE if rollout.cache_gb is None else int(rollout.cache_gb * 1e9)
@@ -45,7 +45,7 @@ PROGRAM = 900_000_000
 
 
 def engine_memory(config: RunConfig, models: Models) -> dict[str, int]:
-    """Bytes that each rollout engine of its own needs beside the ranks, by part; empty for native.
+    """Bytes that each separate rollout engine needs besides the ranks, by part; empty for native.
 
     On a CPU all of it is host memory. On GPUs each of `rollout.tensor_parallel` has its share of
     `weights` and `cache`; `program` is host memory in every case, and `handover`, the copy that is

@@ -74,7 +74,7 @@ class SavedState(TrainingState, kw_only=True):
     """The state in a checkpoint, with the live settings."""
 
     settings: Settings
-    """Those after the step, without the commands that follow it: the journal has these. Earlier
+    """The settings right after the step, without later commands, which the journal holds. Earlier
     versions saved those of the next step."""
 
     @classmethod
@@ -215,13 +215,13 @@ def read_state(folder: Path) -> SavedState:
 
 
 def read_best(folder: Path, metric: str, scored_by: str) -> float:
-    """Reads the value by which `train.keep_best` compares; -∞ if the checkpoint does not have it.
+    """Reads the value that `train.keep_best` compares; -∞ if the checkpoint does not have it.
 
-    Each has the mean score, and the metric that was `train.best_metric` when it was saved.
+    Each checkpoint has the mean score, and the `train.best_metric` configured when it was saved.
 
     Args:
         folder: the folder of the checkpoint.
-        metric: the one to compare by.
+        metric: the metric to compare by.
         scored_by: the reward in force; scores of another one are not comparable.
     """
     content = _read_file(folder)

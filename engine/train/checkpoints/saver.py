@@ -59,7 +59,7 @@ Outcome = Saved | CheckpointError
 
 @dataclass(frozen=True)
 class _Job:
-    """What a save writes, as of the call of :meth:`Saver.begin`."""
+    """What a save writes, captured by :meth:`Saver.begin`."""
 
     began: float
     content: StateFile
@@ -80,7 +80,7 @@ class _Folders:
 
     def __init__(self, part: Path) -> None:
         self.part = part
-        """Gets the checkpoint's name once that is whole."""
+        """Renamed to the checkpoint's name once complete."""
         self.training = part / "training"
         self.policy = part / POLICY
         self.policy_shards = part / "policy-shards"

@@ -1,4 +1,4 @@
-"""Where the prompt is in a row: the formats of data sets that TRL's trainers read.
+"""Finds the prompt in a row, in the data set formats that TRL's trainers read.
 
 Source: TRL's documentation, "Dataset formats and types" (standard and conversational; prompt-only,
 prompt-completion, preference with an explicit or an implicit prompt, language modelling).
@@ -43,7 +43,7 @@ class PromptColumn:
             )
 
     def contents(self, rows: Sequence[dict[str, Any]]) -> list[Any]:
-        """The prompt of each row: text, chat messages, or whatever stands there."""
+        """Returns the prompt of each row: text, chat messages, or any other value found there."""
         return [self._extract(*(row[column] for column in self.columns)) for row in rows]
 
 
@@ -63,7 +63,7 @@ def common_start(chosen: Any, rejected: Any) -> Any:
 
 
 def before_reply(messages: Any) -> Any:
-    """A conversation without the assistant's messages at its end."""
+    """Returns a conversation without its trailing assistant messages."""
     if not isinstance(messages, list):
         return messages
     end = len(messages)

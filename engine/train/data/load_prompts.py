@@ -1,4 +1,4 @@
-"""Loads the prompts of a run: read, tokenised, filtered by length, and the same on every rank."""
+"""Loads the prompts of a run: reads, tokenises, and filters them by length."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ class LoadedSet:
     entry: Path | None
     """The folder in the cache that holds all of its prompts; None if they are in memory."""
     left_out: dict[str, int]
-    """Why prompts are not used → how many."""
+    """Number of unused prompts, by reason."""
 
 
 def no_progress(_part: str) -> ReportProgress:
@@ -163,7 +163,7 @@ def _cached(
                 rows = _read_into(made.parent / "read", source, cache)
             _fill(made, config, source, tokenizer, rows, cache, begin)
             del rows  # it maps files of the temporary folder
-            # The name would be that of other contents.
+            # The entry's name would not match its contents.
             if [file_signature(path) for path in files] != signatures:
                 raise UserInputError(
                     f"data.prompts: {source.path} changed while it was read; start again when it "
@@ -251,7 +251,7 @@ def _fill(
 def _facts(
     config: DataConfig, source: PromptSource, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """What the tokens of a data set depend on besides its files."""
+    """Lists everything besides the files that a data set's tokens depend on."""
     options = {
         "column": source.column,
         "split": source.split,
@@ -295,7 +295,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _usable(
     config: DataConfig, source: PromptSource, table: PromptTable, entry: Path | None
 ) -> LoadedSet:
-    """The prompts whose lengths are within the limits; logs how many are not."""
+    """Selects the prompts whose lengths are within the limits; logs how many are not."""
     table, left_out = within_limits(table, config)
     count = sum(left_out.values())
     if not len(table):

@@ -90,8 +90,8 @@ class PromptCache:
     def find(self, name: str) -> Path | None:
         """The folder of a complete entry of this user; None if there is none.
 
-        Whoever can write an entry decides what a run is trained on, so those of others are not
-        used.
+        Entries of other users are not used, since whoever writes an entry decides what a run is
+        trained on.
         """
         folder = self.folder / name
         try:

@@ -40,7 +40,7 @@ class Prompts:
             shuffle: whether each pass over a data set has an order of its own.
             seed: determines the order.
             weights: the data sets' shares. Default: they are equal.
-            left_out: why prompts of the data are not among these → how many.
+            left_out: number of prompts of the data that are not among these, by reason.
             columns: of the rows, beside those of the data sets: a part of the prompts, which may
                 be of some of the data sets, has the columns of all.
         """
@@ -50,7 +50,7 @@ class Prompts:
         self._seed = seed
         self._weights = list(weights or [1.0] * len(self._tables))
         self.left_out = left_out or {}
-        """Why prompts of the data are not among these → how many."""
+        """Number of prompts of the data that are not among these, by reason."""
         self._mixture = Mixture(self._weights, seed) if len(self._tables) > 1 else None
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
         found = (column for table in self._tables for column in table.columns)
@@ -132,7 +132,7 @@ class Prompts:
         return training, self._with([t for t in held if len(t)])
 
     def without_texts_of(self, other: "Prompts") -> "Prompts | None":
-        """The prompts whose texts no prompt of `other` has; None if there are none."""
+        """Returns the prompts whose text does not occur in `other`; None if there are none."""
         kept = []
         for table in self._tables:
             # The texts that both have are few, and those of a large data set are not copied.
@@ -143,7 +143,7 @@ class Prompts:
         return self._with(kept) if kept else None
 
     def in_steps_of(self, per_step: int) -> "Prompts":
-        """The same prompts in the same order, with another number of them a step."""
+        """Returns the same prompts in the same order, with a different number per step."""
         return Prompts(
             self._tables,
             per_step=per_step,

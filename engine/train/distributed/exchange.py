@@ -1,7 +1,7 @@
 """Exchanges bytes between ranks, and agrees on failures.
 
-torch's collectives on objects (`all_gather_object` and its kind) send pickles, and whoever can take
-the place of a rank could run code through them. Nothing here does.
+torch's object collectives (`all_gather_object` and similar) send pickles, through which anyone able
+to impersonate a rank could run code. This module uses no pickles.
 """
 
 import torch
@@ -11,10 +11,9 @@ from engine.errors import CheckpointError, error_text
 
 
 def all_gather_bytes(data: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
-    """The bytes of all ranks, in rank order, on every rank; lengths may differ. A collective.
+    """Gathers bytes from all ranks, in rank order; lengths may differ. A collective.
 
-    Args:
-        data: what this rank contributes.
+    Args: data: this rank's bytes.
         group: a gloo group of all ranks; None for one rank.
     """
     if group is None:

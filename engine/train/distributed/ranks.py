@@ -68,7 +68,7 @@ class RankGroup:
         self.group: dist.ProcessGroup | None = None
         """For the collectives of this class, over gloo; None for a single rank."""
         self.checkpoint_group: dist.ProcessGroup | None = None
-        """For the threads that save checkpoints: two threads must not share a group."""
+        """Group for the saving threads, since two threads must not share a group."""
         self._machines: RankStore | None = None
         store = _store() if self.size > 1 or _has_machines() else None
         if isinstance(store, RankStore):
@@ -85,8 +85,8 @@ class RankGroup:
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timeout,
-                # Without it NCCL guesses the GPU from the rank's number, and makes its communicator
-                # in the first collective, long after the start.
+                # Otherwise NCCL guesses the GPU from the rank and only creates its communicator in
+                # the first collective, long after the start.
                 device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else None,
             )
             self.group = dist.new_group(backend="gloo", timeout=timeout)
@@ -138,18 +138,18 @@ class RankGroup:
     # -- shares of the work (not collectives) -------------------------------------------------
 
     def contiguous_share(self, count: int) -> range:
-        """The indices of this rank out of `count`, contiguous; shares differ by one at most."""
+        """Returns this rank's contiguous indices out of `count`; shares differ by at most one."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def strided_share(self, rows: Tensor) -> Tensor:
-        """Every `size`-th row, from this rank's number on.
+        """Returns every `size`-th row, starting at this rank's number.
 
         If rows are sorted by length, all ranks get a similar load.
         """
         return rows[self.rank :: self.size]
 
     def largest_share(self, count: int) -> int:
-        """Rows in the largest share that :meth:`strided_share` makes of `count` rows."""
+        """Returns the size of the largest :meth:`strided_share` of `count` rows."""
         return -(-count // self.size)
 
     def final_barrier(self) -> None:
@@ -179,7 +179,7 @@ class RankGroup:
         return self._machines is not None and self._machines.check([LEAVING_KEY])
 
     def is_machine_waiting(self) -> bool:
-        """Whether a machine waits to take part in the next start of the ranks. For rank 0."""
+        """Whether a machine is waiting to join the next start of the ranks. For rank 0."""
         return self._machines is not None and self._machines.check([WAITING_KEY])
 
     def errors_left(self) -> list[bytes]:
@@ -189,7 +189,7 @@ class RankGroup:
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether an error is a consequence of another rank's end rather than a cause."""
+    """Whether an error is only a consequence of another rank having ended."""
     return isinstance(error, dist.DistError | PeerRankError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_LOSS_TEXTS)
     )

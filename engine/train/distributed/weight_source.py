@@ -12,13 +12,13 @@ from engine.train.distributed.stored_tensor import StoredTensor, stored_of
 
 
 class WeightSource:
-    """Where the parameters and buffers of a model are, as they were before it was sharded.
+    """The locations of a model's parameters and buffers, recorded before it is sharded.
 
-    At any time a rank holds the shards it has made so far and one tensor more.
+    At any time a rank holds only the shards it has created so far and one more tensor.
     """
 
     def __init__(self, module: nn.Module, ranks: RankGroup) -> None:
-        """Notes where the weights are. On rank 0 it keeps those that the model holds itself."""
+        """Records the weights' locations. On rank 0, also keeps weights that the model holds."""
         self._ranks = ranks
         held = module.state_dict(keep_vars=True)
         first = {id(tensor): name for name, tensor in reversed(held.items())}
@@ -84,8 +84,8 @@ class WeightSource:
     def _full(self, target: Tensor, value: Tensor | None) -> Tensor:
         """The value on the device; on ranks without it, memory that is not yet written to."""
         if self._ranks.device.type == "cpu" and target.numel():
-            # Not from the heap: a shard would take the place of each tensor that is freed there,
-            # and the next tensor new memory.
+            # Not from the heap: shards would fill the holes left by freed tensors, so that each
+            # next tensor would need new memory.
             pages = mmap.mmap(-1, target.numel() * target.element_size())
             full = torch.frombuffer(pages, dtype=target.dtype).view(target.shape)
         else:

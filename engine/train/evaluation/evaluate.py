@@ -1,8 +1,8 @@
 """Evaluates the policy on held-out prompts.
 
-An evaluation depends on the weights, the configuration and nothing else: it has random streams of
-its own, always the same ones, and leaves no trace in the run. So the evaluation of a checkpoint
-gives the numbers that the run gave at its step.
+An evaluation depends only on the weights and the configuration: it uses its own fixed random
+streams and leaves no trace in the run. So evaluating a checkpoint reproduces the numbers from the
+run at that step.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run, scores_for_training
 
 RECORDED_BYTES = 8_000_000
-"""Of the responses that are recorded, with their prompts. A message has them of a step and of an
+"""Most bytes of recorded responses with their prompts. A message contains those of a step and of an
 evaluation."""
 RECORDED_TOKENS = 600_000
 """Of the responses that are recorded with per-token arrays: 30 MB of a message's 64, and the bytes
@@ -56,7 +56,7 @@ AVERAGED = {
 
 
 REWARD_FAILURES = (RewardCallError, RewardError, PeerRankError)
-"""What a reward source raises that has failed, on all ranks."""
+"""Errors that a failed reward source raises on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Evaluation:
     samples: list[Sample] = field(default_factory=list)
     """All responses, without per-token arrays; none on ranks other than 0."""
     failed: dict[str, RlhfError] = field(default_factory=dict)
-    """The sources of `eval.rewards` that have no metrics, each with what it raised at last."""
+    """The sources of `eval.rewards` without metrics, each with its last error."""
 
     def check(self) -> None:
         """Raises the error of the first source that failed, if one did."""
@@ -96,10 +96,10 @@ def evaluate_if_due(run: Run, step: int) -> Evaluation:
 
 
 def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
-    """Generates, scores and summarises responses to the held-out prompts; all ranks call it.
+    """Generates, scores and summarises responses to held-out prompts; all ranks must call it.
 
-    With `train.ema` the averaged policy is evaluated too, by the rewards of the training alone.
-    Only its metrics are kept.
+    With `train.ema` the averaged policy is also evaluated, using only the training rewards; only
+    its metrics are kept.
 
     A source of `eval.rewards` that fails is not called again, and has no metrics.
 
@@ -117,7 +117,8 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
     metrics = _summarise(parts, run.config.eval.per_prompt, watched.failed)
     if run.average is not None:
         with run.average.in_place_of(run.policy):
-            # A version of its own: a rollout engine must not take these weights for the policy's.
+            # A separate version, so that a rollout engine does not mistake these weights for the
+            # policy's.
             averaged = _respond_to_all(run, held_out, step, -1 - step, _Watched(None))
         found = _summarise(averaged, run.config.eval.per_prompt)
         metrics |= {AVERAGED[name]: found[name] for name in AVERAGED if name in found}
@@ -134,7 +135,7 @@ class _Watched:
         self.failed: dict[str, RlhfError] = {}
 
     def parts(self, inputs: RewardInputs, report: ReportProgress) -> dict[str, list[float | None]]:
-        """Each source's B scores; None for all from where it has failed."""
+        """Returns each source's B scores; all None from the point where it has failed."""
         found: dict[str, list[float | None]] = {}
         if self._rewards is None:
             return found

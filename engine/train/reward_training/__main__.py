@@ -2,7 +2,8 @@
 
 Reads a :class:`~engine.protocol.programs.reward_training.RewardTrainingRequest` as JSON on standard
 input. Each line of standard output is a `TrainingProgress` of that module; the last one is a
-`TrainedReward`, or an object with `error`. SIGTERM ends it without a trace.
+`TrainedReward`, or an object with `error`. On SIGTERM it removes everything it has written and
+exits.
 """
 
 import os
@@ -27,7 +28,7 @@ LESS_MEMORY = (
 
 
 class _InterruptedError(BaseException):
-    """SIGTERM has arrived. Not an Exception, so that nothing takes it for a failure."""
+    """SIGTERM has arrived. Not an Exception, so that no handler treats it as a failure."""
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from engine.train.models.read_pretrained import ReadOptions, read_pretrained
 from engine.train.rewards.model import label_index
 
 LARGE = 50_000_000
-"""Parameters from which on the default learning rate is :data:`LARGE_RATE`."""
+"""Number of parameters from which the default learning rate is :data:`LARGE_RATE`."""
 SMALL_RATE, LARGE_RATE = 1e-4, 1e-5
 
 
@@ -32,10 +32,10 @@ class BaseModel:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     label: int
-    """The logit that is the score."""
+    """Index of the logit used as the score."""
     pair: bool
     new_head: bool
-    """Whether its head is random: the base was no classifier."""
+    """Whether its head is random because the base was not a classifier."""
 
     def learning_rate(self, given: float | None) -> float:
         """The given rate, or a default for its size."""
@@ -50,7 +50,7 @@ def read_base(
 ) -> BaseModel:
     """Reads `request.base`, or the reward model of the first session.
 
-    A model that is no sequence classifier, such as the policy, gets a new head with one logit.
+    A model that is not a sequence classifier, such as the policy, gets a new head with one logit.
 
     Args:
         request: with `base`.

@@ -1,4 +1,4 @@
-"""How far scores agree with held-out judgements, and how far their differences can be believed."""
+"""Measures agreement of scores with held-out judgements, and calibration of their differences."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from engine.protocol.programs.reward_training import Calibration, HeldOutAgreeme
 from engine.train.reward_training.split import Judgement
 
 Scores = Sequence[float | None]
-"""By response; None where there is none."""
+"""Scores by response; None where there is none."""
 
 
 def held_out_agreement(judgements: Sequence[Judgement], scores: Scores) -> HeldOutAgreement | None:
@@ -41,7 +41,7 @@ def comparisons(judgements: Sequence[Judgement]) -> list[tuple[int, int]]:
 
 
 def calibrate(judgements: Sequence[Judgement], scores: Sequence[float]) -> Calibration:
-    """Compares the stated probabilities with what was judged; needs at least one comparison."""
+    """Compares the predicted probabilities with the judgements; needs at least one comparison."""
     margins = [scores[better] - scores[worse] for better, worse in comparisons(judgements)]
     return Calibration(
         comparisons=len(margins),

@@ -28,15 +28,15 @@ EVALUATED_AT_ONCE = 32
 THRESHOLD_RATE = 0.02
 """Learning rate of the threshold of labels, in units of the score."""
 WARMUP, FINAL = 0.05, 0.1
-"""Share of the updates over which the learning rate rises, and the share of it that is left at the
-end: it falls linearly."""
+"""Share of the updates with a rising learning rate, and the share of the rate left at the end after
+a linear decay."""
 MAX_NORM = 1.0
 NEWTON_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training has done; the model has the weights of the best epoch."""
+    """The result of training; the model has the weights of the best epoch."""
 
     losses: list[tuple[float, float]]
     """Training and validation, after each epoch."""
@@ -49,10 +49,9 @@ class RewardTrainer:
     def __init__(
         self, base: BaseModel, encoded: EncodedResponses, settings: RewardTrainingConfig
     ) -> None:
-        """Of a model, which is changed.
+        """Prepares to train a model in place.
 
-        Args:
-            base: the model.
+        Args: base: the model.
             encoded: all judged responses.
             settings: with every learning setting.
         """
@@ -70,7 +69,7 @@ class RewardTrainer:
 
     @torch.no_grad()
     def scores(self) -> Tensor:
-        """The scores of all responses without dropout, (B,) float32 on the host."""
+        """Computes all responses' scores without dropout, (B,) float32 on the host."""
         self._model.eval()
         scores = torch.zeros(len(self._encoded))
         order = self._encoded.by_length()
@@ -137,9 +136,9 @@ class RewardTrainer:
         return Fitted(losses, best_epoch)
 
     def _start_at(self, scores: Tensor, judgements: Sequence[Judgement]) -> None:
-        """Sets the level to keep, and the best threshold for the scores of the model at the start.
+        """Sets the score level to keep, and the best threshold for the initial model's scores.
 
-        With a worse one the validation loss would fall because of the threshold alone.
+        With a worse threshold, the validation loss could fall just because the threshold improves.
         """
         labels = [j for j in judgements if j.rejected is None]
         self._level = 0.0 if self._new_head else float(scores.mean())
@@ -167,7 +166,7 @@ class RewardTrainer:
         judgements: Sequence[Judgement],
         optimiser: torch.optim.Optimizer,
     ) -> float:
-        """One pass in an order of the seed. Returns the mean loss of a judgement."""
+        """Runs one pass in an order given by the seed. Returns the mean loss per judgement."""
         self._model.train()
         order = permutation(self._settings.seed, "reward epoch", (epoch,), len(judgements)).tolist()
         total, size = 0.0, self._settings.batch_size
@@ -211,7 +210,7 @@ class RewardTrainer:
 
 
 def best_threshold(scores: Tensor, good: Tensor) -> float:
-    """The threshold with the lowest logistic loss, by Newton's method.
+    """Finds the threshold with the lowest logistic loss, by Newton's method.
 
     Args:
         scores: (n,) float32.
@@ -232,7 +231,7 @@ def best_threshold(scores: Tensor, good: Tensor) -> float:
 
 
 def _rate_factor(update: int, updates: int) -> float:
-    """Of the learning rate at an update, counted from 0."""
+    """Returns the factor on the learning rate at an update, counted from 0."""
     warmup = max(1, math.ceil(WARMUP * updates))
     if update < warmup:
         return (update + 1) / warmup

@@ -31,8 +31,8 @@ class JudgedInputs:
 def judged_inputs(request: RewardTrainingRequest, ranks: RankGroup) -> JudgedInputs:
     """Tokenises the judged responses with the tokenizers of their policies.
 
-    A judgement keeps texts. They are tokenised again, which gives the sampled tokens except where
-    the policy did not spell a word in the tokenizer's way.
+    A judgement only stores text. Tokenising it again gives the sampled tokens, except where the
+    policy spelled a word with other tokens than the tokenizer would.
 
     Raises:
         UserInputError: a tokenizer cannot be loaded.
@@ -103,13 +103,13 @@ def check_same_tokens(
     *,
     pair: bool,
 ) -> None:
-    """Checks that the model reads the responses of all sessions alike.
+    """Checks that the model reads the responses of all sessions in the same way.
 
-    A model with a policy's vocabulary reads that policy's tokens, any other reads text: after
-    training on both it would be used on one of them.
+    A model with a policy's vocabulary reads that policy's tokens; any other model reads text. After
+    training on both, it would only be used on one of them.
 
     Raises:
-        UserInputError: it has the vocabulary of some policies only.
+        UserInputError: it has the vocabulary of some of the policies, but not all.
     """
     same = [not pair and own == vocabulary for vocabulary in vocabularies]
     if any(same) and not all(same):

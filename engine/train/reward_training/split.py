@@ -1,4 +1,4 @@
-"""Divides judgements into those that train a model, those that stop it and those that test it."""
+"""Divides judgements into training, validation and test sets."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -48,11 +48,11 @@ class Split:
 
     train: list[Judgement] = field(default_factory=list)
     validation: list[Judgement] = field(default_factory=list)
-    """Choose the epoch whose weights are kept."""
+    """Used to choose the epoch whose weights are kept."""
     test: list[Judgement] = field(default_factory=list)
-    """Evaluate the result, and influence nothing."""
+    """Used only to evaluate the result."""
     by: Literal["prompt", "response"] = "prompt"
-    """What is in one part only."""
+    """The unit that is never divided between two parts."""
 
 
 def all_judgements(request: RewardTrainingRequest) -> list[Judgement]:
@@ -131,7 +131,7 @@ def _assign(
     parts: dict[str, list[Judgement]] = {name: [] for name in shares}
     counts: dict[str, Counter[Kind]] = {name: Counter() for name in shares}
     order = permutation(settings.seed, "reward split", (), len(groups)).tolist()
-    # The largest first: what they unbalance, smaller ones can balance again.
+    # Largest first: smaller groups can correct the imbalance that they cause.
     for i in sorted(order, key=lambda i: -len(groups[i])):
         kinds = Counter(j.kind for j in groups[i])
         lacks = {

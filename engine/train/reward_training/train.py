@@ -20,11 +20,11 @@ from engine.train.rewards.encoding import RewardEncoding
 
 
 def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) -> TrainedReward:
-    """Reads the base, trains it and writes `request.out`, which appears whole or not at all.
+    """Reads the base, trains it, and writes `request.out` atomically.
 
     Args:
         request: the judgements and what to make of them.
-        report: called with a line for whoever waits.
+        report: called with lines of progress.
 
     Raises:
         UserInputError: something that was given cannot be used.

@@ -1,6 +1,6 @@
-"""What a reward model reads of prompts and responses: token ids, in padded batches.
+"""Encodes prompts and responses for a reward model: token ids in padded batches.
 
-A run scores with it, and `rlhf-tui reward train` trains with it: both read the same tokens.
+Both a run's scoring and `rlhf-tui reward train` use it, so they read the same tokens.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class EncodedResponses:
 
     sequences: list[list[int]]
     types: list[list[int]] | None
-    """Token types, if the tokenizer tells the texts of a pair apart by them."""
+    """Token types, if the tokenizer uses them to distinguish the texts of a pair."""
     pad: int | None
-    """The token id to pad with; None for another one in each batch."""
+    """The token id to pad with; None to choose one for each batch."""
     vocabulary: int
     """Number of token ids of the model."""
 
@@ -31,19 +31,18 @@ class EncodedResponses:
         return len(self.sequences)
 
     def by_length(self) -> list[int]:
-        """All row indices, the longest first."""
+        """Returns all row indices, longest rows first."""
         return sorted(range(len(self)), key=lambda i: len(self.sequences[i]), reverse=True)
 
     def pad_of(self, rows: Sequence[int]) -> int:
-        """The token id that pads some rows; make it the model's `pad_token_id` for them.
+        """Returns the token id to pad some rows with; set the model's `pad_token_id` to it.
 
-        Raises:
-            UserInputError: there is none, as the rows end with all tokens that there are.
+        Raises: UserInputError: the rows use every token id.
         """
         if self.pad is not None:
             return self.pad
-        # Decoder classifiers take the score at the last token that is not pad; those that bring
-        # code of their own may take it before the first pad.
+        # Decoder classifiers take the score at the last non-pad token; those with custom code may
+        # take it before the first pad token.
         used = {token for i in rows for token in self.sequences[i]}
         last = {self.sequences[i][-1] for i in rows if self.sequences[i]}
         for taken in (used, last):
@@ -92,7 +91,7 @@ class RewardEncoding:
             tokenizer: the classifier's; its truncation side may be changed.
             model: the classifier.
             policy_vocabulary: token ids by token.
-            max_tokens: the most that it reads; its own limit may be lower.
+            max_tokens: the maximum number of tokens; the classifier's own limit may be lower.
             pair: whether the tokenizer gets prompt and response as a pair of texts.
         """
         self._tokenizer = tokenizer
@@ -101,7 +100,7 @@ class RewardEncoding:
         self._pair = pair
         self._limit = min(max_tokens, _positions(model) or max_tokens)
         self.same_tokens = not pair and tokenizer.get_vocab() == policy_vocabulary
-        """Whether it reads the policy's tokens, rather than text."""
+        """Whether it reads the policy's tokens instead of text."""
         if not self.same_tokens:
             # The end of the response counts; special tokens at the start are kept.
             tokenizer.truncation_side = "left"
@@ -110,10 +109,10 @@ class RewardEncoding:
     def __call__(
         self, prompts: Sequence[Prompt], ids: Sequence[list[int]], texts: Sequence[str]
     ) -> EncodedResponses:
-        """Encodes B responses; the last tokens of those that are too long.
+        """Encodes B responses; keeps only the last tokens of those that are too long.
 
         Args:
-            prompts: of each response.
+            prompts: the prompt of each response.
             ids: the responses as token ids of the policy.
             texts: the responses as text, without special tokens.
         """
@@ -123,7 +122,7 @@ class RewardEncoding:
         encoded = [self._encode(p, t) for p, t in zip(prompts, texts, strict=True)]
         sequences = [list(e["input_ids"]) for e in encoded]
         types = [list(e["token_type_ids"]) for e in encoded if self._pair and "token_type_ids" in e]
-        return self._encoded(sequences, types or None)  # none, too, of a rank without responses
+        return self._encoded(sequences, types or None)  # also None on a rank without responses
 
     def _encoded(
         self, sequences: list[list[int]], types: list[list[int]] | None
@@ -131,7 +130,7 @@ class RewardEncoding:
         return EncodedResponses(sequences, types, self._pad, self._vocabulary)
 
     def _encode(self, prompt: Prompt, response: str) -> Any:
-        """What the classifier's own tokenizer makes of a prompt and a response."""
+        """Encodes a prompt and a response with the classifier's own tokenizer."""
         if self._pair:
             return self._encode_pair(prompt.plain, response)
         if prompt.messages is not None and self._tokenizer.chat_template:
@@ -144,14 +143,14 @@ class RewardEncoding:
         return self._tokenizer(prompt.text + response, truncation=True, max_length=self._limit)
 
     def _encode_pair(self, prompt: str, response: str) -> Any:
-        """The pair; the prompt's first tokens are left out if it is too long."""
+        """Encodes a pair of texts; drops the prompt's first tokens if it is too long."""
         needed = len(self._tokenizer("", response)["input_ids"])
         strategy = "only_first" if needed < self._limit else "longest_first"
         return self._tokenizer(prompt, response, truncation=strategy, max_length=self._limit)
 
 
 def _positions(model: Any) -> int | None:
-    """The most tokens that a model can read; None if its positions have no limit."""
+    """Returns the most tokens a model can read; None if its positions are unlimited."""
     limit = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa counts positions from the one after that of padding.

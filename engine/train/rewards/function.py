@@ -37,8 +37,8 @@ class FunctionReward:
     data as a list. The function returns one float per response, or None for a response it does not
     score. It may be a coroutine function.
 
-    After a call that raised, the module is imported again if its file has changed, so that a
-    function can be fixed while the run is paused. Other modules that it imports are not.
+    After a call that raised, the module is reloaded if its file has changed, so that a function can
+    be fixed while the run is paused. Modules that it imports are not reloaded.
     """
 
     def __init__(self, source: str, path: str | None, key: str = "reward") -> None:
@@ -85,7 +85,7 @@ class FunctionReward:
         ]
 
     def _file_signature(self) -> FileSignature:
-        """That of the module's file; () if there is no such file."""
+        """Returns the signature of the module's file; () if there is no file."""
         file = getattr(self._module, "__file__", None)  # none for a module that is built in
         return () if file is None else file_signature(Path(file))
 
@@ -126,7 +126,7 @@ class FunctionReward:
 
     @staticmethod
     def _arguments(inputs: RewardInputs) -> dict[str, Any]:
-        """Copies, one for each response: what the function changes is its own."""
+        """Builds the arguments as copies, so that the function may modify them."""
         rows = inputs.batch.prompts
         columns = {k: [copy.deepcopy(p.row.get(k)) for p in rows] for k in rows[0].row}
         prompts: list[Any] = [
@@ -146,10 +146,10 @@ class FunctionReward:
 
 @contextlib.contextmanager
 def _imported_from(folders: list[str]) -> Iterator[None]:
-    """Context in which these folders are searched first for modules.
+    """Context manager in which these folders are searched first for modules.
 
-    Afterwards they are searched before installed packages, as for what the function itself imports,
-    but after the standard library: nothing else must import a `random.py` beside the function.
+    Afterwards they are searched before installed packages, so that the function's own imports work,
+    but after the standard library: nothing else must import a `random.py` next to the function.
     """
     _search(folders, at=0)
     try:
@@ -176,7 +176,7 @@ TORCH_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 @contextlib.contextmanager
 def _restored_torch_settings() -> Iterator[None]:
-    """Context after which torch's settings are as before: the function shares them with the run."""
+    """Context manager that restores torch's settings, which the function shares with the run."""
     before = [get() for get, _ in TORCH_SETTINGS]
     try:
         yield
@@ -188,10 +188,10 @@ def _restored_torch_settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_streams() -> Iterator[None]:
-    """Context with other objects for standard output and error, which go to the same files.
+    """Context manager with separate standard output and error objects for the same files.
 
-    The function may close them, and the file descriptors, too; the rank's log needs its own. The
-    objects are not closed here: handlers of the function's loggers may keep them.
+    The function may close them, and even the file descriptors, while the rank's log needs its own.
+    The objects are not closed here, because handlers of the function's loggers may keep them.
     """
     out, error = (
         os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
@@ -212,9 +212,9 @@ def _own_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forks_ended() -> Iterator[None]:
-    """Context that no process which the function forked leaves.
+    """Context manager that processes forked by the function never leave.
 
-    It would go on as a copy of the rank, with the rank's connection to the supervisor.
+    Such a process would continue as a copy of the rank, with its connection to the supervisor.
     """
     rank = os.getpid()
     try:

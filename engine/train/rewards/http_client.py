@@ -1,9 +1,9 @@
-"""Requests of reward sources over HTTP: JSON in, JSON out, several at a time.
+"""Sends requests of reward sources over HTTP: JSON in, JSON out, several at a time.
 
-The standard library's client in threads, since the packages that this one needs agree on no other:
-which one huggingface_hub brings depends on its version. Each request has a connection of its own,
-so a service that was restarted never meets a stale one. Redirects are not followed and proxies not
-used: the token goes to the configured host alone.
+Uses the standard library's client in threads, since our dependencies share no other client: which
+one huggingface_hub installs depends on its version. Each request opens its own connection, so there
+are no stale connections after a service restarts. Redirects are not followed and proxies are not
+used, so that the token is only sent to the configured host.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from engine.examined import examined
 from engine.tls import https_hint, tls_problem
 
 MAX_REPLY = 64 * 2**20
-"""Bytes of a reply that are read at most."""
+"""Most bytes of a reply that are read."""
 SHOWN_CHARACTERS = 200
 """Characters of a reply in an error message."""
 REPORT_INTERVAL = 1.0
@@ -37,15 +37,15 @@ T = TypeVar("T")
 
 
 class RequestError(Exception):
-    """A request got no reply that can be used; the message is one line and holds no token."""
+    """A request got no usable reply; the message is one line without the token."""
 
     down = True
-    """Whether further requests probably fail as well."""
+    """Whether further requests would probably fail as well."""
 
     def __init__(self, text: str, retry_after: float = 0.0) -> None:
         super().__init__(text)
         self.retry_after = retry_after
-        """Seconds that the service asks to be left alone for."""
+        """Seconds that the service asks to wait before the next request."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,17 @@ class Endpoint:
 
     @cached_property
     def tls_context(self) -> ssl.SSLContext:
-        """Checks certificates. Reading the trusted ones takes a while.
+        """Returns the cached context that verifies certificates; reading the trusted ones is slow.
 
-        They are read again after a certificate was refused: it may be trusted by now.
+        They are read again after a certificate was rejected, since it may be trusted by now.
         """
         return ssl.create_default_context()
 
     def post(self, body: bytes) -> bytes:
         """Sends JSON and returns the body of the reply.
 
-        Any thread may call it. It ends within the time limit; only looking up the host's name and
-        connecting to several of its addresses can take longer.
+        Any thread may call it. It returns within the time limit, except that resolving the host
+        name and connecting to several of its addresses can take longer.
 
         Raises:
             RequestError: no reply, or a status other than 2xx.
@@ -98,7 +98,7 @@ class Endpoint:
         exchange = _Exchange(self)
         try:
             status, headers, reply = exchange.run(body)
-        # UnicodeError: a host that the rules of names on the net do not allow.
+        # UnicodeError: the host name is not a valid internationalised domain name.
         except (OSError, http.client.HTTPException, UnicodeError, _TooLongError) as error:
             if isinstance(error, ssl.SSLCertVerificationError):
                 vars(self).pop("tls_context", None)
@@ -145,8 +145,8 @@ class Endpoint:
     ) -> tuple[dict[int, T], dict[int, RequestError]]:
         """Runs tasks of one request each, :attr:`concurrency` at a time.
 
-        Once as many in a row have failed as run at a time, the rest is not begun: a service that is
-        down would otherwise take its time limit for each.
+        Once :attr:`concurrency` tasks in a row have failed, the rest are not started: each would
+        otherwise wait for the time limit if the service is down.
 
         Args:
             tasks: each may raise RequestError; any other exception is raised here.
@@ -224,7 +224,7 @@ class _Exchange:
         headers["Connection"] = "close"
         if self._endpoint.token is not None:
             headers["Authorization"] = f"Bearer {self._endpoint.token}"
-        # A socket's own time limit begins again with each byte that arrives.
+        # A socket's own timeout restarts with each byte that arrives.
         timer = threading.Timer(self._endpoint.timeout, self._expire)
         timer.daemon = True
         timer.start()
@@ -256,7 +256,7 @@ class _Exchange:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def reason(self, error: BaseException) -> str:
-        """What went wrong, on one line."""
+        """Describes an error on one line."""
         if self._expired or isinstance(error, TimeoutError):
             return f"no whole reply within {self._endpoint.timeout:g} s"
         if isinstance(error, _TooLongError):

@@ -54,7 +54,7 @@ class _Completion(msgspec.Struct):
 
 
 class UnparsedError(RequestError):
-    """A judge's reply has no number that counts."""
+    """A judge's reply contains no valid score."""
 
     down = False
 
@@ -113,10 +113,11 @@ class JudgeReward:
 
 
 def fill_template(template: str, prompt: Prompt, response: str) -> str:
-    """The text that a judge reads.
+    """Fills the template to form the text that a judge reads.
 
     All names are replaced in one pass, so that braces in a prompt, a response or a column are never
-    taken for names. A column without a value, as of another data set of a mixture, is empty.
+    treated as names. A column without a value, for example from another data set of a mixture, is
+    empty.
     """
     values = {k: "" if v is None else str(v) for k, v in prompt.row.items() if isinstance(k, str)}
     values |= {"prompt": prompt.plain, "response": response}

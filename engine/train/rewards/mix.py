@@ -54,7 +54,7 @@ class WeightedReward:
 
 
 class RewardMix:
-    """The weighted sum of a run's reward sources. All ranks call it together."""
+    """The weighted sum of a run's reward sources. All ranks must call it together."""
 
     def __init__(
         self, sources: dict[str, WeightedReward], ranks: RankGroup, retries: int = 0
@@ -68,7 +68,7 @@ class RewardMix:
 
     @property
     def normalised(self) -> list[str]:
-        """The names of the sources with a normalisation of their own."""
+        """The names of the sources with their own normalisation."""
         return [name for name, source in self._sources.items() if source.normalised]
 
     def model_scale(self) -> tuple[float, Scale]:
@@ -192,8 +192,8 @@ class RewardMix:
     ) -> list[float | None]:
         """Calls the source on rank 0, again if it raises.
 
-        All ranks learn of each call, so that none waits in a collective, or is silent, for longer
-        than one call takes.
+        The ranks synchronise after each call, so that none waits in a collective, or stays silent,
+        for longer than one call takes.
         """
         call = None if reward is None else SourceCall(name, reward, inputs, report)
         delays = retry_delays(self._retries if retry else 0)
@@ -243,7 +243,7 @@ class RewardMix:
 
 
 class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 sends the others about a source; one of the texts is set if it failed."""
+    """The outcome of a source, sent by rank 0; one of the texts is set if the source failed."""
 
     scores: list[float | None] = []
     unusable: str = ""

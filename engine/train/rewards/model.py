@@ -83,7 +83,7 @@ class RewardModel:
             tokenizer, model, policy_vocabulary, max_tokens=config.max_tokens, pair=pair
         )
         self._recorded: TokenStates | None = None
-        """Gets the hidden states of what is scored, inside :meth:`recorded_states`."""
+        """Receives the hidden states of scored responses inside :meth:`recorded_states`."""
 
     def place(self, ranks: RankGroup, *, on_host: bool) -> None:
         """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`."""
@@ -92,13 +92,13 @@ class RewardModel:
         sharding.offload_between_uses(self._model, ranks, self._strategy, on_host=on_host)
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
-        """The chosen logit for each response, in batches of similar lengths."""
+        """Computes the chosen logit for each response, in batches of similar lengths."""
         with sharding.materialised(self._model):
             return self._scores(inputs, report)
 
     @contextmanager
     def recorded_states(self) -> Iterator[TokenStates]:
-        """Context that yields the hidden states of the responses that are last scored in it.
+        """Context manager that yields the hidden states of the last responses scored inside it.
 
         Call :meth:`check_states` first, once.
         """
@@ -118,7 +118,7 @@ class RewardModel:
         recorded_layers(self._model)
 
     def score_weights(self) -> list[float]:
-        """Weights and bias of the layer that gives the score; all ranks must call it."""
+        """Returns weights and bias of the layer that computes the score; all ranks must call it."""
         with sharding.materialised(self._model):
             layer = score_layer(self._model, "model.value")
             weight, bias = layer.weight, layer.bias
@@ -156,7 +156,7 @@ class RewardModel:
 
 @contextmanager
 def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Context that yields a list of the inputs that a layer gets in it."""
+    """Context manager that yields a list, which collects a layer's inputs."""
     found: list[Tensor] = []
     hook = layer.register_forward_pre_hook(
         lambda _layer, inputs, named: found.append(inputs[0] if inputs else named["hidden_states"]),
@@ -169,17 +169,17 @@ def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def normalised(states: Tensor) -> Tensor:
-    """States (…, H) divided by the root of their mean square over H; those of 0 stay 0."""
+    """Divides states (…, H) by their root mean square over H; zero states stay 0."""
     return functional.rms_norm(states.float(), states.shape[-1:], eps=1e-12).to(states.dtype)
 
 
 def states_before(states: Tensor, response: int) -> Tensor:
-    """The states at the positions before each of the last `response` tokens.
+    """Selects the states at the positions before each of the last `response` tokens.
 
     Args:
         states: of a sequence of L tokens; (L, …).
-        response: the tokens of the response. Where a sequence is cut off at its beginning, the
-            first of them may have no token before them: they get the state of the first one.
+        response: number of response tokens. If a sequence is truncated on the left, its first
+            response token may have no predecessor; the first state is used instead.
 
     Returns:
         (response, …) float32.
@@ -205,7 +205,7 @@ def recorded_layers(model: Any) -> tuple[nn.Module, nn.Module]:
 
 
 def score_layer(model: Any, key: str) -> nn.Linear:
-    """The linear layer that makes the score of a decoder's hidden states.
+    """Returns the linear layer that computes the score from a decoder's hidden states.
 
     `key` is the configuration key that needs one, for the message. Raises UserInputError.
     """

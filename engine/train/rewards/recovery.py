@@ -1,13 +1,13 @@
-"""Waits for a reward source that failed to work again, while the run is paused."""
+"""Waits until a failed reward source works again while the run is paused."""
 
 import threading
 
 from engine.train.rewards.source import WorksAgain
 
 FIRST_INTERVAL = 1.0
-"""Seconds before the first try; each further interval is twice as long."""
+"""Seconds before the first try; doubled for each further interval."""
 MAX_INTERVAL = 30.0
-"""Seconds between two tries at most."""
+"""Most seconds between two tries."""
 
 
 class Recovery:
@@ -25,7 +25,7 @@ class Recovery:
         return self._recovered.is_set()
 
     def cancel(self) -> None:
-        """Ends the tries; one that is under way ends by itself."""
+        """Stops trying; a try in progress ends by itself."""
         self._cancelled.set()
 
     def _wait(self) -> None:

@@ -21,7 +21,7 @@ from engine.train.rewards.source import (
 
 Scores = list[float | None]
 Usable = Annotated[float, msgspec.Meta(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
-"""Another number makes the reply unusable: a failed request, which is sent again."""
+"""A reply with a different number is unusable: the request counts as failed and is retried."""
 
 
 class _JSONReply(msgspec.Struct):
@@ -148,13 +148,13 @@ def complete(
     errors: dict[int, RequestError],
     tasks: list[Callable[[], Scores]],
 ) -> Scores:
-    """All scores in order.
+    """Returns all scores in order.
 
     Args:
         scores: by response.
         count: B.
         errors: of failed requests, by task.
-        tasks: what failed is run again to see whether the source works again.
+        tasks: the requests; a failed one is sent again to test whether the source works again.
 
     Raises:
         IncompleteScoresError: there are errors.
@@ -180,7 +180,7 @@ def complete(
 
 
 def encode(request: dict[str, object]) -> bytes:
-    """JSON; values of columns that JSON does not know are sent as texts."""
+    """Encodes a request as JSON; column values without a JSON type are sent as text."""
     return msgspec.json.encode(request, enc_hook=str)
 
 
@@ -193,7 +193,7 @@ def _load(source: RewardSource, context: LoadContext) -> ServiceReward:
 
 
 def default_name(url: str) -> str:
-    """The last part of a URL's path, or its host."""
+    """Returns the last part of a URL's path, or its host."""
     parts = urlsplit(url)
     return parts.path.rstrip("/").rsplit("/", 1)[-1] or str(parts.hostname)
 

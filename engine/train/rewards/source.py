@@ -34,7 +34,7 @@ class RewardInputs:
     step: int
     """0 for samples of the reference before the first step."""
     rows: list[int] | None = None
-    """Which rows of the step's batch these are; None for all of them."""
+    """Row indices of these responses in the step's batch; None for all rows."""
 
     @classmethod
     def of(cls, rollout: Rollout, step: int) -> "RewardInputs":
@@ -66,9 +66,9 @@ class Reward(Protocol):
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """Returns B scores; None for a response that this source does not score.
 
-        A source of :attr:`RunsOn.RANK_0` may raise any exception. It is called again a few times,
-        then the run pauses; once it is resumed the source is called again. If it raises
-        :class:`IncompleteScoresError` it is called again with the responses that are left.
+        A source of :attr:`RunsOn.RANK_0` may raise any exception. It is retried a few times, then
+        the run pauses; once the run resumes, the source is called again. If it raises
+        :class:`IncompleteScoresError`, it is called again with only the remaining responses.
 
         Args:
             inputs: B responses.
@@ -100,7 +100,7 @@ class LoadContext:
     on_host: bool = False
     """Whether frozen models are moved to the device only while they are used."""
     key: str = "reward"
-    """Of the source in the configuration, for errors, such as `eval.rewards[0]`."""
+    """The source's configuration key for error messages, such as `eval.rewards[0]`."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class SourceKind:
 
 
 WorksAgain = Callable[[], bool]
-"""Tries whether a source that failed works again. It is called in a thread, and may block."""
+"""Tests whether a failed source works again. It is called in a thread and may block."""
 
 
 class IncompleteScoresError(Exception):
@@ -131,16 +131,16 @@ class IncompleteScoresError(Exception):
     ) -> None:
         super().__init__(text)
         self.scores = scores
-        """Scores by the index of the response; those that are missing are asked for again."""
+        """Scores by response index; missing ones are requested again."""
         self.retry_after = retry_after
         """Seconds to wait at least."""
         self.works_again = works_again
 
 
 class RewardCallError(RlhfError):
-    """A source that runs on rank 0 raised, and did so again. Raised on all ranks alike.
+    """A rank-0 source raised in every retry. Raised on all ranks.
 
-    Nothing of the step has changed yet, so that it can be repeated from its beginning.
+    The step has not changed anything yet, so it can be repeated from its beginning.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from engine.train.rewards.normalise import Normaliser
 def load_value_model(
     config: RunConfig, ranks: RankGroup, strategy: str
 ) -> tuple[nn.Module, nn.Linear]:
-    """The transformer of the reward model and a head that gives its score; float32.
+    """Loads the reward model's transformer and a head that computes its score; float32.
 
     As in Stiennon et al. 2020 (arXiv 2009.01325) and Huang et al. 2024: the reward of a whole
     response is a better first estimate of its value than 0. All ranks must call it.
@@ -68,7 +68,7 @@ def load_value_model(
 
 @torch.no_grad()
 def scale_value_head(policy: LanguageModel, rewards: RewardMix, total: Normaliser) -> None:
-    """Changes the head so that it predicts the model's share of the scores that training uses.
+    """Rescales the head so that it predicts the reward model's share of the training scores.
 
     Call it once, before the first step.
 
@@ -100,7 +100,7 @@ def first_weights(rewards: RewardMix, total: Normaliser) -> list[float]:
 
 
 def _scale(rewards: RewardMix, total: Normaliser) -> tuple[float, float]:
-    """What a reward model's logit is multiplied by, and what is added, to make it a score."""
+    """Returns the factor and offset that turn a reward model's logit into a score."""
     weight, (mean, std) = rewards.model_scale()
     factor = weight / std / total.std
     return factor, -(factor * mean + total.mean / total.std)

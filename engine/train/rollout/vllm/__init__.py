@@ -1,5 +1,5 @@
-"""The rollout engine vLLM: processes of its own, and the backend that talks to them.
+"""The rollout engine vLLM: its separate processes, and the backend that talks to them.
 
-`process` is what runs in such a process, in an environment of its own. `checksum` and `group` are
-used on both sides, the other modules in the ranks.
+`process` contains the code of such a process, which has its own environment. `checksum` and `group`
+are used on both sides; the other modules run in the ranks.
 """

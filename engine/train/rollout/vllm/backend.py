@@ -1,14 +1,14 @@
-"""Rollouts by vLLM, in one process of its own or in several.
+"""Generates rollouts with vLLM in one or several separate processes.
 
 Rank 0 talks to the engines; the other ranks send it their prompts and receive their responses. Each
-engine holds a copy of the policy's weights, which has a version: the step after whose update the
-policy had these weights. Every response carries the version that its engine reports for it.
+engine holds a copy of the policy's weights with a version: the step whose update produced these
+weights. Every response carries the version reported by its engine.
 
-An engine that ends, refuses an update or holds other weights than were sent is left. The supervisor
-starts a new one, all ranks send it the weights again, and its part of the batch is generated from
-the beginning: with the same uniform numbers, the responses are the same. The other engines keep
-their weights and what they have generated. What is generated in the background, while the policy
-changes, gets the same weights again from the file that they were sent in.
+An engine that ends, rejects an update, or holds other weights than were sent is abandoned. The
+supervisor starts a new one, all ranks send it the weights again, and its part of the batch is
+generated again from the beginning. The uniform numbers are the same, so the responses are too. The
+other engines keep their weights and responses. If responses are generated in the background while
+the policy changes, a new engine gets the same weights again from the file they were sent in.
 """
 
 from collections.abc import Callable, Collection
@@ -43,20 +43,20 @@ class _Part(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class _Work:
-    """What all ranks generate together, as each of them knows it."""
+    """One rank's view of the work that all ranks generate together."""
 
     batch: PromptBatch
     """This rank's prompts."""
     limit: int
     """The most new tokens."""
     parts: list[_Part]
-    """The distinct parts of the ranks, which make the request together."""
+    """The ranks' distinct parts, which together form the request."""
     first: int
-    """The row of this rank's first prompt in it."""
+    """The row of this rank's first prompt in the request."""
 
 
 class VllmPending:
-    """Responses that the engines generate in the background; see :meth:`VllmBackend.begin`."""
+    """Responses being generated in the background; see :meth:`VllmBackend.begin`."""
 
     def __init__(
         self, backend: "VllmBackend", work: _Work, generation: BackgroundGeneration | None
@@ -80,12 +80,12 @@ class VllmPending:
 
 
 class VllmBackend:
-    """Generates with vLLM; the reference's responses, which few things need, are native."""
+    """Generates with vLLM; the reference's responses, rarely needed, are generated natively."""
 
     separate = True
 
     def __init__(self, context: BackendContext) -> None:
-        """On rank 0, has the engines build the model; does not wait for them.
+        """On rank 0, tells the engines to build the model; does not wait for them.
 
         Raises:
             RlhfError: the supervisor offers no engine.
@@ -119,7 +119,7 @@ class VllmBackend:
             self._until_it_works(lambda: self._sync_once(report))
 
     def _sync_once(self, report: ReportProgress, besides: Collection[int] = ()) -> str:
-        """One try; returns why it failed, or "".
+        """Tries once to send the weights; returns why it failed, or "".
 
         Args:
             report: as in :meth:`sync`.
@@ -138,8 +138,8 @@ class VllmBackend:
                 self._update = new.finish(checksum)
 
         problem = self._on_lead(finish)
-        # What is generated ahead may need the file for a new engine, when the policy has other
-        # weights. The next update replaces it.
+        # Generation ahead may need the file for a new engine after the policy has changed. The next
+        # update replaces the file.
         if new is not None and (problem or not ahead):
             new.close()
         if not problem:
@@ -191,10 +191,10 @@ class VllmBackend:
         return self.distribute(work, replies)
 
     def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> VllmPending:
-        """Has the engines generate the policy's responses in the background; a collective.
+        """Makes the engines generate the policy's responses in the background; a collective.
 
-        They are generated with the weights of the last :meth:`sync`, whatever becomes of the policy
-        meanwhile. Other uses of the backend wait for their end, and do not end them.
+        The responses use the weights of the last :meth:`sync`, even if the policy changes
+        meanwhile. Other uses of the backend wait until generation ends, without interrupting it.
 
         Args:
             batch: this rank's B prompts.
@@ -244,7 +244,7 @@ class VllmBackend:
         )
 
     def distribute(self, work: _Work, replies: dict[int, Generated]) -> Rollout:
-        """The rollout of this rank's prompts; a collective.
+        """Distributes the replies as the rollout of each rank's prompts; a collective.
 
         Args:
             work: what was generated.
@@ -286,7 +286,7 @@ class VllmBackend:
     # -- engines that fail ---------------------------------------------------------------------
 
     def _on_lead(self, act: Callable[[RemoteEngines], object]) -> str:
-        """Runs something on rank 0; returns on all ranks why engines were lost, or ""."""
+        """Runs a function on rank 0; returns on all ranks why engines were lost, or ""."""
         problem = ""
         if self._engines is not None:
             try:
@@ -296,7 +296,7 @@ class VllmBackend:
         return self._context.ranks.broadcast_bytes(problem.encode()).decode()
 
     def _until_it_works(self, attempt: Callable[[], str]) -> None:
-        """Repeats an attempt, with new engines in place of those that were lost.
+        """Repeats an attempt, replacing lost engines by new ones.
 
         Rank 0 raises RlhfError when several processes of an engine in a row have failed.
         """

@@ -1,4 +1,4 @@
-"""Responses that engines generate in threads: several at once, or beside the training loop."""
+"""Generates responses in threads: on several engines at once, or during the training loop."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -8,9 +8,9 @@ from engine.protocol.rollout.messages import Generated
 from engine.train.rollout.vllm.client import raise_first
 
 PROGRESS_INTERVAL = 0.2
-"""Seconds between two reports of progress to whoever waits for the responses."""
+"""Seconds between progress reports while waiting for the responses."""
 Job = Callable[[Callable[[int], None]], Generated]
-"""Generates on one engine; called with a function that takes the tokens done so far."""
+"""Generates on one engine; called with a function that reports the tokens done so far."""
 
 
 class BackgroundGeneration:
@@ -26,9 +26,9 @@ class BackgroundGeneration:
         self._total = total
         self._done = dict.fromkeys(jobs, 0)
         self.replies: dict[int, Generated] = {}
-        """By engine; those that there are."""
+        """Replies so far, by engine."""
         self._errors: dict[int, Exception] = {}
-        # Daemons: a run that ends, or fails, does not wait for responses that nobody needs.
+        # Daemons, so that a run that ends or fails does not wait for unneeded responses.
         self._threads = [
             threading.Thread(
                 target=self._run, args=(engine, job), name=f"rollout-{engine}", daemon=True
@@ -48,9 +48,9 @@ class BackgroundGeneration:
             self._errors[engine] = error
 
     def wait(self, report: ReportProgress) -> None:
-        """Waits for the end of all jobs, however they end.
+        """Waits until all jobs have ended, successfully or not.
 
-        Progress is reported only if there is some: an engine that hangs must look like one.
+        Progress is reported only when there is some, so that a hanging engine looks like one.
         """
         last = -1
         for thread in self._threads:
@@ -61,7 +61,7 @@ class BackgroundGeneration:
                     last = done
 
     def check(self) -> None:
-        """Raises what ended the jobs that failed. Call it after :meth:`wait`.
+        """Raises the errors of failed jobs. Call it after :meth:`wait`.
 
         Raises:
             EngineLostError: engines were lost.

@@ -1,8 +1,8 @@
-"""A checksum of weights that does not depend on how a model arranges them.
+"""Computes a checksum of weights that does not depend on their arrangement in a model.
 
 vLLM joins some matrices (query, key and value, for example) and pads the vocabulary with zeros. A
-sum over all elements is the same for the parts and for the whole, so the policy's weights and those
-that the engine holds can be compared. It detects accidents, not attacks.
+sum over all elements is the same for the parts as for the whole, so it can compare the policy's
+weights with the engine's. It detects accidents, not attacks.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ MASK = (1 << 64) - 1
 def checksum(tensors: Iterable[Tensor]) -> Checksum:
     """Sum and sum of squares of the bit patterns of all elements, modulo 2⁶⁴.
 
-    A half-loaded, stale or exchanged tensor changes it, a permutation of elements does not.
+    A half-loaded, stale or wrong tensor changes it; a permutation of elements does not.
 
     Args:
         tensors: of 2 or 4 bytes an element, on any device.

@@ -32,21 +32,21 @@ log = logging.getLogger("engine")
 M = TypeVar("M", bound=FromEngine)
 N = TypeVar("N", bound=FromEngine)
 Look = Callable[[dict[int, list[int]]], list[int]]
-"""Called with the tokens so far by row; returns the rows that have ended."""
+"""Called with the tokens so far, by row; returns the rows that have ended."""
 ATTEMPTS = 4
-"""How many processes of an engine in a row may fail before the run does."""
+"""Number of consecutive failures of an engine's processes after which the run fails."""
 
 
 class EngineLostError(Exception):
-    """The engine ended, or cannot be trusted; a new one may work."""
+    """The engine ended or cannot be trusted; a new one may work."""
 
 
 def raise_first(errors: Sequence[Exception]) -> None:
-    """Raises what went wrong with several engines: one that ends the run, or that all are lost.
+    """Raises one error for several engines: one that ends the run, or that engines are lost.
 
     Raises:
-        EngineLostError: all errors are of this kind; with the reasons.
-        Exception: the first that is not.
+        EngineLostError: all errors are of this type; contains their reasons.
+        Exception: the first error of another type.
     """
     for error in errors:
         if not isinstance(error, EngineLostError):
@@ -58,9 +58,9 @@ def raise_first(errors: Sequence[Exception]) -> None:
 class RolloutClient:
     """A connection to an engine that the supervisor keeps alive.
 
-    After an error it is closed, and the engine's process ends; the next :meth:`begin` reaches the
-    process that the supervisor starts in its place. Several clients may be used by several threads,
-    one client by one at a time.
+    After an error it is closed, which ends the engine's process. The next :meth:`begin` reaches the
+    process that the supervisor starts in its place. Different threads may use different clients;
+    only one thread at a time may use a client.
     """
 
     def __init__(self, engine: int = 0, engines: int = 1) -> None:
@@ -74,14 +74,15 @@ class RolloutClient:
         self.name = "rollout engine" if engines == 1 else f"rollout engine {engine}"
         self._the_engine = f"the {self.name}" if engines == 1 else self.name
         self.failures = 0
-        """Processes that were lost in a row; who begins something new sets it to 0."""
+        """Number of processes lost in a row; callers reset it to 0 when they start something
+        new."""
         self._sock: socket.socket | None = None
         self.ready: EngineReady | None = None
-        """What the present engine reported; None before it has built its model."""
+        """The current engine's report; None before it has built its model."""
         self.held: LoadWeights | None = None
-        """The weights that the present engine has."""
+        """The weights that the current engine holds."""
         self.group: WeightsGroup | None = None
-        """With its workers, if weights are broadcast to them."""
+        """The group with the engine's workers, if weights are broadcast to them."""
 
     @property
     def began(self) -> bool:
@@ -89,7 +90,7 @@ class RolloutClient:
         return self._sock is not None
 
     def begin(self, start: Start) -> None:
-        """Connects and has the engine build the model; does not wait for it.
+        """Connects and tells the engine to build the model; does not wait for it.
 
         The supervisor holds the listening socket, so this works while no engine runs.
 
@@ -116,25 +117,25 @@ class RolloutClient:
         return self.ready
 
     def load(self, update: LoadWeights) -> None:
-        """Has the engine replace its weights, and checks what it then holds.
+        """Makes the engine replace its weights, and checks the result.
 
         Raises:
-            EngineLostError: it did not, or does not hold what was sent.
+            EngineLostError: it failed, or does not hold what was sent.
         """
         self.begin_load(update)
         self.finish_load(update, update.checksum)
 
     def begin_load(self, update: LoadWeights) -> None:
-        """Has the engine begin to replace its weights. Raises EngineLostError."""
+        """Tells the engine to start replacing its weights. Raises EngineLostError."""
         self.held = None
         self._send(update)
 
     def finish_load(self, update: LoadWeights, checksum: Checksum | None) -> None:
-        """Waits until the engine has the weights, and checks what it holds.
+        """Waits until the engine has the weights, and verifies them.
 
         Args:
             update: what :meth:`begin_load` sent.
-            checksum: of all tensors that are not tied.
+            checksum: the checksum of all tensors that are not tied.
 
         Raises:
             EngineLostError: it does not hold what was sent.
@@ -154,7 +155,7 @@ class RolloutClient:
         )  # fmt: skip
 
     def has_replied_or_ended(self) -> bool:
-        """Whether there is something to receive, or an end of the connection; does not wait."""
+        """Whether there is a message to receive or the connection has ended; does not wait."""
         if self._sock is None:
             return True
         try:
@@ -168,7 +169,7 @@ class RolloutClient:
     def generate(
         self, request: Generate, look: Look, report: Callable[[int, int], None]
     ) -> Generated:
-        """Has the engine generate responses.
+        """Makes the engine generate responses.
 
         Args:
             request: prompts, uniform numbers and limits.
@@ -188,7 +189,7 @@ class RolloutClient:
         return message
 
     def lost(self, reason: str) -> EngineLostError | RlhfError:
-        """The error of an engine that is lost; closes the connection.
+        """Closes the connection to a lost engine and returns the error to raise.
 
         Returns:
             EngineLostError, or RlhfError if it is the last of :data:`ATTEMPTS`.
@@ -201,7 +202,7 @@ class RolloutClient:
         return RlhfError(f"{ATTEMPTS} rollout engines in a row failed, the last one with: {reason}")
 
     def close(self) -> None:
-        """Closes the connection, with which the engine's process ends."""
+        """Closes the connection, which ends the engine's process."""
         if self._sock is not None:
             self._sock.close()
         self._sock = self.ready = self.held = self.group = None
@@ -211,7 +212,7 @@ class RolloutClient:
             raise self.lost(f"there is no {self.name}")
         try:
             frame = frames.encode(message)
-        except LinkError as error:  # another engine could not be sent it either
+        except LinkError as error:  # no other engine could be sent it either
             self.close()
             raise RlhfError(f"{self._the_engine} cannot be asked: {error}") from error
         try:
@@ -221,7 +222,7 @@ class RolloutClient:
             raise self.lost(f"{self._the_engine} is gone: {error}") from error
 
     def _fail_with_reason(self) -> None:
-        """Raises the error that an engine which is gone has reported; returns if there is none."""
+        """Raises the error that an engine reported before it ended, if there is one."""
         message = self._next()
         if isinstance(message, EngineFailed):
             raise self._error(message)
@@ -247,7 +248,7 @@ class RolloutClient:
             raise self.lost(f"{self._the_engine} is gone: {error}") from error
 
     def _error(self, message: FromEngine) -> Exception:
-        """The error that a message which was not expected means; closes the connection."""
+        """Closes the connection and returns the error that an unexpected message stands for."""
         if not isinstance(message, EngineFailed):
             return self.lost(f"unexpected message of {self._the_engine}: {message}")
         if not message.user_input and not message.final:

@@ -1,6 +1,6 @@
-"""A process group of rank 0 and the engine's workers, by which weights are broadcast.
+"""A process group of rank 0 and the engine's workers, used to broadcast weights.
 
-It is apart from the groups of the ranks and from those of vLLM. Imported by both sides.
+It is separate from the groups of the ranks and of vLLM. Imported by both sides.
 """
 
 from datetime import timedelta
@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its __all__
 
 TIMEOUT = timedelta(minutes=5)
-"""For a tensor, and for the engine's workers to join."""
+"""Timeout for a broadcast, and for the engine's workers to join."""
 
 
 class WeightsGroup:
-    """By NCCL between GPUs, by gloo on a CPU. Rank 0 sends, the others receive."""
+    """Uses NCCL between GPUs and gloo on a CPU. Rank 0 sends, the others receive."""
 
     def __init__(self, path: str, rank: int, size: int, device: torch.device) -> None:
         """Meets the other members through a file, which opens no port; waits for them.
@@ -28,7 +28,7 @@ class WeightsGroup:
             device: of the tensors.
 
         Raises:
-            RuntimeError: the others have not come.
+            RuntimeError: the other members have not joined.
         """
         store = FileStore(path, size)
         self._group: Any  # torch's stubs lack the methods of both

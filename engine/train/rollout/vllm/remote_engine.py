@@ -1,4 +1,4 @@
-"""One engine as rank 0 uses it: building the model, and generating.
+"""Controls one engine from rank 0: building the model, and generating.
 
 Nothing here is a collective. One thread at a time may use an engine.
 """
@@ -25,7 +25,7 @@ class Stopping:
     """Threads must not use a tokenizer at the same time."""
 
     def of_request(self, request: Generate) -> Callable[[dict[int, list[int]]], list[int]]:
-        """Which rows have a stop string, among those with new tokens."""
+        """Returns a function that finds the rows with a stop string among those with new tokens."""
         searched = [0] * len(request.prompts)
 
         def look(tokens: dict[int, list[int]]) -> list[int]:
@@ -44,18 +44,18 @@ class RemoteEngine:
     """An engine that the supervisor keeps alive."""
 
     def __init__(self, client: RolloutClient, start: Start) -> None:
-        """Has the engine build a model; does not wait for it.
+        """Tells the engine to build a model; does not wait for it.
 
         Raises:
             RlhfError: the supervisor offers no engine.
         """
         self.client = client
         self.start = start
-        """What its next process is to build."""
+        """What the engine's next process should build."""
         client.begin(start)
 
     def prepare(self) -> None:
-        """Waits until a process has built the model, a new one if the last has ended.
+        """Waits until a process has built the model; uses a new process if the last one has ended.
 
         Raises:
             EngineLostError: it ended.
@@ -69,10 +69,10 @@ class RemoteEngine:
     def generate(
         self, request: Generate, stopping: Stopping, report: Callable[[int], None]
     ) -> Generated:
-        """Has the engine generate, with the weights that it holds.
+        """Generates with the weights that the engine holds.
 
         Args:
-            request: of these weights; may have no rows.
+            request: a request for these weights; may have no rows.
             stopping: finds stop strings.
             report: called regularly with the tokens done.
 
@@ -100,20 +100,20 @@ class RemoteEngine:
         stopping: Stopping,
         report: Callable[[int], None],
     ) -> Generated:
-        """Generates with the weights of an update; a process that fails is replaced.
+        """Generates with the weights of an update; replaces a process that fails.
 
         Args:
-            update: what the engine holds. Its file must still be there: a new process gets it
-                again.
+            update: the weights that the engine holds. Its file must still exist, since a new
+                process reads it again.
             request: of these weights.
-            stopping: finds stop strings; not the training loop's.
+            stopping: finds stop strings; must not be shared with the training loop.
             report: called regularly with the tokens done.
 
         Raises:
             RlhfError: several processes in a row failed.
             UserInputError: the engine's environment cannot be used.
         """
-        while True:  # the client counts what it loses
+        while True:  # the client limits the number of attempts
             try:
                 if self.client.held != update:
                     self.prepare()

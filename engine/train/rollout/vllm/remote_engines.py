@@ -1,4 +1,4 @@
-"""All engines as rank 0 uses them: sending weights, and dividing the responses of a batch.
+"""Controls all engines from rank 0: sends weights, and divides a batch's responses.
 
 Nothing here is a collective. One thread at a time may use it; the engines generate at the same
 time, each with a thread of its own.
@@ -28,25 +28,25 @@ from engine.train.rollout.vllm.weights import file_size, folder_with_room, inven
 
 WEIGHTS = "weights.safetensors"
 ROOM = 16
-"""Tokens that the engines' longest sequence has beyond the longest prompt and response."""
+"""Extra tokens in the engines' maximum length, beyond the longest prompt and response."""
 
 
 class RemoteEngines:
-    """`rollout.engines` engines, and the files by which they are given weights."""
+    """The `rollout.engines` engines, and the files through which they receive weights."""
 
     def __init__(self, context: BackendContext) -> None:
-        """Has the engines build the model; does not wait for them.
+        """Tells the engines to build the model; does not wait for them.
 
         Raises:
             RlhfError: the supervisor offers no engine.
         """
         self._context = context
         self._tokens = context.longest + context.config.rollout.max_new_tokens + ROOM
-        """Of the longest sequence that the engines can hold."""
+        """Length in tokens of the longest sequence that the engines support."""
         self._folder = Path(os.environ.get(ROLLOUT_FOLDER_VARIABLE, ""))
-        """In shared memory; the supervisor's."""
+        """The supervisor's folder in shared memory."""
         self._disk = Path(os.environ.get(ROLLOUT_DISK_VARIABLE, self._folder))
-        """On a disk, for weights that do not fit there; the supervisor's."""
+        """The supervisor's folder on a disk, for weights that do not fit in shared memory."""
         self._groups = 0
         """Updates that were broadcast; their engines may meet rank 0 in a new group."""
         self._stopping = Stopping(context.stop_criteria)
@@ -57,10 +57,10 @@ class RemoteEngines:
         self._engines = [RemoteEngine(RolloutClient(i, count), start) for i in range(count)]
 
     def prepare(self, announce: Callable[[], object] = lambda: None) -> None:
-        """Waits until all engines have built the model, new ones in place of those that ended.
+        """Waits until all engines have built the model, including replacements of ended ones.
 
         Args:
-            announce: called if that takes a while.
+            announce: called if this takes a while.
 
         Raises:
             EngineLostError: some ended.
@@ -79,7 +79,7 @@ class RemoteEngines:
         raise_first(errors)
 
     def _start(self, model: Path) -> Start:
-        """What the engines build: a model of the policy's configuration."""
+        """Describes what the engines build: a model with the policy's configuration."""
         config, lm = self._context.config, self._context.policy.lm
         heads = getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads
         size = getattr(lm.config, "head_dim", None)
@@ -102,20 +102,20 @@ class RemoteEngines:
         return tokens if positions is None else min(tokens, int(positions))
 
     def forget_failures(self) -> None:
-        """Begins to count anew how many processes of an engine are lost in a row."""
+        """Resets the counts of processes lost in a row."""
         for engine in self._engines:
             engine.client.failures = 0
 
     # -- weights -------------------------------------------------------------------------------
 
     def new_update(self, version: int, besides: Collection[int] = ()) -> Update:
-        """The next update of the engines' weights. Files of earlier ones are removed.
+        """Creates the next update of the engines' weights, and removes files of earlier ones.
 
-        It is sent to the engines that do not hold this version.
+        It is sent to the engines that do not hold this version yet.
 
         Args:
             version: of the weights.
-            besides: engines that need it no more.
+            besides: engines that no longer need it.
 
         Raises:
             UserInputError: there is no room for the weights, or no GPU for a broadcast.
@@ -151,17 +151,17 @@ class RemoteEngines:
     # -- responses -----------------------------------------------------------------------------
 
     def divide(self, request: Generate) -> list[Generate]:
-        """The part of a request that each engine generates; some may be empty."""
+        """Divides a request into one part for each engine; some may be empty."""
         return divide(request, len(self._engines))
 
     def generate(
         self, requests: list[Generate], replies: dict[int, Generated], report: ReportProgress
     ) -> None:
-        """Has the engines generate at the same time.
+        """Makes all engines generate concurrently.
 
         Args:
             requests: one for each engine, of the weights that it holds.
-            replies: by engine. Those that are there are not asked for again; the others are added.
+            replies: replies by engine. Existing replies are kept; the missing ones are added.
             report: called regularly with (tokens done, total).
 
         Raises:
@@ -180,17 +180,17 @@ class RemoteEngines:
         generation.check()
 
     def begin(self, update: LoadWeights, requests: list[Generate]) -> BackgroundGeneration:
-        """Has the engines generate with the weights of an update, while the caller continues.
+        """Makes the engines generate with an update's weights while the caller continues.
 
-        An engine that fails is replaced, and given the weights from the update's file.
+        An engine that fails is replaced, and the new one gets the weights from the update's file.
 
         Args:
-            update: what the engines hold. Its file must stay until the end.
+            update: the weights that the engines hold. Its file must exist until generation ends.
             requests: one for each engine, of these weights.
         """
         self._grow_for(requests)
         criteria = self._context.stop_criteria
-        # The threads must not find the tokenizer in use.
+        # A copy, since the training loop may be using the tokenizer.
         stopping = Stopping(copy.deepcopy(criteria) if criteria.has_strings else criteria)
         jobs = {
             i: partial(engine.generate_with, update, request, stopping)
@@ -199,7 +199,7 @@ class RemoteEngines:
         return BackgroundGeneration(jobs, _tokens(requests))
 
     def _grow_for(self, requests: list[Generate]) -> int:
-        """Ends the engines if sequences are too long for them; returns then the longest."""
+        """Ends the engines if a sequence is too long for them, and returns the longest length."""
         longest = max(len(p) + r.max_new_tokens for r in requests for p in r.prompts)
         if self._limited(longest) <= self._limited(self._tokens):
             return 0

@@ -1,6 +1,6 @@
-"""Divides a request among engines, and into several so that no message is over the limit.
+"""Divides a request among engines, and splits it so that no message exceeds the size limit.
 
-The responses do not depend on each other: each row has its own uniform numbers.
+Responses do not depend on each other, since each row has its own uniform numbers.
 """
 
 import math
@@ -12,22 +12,22 @@ from engine.protocol.frames import MAX_FRAME
 from engine.protocol.rollout.messages import Generate, Generated
 
 BUDGET = MAX_FRAME - 64 * 1024
-"""Bytes of all rows of a message; the rest is for what does not grow with them."""
+"""Most bytes for the rows of a message; the rest is for parts of constant size."""
 
 
 def divide(request: Generate, engines: int) -> list[Generate]:
     """Divides the rows of a request among engines.
 
-    Responses to one prompt are adjacent rows, so all but a few prompts are processed, and cached,
-    by one engine alone. The division depends on the number of rows and of engines only.
+    Responses to one prompt are adjacent rows, so nearly every prompt is processed and cached by a
+    single engine. The division depends only on the numbers of rows and engines.
 
     Args:
         request: n prompts.
         engines: how many there are.
 
     Returns:
-        A request for each engine, in the order of the rows. Their numbers of rows differ by one at
-        most; with fewer rows than engines some have none.
+        A request for each engine, in row order. Their numbers of rows differ by at most one; with
+        fewer rows than engines, some are empty.
     """
     n = len(request.prompts)
     cuts = [n * i // engines for i in range(engines + 1)]
@@ -35,14 +35,14 @@ def divide(request: Generate, engines: int) -> list[Generate]:
 
 
 def split(request: Generate, budget: int = BUDGET) -> list[Generate]:
-    """Divides a request so that it and the replies to it have at most so many bytes for their rows.
+    """Splits a request so that the rows of each part and its reply fit into a number of bytes.
 
     Args:
         request: n prompts.
-        budget: bytes. A single row that needs more is a request of its own.
+        budget: the number of bytes. A single row that needs more becomes a request of its own.
 
     Returns:
-        Requests of about the same number of rows, in the order of the rows; at least one.
+        At least one request, in row order, with about the same number of rows each.
     """
     width, n = request.max_new_tokens, len(request.prompts)
     # A row of Generated is 12 bytes a token, one of Generate 8, one of Progress up to 5, as is each
@@ -54,7 +54,7 @@ def split(request: Generate, budget: int = BUDGET) -> list[Generate]:
 
 
 def rows(request: Generate, start: int, stop: int) -> Generate:
-    """A request for some of the rows of another one."""
+    """Returns a request for some of another request's rows."""
     width = 8 * request.max_new_tokens
     return replace(
         request,
@@ -64,7 +64,7 @@ def rows(request: Generate, start: int, stop: int) -> Generate:
 
 
 def join(replies: list[Generated]) -> Generated:
-    """The reply to a request whose parts got these, in order; all of the same weights.
+    """Joins the replies to a request's parts, in order; all must have the same weights version.
 
     `seconds` is their sum.
     """

@@ -1,8 +1,8 @@
-"""How the weights reach the engines (`rollout.transfer`): a file, CUDA IPC, or a broadcast.
+"""Sends weights to the engines (`rollout.transfer`): by a file, CUDA IPC, or a broadcast.
 
-Rank 0 makes an update and gives it the tensors one after the other, whole, in the order of their
-inventory. A problem shows at the end only: until then the other ranks gather tensors with rank 0.
-Each engine is checked by itself, and one that is lost does not keep the others from loading.
+Rank 0 creates an update and passes it whole tensors one by one, in inventory order. Problems are
+only raised at the end, because until then the other ranks gather tensors together with rank 0. Each
+engine is checked separately; a lost engine does not keep the others from loading.
 """
 
 import os
@@ -30,36 +30,37 @@ from engine.train.rollout.vllm.process.received_weights import DEVICE_OF_HANDLE,
 from engine.train.rollout.vllm.weights import WeightsFile
 
 STORAGE_CLASS, COUNTER = 4, slice(11, 13)
-"""Where the class of a storage and its count of readers stand among the arguments of torch's
+"""Indices of the storage class and its reference counter in the arguments of torch's
 `rebuild_cuda_tensor`."""
 COUNTERS_START, COUNTER_SIZE = 64, 8
-"""Bytes before the first counter of torch's shared memory, and of one (`MapAllocator.cpp`)."""
+"""Bytes before the first counter in torch's shared memory, and per counter (`MapAllocator.cpp`)."""
 
 MEETING_INTERVAL = 0.1
-"""Seconds between two looks whether an engine is still there whose workers are awaited."""
+"""Seconds between checks that an engine still runs while waiting for its workers."""
 
 
 class Update(Protocol):
-    """One update of the weights of engines."""
+    """One update of the engines' weights."""
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Sends the next tensor; returns it as it is sent, in the dtype of the engine."""
+        """Sends the next tensor; returns it as sent, in the engine's dtype."""
 
     def finish(self, checksum: Checksum) -> LoadWeights:
-        """Has the engines replace their weights; returns what they were sent.
+        """Makes the engines replace their weights; returns the message that was sent.
 
         Raises:
-            EngineLostError: an engine does not hold the weights. Those that do have them in `held`.
+            EngineLostError: an engine does not hold the weights. The clients of those that do have
+                them in `held`.
         """
 
     def close(self) -> None:
-        """Gives up what the engines need no longer."""
+        """Releases resources that the engines no longer need."""
 
 
 class FileUpdate:
-    """By a file in shared memory or on a disk, which all engines read.
+    """Updates through a file in shared memory or on a disk, which all engines read.
 
-    Another engine can be given the same weights from it.
+    A replacement engine can read the same weights from it.
     """
 
     def __init__(
@@ -96,10 +97,10 @@ class FileUpdate:
 
 
 class IpcUpdate:
-    """By handles of memory on the GPU that the engine shares with rank 0.
+    """Updates through CUDA IPC handles, on a GPU that the engine shares with rank 0.
 
-    All tensors stay allocated until the engine has copied them. They are copies where they would
-    otherwise be in expandable segments, which the ranks use: handles of those are opened by
+    All tensors stay allocated until the engine has copied them. Tensors in expandable segments,
+    which the ranks use, are copied out of them first: handles of such segments are opened by
     `pidfd_getfd`, which kernels and containers refuse between processes that are not parent and
     child.
     """
@@ -133,7 +134,7 @@ class IpcUpdate:
 
     def finish(self, checksum: Checksum) -> LoadWeights:
         """Sends the handles, over the socket whose peer was checked."""
-        # Their kernels may still run; the engine reads in another stream.
+        # Kernels that write them may still run; the engine reads in another stream.
         torch.cuda.synchronize()
         self._exported = [reduce_tensor(t)[1] for t in self._kept]
         update = LoadWeights(
@@ -147,7 +148,7 @@ class IpcUpdate:
 
     def close(self) -> None:
         """Frees the tensors."""
-        # torch keeps exported memory until its reader has released it, which a dead one never does.
+        # torch keeps exported memory until the reader releases it, which a dead reader never does.
         for handle in self._exported:
             storage, counter, offset = handle[STORAGE_CLASS], *handle[COUNTER]
             if readers(counter, offset):
@@ -158,14 +159,14 @@ class IpcUpdate:
 
 
 def readers(counter: bytes, offset: int) -> int:
-    """How many processes have not released what was exported, by torch's counter.
+    """Reads torch's counter of processes that have not released an exported tensor.
 
-    Its counters are unsigned (`torch/csrc/CudaIPCTypes.h`): one that is released once too often
-    keeps the memory for good. If the counters are gone, all was released: 0.
+    The counters are unsigned (`torch/csrc/CudaIPCTypes.h`): releasing once too often keeps the
+    memory forever. If the counters are gone, everything was released: 0.
 
     Args:
         counter: the name of a POSIX shared memory object that holds counters.
-        offset: which of them.
+        offset: the index of the counter.
     """
     shared = Path("/dev/shm", counter.decode().lstrip("/"))  # noqa: S108 - shared memory's own place
     try:
@@ -178,9 +179,9 @@ def readers(counter: bytes, offset: int) -> int:
 
 @contextmanager
 def without_expandable_segments() -> Iterator[bool]:
-    """Context in which torch allocates GPU memory whose handles every process can open.
+    """Context manager in which torch allocates GPU memory with handles any process can open.
 
-    Yields whether the settings had to be changed for that.
+    Yields whether the allocator's settings had to be changed.
     """
     variables = (os.environ.get(name, "") for name in (OLD_ALLOCATOR, ALLOCATOR))
     settings = next(filter(None, variables), "")
@@ -199,9 +200,9 @@ def without_expandable_segments() -> Iterator[bool]:
 
 
 class BroadcastUpdate:
-    """By a broadcast to the engines' workers, which load each tensor as it arrives.
+    """Updates by a broadcast to the engines' workers, which load each tensor as it arrives.
 
-    Each engine has a group of its own with rank 0, so that one that is lost breaks its own only.
+    Each engine has its own group with rank 0, so that a lost engine only breaks its own group.
     """
 
     def __init__(
@@ -215,15 +216,15 @@ class BroadcastUpdate:
         workers: int,
         device: torch.device,
     ) -> None:
-        """Has the workers wait for the tensors, in a group with each engine's that are new.
+        """Makes the workers wait for the tensors; creates groups with the workers of new engines.
 
         Args:
             clients: of the engines.
             version: of the weights.
             tensors: their inventory.
             dtype: of the engines.
-            rendezvous: where new groups meet: the path of a new file, to which each adds its
-                engine's number.
+            rendezvous: path of a new file where new groups meet; each group appends its engine's
+                number.
             workers: of each engine.
             device: rank 0's.
         """
@@ -271,7 +272,7 @@ class BroadcastUpdate:
 
 
 def _load_together(clients: Sequence[RolloutClient], update: LoadWeights) -> None:
-    """Has engines load an update at the same time. Raises EngineLostError if one does not."""
+    """Makes engines load an update concurrently. Raises EngineLostError if one fails."""
     errors: list[Exception] = []
     begun: list[RolloutClient] = []
     for client in clients:
@@ -284,7 +285,7 @@ def _load_together(clients: Sequence[RolloutClient], update: LoadWeights) -> Non
 
 
 def _attempt(act: Callable[[], None]) -> list[Exception]:
-    """What an engine raises, so that the others can be asked in any case."""
+    """Catches an engine's error, so that the others can be handled in any case."""
     try:
         act()
     except (EngineLostError, RlhfError) as error:
@@ -295,10 +296,10 @@ def _attempt(act: Callable[[], None]) -> list[Exception]:
 def _meet(client: RolloutClient, path: str, workers: int, device: torch.device) -> WeightsGroup:
     """Meets an engine's workers, but does not wait for an engine that has ended.
 
-    Otherwise the group's timeout would pass, and that of the groups of the other engines as well.
+    Otherwise the timeouts of this group and of the other engines' groups would expire.
 
     Raises:
-        RuntimeError: the workers have not come.
+        RuntimeError: the workers have not joined.
     """
     found: list[WeightsGroup] = []
     errors: list[Exception] = []

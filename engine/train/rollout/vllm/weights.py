@@ -1,8 +1,8 @@
 """Writes the policy's weights for the rollout engine, one tensor at a time.
 
 The file is a safetensors file in shared memory (/dev/shm), or on a disk if that is too small. It is
-written here rather than by `safetensors`, whose writer needs all tensors at once: of a sharded
-policy, one tensor at a time is gathered.
+not written by the `safetensors` package, whose writer needs all tensors at once: a sharded policy
+is gathered one tensor at a time.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def inventory(lm: nn.Module, dtype: torch.dtype) -> list[TensorInfo]:
-    """The tensors of an update, in order. Gathers nothing."""
+    """Lists the tensors of an update, in order. Gathers nothing."""
     found, seen = [], set()
     for name, (weight, _) in mergeable_weights(lm).items():
         found.append(TensorInfo(name, list(weight.shape), DTYPES[dtype], tied=id(weight) in seen))
@@ -36,13 +36,13 @@ def inventory(lm: nn.Module, dtype: torch.dtype) -> list[TensorInfo]:
 
 
 def file_size(lm: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the file that :func:`write_weights` writes. Gathers nothing."""
+    """Returns the size in bytes of the file from :func:`write_weights`. Gathers nothing."""
     tensors = inventory(lm, dtype)
     return len(header(tensors, dtype.itemsize)) + dtype.itemsize * sum(map(_elements, tensors))
 
 
 def folder_with_room(folders: list[Path], size: int) -> Path:
-    """The first folder on whose file system `size` bytes are free.
+    """Returns the first folder with `size` bytes free on its file system.
 
     Raises:
         UserInputError: there is none.
@@ -67,7 +67,7 @@ def send_weights(
     take: Callable[[Tensor], Tensor] | None,
     report: ReportProgress = report_nothing,
 ) -> Checksum:
-    """Passes on all weights, whole and with adapters merged; all ranks must call it together.
+    """Sends all weights, unsharded and with adapters merged; all ranks must call it.
 
     Args:
         lm: the policy's language model, whole, replicated or sharded.
@@ -77,7 +77,7 @@ def send_weights(
         report: called with (elements done, elements).
 
     Returns:
-        The checksum of the tensors that are not tied; an empty one without `take`.
+        The checksum of the tensors that are not tied; empty without `take`.
     """
     tensors = inventory(lm, dtype)
     total, done = sum(_elements(t) for t in tensors), 0

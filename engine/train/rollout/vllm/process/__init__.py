@@ -1,4 +1,5 @@
-"""What runs in the engine's process, in vLLM's environment: vLLM, torch, safetensors and msgspec.
+"""Code of the engine's process, which runs in vLLM's environment.
 
-None of our other dependencies is there. Processes that vLLM spawns import these modules, too.
+That environment has vLLM, torch, safetensors and msgspec, but none of our other dependencies.
+Processes that vLLM spawns also import these modules.
 """

@@ -1,7 +1,7 @@
 """The rollout engine's process: serves rank 0 on a Unix socket until it disconnects.
 
-It has one model and one client. After an error it reports the error and exits: the supervisor
-starts a new process, which is the only state that can be trusted then.
+It has one model and one client. After an error it reports the error and exits, because its state
+can no longer be trusted. The supervisor then starts a new process.
 """
 
 import importlib.metadata
@@ -46,8 +46,8 @@ CPU_SETTINGS = {
     "TORCHDYNAMO_DISABLE": "1",  # on a GPU, what vLLM compiles carries its CUDA graphs
 }
 SHARE_OF_FREE_MEMORY = 0.01
-"""Of a GPU's memory that must be free when the engine starts. vLLM's default of nine tenths is
-refused beside a rank, and only matters for a cache whose size is not given in bytes."""
+"""Share of a GPU's memory that must be free when the engine starts. vLLM's default of nine tenths
+fails next to a rank, and only matters for a cache whose size is not given in bytes."""
 
 
 def main(listener_fd: int) -> NoReturn:
@@ -80,13 +80,13 @@ def main(listener_fd: int) -> NoReturn:
     except Exception as error:
         traceback.print_exc()
         text = f"{type(error).__name__}: {first_line(error)}"
-        # A message that is too large would be so again.
+        # A message that is too large would be too large again.
         report(connection, EngineFailed(text=text, final=isinstance(error, LinkError)))
         exit_now(FAILED)
 
 
 def missing(error: ImportError) -> EngineFailed:
-    """Why vLLM cannot be imported, with the remedy."""
+    """Describes why vLLM cannot be imported, with the remedy."""
     text = (
         f"rollout.engine is vllm, but {sys.executable} cannot import it ({first_line(error)}): "
         "make its environment with `make vllm` and name its Python in rollout.python"
@@ -188,7 +188,7 @@ class Engine:
                 entropies=b"", seconds=0.0,
             )  # fmt: skip
         self._sleep.before_generate()
-        # What is cached would depend on earlier batches, and by rounding the result on it.
+        # Cache contents depend on earlier batches and would affect the results by rounding.
         self._llm.reset_prefix_cache()
         self._llm.collective_rpc(
             "begin_batch", args=(request.uniforms, limit, request.temperature, request.sampling)

@@ -1,6 +1,6 @@
-"""The tensors of an update, as a worker of the engine receives them.
+"""Receives the tensors of an update in a worker of the engine.
 
-Needs torch and safetensors, not vLLM: the GPU check receives weights by this code, too.
+Requires torch and safetensors but not vLLM, since the GPU check also receives weights with it.
 """
 
 import pickle
@@ -19,15 +19,15 @@ Inventory = list[tuple[str, list[int]]]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DEVICE_OF_HANDLE = 6
-"""Where `storage_device` stands among the arguments of torch's `rebuild_cuda_tensor`."""
+"""Index of `storage_device` in the arguments of torch's `rebuild_cuda_tensor`."""
 
 
 class IncompleteUpdateError(Exception):
-    """An update does not have what the model needs, or the model does not hold what was sent."""
+    """An update lacks tensors that the model needs, or the model does not hold what was sent."""
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """What identifies a GPU in every process, whatever its number there."""
+    """Returns an identifier of a GPU that is the same in every process."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
@@ -86,7 +86,7 @@ def from_broadcast(
 
 
 def on_device(handle: tuple[Any, ...], index: int) -> tuple[Any, ...]:
-    """The arguments of `rebuild_cuda_tensor` with the number that a GPU has in this process."""
+    """Replaces the device index in arguments of `rebuild_cuda_tensor` by this process's own."""
     return (*handle[:DEVICE_OF_HANDLE], index, *handle[DEVICE_OF_HANDLE + 1 :])
 
 

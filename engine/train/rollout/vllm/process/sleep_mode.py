@@ -1,20 +1,20 @@
-"""Gives up the memory of an engine on the trainer's GPUs while the trainer needs it.
+"""Frees the memory of an engine on the trainer's GPUs while the trainer needs it.
 
-It has never run: vLLM's sleep mode needs a GPU. tests/vllm compares the calls with vLLM's
+This code has never run: vLLM's sleep mode needs a GPU. tests/vllm compares the calls with vLLM's
 signatures.
 """
 
 from typing import Any
 
 WEIGHTS, CACHE = "weights", "kv_cache"
-"""vLLM's tags of the memory that it gives up."""
+"""vLLM's tags for the memory that it frees."""
 
 
 class SleepMode:
     """Calls vLLM's sleep mode at the right moments; does nothing at level 0.
 
-    At level 1 the weights are kept in host memory, at level 2 they must be sent again. The cache is
-    not kept at either: it is empty before each batch.
+    At level 1 the weights are kept in host memory; at level 2 they must be sent again. The cache is
+    kept at neither level, since it is empty before each batch.
     """
 
     def __init__(self, llm: Any, level: int) -> None:
@@ -22,7 +22,7 @@ class SleepMode:
         self._llm = llm
         self._level = level
         self._asleep: list[str] = []
-        """The tags of what is not allocated."""
+        """The tags of memory that is not allocated."""
 
     @property
     def forgets_weights(self) -> bool:
@@ -34,12 +34,12 @@ class SleepMode:
         self._wake(WEIGHTS)
 
     def before_generate(self) -> None:
-        """Allocates what is not there yet."""
+        """Allocates whatever is not allocated yet."""
         self._wake(WEIGHTS)
         self._wake(CACHE)
 
     def after_generate(self) -> None:
-        """Gives up the memory of both."""
+        """Frees the memory of weights and cache."""
         if self._level and not self._asleep:
             self._llm.sleep(level=self._level)
             self._asleep = [WEIGHTS, CACHE]

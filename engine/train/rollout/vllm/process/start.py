@@ -1,9 +1,9 @@
 """Starts the rollout engine: ``python -P start.py SOCKET_FD SESSION_FOLDER``.
 
-Run by path, with the Python of vLLM's environment, where this package is not installed. To put our
-site-packages on the path would replace that environment's transformers by ours, so the package
-`engine` alone is made importable. Processes that vLLM spawns run this file again, as
-`__mp_main__`, and find the package, too.
+This file is run by path, with the Python of vLLM's environment, where this package is not
+installed. Adding our site-packages to the path would shadow that environment's transformers, so
+only the package `engine` is made importable. Processes that vLLM spawns run this file again, as
+`__mp_main__`, and so also find the package.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
-"""vLLM samples with our uniform numbers.
+"""Makes vLLM sample with our uniform numbers.
 
 A logits processor chooses each token as :func:`engine.train.rollout.sampling.sample` does for
-native rollouts, and leaves vLLM a distribution with this token alone. So the token of sample i at
+native rollouts, and leaves vLLM a distribution with only this token. So the token of sample i at
 position t depends on (seed, step, i, t), not on vLLM's generators, its batches or its version. It
 also records the log-probability at our temperature and the entropy, which vLLM does not report.
 
@@ -23,7 +23,7 @@ ROW = "rlhf_tui_row"
 
 
 class Draw:
-    """The batch that is generated: its uniform numbers, and what was sampled with them."""
+    """The current batch: its uniform numbers, and the records of its sampled tokens."""
 
     def __init__(self, uniforms: Tensor, temperature: float, scheme: str) -> None:
         """Allocates the record.
@@ -41,13 +41,13 @@ class Draw:
 
 
 class _Current:
-    """The draw of this process; None before the first batch."""
+    """Holds this process's draw; None before the first batch."""
 
     draw: Draw | None = None
 
 
 def begin(uniforms: Tensor, temperature: float, scheme: str) -> None:
-    """Begins a batch; called in each process of the engine before its requests are added."""
+    """Starts a batch; called in each process of the engine before requests are added."""
     _Current.draw = Draw(uniforms, temperature, scheme)
 
 
@@ -88,7 +88,7 @@ class UniformSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not in 
                 self._slots[first] = other
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Replaces each row by one that has the sampled token only.
+        """Replaces each row by one in which only the sampled token is possible.
 
         Args:
             logits: (slots, V) float32, changed in place.
@@ -97,8 +97,8 @@ class UniformSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not in 
         if draw is None or not self._slots:
             return logits
         slots = sorted(self._slots)
-        # A request whose prompt is only partly processed is sampled in vain, at position 0; its
-        # record is overwritten later. One that is being stopped may be at the end.
+        # A request with a partly processed prompt is sampled needlessly at position 0; its record
+        # is overwritten later. A request that is being stopped may be at the end.
         limit = draw.uniforms.shape[1] - 1
         places = [(row, min(len(output), limit)) for row, output in (self._slots[s] for s in slots)]
         at = torch.tensor(places, device=logits.device).unbind(1)

@@ -1,8 +1,8 @@
-"""Methods that vLLM's workers gain: replacing the weights, and our way of sampling.
+"""Adds methods to vLLM's workers: replacing the weights, and sampling with uniform numbers.
 
-The weights are replaced by vLLM's layerwise reload. What it does not check is checked here: that
-the update is complete, and that what the model then holds is what was sent. After any error the
-model may be half replaced, and the process must end.
+Weights are replaced by vLLM's layerwise reload. This module also checks what the reload does not:
+that the update is complete, and that the model then holds what was sent. After any error the
+weights may be partly replaced, and the process must end.
 """
 
 import time
@@ -40,7 +40,7 @@ class RolloutWorkerExtension:
     vllm_config: Any
     rank: int
     rollout_group: WeightsGroup | None = None
-    """With rank 0 of the trainer, for broadcasts."""
+    """The group with rank 0 of the trainer, for broadcasts."""
 
     def load_weights_file(
         self, path: str, tensors: Inventory, sent: Checksum
@@ -71,7 +71,7 @@ class RolloutWorkerExtension:
         weights = list(from_ipc(handles, tensors, gpu, self.device))
         try:
             return self._replace_weights(weights, tensors, sent)
-        finally:  # what has been queued may still read them
+        finally:  # queued kernels may still read them
             torch.cuda.synchronize(self.device)
 
     def load_weights_broadcast(
@@ -80,8 +80,8 @@ class RolloutWorkerExtension:
         """Replaces all weights by those that rank 0 of the trainer broadcasts.
 
         Args:
-            path: the file by which the workers and rank 0 meet; empty if they have.
-            size: number of workers, and one.
+            path: the file through which the workers and rank 0 meet; empty if they already have.
+            size: number of workers plus one.
             tensors: name and shape of each tensor, in the order of the broadcasts.
             dtype: of all of them, as in a safetensors header.
         """
@@ -175,7 +175,7 @@ def recorded_before_packing(model: nn.Module) -> Iterator[dict[str, Checksum]]:
 
 
 def held_checksum(model: nn.Module, packed: dict[str, Checksum]) -> Checksum:
-    """The checksum of all parameters; of those that are packed, from before."""
+    """Computes the checksum of all parameters, using the recorded one for packed parameters."""
     total, squares = 0, 0
     for name, parameter in model.named_parameters():
         one, two = checksum([parameter]) if parameter.numel() else packed.get(name, (0, 0))
@@ -184,7 +184,7 @@ def held_checksum(model: nn.Module, packed: dict[str, Checksum]) -> Checksum:
 
 
 def tied_names(model: nn.Module) -> set[str]:
-    """The names of parameters that are another one, too, under all of their names."""
+    """Returns all names of parameters that have several names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -192,9 +192,9 @@ def tied_names(model: nn.Module) -> set[str]:
 
 
 def pack_tied_heads(model: nn.Module) -> None:
-    """Packs an output layer again that shares its weight with the embedding.
+    """Packs an output layer again if it shares its weight with the embedding.
 
-    On a CPU its packed copy would stay that of the old weights, without a word.
+    On a CPU its packed copy would otherwise silently keep the old weights.
     """
     owners: dict[int, nn.Module] = {}
     for layer in model.modules():
