@@ -22,7 +22,7 @@ class CommonAffixes:
     """Characters, from the beginning of a line or of markup on."""
 
     def removed_from(self, prompt: str) -> str:
-        """One of these prompts without the affixes, stripped; the whole prompt if nothing is left."""
+        """One of these prompts without affixes, stripped; the whole prompt if nothing is left."""
         rest = prompt[self.prefix : len(prompt) - self.suffix].strip()
         return rest or prompt.strip()
 
