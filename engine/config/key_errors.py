@@ -84,7 +84,7 @@ def _lookup(tree: Any, path: str) -> Any:
 
 
 def _types_at(path: str) -> list[Any]:
-    """msgspec's descriptions of the types that the value of a key may have."""
+    """The types that the value of a key may have, as msgspec describes them."""
     kinds: list[Any] = [msgspec.inspect.type_info(RunConfig)]
     for part in _parts(path):
         if part.isdigit():

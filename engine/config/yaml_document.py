@@ -68,7 +68,7 @@ def _identity(key: yaml.Node) -> Hashable:
 
 
 def _check_repeats(node: yaml.MappingNode) -> None:
-    """Raises ConfigError if a key stands in a mapping twice: YAML would take the second value."""
+    """Raises ConfigError if a mapping has a key twice: YAML would take the second value."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:

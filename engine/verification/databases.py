@@ -56,7 +56,7 @@ def check_databases(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
 
 
 def _without_tables(path: Path) -> Finding:
-    """Whether a file is too short to have tables: SQLite reads it as an empty database."""
+    """Describes a file without tables: SQLite also reads a file cut below a page as empty."""
     size = path.stat().st_size
     if size < _SMALLEST_PAGE:
         return problem("files", f"{path.name} is cut short, to {size} bytes", RESTORE)
