@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 WINDOW = 20
-"""Judgements over which the curve is a mean: those up to a step, the newest."""
+"""Number of newest judgements up to a step whose mean is the curve's value at the step."""
 LEAST = 20
-"""Judgements below which no fall is looked for."""
+"""Minimum number of judgements to look for a fall."""
 TRIMMED = 0.15
 """Share of the judgements at either end at which no fall is looked for."""
 CRITICAL = math.sqrt(8.68)
@@ -92,7 +92,7 @@ def placements(scores: Sequence[JudgedScore]) -> list[Point]:
     """The agreement with each label; empty if all labels are of one kind.
 
     Args:
-        scores: all of them comparable: by the same reward.
+        scores: must be comparable, i.e. from the same reward.
     """
     good = sorted(s.score for s in scores if s.good)
     bad = sorted(s.score for s in scores if not s.good)
@@ -115,7 +115,7 @@ def preference_agreement(chosen: float, rejected: float) -> float:
 
 
 def find_fall(points: Sequence[Point]) -> Fall | None:
-    """Where the mean falls most clearly, if it falls beyond chance.
+    """Finds where the mean falls most clearly, if it falls beyond chance.
 
     Compares the means before and after each step (the sup-Wald test of Andrews 1993), with the
     variance within both parts.

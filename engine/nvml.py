@@ -27,9 +27,9 @@ def visible_gpus() -> list[str] | None:
 def chosen_gpus(chosen: Sequence[int]) -> list[str]:
     """The entries of CUDA_VISIBLE_DEVICES for the GPUs of `launch.gpus`.
 
-    If a scheduler has assigned GPUs by numbers, `chosen` are numbers of the driver, and those that
-    were not assigned are left out, so that CUDA says that there is no GPU. If it has assigned them
-    by identifiers, `chosen` are positions in its list.
+    If a scheduler has assigned GPUs by number, `chosen` are the driver's numbers. Those that were
+    not assigned are left out, so that CUDA reports that there is no GPU. If it has assigned them by
+    identifier, `chosen` are positions in its list.
     """
     visible, numbers = visible_gpus(), [str(i) for i in chosen]
     if visible is None:

@@ -1,4 +1,4 @@
-"""Functions that long work calls with its progress."""
+"""Callbacks for the progress of long work."""
 
 from collections.abc import Callable
 

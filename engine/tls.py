@@ -15,11 +15,11 @@ NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "RE
 version."""
 
 TLS_ALERT = "\x15\x03"
-"""Its first bytes."""
+"""The first bytes of a TLS alert."""
 
 
 def tls_problem(error: ssl.SSLError) -> str:
-    """What is wrong, and what helps, on one line without the URL."""
+    """The cause and the remedy, on one line, without the URL."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its TLS certificate is refused: {_certificate_problem(error)}"
     if error.reason in NOT_TLS:

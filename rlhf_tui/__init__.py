@@ -1,1 +1,1 @@
-"""The terminal side: what the operator types and sees."""
+"""The terminal side: the command line and the dashboard."""

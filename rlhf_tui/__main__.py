@@ -1,6 +1,6 @@
-"""The program ``rlhf-tui``: the command line, imported where Ctrl-C ends it in one line.
+"""The program ``rlhf-tui``: imports the command line so that Ctrl-C ends it without a traceback.
 
-To import it takes a third of a second, in which Python would print a traceback.
+The import takes a third of a second.
 """
 
 import sys

@@ -36,18 +36,18 @@ MODULES = {
 which keeps the start of attach short."""
 
 LONGEST_ERROR = 1000
-"""Characters of an error line: one that repeats the input may be as long as that."""
+"""Maximum length of an error line: one that repeats the input may be as long as the input."""
 
 
 class Commands(click.Group):
-    """The commands, of the modules in :data:`MODULES`, which are imported lazily."""
+    """The commands of the modules in :data:`MODULES`, which are imported lazily."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, sorted."""
         return sorted(MODULES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports a command; None if there is none of that name."""
+        """Imports a command; None if there is no such command."""
         if cmd_name not in MODULES:
             return None
         module = importlib.import_module(f"rlhf_tui.commands.{MODULES[cmd_name]}")
@@ -64,7 +64,7 @@ class Commands(click.Group):
 
 
 class ReaderGoneError(Exception):
-    """Whoever read the output has closed the pipe, as `head` does, which is no error."""
+    """The reader of the output has closed the pipe, as `head` does; this is not an error."""
 
 
 @click.group(
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def open_standard_files() -> None:
-    """Opens standard files that the caller has closed, on /dev/null.
+    """Opens /dev/null for standard files that the caller has closed.
 
     Otherwise the next file that is opened gets their number, and Python has no `sys.stdout`.
     """
@@ -132,7 +132,7 @@ def open_standard_files() -> None:
 
 
 def _discard_output() -> None:
-    """Without stdout, Python does not flush it at exit, which would fail again."""
+    """Discards stdout, so that Python does not flush it at exit, which would fail again."""
     sys.stdout = None
 
 

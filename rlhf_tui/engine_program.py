@@ -17,7 +17,7 @@ from engine.launch.environment import clean_environment, rank_environment
 from engine.protocol.programs.result import ProgramFailure
 
 END_TIMEOUT = 10.0
-"""Seconds in which an interrupted program removes what it has written."""
+"""Seconds that an interrupted program has to remove the files it has written."""
 
 
 def run_engine_program(
@@ -27,7 +27,7 @@ def run_engine_program(
     failed: str,
     on_line: Callable[[bytes], None] = lambda _line: None,
 ) -> bytes:
-    """Runs a module of the engine that reads a configuration and prints JSON in its last line.
+    """Runs a module of the engine that reads a configuration and prints JSON on its last line.
 
     Args:
         module: its name.
@@ -40,7 +40,7 @@ def run_engine_program(
         The JSON.
 
     Raises:
-        UserInputError: the program says that something which was given cannot be used.
+        UserInputError: the program reports that part of its input cannot be used.
         RlhfError: it failed.
     """
     return stream_engine_program(
@@ -64,7 +64,7 @@ def stream_engine_program(
         module: its name.
         arguments: of its command line.
         given: passed on standard input as JSON.
-        launch: determines the environment.
+        launch: the section that determines the environment.
         failed: how the message begins if the program ends without a result.
         on_line: called with each line of its output as it comes.
     """

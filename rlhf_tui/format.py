@@ -8,7 +8,7 @@ from engine.session import command_line
 from engine.session.folder import DiskUsage
 
 command = command_line.command
-"""A command of rlhf-tui as it can be typed here; the engine's messages have it, too."""
+"""A command of rlhf-tui as it can be typed here; the engine's messages use it, too."""
 
 
 def duration(seconds: float) -> str:
@@ -110,7 +110,7 @@ def size(count: float) -> str:
 
 
 def freed(usage: DiskUsage) -> str:
-    """What deleting a session frees: `frees 1.2 GB`."""
+    """The space that deleting a session frees: `frees 1.2 GB`."""
     if usage.freed == usage.size:
         return f"frees {size(usage.size)}"
     return f"frees {size(usage.freed)} of {size(usage.size)}: other sessions have links to the rest"

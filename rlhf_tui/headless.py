@@ -38,7 +38,7 @@ class Printer:
         """Prints nothing yet.
 
         Args:
-            session: the run's.
+            session: the session of the run.
             total_steps: `train.steps`.
             live: whether stdout is a terminal that can rewrite a line.
         """
@@ -51,7 +51,7 @@ class Printer:
         self._phase = ""
 
     def state(self, state: str, text: str) -> None:
-        """Prints the states that the lines of steps do not show."""
+        """Prints the states that the step lines do not show."""
         if state == "stopping":
             self._print_above(
                 "stopping: finishing the step and saving (ctrl+c again: stop without saving)"
@@ -73,9 +73,9 @@ class Printer:
         self._print_above(text, sys.stderr)
 
     def message(self, message: FromRank) -> None:
-        """Prints a step's summary, a finished checkpoint, or what there is to note at the start.
+        """Prints a step's summary, a finished checkpoint, or the notes at the start.
 
-        On a terminal also the current phase.
+        On a terminal, also prints the current phase.
         """
         match message:
             case Phase(rank=0, name=name, done=done, total=total):
@@ -126,7 +126,7 @@ class Printer:
         self._write(sanitise(line) + "\n", stream or sys.stdout)
 
     def _write(self, text: str, stream: TextIO) -> None:
-        """Writes text; after an error nothing more, for a closed terminal must not end the run."""
+        """Writes text; stops writing after an error, as a closed terminal must not end the run."""
         if self._closed:
             return
         try:

@@ -1,4 +1,4 @@
-"""Files that commands write where their user says."""
+"""Files that commands write to a path given by the user."""
 
 import os
 from pathlib import Path
@@ -7,16 +7,16 @@ from engine.errors import UserInputError
 
 
 def check_output(path: Path) -> None:
-    """Refuses `-`, by which other programs mean standard output. Raises UserInputError."""
+    """Rejects `-`, which means standard output in other programs. Raises UserInputError."""
     if path == Path("-"):
         raise UserInputError("- does not stand for standard output here: give the name of a file")
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """Writes a file, which is replaced if it exists: whole or not at all.
+    """Writes a file atomically, replacing an existing one.
 
-    A link stays, and the file that it leads to is replaced. A device or a pipe, such as
-    `/dev/stdout`, is written to; root would otherwise replace it by a file.
+    A link stays, and its target is replaced. A device or a pipe, such as `/dev/stdout`, is written
+    to; root would otherwise replace it by a file.
 
     Raises:
         UserInputError: it is `-`.

@@ -18,9 +18,9 @@ Row = dict[str, Any]
 
 
 def columns_of(rows: Sequence[Row], names: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """The columns of rows, in the order in which they appear; what a row lacks is None.
+    """The columns of rows, in order of appearance; missing cells are None.
 
-    Without rows there are those of `names`: a table has a header in any case. The entries of a
+    Without rows, the columns are `names`, so that a table always has a header. The entries of a
     mapping become columns `KEY/NAME`, lists become JSON.
     """
     flat = [dict(_flat(row)) for row in rows]
@@ -55,10 +55,10 @@ def write_file(rows: Sequence[Row], form: str, output: Path, names: Sequence[str
         rows: the rows.
         form: one of :data:`FORMATS`.
         output: the file.
-        names: of the columns where there are no rows.
+        names: names of the columns if there are no rows.
 
     Returns:
-        Its bytes.
+        The number of bytes written.
 
     Raises:
         UserInputError: the file cannot be written.

@@ -6,18 +6,17 @@ from engine.errors import UserInputError
 
 VARIABLE = "RLHF_TUI_COLORS"
 SYSTEMS = {"auto": "auto", "truecolor": "truecolor", "256": "256", "16": "standard", "none": ""}
-"""What a person calls the colours, and what Textual does."""
+"""The user's name of a colour system → Textual's."""
 
 
 def choose(environment: MutableMapping[str, str]) -> None:
     """Sets the environment for Textual. Call it before Textual is imported.
 
-    Without a choice Textual goes by COLORTERM and the ending of TERM. It takes 16 colours for all
-    that a terminal such as `alacritty` or `foot` has when SSH has dropped COLORTERM; its entry in
-    terminfo says 256.
+    Without a choice Textual relies on COLORTERM and the suffix of TERM. If SSH drops COLORTERM, it
+    assumes 16 colours for a terminal such as `alacritty` or `foot`, whose terminfo entry says 256.
 
     Raises:
-        UserInputError: the variable has another value than those of :data:`SYSTEMS`.
+        UserInputError: the variable's value is not in :data:`SYSTEMS`.
     """
     wanted = environment.get(VARIABLE, "auto")
     if wanted not in SYSTEMS:

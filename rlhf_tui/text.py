@@ -41,9 +41,9 @@ def one_line(text: str, width: int | None = None) -> str:
 
 
 def escape_unencodable() -> None:
-    r"""Lets stdout and stderr write what their encoding lacks as an escape: `\u2192`.
+    r"""Makes stdout and stderr escape the characters that their encoding lacks: `\u2192`.
 
-    In a locale such as en_US.ISO-8859-1 an arrow or a response in Japanese would else be an error.
+    In a locale such as en_US.ISO-8859-1 an arrow or a response in Japanese would otherwise fail.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":

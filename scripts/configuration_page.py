@@ -81,7 +81,7 @@ def _interval(kind: str, start: str, low: str, end: str, high: str) -> str:
 
 
 def _bound(text: str) -> str:
-    """A bound as a person writes it: 10000, 1e6."""
+    """A bound as people write it: 10000, 1e6."""
     mantissa, _, exponent = f"{float(text):.0e}".partition("e")
     large_or_small = text != "0" and not -3 < int(exponent) < 5
     return f"{mantissa}e{int(exponent)}" if large_or_small else text
@@ -121,7 +121,7 @@ def _table(title: str, section: ast.ClassDef, prefix: str, classes: dict[str, as
 def _rows(section: ast.ClassDef, prefix: str, classes: dict[str, ast.ClassDef]) -> list[str]:
     """The rows of a section's keys, those of its base class first.
 
-    Those of a section within it follow in its place.
+    The rows of a nested section take its place.
     """
     bases = [classes[ast.unparse(base)] for base in section.bases if ast.unparse(base) in classes]
     rows = [row for base in bases for row in _rows(base, prefix, classes)]

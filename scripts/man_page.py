@@ -93,7 +93,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text without meaning to troff: hyphens are those one types, and no line is a request."""
+    """Escapes text for troff: hyphens stay ASCII, and no line is a request."""
     text = text.replace("\\", r"\e").replace("-", r"\-")
     return rf"\&{text}" if text.startswith((".", "'")) else text
 

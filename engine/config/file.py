@@ -22,7 +22,7 @@ from engine.errors import ConfigError
 from engine.examined import examined
 
 SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
-"""What a session does that began before a key existed, where that is not the key's default."""
+"""Values for sessions that began before a key existed, if they differ from the key's default."""
 DEPENDENT: dict[str, Callable[[RunConfig], Any]] = {
     "rollout.per_prompt": lambda c: c.ppo.traits.per_prompt,
     "eval.column": lambda c: c.data.column,
@@ -55,7 +55,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def load_session(path: Path) -> RunConfig:
-    """Loads the config.yaml of a session, which has every key that there was when it began.
+    """Loads the config.yaml of a session, which has every key that existed when it began.
 
     Raises:
         ConfigError: the file cannot be read or is cut off, or a key or a value is wrong.
@@ -69,7 +69,7 @@ def load_session(path: Path) -> RunConfig:
 
 
 def from_mapping(tree: Mapping[str, Any], folder: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Like :func:`load`, for the content of a file that there is not.
+    """Like :func:`load`, for the content of a file as nested mappings.
 
     Args:
         tree: nested mappings; unchanged.
@@ -154,9 +154,9 @@ def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, dic
 
 
 def kept_defaults(config: RunConfig, overrides: Iterable[str]) -> dict[str, tuple[Any, Any]]:
-    """The defaults that :func:`override` keeps although with these overrides they are others.
+    """The old defaults that :func:`override` keeps although the overrides would change them.
 
-    A configuration does not tell whether a value was given: one that is its key's default counts
+    A configuration does not record whether a value was given: one equal to its key's default counts
     as left out.
 
     Returns:

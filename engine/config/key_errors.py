@@ -1,4 +1,4 @@
-"""One sentence for each mistake in a configuration, which names the dotted key."""
+"""Describes each mistake in a configuration in one sentence that names the dotted key."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from engine.config.schema import RunConfig
 from engine.config.type_errors import expected, shown
 
 EMPTY = ", got null"
-"""Ends the requirement that a key without a value does not meet."""
+"""Suffix of msgspec's message for a key without a value."""
 
 
 def known_keys() -> list[str]:
@@ -84,7 +84,7 @@ def _lookup(tree: Any, path: str) -> Any:
 
 
 def _types_at(path: str) -> list[Any]:
-    """What msgspec knows of the types that the value of a key may have."""
+    """The types that the value of a key may have, as msgspec describes them."""
     kinds: list[Any] = [msgspec.inspect.type_info(RunConfig)]
     for part in _parts(path):
         if part.isdigit():

@@ -1,4 +1,4 @@
-"""What is wrong with a folder that should hold a model: one wording for all who notice it."""
+"""Error messages about a model's folder, with one wording for all callers."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ def has_config(folder: Path) -> bool:
 
 
 def folder_error(key: str, folder: Path, what: str = "model", reason: str = "") -> str:
-    """The sentence about a folder that cannot be used.
+    """The error message about a folder that cannot be used.
 
     Args:
         key: the configuration key that names the folder.

@@ -1,6 +1,6 @@
-"""What other libraries call the keys of a configuration, to say what an unknown one is here.
+"""Other libraries' names of the configuration keys, to suggest the key for an unknown one.
 
-docs/from-trl.md, docs/from-openrlhf.md and docs/from-verl.md have them all, and what differs.
+docs/from-trl.md, docs/from-openrlhf.md and docs/from-verl.md list all of them, and the differences.
 """
 
 _NAMES = {
@@ -61,4 +61,4 @@ KEYS_HERE = {name: key for key, names in _NAMES.items() for name in names.split(
 SECTIONS = frozenset(
     {"actor", "critic", "algo", "algorithm", "actor_rollout_ref", "trainer", "ref"}
 )
-"""Sections that there are in OpenRLHF or verl only."""
+"""Sections that exist only in OpenRLHF or verl."""

@@ -53,8 +53,8 @@ RATE, ADAPTER_RATE = 1e-6, 1e-5
 TOKENS = 256
 """Length of their responses."""
 MICRO_BATCH = {"cpu": 8, "gpu": 16}
-"""Responses in a pass. With 8, a GPU waits for the host: 0.5 B took twice as long on an H200. A run
-that needs more memory than there is halves it by itself."""
+"""Responses per pass. With 8, a GPU waits for the host: 0.5 B took twice as long on an H200. A run
+that runs out of memory halves it by itself."""
 
 
 def for_real_models(settings: dict[str, dict[str, Any]], *, gpu: bool) -> dict[str, dict[str, Any]]:

@@ -42,8 +42,8 @@ LIVE_SETTINGS = {
 }
 """Setting → configuration key, which defines its initial value, type and range."""
 ONCE_FIXED = ("micro_batch_size",)
-"""Settings whose key is older than they are: checkpoints of that time do not have them, and were
-trained with the configuration's value."""
+"""Settings that were once fixed keys: checkpoints from that time lack them, and were trained with
+the configuration's value."""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,7 +83,7 @@ class SettingChange(Struct, frozen=True, kw_only=True):
 
 
 def have_effect(changes: list[SettingChange]) -> bool:
-    """Whether a setting has another value than before; `undo` skips a command that changed none."""
+    """Whether any setting has a new value; `undo` skips commands that changed none."""
     return any(change.old != change.new for change in changes)
 
 

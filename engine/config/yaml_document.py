@@ -17,9 +17,9 @@ from engine.config.type_errors import shown
 from engine.errors import ConfigError
 
 MAX_DEPTH = 50
-"""Sections and lists inside each other."""
+"""Maximum depth of nested sections and lists."""
 MAX_VALUES = 20_000
-"""Values in a document. An alias counts as all that it stands for."""
+"""Maximum number of values in a document. An alias counts with everything that it expands to."""
 MOST_FAST_LEVELS = 2_000
 """Levels of a document that libyaml may read. It reads 10,000; 30,000 end the process."""
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -35,7 +35,7 @@ _FLOAT = (
 
 
 class _Limits(yaml.constructor.SafeConstructor):
-    """Limits what merge keys (`<<`) expand to, and refuses a key that is given twice."""
+    """Limits what merge keys (`<<`) expand to, and rejects duplicate keys."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Puts the keys that merge keys stand for into a mapping, each key once.
@@ -68,7 +68,7 @@ def _identity(key: yaml.Node) -> Hashable:
 
 
 def _check_repeats(node: yaml.MappingNode) -> None:
-    """Raises ConfigError if a key stands in a mapping twice: YAML would take the second value."""
+    """Raises ConfigError if a mapping has a key twice: YAML would take the second value."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
@@ -162,7 +162,7 @@ def check_plain(tree: Any, path: str = "") -> None:
         path: its place in a configuration, for the error message.
 
     Raises:
-        ConfigError: it has not; the message names the place.
+        ConfigError: it has other values; the message names the place.
     """
     values = 0
     waiting: list[tuple[str, Any, int]] = [(path, tree, 0)]

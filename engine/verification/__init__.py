@@ -1,1 +1,1 @@
-"""Checks a session on disk: what the engine promises to keep is there, and it agrees. No torch."""
+"""Checks that a session on disk is complete and consistent. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Checkpoints: the sums of their files, and whether journal and disk have the same ones."""
+"""Checks checkpoints: the sums of their files, and that journal and disk have the same ones."""
 
 from collections.abc import Iterator
 

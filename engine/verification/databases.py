@@ -1,4 +1,4 @@
-"""The integrity of a session's databases, and what their write-ahead logs hold that is lost."""
+"""Checks the integrity of a session's databases, and finds lost rows in write-ahead logs."""
 
 import struct
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def check_databases(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
 
     Args:
         session: to check.
-        live: whether an engine has the session; its write-ahead logs are in use then.
+        live: whether an engine is running the session; its write-ahead logs are then in use.
     """
     for path, migrations in (
         (session.journal_file, schema.JOURNAL),
@@ -56,7 +56,7 @@ def check_databases(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
 
 
 def _without_tables(path: Path) -> Finding:
-    """SQLite reads a file that is shorter than its smallest page as an empty database."""
+    """Describes a file without tables: SQLite also reads a file cut below a page as empty."""
     size = path.stat().st_size
     if size < _SMALLEST_PAGE:
         return problem("files", f"{path.name} is cut short, to {size} bytes", RESTORE)
@@ -65,11 +65,11 @@ def _without_tables(path: Path) -> Finding:
 
 
 def _lost_transactions(wal: Path) -> str:
-    """What of a write-ahead log SQLite will not read; empty if nothing that was committed.
+    """The committed part of a write-ahead log that SQLite will not read; empty if there is none.
 
-    SQLite reads a log up to the first frame whose sum is wrong and silently ignores the rest, since
-    a crash leaves a last transaction unfinished. A later frame that ends a transaction of the same
-    log shows that more than that is missing.
+    SQLite reads a log up to the first frame with a wrong sum and silently ignores the rest, because
+    a crash leaves the last transaction unfinished. A later frame that ends a transaction of the
+    same log shows that more than that is missing.
     """
     data = wal.read_bytes()
     if len(data) < _HEADER.size + _FRAME.size:
@@ -108,5 +108,5 @@ def _add(order: str, data: bytes, sums: tuple[int, int]) -> tuple[int, int]:
 
 
 def missing_numbers(numbers: list[int]) -> list[int]:
-    """The numbers that ascending ones leave out between the first and the last."""
+    """The numbers missing from an ascending sequence, between its first and last."""
     return [n for a, b in pairwise(numbers) for n in range(a + 1, b)]

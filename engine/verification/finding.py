@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""The findings of a check."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -6,11 +6,11 @@ from typing import Literal
 from msgspec import Struct
 
 MAX_LISTED = 5
-"""Steps or ids that a sentence lists."""
+"""Maximum number of steps or ids that a sentence lists."""
 
 
 class Finding(Struct, frozen=True):
-    """One thing that is not as the engine leaves it."""
+    """One deviation from what the engine leaves on disk."""
 
     check: str
     """`files`, `checkpoints`, `steps`, `commands`, `settings`, `samples`, `labels`, `leftovers` or

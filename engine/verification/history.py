@@ -1,4 +1,4 @@
-"""Steps and commands in the journal: no gap, no duplicate, every command with its end."""
+"""Checks steps and commands in the journal: no gaps, no duplicates, every command ended."""
 
 from collections.abc import Iterator
 
@@ -64,7 +64,7 @@ def check_commands(
         database: the journal.
         reader: of the same session.
         resume: the command that resumes the session, for advice.
-        state: of the session, read before the commands; None if an engine may carry them out.
+        state: of the session, read before the commands; None if an engine may still execute them.
     """
     commands = reader.commands()
     announced = {

@@ -1,4 +1,4 @@
-"""What killed processes leave behind: temporary files, processes, and who can reach the session."""
+"""Finds leftovers of killed processes, and checks who can access the session."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, listed, note, problem
 
 ENDING = 5.0
-"""Seconds within which the processes of an engine that has given up its session have to end."""
+"""Seconds within which the processes of an engine that has released its session must end."""
 OURS = (
     "config.yaml", "journal.db", "samples.db", "labels.db", "engine.log", "engine.lock",
     "join.secret",
@@ -54,7 +54,7 @@ def check_leftovers(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
 
 
 def _outliving(session: SessionFolder) -> list[int]:
-    """The processes that are left of an engine; one that is just ending is waited for."""
+    """The remaining processes of an engine; waits for those that are just ending."""
     deadline = time.monotonic() + ENDING
     while pids := _processes(session.folder):
         if session.is_live():
@@ -66,7 +66,7 @@ def _outliving(session: SessionFolder) -> list[int]:
 
 
 def _processes(folder: Path) -> list[int]:
-    """The ids of processes of an engine of this session: its folder is an argument of theirs."""
+    """The ids of engine processes of this session: they have its folder as an argument."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -105,7 +105,7 @@ def _mode(path: Path) -> int:
 
 
 def _owner_and_mode(path: Path) -> tuple[int, int]:
-    """The user id of a file's owner, and its mode. Of one that is gone, ours and none."""
+    """A file's owner and mode; for one that is gone, this user and a mode of 0."""
     try:
         status = path.lstat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Samples belong to steps that are, arrays and labels to samples that are."""
+"""Checks that samples belong to existing steps, and arrays and labels to existing samples."""
 
 from collections.abc import Iterator
 
@@ -18,8 +18,8 @@ def check_samples(
     Args:
         journal: the session's journal.
         samples: the session's samples.
-        ended: whether the run has ended. In a crashed or live one the samples of the step after the
-            last may be there: they are written before the step.
+        ended: whether the run has ended. A crashed or live one may have samples of the step after
+            the last, because they are written before the step.
     """
     steps = {step for (step,) in journal.rows("SELECT step FROM steps")}
     allowed = steps if ended else steps | {max(steps, default=0) + 1}
@@ -49,7 +49,7 @@ def check_samples(
 
 
 def check_labels(session: SessionFolder, samples: ReadOnlyDatabase) -> Iterator[Finding]:
-    """Checks that the samples that labels and preferences name are there."""
+    """Checks that the samples that labels and preferences refer to exist."""
     with LabelReader(session) as labels:
         judged = [j.response for j in labels.judgements().values()]
         preferred = [r for p in labels.preferences() for r in (p.chosen, p.rejected)]

@@ -1,4 +1,4 @@
-"""Recomputes the history of settings: it must give those of each checkpoint and the final ones."""
+"""Recomputes the history of settings, which must match each checkpoint and the final settings."""
 
 import math
 from bisect import bisect_right
@@ -19,8 +19,8 @@ from engine.verification.databases import RESTORE
 from engine.verification.finding import Finding, problem
 
 START = "start-"
-"""Ids of commands that stand for the overrides of a start begin with it. Their old value is that of
-a crashed attempt's last step, which the start leaves behind."""
+"""Prefix of the ids of commands that stand for the overrides of a start. Their old value is that of
+a crashed attempt's last step, which the start abandons."""
 ADVICE = f"{RESTORE}; if none is wrong, report it with the session's journal.db"
 UNKNOWN = object()
 """A value that the journal does not determine."""
@@ -36,12 +36,12 @@ class SettingHistory:
         """First step with the value, and the value, in order of application: by step."""
 
     def during(self, step: int) -> Any:
-        """The value in force during a step; UNKNOWN if the journal does not have it."""
+        """The value in force during a step; UNKNOWN if the journal does not determine it."""
         count = self._count(step)
         return self.changes[count - 1][1] if count else self.initial
 
     def before(self, step: int) -> list[Any]:
-        """The values that it was given right before a step, in order."""
+        """The values that it was set to right before a step, in order."""
         return [new for _, new in self.changes[self._count(step - 1) : self._count(step)]]
 
     def at_boundary(self, step: int) -> list[Any]:
@@ -53,7 +53,7 @@ class SettingHistory:
         return bisect_right(self.changes, step, key=lambda change: change[0])
 
     def learn(self, step: int, value: Any) -> None:
-        """Takes over the value of a checkpoint if the journal has no earlier one."""
+        """Adopts the value of a checkpoint if the journal has no earlier one."""
         before = not self.changes or step + 1 < self.changes[0][0]
         if self.initial is UNKNOWN and before:
             self.initial = value
@@ -135,7 +135,7 @@ def _applied(database: ReadOnlyDatabase, reader: JournalReader) -> list[CommandR
 
 
 def _histories(commands: list[CommandRow], constant: dict[str, Any]) -> dict[str, SettingHistory]:
-    """The history of every live setting; one that nothing changed has its value of `constant`."""
+    """The history of every live setting; one that never changed has its value in `constant`."""
     histories = {key: SettingHistory(constant.get(key, UNKNOWN)) for key in LIVE_SETTINGS}
     for command in commands:
         for change in command.changes:
@@ -159,7 +159,7 @@ def _saved(session: SessionFolder, reader: JournalReader) -> dict[int, dict[str,
 
 
 def _last_recorded(database: ReadOnlyDatabase) -> int | None:
-    """The last step if the journal's settings are of it; None after a start without a step."""
+    """The last step if the journal's settings are its; None after a start without a step."""
     rows = database.rows(
         "SELECT step, attempt = (SELECT max(attempt) FROM attempts) FROM steps "
         "ORDER BY step DESC LIMIT 1"

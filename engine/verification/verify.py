@@ -23,7 +23,7 @@ from engine.verification.settings import check_settings
 
 
 class Contents(Struct, frozen=True, kw_only=True):
-    """What the session has; 0 where it cannot be read."""
+    """The contents of the session; 0 for those that cannot be read."""
 
     state: str = "unreadable"
     checkpoints: int = 0
@@ -34,14 +34,14 @@ class Contents(Struct, frozen=True, kw_only=True):
 
 
 class Verified(Struct, frozen=True):
-    """What was checked, and what was found."""
+    """The checked contents and the findings."""
 
     contents: Contents
     findings: list[Finding]
 
     @property
     def problems(self) -> int:
-        """The number of findings that are no notes."""
+        """The number of findings that are not notes."""
         return sum(finding.level == "problem" for finding in self.findings)
 
 

@@ -69,7 +69,7 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def report(config: RunConfig, result: CheckResult) -> list[str]:
-    """The lines that describe the tried step, and what the run will take."""
+    """The lines that describe the tried step and estimate the run's time and memory."""
     ranks = ranks_per_node(config.launch) * config.launch.nodes
     batch = config.rollout.batch_size
     steps, larger = config.train.steps, result.larger_step
@@ -104,15 +104,15 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
 
 
 def step_estimate(tried: TimedStep, larger: TimedStep | None, responses: float) -> float:
-    """Seconds of a step of the run, on the straight line through the two that were timed.
+    """Estimates a step's seconds by a straight line through the two timed steps.
 
-    It is too long rather than too short: the first responses add more than later ones, which run
-    beside longer ones.
+    It is too long rather than too short: the first responses add more time than later ones, which
+    run in parallel with longer ones.
 
     Args:
-        tried: on two prompts.
-        larger: on more; without it each response takes the same time.
-        responses: of a step of the run, for each rank.
+        tried: the step on two prompts.
+        larger: the step on more; without it each response is assumed to take the same time.
+        responses: responses of a step of the run, per rank.
     """
     if larger is None or responses <= tried.responses:
         return tried.seconds * max(1.0, responses / tried.responses)

@@ -1,4 +1,4 @@
-"""The step of a checkpoint as commands take it: a number, `last` or `best`."""
+"""The step of a checkpoint as an argument of commands: a number, `last` or `best`."""
 
 from typing import Literal
 
@@ -30,10 +30,10 @@ def step_choice(text: str) -> StepChoice:
 
 
 def checkpoint_step(session: SessionFolder, choice: StepChoice) -> int:
-    """The step of a chosen checkpoint. Whether there is one of a number is not checked.
+    """The step of a chosen checkpoint. A number is not checked for existence.
 
     Raises:
-        NoSuchSessionError: there is no last one, or none has a value of `train.best_metric`.
+        NoSuchSessionError: there is no checkpoint, or none has a value of `train.best_metric`.
         JournalError: the journal cannot be read.
     """
     if isinstance(choice, int):

@@ -107,7 +107,7 @@ def _version(package: str) -> str | None:
 
 
 def _vllm() -> str:
-    """Which build of vLLM there is, and where; why it cannot be used, if that is known."""
+    """The vLLM build that is installed, and where; why it cannot be used, if that is known."""
     python = rollout_python(RolloutConfig(engine="vllm"))
     try:
         found = find_vllm(python)

@@ -83,8 +83,8 @@ def evaluation_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfi
 
     Raises:
         ConfigError: an override is wrong.
-        UserInputError: the configuration has no held-out prompts, or would hold out others than
-            the run did, which trained on them.
+        UserInputError: the configuration has no held-out prompts, or would hold out different
+            prompts than the run did, which then trained on them.
     """
     trained, config = config, config_file.override(config, overrides)
     if config.eval.holdout > trained.eval.holdout:
@@ -110,7 +110,7 @@ def evaluation_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfi
 
 
 def run_program(session: SessionFolder, config: RunConfig, step: int) -> dict[str, Any]:
-    """Evaluates in a subprocess, as this process never imports torch.
+    """Evaluates in a subprocess, because this process never imports torch.
 
     Returns:
         `metrics` by name, `samples` as `samples --json` prints them, and `failed`: the sources

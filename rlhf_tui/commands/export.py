@@ -1,4 +1,4 @@
-"""The command that exports what a session has: its policy, samples and preferences."""
+"""The command that exports parts of a session: its policy, samples or preferences."""
 
 import json
 import shutil
@@ -131,7 +131,7 @@ def _export_policy(
 
 
 def _write_card(session: SessionFolder, policy: ExportedPolicy, folder: Path) -> str:
-    """Writes the card. Returns why there is none: weights are saved from a damaged session, too."""
+    """Writes the card. Returns why it could not: weights of a damaged session are exported, too."""
     try:
         card = model_card(session, policy)
     except RlhfError as error:

@@ -23,7 +23,7 @@ from rlhf_tui.text import one_line
 STARTER = {
     "policy": "starter:policy", "prompts": "starter:prompts", "reward_model": "starter:reward",
 }  # fmt: skip
-"""What is used where nothing is given."""
+"""The values that are used if none are given."""
 FUNCTION = re.compile(r"(?!starter:)[\w.]+:\w+")
 """A reward that is a Python function."""
 
@@ -77,7 +77,7 @@ def init(
 
 
 def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str, str]:
-    """The values that are given; the others are asked for, or are the starter's."""
+    """The given values; missing ones are asked for, or are the starter's."""
     titles = {
         "policy": "The model to train (a folder or a hub id)",
         "prompts": "The prompts (a file or a hub id)",
@@ -107,7 +107,7 @@ def usable(name: str, overrides: tuple[str, ...], answer: str) -> str:
 def configuration(
     recipe: str, answers: dict[str, str], column: str | None, function: str | None
 ) -> dict[str, dict[str, Any]]:
-    """The sections of the configuration, those that everybody changes first, as YAML has them."""
+    """The sections of the configuration as YAML has them, those that everybody changes first."""
     settings = RECIPES[recipe].settings()
     if answers["policy"] != STARTER["policy"]:
         gpu = torch_is_built_for_gpus() and gpu_count() > 0
@@ -125,7 +125,7 @@ def configuration(
 
 
 def _with_paths_from_file(tree: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
-    """Paths are given from the current folder, and read from the file's."""
+    """Rebases paths from the current folder, where they are typed, to the file's folder."""
     folder = file.absolute().parent
     for section, key in (("model", "policy"), ("data", "prompts"), ("reward", "model")):
         value = tree[section].get(key)

@@ -55,7 +55,7 @@ def _section(root: Path, name: str) -> tuple[Notification, NotifyConfig]:
 
 
 async def _try_all(channels: list[Channel], message: Notification) -> int:
-    """Sends a message on each channel and prints its fate; returns how many failed."""
+    """Sends a message on each channel and prints the outcome; returns how many failed."""
     failed = 0
     for channel in channels:
         try:

@@ -29,7 +29,7 @@ NAME_MAX, PATH_MAX = 255, 4000
 
 
 def _folder(context: click.Context, _option: click.Parameter, value: Path) -> Path:
-    """The folder that was given: to the command, or before it (`rlhf-tui --sessions DIR ls`)."""
+    """The folder given to the command, or before it (`rlhf-tui --sessions DIR ls`)."""
     outer = context.find_root()
     if (
         context.get_parameter_source("root") is not ParameterSource.COMMANDLINE
@@ -103,7 +103,7 @@ class FiniteRange(click.FloatRange):
 
 
 def complete_name(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """The names of sessions that begin so, for the completion of shells."""
+    """The names of sessions with a prefix, for the completion of shells."""
     root = context.params.get("root") or sessions_folder()
     found = {s.name for s in (*all_sessions(Path(root).resolve()), *live_sessions())}
     return sorted(name for name in found if name.startswith(begun))
@@ -160,7 +160,7 @@ def say(*pieces: str | tuple[str, Tone]) -> None:
 
 
 def show_wait(text: str) -> None:
-    """Says on stderr what a command of many seconds does, if somebody looks at a terminal."""
+    """Prints on stderr, if it is a terminal, what a slow command is doing."""
     if sys.stderr.isatty():
         click.echo(f"{one_line(text)} …", err=True)
 

@@ -29,7 +29,7 @@ WIDTH = 80
 NUMBER = 9
 """Columns of a number; six of them and the labels fit on a line."""
 GATHERED_SHARE = 0.25
-"""Of the memory: if fsdp gathers more weights than that, a line says so."""
+"""Share of the memory: if fsdp gathers more weights than that, a line says so."""
 SHAPES_TIMEOUT = 300.0
 """Seconds to read the models' configurations, which may have to be downloaded from the hub."""
 LABELS = {
@@ -145,7 +145,7 @@ def _head(config: RunConfig, models: Models) -> str:
 def _table(estimates: list[Estimate], capacity: Capacity) -> str:
     """A row per part, a column per layout.
 
-    Parts have their maxima, which do not coincide: the peak is below their sum.
+    Each part has its maximum; these do not coincide, so the peak is below their sum.
     """
     titles = [_title(e.layout) for e in estimates]
     rows = []
@@ -223,7 +223,7 @@ def _conclusion(
 
 
 def _engine_lines(config: RunConfig, models: Models) -> list[str]:
-    """What a rollout engine of its own needs; nothing for native rollouts."""
+    """The memory of a separate rollout engine; empty for native rollouts."""
     parts = engine_memory(config, models)
     if not parts:
         return []

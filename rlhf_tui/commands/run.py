@@ -118,10 +118,10 @@ def run(
 
 
 def is_done(session: SessionFolder, overrides: tuple[str, ...]) -> bool:
-    """Says so if the run has finished and no override of `train` asks for more of it.
+    """Whether the run has finished and no override of `train` extends it; if so, prints that.
 
     It may have ended before its last step, by `train.max_hours` or `train.stop_at`. A scheduler
-    that repeats the command must not train it on.
+    that repeats the command must not continue it.
     """
     with JournalReader(session) as record:
         if record.state() != "finished":

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app impor
 STARTED = 15.0
 """Seconds after which the curves of a long session have been read."""
 TAIL = 5000
-"""Newest steps whose metrics a copy has."""
+"""Number of newest steps whose metrics a copy has."""
 MIRROR_INTERVAL, HEARTBEAT = 0.5, 10.0
 """Seconds between two readings for a copy, and after which something is sent in any case."""
 
@@ -164,8 +164,8 @@ def open_screen(
         root: the folder.
         session: one of its sessions; None for the browser.
         read_only: sends no commands.
-        replay: shows the session as it was.
-        origin: what the session is a copy of; None for the session itself.
+        replay: replays the session.
+        origin: the session that this one is a copy of; None if it is not a copy.
     """
     # Modules and long sessions allocate millions of objects that are not garbage; with the default
     # thresholds, collections took a third of the time until the first curve.
@@ -186,9 +186,9 @@ def open_screen(
 
 
 def collect_what_is_drawn() -> None:
-    """Collects garbage as often as drawing makes it, and leaves alone what there is by now.
+    """Sets thresholds to collect the garbage of drawing, and excludes all existing objects.
 
-    Each line that Textual draws is garbage in a cycle. With the thresholds of the start the memory
+    Each line that Textual draws leaves a garbage cycle. With the thresholds of the start the memory
     of a dashboard grew by half within 4,000 steps.
     """
     gc.collect()

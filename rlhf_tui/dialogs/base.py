@@ -26,12 +26,12 @@ MARGIN, WIDEST = 4, 84
 
 
 def text_width(terminal: int) -> int:
-    """Cells of a line of text in a dialog, in a terminal of so many columns."""
+    """Cells of a line of text in a dialog, in a terminal that is `terminal` columns wide."""
     return max(min(terminal * 9 // 10, WIDEST) - MARGIN, 10)
 
 
 class MessageLine(Lines):
-    """Lines of a dialog, broken between words. Its height is their number."""
+    """Lines of a dialog, broken between words. Its height is the number of lines."""
 
     def __init__(self, rows: list[Row], *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
@@ -56,10 +56,10 @@ Result = TypeVar("Result")
 
 
 def is_on_top(screen: Screen[Any]) -> bool:
-    """Whether a screen is the one that takes the keys.
+    """Whether a screen is the one that receives the keys.
 
-    `Screen.dismiss` removes whichever screen is on top. A screen that is dismissed twice, by keys
-    that were typed ahead, would remove the one below it, and the last one ends the app.
+    `Screen.dismiss` removes whichever screen is on top. Dismissing a screen twice, by keys typed
+    ahead, would also remove the one below it, and removing the last one ends the app.
     """
     return screens_of_current_mode(screen.app)[-1:] == [screen]
 
@@ -153,7 +153,7 @@ Check = Callable[[str], tuple[bool, str]]
 
 
 class InputDialog(Dialog[str]):
-    """An input field, and below it what the typed value would do."""
+    """An input field, and below it the effect of the typed value."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class InputDialog(Dialog[str]):
         Args:
             title: on the border.
             rows: text above the field.
-            value: what stands in the field at first.
+            value: the initial text of the field.
             check: returns whether a text is valid, and its effect or what is wrong with it.
             verb: what enter does.
         """
@@ -194,7 +194,7 @@ class InputDialog(Dialog[str]):
         self._show_effect(self.value)
 
     def on_input_changed(self, event: "Input.Changed") -> None:
-        """Shows what the typed value would do."""
+        """Shows the effect of the typed value."""
         self._show_effect(event.value)
 
     def _show_effect(self, text: str) -> bool:

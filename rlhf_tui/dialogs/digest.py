@@ -1,4 +1,4 @@
-"""The dialog of what happened since the operator last saw the session."""
+"""The dialog with what happened since the operator last saw the session."""
 
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.widgets.lines import Row
@@ -7,7 +7,7 @@ OWN_KEYS = ("enter", "space", "escape", "o", "tab", "shift+tab")
 
 
 class DigestDialog(ChoiceDialog):
-    """It opens by itself a moment after attaching, so it must not take a key meant for the screen.
+    """Shows the digest. It opens by itself, so it must not take keys meant for the screen.
 
     :data:`OWN_KEYS` close it or move in it. The app closes it before it handles any other key.
     """

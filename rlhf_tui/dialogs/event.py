@@ -37,7 +37,7 @@ class EvidenceSample(Struct, frozen=True, kw_only=True):
 
 
 class Evidence(Struct, frozen=True, kw_only=True):
-    """The further keys of an alert."""
+    """The additional keys of an alert."""
 
     metric: str = ""
     window: list[float | None] = []
@@ -67,11 +67,11 @@ class EventDialog(TextDialog):
         self._marker = marker
 
     def action_leave(self, way: str) -> None:
-        """Leads to the next or the previous event."""
+        """Moves to the next or the previous event."""
         self.close_with(way)
 
     def lines(self) -> list[Row]:
-        """The text, when and who, then what there is to say about its kind."""
+        """The text, the time and the sender, then the details of its kind."""
         marker = self._marker
         rows: list[Row] = [[(line, "strong")] for line in wrap(marker.text, self.width)]
         facts = [fmt.clock(marker.time)] if marker.time else []

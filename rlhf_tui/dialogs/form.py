@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up
 MOST_LINES = 4
 """Lines of the effect."""
 Values = dict[str, str]
-"""Field → what is typed, without spaces around it."""
+"""Field → typed text, without surrounding spaces."""
 FormCheck = Callable[[Values], tuple[bool, str]]
 
 
@@ -35,7 +35,7 @@ class Field(Struct, frozen=True):
 
 
 class FormDialog(Dialog[Values]):
-    """Input fields, and below them what the typed values would do, or what is wrong with them."""
+    """Input fields, and below them the effect of the typed values, or what is wrong with them."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "app.focus_previous", show=False),
@@ -76,7 +76,7 @@ class FormDialog(Dialog[Values]):
         yield MessageLine([[(keys, "dim")]])
 
     def values(self) -> Values:
-        """What is typed."""
+        """The typed values."""
         from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
 
         return {f.key: self.query_one(f"#{f.key}", Input).value.strip() for f in self.fields}
@@ -87,7 +87,7 @@ class FormDialog(Dialog[Values]):
         self._show_effect()
 
     def on_input_changed(self) -> None:
-        """Shows what the typed values would do."""
+        """Shows the effect of the typed values."""
         self._show_effect()
 
     def _show_effect(self) -> bool:

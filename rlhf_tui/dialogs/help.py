@@ -50,8 +50,8 @@ DESCRIPTIONS = {
     "view": "values of each token",
     "held_out": "held-out responses",
 }
-"""Of actions whose words for the line of keys are too short for a list. Those of every screen have
-at most 21 characters, which is the room in the second column; others 29."""
+"""Descriptions of actions whose labels in the line of keys are too short for a list. Actions of
+every screen have at most 21 characters, the width of the second column; others 29."""
 
 
 class HelpDialog(TextDialog):

@@ -1,4 +1,4 @@
-"""Judging at speed: unjudged responses one after another, by keys alone."""
+"""Fast judging: unjudged responses one after another, by keys alone."""
 
 import functools
 from collections import deque
@@ -42,7 +42,7 @@ KEYS: Row = [
 
 
 class ResponseText(ScrollText, can_focus=False):
-    """The response. It takes no keys, so that each of them judges."""
+    """The response. It takes no keys, so that all of them judge."""
 
     with_scrollbar = True
 
@@ -85,11 +85,11 @@ class JudgingDialog(Dialog[None]):
     ]
 
     def __init__(self, session: SessionFolder, who: str, now: Callable[[], float]) -> None:
-        """Of a session.
+        """For a session.
 
         Args:
-            session: whose responses are judged.
-            who: judges.
+            session: the session whose responses are judged.
+            who: the operator who judges.
             now: the wall clock, seconds since the epoch.
         """
         super().__init__(f"Judge responses of {session.name}")
@@ -107,7 +107,7 @@ class JudgingDialog(Dialog[None]):
         return LabelWriter(lambda problem: self.post_message(ChangeWritten(problem)))
 
     def body(self) -> ComposeResult:
-        """Progress, what became of the last judgement, the response, the keys."""
+        """Progress, the outcome of the last judgement, the response, the keys."""
         yield Lines(id="judging-progress")
         yield Lines(id="judging-last")
         yield ResponseText(id="judging-text")

@@ -14,9 +14,9 @@ from rlhf_tui.widgets.samples.judgement import key_of
 
 ORDERS = ("uncertain", "outliers", "random")
 SIZE = 100
-"""Judgements of one queue."""
+"""Number of judgements in one queue."""
 POOL = 2000
-"""The newest responses without a judgement, from which a queue is drawn."""
+"""Number of newest responses without a judgement from which a queue is drawn."""
 
 
 class Decision(Struct, frozen=True):
@@ -28,18 +28,18 @@ class Decision(Struct, frozen=True):
 
 
 class JudgingQueue:
-    """Responses one after another, each at most once.
+    """A queue of responses, each shown at most once.
 
-    A skipped response is replaced by another one of the pool. The label `good` agrees with the
+    A skipped response is replaced by another from the pool. The label `good` agrees with the
     reward model if the score is above the median of the pool, every other label if it is not.
     """
 
     def __init__(self, pool: Sequence[SampleRow], size: int = SIZE, seed: int = 0) -> None:
-        """Of a pool of responses.
+        """Creates a queue from a pool of responses.
 
         Args:
             pool: responses without a judgement.
-            size: the most judgements.
+            size: the maximum number of judgements.
             seed: of the order `random`.
         """
         self._pool = list(pool)
@@ -140,8 +140,8 @@ def _ranks(pool: Sequence[SampleRow], order: str, seed: int) -> dict[Key, float]
 def _disagreement(pool: Sequence[SampleRow]) -> dict[Key, float]:
     """Key → minus the largest difference between the sources' standardised scores.
 
-    Empty if fewer than two sources have scores that differ: then only the distance from the median
-    tells how undecided the reward model is.
+    Empty if fewer than two sources have varying scores: then only the distance from the median
+    shows how undecided the reward model is.
     """
     values: dict[str, list[float]] = {}
     for row in pool:

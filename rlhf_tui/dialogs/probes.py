@@ -13,7 +13,7 @@ class ProbePicker(PickerDialog):
     """Lists probes, the newest first. Enter shows one over the list."""
 
     def __init__(self, session: str, probes: Sequence[CommandRow]) -> None:
-        """Of a run.
+        """For a run.
 
         Args:
             session: its name.

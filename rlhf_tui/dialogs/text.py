@@ -66,13 +66,13 @@ class ProbeDialog(TextDialog):
     def __init__(
         self, session: str, prompt: str, result: ProbeResult, step: int | None = None
     ) -> None:
-        """Of a run.
+        """For a run.
 
         Args:
             session: its name.
             prompt: of the probe.
-            result: what both models responded.
-            step: after which the probe ran; None if unknown.
+            result: the responses of both models.
+            step: the step after which the probe ran; None if unknown.
         """
         super().__init__(f"Probe of {session}" + (f" at step {step}" if step is not None else ""))
         self._prompt = prompt

@@ -13,7 +13,7 @@ from rlhf_tui.report.settings import Setting
 
 
 class Comparison(Struct, frozen=True):
-    """What is compared with."""
+    """The run that a report compares with."""
 
     name: str
     state: str
@@ -26,7 +26,7 @@ class Comparison(Struct, frozen=True):
     """By metric."""
 
     def overlaid(self, curves: list[Curve]) -> list[Curve]:
-        """The curves, with those of the other run."""
+        """Adds the other run's curves to those of a report."""
         return [
             msgspec.structs.replace(curve, other=other.points)
             if (other := self.curves.get(curve.name))

@@ -35,12 +35,12 @@ CURVES = (
     TRUNCATED, DISTINCT_2, EVAL_DISTINCT_2, SCORE_STD, CLIP_FRACTION,
     APPROXIMATE_KL, EXPLAINED_VARIANCE, GRADIENT_NORM, LEARNING_RATE,
 )  # fmt: skip
-"""In order; those that a run does not have are left out."""
+"""The metrics in order; those that a run lacks are left out."""
 SOURCES = ("reward/", "eval/reward/")
 MOST_SOURCES = 8
 LONGEST_TITLE = 100
 MOST_BRANCHES = 8
-"""Abandoned branches that are drawn, the latest."""
+"""Maximum number of abandoned branches that are drawn, the latest."""
 BRANCH_POINTS = 120
 
 Point = tuple[int, float]
@@ -74,7 +74,7 @@ def read_curves(record: JournalReader, agreement: Agreement) -> list[Curve]:
     """Reads the curves of a session's current timeline and of its abandoned branches.
 
     Args:
-        record: its journal.
+        record: the session's journal.
         agreement: of its scores with the judgements; its curve is the last one.
     """
     known = record.metric_names()

@@ -19,8 +19,8 @@ from engine.metrics import (
 HEADLINES = (SCORE, KL, BETA, RESPONSE_LENGTH, ENTROPY, STEP_TIME)
 HELD_OUT = (EVAL_SCORE, EVAL_KL)
 STEPS_AVERAGED = 10
-"""Steps of the mean at the start and at the end of a run, as in the dashboard; at most half of them
-each, since the means of a short run would be one."""
+"""Number of steps in the means at the start and at the end of a run, as in the dashboard; at most
+half of the run each, so that the two means of a short run differ."""
 
 
 class Headline(Struct, frozen=True):
@@ -36,13 +36,13 @@ class Headline(Struct, frozen=True):
 
 
 def read_headlines(record: JournalReader, last_step: int) -> list[Headline]:
-    """Those of the training; the ones that the run has."""
+    """The headlines of training, for the metrics that the run has."""
     found = [_headline(record, name, last_step) for name in HEADLINES]
     return [headline for headline in found if headline is not None]
 
 
 def read_held_out(record: JournalReader, last_step: int) -> list[Headline]:
-    """Those of the evaluation on held-out prompts; empty without one."""
+    """The headlines of the evaluation on held-out prompts; empty without one."""
     found = [_held_out(record, name, last_step) for name in HELD_OUT]
     return [headline for headline in found if headline is not None]
 

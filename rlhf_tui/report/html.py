@@ -1,7 +1,7 @@
 """A report as one HTML file, without scripts and without anything to load.
 
-All text of the session is sanitised and escaped. As a second wall, the page's content security
-policy forbids scripts and every request.
+All text of the session is sanitised and escaped. As a second line of defence, the page's content
+security policy forbids scripts and every request.
 """
 
 from collections.abc import Sequence

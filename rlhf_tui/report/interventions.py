@@ -1,4 +1,4 @@
-"""What operators and guard rails changed, with the metrics before and after."""
+"""The changes by operators and guard rails, with the metrics before and after."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +14,7 @@ COMPARED = (SCORE, KL, RESPONSE_LENGTH, ENTROPY)
 STEPS_COMPARED = 10
 """Steps of each mean, as in the dashboard."""
 NOTE_STEPS = 3
-"""Between an intervention and a note on it; a command applies a step or two after it was sent."""
+"""Maximum distance of a note from its intervention; commands apply a step or two after sending."""
 MOST = 100
 """Interventions that are listed; of more, the latest."""
 
@@ -30,12 +30,12 @@ class Intervention(Struct, frozen=True):
     """A command that took effect."""
 
     number: int
-    """By which the charts name it, from 1."""
+    """Number by which the charts refer to it, from 1."""
     marker: Marker
     effects: dict[str, Effect]
     """By metric; empty on abandoned branches."""
     notes: list[str] = msgspec.field(default_factory=list)
-    """Notes of steps close by: the reasons, as a rule."""
+    """Notes at nearby steps, which usually give the reason."""
 
 
 def read_interventions(record: JournalReader, markers: Sequence[Marker]) -> list[Intervention]:

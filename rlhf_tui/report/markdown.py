@@ -1,8 +1,8 @@
 """A report as one Markdown file, for pull requests, wikis and notebooks.
 
-Curves are lines of blocks, because viewers remove pictures that are inside the text. Text of the
-session is inert: prompts and responses stand in fences that they cannot end, all other text has its
-markup escaped.
+Curves are lines of blocks, because viewers remove inline pictures. Text of the session is inert:
+prompts and responses are in fences that they cannot close, and all other text has its markup
+escaped.
 """
 
 import re

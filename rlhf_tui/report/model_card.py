@@ -1,7 +1,7 @@
 """The card of an exported policy: README.md in its folder, with the header that the hub reads.
 
-A card is made to be published, so it says nothing of the machine or the people: folders by their
-last name only, no addresses, no users.
+A card is meant to be published, so it reveals nothing about the machine or the people: only the
+last part of paths, no addresses, no users.
 """
 
 import re
@@ -30,7 +30,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class ExportedPolicy(Struct, frozen=True):
-    """Which policy a folder has."""
+    """The kind of policy that a folder holds."""
 
     step: int
     averaged: bool = False
@@ -158,5 +158,5 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _named(name: str) -> str:
-    """A model, a data set or a file; of a path the last name."""
+    """The name of a model, a data set or a file; the last part of a path."""
     return text(name if _is_hub_id(name) else Path(name).name)

@@ -17,7 +17,7 @@ EXTREMES_SHOWN = 4
 JUDGED_SHOWN = 24
 PREFERENCES_SHOWN = 8
 JUDGED_READ = 2000
-"""Judged responses that the counts and means are taken over, the newest."""
+"""Maximum number of judged responses, the newest, for the counts and means."""
 
 
 class LabelCount(Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""What the two forms of a report share: the words, the rows of its tables, and their limits."""
+"""Common to both forms of a report: the words, the rows of its tables, and their limits."""
 
 from collections.abc import Sequence
 
@@ -167,7 +167,7 @@ def _value(value: object) -> str:
 
 
 def interventions(report: Report) -> TableData:
-    """What was changed, by whom, with the metrics before → after."""
+    """The interventions: what was changed, by whom, and the metrics before → after."""
     header = ["", "step", "who", "what", *map(title_of, COMPARED), "notes"]
     return limited(header, [_intervention(i) for i in report.interventions])
 
@@ -247,7 +247,7 @@ def judge(who: str) -> str:
 
 
 def marks(report: Report) -> list[Mark]:
-    """What the charts draw in, in the order of the steps."""
+    """The marks that charts draw, in the order of the steps."""
     found = [
         Mark(i.marker.step, str(i.number), f"{i.number}: {i.marker.text}", "intervention")
         for i in report.interventions

@@ -29,7 +29,7 @@ class Setting(Struct, frozen=True):
 def settings_of_run(config: RunConfig) -> list[Setting]:
     """Every key, those that differ from the default first, in the order of the schema.
 
-    A default that depends on other keys, such as `rollout.per_prompt`, is that for these keys.
+    A default that depends on other keys, such as `rollout.per_prompt`, is computed from them.
     """
     values, defaults = config_file.to_flat(config), config_file.to_flat(_defaults(config))
     plain = {"ppo.advantage": PPOConfig().advantage, "lora.rank": LoRAConfig().rank}

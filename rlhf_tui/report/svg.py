@@ -18,7 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 392, 30, 176
 """Edges of the plot, in units of the picture."""
 TICKS = 5
 SMOOTHED_SHARE = 40
-"""The moving mean reaches one part in so many of the points to each side."""
+"""The moving mean spans one part in this many of the points to each side."""
 LEAST_SMOOTHED = 30
 """Points from which on a measured curve has a moving mean."""
 FEW = 40
@@ -26,7 +26,7 @@ FEW = 40
 LABEL_WIDTH = 15
 """Room for the number of an intervention."""
 TITLE_CHARACTERS = 40
-"""Of what a mark says when the pointer rests on it. Every chart repeats it, and size counts."""
+"""Maximum length of a mark's tooltip. Every chart repeats it, and size counts."""
 
 
 TEXT = 'font-family="sans-serif" font-size="11"'
@@ -43,8 +43,8 @@ LOOKS = {
     "number": f'fill="#7a3fa0" font-weight="bold" {TEXT}',
     "alert": 'fill="#b45309"',
 }
-"""Class → its look where style sheets of the page do not reach into a picture. A sheet goes before
-these attributes."""
+"""Class → its look where the page's style sheets do not reach into a picture. A style sheet takes
+precedence over these attributes."""
 
 
 class Mark(Struct, frozen=True):
@@ -81,7 +81,7 @@ def chart(curve: Curve, marks: Sequence[Mark], last_step: int) -> str:
 
     Args:
         curve: at least one point.
-        marks: in the order of their steps; those that fall on the same place are drawn once.
+        marks: in the order of their steps; those at the same position are drawn once.
         last_step: of the run, so that all charts have the same steps.
     """
     scale = _scale(curve, last_step)

@@ -14,7 +14,7 @@ from rlhf_tui.text import one_line
 from rlhf_tui.widgets.text_input import TextInput
 
 MOST_FILES = 2000
-"""Entries of a folder that are looked at, so that a huge one does not stop the typing."""
+"""Maximum number of a folder's entries that are read: a huge folder must not block typing."""
 CONFIG_FILES = (".yaml", ".yml")
 
 
@@ -33,10 +33,10 @@ class CompletingInput(TextInput):
 
 
 class KeySuggester(Suggester):
-    """Completes the last of several `key=value`: the key first, then its present value."""
+    """Completes the last of several `key=value`: first the key, then its current value."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        """`values`: key → present value as text; an earlier key is suggested first."""
+        """`values`: key → current value as text; an earlier key is suggested first."""
         super().__init__(use_cache=False, case_sensitive=True)
         self._values = values
 

@@ -144,7 +144,7 @@ def row_width(row: Row) -> int:
 
 
 def justified(left: Row, right: Row, width: int) -> Row:
-    """A row with `left` and `right` aligned to its ends; `left` is cut if needed."""
+    """A row with `left` and `right` aligned to its ends; `left` is cut if necessary."""
     room = width - row_width(right)
     gap = room - row_width(left)
     if gap >= 0:

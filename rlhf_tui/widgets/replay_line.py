@@ -1,4 +1,4 @@
-"""The line of a replay: where it is, how fast it plays, and a slider with the markers."""
+"""The line of a replay: its position and speed, and a slider with the markers."""
 
 from rlhf_tui import format as fmt
 from rlhf_tui.state.feeds.updates import ReplayMark, ReplayStatus
@@ -17,7 +17,7 @@ class ReplayLine(Panel):
     """One line. Empty for a session that is shown as it is now."""
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The place in words, then the slider in the room that is left."""
+        """The position in words, then the slider in the remaining room."""
         status = self.state.replay
         if status is None:
             return [[(" replay: reading the session …", "dim")]]

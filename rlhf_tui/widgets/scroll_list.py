@@ -37,8 +37,8 @@ class ScrollList(Lines, can_focus=True):
     def top(self) -> int:
         """The index of the first visible line.
 
-        It follows from the one that was asked for: what a small window has scrolled away is visible
-        again when there is room for it.
+        It is derived from the requested line: lines that a small window has scrolled away become
+        visible again when there is room for them.
         """
         return self._top
 
@@ -94,7 +94,7 @@ class ScrollList(Lines, can_focus=True):
         return [*(justified(row, [(" ", "head")], width) for row in self.header(room)), *body]
 
     def text(self) -> str:
-        """All lines as plain text, also those outside the window."""
+        """All lines as plain text, including those outside the window."""
         width, count = self.size.width, self.count()
         body = [self.row(index, width) for index in range(count)] if count else self.empty()
         return plain_text([*self.header(width), *body], width)
@@ -122,7 +122,7 @@ class ScrollList(Lines, can_focus=True):
         self.update()
 
     def put_cursor(self, index: int) -> None:
-        """Puts the cursor on a line; the window follows no further than it must."""
+        """Puts the cursor on a line; the window scrolls no further than necessary."""
         self.top, self.cursor = self._top, index
         self._clamp()
         self.top = self._top

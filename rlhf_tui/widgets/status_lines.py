@@ -86,12 +86,12 @@ class Tabs(Panel):
 
 
 class StatusLine(Panel):
-    """Step, time left, speed and memory; or the problem that keeps them from being read."""
+    """Step, time left, speed and memory, or why they cannot be read."""
 
     read_only = False
     resume_key = ""
-    """The key that resumes the run, of which the command has no room: `r`, `r on 2 Dashboard`.
-    Empty if none does."""
+    """The key that resumes the run, shown if the command has no room: `r`, `r on 2 Dashboard`.
+    Empty if there is none."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
@@ -113,9 +113,9 @@ class StatusLine(Panel):
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self, width: int) -> Piece | None:
-        """Why the run does not continue, with what resumes it: the command, or the key.
+        """Why the run does not continue, with the command or the key that resumes it.
 
-        Of a copy that is not kept up to date, why: what it shows of the run may hold no longer.
+        For a copy that is not kept up to date, why not: it may show the run as it no longer is.
         """
         if self.state.stale:
             return self.state.stale, "warn"
@@ -147,7 +147,7 @@ class StatusLine(Panel):
         return f"{before}{verb} with {self.resume_key}"
 
     def _paused(self, width: int) -> str:
-        """What paused the run, cut so that the step and the key stay: the timeline has it whole."""
+        """What paused the run, cut to leave room for step and key; the timeline has all of it."""
         text = one_line(paused_text(self.state.pause_reason(), self.state.head.step))
         key = "" if self.read_only else "; p unpauses"
         room = max(width - len(key) - 2, 0)

@@ -1,4 +1,4 @@
-"""Tables: rows of cells with a cursor, of which only the visible ones are rendered."""
+"""Tables: rows of cells with a cursor; only the visible rows are rendered."""
 
 from typing import Any, ClassVar
 
@@ -34,8 +34,8 @@ class Column:
             right: align to the right.
             flexible: take a part of the remaining width.
             least: width of the table in cells below which the column is hidden.
-            share: of a flexible column in the remaining width, relative to the others'.
-            most: cells that a flexible column does not exceed; 0 for no limit.
+            share: share of the remaining width for a flexible column, relative to the others.
+            most: maximum width of a flexible column in cells; 0 for no limit.
         """
         self.title, self.width = title, width
         self.right, self.flexible = right, flexible
@@ -71,8 +71,8 @@ class Table(ScrollList):
         Args:
             rows: key and cells of each.
             empty: lines to show if there are no rows; None leaves them as they are.
-            key: of the row for the cursor; None: the row that it is on.
-            lost: where the cursor goes if that row is gone; None: it keeps its place.
+            key: key of the row to put the cursor on; None: the row that it is on.
+            lost: where the cursor goes if that row is gone; None: it keeps its position.
         """
         before, keys = self.key, self._keys
         key = before if key is None else key
@@ -112,7 +112,7 @@ class Table(ScrollList):
         return len(self._keys)
 
     def empty(self) -> list[Row]:
-        """The lines that were given for an empty table."""
+        """The lines of an empty table, as given to :meth:`set_rows`."""
         return self._empty
 
     def moved(self) -> None:

@@ -12,7 +12,7 @@ from textual.screen import Screen
 
 
 async def run_key_binding(app: App[Any], key: str) -> bool:
-    """Runs the binding of a key now, as Textual would later; False if nothing is bound to it.
+    """Runs the binding of a key now, as Textual would later; False if the key has no binding.
 
     Textual has no public way to run a binding before the event loop handles the next key:
     `App.simulate_key` appends the key to the queue.
@@ -21,9 +21,9 @@ async def run_key_binding(app: App[Any], key: str) -> bool:
 
 
 def bindings_of_key(node: DOMNode, key: str) -> list[Binding]:
-    """The bindings of a node's own, inherited ones included, for a key.
+    """The bindings of a node itself for a key, including those of its base classes.
 
-    `Screen.active_bindings` has one binding a key, which may be that of a parent.
+    `Screen.active_bindings` has one binding per key, which may be that of a parent.
     """
     return list(node._bindings.key_to_bindings.get(key, ()))
 

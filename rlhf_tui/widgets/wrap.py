@@ -13,8 +13,8 @@ _WORDS = re.compile(r" *[^ ]+| +")
 def wrap(text: str, width: int) -> list[str]:
     """Sanitised text in lines of at most `width` cells, broken between words if possible.
 
-    Lines keep their indentation, up to half of the width. Of the first line one space is left
-    out: with it begins what most tokenizers make of a response.
+    Lines keep their indentation, up to half of the width. One leading space of the first line is
+    dropped: with most tokenizers a response begins with one.
     """
     lines: list[str] = []
     text = sanitise(text).replace("\t", "    ").removeprefix(" ")

@@ -2,9 +2,9 @@
 
 ``python -m scripts.pictures.contact_sheet OUT [--sessions DIR --name NAME] [--size 80x24]...
 [--colours 256]... [--screen beta]...`` writes PNG files to OUT, some screens a file. Without
-``--sessions`` it makes a session with a short real run first, which takes minutes. Of a session of
-yours it draws a copy without the weights, alone in its folder: where `+` is pressed, the copy gets
-the label.
+``--sessions`` it first creates a session with a short real run, which takes minutes. Of a given
+session it draws a copy without the weights, alone in its folder, so that pressing `+` labels the
+copy.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Makes the runs and the pictures of docs/operating.md again.
+"""Recreates the runs and the pictures of docs/operating.md.
 
 ``python -m scripts.pictures.operating SESSIONS [NAME]...`` carries out the commands of the page
 with the sessions in the folder SESSIONS, one after another, and writes what the dashboard shows of
@@ -38,7 +38,7 @@ CHARTS = [
     metrics.DISTINCT_2,
 ]  # fmt: skip
 OTHER_CHARTS = {"hacking": {metrics.CLIP_FRACTION: "reward/judge"}}
-"""Run → what is charted in the place of which metric."""
+"""Run → metric → the metric that is charted instead."""
 
 
 def commands() -> dict[str, list[str]]:

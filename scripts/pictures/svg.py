@@ -175,7 +175,7 @@ class Frame:
 def animation(frames: Sequence[Frame], poster: int) -> str:
     """An animation that repeats, by CSS: it also plays as an image of a page.
 
-    What several frames have in common is in the file once.
+    Elements that several frames share are in the file once.
 
     Args:
         frames: of one size.

@@ -21,7 +21,7 @@ COLOURS = {
 """The environment by which a program knows its terminal's colours."""
 REMOVED = ("COLORTERM", "NO_COLOR", "TERM", "TMUX", "TMUX_PANE", "TEXTUAL_COLOR_SYSTEM")
 POLL, STILL, DEADLINE = 0.25, 4, 6.0
-"""Seconds between looks, equal looks that mean that nothing moves, the longest wait."""
+"""Seconds between polls, equal polls after which the screen counts as still, maximum wait."""
 
 
 class Terminal:

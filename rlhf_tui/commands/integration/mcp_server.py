@@ -1,8 +1,8 @@
 """A server of the Model Context Protocol: what an assistant may see of sessions, and do to them.
 
-Each tool is a method; its annotations and its docstring are what the assistant reads. Results are
-plain JSON whose texts are sanitised and cut. What a user of the command line gets in one line, the
-assistant gets as the tool's error.
+Each tool is a method; the assistant reads its annotations and its docstring. Results are plain JSON
+whose texts are sanitised and cut. An error that the command line prints in one line becomes the
+tool's error.
 """
 
 import functools
@@ -63,7 +63,7 @@ Name = Annotated[str, Field(description="The session's name, from list_sessions.
 
 
 def _no_boolean(value: Any) -> Any:
-    """For Python and pydantic true is 1, by which a slip would set beta to 1."""
+    """Rejects booleans: for Python and pydantic `true` is 1, so a slip would set beta to 1."""
     if isinstance(value, bool):
         raise ValueError("true and false are not numbers")  # noqa: TRY004 - pydantic reports these
     return value
@@ -108,10 +108,10 @@ def make_server(root: Path, *, steering: bool) -> MCPServer[Any]:
 
 
 class _Server(MCPServer[Any]):
-    """Says in one line which arguments are wrong.
+    """A server that reports wrong arguments in one line.
 
-    The SDK ignores arguments that a tool does not have, so that a misspelt one would silently keep
-    its default, and passes on pydantic's several lines for the others.
+    The SDK ignores arguments that a tool does not have, so a misspelt one would silently keep its
+    default. For other mistakes it passes on pydantic's message of several lines.
     """
 
     async def call_tool(
@@ -131,7 +131,7 @@ class _Server(MCPServer[Any]):
 
 
 def _wrong(error: ValidationError) -> str:
-    """What is wrong with each argument; of a union all that it could have been."""
+    """What is wrong with each argument; for a union, all the types that it accepts."""
     reasons: dict[str, list[str]] = {}
     for found in error.errors():
         reasons.setdefault(str(found["loc"][0]), []).append(found["msg"])
@@ -139,7 +139,7 @@ def _wrong(error: ValidationError) -> str:
 
 
 def _reported(tool: Tool) -> Tool:
-    """The tool with a result that can be shown, and with errors as the tool's error."""
+    """Wraps a tool: its result is made presentable, and errors become the tool's error."""
 
     @functools.wraps(tool)
     def call(*args: Any, **named: Any) -> Json:
@@ -153,7 +153,7 @@ def _reported(tool: Tool) -> Tool:
 
 
 def presentable(value: Any) -> Any:
-    """A JSON value with its texts sanitised and cut, and None for numbers that JSON has not."""
+    """A JSON value with its texts sanitised and cut, and None for numbers that JSON lacks."""
     match value:
         case str():
             text = sanitise(value)
@@ -345,7 +345,7 @@ class SteeringTools:
 
 
 def _client_name(context: Context[Any, Any]) -> str:
-    """What the assistant's program calls itself; it may call itself anything."""
+    """The name that the assistant's program gives itself; it can be anything."""
     given = context.request_context.session.client_params
     name = given.client_info.name if given is not None else ""
     return one_line(name, 40).strip() or "without a name"

@@ -87,7 +87,7 @@ def _differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
 
 
 def _parts(key: str, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Where the values of a key differ, by entry of a list and by key of an entry."""
+    """The parts in which the values of a key differ: by list entry and by key of an entry."""
     if all(value == values[0] for value in values):
         return
     if all(isinstance(value, dict) for value in values):

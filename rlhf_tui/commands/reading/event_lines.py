@@ -1,7 +1,7 @@
-"""The journal as a log for people: one line an event, in order of time.
+"""The journal as a log for people: one line per event, in order of time.
 
-`events --json` has every field; a line has what a colleague asks for: when, at which step, who did
-what, old → new, and from which step it applied.
+`events --json` has every field; a line has what people ask for: when, at which step, who did what,
+old → new, and from which step on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,7 +81,7 @@ def _crash(step: int) -> EventLine:
 
 
 def _line(row: EventRow, error: str) -> EventLine:
-    """The line of an event; without what repeats the last error's text."""
+    """The line of an event, without text that repeats the last error."""
     kind, text, tone = _describe(row)
     if error and kind in ("state", "restart"):
         text = text.replace(f"{error}: ", "", 1).removesuffix(f": {error}")

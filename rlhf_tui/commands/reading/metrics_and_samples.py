@@ -40,7 +40,7 @@ COLUMNS = {
 }
 """Metrics that `metrics` prints, with their titles."""
 HELD_OUT = {EVAL_SCORE: "held-out score", EVAL_KL: "held-out KL"}
-"""Printed, too, if one of the steps has them."""
+"""Also printed if one of the steps has them."""
 STEP_FIELDS = ("step", "attempt", "time")
 SAMPLE_FIELDS = (
     "step", "index", "attempt", "prompt", "response", "score", "kl", "length", "ended",

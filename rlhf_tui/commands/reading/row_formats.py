@@ -37,7 +37,7 @@ def printed_rows(
         rows: the objects that --json prints.
         form: from --format.
         output: from -o.
-        names: of the columns where there are no rows.
+        names: names of the columns if there are no rows.
 
     Returns:
         False if neither was asked for.

@@ -87,7 +87,7 @@ def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
 
 
 def _reason(row: SessionRow) -> str:
-    """What the run waits for or was paused by, or why it cannot be read; mostly empty."""
+    """What the run waits for or was paused by, or why it cannot be read; usually empty."""
     if row.state == "unreadable":
         return row.message
     return ", ".join(_reasons(row))

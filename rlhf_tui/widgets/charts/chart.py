@@ -29,7 +29,7 @@ from rlhf_tui.widgets.charts.raster import step_of
 from rlhf_tui.widgets.tones import style_of
 
 COLOURS = 6
-"""Of curves. Overlaid runs take those that are left in turn; a letter tells them apart, too."""
+"""Number of curve colours. Overlaid runs cycle through the unused ones; letters also mark them."""
 
 
 class Chart(Widget, can_focus=True):
@@ -63,7 +63,7 @@ class Chart(Widget, can_focus=True):
         return max(self.size.width - GUTTER, 1)
 
     def update(self) -> None:
-        """Paints the chart again. Only changed cells are sent."""
+        """Repaints the chart. Only changed cells are sent."""
         width, height = self.size
         if not width or not height:
             return
@@ -81,7 +81,7 @@ class Chart(Widget, can_focus=True):
         return "\n".join(map(canvas.row_text, range(canvas.height))) if canvas else ""
 
     def plot(self) -> Plot:
-        """What to paint: curves, markers, title and window of steps."""
+        """Everything to paint: curves, markers, title and window of steps."""
         first, last = self.view.window(self.state)
         name = self.names[0]
         title = " + ".join(metrics.title_of(n) for n in self.names)
@@ -116,11 +116,11 @@ class Chart(Widget, can_focus=True):
         )
 
     def _companion(self) -> str:
-        """The held-out metric that is drawn beside the only one of this chart; empty for none."""
+        """The held-out metric drawn with this chart's only metric; empty if there is none."""
         return metrics.describe(self.names[0]).held_out if len(self.names) == 1 else ""
 
     def _held_out(self) -> list[str]:
-        """The held-out metric of this run that is drawn beside that of training, if it has one."""
+        """The held-out metric drawn with a training metric, if the run has one."""
         name = self._companion()
         return [name] if name and self.state.shape(name) else []
 
@@ -236,7 +236,7 @@ class Chart(Widget, can_focus=True):
         return self._style_cache[number]
 
     def _on_blank(self, number: int) -> Style:
-        """What of a style is seen on a blank: no colour of text, unless reversed.
+        """The visible part of a style on a blank: no text colour, unless reversed.
 
         A blank between two dots is drawn in the style of the first one, which halves a frame.
         """

@@ -44,7 +44,7 @@ class ChartGrid(Container):
 
     @property
     def charts(self) -> list[Chart]:
-        """All charts, in order, also those that are not visible."""
+        """All charts in order, including hidden ones."""
         return list(self.query(Chart))
 
     @property

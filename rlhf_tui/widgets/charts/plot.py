@@ -25,10 +25,10 @@ POINT = "•"
 BAR_SPACING = 6
 """Mean number of dot columns between the points of a curve below which it has no bars."""
 FLAT = 1e-9
-"""The range of a curve's values, relative to them, up to which it is drawn flat: they differ by
-rounding, and ends of a scale so close together would be one number."""
+"""Relative range of a curve's values up to which it is drawn flat: they differ only by rounding,
+and the ends of so small a scale would have the same label."""
 PRIORITY = ("checkpoint", "attempt", "note", "command", "alert", "crash")
-"""Kinds of markers; the last of those that share a cell is visible, abandoned ones below all."""
+"""Kinds of markers; of those in one cell the last is visible, and abandoned ones are below all."""
 
 
 class Line(Struct, frozen=True):
@@ -41,7 +41,7 @@ class Line(Struct, frozen=True):
     sparse: bool = False
     """Whether it has few points, each of which is marked with :data:`POINT`."""
     dotted: bool = False
-    """Whether only the extremes of each column are drawn: without colours not a line."""
+    """Whether only the extremes of each column are drawn, to differ from a line without colours."""
     interval: Series | None = None
     """Half the height of the bar at each point, by step; no bars for None."""
 
@@ -98,9 +98,9 @@ class Drawing(Struct, frozen=True):
     """The curves of a chart as dots."""
 
     key: object
-    """What it depends on."""
+    """Everything that the curves depend on."""
     columns: list[list[Column]]
-    """Of each line."""
+    """The columns of each line."""
     scale: Scale | None
     """None without values."""
     raster: Raster
@@ -111,8 +111,8 @@ class Drawing(Struct, frozen=True):
 def paint(plot: Plot, width: int, height: int, last: Canvas | None = None) -> Canvas:
     """Paints a chart: title, curves with their scale, axis with markers.
 
-    With many curves nearly all of the time goes into drawing them. They are taken over from `last`,
-    the chart as it was painted before, if only crosshair, markers or title have changed.
+    With many curves nearly all of the time goes into drawing them. They are reused from `last`, the
+    chart as it was painted before, if only crosshair, markers or title have changed.
     """
     canvas = Canvas(width, height)
     _title(canvas, plot)
@@ -134,7 +134,7 @@ def paint(plot: Plot, width: int, height: int, last: Canvas | None = None) -> Ca
 
 
 def _key(plot: Plot, cells: int, rows: int) -> object:
-    """What the curves depend on. A series is another one, or longer, if it has changed."""
+    """Everything that the curves depend on. A changed series is another object, or longer."""
     lines = [
         (x.series, len(x.series), x.style, x.sparse, x.dotted, x.interval, len(x.interval or ()))
         for x in plot.lines
@@ -159,7 +159,7 @@ def _draw(plot: Plot, cells: int, rows: int) -> Drawing:
 
 
 def _columns(line: Line, plot: Plot, columns: int) -> list[Column]:
-    """A curve in the window. A sparse one is cut at the window's edges, not at its points there."""
+    """A curve in the window. A sparse one is cut at the window's edges, not at its last points."""
     found = decimate(line.series, plot.first, plot.last, columns)
     if not line.sparse:
         return found
@@ -171,7 +171,7 @@ def _columns(line: Line, plot: Plot, columns: int) -> list[Column]:
 
 
 def _bars(line: Line, plot: Plot, columns: int) -> list[Column]:
-    """The interval of each point of a curve that has one, if there is room between the points."""
+    """The interval bars of a curve's points, if there is room between the points."""
     if line.interval is None:
         return []
     begin, end = line.series.between(plot.first, plot.last)
@@ -354,7 +354,7 @@ def labels(scale: Scale, rows: int) -> list[tuple[int, str]]:
 
 
 def _labelled(scale: Scale, rows: int) -> list[float]:
-    """The ends of the scale where there are few rows; else round values, its grid's or every other.
+    """The ends of the scale if there are few rows; else all or every other value of its grid.
 
     A logarithmic scale is divided evenly.
     """

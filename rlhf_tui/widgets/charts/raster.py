@@ -36,7 +36,7 @@ class Scale(Struct, frozen=True):
     high: float
     log: bool = False
     grid: float = 0.0
-    """The round number of which both ends are multiples, two to five apart; 0 if logarithmic."""
+    """A round number; both ends are multiples of it, two to five apart. 0 if logarithmic."""
 
     def row(self, value: float, rows: int) -> int:
         """The row of a value among `rows`, 0 at the top, clamped."""

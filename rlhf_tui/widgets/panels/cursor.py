@@ -20,7 +20,7 @@ class CursorPanel(Panel):
     """Two lines: a marker, and the means of some metrics before and after it."""
 
     def __init__(self, state: SessionState, view: Viewport) -> None:
-        """A panel for the marker at the view's crosshair, or without one the newest change."""
+        """A panel for the marker at the view's crosshair; for the newest change without one."""
         super().__init__(state, id="cursor")
         self.view = view
 
@@ -47,7 +47,7 @@ class CursorPanel(Panel):
         return self._marker(near[0], width)
 
     def _place(self, marker: Marker) -> Row:
-        """The key that shows the whole text, and which of several events of one step this is."""
+        """The key that shows the whole text, and the event's number among those of its step."""
         keys = [m.key for m in self.state.markers() if m.step == marker.step]
         several = len(keys) > 1 and marker.key in keys
         of = f"  {keys.index(marker.key) + 1} of {len(keys)}  " if several else "  "

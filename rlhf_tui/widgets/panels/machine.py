@@ -85,7 +85,8 @@ class MachinePanel(Panel):
 def slowest(ranks: list[RankLoad]) -> int | None:
     """The rank that the others wait for; None if none exceeds the next by more than 5 %.
 
-    Compares the sums of the ranks' phases, which end before the collectives: a sum has no waiting.
+    Compares the sums of the ranks' phases. These end before the collectives, so they include no
+    waiting.
     """
     order = sorted(ranks, key=_total)
     if len(order) < 2 or _total(order[-1]) <= _total(order[-2]) * BEHIND:

@@ -86,7 +86,7 @@ class PreviewNotes(Lines):
         return [*rows, *lines[:room]]
 
     def _more(self) -> str:
-        """That there are more differences, and the command that prints all."""
+        """The remark that there are more differences, and the command that prints all."""
         preview = self._preview
         if not preview.against:
             return " … and more"
@@ -123,7 +123,7 @@ def packed(groups: list[list[Piece]], width: int) -> list[Row]:
 
 
 class PreviewSamples(Lines):
-    """The newest responses. No panel: the screen has all of those show the open session."""
+    """The newest responses. Not a :class:`Panel`: screens let all panels show the open session."""
 
     def __init__(self, *, id: str) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
@@ -135,5 +135,5 @@ class PreviewSamples(Lines):
         self.update()
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """As on the dashboard, without the key, which would show the open session's."""
+        """As on the dashboard, but without the key, which would show those of the open session."""
         return newest_responses(self._samples, width, height)

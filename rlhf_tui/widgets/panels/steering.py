@@ -125,7 +125,7 @@ class SteeringPanel(Panel):
         return row
 
     def _saturated(self, change: float, width: int) -> str:
-        """At its maximum rate: after how many steps beta is doubled or halved, if it stays so."""
+        """At the maximum rate: the number of steps in which beta would double or halve."""
         up = change > 0
         steps = math.log(2 if up else 0.5) / math.log1p(change) if change else math.inf
         if width >= 50 and math.isfinite(steps):

@@ -15,11 +15,11 @@ from rlhf_tui.widgets.panels.panel import heading
 from rlhf_tui.widgets.scroll_list import ScrollList
 
 WITH_CLOCK = 60
-"""Cells from which on each entry has its time of day."""
+"""Minimum cells for each entry to have its time of day."""
 LEAST_STEP = 3
-"""Cells of a step at least."""
+"""Minimum cells of a step."""
 MOST_STEPS = 20
-"""The newest checkpoints of an entry whose steps are listed at most."""
+"""Maximum number of an entry's checkpoints whose steps are listed, the newest."""
 
 
 class TimelinePanel(ScrollList):
@@ -86,12 +86,12 @@ class TimelinePanel(ScrollList):
         return [heading(title, keys, width, focused=self.has_focus)]
 
     def empty(self) -> list[Row]:
-        """What will be here."""
+        """The text of an empty timeline."""
         nothing = "reading …" if self.state.steps_unread else "nothing yet"
         return [[(f" {self.state.unread or nothing}", "dim")]]
 
     def row(self, index: int, width: int) -> Row:
-        """An entry: step, sign, text, and who it was or that its branch is abandoned."""
+        """An entry: step, sign, text, and its sender or that its branch is abandoned."""
         markers = self.entries()[index]
         entry = markers[-1]
         tone = MARKER_TONES[entry.kind]
@@ -130,11 +130,11 @@ class TimelinePanel(ScrollList):
             self.post_message(RowHighlighted("timeline", entry.key))
 
     def action_move(self, lines: int) -> None:
-        """Moves by entries; at first to the newest one in sight."""
+        """Moves by entries; at first to the newest visible one."""
         self.go(self.cursor + lines if self.with_cursor else self.top)
 
     def action_choose(self) -> None:
-        """Opens the selected entry, or the newest one in sight."""
+        """Opens the selected entry, or the newest visible one."""
         if not self.entries():
             return
         if not self.with_cursor:
@@ -153,7 +153,7 @@ class TimelinePanel(ScrollList):
 
 
 def checkpoints_text(markers: list[Marker], room: int) -> str:
-    """`checkpoints at 10, 20, 30`, in less room the first and the newest; one has its numbers."""
+    """`checkpoints at 10, 20, 30`; with less room the first and the newest; one has its numbers."""
     steps = [str(m.step) for m in markers]
     if len(steps) == 1:
         text = markers[0].text

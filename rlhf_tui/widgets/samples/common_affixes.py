@@ -1,7 +1,7 @@
 """The common prefix and suffix of the prompts in a list, which the list leaves out.
 
 The prompts of a chat model begin and end with the markup of its chat template, often with a system
-message. In a column of twenty cells nothing else would be seen.
+message. In a column of twenty cells nothing else would be visible.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ BEGINS_MARKUP = "\n<"
 
 @dataclass(frozen=True)
 class CommonAffixes:
-    """Lengths of what all prompts of a list begin and end with."""
+    """Lengths of the common prefix and suffix of all prompts in a list."""
 
     prefix: int = 0
     """Characters, up to the end of a line or of markup."""
@@ -22,7 +22,7 @@ class CommonAffixes:
     """Characters, from the beginning of a line or of markup on."""
 
     def removed_from(self, prompt: str) -> str:
-        """One of these prompts without them, stripped; the whole prompt if nothing is left."""
+        """One of these prompts without affixes, stripped; the whole prompt if nothing is left."""
         rest = prompt[self.prefix : len(prompt) - self.suffix].strip()
         return rest or prompt.strip()
 
@@ -30,7 +30,7 @@ class CommonAffixes:
 def common_affixes(prompts: Iterable[str]) -> CommonAffixes:
     """Compares prompts: whole lines or up to a `>` at the start, from a `<` or a line at the end.
 
-    A common word is not left out, and nothing if all prompts are the same.
+    A common word is not an affix, and identical prompts have none.
     """
     distinct = list(set(prompts))
     if len(distinct) < 2:

@@ -17,7 +17,7 @@ GAP = " │ "
 
 
 class ComparisonTarget(Struct, frozen=True, dict=True):
-    """What a response is compared with."""
+    """The other side of a comparison."""
 
     kind: str
     """`earlier` or `reference`."""
@@ -28,7 +28,7 @@ class ComparisonTarget(Struct, frozen=True, dict=True):
     row: SampleRow | ProbeResponse | None = None
     """The other response; None if there is none."""
     missing: str = ""
-    """Why there is none, and which key helps."""
+    """Why there is no other response, and which key helps."""
     better: str = ""
     """`this` or `other` if a preference was given."""
     who: str = ""

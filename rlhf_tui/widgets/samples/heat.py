@@ -1,4 +1,4 @@
-"""The heat strip: which tone a token's value has. The legend and the tokens share one scale."""
+"""The heat strip: maps tokens' values to tones. The legend and the tokens share one scale."""
 
 import math
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class HeatScale(Struct, frozen=True):
 
         Args:
             values: of the tokens of one response.
-            centred: the centre is the mean, not 0: for values that are all of one size, which would
-                all have one tone.
+            centred: whether the centre is the mean instead of 0, for values of similar size, which
+                would otherwise all have the same tone.
         """
         finite = [v for v in values if math.isfinite(v)]
         if not finite:

@@ -22,7 +22,7 @@ EXTREMES = {"log-prob": "least likely tokens", "value": "values furthest from th
 CENTRED = ("value",)
 """Views whose tones show the distance from the mean, not from 0."""
 UNITS = {"KL": ", in nats", "log-prob": ", in nats"}
-"""What the title of a view says of its unit."""
+"""The unit in the title of a view."""
 
 
 class SampleView(ScrollText):
@@ -51,7 +51,7 @@ class SampleView(ScrollText):
         Args:
             sample: None for none.
             arrays: its token values; None: not kept, or not read yet.
-            kept: which samples of the step have token values, by index; None until it is read.
+            kept: indices of the step's samples that have token values; None until they are read.
         """
         same = (
             sample is not None and self.sample is not None and key_of(sample) == key_of(self.sample)
