@@ -304,7 +304,7 @@ def test_a_secret_that_cannot_be_used_is_an_error_before_a_fork_is_made(writer, 
         lambda: resume(writer.session, from_step=None, **given),
         lambda: fork(writer.session, "child", from_step=2, **given),
     ):
-        with pytest.raises(UserInputError, match="less than 16 characters"):
+        with pytest.raises(UserInputError, match="fewer than 16 characters"):
             start()
     assert not writer.session.folder.with_name("child").exists()
 
