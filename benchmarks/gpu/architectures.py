@@ -7,8 +7,9 @@ import torch
 from benchmarks.gpu.decoding import equal_rows, respond
 from benchmarks.gpu.findings import Finding, Target
 from benchmarks.gpu.numerics import no_progress, score, starter_run
+from engine.train.experience.generation import generate_rollout
 from engine.train.rollout.native.decoder import EXACT, GRAPHED
-from engine.train.step import generate_rollout, train_step
+from engine.train.step import train_step
 from tests.train.architectures import ARCHITECTURES, WITH_EXPERTS, write_model
 
 FEW = ("gpt2", "qwen3_moe")

@@ -16,13 +16,14 @@ from engine.progress import ReportProgress
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
+from engine.train.experience.generation import generate_rollout
 from engine.train.load import load_run
 from engine.train.ppo.forward import score_tokens
 from engine.train.reward_scales import fit_scales
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.sampling import sample
 from engine.train.run import Run
-from engine.train.step import generate_rollout, train_step
+from engine.train.step import train_step
 
 SIZE = ["rollout.batch_size=32", "rollout.max_new_tokens=24", "ppo.minibatches=2"]
 SMALL_SIZE = ["rollout.batch_size=4", "rollout.max_new_tokens=6", "ppo.minibatches=1"]

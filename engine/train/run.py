@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
@@ -24,10 +24,8 @@ from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.metrics import peak_memory
 from engine.train.rewards.mix import RewardMix
-from engine.train.rewards.normalise import Normaliser
 from engine.train.rollout.ahead import RolloutAhead
 from engine.train.rollout.backend import RolloutBackend
-from engine.train.rollout.rollout import Rollout
 
 
 class PhaseTimer:
@@ -112,24 +110,6 @@ class Run:
         it.
         """
         return SavedState.of(self.state, self.config, self.settings_after_step)
-
-
-def scores_for_training(run: Run, raw: Tensor, rollout: Rollout, max_new_tokens: int) -> Tensor:
-    """Normalises and clips the raw scores of a rollout, and subtracts penalties.
-
-    Args:
-        run: holds the scale of the scores.
-        raw: (B,) float32.
-        rollout: the B responses.
-        max_new_tokens: the token limit of these responses.
-
-    Returns:
-        (B,) float32 on the device.
-    """
-    normalise = Normaliser(run.state.reward_mean, run.state.reward_std)
-    return normalise(
-        raw.to(run.device), run.config.reward, rollout.ended, rollout.lengths, max_new_tokens
-    )
 
 
 def max_sequence_tokens(run: Run) -> int | None:

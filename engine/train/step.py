@@ -3,30 +3,24 @@
 import dataclasses
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 from torch import Tensor
 
-from engine.metrics import VERSION_LAG
 from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import Sample
-from engine.train.dynamic_sampling import Parts, ScoredRollout, redraw_constant_groups
-from engine.train.greedy_baseline import greedy_scores
+from engine.train.experience.experience import Experience, collect_experience
+from engine.train.experience.rollout_check import check_rollout
 from engine.train.ppo.adamw import learning_rate
-from engine.train.ppo.advantages import AdvantageInputs, make_targets
+from engine.train.ppo.advantages import AdvantageInputs, Targets, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
 from engine.train.ppo.linear_value import fit_linear_value
-from engine.train.ppo.metrics import source_metrics, speed_metrics, step_metrics
+from engine.train.ppo.metrics import speed_metrics, step_metrics
 from engine.train.ppo.optimise import optimise
 from engine.train.ppo.rollout_correction import with_rollout_correction
 from engine.train.reports.samples import kept_samples
-from engine.train.rewards.source import RewardInputs
-from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.token_states import TokenStates
-from engine.train.rollout_check import check_rollout, version_lag
-from engine.train.run import Run, scores_for_training
+from engine.train.run import Run
 
 
 def train_step(
@@ -50,31 +44,11 @@ def train_step(
     started = time.perf_counter()
     timer.seconds.clear()
 
-    # 1. Generate responses to the step's prompts, and begin generating the next step's.
-    rollout = recorded or obtain_rollout(run, step)
-    generates_again = config.rollout.dynamic or config.ppo.traits.greedy_baseline
-    if recorded is None and not generates_again:
-        begin_next_rollout(run, step)
+    # 1. Generate responses and score them.
+    experience = collect_experience(run, step, recorded)
+    rollout = experience.rollout
 
-    # 2. Score them, and redraw prompts whose scores do not vary.
-    with recorded_states(run) as states:
-        scored = ScoredRollout(rollout, *score_rollout(run, step, rollout))
-    if config.rollout.dynamic and recorded is None:
-        scored = redraw_constant_groups(
-            run, step, scored, sampling_options(run, step), partial(score_rollout, run, step)
-        )
-        rollout = scored.rollout
-    scores = scores_for_training(run, scored.scores, rollout, config.rollout.max_new_tokens)
-    greedy: Tensor | None = None
-    if config.ppo.traits.greedy_baseline:
-        greedy = greedy_scores(
-            run, step, rollout, sampling_options(run, step),
-            lambda responses: score_rollout(run, step, responses)[0],
-        )  # fmt: skip
-    if recorded is None and generates_again:  # the engine generates one batch at a time
-        begin_next_rollout(run, step)
-
-    # 3. Log-probabilities of the reference and of the policy before the update.
+    # 2. Log-probabilities of the reference and of the policy before the update.
     rows = ranks.strided_share(longest_first(rollout, rollout.rows))
     with timer.phase(run, step, "reference") as report:
         ref_logprobs, _ = score_tokens(
@@ -86,24 +60,10 @@ def train_step(
     if recorded is None:
         check_rollout(run, step, rollout, old_logprobs, ref_logprobs)
 
-    # 4. Advantages and returns, from the whole global batch.
-    inputs = AdvantageInputs(
-        scores=scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
-        beta=config.kl.beta if config.kl.place == "reward" else 0.0,
-        per_prompt=config.responses_per_prompt, baseline=state.baseline,
-        kl_estimator=config.kl.estimator, greedy_scores=greedy, ended=rollout.ended,
-        entropies=rollout.entropies,
-    )  # fmt: skip
-    if states is not None:
-        inputs = with_fitted_values(run, step, states, inputs)
-    targets = make_targets(inputs)
-    targets = with_rollout_correction(targets, rollout, config.ppo)
-    # Once the moving average is not finite, it would never recover.
-    if targets.baseline is not None and math.isfinite(targets.baseline):
-        state.baseline = targets.baseline
+    # 3. Advantages and returns, from the whole global batch.
+    targets = training_targets(run, step, experience, old_logprobs, ref_logprobs, old_values)
 
-    # 5. Epochs of clipped updates.
+    # 4. Epochs of clipped updates.
     with timer.phase(run, step, "optimise") as report:
         stats = optimise(
             ranks, run.learner, run.optimiser, rollout, targets, config,
@@ -112,88 +72,19 @@ def train_step(
     if run.average is not None:
         run.average.update(run.policy)
 
-    # 6. Metrics and samples.
-    state.episodes += len(scores)
-    metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config)
+    # 5. Metrics and samples.
+    state.episodes += len(experience.scores)
+    metrics = step_metrics(rollout, experience.scores, ref_logprobs, targets, stats, config)
     metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
-    metrics |= source_metrics(scored.parts) | {VERSION_LAG: float(version_lag(rollout, step))}
-    if greedy is not None:
-        metrics["objective/greedy_scores"] = float(greedy.mean())
-    if config.rollout.dynamic:
-        metrics["val/redrawn_prompts"] = float(scored.redrawn)
+    metrics |= experience.metrics(step)
     timer.gather(run)
     metrics |= speed_metrics(timer.ranks, rollout, time.perf_counter() - started)
     if not ranks.is_lead:  # only rank 0 reports samples
         return metrics, []
     return metrics, kept_samples(
-        config.log, run.tokenizer, rollout, scores, scored.parts, targets, ref_logprobs
-    )
-
-
-def obtain_rollout(run: Run, step: int) -> Rollout:
-    """Returns the rollout of a step, generated ahead or now."""
-    if run.ahead is not None:
-        with run.timer.phase(run, step, "generate") as report:
-            rollout = run.ahead.take(sampling_options(run, step), report)
-        if rollout is not None:
-            return rollout
-    if run.backend.separate:
-        with run.timer.phase(run, step, "sync") as report:
-            run.backend.sync(run.policy, step - 1, report)
-    with run.timer.phase(run, step, "generate") as report:
-        return generate_rollout(run, step, report)
-
-
-def begin_next_rollout(run: Run, step: int) -> None:
-    """Starts generating the next step's responses during the rest of this step (`rollout.ahead`).
-
-    Does nothing after the last step, or if a checkpoint follows this step: responses after a
-    checkpoint are generated with its weights, so that a run resumed from it trains on the same
-    responses as the run that saved it.
-    """
-    train = run.config.train
-    if run.ahead is None or step >= train.steps or train.saves_after(step):
-        return
-    options = dataclasses.replace(sampling_options(run, step + 1), weights_version=step - 1)
-    with run.timer.phase(run, step, "sync") as report:
-        run.ahead.begin(run.prompts.for_step(step + 1), options, report)
-
-
-def generate_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
-    """Generates the policy's responses to the prompts of a step, on every rank."""
-    prompts, options = run.prompts.for_step(step), sampling_options(run, step)
-    return generate_responses(
-        run.backend, run.policy, prompts, options, run.tokenizer, run.ranks, report
-    )
-
-
-def sampling_options(run: Run, step: int) -> SamplingOptions:
-    """Returns the sampling options of a step."""
-    rollout = run.config.rollout
-    return SamplingOptions(
-        seed=run.state.sampling_seed,
-        step=step,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
-        weights_version=step - 1,
-        per_prompt=run.config.responses_per_prompt,
-    )
-
-
-def recorded_states(run: Run) -> AbstractContextManager[TokenStates | None]:
-    """Context manager that records the reward model's hidden states for the responses it scores.
-
-    Yields None without `model.value: reward_model`.
-    """
-    return (
-        run.rewards.reward_model().recorded_states() if run.config.linear_value else nullcontext()
-    )
-
-
-def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]:
-    """Returns the raw scores of a step's responses, (B,) float32, and each source's scores."""
-    with run.timer.phase(run, step, "score") as report:
-        return run.rewards(RewardInputs.of(rollout, step), report)
+        config.log, run.tokenizer, rollout, experience.scores, experience.parts, targets,
+        ref_logprobs,
+    )  # fmt: skip
 
 
 def old_policy_outputs(
@@ -232,6 +123,44 @@ def old_policy_outputs(
         )
         values = run.ranks.all_reduce_sum(values)
     return logprobs, values
+
+
+def training_targets(
+    run: Run,
+    step: int,
+    experience: Experience,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    old_values: Tensor,
+) -> Targets:
+    """Computes the advantages and returns that the epochs train on.
+
+    Updates the running baseline. Fits the values first with `model.value: reward_model`.
+
+    Args:
+        run: the run.
+        step: from 1.
+        experience: B responses of at most T tokens.
+        old_logprobs: (B, T) float32, by the policy before its update.
+        ref_logprobs: (B, T) float32.
+        old_values: (B, T) float32.
+    """
+    config, state, rollout = run.config, run.state, experience.rollout
+    inputs = AdvantageInputs(
+        scores=experience.scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
+        beta=config.kl.beta if config.kl.place == "reward" else 0.0,
+        per_prompt=config.responses_per_prompt, baseline=state.baseline,
+        kl_estimator=config.kl.estimator, greedy_scores=experience.greedy_scores,
+        ended=rollout.ended, entropies=rollout.entropies,
+    )  # fmt: skip
+    if experience.states is not None:
+        inputs = with_fitted_values(run, step, experience.states, inputs)
+    targets = with_rollout_correction(make_targets(inputs), rollout, config.ppo)
+    # Once the moving average is not finite, it would never recover.
+    if targets.baseline is not None and math.isfinite(targets.baseline):
+        state.baseline = targets.baseline
+    return targets
 
 
 def with_fitted_values(

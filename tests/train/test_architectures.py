@@ -17,9 +17,10 @@ from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.session.folder import create
 from engine.train.checkpoints.policy_folder import policy_files
+from engine.train.experience.generation import generate_rollout
 from engine.train.models.pretrained import DROPOUT_BEFORE
 from engine.train.ppo import chunked_loss
-from engine.train.step import generate_rollout, train_step
+from engine.train.step import train_step
 from tests.train.architectures import ARCHITECTURES, WITH_EXPERTS, write_model
 from tests.train.conftest import SMALL
 from tests.train.ranks.launch import run_ranks

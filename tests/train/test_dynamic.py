@@ -3,10 +3,11 @@
 import torch
 
 from engine.train.data.prompts import batch_prompts
+from engine.train.experience.generation import generate_rollout
 from engine.train.ppo.forward import score_tokens
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.rollout import replace_rows
-from engine.train.step import generate_rollout, train_step
+from engine.train.step import train_step
 
 GROUPS = ("ppo.advantage=grpo", "rollout.per_prompt=2", "rollout.dynamic=true")
 

@@ -10,13 +10,14 @@ from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.ppo import PPOConfig
 from engine.config.settings import change_settings
 from engine.train.distributed.ranks import RankGroup
+from engine.train.experience.generation import generate_rollout
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.linear_value import features, fit_linear_value, with_all_features
 from engine.train.reward_scales import fit_scales
 from engine.train.rewards.model import states_before
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.token_states import TokenStates
-from engine.train.step import generate_rollout, train_step
+from engine.train.step import train_step
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
 LINEAR = "model.value=reward_model"

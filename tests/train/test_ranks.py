@@ -20,10 +20,11 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
 from engine.train.evaluation.evaluate import evaluate_if_due
+from engine.train.experience.generation import generate_rollout
 from engine.train.load import check_rank_count, load_run
 from engine.train.ppo.chunked_loss import MOST_LOGITS
 from engine.train.reward_scales import fit_scales
-from engine.train.step import generate_rollout, train_step
+from engine.train.step import train_step
 from tests.train.ranks.launch import run_ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"

@@ -12,9 +12,10 @@ from engine.config.settings import change_settings
 from engine.errors import RlhfError
 from engine.protocol.rollout.messages import Generate
 from engine.train.evaluation.evaluate import evaluate_if_due
+from engine.train.experience.generation import generate_rollout
+from engine.train.experience.rollout_check import check_weights
 from engine.train.rewards.source import RewardCallError
-from engine.train.rollout_check import check_weights
-from engine.train.step import generate_rollout, train_step
+from engine.train.step import train_step
 from tests.train.stand_in_engine import no_report
 
 AHEAD = (

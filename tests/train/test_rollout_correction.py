@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from engine.config.sections.ppo import PPOConfig
+from engine.train.experience.generation import generate_rollout
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.losses import policy_terms
 from engine.train.ppo.rollout_correction import correction
-from engine.train.step import generate_rollout, train_step
+from engine.train.step import train_step
 
 OLD = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -0.2, -9.0]])
 SAMPLED = torch.tensor([[-1.2, -3.5, -0.4], [-3.0, -0.1, 0.0]])

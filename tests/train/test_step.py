@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
-from engine.train.greedy_baseline import greedy_scores
+from engine.train.experience.greedy_baseline import greedy_rollout, greedy_scores
+from engine.train.experience.rollout_check import check_first_rollout
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
@@ -18,8 +19,7 @@ from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
 from engine.train.reward_scales import reference_responses
 from engine.train.rewards.source import RewardInputs
-from engine.train.rollout_check import check_first_rollout
-from engine.train.step import sampling_options, train_step
+from engine.train.step import train_step
 from tests.variants import some_of
 
 VARIANTS = {
@@ -465,19 +465,10 @@ def test_every_response_comes_from_the_run_s_rollout_backend(make_run):
     assert backend.rows == [6, 8, 1, 1]
 
 
-def test_the_greedy_baseline_is_the_score_of_each_prompt_s_most_likely_response(make_run):
-    run, _ = make_run("ppo.advantage=remax", "rollout.per_prompt=2", "reward.clip=0.5")
+def test_the_greedy_rollout_has_each_prompt_s_most_likely_response(make_run):
+    run, _ = make_run("ppo.advantage=remax", "rollout.per_prompt=2")
     rollout = rollout_of(run)
-    options = sampling_options(run, 1)
-    responses = []
-
-    def score(greedy):
-        responses.append(greedy)
-        return torch.arange(4.0) / 4
-
-    found = greedy_scores(run, 1, rollout, options, score)
-    assert found.tolist() == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5]  # clipped as in training
-    (greedy,) = responses
+    greedy = greedy_rollout(run, 1, rollout)
     for i, prompt in enumerate(greedy.batch.prompts):
         assert prompt is rollout.batch.prompts[2 * i]
         ids = list(prompt.ids)
@@ -485,3 +476,10 @@ def test_the_greedy_baseline_is_the_score_of_each_prompt_s_most_likely_response(
             logits, _ = run.policy(torch.tensor([ids]), torch.ones(1, len(ids), dtype=int), 1)
             assert token == int(logits[0, -1].argmax())
             ids.append(token)
+
+
+def test_the_scores_of_the_greedy_baseline_are_clipped_as_in_training(make_run):
+    run, _ = make_run("ppo.advantage=remax", "rollout.per_prompt=2", "reward.clip=0.5")
+    run.rewards = lambda _responses, _report: (torch.arange(4.0) / 4, {})
+    found = greedy_scores(run, 1, rollout_of(run))
+    assert found.tolist() == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5]

@@ -15,7 +15,8 @@ from transformers import (
 from engine import starter
 from engine.config import file as config_file
 from engine.train.data.randomness import permutation
-from engine.train.step import generate_rollout, train_step
+from engine.train.experience.generation import generate_rollout
+from engine.train.step import train_step
 
 REASON = "TRL is not installed (make bench-extra)"
 pytest.importorskip("trl", minversion="1.12", reason=REASON)

@@ -22,6 +22,7 @@ from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import PeerRankError
 from engine.train.evaluation.held_out import HeldOut
+from engine.train.experience.scoring import scores_for_training
 from engine.train.ppo import masked
 from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.metrics import distinct_2
@@ -33,7 +34,7 @@ from engine.train.rollout.backend import (
     generate_responses,
 )
 from engine.train.rollout.rollout import Rollout
-from engine.train.run import Run, scores_for_training
+from engine.train.run import Run
 
 RECORDED_BYTES = 8_000_000
 """Most bytes of recorded responses with their prompts. A message contains those of a step and of an

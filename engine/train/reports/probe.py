@@ -6,12 +6,13 @@ from engine.errors import CommandRejectedError, RewardError
 from engine.train.data.prompts import Prompt
 from engine.train.data.tokenise import tokenise_texts
 from engine.train.distributed.ranks import PeerRankError
+from engine.train.experience.scoring import scores_for_training
 from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
 from engine.train.ppo.forward import score_tokens
 from engine.train.rewards.source import RewardCallError, RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
-from engine.train.run import Run, max_sequence_tokens, scores_for_training
+from engine.train.run import Run, max_sequence_tokens
 
 PROBE_SEED = 0
 """The same for both models and all probes, so that differences are due to the models alone."""

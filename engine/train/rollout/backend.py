@@ -2,7 +2,7 @@
 
 To add a backend, write a module with a class that implements :class:`RolloutBackend` and list it in
 :data:`BACKENDS`. Once per attempt, a backend's log-probabilities are compared with a full forward
-pass of the policy (:mod:`engine.train.rollout_check`).
+pass of the policy (:mod:`engine.train.experience.rollout_check`).
 """
 
 from collections.abc import Callable

@@ -4,41 +4,19 @@ Source: Yu et al. 2025, arXiv 2503.14476 (DAPO), section 3.2; `filter_groups` in
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.train.data.randomness import derived_seed
+from engine.train.experience.generation import generate, sampling_options
+from engine.train.experience.scoring import ScoredRollout, score_rollout
 from engine.train.ppo.advantages import constant_groups
-from engine.train.rollout.backend import SamplingOptions, generate_responses
-from engine.train.rollout.rollout import Rollout, replace_rows
+from engine.train.rollout.rollout import replace_rows
 from engine.train.run import Run
 
-Parts = dict[str, list[float | None]]
 
-
-@dataclass(frozen=True)
-class ScoredRollout:
-    """The responses of a step with their raw scores."""
-
-    rollout: Rollout
-    scores: Tensor
-    """(B,) float32."""
-    parts: Parts
-    """B scores of each reward source, by name."""
-    redrawn: int = 0
-    """Number of replacement prompts that were generated, whether kept or not."""
-
-
-def redraw_constant_groups(
-    run: Run,
-    step: int,
-    scored: ScoredRollout,
-    options: SamplingOptions,
-    score: Callable[[Rollout], tuple[Tensor, Parts]],
-) -> ScoredRollout:
+def redraw_constant_groups(run: Run, step: int, scored: ScoredRollout) -> ScoredRollout:
     """Replaces prompts whose scores have no variance, in at most `rollout.dynamic_limit` attempts.
 
     Their group advantages are 0, so they would only shrink the effective batch. Replacements are
@@ -49,28 +27,23 @@ def redraw_constant_groups(
         run: the run.
         step: counted from 1.
         scored: the step's first draw.
-        options: the sampling options of the first draw.
-        score: returns a rollout's raw scores and those of each source.
 
     Returns:
         The rollout with each replacement in the rows of the prompt it replaces. A prompt that still
         has no variance after the last attempt is kept.
     """
-    group, ranks = options.per_prompt, run.ranks
+    options = sampling_options(run, step)
+    group = options.per_prompt
     for attempt in range(1, run.config.rollout.dynamic_limit + 1):
         constant = constant_groups(scored.scores, group).nonzero().squeeze(1)
         wanted = len(constant)
         if not wanted:
             break
         # Each rank needs a prompt; any beyond the wanted number are not used.
-        prompts = run.prompts.replacements(step, attempt, max(wanted, ranks.size))
+        prompts = run.prompts.replacements(step, attempt, max(wanted, run.ranks.size))
         seed = derived_seed(options.seed, "redraw", attempt)
-        with run.timer.phase(run, step, "generate") as report:
-            rollout = generate_responses(
-                run.backend, run.policy, prompts, dataclasses.replace(options, seed=seed),
-                run.tokenizer, ranks, report,
-            )  # fmt: skip
-        scores, parts = score(rollout)
+        rollout = generate(run, step, prompts, dataclasses.replace(options, seed=seed))
+        scores, parts = score_rollout(run, step, rollout)
         useful = (~constant_groups(scores, group)).nonzero().squeeze(1)
         useful = useful[useful < wanted]
         old, new = _rows(constant[: len(useful)], group), _rows(useful, group)

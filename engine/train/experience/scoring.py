@@ -1,0 +1,61 @@
+"""Scores responses with the run's reward sources."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.train.rewards.normalise import Normaliser
+from engine.train.rewards.source import RewardInputs
+from engine.train.rollout.rollout import Rollout
+from engine.train.rollout.token_states import TokenStates
+from engine.train.run import Run
+
+Parts = dict[str, list[float | None]]
+"""The scores of each reward source, by name; None where it gave no score."""
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """The responses of a step with their raw scores."""
+
+    rollout: Rollout
+    scores: Tensor
+    """(B,) float32."""
+    parts: Parts
+    redrawn: int = 0
+    """Number of replacement prompts that were generated, whether kept or not."""
+
+
+def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]:
+    """Returns the raw scores of a step's responses, (B,) float32, and each source's scores."""
+    with run.timer.phase(run, step, "score") as report:
+        return run.rewards(RewardInputs.of(rollout, step), report)
+
+
+def recorded_states(run: Run) -> AbstractContextManager[TokenStates | None]:
+    """Context manager that records the reward model's hidden states for the responses it scores.
+
+    Yields None without `model.value: reward_model`.
+    """
+    return (
+        run.rewards.reward_model().recorded_states() if run.config.linear_value else nullcontext()
+    )
+
+
+def scores_for_training(run: Run, raw: Tensor, rollout: Rollout, max_new_tokens: int) -> Tensor:
+    """Normalises and clips the raw scores of a rollout, and subtracts penalties.
+
+    Args:
+        run: holds the scale of the scores.
+        raw: (B,) float32.
+        rollout: the B responses.
+        max_new_tokens: the token limit of these responses.
+
+    Returns:
+        (B,) float32 on the device.
+    """
+    normalise = Normaliser(run.state.reward_mean, run.state.reward_std)
+    return normalise(
+        raw.to(run.device), run.config.reward, rollout.ended, rollout.lengths, max_new_tokens
+    )
