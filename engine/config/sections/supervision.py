@@ -64,13 +64,14 @@ class Rule(Section, frozen=True):
     20 with `notify`; 1 with another action, which is carried out whenever the condition begins to
     hold."""
     drifts_up: Positive | None = None
-    """Raises an alert when a sequential test (CUSUM) finds that the metric stays above the median of
-    the run's first `window` steps by more than this fraction of it."""
+    """Raises an alert when a sequential test (CUSUM) finds that the metric stays above the median
+    of the run's first `window` steps by more than this fraction of it."""
     drifts_down: Positive | None = None
     """The same for a metric that stays below that median."""
     diverges: Positive | None = None
     """Raises an alert when the metric rises while the score of a judge that the run is not trained
-    on falls, both by this many times their usual change: held-out evaluation, sources of weight 0."""
+    on falls, both by this many times their usual change: held-out evaluation, sources of weight
+    0."""
     advice: str = ""
     """One line for the operator, shown with the alert."""
     action: Literal["notify", "checkpoint", "pause", "stop"] = "notify"
