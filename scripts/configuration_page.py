@@ -31,6 +31,20 @@ whose default has changed since.
 
 Keys marked ⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
 
+The column *takes* shows the values of a key:
+
+| in the table | in YAML |
+|---|---|
+| text | a string, in quotes if YAML would read something else, as with `"22:00-07:00"` |
+| number, whole number | `0.5`, `1.0e-6`; `16` |
+| number in [0, 1), in (0, 1] | a square bracket includes the limit, a round one does not |
+| `fixed` \\| `adaptive` | one of these words |
+| list of … | `[a, b]`, or one `- a` per line |
+| mapping | keys of your choice: `{max_tokens: 512}` |
+
+A dash as the default means that nothing is set (`null`, an empty list or an empty text). The
+description says after *Default:* what then applies.
+
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
 they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) are far outside the useful range.
 """
@@ -50,16 +64,16 @@ TYPE_NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\bCoefficient\b", "number in [0, 1e6]"),
     (r"tuple\[Bounded, Bounded\]", "two numbers"),
     (r"\bBounded\b", "number in [-1e6, 1e6]"),
-    (r"dict\[str, Any\]", "fields"),
+    (r"dict\[str, Any\]", "mapping"),
     (r"\bSeconds\b", "number > 0"),
     (r"Literal\[(.*?)\]", lambda m: re.sub(r"'(\w+)'", r"`\1`", m[1]).replace(", ", " | ")),
-    (r"list\[RewardSource\]", "list of sources"),
-    (r"list\[PromptSource\]", "list of data sets"),
-    (r"list\[Rule\]", "list of rules"),
-    (r"list\[Webhook\]", "list of webhooks"),
+    (r"list\[RewardSource\]", "list of [sources](#a-source-of-rewardmix)"),
+    (r"list\[PromptSource\]", "list of [data sets](#a-data-set-of-dataprompts)"),
+    (r"list\[Rule\]", "list of [rules](#a-rule-of-guardrailsrules)"),
+    (r"list\[Webhook\]", "list of [webhooks](#a-webhook-of-notifywebhooks)"),
     (r"list\[str\]", "list of texts"),
     (r"list\[Whole\]", "list of whole numbers"),
-    (r"\bStopAt\b", "`metric` with `above` or `below`"),
+    (r"\bStopAt\b", "[a metric and a limit](#the-value-of-trainstop_at)"),
     (r"\bPositive\b", "number > 0"),
     (r"\bNonNegative\b", "number ≥ 0"),
     (r"\bFraction\b", "number in [0, 1]"),
@@ -69,7 +83,7 @@ TYPE_NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\bfloat\b", "number"),
     (r"\bint\b", "whole number"),
     (r"\bstr\b", "text"),
-    (r"\bbool\b", "true, false"),
+    (r"\bbool\b", "`true` | `false`"),
     (r" \| None", ""),
     (r" \| ", r" \\| "),
 ]
@@ -145,8 +159,17 @@ def _default(value: ast.expr | None) -> str:
         return "required"
     if isinstance(value, ast.Name) and value.id.isupper():
         return f"`{getattr(metrics, value.id)}`"
-    text = ast.unparse(value).strip("'").replace("True", "true").replace("False", "false")
-    return "–" if text in ("None", "[]") else f"`{text}`"
+    given = ast.literal_eval(value)
+    if given in (None, [], ""):
+        return "–"
+    return f"`{given if isinstance(given, str) else _as_yaml(given)}`"
+
+
+def _as_yaml(given: object) -> str:
+    """A default on one line: `true`, `[0.9, 0.999]`; numbers as Python writes them."""
+    if isinstance(given, tuple):
+        return f"[{', '.join(map(str, given))}]"
+    return str(given).lower()
 
 
 def _docstring(node: ast.stmt | None) -> str:

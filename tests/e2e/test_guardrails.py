@@ -87,7 +87,7 @@ def test_the_alert_carries_its_evidence(guarded):
     assert {"prompt", "response", "kl", "length", "index"} <= set(alert["samples"][0])
 
 
-def test_a_rule_fires_again_after_unpausing_once_the_metric_is_twice_as_far_beyond(guarded):
+def test_a_rule_raises_an_alert_after_unpausing_once_the_metric_is_twice_as_far_beyond(guarded):
     alerts = [e["step"] for e in guarded.events("alert") if e["rule"] == "enough"]
     assert alerts[:2] == [2, 4]
     assert guarded.pauses[1] in (4, 5)

@@ -83,7 +83,7 @@ def parse_quiet_hours(text: str) -> tuple[int, int]:
 def check_guardrails(guardrails: GuardrailConfig) -> None:
     """Checks all guard rails: each has its own name and a metric that there is. Raises ConfigError.
 
-    Otherwise one would never fire, which nothing would show.
+    Otherwise one would never raise an alert, which nothing would show.
     """
     names: set[str] = set()
     for rule in guardrails.rules:

@@ -28,9 +28,9 @@ class LogConfig(Section, frozen=True):
 class Rule(Section, frozen=True):
     """One guard rail: a condition on a metric, and the action when it is met.
 
-    It fires when the condition begins to hold, again each time the metric is twice as far beyond
-    its limit as at the last alert, and again when the condition returns after `clears_after` steps
-    without it.
+    It raises an alert when the condition begins to hold, again each time the metric is twice as far
+    beyond its limit as at the last alert, and again when the condition returns after `clears_after`
+    steps without it.
     """
 
     name: str
@@ -38,36 +38,40 @@ class Rule(Section, frozen=True):
     metric: str
     """Name of the metric; `*` matches every metric that is not finite."""
     above: float | None = None
-    """Fires when the metric is above this."""
+    """Raises an alert when the metric is above this."""
     below: float | None = None
-    """Fires when the metric is below this."""
+    """Raises an alert when the metric is below this."""
     of: str | None = None
     """A setting such as `target` or `max_new_tokens`, of which `above`, `below` and
     `predicted_above` are multiples."""
     predicted_above: float | None = None
-    """Fires while the metric is not above this yet, but rises steadily and will be above it in 10
-    steps, according to a straight line through the last `window` steps (at least 4)."""
+    """Raises an alert while the metric is not above this yet, but rises steadily and will be above
+    it in 10 steps, according to a straight line through the last `window` steps (at least 4)."""
     rises: Positive | None = None
-    """Fires when the metric exceeds the mean of the last `window` steps by this fraction of it."""
+    """Raises an alert when the metric exceeds the mean of the last `window` steps by this fraction
+    of it."""
     falls: Positive | None = None
-    """Fires when the metric is below the mean of the last `window` steps by this fraction of it."""
+    """Raises an alert when the metric is below the mean of the last `window` steps by this fraction
+    of it."""
     window: Count = 20
     """Number of steps in the mean that `rises` and `falls` compare with, or of first steps in the
     median that `drifts_up` and `drifts_down` compare with, or in the line of `predicted_above`."""
     lasts: Count = 1
     """Number of consecutive steps on which `above` or `below` must hold; at most `window` + 1."""
     clears_after: Count | None = None
-    """Number of consecutive steps on which the condition must not hold before the rule can fire
-    again, so that a metric that oscillates around its limit raises one alert. Default: 20 with
-    `notify`; 1 with another action, which is carried out whenever the condition begins to hold."""
+    """Number of consecutive steps on which the condition must not hold before the rule can
+    raise another alert, so that a metric that oscillates around its limit raises only one. Default:
+    20 with `notify`; 1 with another action, which is carried out whenever the condition begins to
+    hold."""
     drifts_up: Positive | None = None
-    """Fires when a sequential test (CUSUM) finds that the metric stays above the median of the
-    run's first `window` steps by more than this fraction of it."""
+    """Raises an alert when a sequential test (CUSUM) finds that the metric stays above the median
+    of the run's first `window` steps by more than this fraction of it."""
     drifts_down: Positive | None = None
     """The same for a metric that stays below that median."""
     diverges: Positive | None = None
-    """Fires when the metric rises while the score of a judge that the run is not trained on falls,
-    both by this many times their usual change: held-out evaluation, sources of weight 0."""
+    """Raises an alert when the metric rises while the score of a judge that the run is not trained
+    on falls, both by this many times their usual change: held-out evaluation, sources of weight
+    0."""
     advice: str = ""
     """One line for the operator, shown with the alert."""
     action: Literal["notify", "checkpoint", "pause", "stop"] = "notify"
@@ -81,7 +85,7 @@ RULE_CONDITIONS = (
 
 
 class GuardrailConfig(Section, frozen=True):
-    """Guard rails: rules over metrics and over the machine that alert the operator."""
+    """Guard rails: rules over metrics and over the machine that raise alerts."""
 
     defaults: bool = True
     """Use the built-in rules; a rule of the same name in `rules` replaces a built-in one."""
