@@ -154,7 +154,7 @@ def test_the_samples_up_to_a_checkpoint_are_on_disk_before_it_counts(writer, mon
     synced, fsync = [], os.fsync
 
     def recorded(fd):
-        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        synced.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", recorded)
