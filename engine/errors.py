@@ -21,10 +21,16 @@
 Each message is one sentence that names the cause and a remedy. It is shown to the user unchanged.
 """
 
+import traceback
+
 MAX_CONFIG_ERROR = 600
 """Characters of the message of a :class:`ConfigError`."""
 MAX_FIRST_LINE = 300
 """Characters of another library's message that one of ours repeats."""
+MAX_MESSAGE = 2_000
+"""Characters of somebody else's message that is reported whole."""
+MAX_TRACEBACK = 20_000
+"""Characters of a traceback, which repeats the message. Both go into a frame and the journal."""
 
 
 class RlhfError(Exception):
@@ -43,6 +49,16 @@ def error_text(error: BaseException) -> str:
     except Exception as problem:
         text = f"(its message cannot be shown: {type(problem).__name__})"
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def traceback_text(error: BaseException) -> str:
+    """The traceback of an exception, as text that can be sent and stored.
+
+    A long one, such as of a message with a whole reply in it, is cut in the middle.
+    """
+    text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
+    half = MAX_TRACEBACK // 2
+    return text if len(text) <= MAX_TRACEBACK else f"{text[:half]}\n…\n{text[-half:]}"
 
 
 def first_line(error: BaseException) -> str:

@@ -29,7 +29,9 @@ def write_output(path: Path, data: bytes) -> None:
     file = path.resolve()
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        part.write_bytes(data)
+        part.unlink(missing_ok=True)  # of a killed process with the same id
+        with part.open("xb") as output:  # in /tmp another user may put a link there
+            output.write(data)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)

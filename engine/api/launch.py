@@ -79,6 +79,7 @@ def attach(
 
     Raises:
         NoSuchSessionError: there is no such session; or, without a name, none or several are live.
+        SessionNameError: several live sessions elsewhere have this name; give `sessions`.
     """
     live = live_sessions()
     if name is not None:

@@ -91,6 +91,13 @@ class CommandLog:
                 self._events.write("command", {"id": command_id})
         return bool(new)
 
+    def is_recorded_as(self, command_id: str, command: str, args: dict[str, Any]) -> bool:
+        """Whether the journal has the same command under this id."""
+        row = self._db.execute(
+            "SELECT command, args FROM commands WHERE id = ?", (command_id,)
+        ).fetchone()
+        return row is not None and (row[0], json.loads(row[1])) == (command, finite(args))
+
     def accept(self, command_id: str) -> None:
         """Marks a command as accepted: it will be executed at the next step boundary."""
         with self._db:

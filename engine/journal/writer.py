@@ -25,6 +25,7 @@ from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Placed, Sample, StepReport
 from engine.session import access
+from engine.session.checkpoints import sync
 from engine.session.folder import SessionFolder
 
 NETWORK_FILE_SYSTEMS = {
@@ -60,6 +61,7 @@ class JournalWriter:
         mode = "TRUNCATE" if on_network(session.folder) else "WAL"
         self._db = _open(session.journal_file, schema.JOURNAL, mode)
         self._samples = _open(session.samples_file, schema.SAMPLES, mode)
+        self._samples_wal = session.samples_file.with_name(f"{session.samples_file.name}-wal")
         self._events = EventLog(self._db)
         self._began = False
         """Whether the current attempt is of this process."""
@@ -319,8 +321,8 @@ class JournalWriter:
     ) -> None:
         """Records a checkpoint whose files are on disk except COMPLETE.
 
-        Syncs the journal to disk: a complete checkpoint must never be ahead of the journal, not
-        even after a power failure.
+        Syncs the samples and the journal to disk: a complete checkpoint must never be ahead of
+        them, not even after a power failure.
 
         Args:
             step: of the checkpoint.
@@ -328,6 +330,8 @@ class JournalWriter:
             score: mean score of the step.
             kl: mean KL of the step, in nats per response.
         """
+        if self._samples_wal.exists():  # without WAL, each transaction has been synced
+            sync(self._samples_wal)
         self._db.execute("PRAGMA synchronous = FULL")
         try:
             with self._db:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 from collections.abc import Iterable
@@ -323,6 +324,7 @@ def find(root: Path, name: str, elsewhere: Iterable["SessionFolder"] = ()) -> Se
 
     Raises:
         NoSuchSessionError: there is no such session.
+        SessionNameError: several of `elsewhere` have this name, and a command must not choose one.
         SessionError: this user cannot read the session's folder.
     """
     session = SessionFolder(root / check_name(name))
@@ -333,13 +335,16 @@ def find(root: Path, name: str, elsewhere: Iterable["SessionFolder"] = ()) -> Se
             f"cannot read {session.folder}: {error.strerror}; "
             "ask its owner, or choose another folder with --sessions"
         ) from error
-    if not exists:
-        for other in elsewhere:
-            if other.name == name:
-                return other
-        listed = command("ls", root=root)
-        raise NoSuchSessionError(f"no session '{name}' in {root}; list sessions with: {listed}")
-    return session
+    if exists:
+        return session
+    others = [other for other in elsewhere if other.name == name]
+    if len(others) > 1:
+        folders = " or ".join(shlex.quote(str(other.folder.parent)) for other in others)
+        raise SessionNameError(f"several live sessions are '{name}': add --sessions {folders}")
+    if others:
+        return others[0]
+    listed = command("ls", root=root)
+    raise NoSuchSessionError(f"no session '{name}' in {root}; list sessions with: {listed}")
 
 
 def all_sessions(root: Path) -> list[SessionFolder]:

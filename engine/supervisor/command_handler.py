@@ -46,6 +46,7 @@ PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals of schedulers that are about to end a job."""
 ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
 """`action` of a guard rail → the command it issues; `notify` issues none."""
+TAKEN_ID = "its id is that of an earlier, different command: give each command a new id"
 ROLLING_BACK = "the checkpoint of another roll back is being read; try again once it has ended"
 
 
@@ -112,6 +113,8 @@ class CommandHandler:
         args = config_file.as_mapping(command)
         new = commands.record(request.id, command.name(), args, who, rejected=problem is not None)
         if not new and not again:
+            if not commands.is_recorded_as(request.id, command.name(), args):
+                return CommandReply(id=request.id, status="rejected", reason=TAKEN_ID)
             return commands.reply(request.id)
         if problem is not None:
             commands.reject(request.id, problem)

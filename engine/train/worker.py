@@ -21,11 +21,14 @@ from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
 from engine.config.settings import SettingChange
 from engine.errors import (
+    MAX_MESSAGE,
     DamagedCheckpointError,
     LinkError,
     RlhfError,
     UserInputError,
     error_text,
+    shortened,
+    traceback_text,
 )
 from engine.examined import examined
 from engine.launch.environment import LAUNCH_VARIABLE
@@ -131,17 +134,19 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
         rank: this rank.
     """
     if isinstance(error, UserInputError):
-        return Failed(rank=rank, text=error_text(error), user_input=True)
+        return Failed(rank=rank, text=shortened(error_text(error), MAX_MESSAGE), user_input=True)
     # An RlhfError is raised deliberately and would recur after a restart, so none follows. Any
     # other exception may be due to the hardware.
     full = is_out_of_memory(error)
     final = isinstance(error, RlhfError) or full
     deliberate = isinstance(error, RlhfError)
-    text = error_text(error) if deliberate else f"{type(error).__name__}: {error_text(error)}"
+    text = shortened(error_text(error), MAX_MESSAGE)
+    if not deliberate:
+        text = f"{type(error).__name__}: {text}"
     if full:  # a restart with the same settings would run out again
         text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
     damaged = isinstance(error, DamagedCheckpointError)
-    trace = traceback.format_exc().encode("utf-8", "backslashreplace").decode()
+    trace = traceback_text(error)
     step, changes = 0, []
     if isinstance(error, StepOutOfMemoryError) and error.change is not None:
         step, changes = error.step, [error.change]

@@ -1,5 +1,6 @@
 """Journals that are missing, old, newer, archived or something else: read, migrated or refused."""
 
+import os
 import shutil
 import sqlite3
 from pathlib import Path
@@ -147,3 +148,17 @@ def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, wr
 
 def test_a_local_folder_is_not_taken_for_a_network_one(tmp_path):
     assert not on_network(tmp_path)
+
+
+def test_the_samples_up_to_a_checkpoint_are_on_disk_before_it_counts(writer, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recorded(fd):
+        synced.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    writer.steps(1)
+    assert synced == []
+    writer.journal.record_checkpoint(1, 1000, 0.5, 1.5)
+    assert synced == [f"{writer.session.samples_file}-wal"]

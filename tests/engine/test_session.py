@@ -367,6 +367,16 @@ def test_an_engine_that_begins_while_the_list_is_read_stays_in_it(
     held[0].release()
 
 
+def test_of_several_live_sessions_elsewhere_with_one_name_none_is_chosen(make_session, tmp_path):
+    config = make_session().config()
+    near, far = (session_folder.create(tmp_path / f"{n} runs", "same", config) for n in "ab")
+    with pytest.raises(SessionNameError) as caught:
+        session_folder.find(tmp_path / "here", "same", [near, far])
+    assert f"add --sessions '{tmp_path}/a runs' or '{tmp_path}/b runs'" in str(caught.value)
+    assert session_folder.find(near.folder.parent, "same", [near, far]) == near
+    assert session_folder.find(tmp_path / "here", "same", [far]) == far
+
+
 def test_a_user_without_a_home_has_no_live_sessions(monkeypatch):
     def unknown(_uid):
         raise KeyError

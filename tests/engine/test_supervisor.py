@@ -11,6 +11,7 @@ from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, last_checkpoint
 from engine.protocol import rank_messages
+from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Note, Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
 from engine.protocol.rank_messages import (
     Adjusted,
@@ -199,6 +200,20 @@ async def test_a_command_that_cannot_be_checked_is_rejected_with_the_reason(engi
     reply = engine.send(Rollback(step=2))
     assert reply.status == "rejected"
     assert "journal.db" in reply.reason
+
+
+async def test_an_id_sent_again_with_another_command_does_not_report_the_first_ones_outcome(engine):
+    def send(command):
+        return engine.supervisor.commands.handle(CommandRequest(id="nightly", command=command), "")
+
+    first = send(SetBeta(value=0.2))
+    engine.receive(Applied(id="nightly", step=4))
+    assert (first.status, send(SetBeta(value=0.2)).status) == ("accepted", "applied")
+    for other in (Stop(), SetBeta(value=0.3)):
+        reply = send(other)
+        assert reply.status == "rejected"
+        assert reply.reason.startswith("its id is that of an earlier, different command")
+    assert engine.state == "running"
 
 
 async def test_a_rejected_note_is_a_rejected_command_and_no_note(engine, writer):

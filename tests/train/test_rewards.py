@@ -16,7 +16,7 @@ from engine.config.sections.reward import SOURCE_KEYS, RewardConfig, RewardSourc
 from engine.errors import RewardError, UserInputError
 from engine.progress import report_nothing
 from engine.protocol import frames
-from engine.protocol.rank_messages import decode_from_rank
+from engine.protocol.rank_messages import Paused, decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls
@@ -58,6 +58,7 @@ def module(tmp_path, monkeypatch):
         "    def __str__(self): raise KeyError\n"
         "def rude(**kwargs): raise Rude\n"
         "def exits(**kwargs): raise SystemExit(3)\n"
+        "def wordy(**kwargs): raise ValueError('no' * 40_000_000)\n"
         "def needs(completions, label, **kwargs): return [0.0] * len(completions)\n"
         "def settings(completions, **kwargs):\n"
         "    import torch\n"
@@ -348,6 +349,7 @@ RAISING = {
     "rude": "Rude: (its message cannot be shown: KeyError)",
     "surrogate": r"ValueError: no \ud800 here",
     "exits": "SystemExit: 3 (called with 3 responses, first prompt: 'The film')",
+    "wordy": "ValueError: nonono",
 }
 
 
@@ -357,8 +359,9 @@ def test_what_a_function_raises_is_reported_with_step_and_response(module, call,
         call(function_reward(module, name))
     assert message in str(caught.value)
     assert "Traceback" in caught.value.trace
-    failed = failed_message(caught.value, None, 0)
-    assert decode_from_rank(frames.encode(failed)[frames.HEADER.size :]) == failed
+    paused = Paused(step=7, rule="r", reason=str(caught.value), traceback=caught.value.trace)
+    for sent in (paused, failed_message(caught.value, None, 0)):
+        assert decode_from_rank(frames.encode(sent)[frames.HEADER.size :]) == sent
 
 
 def test_the_error_of_a_function_for_texts_says_that_completions_are_messages(module, inputs):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from engine.errors import UserInputError
 from engine.metrics import METRICS
 from rlhf_tui.cli import cli
+from rlhf_tui.output_file import write_output
 from rlhf_tui.table_files import columns_of
 
 
@@ -96,3 +97,12 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(printed, tmp_path):
     printed("metrics", "frozen", "-o", tmp_path / "link.csv")
     assert (tmp_path / "link.csv").is_symlink()
     assert (tmp_path / "rows.csv").read_text().startswith("step,")
+
+
+def test_a_link_with_the_name_of_the_temporary_file_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious", encoding="utf-8")
+    (tmp_path / f".out.csv.{os.getpid()}").symlink_to(victim)
+    write_output(tmp_path / "out.csv", b"a,b\n")
+    assert victim.read_text(encoding="utf-8") == "precious"
+    assert (tmp_path / "out.csv").read_bytes() == b"a,b\n"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.errors import LinkError, RewardError, error_text, shortened
+from engine.errors import LinkError, RewardError, error_text, shortened, traceback_text
 from engine.progress import ReportProgress
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import (
@@ -74,7 +74,7 @@ class SourceCall:
             ) from error  # fmt: skip
         # sys.exit() in a reward function must not end the rank silently.
         except (Exception, SystemExit) as error:
-            raise RewardCallError(_describe(name, error, part), _traceback(error)) from error
+            raise RewardCallError(_describe(name, error, part), traceback_text(error)) from error
         self._scores |= zip(rows, scores, strict=True)
         # Includes scores from earlier calls in which other responses failed.
         return validate_scores(name, [self._scores[i] for i in range(count)], self._inputs)
@@ -104,11 +104,6 @@ def _exception_text(error: BaseException) -> str:
     """Type and message on one line."""
     message = shortened(" ".join(error_text(error).split()), SHOWN_MESSAGE)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def _traceback(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(error))
-    return text.encode("utf-8", "replace").decode()
 
 
 def _response_in_hand(error: BaseException, inputs: RewardInputs) -> int | None:

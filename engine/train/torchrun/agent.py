@@ -12,7 +12,6 @@ import os
 import secrets
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from engine.config.sections.launch import LaunchConfig
-from engine.errors import UserInputError
+from engine.errors import MAX_MESSAGE, UserInputError, error_text, shortened, traceback_text
 from engine.examined import examined
 from engine.launch.environment import (
     JOINED_VARIABLE,
@@ -66,8 +65,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Exception as error:
         # No rank is running, so the agent reports the failure in place of a rank.
-        text = f"torchrun cannot start the ranks: {type(error).__name__}: {error}"
-        Link(0).send(Failed(rank=0, text=text, traceback=traceback.format_exc()))
+        reason = shortened(error_text(error), MAX_MESSAGE)
+        text = f"torchrun cannot start the ranks: {type(error).__name__}: {reason}"
+        Link(0).send(Failed(rank=0, text=text, traceback=traceback_text(error)))
         raise
     if result.is_failed():
         # A killed rank is the cause; a rank that exits may only have lost its connection to it.
