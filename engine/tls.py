@@ -24,6 +24,8 @@ def tls_problem(error: ssl.SSLError) -> str:
         return f"its TLS certificate is refused: {_certificate_problem(error)}"
     if error.reason in NOT_TLS:
         return "no TLS is spoken on this port; if it is one of plain HTTP, its URL begins http://"
+    if isinstance(error, ssl.SSLEOFError):
+        return "the server ended the connection during TLS (does it expect http?)"
     return f"TLS failed ({error.reason or type(error).__name__})"
 
 

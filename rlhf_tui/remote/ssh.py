@@ -116,6 +116,8 @@ class RemoteSession:
         """Why the connection has ended; None while there is one."""
         self._updated: float | None = None
         """When the copy was last known to be up to date; None before the first copy."""
+        self._heard = 0.0
+        """The same by the monotonic clock, since the wall clock may be set."""
 
     def __enter__(self) -> "RemoteSession":
         """Waits for the first copy.
@@ -152,7 +154,7 @@ class RemoteSession:
             return ""
         if problem is not None:
             return f"not updated since {fmt.time_of_day(updated)}, connecting again: {problem}"
-        if time.time() - updated > SILENCE:
+        if time.monotonic() - self._heard > SILENCE:
             return f"{self._address.host} has sent nothing since {fmt.time_of_day(updated)}"
         return ""
 
@@ -216,6 +218,7 @@ class RemoteSession:
                     self._copy.take(message)
                     if isinstance(message, Done):
                         self._forward_socket()
+                        self._heard = time.monotonic()
                         self._updated, self._problem = time.time(), None
                         self._first.set()
                 code = source.wait()

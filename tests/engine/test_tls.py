@@ -1,5 +1,7 @@
 """What is said if the TLS of a service on the network fails."""
 
+import socket
+import threading
 from http.client import BadStatusLine, RemoteDisconnected
 from pathlib import Path
 
@@ -56,6 +58,22 @@ def test_a_certificate_of_another_host_name_is_refused(trust):
 
 def test_a_port_of_plain_http_speaks_no_tls():
     assert "its URL begins http://" in problem(None)
+
+
+def test_a_server_that_ends_the_connection_instead_of_answering_may_expect_http():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def read_and_close():
+            connection, _ = server.accept()
+            connection.recv(65536)
+            connection.close()
+
+        thread = threading.Thread(target=read_and_close)
+        thread.start()
+        port = server.getsockname()[1]
+        found = webhook.post(webhook.Post(f"https://127.0.0.1:{port}/", b"{}"))
+        thread.join()
+    assert found.endswith("during TLS (does it expect http?)")
 
 
 def test_a_port_of_tls_that_is_sent_plain_http_may_expect_https():

@@ -306,6 +306,19 @@ def test_a_copy_that_cannot_be_written_any_more_says_so_until_it_can(
     engine.lock.release()
 
 
+def test_silence_of_the_other_machine_is_reported_but_not_a_clock_that_is_set(
+    session_maker, tmp_path, ssh, monkeypatch
+):
+    session_maker(tmp_path / "there", "run", 5)
+    arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
+    with RemoteSession(Address("box", name="run"), arguments) as remote:
+        clock = time.time
+        monkeypatch.setattr(time, "time", lambda: clock() + 3600)
+        assert not remote.stale
+        monkeypatch.setattr(remote_ssh, "SILENCE", -1.0)
+        assert "box has sent nothing since" in remote.stale
+
+
 async def test_the_app_says_that_the_copy_is_stale(make_app, running, until):
     origin = SimpleNamespace(address="ssh://box/frozen", stale="")
     app = make_app(origin=origin)
