@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from engine.api.session_reader import SessionReader
-from engine.config.type_errors import expected
+from engine.config.type_errors import expected, shown
 from engine.errors import CommandRejectedError, SessionError, UserInputError
 from engine.examined import examined
 from engine.journal.last_reply import last_reply
@@ -258,7 +258,9 @@ def _check_types(command: AnyCommand) -> None:
     except msgspec.ValidationError as error:
         text, _, at = str(error).partition(" - at `$.")
         wanted = expected(text)
-        problem = f"{at.rstrip('`')} must be {wanted}" if wanted else text
+        field = at.rstrip("`")
+        given = shown(getattr(command, field, None))
+        problem = f"{field} must be {wanted}, not {given}" if wanted else text
         raise UserInputError(f"{command.name()}: {problem}") from error
     except (TypeError, ValueError, OverflowError) as error:  # numpy's numbers; a broken text
         raise UserInputError(f"{command.name()}: {error}") from error

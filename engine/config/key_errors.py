@@ -11,7 +11,7 @@ from engine.config.names_elsewhere import KEYS_HERE, SECTIONS
 from engine.config.schema import RunConfig
 from engine.config.type_errors import expected, shown
 
-EMPTY = ", got null"
+EMPTY = ", got `null`"
 """Suffix of msgspec's message for a key without a value."""
 
 
@@ -64,9 +64,9 @@ def explain(message: str, tree: dict[str, Any]) -> str:
     choices = _choices(path)
     if choices and ("enum" in text or not wanted):
         wanted = "one of " + ", ".join(choices)
-    if wanted.endswith(EMPTY):  # `key:` in YAML, `key=` on the command line
-        return f"{path} must be {wanted.removesuffix(EMPTY)} (it is empty)"
-    return f"{path} must be {wanted} (it is {shown(value)})"
+    if text.endswith(EMPTY):  # `key:` in YAML, `key=` on the command line
+        return f"{path} is empty; it must be {wanted}"
+    return f"{path} must be {wanted}, not {shown(value)}"
 
 
 def _parts(path: str) -> list[str]:

@@ -35,8 +35,7 @@ def parse_settings(items: Iterable[str]) -> RewardTrainingConfig:
         return msgspec.convert(values, examined(RewardTrainingConfig), strict=True)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
-        message = message.partition(", got")[0]
         key = re.sub(r"\W.*", "", path)
         raise ConfigError(
-            f"--set: {key} must be {expected(message)} (it is {shown(values.get(key))})"
+            f"--set: {key} must be {expected(message)}, not {shown(values.get(key))}"
         ) from None

@@ -162,13 +162,13 @@ def _check_value(name: str, value: Any) -> Any:
     section, key = LIVE_SETTINGS[setting_name(name)].split(".")
     kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
     if isinstance(value, float) and not math.isfinite(value):
-        raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
+        raise CommandRejectedError(f"{name} must be a finite number, not {value}")
     try:
         return msgspec.convert(value, examined(kind), strict=True)
     except msgspec.ValidationError as error:
-        wanted = expected(str(error).partition(", got")[0])
+        wanted = expected(str(error))
         wanted = wanted or "one of " + ", ".join(map(str, get_args(kind)))
-        raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
+        raise CommandRejectedError(f"{name} must be {wanted}, not {shown(value)}") from None
 
 
 def _section(name: str) -> type[Struct]:

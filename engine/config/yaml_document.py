@@ -190,7 +190,7 @@ def _check_key(key: Hashable, path: str) -> str:
 
 def _check_scalar(value: Any, path: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{path} must be a finite number (it is {value})")
+        raise ConfigError(f"{path} must be a finite number, not {value}")
     if isinstance(value, bytes | datetime.date | datetime.time):
         raise ConfigError(f"{path} must not be {type(value).__name__}; write text in quotes")
     if isinstance(value, str):

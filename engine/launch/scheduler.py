@@ -177,7 +177,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if text is None and default is not None:
         return default
     if text is None or not text.isdigit():
-        raise UserInputError(f"{name} must be a number here (it is {text})")
+        raise UserInputError(f"{name} must be a number here, not {text}")
     return int(text)
 
 
@@ -187,7 +187,7 @@ def _port(environment: Mapping[str, str], name: str) -> int | None:
         return None
     port = _number(environment, name)
     if not 0 < port < 65536:
-        raise UserInputError(f"{name} must be a port (it is {port})")
+        raise UserInputError(f"{name} must be a port (1 to 65535), not {port}")
     return port
 
 

@@ -36,7 +36,7 @@ def test_the_code_of_the_page_does_what_the_page_says(own_sessions, capsys):
     scores = [s.score for s in names["best"]]
     assert scores == sorted(scores, reverse=True)
     assert names["saved"][0] == 2
-    assert "epochs must be a whole number >= 1 (it is -1)" in capsys.readouterr().out
+    assert "epochs must be a whole number of at least 1, not -1" in capsys.readouterr().out
     assert names["state"] == run.state == "stopped"
     assert {c.command: c.status for c in run.commands()} == {
         "pause": "applied", "beta": "applied", "set": "rejected", "undo": "applied",

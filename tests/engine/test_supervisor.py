@@ -277,9 +277,9 @@ async def test_values_that_an_earlier_version_accepted_are_not_repeated(engine, 
     with JournalReader(writer.session) as reader:
         alerts = [e.payload.text for e in reader.events() if e.kind == "alert"]
     assert alerts == [
-        "a change of step 2 is not repeated: epochs must be a whole number <= 1000 (it is 1"
-        + "0" * 19 + ")"
-    ]  # fmt: skip
+        "a change of step 2 is not repeated: epochs must be a whole number of at most 1000, not 1"
+        + "0" * 19
+    ]
 
 
 def damaged(step):

@@ -114,14 +114,14 @@ def check_rule(rule: Rule) -> None:
         raise ConfigError(f"{where} needs one of {', '.join(RULE_CONDITIONS)}")
     if rule.lasts > rule.window + 1:
         raise ConfigError(
-            f"{where}.lasts must be at most its window + 1, which is {rule.window + 1} "
-            f"(it is {rule.lasts})"
+            f"{where}.lasts must be at most its window + 1, which is {rule.window + 1}, "
+            f"not {rule.lasts}"
         )
     if rule.predicted_above is not None and rule.window < LEAST_IN_LINE:
         raise ConfigError(
-            f"{where}.window must be at least {LEAST_IN_LINE} with predicted_above "
-            f"(it is {rule.window})"
+            f"{where}.window must be at least {LEAST_IN_LINE} with predicted_above, "
+            f"not {rule.window}"
         )
     if rule.of is not None and rule.of not in relative_to():
         known = ", ".join(relative_to())
-        raise ConfigError(f"{where}.of must be one of {known} (it is '{rule.of}')")
+        raise ConfigError(f"{where}.of must be one of {known}, not '{rule.of}'")
