@@ -23,6 +23,7 @@ from engine.train.checkpoints.saver import Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models import lora
+from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
 from engine.train.models.pretrained import load_lm, load_policy, load_reference
 from engine.train.step import train_step
@@ -86,8 +87,10 @@ def logits(model):
 
 @pytest.fixture(scope="module")
 def plain(half_policy):
-    """The base model, without adapters."""
-    return LanguageModel(load_lm(str(half_policy), "model.policy", SINGLE_RANK))
+    """The base model, without adapters, with the products that a run's models use."""
+    model = LanguageModel(load_lm(str(half_policy), "model.policy", SINGLE_RANK))
+    use_cpu_layers(model, SINGLE_RANK)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +201,7 @@ def test_peft_and_transformers_load_a_checkpoints_adapters(trained, loader):
     lm = loader.from_pretrained(folder, dtype=torch.float32).eval()
     model = lm.get_base_model() if loader is AutoPeftModelForCausalLM else lm
     assert lora.adapted_layers(model)
-    assert (logits(LanguageModel(model)) - logits(run.policy)).abs().max() < 1e-5
+    assert (logits(LanguageModel(model)) - logits(run.policy)).abs().max() < 5e-5
     assert AutoTokenizer.from_pretrained(folder)("The film").input_ids
 
 
