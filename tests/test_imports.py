@@ -58,7 +58,7 @@ FLOORS = [
     ("engine.train.policy_average",),
     ("engine.train.run",),
     (
-        "engine.train.checkpointing",
+        "engine.train.checkpoints.manager",
         "engine.train.dynamic_sampling",
         "engine.train.evaluation",
         "engine.train.greedy_baseline",
