@@ -59,7 +59,7 @@ FLOORS = [
     ("engine.train.run",),
     ("engine.train.experience",),
     (
-        "engine.train.checkpointing",
+        "engine.train.checkpoints.manager",
         "engine.train.evaluation",
         "engine.train.live_settings",
         "engine.train.reports",

@@ -2,9 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
-import time
-from collections.abc import Callable
 
 import msgspec
 
@@ -12,7 +9,8 @@ from engine.config.sections.launch import LaunchConfig
 from engine.launch.start import StartOptions
 from engine.protocol import frames
 from engine.protocol.frames import Message
-from engine.protocol.rank_messages import Ended, Failed, Phase
+from engine.protocol.rank_messages import Ended, Failed
+from engine.supervisor.processes.exit_status import describe_exit
 
 DRAIN_TIMEOUT = 10.0
 """Seconds to read the last messages of ranks whose processes have ended."""
@@ -100,66 +98,3 @@ class Attempt:
         rank = self.lost[0] if self.lost else 0
         text = f"rank {rank} {describe_exit(status)}; see {logs}"
         return Failed(rank=rank, text=text)
-
-
-class StepTimer:
-    """Estimates how long a step takes and when the current one is done."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Starts the clock of a step; `clock` returns seconds."""
-        self._clock = clock
-        self.step_seconds: float | None = None
-        """Moving average over the latest steps; None before the first step is done."""
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts the clock of a step."""
-        self._began = self._clock()
-        self._optimise_began: float | None = None
-        self._optimise_ends: float | None = None
-
-    def finish_step(self, measured: float | None = None) -> None:
-        """Adds a finished step to the average and starts the clock of the next one.
-
-        Args:
-            measured: seconds to use in place of the clock's, such as after a pause.
-        """
-        taken = self._clock() - self._began if measured is None else measured
-        self.restart()
-        before = self.step_seconds
-        self.step_seconds = taken if before is None else 0.7 * before + 0.3 * taken
-
-    def phase(self, phase: Phase) -> None:
-        """Takes the progress of rank 0 into account.
-
-        Uses only `optimise`, the last phase, in which each response takes about the same time. Its
-        length depends on `ppo.epochs`, which may have changed since the averaged steps.
-        """
-        if phase.rank != 0 or phase.name != "optimise":
-            return
-        now = self._clock()
-        if self._optimise_began is None or not phase.done:
-            self._optimise_began = now
-        elif phase.total:
-            left = (now - self._optimise_began) * (phase.total / phase.done - 1)
-            self._optimise_ends = now + left
-
-    def remaining(self) -> float | None:
-        """Estimated seconds until the current step is done; None if nothing is known yet."""
-        ends = self._optimise_ends
-        if ends is None and self.step_seconds is not None:
-            ends = self._began + self.step_seconds
-        return None if ends is None else max(0.0, ends - self._clock())
-
-
-def describe_exit(status: int) -> str:
-    """An exit status in words; torchrun's agent passes signal N on as 128 + N."""
-    status = 128 - status if status > 128 else status
-    if status < 0:
-        try:
-            name = signal.Signals(-status).name
-        except ValueError:
-            name = f"signal {-status}"
-        hint = " (the kernel does this when memory runs out)" if status == -signal.SIGKILL else ""
-        return f"was ended by {name}{hint}"
-    return f"ended with status {status}"

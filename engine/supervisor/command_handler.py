@@ -35,8 +35,8 @@ from engine.session.checkpoints import checkpoint_path, find_damage
 from engine.session.folder import SessionFolder
 from engine.session.states import ENDED_STATES
 from engine.supervisor.pending_commands import PendingCommands
+from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.publisher import EventPublisher
-from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.state import Parts, SupervisorState
 from engine.supervisor.threads import in_daemon_thread
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from engine.launch.start import StartOptions
 from engine.protocol.rank_messages import Phase
-from engine.supervisor.attempt import Attempt, StepTimer
+from engine.supervisor.attempt import Attempt
+from engine.supervisor.step_timer import StepTimer
 
 Parts = list[Callable[[], "Parts"]]
 """The remaining parts of handling a message, in order. A part can be repeated until it succeeds; it

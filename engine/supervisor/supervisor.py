@@ -2,34 +2,25 @@
 
 It starts and monitors the ranks, and is the only writer of the journal. Commands are handled by
 :mod:`engine.supervisor.command_handler`, messages of ranks by
-:mod:`engine.supervisor.rank_handler`; :mod:`engine.supervisor.serve` runs it.
+:mod:`engine.supervisor.rank_handler`, their end by :mod:`engine.supervisor.conclusion`;
+:mod:`engine.supervisor.serve` runs it.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import sqlite3
 import time
 from pathlib import Path
 
-import msgspec
-
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
-from engine.errors import JournalError, SessionError
+from engine.errors import JournalError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter, is_busy
 from engine.launch.secret import needs_secret, secret_of_run
-from engine.launch.start import (
-    StartOptions,
-    adopted_checkpoint,
-    checkpoint_steps,
-    earlier_checkpoint,
-    last_checkpoint,
-    timeline_checkpoints,
-)
+from engine.launch.start import StartOptions, adopted_checkpoint
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import Notifier, missing_variables
@@ -37,12 +28,14 @@ from engine.monitoring.recorded_steps import rebuild
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol.client_messages import JournalAdvanced, Status
 from engine.protocol.commands import SetSetting
-from engine.protocol.rank_messages import RESTART_REASONS, WAIT_FOR, Failed, Phase
+from engine.protocol.rank_messages import WAIT_FOR, Failed, Phase
 from engine.session.folder import SessionFolder
-from engine.session.states import State
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.command_handler import CommandHandler
+from engine.supervisor.conclusion import Conclusion
 from engine.supervisor.pending_commands import PendingCommands
+from engine.supervisor.processes.rank_processes import RankProcesses
+from engine.supervisor.processes.rollout_engines import RolloutEngines
 from engine.supervisor.publisher import EventPublisher, Observer
 from engine.supervisor.rank_handler import (
     RETRY_INTERVAL,
@@ -50,8 +43,6 @@ from engine.supervisor.rank_handler import (
     UNLOCKED,
     RankMessageHandler,
 )
-from engine.supervisor.rank_processes import RankProcesses
-from engine.supervisor.rollout_engines import RolloutEngines
 from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
@@ -60,7 +51,7 @@ log = logging.getLogger("engine")
 
 
 class Supervisor:
-    """Starts the ranks, waits for their end, and decides whether to restart them.
+    """Starts the ranks and waits for their end, in one attempt after another.
 
     Also tells clients the session's status. The public attributes are its parts and the state that
     they share.
@@ -88,7 +79,6 @@ class Supervisor:
         self._session = session
         self._config = config
         self._journal = journal
-        self._restarts = 0
         settings = config_file.as_mapping(settings_of(config))
         self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
         self.server = Server()
@@ -127,6 +117,15 @@ class Supervisor:
             guardrails=Guardrails(config.guardrails, judges_of(config)),
             on_alert=self.commands.on_alert,
             on_error=self.abort,
+        )
+        self.conclusion = Conclusion(
+            self.state,
+            session,
+            config,
+            journal=journal,
+            publisher=self.publisher,
+            pending=self.pending,
+            adjust=self.rank_messages.adjust,
         )
 
     def status(self) -> Status:
@@ -186,7 +185,7 @@ class Supervisor:
         self._record_start_settings(start)
         self.publisher.set_state("starting")
         if state.stop_now:  # no rank has to start; a roll back that was applied holds
-            return self.conclude(0)
+            return self.conclusion.conclude(0)
         self.watchdog.ranks_starting()
         self.rank_messages.guardrails = await self._guardrails(start.from_step)
         self._announce_machines(start.from_step)
@@ -199,7 +198,7 @@ class Supervisor:
         await self._journal_unlocked()
         if state.next is not None:  # rolled back
             return 0
-        return self.conclude(status)
+        return self.conclusion.conclude(status)
 
     async def _journal_unlocked(self) -> None:
         """Waits while another program keeps the journal locked.
@@ -282,142 +281,6 @@ class Supervisor:
             args = {"key": change.key, "value": change.new}
             commands.record(command_id, SetSetting.name(), args, start.who)
             commands.apply(command_id, start.from_step + 1, [change])
-
-    def conclude(self, status: int) -> int:
-        """Sets the session's state after the ranks' end; returns the exit code of this attempt.
-
-        Raises:
-            SessionError: the journal cannot be written; says how the attempt ended.
-        """
-        try:
-            return self._conclude(status)
-        except sqlite3.Error as error:
-            raise SessionError(self._unrecorded_end(status, error)) from error
-
-    def _conclude(self, status: int) -> int:
-        state, attempt = self.state, self.state.attempt
-        if attempt.ended is not None:
-            return self._end_regularly(attempt.ended.reason)
-        if state.stop_now and not attempt.failed_by_itself:
-            return self._set_stopped("stopped at once, nothing was saved")
-        failure = self._cause(status)
-        if failure.damaged:
-            earlier = earlier_checkpoint(self._session, attempt.start)
-            if earlier is not None and not state.stop_now:
-                text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
-                log.info(text)
-                self.publisher.notice("checkpoint", text, earlier.from_step)
-                state.next = earlier
-                return 1
-            text = f"{failure.text}; {self._advice(attempt.start.from_step)}"
-            failure = msgspec.structs.replace(failure, text=text)
-        data = {
-            "text": failure.text,
-            "traceback": failure.traceback,
-            "user_input": failure.user_input,
-        }
-        self._journal.record_event("error", data)
-        final = failure.final or failure.user_input or state.stop_now
-        if failure.changes and not state.stop_now:
-            self._restart_with_changes(failure)
-        elif not final and self._restarts < self._config.launch.max_restarts:
-            self._restart(failure)
-        else:
-            code = 2 if failure.user_input and not state.began else 1
-            return self._set_end("failed", failure.text, code)
-        return 1
-
-    def _end_regularly(self, reason: str) -> int:
-        """Sets the state after the ranks reported their end, or restarts them."""
-        restart = reason in RESTART_REASONS
-        if restart and not self.state.stopping:
-            step = self._start_from_last_checkpoint()
-            self.publisher.notice("machines", RESTART_REASONS[reason].format(step), step)
-            return 0
-        text, early = self._end_text(reason), reason in ("deadline", "preempted")
-        if early or restart or reason == "stopped":
-            return self._set_stopped(text, early=early)
-        return self._set_end("finished", text, 0)
-
-    def _set_stopped(self, text: str, *, early: bool = False) -> int:
-        """Sets the final state `stopped`; `early`: the run was ended as by a scheduler."""
-        preempted = early or self.state.preempted
-        code = self._config.launch.preempted_exit if preempted else 0
-        return self._set_end("stopped", text, code)
-
-    def _set_end(self, end: State, text: str, code: int) -> int:
-        """Sets the session's final state, and its exit code, which other machines read."""
-        with contextlib.suppress(sqlite3.Error):  # of a full disk; the state matters more
-            self._journal.set_meta(exit_code=code)
-        self.publisher.set_state(end, text)
-        return code
-
-    def _start_from_last_checkpoint(self) -> int:
-        """Schedules another attempt; returns the step that it starts from."""
-        step = last_checkpoint(self._session)
-        self.state.next = StartOptions(from_step=step)
-        return step
-
-    def _restart(self, failure: Failed) -> None:
-        """Restarts the ranks after a failure that may not recur."""
-        self._restarts += 1
-        if self.state.attempt.ready:
-            self.pending.attempt_failed()
-        step = self._start_from_last_checkpoint()
-        number = f"restart {self._restarts} of {self._config.launch.max_restarts}"
-        # The notice tells the operator; an error in the log would show it twice in the foreground.
-        log.info("%s; %s", failure.text, number)
-        text = f"{failure.text}: {number} from step {step}"
-        self.publisher.notice("restart", text, self._journal.step)
-
-    def _restart_with_changes(self, failure: Failed) -> None:
-        """Restarts the ranks with other settings from the failed step on.
-
-        This does not count towards `launch.max_restarts`, because it is not the same start. The
-        steps since the checkpoint are repeated with the settings that they had.
-        """
-        step = self._start_from_last_checkpoint()
-        words = ", ".join(f"{c.key} {c.new} instead of {c.old}" for c in failure.changes)
-        text = f"{failure.text}: restart from step {step}, from step {failure.step} with {words}"
-        log.info(text)
-        self.rank_messages.adjust(failure.step, failure.changes, "memory", text)
-
-    def _cause(self, status: int) -> Failed:
-        logs = self._session.recorded_command("logs")
-        return self.state.attempt.cause(status, self._config.launch, logs)
-
-    def _unrecorded_end(self, status: int, error: sqlite3.Error) -> str:
-        """How the attempt ended and what is saved, for when the journal cannot be written."""
-        step = self._journal.step
-        known = self._journal.timeline()
-        saved = max((s for s in checkpoint_steps(self._session) if s in known), default=0)
-        if self.state.attempt.ended is not None:
-            text = f"training has ended after step {step}"
-        else:
-            text = self._cause(status).text
-        kept = f"the checkpoint of step {saved} is complete" if saved else "there is no checkpoint"
-        return (
-            f"{text}, which cannot be recorded in {self._session.folder} ({error}); the steps up "
-            f"to {step} are recorded and {kept}; solve this, then: "
-            f"{self._session.recorded_command('resume')}"
-        )
-
-    def _advice(self, damaged: int) -> str:
-        others = [str(step) for step in timeline_checkpoints(self._session) if step != damaged]
-        if not others:
-            return "there is no other one to resume from"
-        return f"resume from another one ({', '.join(others)}) with --from STEP"
-
-    def _end_text(self, reason: str) -> str:
-        aim = self._config.train.stop_at
-        if reason == "stop_at" and aim is not None:
-            bounds = f"> {aim.above:g}" if aim.above is not None else f"< {aim.below:g}"
-            return f"train.stop_at is reached: {aim.metric} {bounds}"
-        if reason == "deadline":
-            return "saved before the deadline (train.save_before_deadline)"
-        if reason == "preempted":
-            return "saved, because a scheduler ends a machine of the run"
-        return "train.max_hours is used up" if reason == "max_hours" else ""
 
     def on_silence(self, rank: int, seconds: float) -> None:
         """Ends the attempt because a rank counts as hung.

@@ -13,7 +13,7 @@ from engine.monitoring.telemetry import Sampler
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import FromRank, Phase, RankTimes, Ready
 from engine.session.folder import SessionFolder
-from engine.supervisor.rank_processes import RankProcesses
+from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.server import Server
 
 log = logging.getLogger("engine")

@@ -42,7 +42,7 @@ from engine.protocol.rank_messages import (
     Unpaused,
 )
 from engine.session.folder import SessionFolder
-from engine.train.checkpointing import CheckpointManager
+from engine.train.checkpoints.manager import CheckpointManager
 from engine.train.link import Link
 from engine.train.live_settings import LiveSettings
 from engine.train.models.language_model import fingerprint

@@ -12,7 +12,7 @@ import msgspec
 
 from engine.errors import NoSuchSessionError, RlhfError, SessionError, UserInputError
 from engine.journal.json_values import Json
-from engine.journal.preference_pairs import preference_pairs
+from engine.journal.judgements.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
 from engine.launch.start import check_average, checkpoint_steps

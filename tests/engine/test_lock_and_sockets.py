@@ -15,7 +15,7 @@ from engine.protocol import sockets
 from engine.session import lock
 from engine.session.access import open_to_umask
 from engine.session.folder import SessionFolder
-from engine.supervisor.rank_processes import RankProcesses
+from engine.supervisor.processes.rank_processes import RankProcesses
 
 HOLD = """
 import sys

@@ -35,7 +35,7 @@ from engine.monitoring.notify import (
     missing_variables,
     open_channels,
 )
-from engine.supervisor import rank_processes
+from engine.supervisor.processes import rank_processes
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.serve import supervise
 from engine.supervisor.server import Server

@@ -34,7 +34,7 @@ from engine.protocol.rollout.join_messages import Joined, rollout_secret
 from engine.protocol.rollout.messages import EngineFailed, Start, decode_from_engine
 from engine.session.folder import create
 from engine.supervisor.attempt import Attempt
-from engine.supervisor.rollout_engines import RolloutEngines
+from engine.supervisor.processes.rollout_engines import RolloutEngines
 from engine.supervisor.state import SupervisorState
 
 DEADLINE = 30.0

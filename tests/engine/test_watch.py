@@ -14,10 +14,10 @@ from engine.config import file as config_file
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
 from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
-from engine.supervisor import rank_processes
-from engine.supervisor.attempt import StepTimer
-from engine.supervisor.rank_processes import RankProcesses
+from engine.supervisor.processes import rank_processes
+from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.server import Server
+from engine.supervisor.step_timer import StepTimer
 from engine.supervisor.supervisor import Supervisor
 from engine.supervisor.watchdog import CHECK_INTERVAL, Watchdog
 from tests.engine.supervised import until
@@ -127,7 +127,7 @@ def concluded(writer, failure, *, at_once=False):
         supervisor.publisher.set_state("starting")
         state = supervisor.state
         state.next, state.attempt.failure, state.stop_now = None, failure, at_once
-        return supervisor.conclude(1), supervisor
+        return supervisor.conclusion.conclude(1), supervisor
 
     return asyncio.run(conclude())
 
@@ -158,7 +158,7 @@ async def test_a_rank_that_is_silent_after_the_failure_of_another_is_not_the_cau
         attempt.record_failure(Failed(rank=1, text="rank 1: a fault"))
     attempt.rank_disconnected(1)
     engine.supervisor.on_silence(0, 9.0)
-    engine.supervisor.conclude(-9)
+    engine.supervisor.conclusion.conclude(-9)
     with JournalReader(writer.session) as reader:
         (error,) = [e for e in reader.events() if e.kind == "error"]
     assert error.payload.text.startswith("rank 1: a fault" if reported else "rank 1 has ended")

@@ -25,8 +25,8 @@ from engine.protocol.rank_messages import (
 )
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints, saved_settings
 from engine.train.boundary import Boundary
-from engine.train.checkpointing import settings_digest
 from engine.train.checkpoints import folder as checkpoint_folder
+from engine.train.checkpoints.manager import settings_digest
 from engine.train.rewards.source import RewardCallError
 from engine.train.worker import prepare
 from tests.train.supervisor_end import DEADLINE

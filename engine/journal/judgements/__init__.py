@@ -1,1 +1,1 @@
-"""Uses of the judgements: their agreement with scores, and data to train on."""
+"""Uses of the judgements: their agreement with scores, pairs to export, and data to train on."""

@@ -22,7 +22,7 @@ from engine.launch.store_server import listen_at
 from engine.protocol.rollout.join_messages import rollout_secret
 from engine.session.folder import SessionFolder
 from engine.session.temporary_folders import TemporaryFolder
-from engine.supervisor.rollout_process import Program, RolloutProcess
+from engine.supervisor.processes.rollout_process import Program, RolloutProcess
 from engine.supervisor.state import SupervisorState
 
 

@@ -19,7 +19,7 @@ from engine.config.schema import RunConfig
 from engine.protocol import sockets
 from engine.session import access
 from engine.session.folder import SessionFolder
-from engine.supervisor.attempt import describe_exit
+from engine.supervisor.processes.exit_status import describe_exit
 from engine.supervisor.state import SupervisorState
 
 log = logging.getLogger("engine")

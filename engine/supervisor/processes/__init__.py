@@ -1,0 +1,1 @@
+"""The processes that a supervisor starts and ends: ranks and rollout engines."""
