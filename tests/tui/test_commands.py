@@ -137,6 +137,16 @@ def test_an_option_between_the_name_and_the_verb_is_told_where_it_stands():
     assert "give --wait before NAME or after the verb" in result.output
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_the_help_of_a_verb_needs_no_name_and_that_of_all_verbs_may_have_one(option):
+    of_verb = CliRunner().invoke(cli, ["ctl", "beta", option])
+    assert of_verb.exit_code == 0
+    assert "Usage: cli ctl NAME beta" in of_verb.output
+    of_all = CliRunner().invoke(cli, ["ctl", "frozen", option])
+    assert of_all.exit_code == 0
+    assert of_all.output == CliRunner().invoke(cli, ["ctl", option]).output
+
+
 @pytest.mark.parametrize("verb", ctl.commands)
 def test_every_option_of_a_verb_has_a_line_of_help(verb):
     params = ctl.commands[verb].params
