@@ -6,6 +6,7 @@ Settings change between two steps only. Each change is recorded as a :class:`Set
 old and the new value.
 """
 
+import difflib
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,6 +14,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from engine.config.names_elsewhere import KEYS_HERE
 from engine.config.type_errors import expected, shown
 from engine.errors import CommandRejectedError
 from engine.examined import examined
@@ -183,11 +185,16 @@ def setting_name(key: str) -> str:
     """The name of a setting, given that name or its configuration key (`beta` or `kl.beta`).
 
     Raises:
-        CommandRejectedError: there is no such setting; the message lists all of them.
+        CommandRejectedError: there is no such setting; the message names a similar one, or all.
     """
-    for name, path in LIVE_SETTINGS.items():
-        if key in (name, path):
-            return name
+    names = {path: name for name, path in LIVE_SETTINGS.items()} | {n: n for n in LIVE_SETTINGS}
+    if key in names:
+        return names[key]
+    here = KEYS_HERE.get(key)
+    if near := [here] if here in names else difflib.get_close_matches(key, names, 1, 0.75):
+        raise CommandRejectedError(
+            f"'{key}' cannot be set during a run; did you mean '{names[near[0]]}'?"
+        )
     raise CommandRejectedError(
         f"'{key}' cannot be set during a run; these can: {', '.join(LIVE_SETTINGS)}"
     )

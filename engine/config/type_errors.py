@@ -26,7 +26,7 @@ SHOWN_LENGTH = 60
 
 
 def expected(message: str) -> str:
-    """The requirement in the message of a ``msgspec.ValidationError``: "a whole number of at least 1".
+    """The requirement in a ``msgspec.ValidationError``: "a whole number of at least 1".
 
     Args:
         message: without the path that msgspec adds. What it says it got is left out, because
@@ -42,6 +42,7 @@ def expected(message: str) -> str:
     for sign, meaning in _BOUNDS.items():
         words = words.replace(f" {sign} ", f" {meaning} ")
     words = words.replace(" of length of ", " of a length of ")
+    words = re.sub(r"\b(\d+)\.0\b", r"\1", words)
     return re.sub(r"\b[a-z]+\b", lambda match: _NAMES.get(match[0], match[0]), words)
 
 

@@ -33,6 +33,7 @@ from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Row
 
 NUDGE = 1.1
+CONTROLLERS = ("fixed", "adaptive")
 BINDINGS: list[BindingType] = [
     Binding("p", "steer('pause')", "pause"),
     Binding("p", "steer('unpause')", "unpause"),
@@ -110,26 +111,43 @@ class Steering:
             "adaptive → fixed" if adaptive else "fixed → adaptive",
         )
 
+    def _set_controller(self, target: SteeringTarget, value: str) -> None:
+        """Switches the controller unless the typed value is the current one, or none at all."""
+        if value not in ("", *CONTROLLERS):
+            self._say(f"controller must be {' or '.join(CONTROLLERS)}, not '{value}'", "warning")
+        elif value == target.settings.get("controller"):
+            self._say(f"the controller is {value} already")
+        else:
+            self._toggle_adaptive(target)
+
     # -- keys with a dialog --------------------------------------------------------------------
 
     def _choose_setting(self, target: SteeringTarget) -> None:
         """Asks for a setting, then for its value."""
-        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - keeps start-up short
+        # Imported here to keep start-up short.
+        from engine.config.names_elsewhere import KEYS_HERE  # noqa: PLC0415
+        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415
+        from rlhf_tui.widgets.panels.steering import OTHER_SETTINGS  # noqa: PLC0415
 
-        options = [
-            Option(key, f"{key:<15}", value_text(target.settings.get(key)), path)
-            for key, path in LIVE_SETTINGS.items()
-        ]
+        short = dict(OTHER_SETTINGS)
+        options = []
+        for key, path in LIVE_SETTINGS.items():
+            words = [short.get(key, ""), *(name for name, k in KEYS_HERE.items() if k == path)]
+            value = value_text(target.settings.get(key))
+            options.append(Option(key, f"{key:<15}", value, path, " ".join(words)))
 
-        def take(key: str | None) -> None:
+        def take(chosen: str | None) -> None:
+            key, _, value = (chosen or "").partition("=")
             if key == "controller":
-                self._toggle_adaptive(target)
+                self._set_controller(target, value)
             elif key:
-                self._ask_value(target, key)
+                self._ask_value(target, key, value)
 
-        self._app.push_screen(PickerDialog(f"Change a setting of {target.name}", options), take)
+        title = f"Change a setting of {target.name}"
+        self._app.push_screen(PickerDialog(title, options, assigns=True), take)
 
-    def _ask_value(self, target: SteeringTarget, key: str) -> None:
+    def _ask_value(self, target: SteeringTarget, key: str, typed: str = "") -> None:
+        """Asks for the value of a setting; the field begins with `typed`, or the current value."""
         settings = settings_in_force(target.settings)
         if settings is None:
             self._say(f"{target.name}: settings unknown", "warning")
@@ -161,7 +179,7 @@ class Steering:
                 [("The adaptive controller changes it from there; a makes it fixed.", "dim")]
             )
         title = f"Set {key} of {target.name}"
-        dialog = InputDialog(title, hint, value_text(old), check, verb="set")
+        dialog = InputDialog(title, hint, typed or value_text(old), check, verb="set")
         self._app.push_screen(dialog, send)
 
     def _ask_stop(self, target: SteeringTarget) -> None:

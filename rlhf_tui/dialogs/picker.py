@@ -1,7 +1,8 @@
 """A dialog with a list, to select one option or several."""
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -21,6 +22,10 @@ FRAME = 8
 """Rows of the terminal that a picker does not use for its list."""
 WITH = " + "
 """Separates the keys of a group."""
+SIMILAR = 0.6
+"""Similarity, from 0 to 1, from which a name is shown if nothing fits what is typed."""
+MOST_SIMILAR = 5
+"""Names that are then shown at most."""
 
 
 class Option(Struct, frozen=True):
@@ -30,12 +35,15 @@ class Option(Struct, frozen=True):
     label: str
     value: str = ""
     detail: str = ""
+    words: str = ""
+    """Other names, by which it is found; not shown."""
 
 
 class PickerDialog(Dialog[str]):
     """A list that typing filters, by words or a regular expression.
 
-    Enter selects the line, or with `marked` all marked lines.
+    If nothing fits, the list shows similar names. Enter selects the line, or with `marked` all
+    marked lines.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -55,17 +63,22 @@ class PickerDialog(Dialog[str]):
         marked: list[list[str]] | None = None,
         *,
         joins: bool = True,
+        assigns: bool = False,
     ) -> None:
         """With `marked`, several options can be selected, alone or in groups.
 
         The result is then a line for each group, its keys joined by :data:`WITH`. Without `joins`
         there are no groups, and none need be selected: the result is then empty.
+
+        With `assigns`, a value may be typed after the name, as `name=value`. The result then has
+        the same form.
         """
         super().__init__(title)
         self.options = options
         self.several = marked is not None
         self.marked = [list(group) for group in marked or []]
         self.joins = joins
+        self.assigns = assigns
         self._had_marks = bool(marked)
         self._query = ""
         self._shown: list[Option] = []
@@ -83,11 +96,14 @@ class PickerDialog(Dialog[str]):
         )  # fmt: skip
         table.styles.height = self._height()
         yield table
+        yield MessageLine([[(self._keys(), "dim")]], id="keys")
+
+    def _keys(self) -> str:
         keys = "enter select · esc cancel"
-        if self.several:
-            more = "shift+tab overlay on previous" if self.joins else "ctrl+a mark all shown"
-            keys = f"tab mark · {more} · {keys}"
-        yield MessageLine([[(keys, "dim")]])
+        if not self.several:
+            return keys
+        more = "shift+tab overlay on previous" if self.joins else "ctrl+a mark all shown"
+        return f"tab mark · {more} · {keys}"
 
     def _height(self) -> int:
         return min(len(self.options), max(self.app.size.height - FRAME, 1))
@@ -117,7 +133,11 @@ class PickerDialog(Dialog[str]):
             self._fill(self._query)
 
     def _fill(self, query: str) -> None:
-        shown = self._shown = [o for o in self.options if matches(query, o.key, o.label)]
+        if self.assigns:
+            query = query.partition("=")[0].strip()
+        shown = fitting(query, self.options)
+        similar = [] if shown else similar_to(query, self.options)
+        self._shown = shown = shown or similar
         rows: list[tuple[str, list[Piece]]] = []
         for option in shown:
             mark = self._mark_of(option.key) if self.several else ""
@@ -133,6 +153,12 @@ class PickerDialog(Dialog[str]):
                 )
             )
         self.query_one(Table).set_rows(rows, empty=[[(" no match", "dim")]])
+        keys = "enter select · esc cancel"
+        self.query_one("#keys", MessageLine).say(
+            [[("no match; these names are similar", "warn"), (f" · {keys}", "dim")]]
+            if similar
+            else [[(self._keys(), "dim")]]
+        )
 
     def _mark_of(self, key: str) -> str:
         """The number of the group: with a tick for its first key, with a plus for the others."""
@@ -194,7 +220,30 @@ class PickerDialog(Dialog[str]):
             groups = self.marked or none_marked
             self.close_with("\n".join(WITH.join(group) for group in groups))
         elif key is not None:
-            self.close_with(key)
+            _, sign, value = self._query.partition("=")
+            self.close_with(f"{key}={value.strip()}" if self.assigns and sign else key)
+
+
+def fitting(query: str, options: Sequence[Option]) -> list[Option]:
+    """The options that fit what is typed; first those whose own name fits."""
+    fits = [o for o in options if matches(query, o.key, o.label, o.detail, o.words)]
+    return sorted(fits, key=lambda o: not matches(query, o.key, o.label))
+
+
+def similar_to(query: str, options: Sequence[Option]) -> list[Option]:
+    """The options with a similar name, or a name with a similar part; the most similar first."""
+    found = []
+    for option in options:
+        names = [option.key, *option.words.split(), *re.split(r"[\W_]+", option.key)]
+        matcher = difflib.SequenceMatcher(b=query.lower())
+        similarity = 0.0
+        for name in names:
+            matcher.set_seq1(name.lower())
+            similarity = max(similarity, matcher.ratio())
+        if similarity >= SIMILAR:
+            found.append((similarity, option))
+    found.sort(key=lambda pair: -pair[0])
+    return [option for _, option in found[:MOST_SIMILAR]]
 
 
 def matches(query: str, *texts: str) -> bool:

@@ -52,22 +52,34 @@ class Tabs(Panel):
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
-        state = self.state
-        right: list[Piece] = []
-        if state.name:
-            shown = "waiting" if state.waiting else state.head.state
-            if state.unread:
-                shown = "unreadable" if state.problem else ""
-            mark = state_pieces(shown) if shown else []
-            right = [(f"{state.name}  ", "strong"), *mark, (" ", "")]
-        if self.note:
-            right = [(f"{self.note}  ", "warn"), *right]
+        right = self._session()
+        if self.note and not self._names_fit(width - row_width(right)):
+            # A note takes the room of names: the state's mark is enough if they fit beside it.
+            short = self._session(only_mark=True)
+            right = short if self._names_fit(width - row_width(short)) else right
         self._room = width - row_width(right)
         return [justified(self._tabs(self._room), right, width)]
 
+    def _session(self, *, only_mark: bool = False) -> Row:
+        """The note, the session's name, its state."""
+        state = self.state
+        note = [(f"{self.note}  ", "warn")] if self.note else []
+        if not state.name:
+            return note
+        shown = "waiting" if state.waiting else state.head.state
+        if state.unread:
+            shown = "unreadable" if state.problem else ""
+        mark = state_pieces(shown) if shown else []
+        if only_mark:
+            mark = [(text[:1], tone) for text, tone in mark]
+        return [*note, (f"{state.name}  ", "strong"), *mark, (" ", "")]
+
+    def _names_fit(self, width: int) -> bool:
+        return sum(len(mode) + 4 for mode in self.modes) <= width
+
     def _tabs(self, width: int) -> Row:
         # If the names do not fit, only this screen's name is shown, and the keys of the others.
-        fits = sum(len(mode) + 4 for mode in self.modes) <= width
+        fits = self._names_fit(width)
         tabs: list[Piece] = []
         for number, mode in enumerate(self.modes, start=1):
             here = mode == self.here
@@ -106,10 +118,13 @@ class StatusLine(Panel):
             left += [(f"/{head.total_steps} ", "dim")]
             share = head.step / head.total_steps
             left += [*bar(share, 10 if width < 110 else 20), (f" {share:.0%}", "")]
-        if note := self._note(width - row_width(left[:3])):
-            if row_width(left) + len(note[0]) + 2 > width:
+        room = width - row_width(left[:3]) - 2
+        note, tone = self._note(room + 2) or ("", "")
+        if note:
+            note = shorten(one_line(note), room).rstrip()
+            if row_width(left) + cell_len(note) + 2 > width:
                 left = left[:3]  # the note is worth more than the bar
-            return [justified(left, [note, (" ", "")], width)]
+            return [justified(left, [(note, tone), (" ", "")], width)]
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self, width: int) -> Piece | None:
@@ -139,12 +154,12 @@ class StatusLine(Panel):
         }.get(head.state, waiting)
 
     def _with_resume(self, reason: str, width: int, verb: str = "resume", *options: str) -> str:
-        """The reason and the command that resumes the run; if it does not fit, the key."""
+        """The reason and the command that resumes the run; if it does not fit, the key, if any."""
         before = f"{reason}; " if reason else ""
         text = f"{before}{verb}: {self.state.command('resume', self.state.name, *options)}"
-        if not self.resume_key or len(text) + 2 <= width:
+        if len(text) + 2 <= width:
             return text
-        return f"{before}{verb} with {self.resume_key}"
+        return f"{before}{verb} with {self.resume_key}" if self.resume_key else reason
 
     def _paused(self, width: int) -> str:
         """What paused the run, cut to leave room for step and key; the timeline has all of it."""

@@ -199,3 +199,17 @@ def test_a_value_that_cannot_be_is_rejected(command):
 
 def test_a_setting_is_known_by_its_name_and_by_its_key():
     assert setting_name("beta") == setting_name("kl.beta") == "beta"
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("lerning_rate", "did you mean 'learning_rate'"),
+        ("lr", "did you mean 'learning_rate'"),
+        ("kl.beta_mn", "did you mean 'beta_min'"),
+        ("ppo.minibatches", "these can: beta, controller"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_a_similar_one_or_all(key, hint):
+    with pytest.raises(CommandRejectedError, match=f"'{key}' cannot be set during a run; .*{hint}"):
+        setting_name(key)

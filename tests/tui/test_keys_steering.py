@@ -17,6 +17,7 @@ from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.scroll_list import ScrollText
+from rlhf_tui.widgets.table import Table
 from tests.engine.demo_config import demo
 from tests.tui.screen import notices
 
@@ -144,6 +145,60 @@ async def test_e_sets_any_setting(make_app, engine, running, until):
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"1e-4", "enter")
         await until(pilot, lambda: engine == [steering.SetSetting(key="learning_rate", value=1e-4)])
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["lerning_rate=1e-4", "learning_rate = 1e-4", "train.learning_rate=1e-4", "lr=1e-4"],
+)
+async def test_e_takes_the_value_with_the_name_as_the_command_line_does(
+    make_app, engine, running, until, typed
+):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        app.screen.query_one("#search").value = typed
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        assert app.screen.query_one("#field").value == "1e-4"
+        await pilot.press("enter")
+        await until(pilot, lambda: engine == [steering.SetSetting(key="learning_rate", value=1e-4)])
+
+
+@pytest.mark.usefixtures("engine")
+async def test_a_misspelled_setting_shows_those_with_similar_names(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await pilot.press(*"entropi")
+        await until(pilot, lambda: app.screen.query_one(Table).key == "entropy_coef")
+        assert "no match; these names are similar" in app.screen.query_one("#keys").text()
+        await pilot.press("backspace")
+        await until(pilot, lambda: "no match" not in app.screen.query_one("#keys").text())
+        await pilot.press(*"qqqqqqqqq")
+        await until(pilot, lambda: app.screen.query_one(Table).key is None)
+        assert "no match" in app.screen.query_one(Table).text()
+
+
+@pytest.mark.parametrize(
+    ("value", "sent"),
+    [("adaptive", []), ("fixed", [steering.SetKLController(controller="fixed")]), ("on", [])],
+)
+async def test_a_controller_typed_with_its_name_is_set_not_switched(
+    make_app, engine, running, until, value, sent
+):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        app.screen.query_one("#search").value = f"controller={value}"
+        await pilot.press("enter")
+        footer = app.screen_stack[0].query_one(KeyFooter)
+        told = lambda: "controller" in " ".join([footer.text(), *notices(app)])  # noqa: E731
+        await until(pilot, lambda: told() or engine)
+        assert engine == sent
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,26 @@ def test_a_far_target_does_not_squeeze_the_curve():
     assert scale.high == 10.0
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "rows", "texts"),
+    [
+        (1, 10, 10, ["1", "2", "5", "10"]),
+        (0.08, 0.31, 16, ["0.05", "0.1", "0.2", "0.5"]),
+        (0.3, 2.2, 16, ["0.2", "0.5", "1", "2", "5"]),
+        (3, 3, 10, ["2", "5"]),
+        (1, 1, 10, ["1", "2"]),
+        (0.02, 9, 16, ["0.01", "0.1", "1", "10"]),
+        (1e-9, 1, 10, ["1.0e-9", "1.0e-6", "0.001", "1"]),
+        (0.02, 9, 4, ["0.01", "10"]),
+    ],
+)
+def test_a_logarithmic_axis_has_round_labels(low, high, rows, texts):
+    rise = Series([(1, low), (2, high)])
+    scale = scale_of([decimate(rise, 1, 2, 60)], plot_of(log=True))
+    assert [text for _, text in labels(scale, rows)] == texts
+    assert scale.low <= low <= high <= scale.high
+
+
 def test_markers_stand_below_their_step_and_an_intervention_has_a_line():
     markers = [Marker(50, "command", "beta"), Marker(75, "checkpoint", "saved")]
     picture = paint(plot_of(markers=markers), 60, 12)

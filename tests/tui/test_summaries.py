@@ -65,10 +65,32 @@ def test_a_run_that_waits_does_not_say_that_it_runs():
 )
 def test_a_key_takes_the_place_of_a_command_that_does_not_fit(given, words):
     line = StatusLine(make_state(**given))
-    assert "rlhf-tui resume run" in text(line, 44)  # no key resumes here
     line.resume_key = "r"
     assert text(line, 44).rstrip().endswith(words)
     assert "rlhf-tui resume run" in text(line, 100)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"state": "crashed", "pid": None},
+        {"state": "failed", "pid": None, "message": "out of memory " * 9},
+    ],
+)
+def test_the_step_is_never_cut_off_for_what_stands_beside_it(given):
+    line = StatusLine(make_state(**given))  # with --read-only: no key resumes
+    for width in (30, 44, 80):
+        shown = text(line, width)
+        assert shown.startswith(" step 50/100")
+        assert len(shown) <= width
+
+
+def test_the_names_of_the_screens_fit_beside_read_only_in_80_columns():
+    state = make_state()
+    state.name = "demo"
+    shown = text(Tabs(state, "samples", tuple(MODES), note="read-only"), 80, 1)
+    assert "1 Sessions  2 Dashboard  3 Samples  4 Checkpoints  5 Log" in shown
+    assert shown.rstrip().endswith("read-only  demo  ●")
 
 
 def test_time_left_is_reckoned_from_the_last_steps():

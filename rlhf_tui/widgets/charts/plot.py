@@ -1,6 +1,7 @@
 """Painting of a chart as characters and styles, independent of Textual."""
 
 import math
+from itertools import pairwise
 
 import msgspec
 from msgspec import Struct
@@ -20,6 +21,8 @@ BAND, CURSOR, BAR, FOCUS = 32, 64, 128, 256
 BACKGROUNDS = {BAND: "band", CURSOR: "crosshair", BAR: "title", FOCUS: "focus"}
 """Tone of the background by flag. Flags are added to the number of a style."""
 GUTTER = 8
+MOST_LABELS = 6
+"""Labels of a vertical axis at most."""
 POINT = "•"
 """Marks the points of a sparse curve."""
 BAR_SPACING = 6
@@ -322,8 +325,7 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
     if plot.log and high > 0:
         positive = [v for v in (*lows, *highs) if v > 0]
         low = max(low, bounded(min(positive)), high * 1e-9)
-        bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        return Scale(10.0**bottom, 10.0 ** max(top, bottom + 1), log=True)
+        return _log_scale(low, high)
     if low < 0 < high and -low * 50 < high - low:
         low = 0.0  # less than a dot below 0: noise of an estimate of a non-negative quantity
     if high - low <= FLAT * max(abs(low), abs(high)):
@@ -334,10 +336,19 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
     return Scale(low, high, grid=grid)
 
 
-def _round_up(value: float) -> float:
-    """Rounds up to 1, 2, 2.5, 5 or 10 times a power of ten."""
+def _log_scale(low: float, high: float) -> Scale:
+    """A logarithmic scale; its ends are 1, 2 or 5 times a power of ten, far apart just powers."""
+    factors = (1, 10) if high > 100 * low else (1, 2, 5, 10)
+    bottom, top = 1 / _round_up(1 / low, factors), _round_up(high, factors)
+    if top < bottom * 1.5:  # all values are one round number
+        top = _round_up(top * 1.5, factors)
+    return Scale(bottom, top, log=True)
+
+
+def _round_up(value: float, factors: tuple[float, ...] = (1, 2, 2.5, 5, 10)) -> float:
+    """Rounds up to one of the factors times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= value * (1 - 1e-9))
+    return next(m * power for m in factors if m * power >= value * (1 - 1e-9))
 
 
 def labels(scale: Scale, rows: int) -> list[tuple[int, str]]:
@@ -356,19 +367,32 @@ def labels(scale: Scale, rows: int) -> list[tuple[int, str]]:
 def _labelled(scale: Scale, rows: int) -> list[float]:
     """The ends of the scale if there are few rows; else all or every other value of its grid.
 
-    A logarithmic scale is divided evenly.
+    On a logarithmic scale: 1, 2 and 5 times powers of ten, or just powers.
     """
     if rows < 5:
         return [scale.low, scale.high]
     if scale.log:
-        count = 3 if rows < 10 else 5
-        return [scale.value(i / (count - 1)) for i in range(count)]
+        return _labelled_log(scale, rows)
     cells = round((scale.high - scale.low) / scale.grid)
     # At least two rows from one label to the next: of less, some would be even and some not.
     stride = 1 if rows > 2 * cells else 2
     if stride == 2 and (cells == 3 or rows <= cells):
         return [scale.low, scale.high]
     return [scale.low + i * scale.grid for i in range(0, cells + 1, stride)]
+
+
+def _labelled_log(scale: Scale, rows: int) -> list[float]:
+    """The ends, and between them the most round values that are two rows apart or more."""
+    bottom, top = math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high))
+    choices = [[m * 10.0**e for e in range(bottom, top) for m in (1, 2, 5)]]
+    choices += [[10.0**e for e in range(bottom, top, n)] for n in range(1, top - bottom + 1)]
+    for choice in choices:
+        inner = [v for v in choice if scale.low * 1.01 < v < scale.high / 1.01]
+        values = [scale.low, *inner, scale.high]
+        at = [scale.row(v, rows * 4) // 4 for v in values]
+        if len(values) <= MOST_LABELS and all(a - b >= 2 for a, b in pairwise(at)):
+            return values
+    return [scale.low, scale.high]
 
 
 def axis_text(value: float, digits: int | None) -> str:
