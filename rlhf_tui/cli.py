@@ -19,21 +19,30 @@ from engine.errors import RlhfError, UserInputError
 from rlhf_tui.commands.options import colors_option, sessions_option
 from rlhf_tui.text import escape_unencodable, one_line
 
-MODULES = {
-    "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "machines",
-    "launch": "machines", "plan": "plan",
-    "init": "init", "check": "check",
-    "ls": "reading.sessions", "status": "reading.sessions",
-    "metrics": "reading.metrics_and_samples", "samples": "reading.metrics_and_samples",
-    "events": "reading.logs", "logs": "reading.logs",
-    "eval": "evaluate", "rm": "remove", "export": "export", "doctor": "doctor",
-    "attach": "view", "replay": "view", "mirror": "view", "ctl": "steer", "note": "steer",
-    "diff": "reading.compare", "guardrails": "reading.compare",
-    "notify": "notify", "report": "reading.report", "reward": "reward", "verify": "check",
-    "completion": "integration.completion", "mcp": "integration.mcp",
+SECTIONS = {
+    "Start and continue": {
+        "demo": "run", "init": "init", "check": "check", "plan": "plan", "run": "run",
+        "resume": "run", "fork": "run",
+    },
+    "Watch and steer": {
+        "ls": "reading.sessions", "attach": "view", "status": "reading.sessions", "ctl": "steer",
+        "note": "steer",
+    },
+    "Read": {
+        "metrics": "reading.metrics_and_samples", "samples": "reading.metrics_and_samples",
+        "events": "reading.logs", "logs": "reading.logs", "diff": "reading.compare",
+        "guardrails": "reading.compare", "replay": "view", "report": "reading.report",
+    },
+    "Use the result": {"eval": "evaluate", "export": "export", "reward": "reward"},
+    "Several machines": {"launch": "machines", "join": "machines", "mirror": "view"},
+    "Maintain": {
+        "doctor": "doctor", "verify": "check", "notify": "notify", "rm": "remove",
+        "completion": "integration.completion", "mcp": "integration.mcp",
+    },
 }  # fmt: skip
-"""Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
-which keeps the start of attach short."""
+"""Module of :mod:`rlhf_tui.commands` by command, in the sections of the help. A module is imported
+when a command of it runs, which keeps the start of attach short."""
+MODULES = {name: module for section in SECTIONS.values() for name, module in section.items()}
 
 LONGEST_ERROR = 1000
 """Maximum length of an error line: one that repeats the input may be as long as the input."""
@@ -45,6 +54,20 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, sorted."""
         return sorted(MODULES)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands in their sections."""
+        longest = max(map(len, MODULES))
+        for title, names in SECTIONS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            room = formatter.width - longest - 6
+            rows = [
+                (f"{name:<{longest}}", command.get_short_help_str(room))
+                for name, command in commands
+                if command is not None and not command.hidden
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Imports a command; None if there is no such command."""

@@ -39,7 +39,7 @@ LONGEST_TEXT = 200
 @override_option
 @json_option
 def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Load everything that a configuration names and take a small step.
+    """Load all that a configuration names and take a small step.
 
     The step uses two prompts and calls the rewards as a run does. Starts no run and leaves nothing
     behind.

@@ -132,6 +132,16 @@ def test_every_option_of_a_command_has_a_line_of_help(name):
     assert [p.name for p in command.params if isinstance(p, click.Option) and not p.help] == []
 
 
+def test_the_help_lists_each_command_once_with_its_whole_summary():
+    lines = CliRunner().invoke(cli, ["--help"]).output.splitlines()
+    context = click.Context(cli)
+    shown = {n: c for n in MODULES if not (c := cli.get_command(context, n)).hidden}
+    listed = {words[0]: words[2] for line in lines if (words := line.strip().partition("  "))[2]}
+    for name, command in shown.items():
+        assert sum(line.startswith(f"  {name} ") for line in lines) == 1
+        assert listed[name].strip() == command.get_short_help_str(limit=1000)
+
+
 def test_an_option_between_the_name_and_the_verb_is_told_where_it_stands():
     result = CliRunner().invoke(cli, ["ctl", "frozen", "--wait", "pause"])
     assert "give --wait before NAME or after the verb" in result.output
