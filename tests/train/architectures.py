@@ -39,7 +39,6 @@ ARCHITECTURES = {
     "phi3": {**SIZE, "sliding_window": None},
     "olmo2": SIZE,
 }  # fmt: skip
-WITH_EXPERTS = ("mixtral", "qwen3_moe")
 
 
 def write_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
@@ -19,6 +19,7 @@ from engine.train.rollout.native.cast_weights import cast_weights
 from engine.train.rollout.native.compiled_layers import CompiledLayers
 from engine.train.rollout.native.decoder import Schedule
 from engine.train.rollout.stop_criteria import StopCriteria
+from tests.train.architectures import ARCHITECTURES
 
 VOCABULARY, LIMIT, ROWS = 64, 80, 20
 FIXED = Schedule(8, fixed_shapes=True, read_step=16)
@@ -58,6 +59,18 @@ def policy():
     return lambda dtype: LanguageModel(
         AutoModelForCausalLM.from_config(config), "shared", dtype
     ).eval()
+
+
+@pytest.fixture
+def experts():
+    """A mixture of experts that computes in bfloat16."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe", **(ARCHITECTURES["qwen3_moe"] | {"vocab_size": VOCABULARY, "eos_token_id": 3})
+    )
+    model = LanguageModel(AutoModelForCausalLM.from_config(config), compute=torch.bfloat16)
+    model.cast_experts()
+    return model.eval()
 
 
 def respond(model, compiled, schedule=FIXED):
@@ -122,6 +135,23 @@ def test_layers_with_products_in_common_share_a_compilation(policy):
     respond(policy(torch.bfloat16), compiled)
     assert compiled.usable
     assert backend.graphs <= 3  # as in float32
+
+
+@pytest.mark.slow
+def test_layers_with_experts_share_a_compilation_in_bfloat16(experts):
+    backend = Backend()
+    compiled = CompiledLayers("always", backend=backend)
+    respond(experts, compiled)
+    assert compiled.usable
+    assert backend.graphs <= 3
+
+
+def test_experts_have_weights_in_bfloat16_while_layers_are_compiled(experts):
+    before = dict(experts.named_parameters())
+    layers = list(experts.lm.model.layers)
+    with experts.autocast("cpu"), cast_weights(layers, torch.device("cpu")):
+        assert {p.dtype for p in layers[0].mlp.experts.parameters()} == {torch.bfloat16}
+    assert all(before[name] is p for name, p in experts.named_parameters())
 
 
 def test_in_bfloat16_the_model_is_as_it_was_afterwards(policy):

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Container, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from engine.train.distributed.sharding import full_tensor
 from engine.train.models import lora
+from engine.train.models.mixed_precision import ExpertCasts
 from engine.train.models.output_layer import OutputLayer
 from engine.train.models.quantised_linear import packed_weight_count
 
@@ -63,6 +64,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.lm = lm
         self._compute = compute
+        self._expert_casts = ExpertCasts()
         self.output = OutputLayer(lm, compute)
         self.value_trunk: nn.Module | None = None
         self.value_head: nn.Linear | None = None
@@ -98,14 +100,25 @@ class LanguageModel(nn.Module):
             stack.enter_context(self.autocast(tokens.device.type))
             return self.run(tokens, *args, **kwargs)
 
-    def autocast(self, device: str) -> torch.autocast:
-        """Returns the autocast context of forward passes; it does nothing in float32.
+    def cast_experts(self) -> None:
+        """Makes experts with float32 weights compute in the compute dtype.
 
-        Autocast keeps its copies of trained weights until the outermost context ends. Enter this
-        context around forward passes between which no weight changes, such as a rollout's, so that
-        weights are cast once instead of once per token.
+        Call it once, when `value_trunk` is assigned.
         """
-        return torch.autocast(device, self._compute, enabled=self._compute is not torch.float32)
+        if self._compute is not torch.float32:
+            self._expert_casts.apply_to(self)
+
+    @contextmanager
+    def autocast(self, device: str) -> Iterator[None]:
+        """The autocast context of forward passes; it does nothing in float32.
+
+        Autocast keeps its copies of trained weights until the outermost context ends, and so do
+        experts. Enter this context around forward passes between which no weight changes, such as a
+        rollout's, so that weights are cast once instead of once per token.
+        """
+        half = self._compute is not torch.float32
+        with torch.autocast(device, self._compute, enabled=half), self._expert_casts.kept():
+            yield
 
     def run(
         self,
@@ -216,7 +229,7 @@ class AdapterFreePolicy:
         )  # fmt: skip
         return logits, None
 
-    def autocast(self, device: str) -> torch.autocast:
+    def autocast(self, device: str) -> AbstractContextManager[None]:
         """As :meth:`LanguageModel.autocast`."""
         return self._model.autocast(device)
 

@@ -95,6 +95,7 @@ def load_policy(
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
                 _quantise(trunk, config)
             policy.value_trunk = trunk
+    policy.cast_experts()
     if config.parallel.activation_checkpointing:
         _checkpoint_activations(policy)
     place_model(_disable_dropout(policy), ranks, strategy, compute_dtype(config))

@@ -367,9 +367,13 @@ def place():
 def pretend_gpu():
     """Context with a GPU; yields its :class:`PretendGpu`."""
     init = torch.autocast.__init__
+    is_enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    def host(device_type):
+        return "cpu" if device_type == "cuda" else device_type
 
     def autocast(self, device_type, *args, **kwargs):
-        init(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        init(self, host(device_type), *args, **kwargs)
 
     def grouped(lists, with_indices=False):
         found = group_tensors(lists, with_indices)
@@ -380,6 +384,8 @@ def pretend_gpu():
     gpu = PretendGpu()
     with (
         mock.patch.object(torch.autocast, "__init__", autocast),
+        mock.patch.object(torch, "is_autocast_enabled", lambda kind="cuda": is_enabled(host(kind))),
+        mock.patch.object(torch, "get_autocast_dtype", lambda kind: dtype_of(host(kind))),
         mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", grouped),
         mock.patch.multiple(
             torch.cuda,

@@ -15,6 +15,7 @@ from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.decoder import GRAPHED, Decoder, Schedule
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.step import train_step
+from tests.train.architectures import write_model
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
 MASK_TESTS = 2
@@ -25,16 +26,30 @@ MASK_TESTS = 2
 def on_gpu(make_run, tiny_model, few_prompts):
     """A GPU and a run on it; in bfloat16, which launches more than float32 and has casts."""
     with pretend_gpu() as gpu:
-        run, _ = make_run(
-            f"model.policy={tiny_model}", f"data.prompts={few_prompts}", "ppo.micro_batch_size=2",
-            "launch.device=cpu", "ppo.epochs=1", "ppo.minibatches=2", "rollout.batch_size=4",
-            "rollout.max_new_tokens=6", "model.dtype=bfloat16", device=GPU,
-        )  # fmt: skip
-        yield gpu, run
+        yield gpu, run_on_gpu(make_run, tiny_model, few_prompts)
+
+
+@pytest.fixture
+def experts_on_gpu(make_run, tmp_path, few_prompts):
+    """As `on_gpu`, of a mixture of experts."""
+    folder = write_model(tmp_path / "experts", "qwen3_moe")
+    with pretend_gpu() as gpu:
+        yield gpu, run_on_gpu(make_run, folder, few_prompts)
+
+
+def run_on_gpu(make_run, policy, prompts):
+    run, _ = make_run(
+        f"model.policy={policy}", f"data.prompts={prompts}", "ppo.micro_batch_size=2",
+        "reward.model=starter:reward", "launch.device=cpu", "ppo.epochs=1", "ppo.minibatches=2",
+        "rollout.batch_size=4", "rollout.max_new_tokens=6", "model.dtype=bfloat16", device=GPU,
+    )  # fmt: skip
+    return run
 
 
 def casts_of_a_forward_pass(run):
-    return sum(1 for p in run.policy.lm.parameters() if p.dim() > 1)
+    lm = run.policy.lm
+    matrices = sum(1 for p in lm.parameters() if p.dim() > 1)
+    return matrices - (not lm.config.tie_word_embeddings)  # an embedding alone is not cast
 
 
 def endless(run, rows, limit, schedule=None):
@@ -111,6 +126,27 @@ def test_without_graphs_a_token_costs_the_launches_of_a_forward_pass_and_of_samp
     assert more.launches <= 16 * (60 * run.policy.lm.config.num_hidden_layers + 60)
     assert more.syncs <= 16 + 1  # transformers tests each mask for padding
     assert (more.copies, more.casts) == (1, 0)
+
+
+def test_experts_are_cast_once_a_rollout_and_not_for_each_token(experts_on_gpu):
+    gpu, run = experts_on_gpu
+    found = []
+    for limit in (17, 33):
+        before = gpu.counts()
+        endless(run, 2, limit, Schedule(GRAPHED.check_every, fixed_shapes=False))
+        found.append(gpu.counts() - before)
+    assert [counts.casts for counts in found] == [casts_of_a_forward_pass(run)] * 2
+
+
+def test_experts_are_cast_once_for_all_micro_batches_that_are_scored(experts_on_gpu):
+    gpu, run = experts_on_gpu
+    rollout = endless(run, 4, 6)
+    found = []
+    for rows in (2, 4):  # one micro-batch, and two
+        before = gpu.counts()
+        score_tokens(run.policy, rollout, 1.0, 2, rows=rollout.rows[:rows], want="logits")
+        found.append((gpu.counts() - before).casts)
+    assert found == [casts_of_a_forward_pass(run)] * 2
 
 
 def test_the_host_waits_for_the_mask_of_a_micro_batch_and_the_sums_of_a_minibatch(on_gpu):

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from engine.train.models.mixed_precision import is_experts
+
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of linear layers with the same input in transformers' models."""
 
 
 @contextmanager
 def cast_weights(blocks: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Context manager in which float32 linear layers hold weights in autocast's dtype.
+    """Context manager in which float32 linear layers and experts have weights in autocast's dtype.
 
     Does nothing outside autocast. The copies take as much memory as autocast's own would.
 
@@ -44,10 +46,11 @@ def cast_weights(blocks: list[nn.Module], device: torch.device) -> Iterator[None
             for index, layer in enumerate(layers):
                 replace(layer, "weight", product.weights[index])
                 vars(layer)["forward"] = product.forward_of(index)
-        for layer in (module for module in modules if isinstance(module, nn.Linear)):
-            for name, weight in list(layer.named_parameters(recurse=False)):
-                if weight.dtype == torch.float32:
-                    replace(layer, name, weight.detach().to(dtype))
+        for module in modules:
+            if isinstance(module, nn.Linear) or is_experts(module):
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    if weight.dtype == torch.float32:
+                        replace(module, name, weight.detach().to(dtype))
         yield
     finally:
         for module in fused:
