@@ -36,6 +36,7 @@ The column *takes* shows the values of a key:
 | in the table | in YAML |
 |---|---|
 | text | a string, in quotes if YAML would read something else, as with `"22:00-07:00"` |
+| path | a file or folder; a relative one starts at the folder of the configuration |
 | number, whole number | `0.5`, `1.0e-6`; `16` |
 | number in [0, 1), in (0, 1] | a square bracket includes the limit, a round one does not |
 | `fixed` \\| `adaptive` | one of these words |
@@ -82,7 +83,8 @@ TYPE_NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\bWhole\b", "whole number ≥ 0"),
     (r"\bfloat\b", "number"),
     (r"\bint\b", "whole number"),
-    (r"\bstr\b", "text"),
+    (r"\b(str|PathOrName|Program)\b", "text"),
+    (r"\bLinkPath\b", "path"),
     (r"\bbool\b", "`true` | `false`"),
     (r" \| None", ""),
     (r" \| ", r" \\| "),

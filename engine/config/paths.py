@@ -1,29 +1,51 @@
 """Relative paths in a configuration, which start at the folder of its file."""
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import msgspec
+
+from engine.config.schema import RunConfig
 
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Extension of a prompt file → name of its format in `datasets`."""
 REWARD_SOURCES = ("reward", "reward.mix[]", "eval.rewards[]")
-PATH_KEYS = (
-    "data.prompts", "data.prompts[].path", "data.chat_template", "eval.prompts",
-    "model.policy", "model.reference",
-    *(f"{source}.{name}" for source in REWARD_SOURCES for name in ("model", "path")),
-)  # fmt: skip
-"""Keys that hold a path or the id of a model or data set; `[]` stands for each entry of a list."""
-LINK_KEYS = ("data.cache", "rollout.python")
-"""Keys that hold a path whose links are not followed."""
+
+
+@cache
+def path_keys() -> dict[str, str]:
+    """Every key that holds a path → its kind, as in :mod:`engine.config.sections.base`.
+
+    `[]` in a key stands for each entry of a list.
+    """
+    return dict(_path_keys(msgspec.inspect.type_info(RunConfig), ""))
+
+
+def _path_keys(kind: Any, key: str) -> Iterator[tuple[str, str]]:
+    match kind:
+        case msgspec.inspect.StructType():
+            for field in kind.fields:
+                yield from _path_keys(field.type, f"{key}.{field.encode_name}".removeprefix("."))
+        case msgspec.inspect.ListType():
+            yield from _path_keys(kind.item_type, f"{key}[]")
+        case msgspec.inspect.UnionType():
+            for one in kind.types:
+                yield from _path_keys(one, key)
+        case msgspec.inspect.Metadata():
+            if kind.extra is not None and "path" in kind.extra:
+                yield key, kind.extra["path"]
 
 
 def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
     """Makes relative paths absolute, in place; ids of models and data sets on the hub stay."""
-    for keys, absolute in ((PATH_KEYS, _resolved), (LINK_KEYS, _absolute)):
-        for key in keys:
-            section, _, name = key.rpartition(".")
-            for node in _dicts_at(tree, section):
-                if isinstance(value := node.get(name), str):
-                    node[name] = absolute(folder, value)
+    absolute = {"path or name": _resolved, "link": _absolute, "program": _program}
+    for key, kind in path_keys().items():
+        section, _, name = key.rpartition(".")
+        for node in _dicts_at(tree, section):
+            if isinstance(value := node.get(name), str):
+                node[name] = absolute[kind](folder, value)
     sources = [source for section in REWARD_SOURCES for source in _dicts_at(tree, section)]
     for reward in _dicts_at(tree, "reward"):
         if reward.get("path") is None and any(source.get("function") for source in sources):
@@ -66,3 +88,7 @@ def _absolute(folder: Path, value: str) -> str:
         return str((folder / Path(value).expanduser()).absolute())
     except RuntimeError:  # no user of that ~NAME
         return value
+
+
+def _program(folder: Path, value: str) -> str:
+    return _absolute(folder, value) if "/" in value else value

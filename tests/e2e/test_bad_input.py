@@ -22,8 +22,8 @@ def refused(lab, name, *arguments):
     [
         ("ppo.epocs=2", "ppo.epocs", "ppo.epochs"),
         ("ppo.epochs=two", "ppo.epochs", "a whole number"),
-        ("ppo.clip_range=1.5", "ppo.clip_range", "<= 1"),
-        ("kl.beta=-1", "kl.beta", ">= 0"),
+        ("ppo.clip_range=1.5", "ppo.clip_range", "at most 1"),
+        ("kl.beta=-1", "kl.beta", "at least 0"),
         ("kl.beta=.inf", "kl.beta", "finite"),
         ("kl.controller=loose", "kl.controller", "adaptive, fixed"),
         ("rollout.batch_size=6", "rollout.batch_size", "a multiple of"),

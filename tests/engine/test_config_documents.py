@@ -133,7 +133,7 @@ LAUGHS = "\n".join(
         (LAUGHS, "too large or contains itself"),
         ("model: &a [*a]", "too large or contains itself"),
         ("1: 2", "a key must be text, not 1"),
-        ("model: {policy: x}\nnull: 3", "a key must be text, not None"),
+        ("model: {policy: x}\nnull: 3", "a key must be text, not null"),
         ("seed: !!timestamp x", "a value does not fit its tag"),
         ('model: {policy: "\\ud800"}', "model.policy is not valid Unicode text"),
         ('model: {policy: "a\\0b"}', "model.policy contains a NUL character"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -45,6 +46,21 @@ def test_prompts_of_a_file_that_are_trained_on_are_left_out(make_run, write_prom
     other = write_prompts("b.jsonl", '{"prompt": "The room"}\n{"prompt": "The sound"}\n')
     run, _ = make_run(f"data.prompts={trained}", f"eval.prompts={other}", "eval.every=1")
     assert texts(run.held_out.prompts) == {"The sound"}
+
+
+def test_a_reward_function_gets_none_for_a_column_that_only_the_training_data_has(
+    make_run, write_prompts
+):
+    trained = write_prompts("a.jsonl", '{"prompt": "The food", "answer": "good"}\n')
+    other = write_prompts("b.jsonl", '{"prompt": "The sound", "source": "b"}\n')
+    code = "def reward(completions, answer, **_):\n    return [float(a is None) for a in answer]\n"
+    folder = Path(write_prompts("missing_answers.py", code)).parent
+    run, _ = make_run(
+        f"data.prompts={trained}", f"eval.prompts={other}", "eval.every=1", "reward.model=null",
+        "reward.function=missing_answers:reward", f"reward.path={folder}",
+    )  # fmt: skip
+    assert run.held_out.prompts[0].row == {"prompt": "The sound", "source": "b", "answer": None}
+    assert evaluate_if_due(run, 0).metrics["eval/score"] == 1
 
 
 def test_without_a_prompt_that_is_not_trained_on_the_start_is_refused(make_run, write_prompts):

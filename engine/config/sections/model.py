@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from msgspec.structs import replace
 
-from engine.config.sections.base import Count, Positive, Section
+from engine.config.sections.base import Count, LinkPath, PathOrName, Positive, Section
 
 MIXTURE_CYCLE = 10_000
 """Prompts in which several data sets have their exact shares, so no weight may be smaller."""
@@ -13,7 +13,7 @@ MIXTURE_CYCLE = 10_000
 class PromptSource(Section, frozen=True):
     """One of several data sets."""
 
-    path: str
+    path: PathOrName
     """A file, the id of a data set on the hub, or `starter:prompts`, like `data.prompts`."""
     weight: Positive = 1.0
     """Share of the prompts that are drawn from this data set, relative to the other weights."""
@@ -26,7 +26,7 @@ class PromptSource(Section, frozen=True):
 class DataConfig(Section, frozen=True):
     """The prompts that the policy is trained on."""
 
-    prompts: str | list[PromptSource]
+    prompts: PathOrName | list[PromptSource]
     """A .jsonl, .json, .csv or .parquet file, the id of a data set on the hub, or
     `starter:prompts`; or a list of several, each with its weight."""
     column: str = "prompt"
@@ -36,7 +36,7 @@ class DataConfig(Section, frozen=True):
     """Treat a text prompt as a user message, rendered with the chat template."""
     system: str | None = None
     """System message for conversations that have none."""
-    chat_template: str | None = None
+    chat_template: PathOrName | None = None
     """Chat template to use instead of the one in the policy's tokenizer: a file, or Jinja text. It
     is saved with the policy."""
     template_arguments: dict[str, Any] | None = None
@@ -49,7 +49,7 @@ class DataConfig(Section, frozen=True):
     """Shorter prompts are skipped, too."""
     shuffle: bool = True
     """Shuffle the prompts for each pass over the data; the seed determines the order."""
-    cache: str | None = None
+    cache: LinkPath | None = None
     """Folder for the tokens of large data sets, which later starts read instead of tokenising
     again. Default: `rlhf-tui/prompts` in `$XDG_CACHE_HOME` or in `~/.cache`; where that cannot be
     written, a private folder under `$TMPDIR`."""
@@ -66,14 +66,14 @@ class DataConfig(Section, frozen=True):
 class ModelConfig(Section, frozen=True):
     """The policy, the reference and the value function."""
 
-    policy: str
+    policy: PathOrName
     """The model to train: a Hugging Face model folder, a hub id, or `starter:policy`."""
     revision: str | None = None
     """Branch, tag or commit of a policy on the hub. Default: its main branch."""
     gguf_file: str | None = None
     """Name of a GGUF file in the policy's folder or repository. Its weights are trained in float32,
     however they were quantised. Needs the extra `gguf`."""
-    reference: str | None = None
+    reference: PathOrName | None = None
     """The model that the KL is measured against. Default: the policy before training."""
     reference_revision: str | None = None
     """Branch, tag or commit of `reference` on the hub."""

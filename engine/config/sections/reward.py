@@ -4,7 +4,15 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from engine.config.sections.base import Bounded, Coefficient, Count, Positive, Section, Whole
+from engine.config.sections.base import (
+    Bounded,
+    Coefficient,
+    Count,
+    PathOrName,
+    Positive,
+    Section,
+    Whole,
+)
 
 SOURCE_KEYS = ("model", "function", "service", "judge")
 """The keys that name the origin of a score; a reward source has exactly one of them.
@@ -50,7 +58,7 @@ class JudgeConfig(Section, frozen=True):
 class ScoreOrigin(Section, frozen=True):
     """The keys that `reward` and each entry of `reward.mix` have in common."""
 
-    model: str | None = None
+    model: PathOrName | None = None
     """A sequence classifier: a model folder, a hub id, or `starter:reward`."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub. Default: its main branch."""
@@ -131,7 +139,7 @@ class RewardConfig(ScoreOrigin, frozen=True):
 
     mix: list[RewardSource] = []
     """Several sources; the score is the weighted sum of theirs."""
-    path: str | None = None
+    path: PathOrName | None = None
     """Folder from which modules of `function` are imported. Default: the folder of the
     configuration file."""
     normalise: Literal["none", "reference"] = "none"

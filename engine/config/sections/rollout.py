@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from msgspec import Meta
 from msgspec.structs import replace
 
-from engine.config.sections.base import Count, Positive, Section, Whole
+from engine.config.sections.base import Count, LinkPath, PathOrName, Positive, Section, Whole
 from engine.config.sections.reward import RewardSource
 
 
@@ -18,7 +18,7 @@ class EvalConfig(Section, frozen=True):
 
     every: Whole = 0
     """Number of steps between evaluations; 0 for none."""
-    prompts: str | None = None
+    prompts: PathOrName | None = None
     """A file or data set like `data.prompts`; prompts that are also trained on are left out.
     Default: the prompts of `holdout`."""
     column: str | None = None
@@ -49,7 +49,7 @@ class RolloutConfig(Section, frozen=True):
     engine: Literal["native", "vllm"] = "native"
     """What generates responses: `native`, the trained model itself, in the rank that trains it;
     `vllm`, vLLM in a separate process, which gets the weights before each step."""
-    python: str | None = None
+    python: LinkPath | None = None
     """The Python that runs vLLM; its environment may have another transformers. Default: this one,
     or that of `make vllm` if this one has no vLLM."""
     gpus: list[Whole] = []

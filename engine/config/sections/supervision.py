@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from engine.config.sections.base import Count, NonNegative, Positive, Seconds, Section, Whole
+from engine.config.sections.base import (
+    Count,
+    NonNegative,
+    Positive,
+    Program,
+    Seconds,
+    Section,
+    Whole,
+)
 
 
 class LogConfig(Section, frozen=True):
@@ -131,7 +139,7 @@ class NotifyConfig(Section, frozen=True):
     """Services that are sent each message over HTTP."""
     email: list[str] = []
     """Addresses that get each message by the machine's sendmail."""
-    sendmail: str | None = None
+    sendmail: Program | None = None
     """Program that sends the e-mail. Default: `sendmail`."""
     level: Literal["info", "warning", "error"] = "info"
     """Lowest level that is sent. `error`: failures, and guard rails that pause or stop; `warning`:

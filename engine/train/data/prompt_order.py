@@ -142,6 +142,10 @@ class Prompts:
         kept = [table for table in kept if len(table)]
         return self._with(kept) if kept else None
 
+    def with_columns_of(self, other: "Prompts") -> "Prompts":
+        """Returns the same prompts whose rows also have the columns of `other`, as None."""
+        return self._with(self._tables, self._weights, columns=[*self._columns, *other._columns])
+
     def in_steps_of(self, per_step: int) -> "Prompts":
         """Returns the same prompts in the same order, with a different number per step."""
         return Prompts(
@@ -154,7 +158,13 @@ class Prompts:
             columns=self._columns,
         )
 
-    def _with(self, tables: list[PromptTable], weights: list[float] | None = None) -> "Prompts":
+    def _with(
+        self,
+        tables: list[PromptTable],
+        weights: list[float] | None = None,
+        *,
+        columns: list[str] | None = None,
+    ) -> "Prompts":
         return Prompts(
             tables,
             per_step=self._per_step,
@@ -162,7 +172,7 @@ class Prompts:
             seed=self._seed,
             weights=weights,
             left_out=self.left_out,
-            columns=self._columns,
+            columns=columns or self._columns,
         )
 
     def _take(self, places: list[tuple[int, int]]) -> list[Prompt]:
