@@ -8,6 +8,7 @@ from engine.config.rules.models import check_quantiser_installed
 from engine.config.rules.trackers import check_trackers_installed
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
+from engine.launch.reward_function import check_function
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -17,7 +18,8 @@ def check_inputs(config: RunConfig) -> None:
     starts no process: forms call it while the operator types.
 
     Raises:
-        ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
+        ConfigError: a file, a folder or a reward function is missing, or is obviously of the wrong
+            kind.
     """
     check_trackers_installed(config.log)
     check_quantiser_installed(config.lora)
@@ -27,12 +29,17 @@ def check_inputs(config: RunConfig) -> None:
     models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
     _check_chat_template(config.data.chat_template)
     many = len(config.reward.sources()) > 1
-    for i, source in enumerate(config.reward.sources()):
-        models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
+    sources = {
+        f"reward.mix[{i}]" if many else "reward": source
+        for i, source in enumerate(config.reward.sources())
+    }
     if config.eval.every:
         _check_prompts("eval.prompts", config.eval.prompts or "")
-        for i, source in enumerate(config.eval.rewards):
-            models[f"eval.rewards[{i}].model"] = source.model
+        sources |= {f"eval.rewards[{i}]": s for i, s in enumerate(config.eval.rewards)}
+    for key, source in sources.items():
+        models[f"{key}.model"] = source.model
+        if source.function is not None:
+            check_function(f"{key}.function", source.function, config.reward.path)
     for key, name in models.items():
         folder = Path(name or "")
         if key == "model.policy" and config.model.gguf_file is not None:

@@ -86,6 +86,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         Binding("question_mark", "help", "help", show=False),
         Binding("q", "detach", "detach"),
         Binding("ctrl+c", "detach", "detach", show=False, priority=True),
+        # A terminal sends escape, then q at once, as alt+q.
+        Binding("alt+q", "detach", show=False, priority=True),
     ]
 
     def __init__(

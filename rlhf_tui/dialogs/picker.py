@@ -94,6 +94,7 @@ class PickerDialog(Dialog[str]):
              Column("", 22, least=62)],
             id="options",
         )  # fmt: skip
+        table.with_scrollbar = True
         table.styles.height = self._height()
         yield table
         yield MessageLine([[(self._keys(), "dim")]], id="keys")

@@ -29,8 +29,8 @@ class Headline(Struct, frozen=True):
     title: str
     first: float | None
     last: float | None
-    half_width: float | None = None
-    """Of the 95 % interval of `last`."""
+    half_widths: tuple[float | None, float | None] = (None, None)
+    """Of the 95 % intervals of `first` and `last`."""
     steps: tuple[int, int] | None = None
     """Of the two values; None for means of :data:`STEPS_AVERAGED` steps."""
 
@@ -65,6 +65,6 @@ def _held_out(record: JournalReader, name: str, until: int) -> Headline | None:
     if not points:
         return None
     (first_step, first), (last_step, last) = points[0], points[-1]
-    widths = dict(record.series(EVAL_SCORE_CI, last_step - 1, last_step))
-    width = widths.get(last_step) if name == EVAL_SCORE else None
-    return Headline(title_of(name), first, last, width, (first_step, last_step))
+    widths = dict(record.series(EVAL_SCORE_CI, until=until)) if name == EVAL_SCORE else {}
+    both = widths.get(first_step), widths.get(last_step)
+    return Headline(title_of(name), first, last, both, (first_step, last_step))

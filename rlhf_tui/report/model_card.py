@@ -15,7 +15,7 @@ from engine.config.sections.reward import RewardSource
 from engine.journal.reader import JournalReader
 from engine.metrics import STEP_TIME, title_of
 from engine.session.folder import SessionFolder
-from rlhf_tui.format import number, plural
+from rlhf_tui.format import plural
 from rlhf_tui.report import sections
 from rlhf_tui.report.data import reached_steps
 from rlhf_tui.report.headlines import STEPS_AVERAGED, read_headlines, read_held_out
@@ -115,7 +115,7 @@ def _facts(config: RunConfig, policy: ExportedPolicy) -> str:
         f"rewards: {', '.join(map(_reward, config.reward.sources()))}",
         f"{responses:,} responses, {config.rollout.batch_size:,} per step, of at most "
         f"{config.rollout.max_new_tokens:,} tokens at temperature "
-        f"{number(config.rollout.temperature)}",
+        f"{config.rollout.temperature:g}",
     ]
     if config.data.system:
         lines.append("each conversation began with the system message below")

@@ -7,7 +7,7 @@ from msgspec import Struct
 from engine.agreement import Agreement, interval
 from engine.journal.rows import SampleRow
 from engine.metrics import SCORE, title_of
-from rlhf_tui.format import clock, duration, number, plural, size
+from rlhf_tui.format import clock, duration, number, plural, size, with_interval
 from rlhf_tui.report.data import Report
 from rlhf_tui.report.headlines import Headline
 from rlhf_tui.report.interventions import COMPARED, Intervention
@@ -103,12 +103,16 @@ def evaluations(headlines: Sequence[Headline]) -> TableData:
 
 def _held_out_row(headline: Headline) -> list[str]:
     first, last = headline.steps or (0, 0)
-    width = "" if headline.half_width is None else f" ± {number(headline.half_width)}"
+    around_first, around_last = headline.half_widths
     return [
         headline.title,
-        f"{number(headline.first)} (step {first:,})",
-        f"{number(headline.last)}{width} (step {last:,})",
+        f"{with_interval(headline.first, around_first, 3)} (step {first:,})",
+        f"{with_interval(headline.last, around_last, 3)} (step {last:,})",
     ]
+
+
+def _last(headline: Headline | None) -> str:
+    return "–" if headline is None else with_interval(headline.last, headline.half_widths[1], 3)
 
 
 def compared_metrics(report: Report) -> TableData:
@@ -119,7 +123,7 @@ def compared_metrics(report: Report) -> TableData:
     mine = {h.title: h for h in (*report.headlines, *report.held_out)}
     theirs = {h.title: h for h in (*other.headlines, *other.held_out)}
     rows = [
-        [title, *(number(h.last) if (h := run.get(title)) else "–" for run in (mine, theirs))]
+        [title, *(_last(run.get(title)) for run in (mine, theirs))]
         for title in dict.fromkeys([*mine, *theirs])
     ]
     steps = ["steps", f"{report.step:,}", f"{other.step:,}"]

@@ -66,7 +66,7 @@ def test_a_resume_whose_input_is_wrong_leaves_the_configuration_as_it_was(lab, w
     copy = lab.root / "misled"
     shutil.copytree(whole.session.folder, copy)
     before = (copy / "config.yaml").read_text()
-    wrong = ("-o", "reward.mix=[]", "-o", "reward.function=not_there:score")
+    wrong = ("-o", "reward.mix=[]", "-o", "reward.function=json:not_there")
     done = lab.cli("resume", "misled", "-o", "train.steps=9", *wrong, "--headless")
     assert done.returncode == 2
     assert "not_there" in done.stderr
@@ -91,7 +91,7 @@ def test_a_fork_says_which_defaults_of_its_parent_it_keeps(lab):
 
 @pytest.mark.slow
 def test_a_fork_whose_input_is_wrong_leaves_no_session(lab, whole):
-    wrong = ("-o", "reward.mix=[]", "-o", "reward.function=not_there:score")
+    wrong = ("-o", "reward.mix=[]", "-o", "reward.function=json:not_there")
     done = lab.cli("fork", "whole", "--from", "4", "--name", "wrong", *wrong, "--detach")
     assert done.returncode == 2
     assert "not_there" in done.stderr

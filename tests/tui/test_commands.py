@@ -51,7 +51,8 @@ def test_what_stands_after_the_command_holds_before_that(root, tmp_path, monkeyp
 def test_a_command_in_a_message_names_the_folder_that_was_given(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = CliRunner().invoke(cli, words).output
-    assert output == "no sessions in my; start one with: rlhf-tui demo --sessions my\n"
+    there = tmp_path / "my"
+    assert output == f"no sessions in {there}; start one with: rlhf-tui demo --sessions my\n"
 
 
 @pytest.mark.parametrize("answer", ["n", "y"])

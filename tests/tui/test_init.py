@@ -84,6 +84,7 @@ def test_paths_are_read_from_where_they_were_given(tmp_path, monkeypatch):
     [
         (["run.yaml"], "run.yaml exists"),
         (["new.yaml", "--prompts", "none.jsonl"], r"data\.prompts: no file"),
+        (["new.yaml", "--reward-function", "absent:f"], r"reward\.function: no module 'absent' in"),
         (["new.yaml", "-o", "train.stepz=1"], r"did you mean 'train\.steps'"),
         (["no/new.yaml"], "cannot write no/new.yaml"),
     ],
@@ -101,10 +102,13 @@ def test_an_answer_that_cannot_be_used_is_asked_for_again(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("rlhf_tui.commands.init.is_terminal", lambda: True)
     (tmp_path / "p.jsonl").write_text('{"prompt": "Why?"}\n', encoding="utf-8")
-    answers = ["starter:policy", f"{tmp_path}/none.jsonl", "p.jsonl", "rewards:score"]
+    (tmp_path / "rewards.py").write_text("def score(completions): ...\n", encoding="utf-8")
+    files = [f"{tmp_path}/none.jsonl", "p.jsonl"]
+    answers = ["starter:policy", *files, "rewards:scores", "rewards:score"]
     done = CliRunner().invoke(init, ["run.yaml"], input="\n".join(answers) + "\n")
     assert done.exit_code == 0, done.output
     assert "Error: data.prompts: no file at" in done.output
+    assert "did you mean 'rewards:score'?" in done.output
     config = config_file.load(tmp_path / "run.yaml")
     assert (config.data.prompts, config.reward.function) == (
         str(tmp_path / "p.jsonl"), "rewards:score",

@@ -73,7 +73,7 @@ async def test_a_click_needs_a_session_as_the_key_does(make_app, running, until)
         assert app.current_mode == "sessions"
 
 
-@pytest.mark.parametrize("key", ["q", "ctrl+c"])
+@pytest.mark.parametrize("key", ["q", "ctrl+c", "alt+q"])
 async def test_leaving_detaches_and_says_how_to_come_back(
     make_app, monkeypatch, key, root, running, until
 ):
@@ -85,6 +85,15 @@ async def test_leaving_detaches_and_says_how_to_come_back(
         await until(pilot, lambda: app.exit_message)
     assert "still running; reattach with rlhf-tui attach frozen" in app.exit_message
     SessionFolder(root / "frozen").engine_file.unlink()
+
+
+async def test_escape_and_q_at_once_leave_a_dialog_and_the_app(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("question_mark")
+        await until(pilot, lambda: isinstance(app.screen, HelpDialog))
+        await pilot.press("alt+q")  # as a terminal sends them
+        await until(pilot, lambda: not app.is_running)
 
 
 @pytest.mark.parametrize("size", [(120, 40), (1, 1)])

@@ -16,7 +16,7 @@ from rlhf_tui.dialogs.text import ProbeDialog
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
-from rlhf_tui.widgets.scroll_list import ScrollText
+from rlhf_tui.widgets.scroll_list import THUMB, TRACK, ScrollText
 from rlhf_tui.widgets.table import Table
 from tests.engine.demo_config import demo
 from tests.tui.screen import notices
@@ -180,6 +180,18 @@ async def test_a_misspelled_setting_shows_those_with_similar_names(make_app, run
         await pilot.press(*"qqqqqqqqq")
         await until(pilot, lambda: app.screen.query_one(Table).key is None)
         assert "no match" in app.screen.query_one(Table).text()
+
+
+@pytest.mark.usefixtures("engine")
+async def test_a_list_longer_than_the_terminal_has_a_scroll_bar(make_app, running, until):
+    app = make_app()
+    async with running(app, (80, 24)) as pilot:
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: table.size.height > 0)
+        shown = [row[-1][0] for row in table.rows(table.size.width, table.size.height)]
+        assert set(shown) == {THUMB, TRACK}
 
 
 @pytest.mark.parametrize(

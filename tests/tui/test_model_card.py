@@ -60,6 +60,12 @@ def test_results_are_those_of_the_checkpoint_s_step(tmp_path):
     assert early.split("## Results")[1] != late.split("## Results")[1]
 
 
+def test_both_held_out_scores_have_their_interval(tmp_path):
+    card = model_card(make_evaluated(tmp_path), ExportedPolicy(60))
+    row = next(line for line in card.splitlines() if "(step 60)" in line)
+    assert len(re.findall(r"[0-9.]+ ± [0-9.]+ \(step [0-9]+\)", row)) == 2
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_the_header_names_what_is_on_the_hub(with_settings, adapters):
     session = with_settings(

@@ -131,7 +131,7 @@ def test_held_out_prompts_are_shown_at_several_steps(tmp_path):
     report = read_report(session)
     ((*rows,),) = report.samples.held_out
     assert [row.response for row in rows] == ["at 0", "at 4", "at 6", "at 8", "at 12"]
-    assert "0.500 (step 0)" in Page(html.page(report)).text
+    assert "0.500 ± 0.100 (step 0)" in Page(html.page(report)).text
     (curve,) = [c for c in report.curves if c.name == "eval/score"]
     assert curve.points[:2] == [(0, 0.5), (2, 0.2)]
 

@@ -48,7 +48,7 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
         print_json([r.as_json() for r in rows])
     elif not rows:
         demo = fmt.command("demo", root=None if address else root)
-        say(f"no sessions in {address or root}; start one with: {demo}")
+        say(f"no sessions in {address or root.absolute()}; start one with: {demo}")
     else:
         header = ["name", "state", "step", "beta", "score", "KL", "size", "last active", ""]
         folders = {str(s.folder) for s in local}
