@@ -1,14 +1,18 @@
-"""Guard rails that see slow drift: how soon they tell, and how often they are wrong.
+"""Guard rails: how soon they raise an alert, and how often a false one.
 
     python -m benchmarks.detectors --runs FILE [--seeds 10 20]
     python -m benchmarks.detectors [--simulated 40] [--steps 500]
 
-With `--runs` the rules are evaluated on runs of the starter that :mod:`benchmarks.sick_runs` has
-made healthy or sick; these are sick from step 1 on. For each sickness the table has the medians of
-the step at which the harm is done (the honest score has lost half of its gain, or the KL has passed
-twice its target), of the first alert by the default rules that look at one step or at the last 20,
-and of that by those that are sequential; in brackets the share of runs without. "In time" is the
-share of runs in which a rule has told before the harm. Below each stand all rules that tell.
+With `--runs`, the rules are evaluated on the healthy and sick runs that
+:mod:`benchmarks.sick_runs` has made of the starter. Sick runs are sick from step 1 on. For each
+sickness, the table has medians of three steps:
+
+- the harm: the honest score has lost half of its gain, or the KL has exceeded twice its target;
+- the first alert of the default rules that compare one step, or the mean of the last 20;
+- the first alert of the sequential rules.
+
+Brackets give the share of runs without it. "In time" is the share of runs in which a rule has
+raised an alert before the harm. The rules that have raised an alert follow below each sickness.
 
 Without `--runs` the series are simulated (:mod:`benchmarks.simulated_runs`): the median number of
 steps from a random onset to the first alert.

@@ -127,7 +127,7 @@ SICKNESSES: dict[str, tuple[Change, frozenset[str]]] = {
     "watched source falls": (exploits(WATCHED), frozenset({SCORE})),
     "held-out score falls": (exploits(EVAL_SCORE), frozenset({SCORE})),
 }
-"""Sickness → what it changes, and the metrics whose rules are to tell."""
+"""Sickness → what it changes, and the metrics whose rules are to raise an alert."""
 
 
 def sick(draw: random.Random, steps: int, change: Change) -> tuple[list[Metrics], int]:

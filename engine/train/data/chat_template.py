@@ -1,4 +1,4 @@
-"""Renders chat messages with a model's template, which may be wrong or endless."""
+"""Renders chat messages with a model's chat template, which may fail or never end."""
 
 import signal
 import threading
@@ -21,7 +21,7 @@ class _TimeLimitError(Exception):
 
 
 def read_chat_template(value: str) -> str:
-    """The Jinja text of `data.chat_template`, which is that text or names a file.
+    """Returns the Jinja text of `data.chat_template`, which is that text or the name of a file.
 
     Raises:
         UserInputError: the file cannot be read.
@@ -69,7 +69,7 @@ def render_chat(
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raises _TimeLimitError after :data:`TIME_LIMIT`; without effect in other threads."""
+    """Raises _TimeLimitError after :data:`TIME_LIMIT`; only works in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

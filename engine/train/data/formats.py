@@ -20,16 +20,17 @@ class PromptColumn:
         """Chooses the columns that are read.
 
         Args:
-            column: `data.column`. If it is `prompt` and there is none, preference data (`chosen`
-                and `rejected`) and conversations (`messages`) give theirs.
+            column: `data.column`. If it is `prompt` and there is no such column, the prompt comes
+                from the columns of preference data (`chosen` and `rejected`) or of conversations
+                (`messages`).
             available: the columns of the data set.
-            name: the data set's, for error messages.
+            name: the name of the data set, for error messages.
 
         Raises:
             UserInputError: there is no such column.
         """
         self.columns = [column]
-        """Those that :meth:`contents` needs."""
+        """The columns that :meth:`contents` needs."""
         self._extract: Callable[..., Any] = lambda content: content
         if column in available:
             return
@@ -48,10 +49,11 @@ class PromptColumn:
 
 
 def common_start(chosen: Any, rejected: Any) -> Any:
-    """The prompt that two completions begin with: their common text, or their common messages.
+    """Returns the prompt that two completions begin with: their common text or common messages.
 
-    A space before the point where texts part belongs to the completions, as tokens begin with it.
-    If one is not of the kind of the other, there is no prompt, and an error names its row.
+    A space at the end of the common text belongs to the completions, because tokens begin with it.
+    If one completion is text and the other has messages, there is no prompt, and an error names the
+    row.
     """
     if not isinstance(chosen, str | list) or type(chosen) is not type(rejected):
         return None

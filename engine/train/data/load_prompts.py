@@ -41,10 +41,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("engine")
 
 CACHED_BYTES = 2_000_000
-"""Of a data set from which its tokens are cached: some ten thousand prompts, a second's work."""
+"""Size of a data set from which on its tokens are cached: some ten thousand prompts, which take a
+second to tokenise."""
 
 BeginPart = Callable[[str], ReportProgress]
-"""Called with the name of a part of loading; returns what its progress is reported to."""
+"""Called with the name of a part of loading; returns the function that takes its progress."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LoadedSet:
 
 
 def no_progress(_part: str) -> ReportProgress:
-    """For a caller that shows no progress."""
+    """Reports progress to nobody."""
     return report_nothing
 
 
@@ -72,7 +73,7 @@ def load_prompts(
     per_step: int,
     seed: int,
 ) -> Prompts:
-    """Reads and tokenises all prompts; leaves out those that are too short or too long.
+    """Reads and tokenises all prompts. Leaves out those that are too short or too long.
 
     Args:
         config: the data sets, their columns and the limits of length.
@@ -88,7 +89,7 @@ def load_prompts(
 
 
 def ordered(sets: list[LoadedSet], config: DataConfig, *, per_step: int, seed: int) -> Prompts:
-    """The prompts of data sets, in the order of a run."""
+    """Returns the prompts of all data sets in the order of a run."""
     left_out: dict[str, int] = {}
     for one in sets:
         for reason, count in one.left_out.items():
@@ -151,7 +152,7 @@ def _cached(
     caches: PromptCaches,
     begin: BeginPart,
 ) -> Path:
-    """The entry of a data set in the cache, which is made if there is none."""
+    """Returns the entry of a data set in the cache; makes it if there is none."""
     signatures = [file_signature(path) for path in files]
     name = content_hash(files, *_facts(config, source, tokenizer))
     found = caches.find(name)
@@ -162,7 +163,7 @@ def _cached(
                 begin("read")
                 rows = _read_into(made.parent / "read", source, cache)
             _fill(made, config, source, tokenizer, rows, cache, begin)
-            del rows  # it maps files of the temporary folder
+            del rows  # it maps files in the temporary folder
             # The entry's name would not match its contents.
             if [file_signature(path) for path in files] != signatures:
                 raise UserInputError(
@@ -189,7 +190,7 @@ def _read_into(folder: Path, source: PromptSource, cache: PromptCache) -> "datas
 
 
 def _files_of(rows: "datasets.Dataset | None") -> list[Path]:
-    """The files that a data set on the hub is memory-mapped from."""
+    """Returns the files from which a data set on the hub is memory-mapped."""
     return [] if rows is None else [Path(file["filename"]) for file in rows.cache_files]
 
 
@@ -270,9 +271,10 @@ def _facts(
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what determines a tokenizer's tokens and its chat template.
+    """Hashes everything that determines a tokenizer's tokens, and its chat template.
 
-    Not of the folder that it was read from: a checkpoint's is another one than the model's.
+    The folder that it was read from is left out, because the tokenizer of a checkpoint is in
+    another folder than that of the model.
     """
     found = hashlib.blake2b(digest_size=20)
     settings = (
@@ -295,7 +297,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _usable(
     config: DataConfig, source: PromptSource, table: PromptTable, entry: Path | None
 ) -> LoadedSet:
-    """Selects the prompts whose lengths are within the limits; logs how many are not."""
+    """Selects the prompts whose lengths are within the limits; logs how many are left out."""
     table, left_out = within_limits(table, config)
     count = sum(left_out.values())
     if not len(table):
@@ -312,7 +314,7 @@ def _usable(
 
 
 def within_limits(table: PromptTable, config: DataConfig) -> tuple[PromptTable, dict[str, int]]:
-    """The prompts of a usable length, and how many are left out for which reason."""
+    """Returns the prompts of a usable length, and how many are left out for which reason."""
     lengths = table.lengths
     long = (lengths > config.max_prompt_tokens) | (lengths < 0)
     empty = lengths == 0

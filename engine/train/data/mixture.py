@@ -1,4 +1,4 @@
-"""Several data sets by weight: which of them each prompt of a run comes from."""
+"""Several data sets with weights: determines from which one each prompt of a run comes."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,11 +8,11 @@ from engine.train.data.randomness import permutation
 
 
 class Mixture:
-    """Assigns each position in the order of prompts a data set, and a position within that.
+    """Assigns a data set, and a position within it, to each position in the order of prompts.
 
-    Positions are counted in cycles of :data:`MIXTURE_CYCLE`. In each, every data set has exactly
-    its share, in an order that seed and cycle determine. So a position is found without those
-    before it, and a resumed run draws what an uninterrupted one does.
+    Positions are counted in cycles of :data:`MIXTURE_CYCLE`. In each cycle, every data set has
+    exactly its share, in an order that depends on seed and cycle only. So a position is found
+    without the earlier ones, and a resumed run draws the same prompts as an uninterrupted one.
     """
 
     def __init__(self, weights: list[float], seed: int) -> None:
@@ -23,7 +23,7 @@ class Mixture:
         self._before: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def at(self, position: int) -> tuple[int, int]:
-        """The data set of a position, counted from 0, and its how-manieth prompt that is."""
+        """Returns the data set of a position, and the position within it; both count from 0."""
         cycle, offset = divmod(position, MIXTURE_CYCLE)
         if cycle != self._cycle:
             self._cycle = cycle
@@ -35,7 +35,7 @@ class Mixture:
         return label, cycle * self._shares[label] + int(self._before[offset])
 
     def redrawn(self, step: int, attempt: int, count: int) -> list[int]:
-        """The data sets of `count` prompts in place of some of a step's."""
+        """Returns the data sets of `count` prompts that replace some of a step."""
         labels = self._order("mixture redraw", step, attempt)
         return [int(labels[i % MIXTURE_CYCLE]) for i in range(count)]
 
@@ -46,14 +46,14 @@ class Mixture:
 
 
 def shares(weights: list[float], total: int) -> list[int]:
-    """Divides `total` in proportion to weights; those with the largest remainders are rounded up.
+    """Divides `total` in proportion to weights; rounds those with the largest remainders up.
 
     No share is 0 if no weight is below a `total`th of their sum.
     """
     exact = np.array(weights) / sum(weights) * total
     found = np.maximum(np.floor(exact + 1e-9), 1.0)
     rest = total - int(found.sum())
-    # A share that was raised to 1 may leave less than nothing: the largest one gives it back.
+    # Raising shares to 1 may exceed the total: the largest share is reduced instead.
     if rest < 0:
         found[int(np.argmax(found))] += rest
         rest = 0

@@ -1,9 +1,9 @@
-"""A folder with the tokens of large data sets, by the content that they are made of.
+"""A cache of the tokens of large data sets.
 
-An entry is a folder: `prompts.arrow` (:data:`~engine.train.data.prompt_table.SCHEMA`), `rows`
-(the data set as `datasets` saves it), and `entry.json`, with which it is complete. Its name is a
-hash of all that determines its contents, so an entry is never out of date, and deleting one costs
-the time to make it again.
+An entry is a folder with `prompts.arrow` (:data:`~engine.train.data.prompt_table.SCHEMA`), `rows`
+(the data set as `datasets` saves it) and `entry.json`, which is written last and makes it complete.
+Its name is a hash of everything that determines its contents, so an entry is never out of date. An
+entry that is deleted is made again when it is needed.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ from engine.train.data.prompt_table import PromptTable
 log = logging.getLogger("engine")
 
 VERSION = "1"
-"""Of the entries; part of their names."""
+"""Version of the entries, part of their names."""
 PROMPTS, ROWS, ENTRY = "prompts.arrow", "rows", "entry.json"
 UNUSED = 60 * 86400.0
-"""Seconds after which an entry that nobody has used is removed when another one is made."""
+"""Seconds without use after which an entry is removed when another one is made."""
 
 
 class CacheWriteError(UserInputError):
@@ -62,7 +62,7 @@ def cache_folder(configured: str | None) -> Path:
 
 
 def content_hash(files: Iterable[Path], *facts: str) -> str:
-    """The name of an entry: a hash of files' contents and of facts.
+    """Returns the name of an entry: a hash of the contents of files and of facts.
 
     Reads about a gigabyte in a second.
 
@@ -103,18 +103,18 @@ class PromptCache:
         if status.st_uid != os.geteuid() or sizes != entry.files:
             log.warning("%s is damaged or belongs to another user: it is made again", folder)
             return None
-        with contextlib.suppress(OSError):  # a cache that may only be read
+        with contextlib.suppress(OSError):  # a cache that is read-only
             os.utime(folder)
         return folder
 
     @contextmanager
     def making(self, name: str) -> Iterator[Path]:
-        """A temporary folder in the cache, which becomes the entry when the context is left.
+        """A context with a temporary folder in the cache, which becomes the entry at its end.
 
-        If another run has made the entry meanwhile, that one stays.
+        If another run has made the entry in the meantime, that entry is kept.
 
         Raises:
-            CacheWriteError: the cache cannot be written; whatever is raised in the context.
+            CacheWriteError: the cache cannot be written. Errors of the context pass through.
         """
         try:
             make_folders(self.folder)
@@ -134,7 +134,7 @@ class PromptCache:
             work.close()
 
     def not_writable(self, error: Exception) -> CacheWriteError:
-        """The error for a cache that cannot be written."""
+        """Builds the error for a cache that cannot be written."""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return CacheWriteError(
             f"data.cache: cannot write in {self.folder}: {reason}; name another folder"
@@ -148,7 +148,7 @@ class PromptCache:
         write_atomically(made / ENTRY, msgspec.json.encode(entry).decode())
         try:
             made.rename(target)
-        except OSError:  # there is one: of another run that was faster, or a damaged one
+        except OSError:  # an entry of another run that was faster, or a damaged one
             if self.find(target.name) is None:
                 shutil.rmtree(target, ignore_errors=True)
                 made.rename(target)
@@ -163,10 +163,10 @@ class PromptCache:
 
 
 class PromptCaches:
-    """Where entries are looked for, and where new ones are made.
+    """The folders in which entries are searched, and the one in which new ones are made.
 
-    That is one folder, unless the one in the user's cache folder cannot be written, as on a machine
-    where the user has no home. Then a private folder under `$TMPDIR` is the second one.
+    This is one folder, unless the one in the user's cache folder cannot be written, such as on a
+    machine where the user has no home. Then a private folder under `$TMPDIR` is the second one.
     """
 
     def __init__(self, configured: str | None) -> None:
@@ -190,7 +190,10 @@ class PromptCaches:
 
     @cached_property
     def _second(self) -> PromptCache | None:
-        """None if it is not needed, or cannot be written either. The log says so once."""
+        """The second folder. None if it is not needed, or if it cannot be written, either.
+
+        The latter is logged once.
+        """
         if self._configured is not None:
             return None
         try:
@@ -226,4 +229,4 @@ def open_entry(folder: Path, *, rows: bool) -> PromptTable:
 
 
 WRITE_ERRORS = (OSError, pa.ArrowException)
-"""What writing an entry raises when the disk is full, or the folder is not writable."""
+"""Raised by writing an entry if the disk is full or the folder is not writable."""

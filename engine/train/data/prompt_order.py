@@ -1,4 +1,4 @@
-"""The order of a run's prompts, which the seed and the step determine."""
+"""The order of a run's prompts, which depends on the seed and the step only."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import permutation
 
 SAME_TEXT = "with the text of a held-out one"
-"""Why prompts are left out that :meth:`Prompts.hold_out` did not choose itself."""
+"""The reason for which :meth:`Prompts.hold_out` leaves out prompts that it did not choose."""
 
 
 class Prompts:
@@ -41,8 +41,8 @@ class Prompts:
             seed: determines the order.
             weights: the data sets' shares. Default: they are equal.
             left_out: number of prompts of the data that are not among these, by reason.
-            columns: of the rows, beside those of the data sets: a part of the prompts, which may
-                be of some of the data sets, has the columns of all.
+            columns: further columns of the rows. A part of the prompts may come from some of the
+                data sets only, but has the columns of all.
         """
         self._tables = list(tables)
         self._per_step = per_step
@@ -65,20 +65,20 @@ class Prompts:
         return max(int(table.lengths.max()) for table in self._tables)
 
     def for_step(self, step: int) -> list[Prompt]:
-        """The prompts of a step, counted from 1.
+        """Returns the prompts of a step, counted from 1.
 
         Steps read the data in passes, each with its own permutation if `data.shuffle` is true. A
-        step may span two or more passes. Of several data sets each has its own passes, and its
+        step may span two or more passes. With several data sets, each has its own passes and its
         share of the prompts.
         """
         first = (step - 1) * self._per_step
         return self._take([self._place(first + i) for i in range(self._per_step)])
 
     def replacements(self, step: int, attempt: int, count: int) -> list[Prompt]:
-        """Prompts in place of some of a step's, for `rollout.dynamic`: any `count` of the data.
+        """Returns `count` prompts that replace some of a step, for `rollout.dynamic`.
 
-        Seed, step and attempt determine them. No prompt repeats unless a data set has fewer than
-        are drawn from it.
+        They are drawn from all the data, by seed, step and attempt. No prompt repeats unless a data
+        set has fewer prompts than are drawn from it.
         """
         labels = [0] * count
         if self._mixture is not None:
@@ -90,7 +90,7 @@ class Prompts:
         return self._take([(label, next(orders[label])) for label in labels])
 
     def first(self, count: int) -> list[Prompt]:
-        """The first prompts, in the order of the data; all of them if there are fewer."""
+        """Returns the first prompts in the order of the data; all of them if there are fewer."""
         places = ((n, i) for n, table in enumerate(self._tables) for i in range(len(table)))
         return self._take(list(itertools.islice(places, count)))
 
@@ -104,7 +104,7 @@ class Prompts:
     def hold_out(self, count: int) -> tuple["Prompts", "Prompts"]:
         """Splits off `count` prompts for evaluation; the seed determines which.
 
-        Prompts with the text of one that is held out leave the training prompts as well, and are
+        Prompts with the text of a held-out one are removed from the training prompts, too, and
         counted in their :attr:`left_out`.
 
         Returns:
@@ -135,7 +135,7 @@ class Prompts:
         """Returns the prompts whose text does not occur in `other`; None if there are none."""
         kept = []
         for table in self._tables:
-            # The texts that both have are few, and those of a large data set are not copied.
+            # Few texts are in both, and the texts of a large data set are not copied.
             both = [t.select(t.among(table.texts)).texts for t in other._tables]
             shared = pa.chunked_array([c for texts in both for c in texts.chunks], pa.string())
             kept.append(table.select(~table.among(shared)))
@@ -176,7 +176,7 @@ class Prompts:
         )
 
     def _take(self, places: list[tuple[int, int]]) -> list[Prompt]:
-        """The prompts at (data set, index), read from each data set at once."""
+        """Returns the prompts at (data set, index), with one read of each data set."""
         found: list[Prompt | None] = [None] * len(places)
         for number, table in enumerate(self._tables):
             at = [i for i, (label, _) in enumerate(places) if label == number]
@@ -185,14 +185,14 @@ class Prompts:
         return [p for p in found if p is not None]
 
     def _completed(self, prompt: Prompt) -> Prompt:
-        """The prompt with the columns of every data set; None where its own has no such column."""
+        """Adds the columns of the other data sets to a prompt, with the value None."""
         if not prompt.row or len(prompt.row) == len(self._columns):
             return prompt
         row = {column: prompt.row.get(column) for column in self._columns}
         return Prompt(prompt.ids, prompt.text, row, prompt.messages)
 
     def _place(self, position: int) -> tuple[int, int]:
-        """The data set and the index of a position in the run's order, counted from 0."""
+        """Returns the data set and the index of a position in the run's order, counted from 0."""
         label, position = (0, position) if self._mixture is None else self._mixture.at(position)
         number, index = divmod(position, len(self._tables[label]))
         if self._shuffle:
@@ -200,7 +200,7 @@ class Prompts:
         return label, index
 
     def _order(self, label: int, number: int) -> NDArray[np.int64]:
-        """The permutation of a pass over a data set; the last one of each is cached."""
+        """Returns the permutation of a pass over a data set; caches the last one of each."""
         cached, order = self._orders.get(label, (-1, np.empty(0, dtype=np.int64)))
         if cached != number:
             order = self._permutation("data", (number,), label)
@@ -208,7 +208,7 @@ class Prompts:
         return order
 
     def _permutation(self, purpose: str, numbers: tuple[int, ...], label: int) -> NDArray[np.int64]:
-        """A permutation of a data set; of several, each has its own."""
+        """Returns a permutation of a data set; each of several data sets has its own."""
         if self._mixture is not None:
             numbers = (*numbers, label)
         order = permutation(self._seed, purpose, numbers, len(self._tables[label]))

@@ -1,7 +1,7 @@
-"""The prompts of one data set, in an Arrow table that a file may hold.
+"""The prompts of one data set, in an Arrow table, in memory or in a file.
 
-A table that is read from a file is memory-mapped: what is not used takes no memory, and the ranks
-of a machine share what is.
+A table in a file is memory-mapped: parts that are not used take no memory, and the ranks of a
+machine share the others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,10 +25,10 @@ SCHEMA = pa.schema(
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ]
 )
-"""Token ids (null: certainly too long, so not tokenised), the text that they encode, and the chat
-messages (null: the prompt is plain text)."""
+"""Columns: the token ids (null for a text that is certainly too long, and not tokenised), the text
+that they encode, and the chat messages (null for plain text)."""
 BATCH_ROWS = 4096
-"""Prompts in a record batch. A prompt is found by its batch, and a batch of long prompts is some
+"""Prompts in a record batch. Reading a prompt reads its batch; one of long prompts has some
 megabytes."""
 
 Rows = Union[list[dict[str, Any]], "datasets.Dataset", None]
@@ -36,7 +36,7 @@ Rows = Union[list[dict[str, Any]], "datasets.Dataset", None]
 
 
 class PromptTable:
-    """Prompts by index; :meth:`select` and its kind leave some out without copying any."""
+    """Prompts by index. Methods such as :meth:`select` leave some out without a copy."""
 
     def __init__(
         self, table: pa.Table, rows: Rows = None, chosen: NDArray[np.int64] | None = None
@@ -45,7 +45,7 @@ class PromptTable:
 
         Args:
             table: with :data:`SCHEMA`.
-            rows: as many, in the same order; without them :attr:`Prompt.row` is empty.
+            rows: one for each prompt, in the same order. Without them, :attr:`Prompt.row` is empty.
             chosen: indices into the table, in ascending order. Default: all.
         """
         self._table = table
@@ -61,7 +61,7 @@ class PromptTable:
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> "PromptTable":
-        """A table in memory."""
+        """Returns a table in memory."""
         columns = [[getattr(p, name) for p in prompts] for name in SCHEMA.names]
         table = pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
         return cls(table, [p.row for p in prompts])
@@ -88,7 +88,7 @@ class PromptTable:
         return self._table["text"].filter(pa.array(self._mask()))
 
     def take(self, indices: Iterable[int]) -> list[Prompt]:
-        """The prompts with these indices."""
+        """Returns the prompts with these indices."""
         places = [int(self._chosen[i]) for i in indices]
         rows = self._rows_at(places)
         return [
@@ -97,11 +97,11 @@ class PromptTable:
         ]
 
     def select(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> "PromptTable":
-        """The prompts with these indices, in ascending order; or those where a mask is true."""
+        """Selects prompts by ascending indices, or by a mask that is true for them."""
         return PromptTable(self._table, self._rows, self._chosen[chosen])
 
     def among(self, texts: pa.ChunkedArray) -> NDArray[np.bool_]:
-        """Whether the text of each prompt is one of these; (n,) bool."""
+        """Returns for each prompt whether its text is one of these; (n,) bool."""
         return np.asarray(pc.is_in(self._table["text"], value_set=texts).to_numpy())[self._chosen]
 
     def find(self, text: str) -> Prompt | None:
@@ -127,7 +127,7 @@ class PromptTable:
         return mask
 
     def _at(self, place: int) -> dict[str, Any]:
-        """One row of the table. `Table.take` would copy whole columns of several batches."""
+        """Returns one row. `Table.take` would copy whole columns of several batches."""
         number = int(np.searchsorted(self._ends, place, side="right"))
         batch = self._batches[number]
         (found,) = batch.slice(place - int(self._ends[number]) + len(batch), 1).to_pylist()

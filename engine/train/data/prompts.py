@@ -21,7 +21,7 @@ class Prompt:
 
     @property
     def plain(self) -> str:
-        """The prompt without the markup of a chat template."""
+        """The prompt as text, without the markup of a chat template."""
         if self.messages is None:
             return self.text
         if len(self.messages) == 1:
@@ -41,20 +41,20 @@ class PromptBatch:
     """(B,) int64: tokens of each prompt, padding excluded."""
 
     def select(self, rows: Tensor) -> "PromptBatch":
-        """The rows with these indices, (n,) int64; P stays the same."""
+        """Selects the rows with these indices, (n,) int64; P stays the same."""
         return PromptBatch(
             [self.prompts[i] for i in rows.tolist()], self.ids[rows], self.lengths[rows]
         )
 
     def to(self, device: torch.device) -> "PromptBatch":
-        """A copy with its tensors on a device."""
+        """Returns a copy with its tensors on a device."""
         return PromptBatch(self.prompts, self.ids.to(device), self.lengths.to(device))
 
 
 def replace_prompts(
     batch: PromptBatch, rows: Tensor, other: PromptBatch, other_rows: Tensor
 ) -> PromptBatch:
-    """A batch with some rows taken from another; left-padded to the longer of the two widths."""
+    """Replaces some rows by those of another batch; left-pads to the longer of the two widths."""
     width = max(batch.ids.shape[1], other.ids.shape[1])
     ids, new = (torch.nn.functional.pad(x.ids, (width - x.ids.shape[1], 0)) for x in (batch, other))
     prompts = list(batch.prompts)

@@ -14,22 +14,22 @@ from torch import Tensor
 
 
 def derived_key(seed: int, purpose: str, *numbers: int) -> int:
-    """A 128-bit key: BLAKE2b of the arguments, so different arguments give different keys."""
+    """Returns a 128-bit key, BLAKE2b of the arguments: different arguments give different keys."""
     text = f"{seed}:{purpose}:{':'.join(map(str, numbers))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
 def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """A 63-bit seed from the same hash, for generators that take an int64."""
+    """Returns a 63-bit seed from the same hash, for generators that take an int64."""
     return derived_key(seed, purpose, *numbers) >> 65
 
 
 def sampling_uniforms(seed: int, step: int, batch: int, tokens: int) -> Tensor:
-    """One uniform number in [0, 1) per (sample, token) of a step's global batch.
+    """Returns a uniform number in [0, 1) per (sample, token) of a step's global batch.
 
-    Each sample has its own streams, so its numbers depend neither on `batch` nor on `tokens`. The
-    first 24 bits of a number are one stream, which is all that sampling by `inverse_cdf` reads; the
-    other 29 are another.
+    Each sample has its own two streams, so its numbers depend neither on `batch` nor on `tokens`.
+    One stream gives the first 24 bits of a number, the only ones that sampling by `inverse_cdf`
+    reads; the other stream gives the other 29.
 
     Returns:
         (batch, tokens) float64, multiples of 2^-53.
@@ -47,6 +47,6 @@ def _stream(key: int, number: int) -> np.random.Generator:
 
 
 def permutation(seed: int, purpose: str, numbers: tuple[int, ...], n: int) -> Tensor:
-    """A random permutation of 0 … n − 1; (n,) int64."""
+    """Returns a random permutation of 0 … n − 1; (n,) int64."""
     philox = np.random.Philox(key=derived_key(seed, purpose, *numbers))
     return torch.from_numpy(np.random.Generator(philox).permutation(n))

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     import datasets
 
 MAX_NESTING = 50
-"""Lists and objects inside each other in a line of JSON; `datasets` fails from about 60 on."""
+"""Levels of lists and objects in a line of JSON; `datasets` fails from about 60 on."""
 JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
-"""Strings, which may contain brackets, and brackets."""
+"""Matches brackets, and strings, because these may contain brackets."""
 ROW = re.compile(r" in row \d+$")
-"""Of pyarrow's error about a line of JSON: counted from 0, and anew in each block that it reads."""
+"""The end of pyarrow's error about a line of JSON. It counts from 0 in each block that it reads."""
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def local_file(source: PromptSource) -> Path | None:
-    """The file of a data set; None for one on the hub.
+    """Returns the file of a data set; None for one on the hub.
 
     Raises:
         UserInputError: there is no such file, or it is empty.
@@ -45,7 +45,7 @@ def read_rows(source: PromptSource, work: Path | None = None) -> "datasets.Datas
 
     Args:
         source: the data set.
-        work: folder for the copy of a file, from which the rows are memory-mapped. Without it
+        work: folder for the copy of a file, from which the rows are memory-mapped. Without it,
             they are in memory. A data set on the hub is mapped from the cache of `datasets`.
 
     Raises:
@@ -82,9 +82,9 @@ def read_rows(source: PromptSource, work: Path | None = None) -> "datasets.Datas
 
 
 def _check_nesting(source: Path) -> None:
-    """Refuses JSON that is nested deeply; `datasets` would take minutes to fail on it.
+    """Refuses JSON that is nested deeply, on which `datasets` would take minutes to fail.
 
-    Only lines with many brackets are looked at closely, so this takes a second for some gigabytes.
+    Only lines with many brackets are parsed, so that some gigabytes take a second.
 
     Raises:
         UserInputError: a line is nested deeper than :data:`MAX_NESTING`, or cannot be read.
@@ -107,7 +107,7 @@ def _check_nesting(source: Path) -> None:
 
 
 def _read_error(source: str, kind: str | None, error: Exception) -> str:
-    if "corresponds to no data" in error_text(error):  # the message of `datasets` for no rows
+    if "corresponds to no data" in error_text(error):  # said by `datasets` of no rows
         return f"data.prompts: {source} holds no rows; give at least one prompt"
     first = first_line(error.__cause__ or error)
     if kind is None:
@@ -128,9 +128,9 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
 
 
 def _bad_line(file: Path) -> int | None:
-    """The first line that is not JSON or names a key twice, counted from 1.
+    """Returns the first line, from 1, that is not JSON or names a key twice.
 
-    None if there is none, or if the file may be one value over several lines.
+    Returns None if there is none, or if the file may be a single value over several lines.
     """
 
     def check_keys(pairs: list[tuple[str, Any]]) -> None:
@@ -148,10 +148,10 @@ def _bad_line(file: Path) -> int | None:
 
 
 def _unwritable(error: BaseException) -> str | None:
-    """What the system said of a file or folder that cannot be written; None for other errors."""
+    """The system's message about a file or folder that cannot be written, else None."""
     cause: BaseException | None = error
     while cause is not None:
-        # Without a name it is not about a file: a firewall refuses connections with EACCES, too.
+        # Without a file name it is another error: a firewall refuses connections with EACCES, too.
         if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE and cause.filename:
             return first_line(cause)
         cause = cause.__cause__ or cause.__context__
@@ -159,11 +159,11 @@ def _unwritable(error: BaseException) -> str | None:
 
 
 def decode_rows(rows: "datasets.Dataset", source: PromptSource) -> list[dict[str, Any]]:
-    """Rows as Python values.
+    """Converts rows to Python values.
 
     Args:
         rows: all rows of a data set, or some.
-        source: the data set, for the error.
+        source: the data set, for the error message.
 
     Raises:
         UserInputError: a text is not UTF-8.

@@ -15,7 +15,7 @@ from engine.train.data.chat_template import render_chat
 from engine.train.data.prompt_table import SCHEMA
 
 LONG_TEXT = 10_000
-"""Characters of a prompt up to which it is tokenised whatever the limit."""
+"""A prompt of at most this many characters is always tokenised."""
 PARALLEL_VARIABLE = "TOKENIZERS_PARALLELISM"
 
 
@@ -32,14 +32,14 @@ class PromptTokenizer:
 
         Args:
             contents: text or chat messages.
-            first_row: the number of the first one's row, counted from 0, for error messages.
+            first_row: the row of the first one, counted from 0, for error messages.
 
         Returns:
-            One row for each, of :data:`~engine.train.data.prompt_table.SCHEMA`. Those that
-            certainly have more than `data.max_prompt_tokens` tokens have none.
+            A row for each, of :data:`~engine.train.data.prompt_table.SCHEMA`. A prompt that
+            certainly has more than `data.max_prompt_tokens` tokens is not tokenised.
 
         Raises:
-            UserInputError: one is neither text nor a conversation, or cannot be rendered.
+            UserInputError: a prompt is neither text nor a conversation, or cannot be rendered.
         """
         found = [self._rendered(c, first_row + i) for i, c in enumerate(contents)]
         ids: list[list[int] | None] = [None] * len(found)
@@ -60,7 +60,7 @@ class PromptTokenizer:
         return pa.record_batch(arrays, schema=SCHEMA)
 
     def _rendered(self, content: Any, row: int) -> tuple[str, list[dict[str, str]] | None]:
-        """The text of a prompt, and its messages if it is a conversation."""
+        """Returns the text of a prompt, and its messages if it is a conversation."""
         config = self._config
         if config.chat and isinstance(content, str):
             content = [{"role": "user", "content": content}]
@@ -91,9 +91,9 @@ class PromptTokenizer:
         return text, messages
 
     def _is_too_long(self, text: str) -> bool:
-        """Whether a text has certainly more than `data.max_prompt_tokens` tokens.
+        """Whether a text certainly has more than `data.max_prompt_tokens` tokens.
 
-        Tokenising a text of a megabyte can take half a minute, only to leave the prompt out.
+        This saves tokenising a prompt that is then left out: a megabyte can take half a minute.
         """
         return len(text) > LONG_TEXT and len(text) > (
             self._config.max_prompt_tokens * self._longest_token
@@ -107,13 +107,13 @@ class PromptTokenizer:
 def tokenise_texts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool = True
 ) -> list[list[int]]:
-    """The token ids of texts, without a trailing end-of-sequence token.
+    """Returns the token ids of texts, without a trailing end-of-sequence token.
 
     Args:
         tokenizer: the policy's.
-        texts: to tokenise.
-        special: whether these are plain texts, to which the tokenizer adds its special tokens; a
-            rendered conversation has them already.
+        texts: the texts.
+        special: whether the tokenizer adds its special tokens. Give true for plain text; a rendered
+            conversation has them already.
     """
     if not texts:
         return []
@@ -122,7 +122,7 @@ def tokenise_texts(
     )
     found = [list(ids) for ids in encoded["input_ids"]]
     if special:
-        end = tokenizer.eos_token_id  # looked up by its text at each access
+        end = tokenizer.eos_token_id  # looked up at each access
         for ids in found:
             # Some tokenizers append it to every text, but the response continues the sequence.
             if len(ids) > 1 and ids[-1] == end:
@@ -132,7 +132,7 @@ def tokenise_texts(
 
 @contextmanager
 def parallel_tokenizers() -> Iterator[None]:
-    """Lets tokenizers written in Rust use all cores: a rank's environment forbids it."""
+    """Lets tokenizers written in Rust use all cores, which a rank's environment forbids."""
     before = os.environ.get(PARALLEL_VARIABLE)
     os.environ[PARALLEL_VARIABLE] = "true"
     try:
@@ -145,7 +145,7 @@ def parallel_tokenizers() -> Iterator[None]:
 
 
 def _messages(content: Any) -> list[dict[str, str]] | None:
-    """`content` as chat messages, or None if it is not a list of them."""
+    """Returns `content` as chat messages, or None if it is not a list of them."""
     if not isinstance(content, list) or not content:
         return None
     for message in content:

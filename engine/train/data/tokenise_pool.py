@@ -1,4 +1,4 @@
-"""Tokenises in several processes: chat templates are rendered by Python, one at a time in each."""
+"""Tokenises in several processes, because Python renders one chat template at a time."""
 
 import multiprocessing
 import os
@@ -13,19 +13,19 @@ from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
 from engine.train.data.tokenise import PARALLEL_VARIABLE, PromptTokenizer
 
 MOST_WORKERS = 8
-"""Each imports what tokenizers need: seconds of a processor, and some 300 MB."""
+"""Each imports the tokenizer's modules, which takes seconds of processor time and some 300 MB."""
 WORTHWHILE = 50_000
-"""Conversations from which processes of their own save time."""
+"""Number of conversations from which on several processes save time."""
 
 Part = tuple[list[Any], int]
-"""Prompts, and the number of the first one's row."""
+"""Prompts, and the row of the first one."""
 
 _tokenizer: PromptTokenizer | None = None
-"""A worker's."""
+"""The tokenizer of a worker process."""
 
 
 def worker_count(prompts: int) -> int:
-    """How many processes to tokenise conversations in; 0 for the process itself."""
+    """Returns the number of processes in which to tokenise; 0 for the process itself."""
     cores = len(os.sched_getaffinity(0))
     return min(cores, MOST_WORKERS) if prompts >= WORTHWHILE and cores > 1 else 0
 
@@ -36,9 +36,9 @@ def encode_parts(
     """Tokenises parts of a data set, in order.
 
     Args:
-        tokenizer: what does it.
-        parts: read as they are needed.
-        workers: from :func:`worker_count`.
+        tokenizer: tokenises each part.
+        parts: parts of the data set, consumed as they are needed.
+        workers: the number of processes, from :func:`worker_count`.
 
     Raises:
         UserInputError: see :meth:`PromptTokenizer.encode`.

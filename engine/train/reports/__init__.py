@@ -1,1 +1,1 @@
-"""Reports for people: samples of a step, probes, TensorBoard files, trackers and tables."""
+"""Reports to the user: samples of a step, probes, TensorBoard files, trackers and tables."""

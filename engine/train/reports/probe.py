@@ -1,4 +1,4 @@
-"""Runs a probe: the responses of the current policy and the reference to an operator's prompt."""
+"""Runs a probe: the policy and the reference respond to an operator's prompt."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.run import Run, max_sequence_tokens
 
 PROBE_SEED = 0
-"""The same for both models and all probes, so that differences are due to the models alone."""
+"""The same for both models and all probes, so that only the models differ."""
 
 
 def answer_probe(run: Run, text: str) -> dict[str, Any]:
     """Generates one response of each model, with its score and its KL to the reference.
 
-    Uses a random stream of its own, so a probe does not change the run. All ranks must call it. For
-    one of the run's own prompts it uses the stored tokens: tokenising the text of a rendered chat
+    All ranks must call it. It has its own random stream, so a probe does not change the run. For a
+    prompt of the run it uses the stored tokens, because tokenising the text of a rendered chat
     template again would add a second beginning-of-sequence token.
 
     Args:

@@ -1,4 +1,4 @@
-"""What records each step besides the journal: TensorBoard event files and experiment trackers."""
+"""Recorders of steps besides the journal: TensorBoard event files and experiment trackers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,12 +32,12 @@ def open_recorders(
         session: the session.
         config: as the run was started.
         from_step: the last completed step.
-        notify: called with the name of a rule, a step and one line when one of them has a problem,
-            from any thread.
+        notify: called from any thread with the name of a rule, a step and one line when a recorder
+            has a problem.
     """
     recorders: list[StepRecorder] = []
     if config.log.tensorboard:
-        # A rank that writes no event files starts without the quarter second of this import.
+        # The import takes a quarter of a second, which a rank without event files saves.
         from engine.train.reports.tensorboard import EventFiles  # noqa: PLC0415
 
         events = EventFiles(session.tensorboard, from_step, partial(notify, "tensorboard"))

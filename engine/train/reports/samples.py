@@ -20,7 +20,7 @@ def kept_samples(
     targets: Targets,
     ref_logprobs: Tensor,
 ) -> list[Sample]:
-    """The first `log.samples` responses of the batch, the first `log.arrays` with per-token arrays.
+    """Returns the first `log.samples` responses; the first `log.arrays` with per-token arrays.
 
     Args:
         log: the configuration section with both numbers.
@@ -60,7 +60,7 @@ def _token_arrays(
     ref_logprobs: Tensor,
     count: int,
 ) -> list[TokenArrays]:
-    """The per-token arrays of the first `count` responses."""
+    """Returns the per-token arrays of the first `count` responses."""
     columns = [targets.old_logprobs, ref_logprobs, targets.advantages]
     if targets.old_values is not None:
         columns.append(targets.old_values)

@@ -1,4 +1,4 @@
-"""What is allowed in a configuration but seldom meant: noted by `check`, and when a run starts."""
+"""Notes on settings that are allowed but rarely intended, shown by `check` and at a run's start."""
 
 import math
 
@@ -11,25 +11,25 @@ from engine.kl import horizon_for, largest_change, usual_horizon
 from engine.train.run import Run
 
 LEAST_FACTOR = 4.0
-"""By which the adaptive controller should be able to change beta within a run."""
+"""Factor by which the adaptive controller should be able to change beta within a run."""
 TRIAL_STEPS = 50
-"""A run that is shorter is a trial, for which no controller needs to be quick enough."""
+"""A shorter run is a trial, for which the controller may be too slow."""
 OF_THE_VALUE_LOSS = ("value_coef", "value_clip", "value_head_rate")
-"""Keys of `ppo`."""
+"""Keys of `ppo` that only affect the value loss."""
 
 
 def setup_notes(config: RunConfig, run: Run) -> list[str]:
-    """A line for each thing that is seldom meant.
+    """Returns a line for each setting that is rarely intended.
 
     Args:
-        config: of the run.
-        run: with its prompts and tokenizer loaded; its own configuration may be a smaller one.
+        config: the configuration of the run.
+        run: with its prompts and tokenizer loaded. Its own configuration may be a smaller one.
     """
     return [*plain_prompts(run), *slow_controller(config), *ignored_value_keys(config)]
 
 
 def plain_prompts(run: Run) -> list[str]:
-    """A line if the policy has a chat template and prompts are neither messages nor rendered."""
+    """Returns a line if the policy has a chat template, but gets plain text."""
     prompt = run.prompts.for_step(1)[0]
     rendered = any(token in prompt.text for token in run.tokenizer.all_special_tokens)
     if not run.tokenizer.chat_template or prompt.messages is not None or rendered:
@@ -41,7 +41,7 @@ def plain_prompts(run: Run) -> list[str]:
 
 
 def slow_controller(config: RunConfig) -> list[str]:
-    """A line if the adaptive controller can hardly change beta in the whole run."""
+    """Returns a line if the adaptive controller can hardly change beta in the whole run."""
     batch, kl = config.rollout.batch_size, config.kl
     change = largest_change(kl.horizon, batch)
     exponent = config.train.steps * math.log1p(change)
@@ -58,7 +58,7 @@ def slow_controller(config: RunConfig) -> list[str]:
 
 
 def ignored_value_keys(config: RunConfig) -> list[str]:
-    """A line if keys of the value loss are set for a value function that is fitted without one."""
+    """Returns a line if keys of the value loss are set, but the value function has no loss."""
     if not config.linear_value:
         return []
     plain = PPOConfig()

@@ -24,8 +24,8 @@ Notify = Callable[[int, str], None]
 class EventFiles:
     """Writes scalars, the samples as text, and the configuration as hparams.
 
-    They are a copy of what the journal has, so files that cannot be written, as on a full disk, do
-    not end the run: steps are left out, and a new file is tried once a minute.
+    They only copy the journal, so a file that cannot be written, such as on a full disk, does not
+    end the run. Steps are then left out, and a new file is tried once a minute.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class EventFiles:
             from_step: the last completed step. `purge_step` makes the viewer discard what earlier
                 attempts wrote for later steps.
             notify: called when files can no longer be written.
-            retry_seconds: between two tries to write a new file.
+            retry_seconds: seconds between two attempts to write a new file.
         """
         self._folder = folder
         self._purge_from = from_step + 1
-        """The first step that the files do not have, or have of an earlier attempt."""
+        """The first step that the files lack, or have from an earlier attempt."""
         self._notify = notify
         self._retry_seconds = retry_seconds
         self._writer: SummaryWriter | None = None
@@ -77,12 +77,12 @@ class EventFiles:
             self._writer.close()
 
     def _try(self, step: int, write: Callable[[SummaryWriter], None], *, written: int) -> None:
-        """Writes something and flushes the file; a failure is reported and ends the file.
+        """Writes something and flushes the file. If that fails, reports it and ends the file.
 
         Args:
-            step: at which a failure is reported.
-            write: writes it.
-            written: the last step that the files have then.
+            step: the step at which a failure is reported.
+            write: writes to the file.
+            written: the last step in the files after this.
         """
         if self._writer is None and time.monotonic() < self._retry_at:
             return
@@ -94,7 +94,7 @@ class EventFiles:
             self._writer.flush()
             self._purge_from = written + 1
         except OSError as error:
-            # Its thread has ended, and a reader stops at a record that was cut short.
+            # The writer's thread has ended, and a reader stops at an incomplete record.
             self._writer = None
             self._retry_at = time.monotonic() + self._retry_seconds
             if not self._failed:
@@ -103,7 +103,7 @@ class EventFiles:
 
 
 def _table(samples: list[Sample]) -> str:
-    """A Markdown table. Text is escaped, because the viewer renders HTML in it."""
+    """Returns a Markdown table. Text is escaped, because the viewer renders HTML in it."""
 
     def cell(text: str) -> str:
         return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")

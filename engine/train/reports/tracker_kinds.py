@@ -1,7 +1,7 @@
 """How each experiment tracker of accelerate begins a run, and continues it in a later attempt.
 
-Source: accelerate's `accelerate.tracking`, whose classes pass their keywords to the packages; the
-keywords are those of the packages' own documentation.
+Source: `accelerate.tracking`, whose classes pass their keyword arguments to the packages. The
+arguments are those in the packages' documentation.
 """
 
 import importlib
@@ -16,12 +16,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What a tracker is given of the run."""
+    """What a tracker gets to know about the run."""
 
     trackers: list[str]
     project: str
     session: str
-    """The session's name, for the run."""
+    """The session's name, which the tracker's run gets."""
     config: dict[str, Any]
     """The configuration, flat, without secrets."""
 
@@ -42,15 +42,15 @@ class TrackerKind:
     """One of accelerate's trackers."""
 
     arguments: Callable[[Header, str], Arguments]
-    """The arguments of its class, from the id: "" if there is none yet."""
+    """Returns the arguments of its class, given the id, or "" if there is none yet."""
     new_id: Callable[[Header], str] = _none
-    """Chooses the id of a new run; "" if the tracker does that."""
+    """Chooses the id of a new run; returns "" if the tracker chooses it."""
     read_id: Callable[[Any], str] | None = None
-    """The id that the tracker has chosen, from its run."""
+    """Returns the id that the tracker has chosen, from the tracker's run."""
 
 
 def _folder() -> str:
-    """The session's folder of trackers, in which the program runs."""
+    """The session's folder for trackers, in which the program runs."""
     return str(Path.cwd())
 
 
@@ -61,7 +61,7 @@ KINDS = {
         ),
         _random(16),
     ),
-    "trackio": TrackerKind(  # a run's name is its id
+    "trackio": TrackerKind(  # the name of a run is its id
         lambda h, i: ((h.project,), {"name": i, "resume": "allow"}),
         lambda h: f"{h.session}-{uuid.uuid4().hex[:8]}",
     ),
@@ -97,25 +97,25 @@ KINDS = {
 
 
 def is_tracker(value: Any) -> bool:
-    """Whether a value is a class of trackers."""
+    """Whether a value is a class of accelerate's trackers."""
     return isinstance(value, type) and issubclass(value, GeneralTracker)
 
 
 def make_tracker(name: str, header: Header, known: str) -> tuple[GeneralTracker, Callable[[], str]]:
-    """A tracker that begins a run, or continues one.
+    """Creates a tracker that begins a run, or continues one.
 
     Args:
         name: a key of :data:`KINDS`, or `module:Class`. Such a class is called with the project,
             the folder if it asks for one, and the keywords `run_name` and `run_id`, which is the
             same in every attempt.
-        header: what it is given of the run.
+        header: what it gets to know about the run.
         known: the id of the run to continue; "" to begin one.
 
     Returns:
-        The tracker, which is not started, and a function that returns the run's id once it is.
+        The tracker, not started yet, and a function that returns the run's id after the start.
 
     Raises:
-        Exception: whatever importing or making it raises.
+        Exception: any error of importing or creating it.
     """
     if ":" in name:
         module, _, attribute = name.partition(":")

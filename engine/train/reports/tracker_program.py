@@ -1,10 +1,10 @@
 """Passes metrics on to experiment trackers: ``python -m engine.train.reports.tracker_program``.
 
-A process of its own, so that a tracker that fails, hangs or ends its process has no effect on the
-run. It reads a :class:`Header` and then :class:`Line` after :class:`Line` as JSON on standard
-input, and ends with it. Each problem is a line of text on standard output; what trackers print goes
-to standard error. Its folder is the session's `trackers/`, where trackers that write files put
-them.
+It is a separate process, so that a tracker that fails, hangs or ends its process does not affect
+the run. It reads a :class:`Header` and then one :class:`Line` after another as JSON from standard
+input, and ends when the input does. It writes each problem as a line of text to standard output;
+the output of trackers goes to standard error. It runs in the session's folder `trackers/`, so that
+trackers write their files there.
 """
 
 import contextlib
@@ -31,20 +31,20 @@ from engine.session.lock import SessionLock
 from engine.train.reports.tracker_kinds import Header, make_tracker
 
 FINISH_SECONDS = 60
-"""For which trackers may send what is left when the run has ended."""
+"""Seconds in which trackers can send pending metrics after the end of the run."""
 HELD_SECONDS = 3
-"""After which the process is ended where a package's own code lets no thread of Python run."""
+"""Further seconds until the process ends, even if a package's native code blocks all threads."""
 IDS = "runs.json"
-"""Tracker → the id of this session's run."""
+"""Name of the file: tracker → id of this session's run."""
 LOCK = ".lock"
 MAX_LOG = 10_000_000
-"""Bytes of what trackers print that are kept: the first half and the newest of the rest."""
+"""Bytes of the trackers' output that are kept: the first half, and the newest of the rest."""
 LOG_INTERVAL = 1.0
-"""Seconds between looks at their size."""
+"""Seconds between two checks of the log's size."""
 PENDING = 10_000
-"""Steps that wait for a tracker before further ones are not passed on."""
+"""Number of steps that wait for a tracker at most; further ones are dropped."""
 FAILURES = (Exception, SystemExit)
-"""Of any package. Some call `sys.exit`, which would end the other trackers, too."""
+"""Failures of any package. Some call `sys.exit`, which would end the other trackers, too."""
 
 Report = Callable[[str], None]
 
@@ -54,16 +54,16 @@ class Line(msgspec.Struct, frozen=True):
 
     step: int
     metrics: dict[str, float | None]
-    """None: not finite."""
+    """Value by name; None if it is not finite."""
 
 
 def main() -> None:
     """Runs until standard input ends."""
-    # What a tracker's package prints must not be taken for a problem.
+    # Text that a tracker's package prints must not be read as a problem.
     problems = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
     os.dup2(2, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # it ends with its input
+        signal.signal(number, signal.SIG_IGN)  # it ends when the input does
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     reporting = threading.Lock()
 
@@ -73,9 +73,9 @@ def main() -> None:
             problems.flush()
 
     threading.Thread(target=keep_log_short, daemon=True, name="log").start()
-    os.umask(0o077)  # what trackers write is the owner's, too
+    os.umask(0o077)  # only the owner may read the trackers' files
     header = msgspec.json.decode(sys.stdin.buffer.readline(), type=examined(Header))
-    PartialState(cpu=True)  # the trackers' own logger asks for it
+    PartialState(cpu=True)  # the logger of accelerate's trackers needs it
     lock = wait_for_lock()
     ids = RunIds(Path(IDS))
     runs = [TrackerRun(name, header, ids, report) for name in header.trackers]
@@ -83,19 +83,19 @@ def main() -> None:
     others = [threading.Thread(target=run, name=run.name) for run in runs[1:]]
     for thread in others:
         thread.start()
-    runs[0]()  # some packages set handlers of signals, which only the main thread may
+    runs[0]()  # some packages set signal handlers, which only the main thread can
     for thread in others:
         thread.join()
     lock.release()
     sys.stderr.flush()
     shorten_log()
-    os._exit(0)  # threads of a package may keep the interpreter from ending
+    os._exit(0)  # threads of a package may prevent the interpreter from ending
 
 
 def pass_on(runs: "list[TrackerRun]", report: Report) -> None:
-    """Gives each tracker the metrics of standard input; after its end they have a minute left.
+    """Passes the metrics from standard input to each tracker; at its end, waits up to a minute.
 
-    Ends the process if one of them needs longer.
+    Ends the process if a tracker needs longer.
     """
     for data in sys.stdin.buffer:
         line = msgspec.json.decode(data, type=examined(Line))
@@ -113,15 +113,15 @@ def pass_on(runs: "list[TrackerRun]", report: Report) -> None:
 
 
 def keep_log_short() -> None:
-    """Shortens the log whenever it is too long, also while a tracker prints and does not return."""
+    """Shortens the log whenever it is too long, even while a call of a tracker does not return."""
     while True:
         time.sleep(LOG_INTERVAL)
         shorten_log()
 
 
 def shorten_log() -> None:
-    """Cuts standard error, a file that is appended to, if it is longer than :data:`MAX_LOG`."""
-    with contextlib.suppress(OSError):  # a tracker must go on without a log, as on a full disk
+    """Cuts the log file on standard error if it is longer than :data:`MAX_LOG`."""
+    with contextlib.suppress(OSError):  # a tracker must work without a log, such as on a full disk
         status = os.fstat(2)
         if stat.S_ISREG(status.st_mode) and status.st_size > MAX_LOG:
             os.ftruncate(2, MAX_LOG // 2)
@@ -129,10 +129,10 @@ def shorten_log() -> None:
 
 
 def wait_for_lock() -> SessionLock:
-    """Waits until the process of an earlier attempt has finished with the same runs.
+    """Waits until the process of an earlier attempt no longer uses the same runs.
 
     Raises:
-        SessionLockedError: it has not, long after it had to.
+        SessionLockedError: it still does, long after it should have ended.
     """
     last = time.monotonic() + FINISH_SECONDS + 5
     while True:
@@ -145,10 +145,10 @@ def wait_for_lock() -> SessionLock:
 
 
 class RunIds:
-    """The ids of the session's runs, in a file."""
+    """A file with the ids of the session's runs."""
 
     def __init__(self, file: Path) -> None:
-        """Reads them."""
+        """Reads the file."""
         self._file = file
         self._lock = threading.Lock()
         self._ids: dict[str, str] = (
@@ -156,20 +156,20 @@ class RunIds:
         )
 
     def get(self, tracker: str) -> str:
-        """A tracker's; "" if it has none yet."""
+        """Returns the id of a tracker's run; "" if it has none yet."""
         return self._ids.get(tracker, "")
 
     def add(self, tracker: str, run_id: str) -> None:
-        """Writes a new one."""
+        """Adds an id and writes the file."""
         with self._lock:
             self._ids[tracker] = run_id
             write_atomically(self._file, json.dumps(self._ids, indent=1))
 
 
 class TrackerRun:
-    """One tracker, whose first failure is reported. One that hangs does not delay the others.
+    """A tracker in its own thread. Its first failure is reported; if it hangs, the others do not.
 
-    All calls of its package come from the thread that calls it, as MLflow keeps its run by thread.
+    All calls of its package come from the same thread, because MLflow has one run per thread.
     """
 
     def __init__(self, name: str, header: Header, ids: RunIds, report: Report) -> None:
@@ -181,7 +181,7 @@ class TrackerRun:
         self._dropped = False
         self._pending: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue()
         self.ended = threading.Event()
-        """Set once nothing more is passed on to it."""
+        """Set once nothing more is passed on to the tracker."""
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Passes the metrics of a step on; returns at once."""
@@ -192,13 +192,13 @@ class TrackerRun:
             self._report(f"{self.name} is {PENDING} steps behind: it misses steps from {step} on")
 
     def close(self) -> None:
-        """Lets it end once it has what was passed on."""
+        """Lets the tracker end once it has everything that was passed on."""
         self._pending.put(None)
 
     def __call__(self) -> None:
-        """Runs the tracker up to the end.
+        """Runs the tracker to its end.
 
-        It continues the run of the session's earlier attempts if there is one.
+        Continues the run of the session's earlier attempts, if there is one.
         """
         try:
             self._run()
@@ -210,7 +210,7 @@ class TrackerRun:
             tracker = self._start()
         except FAILURES as error:
             self._report(f"{self.name} cannot be started: {first_line(error)}")
-            self._dropped = True  # nobody takes what is pending
+            self._dropped = True  # nothing reads the queue any more
             return
         while (line := self._pending.get()) is not None:
             values, step = line

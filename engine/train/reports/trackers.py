@@ -1,4 +1,4 @@
-"""Experiment trackers (`log.trackers`): gives a process of its own the metrics of each step."""
+"""Experiment trackers (`log.trackers`): sends the metrics of each step to a separate process."""
 
 import contextlib
 import queue
@@ -21,20 +21,20 @@ from engine.session.folder import SessionFolder
 
 PROGRAM = "engine.train.reports.tracker_program"
 PENDING = 10_000
-"""Steps that wait for trackers before further ones are not passed on."""
+"""Number of steps that wait for the trackers at most; further ones are dropped."""
 LEFT_OUT = ("RLHF_TUI_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MASTER_")
-"""Beginnings of variables by which accelerate would look for other processes."""
+"""Prefixes of variables that would make accelerate look for other processes."""
 FINISH_SECONDS = 70.0
-"""For which the end of a run waits for trackers; the program ends itself a little earlier."""
+"""Seconds that the end of a run waits for trackers; the program ends itself a little earlier."""
 Notify = Callable[[int, str], None]
-"""Called with the last step and one line, from another thread."""
+"""Called from another thread with the last step and one line."""
 
 
 class TrackerProcess:
     """The process that runs the trackers.
 
-    Nothing it does ends or delays the run: metrics wait in a queue, and problems become notices,
-    one for each tracker.
+    The process can neither end nor delay the run: metrics wait in a queue, and problems become
+    notices, one for each tracker.
     """
 
     def __init__(self, session: SessionFolder, config: RunConfig, notify: Notify) -> None:
@@ -48,7 +48,7 @@ class TrackerProcess:
         create_file(log)
         with log.open("ab") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own module
-                # -P: a folder that a tracker makes here must not be imported in its place.
+                # -P: a folder that a tracker creates here must not be imported as a package.
                 [sys.executable, "-P", "-m", PROGRAM],
                 cwd=session.trackers,
                 env=environment(),
@@ -75,7 +75,7 @@ class TrackerProcess:
         del samples
         self._step = step
         try:
-            # This encoder writes null for what is not finite.
+            # This encoder writes null for numbers that are not finite.
             self._pending.put_nowait(msgspec.json.encode({"step": step, "metrics": metrics}))
         except queue.Full:
             if not self._dropped:
@@ -83,7 +83,7 @@ class TrackerProcess:
                 self._report(f"trackers are {PENDING} steps behind: they miss steps from {step} on")
 
     def close(self) -> None:
-        """Waits until the trackers have what was passed on, :data:`FINISH_SECONDS` in all."""
+        """Waits until the trackers have everything, at most :data:`FINISH_SECONDS`."""
         self._closing = True
         end = time.monotonic() + FINISH_SECONDS
         with contextlib.suppress(queue.Full):
@@ -93,13 +93,13 @@ class TrackerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
-        # Its pipe has ended, unless a process that a tracker started has it open.
+        # The pipe has ended, unless a process that a tracker started holds it open.
         self._reader.join(max(1.0, end - time.monotonic()))
         if status:
             self._report("trackers did not finish in time: the last steps may be missing there")
 
     def _write(self) -> None:
-        """Writes what is pending to the process, as fast as that reads."""
+        """Writes pending metrics to the process, as fast as it reads them."""
         if self._process.stdin is None:
             return
         with contextlib.suppress(OSError), self._process.stdin as pipe:  # `_read` reports its end
@@ -117,20 +117,21 @@ class TrackerProcess:
             self._report("the process of the trackers has ended: see trackers/trackers.log")
 
     def _report(self, text: str) -> None:
-        with contextlib.suppress(LinkError):  # the run is ending, and its main thread knows
+        with contextlib.suppress(LinkError):  # the run is ending, which the main thread handles
             self._notify(self._step, text)
 
 
 def environment() -> dict[str, str]:
-    """The trackers' environment: not that of a rank, nor of an MPI process, and without a GPU."""
+    """Returns the trackers' environment: not of a rank or an MPI process, and without a GPU."""
     kept = {k: v for k, v in clean_environment().items() if not k.startswith(LEFT_OUT)}
     return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"} | LOG_ENCODING
 
 
 def shown_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration that trackers and TensorBoard event files are given, flat.
+    """Returns the flat configuration for trackers and TensorBoard event files.
 
-    Without `notify`, whose command may hold a password, and without what follows a `?` in a URL.
+    It leaves out `notify`, because its command may hold a password, and everything after a `?` in a
+    URL.
     """
     tree = to_tree(config)
     del tree["notify"]

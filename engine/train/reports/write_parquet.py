@@ -1,7 +1,7 @@
-"""Makes a table of Parquet: ``python -m engine.train.reports.write_parquet``.
+"""Writes a table as Parquet: ``python -m engine.train.reports.write_parquet``.
 
-Reads it as JSON on standard input: column → values, which are numbers, texts, booleans or null, of
-one kind in a column. Writes the file to standard output.
+Reads the table as JSON from standard input: column → values, which are numbers, texts, booleans or
+null, of one kind in a column. Writes the file to standard output.
 """
 
 import io

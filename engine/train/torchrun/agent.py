@@ -2,8 +2,8 @@
 
 ``python -m engine.train.torchrun.agent SESSION_FOLDER PROCESSES``
 
-Used for runs of more than one rank. The agent starts the ranks once and never restarts them; the
-supervisor does. Like a rank, it is killed when its parent process ends, and its ranks with it.
+Used for runs of more than one rank. The agent starts the ranks once; only the supervisor restarts
+them. Like a rank, it is killed when its parent process ends, and its ranks with it.
 """
 
 import contextlib
@@ -76,11 +76,10 @@ def main() -> None:
 
 
 class Agent(LocalElasticAgent):
-    """torch's agent, which ends the other ranks :data:`SHUTDOWN_TIMEOUT` after one has failed.
+    """torch's agent, except that it ends the other ranks :data:`SHUTDOWN_TIMEOUT` after a failure.
 
-    torch itself gives them 30 seconds then, whatever its configuration says. A rank that waits for
-    the failed one in a collective operation ends by itself, but one in a long reward function does
-    not.
+    torch always gives them 30 seconds. A rank that waits for the failed one in a collective ends by
+    itself, but one in a long reward function does not.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -94,27 +93,27 @@ class Agent(LocalElasticAgent):
     def _shutdown(
         self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0, **_named: Any
     ) -> None:
-        """Ends the ranks. What torch passes beside the signal depends on its version."""
+        """Ends the ranks. The arguments after the signal depend on the version of torch."""
         del timeout
         if self._pcontext is not None:
             self._pcontext.close(death_sig, SHUTDOWN_TIMEOUT)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Torch calls it every `monitor_interval` seconds."""
+        """Called by torch every `monitor_interval` seconds."""
         codes = [exit_code(worker.id) for worker in worker_group.workers]
         self.failed = [code for code in codes if code]
         if self.failed:
             self._shutdown()
         elif None in codes:
-            # Torch would take note of the end of a rank that fails from now on.
+            # torch would also notice ranks that fail from now on.
             return RunResult(state=WorkerState.HEALTHY)
         return super()._monitor_workers(worker_group)
 
 
 def exit_code(pid: int) -> int | None:
-    """The exit code of a child process, -N for signal N; None while it runs.
+    """Returns the exit code of a child process, -N for signal N; None while it runs.
 
-    The process stays a zombie, for torch.
+    The process remains a zombie, so that torch can read its status, too.
     """
     ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if ended is None:
@@ -123,7 +122,7 @@ def exit_code(pid: int) -> int | None:
 
 
 def worker_spec(launch: LaunchConfig, count: int, folder: str) -> WorkerSpec:
-    """What torch's agent needs to know of `count` ranks on this machine.
+    """Describes `count` ranks on this machine to torch's agent.
 
     With a `file:` store this also restricts gloo and NCCL to the loopback interface, through the
     environment.

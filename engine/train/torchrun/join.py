@@ -45,19 +45,19 @@ from engine.protocol.rank_messages import (
 RETRY = 2.0
 """Seconds between two attempts to reach the first machine, and between two checks of its store."""
 GRACE = 30.0
-"""Seconds the ranks have to end by themselves after the store of the first machine is gone."""
+"""Seconds in which ranks can end by themselves after the first machine's store is gone."""
 JOIN_INFO_TIMEOUT = 10.0
-"""Seconds that a store may take to have its join info."""
+"""Seconds to wait until a store has its :class:`JoinInfo`."""
 SCHEDULED = "scheduled"
-"""The last argument under a scheduler, which signals all machines of a job at once: this one must
-stay until the first one has saved, and tells it."""
+"""The last argument under a scheduler, which signals all machines of a job at once. This machine
+then informs the first one, and stays until that has saved."""
 OTHER_VERSION = "the first machine runs another version of rlhf-tui: install the same on all"
 DONE, INVALID, TIMED_OUT, STOPPED_EARLY = 0, 2, 4, 75
 """Exit codes."""
 
 
 class LeavingError(Exception):
-    """A scheduler is about to take this machine away, which runs no ranks."""
+    """A scheduler is about to take this machine away while it runs no ranks."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class JoinableStart:
     info: JoinInfo
     secret: str
     started: bool = False
-    """Whether the ranks of this start take no further machines."""
+    """Whether the ranks have started, so that no further machine can join this start."""
 
 
 def main() -> None:
@@ -116,8 +116,8 @@ def find_run(
 
     Args:
         address: `HOST:PORT` of its store.
-        file: holds the secret; it is read again each time, as each run has its own. None: the
-            environment has it.
+        file: holds the secret. It is read again each time, because each run has its own. None if
+            the environment has the secret.
         wait: seconds without a response from the store before this gives up.
         previous_start: `JoinInfo.start` of the ranks that this machine has lost, or "". That start
             is never returned: its remaining ranks accept no new peers, and torchrun would restart
@@ -144,7 +144,7 @@ def find_run(
             found = look_up(address, secret) if secret is not None else None
         except AuthenticationError as error:
             problem = f"{address}: {error}; give the same on all machines"
-            if file is None:  # a file may be of an earlier run until this one has written its own
+            if file is None:  # the file of an earlier run may still be there
                 raise UserInputError(problem) from error
         except LinkError as error:
             problem = str(error)
@@ -159,7 +159,7 @@ def find_run(
                 deadline = time.monotonic() + wait
                 previous_start = found.info.start
                 if found.info.launch.min_nodes is not None:
-                    with contextlib.suppress(LinkError):  # it has ended meanwhile
+                    with contextlib.suppress(LinkError):  # it has ended in the meantime
                         found.store.request(SetKeys(values={WAITING_KEY: b""}))
                 print_status("the run has started; waiting for its next start")
         time.sleep(RETRY)
@@ -203,9 +203,9 @@ def run_agent(
 ) -> int:
     """Starts this machine's agent and returns its exit status.
 
-    Kills the agent and its ranks when the store has been gone for :data:`GRACE` seconds. Ranks that
-    wait in a NCCL collective do not notice that the first machine is gone, and would keep this
-    machine from joining the next start.
+    Kills the agent and its ranks once the store has not been reachable for :data:`GRACE` seconds.
+    Ranks that wait in a NCCL collective do not notice that the first machine is gone, and would
+    keep this machine from joining the next start.
 
     If `leaving` is set, the first machine is informed, so that the run saves and ends.
     """
@@ -230,14 +230,14 @@ def run_agent(
         if found.store.is_alive(JOIN_INFO_KEY):
             last_seen = time.monotonic()
             if leaving.is_set():
-                with contextlib.suppress(LinkError):  # the run has ended meanwhile
+                with contextlib.suppress(LinkError):  # the run has ended in the meantime
                     found.store.request(SetKeys(values={LEAVING_KEY: b""}))
         elif time.monotonic() - last_seen > GRACE:
             process.kill()  # its ranks are killed with it
 
 
 def print_status(text: str) -> None:
-    """Prints a line for the person at this machine."""
+    """Prints a line for the user of this machine."""
     sys.stdout.write(f"rlhf-tui: {text}\n")
     sys.stdout.flush()
 

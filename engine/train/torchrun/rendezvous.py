@@ -1,8 +1,8 @@
 """A torchrun rendezvous backend without pickles.
 
-torch's `c10d` backend keeps its state as a pickle in a store that any peer can write, and unpickles
-it on every machine. This backend stores only a counter and host names, in the authenticated store
-of the first machine.
+torch's `c10d` backend keeps its state as a pickle in a store that any peer can write to, and
+unpickles it on every machine. This backend only stores a counter and host names, in the
+authenticated store of the first machine.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from engine.train.distributed.rank_store import RankStore
 BACKEND = "rlhf-tui"
 """The name of this backend in torch's messages."""
 PREFIX, COUNT = STARTED_KEY.split("/")
-"""Of the keys of agents; and the key of the number of machines in a start, once it is settled."""
+"""Prefix of the agents' keys, and key of the final number of machines in a start."""
 COMING = COMING_KEY.removeprefix(f"{PREFIX}/")
 COMING_TIMEOUT = timedelta(seconds=120)
-"""For a machine that has announced itself."""
+"""Time to wait for a machine that has announced itself."""
 CLOSED = 1_000_000
 """Added to the number of machines that have joined, so that a later one gets too high a number."""
 
@@ -54,8 +54,8 @@ class StoreRendezvous(RendezvousHandler):
             timeout: seconds to wait for them.
             first: whether the supervisor runs on this machine.
             secret: of the run; unused if there is one machine.
-            fewest: number of machines without which the run does not start; all by default.
-            join_wait: seconds to wait for the others then.
+            fewest: smallest number of machines with which the run starts; all by default.
+            join_wait: seconds to wait for the others once there are enough.
         """
         self._endpoint = endpoint
         self._machines = machines
@@ -94,10 +94,10 @@ class StoreRendezvous(RendezvousHandler):
         return RendezvousInfo(store, rank, count, RendezvousStoreInfo("127.0.0.1", 0))
 
     def _count_machines(self, store: Store) -> int:
-        """Waits for the machines and lets no further one join; returns their number.
+        """Waits for the machines, closes the rendezvous to others, and returns their number.
 
         Raises:
-            RuntimeError: too few of them have joined in time.
+            RuntimeError: too few machines have joined in time.
         """
         names = [f"machine/{rank}" for rank in range(self._machines)]
         store.wait(names[: self._fewest], self._timeout)
@@ -120,18 +120,18 @@ class StoreRendezvous(RendezvousHandler):
         return PrefixStore(PREFIX, self._store)
 
     def is_closed(self) -> bool:
-        """False: an agent starts its ranks once, so there is no later rendezvous to close."""
+        """Returns False: an agent starts its ranks once, so no later rendezvous can be closed."""
         return False
 
     def set_closed(self) -> None:
         """Does nothing; see :meth:`is_closed`."""
 
     def num_nodes_waiting(self) -> int:
-        """0: a machine that comes late waits for the next start of the ranks."""
+        """Returns 0: a machine that is late waits for the next start of the ranks."""
         return 0
 
     def get_run_id(self) -> str:
-        """A constant: each start of the ranks has its own store."""
+        """Returns a constant, because each start of the ranks has its own store."""
         return BACKEND
 
     def shutdown(self) -> bool:
