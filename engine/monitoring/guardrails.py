@@ -83,11 +83,11 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="value_head", metric=EXPLAINED_VARIANCE, below=-1.0, lasts=10,
-        advice="the values are misleading: raise value_coef or the value head's rate, or use rloo",
+        advice="the values mislead: resume with a higher ppo.value_coef, or use rloo in a new run",
     ),
     Rule(
         name="value_head_idle", metric=EXPLAINED_VARIANCE, below=0.05, lasts=50, window=50,
-        advice="if scores still differ: raise value_coef or the value head's rate, or use rloo",
+        advice="if scores differ: resume with a higher ppo.value_coef, or use rloo in a new run",
     ),
     Rule(
         name="dead_groups", metric=ZERO_STD, above=0.7, lasts=5,

@@ -178,6 +178,13 @@ def test_a_dry_run_tries_other_rules_on_a_finished_run(whole, tmp_path):
     assert "step 1  often (notify)" in whole.lab.cli(*replay).stdout
 
 
+def test_a_file_of_rules_without_their_section_is_told_so(whole, tmp_path):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("model: {policy: x}\n")
+    done = whole.lab.cli("guardrails", whole.name, "--rules", rules)
+    assert (done.returncode, "has no guardrails section" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     "text", ["- 1\n", "guardrails: [\n", "rules: [{name: a}]\n", "rules: [{name: a, metric: b}]\n"]
 )

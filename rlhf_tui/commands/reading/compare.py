@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from engine.config import file as config_file
+from engine.config.key_errors import explain
 from engine.config.rules.supervision import check_guardrails
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import GuardrailConfig
@@ -141,15 +142,27 @@ def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None
         say("no rule raises an alert")
 
 
+class _RulesFile(msgspec.Struct):
+    guardrails: GuardrailConfig
+
+
 def _rules(path: Path) -> GuardrailConfig:
-    """The guardrails section of a file. Raises UserInputError."""
+    """The guardrails section of a file, or the file as one. Raises UserInputError."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-        section = tree.get("guardrails", tree) if isinstance(tree, dict) else tree
-        config = msgspec.convert(section, examined(GuardrailConfig))
-        check_guardrails(config)
     except OSError as error:
         raise UserInputError(f"--rules {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, msgspec.ValidationError) as error:
+    except UnicodeDecodeError as error:
         raise UserInputError(f"--rules {path}: {error}") from error
-    return config
+    section = tree
+    if isinstance(tree, dict) and not tree.keys() <= set(GuardrailConfig.__struct_fields__):
+        if "guardrails" not in tree:
+            raise UserInputError(f"--rules {path}: the file has no guardrails section")
+        section = tree["guardrails"]
+    whole = {"guardrails": section}
+    try:
+        rules = msgspec.convert(whole, examined(_RulesFile)).guardrails
+    except msgspec.ValidationError as error:
+        raise UserInputError(f"--rules {path}: {explain(str(error), whole)}") from None
+    check_guardrails(rules)
+    return rules
