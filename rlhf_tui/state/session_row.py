@@ -12,6 +12,7 @@ from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.metrics import EVAL_SCORE, EVAL_SCORE_CI, KL, SCORE
 from engine.protocol.client import Client
+from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 from rlhf_tui.identity import who
@@ -192,12 +193,19 @@ def session_row(session: SessionFolder, record: JournalReader) -> SessionRow:
         held_out=held_out,
         settings=settings,
         checkpoints=checkpoints,
-        message=meta.message,
+        message=meta.message if attempts else _lost_history(session),
         pause_reason=meta.pause_reason if state == "paused" else None,
         deadline=meta.deadline if engine else None,
         updated=max(active, default=None),
         folder=str(session.folder),
     )
+
+
+def _lost_history(session: SessionFolder) -> str:
+    """Tells that a session without recorded attempts has checkpoints; empty if it has none."""
+    if not complete_checkpoints(session.checkpoints):
+        return ""
+    return f"the journal of its checkpoints is missing; see {session.command('verify')}"
 
 
 def read_held_out(record: JournalReader) -> HeldOutScore | None:

@@ -22,6 +22,7 @@ from engine.errors import NoSuchSessionError, SessionError
 from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
+from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import create
 from rlhf_tui import identity
 from rlhf_tui.cli import MODULES, cli
@@ -195,6 +196,18 @@ def test_beta_is_not_known_while_a_fork_loads_its_checkpoint(session_maker, tmp_
         assert read_session_row(child).beta is None
         journal.set_meta(settings={"beta": 0.07})  # as the engine does once it has loaded
         assert read_session_row(child).beta == 0.07
+
+
+def test_status_tells_that_the_journal_of_a_session_with_checkpoints_is_missing(
+    session_maker, tmp_path
+):
+    session = session_maker(tmp_path / "sessions", "run", 3)
+    folder = checkpoint_path(session.checkpoints, 2)
+    folder.mkdir(parents=True)
+    mark_complete(folder)
+    session.journal_file.unlink()
+    result = CliRunner().invoke(cli, ["status", "run", "--sessions", str(tmp_path / "sessions")])
+    assert "the journal of its checkpoints is missing" in result.output.splitlines()[0]
 
 
 def test_ls_marks_a_session_whose_configuration_is_cut_off(session_maker, tmp_path):
