@@ -204,6 +204,7 @@ def test_status_tells_that_the_journal_of_a_session_with_checkpoints_is_missing(
     session = session_maker(tmp_path / "sessions", "run", 3)
     folder = checkpoint_path(session.checkpoints, 2)
     folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
     mark_complete(folder)
     session.journal_file.unlink()
     result = CliRunner().invoke(cli, ["status", "run", "--sessions", str(tmp_path / "sessions")])
