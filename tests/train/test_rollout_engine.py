@@ -38,10 +38,11 @@ from engine.train.rollout.vllm.updates import (
     readers,
     without_expandable_segments,
 )
-from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
+from engine.train.rollout.vllm.weights import file_size, folder_with_room
 from engine.train.rollout_check import check_weights, version_lag
 from engine.train.step import generate_rollout, old_policy_outputs, train_step
 from tests.train.stand_in_engine import no_report
+from tests.train.weights_file import write_weights
 
 VLLM = "rollout.engine=vllm"
 
