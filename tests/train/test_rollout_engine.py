@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import frames
 from engine.protocol.rollout.messages import (
+    ATTEMPTS,
     EngineFailed,
     Generate,
     Generated,
@@ -29,7 +30,6 @@ from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.vllm import remote_engine
 from engine.train.rollout.vllm.checksum import checksum
-from engine.train.rollout.vllm.client import ATTEMPTS
 from engine.train.rollout.vllm.process.received_weights import DEVICE_OF_HANDLE
 from engine.train.rollout.vllm.requests import divide, join, split
 from engine.train.rollout.vllm.updates import (
