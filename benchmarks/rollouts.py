@@ -42,7 +42,7 @@ from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.backend import generate
 from engine.train.rollout.stop_criteria import StopCriteria
-from engine.train.rollout.vllm.weights import write_weights
+from tests.train.weights_file import write_weights
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,

@@ -17,6 +17,9 @@ from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError, error_text
 from engine.examined import examined
 from engine.launch.environment import ranks_per_node
+from engine.memory.advice import shortage
+from engine.memory.estimate import estimate
+from engine.memory.model import Estimate, configured
 from engine.metrics import PEAK_MEMORY, PHASES, STEP_TIME, phase_time
 from engine.progress import ReportProgress, report_nothing
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
@@ -27,7 +30,7 @@ from engine.session.temporary_folders import TemporaryFolder
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.language_model import parameter_count
-from engine.train.models.memory_check import check_memory
+from engine.train.models.memory_check import free_memory
 from engine.train.models.trusted_code import trusted_code
 from engine.train.out_of_memory import is_out_of_memory, memory_text
 from engine.train.reports.setup_notes import setup_notes
@@ -134,7 +137,7 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
     run.state.step = 1
     run.config = replace(run.config, ppo=replace(run.config.ppo, epochs=config.ppo.epochs))
     second, _ = train_step(run, 2)
-    _strategy, planned = check_memory(config, run.prompts.longest, run.ranks, warnings.append)
+    planned = planned_memory(config, run, warnings)
     responses = run.config.rollout.batch_size
     larger = _time_larger(config, run, second[STEP_TIME], warnings)
     return CheckResult(
@@ -160,10 +163,27 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
         larger_step=larger,
         phases={name: second[phase_time(name)] for name in PHASES if phase_time(name) in second},
         memory=max(first[PEAK_MEMORY], second[PEAK_MEMORY]),
-        planned_memory=None if planned is None else planned.metric / 1e9,
+        planned_memory=None if planned is None else planned.peak / 1e9,
         warnings=warnings,
         samples=[CheckedSample(s.prompt, s.response, s.score) for s in samples[:PROMPTS]],
     )
+
+
+def planned_memory(config: RunConfig, run: Run, warnings: list[str]) -> Estimate | None:
+    """Estimates the memory of a rank of the whole run, as `rlhf-tui plan` does.
+
+    Args:
+        config: the run's configuration.
+        run: the one that is tried.
+        warnings: a sentence is appended if the run probably needs more memory than is free.
+    """
+    if run.models is None:
+        return None
+    layout = configured(config, ranks_per_node(config.launch))
+    free = free_memory(run.device, layout.ranks)
+    if (warning := shortage(config, run.models, layout, free)) is not None:
+        warnings.append(warning)
+    return estimate(config, run.models, layout)
 
 
 def _time_larger(

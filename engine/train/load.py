@@ -124,7 +124,7 @@ def load_run(
     prompts, held_out_prompts = _load_prompts(
         config, tokenizer, ranks, lambda part: announce(begin.from_step, f"load prompts: {part}")
     )
-    strategy, memory = check_memory(
+    strategy, models, memory = check_memory(
         first_step_config(config, begin),
         prompts.longest,
         ranks,
@@ -169,7 +169,7 @@ def load_run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
-        held_out=held_out, memory=memory,
+        held_out=held_out, models=models, memory=memory,
         ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings
 from engine.examined import examined
-from engine.memory.model import Estimate
+from engine.memory.model import Estimate, Models
 from engine.progress import ReportProgress
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
@@ -90,6 +90,8 @@ class Run:
     """Held-out prompts for evaluation; None without `eval.every`."""
     average: PolicyAverage | None
     """The averaged policy; None without `train.ema.decay`."""
+    models: Models | None
+    """What the memory estimate is based on, measured before loading; None without an estimate."""
     memory: Estimate | None
     """The memory estimate; None if the estimator does not know the model's architecture."""
     ahead: RolloutAhead | None = None

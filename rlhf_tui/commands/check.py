@@ -76,6 +76,7 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
     tried = TimedStep(result.responses, result.step_seconds)
     seconds = step_estimate(tried, larger, batch / ranks)
     planned = result.planned_memory
+    context = " with the CUDA context" if result.device.startswith("cuda") else ""
     phases = ", ".join(f"{name} {seconds:.2g}" for name, seconds in result.phases.items())
     ratio = "not measured" if result.ratio is None else f"{result.ratio:.4f}"
     parts = ", ".join(f"{name} {fmt.number(score)}" for name, score in result.sources.items())
@@ -95,7 +96,11 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
         f"{start}; sampled log-probabilities are those of a full pass",
         f"score     {fmt.number(result.score)}" + (f" ({parts})" if parts else ""),
         f"memory    {result.memory:.2f} GB for this step"
-        + ("" if planned is None else f"; about {planned:.2f} GB for one of {batch} responses"),
+        + (
+            ""
+            if planned is None
+            else f"; about {planned:.2f} GB{context} for one of {batch} responses"
+        ),
         f"time      {result.step_seconds:.2g} s for this step ({phases})"
         + (f"; {larger.seconds:.2g} s for one of {larger.responses} responses" if larger else ""),
         f"the run   {fmt.plural(steps, 'step')} of {batch} responses on "

@@ -42,6 +42,13 @@ def test_the_estimate_for_the_starter_is_within_a_quarter_of_the_measured_peak(l
 
 
 @pytest.mark.slow
+def test_check_estimates_what_plan_does(lab):
+    planned = lab.json("plan", DEMO, "-o", "launch.device=cpu")["configured"]["peak"] / 1e9
+    checked = lab.json("check", DEMO, "-o", "launch.device=cpu")["planned_memory"]
+    assert checked == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.slow
 def test_the_strategies_stand_side_by_side_on_80_columns(lab):
     done = lab.cli("plan", DEMO, "--processes", 4, "-o", "launch.device=cpu")
     assert done.returncode == 0, done.stderr

@@ -1,15 +1,18 @@
 """A configuration is tried without a run: `rlhf-tui check`."""
 
+import mmap
 import shutil
 import tempfile
 
+import msgspec
 import pytest
 
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import RlhfError, UserInputError
+from engine.memory.model import Layout
 from engine.protocol.programs.check_result import TimedStep
-from engine.train.check import check, reduced, suggested_value
+from engine.train.check import check, planned_memory, reduced, suggested_value
 from engine.train.reports.setup_notes import (
     ignored_value_keys,
     plain_prompts,
@@ -70,6 +73,20 @@ def test_a_whole_step_is_taken_on_two_prompts_and_nothing_is_left(temporary):
     assert "ratio 1.0000, KL 0.0000" in lines
     assert result.larger_step is not None and result.larger_step.responses == 12
     assert "240 steps of 24 responses on 2 ranks: about " in lines
+
+
+def test_the_memory_of_the_run_is_estimated_without_what_the_trial_has_loaded(make_run):
+    run, _ = make_run()
+    held = bytearray(500_000_000)
+    held[:: mmap.PAGESIZE] = bytes(len(range(0, len(held), mmap.PAGESIZE)))  # as memory in use
+    assert planned_memory(run.config, run, []) == run.memory
+
+
+def test_the_memory_of_a_run_is_that_of_its_ranks(make_run):
+    run, _ = make_run()
+    two = msgspec.structs.replace(run.config.launch, processes=2)
+    found = planned_memory(msgspec.structs.replace(run.config, launch=two), run, [])
+    assert found.layout == Layout(strategy="ddp", ranks=2)
 
 
 def test_a_loss_that_is_not_finite_is_a_finding(temporary):

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import frames
 from engine.protocol.rollout.messages import (
+    ATTEMPTS,
     EngineFailed,
     Generate,
     Generated,
@@ -31,7 +32,6 @@ from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.vllm import remote_engine
 from engine.train.rollout.vllm.checksum import checksum
-from engine.train.rollout.vllm.client import ATTEMPTS
 from engine.train.rollout.vllm.process.received_weights import DEVICE_OF_HANDLE
 from engine.train.rollout.vllm.requests import divide, join, split
 from engine.train.rollout.vllm.updates import (
@@ -40,9 +40,10 @@ from engine.train.rollout.vllm.updates import (
     readers,
     without_expandable_segments,
 )
-from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
+from engine.train.rollout.vllm.weights import file_size, folder_with_room
 from engine.train.step import old_policy_outputs, train_step
 from tests.train.stand_in_engine import no_report
+from tests.train.weights_file import write_weights
 
 VLLM = "rollout.engine=vllm"
 

@@ -15,7 +15,7 @@ from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.backend import generate
 from engine.train.rollout.stop_criteria import StopCriteria
-from engine.train.rollout.vllm.weights import write_weights
+from tests.train.weights_file import write_weights
 
 POLICY = starter.FOLDER / "policy"
 ROWS, LIMIT = 64, 32

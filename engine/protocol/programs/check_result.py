@@ -52,6 +52,7 @@ class CheckResult(Struct, frozen=True, kw_only=True):
     memory: float
     """Peak memory of the process during the trial, in GB."""
     planned_memory: float | None
-    """Estimated peak memory with the configured batch on one rank, in GB; None if unknown."""
+    """Estimated peak memory of each rank of the run, in GB, as `rlhf-tui plan` prints it; on a GPU
+    with the CUDA context, which `memory` is without. None if unknown."""
     warnings: list[str]
     samples: list[CheckedSample]

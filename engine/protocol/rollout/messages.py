@@ -15,6 +15,9 @@ from engine.protocol.frames import VERSION, Message, decode
 Checksum = tuple[int, int]
 """Sum and sum of squares of the bit patterns of all elements, modulo 2⁶⁴."""
 
+ATTEMPTS = 4
+"""Number of an engine's processes that rank 0 loses in a row before the run fails."""
+
 
 class Start(Message, frozen=True, tag="start"):
     """The model to build, with random weights."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from engine.config.schema import RunConfig
 from engine.protocol import sockets
+from engine.protocol.rollout.messages import ATTEMPTS
 from engine.session import access
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes.exit_status import describe_exit
@@ -24,9 +25,10 @@ from engine.supervisor.state import SupervisorState
 
 log = logging.getLogger("engine")
 
-MAX_REPLACED = 20
-"""Number of an engine's processes that may end with status 0 in a step. Rank 0 gives up after four
-in a row, so more than that end by themselves, such as those of a script that is not an engine."""
+MAX_REPLACED = 5 * ATTEMPTS
+"""Number of an engine's processes that may end with status 0 in a step. Rank 0 gives up after
+:data:`ATTEMPTS` in a row, and asks for responses a few times, so if more end, they end by
+themselves, such as those of a script that is not an engine."""
 
 
 @dataclass(frozen=True)

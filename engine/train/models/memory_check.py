@@ -14,7 +14,7 @@ from engine.errors import UserInputError
 from engine.memory.advice import shortage
 from engine.memory.capacity import Capacity, of_host
 from engine.memory.estimate import CUDA_CONTEXT, estimate
-from engine.memory.model import Estimate, Layout, configured
+from engine.memory.model import Estimate, Layout, Models, configured
 from engine.protocol.rank_messages import Placed
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.shapes import models_of
@@ -28,7 +28,7 @@ def check_memory(
     ranks: RankGroup,
     warn: Callable[[str], None],
     placed: Placed | None = None,
-) -> tuple[str, Estimate | None]:
+) -> tuple[str, Models | None, Estimate | None]:
     """Selects the parallel strategy and estimates the peak memory of one rank.
 
     Call it once the prompts are known and before a model is loaded: a rank that runs out of memory
@@ -44,13 +44,15 @@ def check_memory(
             keeps that choice, because free memory varies between starts.
 
     Returns:
-        `ddp` or `fsdp`, and the estimate. The estimate is None on the other ranks, and for a model
-        whose shapes cannot be determined.
+        `ddp` or `fsdp`, the models that the estimate is based on, and the estimate. The last two
+        are None on the other ranks, and for a model whose shapes cannot be determined.
     """
-    strategy, estimated = (
-        _check_memory(config, prompt_tokens, ranks, warn, placed) if ranks.is_lead else ("", None)
+    strategy, models, estimated = (
+        _check_memory(config, prompt_tokens, ranks, warn, placed)
+        if ranks.is_lead
+        else ("", None, None)
     )
-    return ranks.broadcast_bytes(strategy.encode()).decode(), estimated
+    return ranks.broadcast_bytes(strategy.encode()).decode(), models, estimated
 
 
 def _check_memory(
@@ -59,7 +61,7 @@ def _check_memory(
     ranks: RankGroup,
     warn: Callable[[str], None],
     placed: Placed | None,
-) -> tuple[str, Estimate | None]:
+) -> tuple[str, Models | None, Estimate | None]:
     device = ranks.device
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     layout = configured(config, ranks.size)
@@ -74,8 +76,8 @@ def _check_memory(
     except UserInputError as error:
         # An estimate must not end the run. If the model is unusable, loading it raises the error.
         log.warning("memory: not estimated: %s", error)
-        return _strategy(layout), None
-    free = _free(device, layout.ranks)
+        return _strategy(layout), None, None
+    free = free_memory(device, layout.ranks)
     warning = shortage(config, models, layout, free)
     if warning is not None and chosen:
         layout = replace(layout, strategy="fsdp")
@@ -88,7 +90,7 @@ def _check_memory(
     if warning is not None:
         log.warning("memory: %s", warning)
         warn(warning)
-    return _strategy(layout), estimated
+    return _strategy(layout), models, estimated
 
 
 def _strategy(layout: Layout) -> str:
@@ -105,10 +107,11 @@ def facts(estimated: Estimate | None) -> dict[str, object]:
     return values
 
 
-def _free(device: torch.device, ranks: int) -> Capacity:
+def free_memory(device: torch.device, ranks: int) -> Capacity:
     """Memory available to the ranks, including what this process already uses."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT  # the CUDA context exists already
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free += CUDA_CONTEXT  # it exists already
         return Capacity(device="cuda", total=free, free=free, gpus=ranks)
     host = of_host()
     free = min(host.total, host.free + psutil.Process().memory_info().rss)

@@ -12,6 +12,7 @@ from engine.launch.environment import rollout_socket_variable
 from engine.protocol import frames, sockets
 from engine.protocol.frames import Message
 from engine.protocol.rollout.messages import (
+    ATTEMPTS,
     Checksum,
     Continue,
     EngineFailed,
@@ -33,8 +34,6 @@ M = TypeVar("M", bound=FromEngine)
 N = TypeVar("N", bound=FromEngine)
 Look = Callable[[dict[int, list[int]]], list[int]]
 """Called with the tokens so far, by row; returns the rows that have ended."""
-ATTEMPTS = 4
-"""Number of consecutive failures of an engine's processes after which the run fails."""
 
 
 class EngineLostError(Exception):

@@ -5,7 +5,6 @@ not written by the `safetensors` package, whose writer needs all tensors at once
 is gathered one tensor at a time.
 """
 
-import contextlib
 import json
 import math
 import shutil
@@ -36,7 +35,7 @@ def inventory(lm: nn.Module, dtype: torch.dtype) -> list[TensorInfo]:
 
 
 def file_size(lm: nn.Module, dtype: torch.dtype) -> int:
-    """Returns the size in bytes of the file from :func:`write_weights`. Gathers nothing."""
+    """Returns the size in bytes of a :class:`WeightsFile` with all weights. Gathers nothing."""
     tensors = inventory(lm, dtype)
     return len(header(tensors, dtype.itemsize)) + dtype.itemsize * sum(map(_elements, tensors))
 
@@ -112,20 +111,6 @@ class WeightsFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-
-def write_weights(
-    lm: nn.Module, dtype: torch.dtype, path: Path
-) -> tuple[list[TensorInfo], Checksum]:
-    """Writes all weights of a model that is on one rank; see :func:`send_weights`.
-
-    Returns:
-        What was written, and its checksum.
-    """
-    tensors = inventory(lm, dtype)
-    file = WeightsFile(path, tensors, dtype)
-    with contextlib.closing(file):
-        return tensors, send_weights(lm, dtype, file.write)
 
 
 def header(tensors: list[TensorInfo], size: int) -> bytes:
