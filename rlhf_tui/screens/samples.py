@@ -21,7 +21,7 @@ from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
 from rlhf_tui.screens.parts.sample_comparison import ComparisonRead, SampleComparison
-from rlhf_tui.screens.parts.sample_filter import HINT
+from rlhf_tui.screens.parts.sample_filter import HINT, check_filter
 from rlhf_tui.screens.parts.sample_labels import LabelWritten, SampleLabels
 from rlhf_tui.screens.parts.sample_list import (
     ORDER_TITLES,
@@ -305,9 +305,8 @@ class SamplesScreen(SessionScreen):
                 self.samples.set_filter(text)
 
         given = self.samples.filter
-        self.app.push_screen(
-            InputDialog("Filter", HINT, given, lambda _: (True, ""), verb="filter"), take
-        )
+        dialog = InputDialog("Filter", HINT, given, check_filter, verb="filter")
+        self.app.push_screen(dialog, take)
 
     def action_sort(self) -> None:
         """Sorts by the next column."""

@@ -5,7 +5,7 @@ import pytest
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.session.folder import SessionFolder
-from rlhf_tui.screens.parts.sample_filter import parse_filter
+from rlhf_tui.screens.parts.sample_filter import check_filter, parse_filter
 
 
 @pytest.fixture
@@ -55,6 +55,22 @@ def test_a_column_that_is_none_of_ours_is_not_sorted_by(record):
 )
 def test_what_is_no_bound_is_a_word(text, words):
     assert parse_filter(text, SampleQuery()).text == words
+
+
+@pytest.mark.parametrize(
+    "text", ["score>x", "kl > ten", "good len>10", "score=2", "step > 5", "kl<"]
+)
+def test_a_condition_that_is_not_understood_is_refused(text):
+    valid, problem = check_filter(text)
+    assert not valid
+    assert "score or kl, > or <, and a number" in problem
+
+
+@pytest.mark.parametrize(
+    "text", ["", "score>1 kl < 8", "the score was 2", '"score>x" bad', "<b> step by step", "a > b"]
+)
+def test_conditions_and_words_are_accepted_as_a_filter(text):
+    assert check_filter(text) == (True, "")
 
 
 @pytest.mark.parametrize("spans", [7, 500])

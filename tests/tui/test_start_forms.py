@@ -5,11 +5,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from textual.widgets import Input
 
+from engine.journal.writer import JournalWriter
 from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.forms.overrides import FormError, check_config_file, split_overrides
+from rlhf_tui.app.forms.start import resume_form
+from rlhf_tui.cli import cli
 from rlhf_tui.dialogs.form import FormDialog
 from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.completing_input import KeySuggester, completions
@@ -87,6 +91,24 @@ def starting(session_maker, tmp_path, monkeypatch, running):
             ended.set()
 
     return start
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "told", "status"),
+    [
+        ("stopped", "stopped at once", "stopped at once", "stopped at once"),
+        ("failed", "out of memory", "failed: out of memory", "failed (out of memory)"),
+    ],
+)
+def test_how_a_run_ended_is_told_once(session_maker, tmp_path, state, message, told, status):
+    session = session_maker(tmp_path, "ended", 50)
+    journal = JournalWriter(session)
+    journal.set_meta(state=state, message=message)
+    journal.close()
+    form = resume_form(tmp_path, "ended", None)
+    assert [(f"It {told}", "warn")] in form.dialog.rows
+    shown = CliRunner().invoke(cli, ["status", "ended", "--sessions", str(tmp_path)]).output
+    assert shown.splitlines()[0] == f"ended: {status}"
 
 
 async def test_a_new_run_is_opened_once_its_engine_lives_and_no_other_one(starting, until):

@@ -152,6 +152,14 @@ def test_the_crosshair_reads_the_values_of_its_step():
     assert "score 0.500" in text(CursorPanel(make_state(), Viewport(cursor=25)), 120, 2)
 
 
+@pytest.mark.parametrize("width", [50, 60, 70, 80])
+def test_no_value_at_the_crosshair_is_cut_off(width):
+    rows = text(CursorPanel(make_state(), Viewport(cursor=25)), width, 2).splitlines()
+    assert all(len(row) <= width for row in rows)
+    shown = " ".join(rows).split()
+    assert [w for w in shown if w.isalpha()] == ["step", "score", "KL", "clip", "length", "beta"]
+
+
 def test_an_update_of_the_reference_is_marked_on_the_charts():
     state = make_state()
     payload = decode_payload("reference", '{"mix": 0.6}')

@@ -91,7 +91,9 @@ def resume_form(root: Path, name: str, from_step: int | None) -> StartForm:
 
     rows: list[Row] = [[(_resumed_from(row, step), "")]]
     if row.message:
-        rows.append([(f"It {row.state}: {row.message}", "warn")])
+        said = row.message.startswith(row.state)  # "stopped at once, nothing was saved"
+        why = row.message if said else f"{row.state}: {row.message}"
+        rows.append([(f"It {why}", "warn")])
     dialog = FormDialog(
         f"Resume {name}", rows, [_overrides(base.values(fixed=False))], check, "resume"
     )

@@ -116,9 +116,13 @@ def status(root: Path, name: str, as_json: bool) -> None:
         print_json(row.as_json())
         return
     engine = f"pid {row.pid} on {row.host}" if row.pid else "none"
-    message = f" ({one_line(row.message)})" if row.message else ""
+    said, message = one_line(_state_text(row)), one_line(row.message)
+    if message.startswith(said):  # "stopped at once, nothing was saved"
+        message = message.removeprefix(said)
+    elif message:
+        message = f" ({message})"
     tone = "warn" if row.waits_for else STATE_TONES.get(row.state, "")
-    say(f"{row.name}: ", (one_line(_state_text(row)), tone), message)
+    say(f"{row.name}: ", (said, tone), message)
     say(f"  step        {row.step} of {row.total_steps}, attempt {row.attempt}")
     say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
     if row.held_out is not None:

@@ -16,11 +16,30 @@ _PART = re.compile(
     r'|(?P<word>(?:(?!(?:score|kl)\s*[<>]=?\s*-?[0-9.])[^\s"])+)',
     re.IGNORECASE,
 )
+_LIKE_A_CONDITION = re.compile(r"(?:score|kl|len|length|step)(?:[<>=].*)?", re.IGNORECASE)
+_SIGN = re.compile(r"[<>]=?|=")
 HINT: list[Row] = [
     [("words in prompt or response, and any of", "dim")],
     [("score>1  score<-1  kl>8  kl<2  cut", "key")],
     [("good  bad  hack  judged  unjudged", "key"), ('   "good" searches for the word', "dim")],
 ]
+
+
+def check_filter(text: str) -> tuple[bool, str]:
+    """Whether a filter can be used, and what is wrong with it.
+
+    A condition that is not understood, such as `score>x`, would be searched for as words.
+    """
+    words = [part["word"] or "" for part in _PART.finditer(text)]
+    for i, word in enumerate(words):
+        found = _LIKE_A_CONDITION.fullmatch(word)
+        following = words[i + 1] if i + 1 < len(words) else ""
+        if found and (_SIGN.search(word) or _SIGN.match(following)):
+            return False, (
+                f"{word}: a condition is score or kl, > or <, and a number; "
+                "words in quotes are searched for"
+            )
+    return True, ""
 
 
 def parse_filter(text: str, query: SampleQuery) -> SampleQuery:

@@ -5,7 +5,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import RECENT, SessionState
 from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker
 from rlhf_tui.state.viewport import Viewport
-from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
+from rlhf_tui.widgets.lines import Piece, Row, flowed, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel
 
 MEASURED = (
@@ -42,7 +42,8 @@ class CursorPanel(Panel):
         reach = max((last - first) / max(width, 1), 0.5)
         near = [m for m in self.state.markers() if abs(m.step - cursor) <= reach]
         if not near:
-            return [self._values(cursor), *([self._overlays()] if self.view.others else [])]
+            values = self._values(cursor, width)
+            return [values[0], self._overlays()] if self.view.others else values
         near.sort(key=lambda m: (m.abandoned, abs(m.step - cursor), m.kind != "command"))
         return self._marker(near[0], width)
 
@@ -60,16 +61,17 @@ class CursorPanel(Panel):
             row += [(f"  {mark} ", "key"), (name, "")]
         return [*row, ("   O", "key"), (" changes it", "dim")]
 
-    def _values(self, step: int) -> Row:
-        row: list[Piece] = [(f" step {step}", "strong")]
+    def _values(self, step: int, width: int) -> list[Row]:
+        """The values at a step, on a second line what the first has no room for."""
+        groups: list[Row] = [[(f"step {step}", "strong")]]
         for name, label in (*MEASURED, (metrics.BETA, "beta")):
             value = self.state.series(name).at(step)
-            row += [(f"   {label} ", "dim"), (fmt.number(value), "")]
+            groups.append([(f"{label} ", "dim"), (fmt.number(value), "")])
         held_out = self.state.series(metrics.EVAL_SCORE).at(step)
         if held_out is not None:
             interval = self.state.series(metrics.EVAL_SCORE_CI).at(step)
-            row += [("   held-out ", "dim"), (fmt.with_interval(held_out, interval), "")]
-        return row
+            groups.append([("held-out ", "dim"), (fmt.with_interval(held_out, interval), "")])
+        return [[(" ", ""), *row] for row in flowed(groups, width - 1)]
 
     def _marker(self, marker: Marker, width: int) -> list[Row]:
         who = f" by {marker.who}" if marker.who else ""
