@@ -63,6 +63,7 @@ FLOORS = [
         "engine.train.evaluation",
         "engine.train.greedy_baseline",
         "engine.train.live_settings",
+        "engine.train.load_checks",
         "engine.train.reports",
         "engine.train.reward_scales",
         "engine.train.rollout_check",

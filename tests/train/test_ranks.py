@@ -20,7 +20,8 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
 from engine.train.evaluation.evaluate import evaluate_if_due
-from engine.train.load import check_rank_count, load_run
+from engine.train.load import load_run
+from engine.train.load_checks import check_rank_count
 from engine.train.ppo.chunked_loss import MOST_LOGITS
 from engine.train.reward_scales import fit_scales
 from engine.train.step import generate_rollout, train_step
