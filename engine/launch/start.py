@@ -407,11 +407,14 @@ def _settings_at(session: SessionFolder, config: RunConfig, step: int | None) ->
 def _setting_changes(
     overrides: Iterable[str], config: RunConfig, current: dict[str, Any]
 ) -> list[SettingChange]:
-    """The overrides of live settings, which take precedence over the checkpoint's settings."""
+    """The overrides of live settings, which take precedence over the checkpoint's settings.
+
+    One of a whole section, such as `kl={beta: 0.1}`, overrides all settings in it.
+    """
     overridden = {o.partition("=")[0].strip() for o in overrides}
     configured = config_file.as_mapping(settings_of(config))
     return [
         SettingChange(key=key, old=current.get(key), new=configured[key])
         for key, path in LIVE_SETTINGS.items()
-        if path in overridden
+        if not overridden.isdisjoint((path, path.partition(".")[0]))
     ]
