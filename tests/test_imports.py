@@ -62,6 +62,7 @@ FLOORS = [
         "engine.train.checkpoints.manager",
         "engine.train.evaluation",
         "engine.train.live_settings",
+        "engine.train.load_checks",
         "engine.train.reports",
         "engine.train.reward_scales",
     ),

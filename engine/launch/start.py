@@ -116,12 +116,16 @@ def is_failed_start(session: SessionFolder) -> bool:
     if session.is_live():
         return False
     with JournalReader(session) as reader:
-        attempts, origin = reader.attempts(), reader.fork_origin()
-        first = origin.attempt if origin is not None else 1
-        failed = bool(attempts) and attempts[-1].attempt >= first
-        failed = failed and reader.state() in ("failed", "crashed", "stopped")
-        if not failed or reader.has_steps(first):
-            return False
+        ended = reader.state() in ("failed", "crashed", "stopped")
+        return ended and _has_trained_nothing(session, reader)
+
+
+def _has_trained_nothing(session: SessionFolder, reader: JournalReader) -> bool:
+    """Whether a session has been started, and has neither a step nor a checkpoint of its own."""
+    attempts, origin = reader.attempts(), reader.fork_origin()
+    first = origin.attempt if origin is not None else 1
+    if not attempts or attempts[-1].attempt < first or reader.has_steps(first):
+        return False
     copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
     return set(session.checkpoints.glob("step-*")) <= copied
 
@@ -167,12 +171,17 @@ def remove_failed_start(session: SessionFolder) -> None:
     Raises:
         SessionError: the session belongs to another user.
     """
-    if session.folder.exists() and is_failed_start(session):
-        held = session.acquire()
-        try:
+    if not session.folder.exists() or not is_failed_start(session):
+        return
+    held = session.acquire()
+    try:
+        # Another start may have replaced or resumed it meanwhile. Nobody runs it now.
+        with JournalReader(session) as reader:
+            failed = reader.meta().state != "finished" and _has_trained_nothing(session, reader)
+        if failed:
             shutil.rmtree(session.folder, ignore_errors=True)
-        finally:
-            held.release()
+    finally:
+        held.release()
 
 
 def adopted_checkpoint(session: SessionFolder, step: int) -> AdoptedCheckpoint | None:
@@ -398,11 +407,14 @@ def _settings_at(session: SessionFolder, config: RunConfig, step: int | None) ->
 def _setting_changes(
     overrides: Iterable[str], config: RunConfig, current: dict[str, Any]
 ) -> list[SettingChange]:
-    """The overrides of live settings, which take precedence over the checkpoint's settings."""
+    """The overrides of live settings, which take precedence over the checkpoint's settings.
+
+    One of a whole section, such as `kl={beta: 0.1}`, overrides all settings in it.
+    """
     overridden = {o.partition("=")[0].strip() for o in overrides}
     configured = config_file.as_mapping(settings_of(config))
     return [
         SettingChange(key=key, old=current.get(key), new=configured[key])
         for key, path in LIVE_SETTINGS.items()
-        if path in overridden
+        if not overridden.isdisjoint((path, path.partition(".")[0]))
     ]

@@ -10,9 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import starter
 from engine.config.schema import RunConfig
-from engine.config.sections.reward import RewardConfig
 from engine.config.settings import change_settings
-from engine.errors import CheckpointError, UserInputError
 from engine.examined import examined
 from engine.progress import report_nothing
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
@@ -34,12 +32,13 @@ from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.distributed.sharding import learner
 from engine.train.distributed.share_prompts import load_on_all_ranks
 from engine.train.evaluation.held_out import HeldOut, split_prompts
-from engine.train.models.language_model import (
-    AdapterFreePolicy,
-    AnyModel,
-    LanguageModel,
-    fingerprint,
+from engine.train.load_checks import (
+    check_frozen_models,
+    check_rank_count,
+    check_response_length,
+    check_vocabularies,
 )
+from engine.train.models.language_model import LanguageModel
 from engine.train.models.memory_check import check_memory
 from engine.train.models.pretrained import (
     eos_ids,
@@ -55,10 +54,10 @@ from engine.train.rewards.mix import RewardMix, load_rewards
 from engine.train.rewards.source import LoadContext
 from engine.train.rewards.value_init import load_value_model
 from engine.train.rollout.ahead import rollout_ahead
-from engine.train.rollout.backend import BACKENDS
+from engine.train.rollout.backend import BACKENDS, RolloutBackend
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
-from engine.train.run import Announce, Run, max_sequence_tokens
+from engine.train.run import Announce, Run
 
 log = logging.getLogger("engine")
 
@@ -118,9 +117,7 @@ def load_run(
         announce(begin.from_step, f"load {name}", next(stages), len(STAGES))
 
     begin_stage("prompts")
-    has_tokenizer = saved is None or (saved / POLICY / "tokenizer_config.json").is_file()
-    tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
-    tokenizer = load_policy_tokenizer(config, tokenizer_source, ranks)
+    tokenizer = _load_tokenizer(config, source, saved, ranks)
     prompts, held_out_prompts = _load_prompts(
         config, tokenizer, ranks, lambda part: announce(begin.from_step, f"load prompts: {part}")
     )
@@ -137,13 +134,11 @@ def load_run(
     rewards = _load_scores(config, context)
     held_out = _load_held_out(context, config, held_out_prompts, rewards)
     begin_stage("policy")
-    from_reward = config.ppo.value_init == "reward_model"
-    value_model = load_value_model(config, ranks, strategy) if from_reward else None
-    policy = load_policy(config, source, ranks, strategy, value_model)
+    policy = _load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)
-    _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
+    check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
         if not load_training(saved, policy, optimiser, ranks.group):
             notify("settings", OTHER_OPTIMISER.format(config.train.optimiser))
@@ -151,20 +146,10 @@ def load_run(
             load_reference_weights(saved, reference, ranks.group)
     if config.kl.reference_update.every:
         check_same_shapes(policy, reference)
-
-    _check_frozen_models(state, config, policy, reference, threads)
+    check_frozen_models(state, config, policy, reference, threads)
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
-
-    backend = BACKENDS[config.rollout.engine](
-        BackendContext(
-            config=config, tokenizer=tokenizer, policy=policy, ranks=ranks,
-            stop_criteria=StopCriteria(
-                eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer
-            ),
-            longest=prompts.longest, announce=announce,
-        )
-    )  # fmt: skip
+    backend = _make_backend(config, tokenizer, policy, ranks, prompts.longest, announce)
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
@@ -173,11 +158,45 @@ def load_run(
         ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
-    _check_response_length(run)
+    check_response_length(run)
     use_saved_scales(run, lambda text: notify(REWARD_CHANGED, text))
     # Makes a faulty separate engine fail here instead of in the first step.
     backend.sync(policy, begin.from_step, report_nothing)
     return run
+
+
+def _load_tokenizer(
+    config: RunConfig, source: str, saved: Path | None, ranks: RankGroup
+) -> PreTrainedTokenizerBase:
+    """Loads the policy's tokenizer from where its weights are, unless a checkpoint lacks it."""
+    if saved is not None and not (saved / POLICY / "tokenizer_config.json").is_file():
+        source = starter.resolve(config.model.policy)
+    return load_policy_tokenizer(config, source, ranks)
+
+
+def _load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:
+    """Loads the policy, with the value function that the configuration asks for."""
+    from_reward = config.ppo.value_init == "reward_model"
+    value_model = load_value_model(config, ranks, strategy) if from_reward else None
+    return load_policy(config, source, ranks, strategy, value_model)
+
+
+def _make_backend(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: LanguageModel,
+    ranks: RankGroup,
+    longest: int,
+    announce: Announce,
+) -> RolloutBackend:
+    """Creates the rollout backend; `longest` is the number of tokens of the longest prompt."""
+    stop_criteria = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
+    return BACKENDS[config.rollout.engine](
+        BackendContext(
+            config=config, tokenizer=tokenizer, policy=policy, ranks=ranks,
+            stop_criteria=stop_criteria, longest=longest, announce=announce,
+        )
+    )  # fmt: skip
 
 
 def _load_prompts(
@@ -228,30 +247,6 @@ def load_policy_average(
     return average
 
 
-def check_rank_count(config: RunConfig, ranks: int) -> None:
-    """Checks that every rank has work; the number of ranks is only known at run time.
-
-    Raises:
-        UserInputError: there are too few prompts or samples; names the key to change.
-    """
-    reward, prompts = config.reward, config.prompts_per_step
-    if prompts < ranks:
-        raise UserInputError(
-            f"{ranks} ranks need at least {ranks} prompts per step, and there are {prompts}: raise "
-            "rollout.batch_size, or set launch.processes"
-        )
-    if _normalises(reward) and reward.normalise_samples < ranks:
-        raise UserInputError(
-            f"reward.normalise_samples ({reward.normalise_samples}) must be at least the number of "
-            f"ranks ({ranks})"
-        )
-
-
-def _normalises(reward: RewardConfig) -> bool:
-    """Whether the reference's responses must be scored before the first step."""
-    return "reference" in (reward.normalise, *(s.normalise for s in reward.sources()))
-
-
 def first_step_config(config: RunConfig, begin: Begin) -> RunConfig:
     """Returns the configuration of the first step: `config` plus the changes to repeat.
 
@@ -271,78 +266,3 @@ def read_state(folder: Path, ranks: RankGroup) -> SavedState:
     """
     data = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
     return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=examined(SavedState))
-
-
-def _check_frozen_models(
-    state: TrainingState,
-    config: RunConfig,
-    policy: LanguageModel,
-    reference: AnyModel,
-    threads: int,
-) -> None:
-    """Checks that the frozen models, which no checkpoint holds, are those the run began with.
-
-    Stores their fingerprints and the number of threads in `state`.
-
-    Raises:
-        CheckpointError: the weights of a frozen model have changed.
-    """
-    weights = fingerprint(reference)
-    if state.reference and state.reference != weights:
-        raise CheckpointError(
-            "the reference model is not the one this run began with: "
-            f"{config.model.reference or config.model.policy} was changed; put it back to resume"
-        )
-    base = ""  # without adapters
-    if config.lora.rank is not None:
-        base = (
-            weights
-            if isinstance(reference, AdapterFreePolicy)
-            else fingerprint(AdapterFreePolicy(policy))
-        )
-    if state.base and state.base != base:
-        raise CheckpointError(
-            "the model under the adapters is not the one this run began with: "
-            f"{config.model.policy} was changed; put it back to resume"
-        )
-    if state.threads not in (0, threads):
-        log.warning(
-            "%d threads instead of %d: results will differ by rounding", threads, state.threads
-        )
-    state.reference, state.base, state.threads = weights, base, threads
-
-
-def _check_response_length(run: Run) -> None:
-    positions, configured = max_sequence_tokens(run), run.config.rollout.max_new_tokens
-    if positions is None:
-        return
-    limit = positions - run.prompts.longest
-    if limit < 1:
-        raise UserInputError(
-            f"the longest prompt has {run.prompts.longest} tokens and the models {positions} "
-            "positions, which leaves none for a response: lower data.max_prompt_tokens to leave "
-            "long prompts out"
-        )
-    if configured > limit:
-        raise UserInputError(
-            f"rollout.max_new_tokens ({configured}) must be at most {limit}: the models have "
-            f"no more positions after the longest prompt ({run.prompts.longest} tokens; lower "
-            "data.max_prompt_tokens to leave out long prompts)"
-        )
-    if run.held_out is None:
-        return
-    wanted = run.config.eval.max_new_tokens or configured
-    longest = max(len(p.ids) for p in run.held_out.prompts)
-    if longest + wanted > positions:
-        raise UserInputError(
-            f"eval.max_new_tokens ({wanted}) is too large: the models have {positions} "
-            f"positions, and the longest prompt to evaluate takes {longest}"
-        )
-
-
-def _check_vocabularies(policy: int, reference: int) -> None:
-    if policy != reference:
-        raise UserInputError(
-            f"model.reference has a vocabulary of {reference} tokens and model.policy one of "
-            f"{policy}: the KL needs the same tokens in both"
-        )

@@ -1,6 +1,7 @@
 """A start that failed does not block its name; a session in which anything was trained does."""
 
 import resource
+import shutil
 
 import pytest
 
@@ -10,6 +11,7 @@ from engine.launch.background import start_engine
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import StartOptions, fork, is_failed_start, remove_failed_start
 from engine.protocol import sockets
+from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise
 
 
@@ -35,6 +37,22 @@ def test_a_session_that_ended_before_its_first_step_gives_up_its_name(failed, ma
         make_session("failed")
     remove_failed_start(session)
     assert make_session("failed").config_file.is_file()
+
+
+def test_a_session_that_another_start_has_put_in_its_place_is_kept(
+    failed, make_session, monkeypatch
+):
+    session, acquire = failed(), SessionFolder.acquire
+
+    def acquire_late(self):
+        monkeypatch.undo()
+        shutil.rmtree(self.folder)
+        make_session("failed")
+        return acquire(self)
+
+    monkeypatch.setattr(SessionFolder, "acquire", acquire_late)
+    remove_failed_start(session)
+    assert session.config_file.is_file()
 
 
 def stepped_and_restarted(writer):

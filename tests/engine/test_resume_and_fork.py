@@ -10,6 +10,7 @@ import pytest
 
 from engine import starter
 from engine.config import file as config_file
+from engine.config.sections.ppo import KLConfig
 from engine.config.settings import SettingChange
 from engine.errors import (
     ConfigError,
@@ -154,6 +155,16 @@ def test_overrides_that_are_settings_are_changes_from_the_next_step_on(writer):
         who="me",
     )
     assert [(c.key, c.new) for c in start.changes] == [("beta", 0.7)]
+
+
+def test_an_override_of_a_whole_section_is_a_change_of_each_setting_in_it(writer):
+    overrides = ["kl={beta: 0.7, controller: adaptive}"]
+    start = resume(writer.session, from_step=None, reseed=False, overrides=overrides, who="me")
+    changed = {c.key: c.new for c in start.changes}
+    defaults = config_file.as_mapping(KLConfig())
+    keys = ("target", "horizon", "beta_min", "beta_max")
+    given = {"beta": 0.7, "controller": "adaptive"}
+    assert changed == given | {key: defaults[key] for key in keys}
     assert not start.fresh
 
 

@@ -21,7 +21,8 @@ from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.experience.generation import generate_rollout
-from engine.train.load import check_rank_count, load_run
+from engine.train.load import load_run
+from engine.train.load_checks import check_rank_count
 from engine.train.ppo.chunked_loss import MOST_LOGITS
 from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step

@@ -1,0 +1,118 @@
+"""Checks that what was loaded fits together, and is what the run began with."""
+
+import logging
+
+from engine.config.schema import RunConfig
+from engine.config.sections.reward import RewardConfig
+from engine.errors import CheckpointError, UserInputError
+from engine.train.checkpoints.folder import TrainingState
+from engine.train.models.language_model import (
+    AdapterFreePolicy,
+    AnyModel,
+    LanguageModel,
+    fingerprint,
+)
+from engine.train.run import Run, max_sequence_tokens
+
+log = logging.getLogger("engine")
+
+
+def check_rank_count(config: RunConfig, ranks: int) -> None:
+    """Checks that every rank has work; the number of ranks is only known at run time.
+
+    Raises:
+        UserInputError: there are too few prompts or samples; names the key to change.
+    """
+    reward, prompts = config.reward, config.prompts_per_step
+    if prompts < ranks:
+        raise UserInputError(
+            f"{ranks} ranks need at least {ranks} prompts per step, and there are {prompts}: raise "
+            "rollout.batch_size, or set launch.processes"
+        )
+    if _normalises(reward) and reward.normalise_samples < ranks:
+        raise UserInputError(
+            f"reward.normalise_samples ({reward.normalise_samples}) must be at least the number of "
+            f"ranks ({ranks})"
+        )
+
+
+def _normalises(reward: RewardConfig) -> bool:
+    """Whether the reference's responses must be scored before the first step."""
+    return "reference" in (reward.normalise, *(s.normalise for s in reward.sources()))
+
+
+def check_frozen_models(
+    state: TrainingState,
+    config: RunConfig,
+    policy: LanguageModel,
+    reference: AnyModel,
+    threads: int,
+) -> None:
+    """Checks that the frozen models, which no checkpoint holds, are those the run began with.
+
+    Stores their fingerprints and the number of threads in `state`.
+
+    Raises:
+        CheckpointError: the weights of a frozen model have changed.
+    """
+    weights = fingerprint(reference)
+    if state.reference and state.reference != weights:
+        raise CheckpointError(
+            "the reference model is not the one this run began with: "
+            f"{config.model.reference or config.model.policy} was changed; put it back to resume"
+        )
+    base = ""  # without adapters
+    if config.lora.rank is not None:
+        base = (
+            weights
+            if isinstance(reference, AdapterFreePolicy)
+            else fingerprint(AdapterFreePolicy(policy))
+        )
+    if state.base and state.base != base:
+        raise CheckpointError(
+            "the model under the adapters is not the one this run began with: "
+            f"{config.model.policy} was changed; put it back to resume"
+        )
+    if state.threads not in (0, threads):
+        log.warning(
+            "%d threads instead of %d: results will differ by rounding", threads, state.threads
+        )
+    state.reference, state.base, state.threads = weights, base, threads
+
+
+def check_response_length(run: Run) -> None:
+    """Checks that the longest prompt leaves room for a response. Raises UserInputError."""
+    positions, configured = max_sequence_tokens(run), run.config.rollout.max_new_tokens
+    if positions is None:
+        return
+    limit = positions - run.prompts.longest
+    if limit < 1:
+        raise UserInputError(
+            f"the longest prompt has {run.prompts.longest} tokens and the models {positions} "
+            "positions, which leaves none for a response: lower data.max_prompt_tokens to leave "
+            "long prompts out"
+        )
+    if configured > limit:
+        raise UserInputError(
+            f"rollout.max_new_tokens ({configured}) must be at most {limit}: the models have "
+            f"no more positions after the longest prompt ({run.prompts.longest} tokens; lower "
+            "data.max_prompt_tokens to leave out long prompts)"
+        )
+    if run.held_out is None:
+        return
+    wanted = run.config.eval.max_new_tokens or configured
+    longest = max(len(p.ids) for p in run.held_out.prompts)
+    if longest + wanted > positions:
+        raise UserInputError(
+            f"eval.max_new_tokens ({wanted}) is too large: the models have {positions} "
+            f"positions, and the longest prompt to evaluate takes {longest}"
+        )
+
+
+def check_vocabularies(policy: int, reference: int) -> None:
+    """Checks that both models have as many tokens. Raises UserInputError."""
+    if policy != reference:
+        raise UserInputError(
+            f"model.reference has a vocabulary of {reference} tokens and model.policy one of "
+            f"{policy}: the KL needs the same tokens in both"
+        )
