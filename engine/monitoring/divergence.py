@@ -53,7 +53,10 @@ class _Series:
     """The block means of one judge, and of the trained score over the same steps."""
 
     length: int
-    trained: list[float] = field(default_factory=list)
+    steps: int = 0
+    """Of the current block. They may be many: a judge may never score a step."""
+    trained: float = 0.0
+    """The sum of their trained scores."""
     judged: list[float] = field(default_factory=list)
     last: tuple[float, float] | None = None
     """Trained score and judge's score of the last block."""
@@ -81,7 +84,8 @@ class DivergenceTest:
     def add(self, step: int, trained: float, metrics: Mapping[str, float | None]) -> None:
         """Takes a step: the trained score, finite, and all metrics."""
         for name, series in self._series.items():
-            series.trained.append(trained)
+            series.steps += 1
+            series.trained += trained
             if (value := metrics.get(name)) is not None:
                 series.judged.append(value)
             if len(series.judged) == series.length:
@@ -94,8 +98,8 @@ class DivergenceTest:
         return max(found, key=lambda d: d.excess, default=None)
 
     def _block(self, name: str, series: _Series, step: int) -> None:
-        means = fmean(series.trained), fmean(series.judged)
-        series.trained, series.judged = [], []
+        means = series.trained / series.steps, fmean(series.judged)
+        series.steps, series.trained, series.judged = 0, 0.0, []
         series.blocks += 1
         if series.last is not None:
             for changes, old, new in zip(series.changes, series.last, means, strict=True):

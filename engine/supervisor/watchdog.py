@@ -93,7 +93,7 @@ class Watchdog:
             on_silence: called with a rank that counts as hung, and its seconds of silence.
             on_alert: called with each condition that begins to hold; its action is `notify`.
         """
-        checks = 0
+        checks, problem = 0, ""
         while True:
             now = time.monotonic()
             self.check_silence(on_silence, now)  # first: it needs neither the disk nor the journal
@@ -103,9 +103,12 @@ class Watchdog:
                 if checks % CHECKS_PER_ROW == 0:
                     self._journal.record_telemetry(self.latest)
                 self._check_alerts(self.latest, on_alert, now)
+                if checks % CHECKS_PER_ROW == 0:
+                    problem = ""
             except (OSError, sqlite3.Error) as error:
-                # One failed check must not end the task.
-                log.warning("cannot check the session: %s", error)
+                # One failed check must not end the task, nor days of a full disk fill the log.
+                if problem != (problem := str(error)):
+                    log.warning("cannot check the session: %s", problem)
             checks += 1
             await asyncio.sleep(CHECK_INTERVAL)
 

@@ -112,14 +112,15 @@ def _export_policy(
             if adapted and merged:
                 _merge(session, step, part, folder)
             else:
-                shutil.copytree(source, folder, dirs_exist_ok=True)
+                _copy(source, folder)
             exported = ExportedPolicy(
                 step, averaged=part == AVERAGED_POLICY, adapters=adapted and not merged
             )
             no_card = _write_card(session, exported, folder)
             open_to_umask(folder)
     except OSError as error:
-        raise UserInputError(f"--policy: cannot write {target}: {error}") from error
+        reason = error.strerror or error
+        raise UserInputError(f"--policy: cannot write {target}: {reason}") from error
     if adapted and merged:
         return f"the {what} of step {step} is in {target}, adapters merged{no_card}"
     if adapted:
@@ -128,6 +129,16 @@ def _export_policy(
         return f"the {which} of step {step} are in {target}; base model: {base}{no_card}"
     note = "; all weights were trained, so there is nothing to merge" if merged else ""
     return f"the {what} of step {step} is in {target}{note}{no_card}"
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Copies what is in a folder. Unlike `shutil.copytree`, it ends with the first error."""
+    for path in sorted(source.rglob("*")):
+        copy = folder / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            shutil.copy2(path, copy)
 
 
 def _write_card(session: SessionFolder, policy: ExportedPolicy, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Guard rails: when a rule raises an alert, what the alert holds, and that it is not repeated."""
 
 import math
+import pickle
 from typing import get_args, get_type_hints
 
 import msgspec
@@ -306,6 +307,16 @@ def test_a_judge_that_falls_while_the_trained_score_rises_raises_an_alert(judge,
     (alert, *_) = diverging(judge, every, [*rising, *(1.5 - step / 40 for step in range(60))])
     assert 55 <= alert.evidence["from_step"] <= 65
     assert "while" in alert.text and "falls from" in alert.text
+
+
+def test_the_steps_of_a_run_without_an_evaluation_are_not_kept():
+    guardrails = Guardrails(GuardrailConfig(), ["eval/score"])
+    sizes = []
+    for steps in (range(1, 101), range(101, 2001)):
+        for step in steps:
+            guardrails.check(step, {"objective/scores": 0.1 * step}, {})
+        sizes.append(len(pickle.dumps(guardrails)))
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 def test_the_judges_of_a_run_are_those_that_it_is_not_trained_on():

@@ -14,6 +14,7 @@ from engine.config import file as config_file
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
 from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
+from engine.supervisor import watchdog as watchdog_module
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.server import Server
@@ -116,6 +117,25 @@ async def test_a_hung_rank_is_noticed_though_no_alert_can_be_recorded(watch):
     await until(lambda: watchdog.latest is not None)
     task.cancel()
     assert found == [0]
+
+
+async def test_a_check_that_fails_again_for_the_same_reason_is_logged_once(
+    watch, monkeypatch, caplog
+):
+    monkeypatch.setattr(watchdog_module, "CHECK_INTERVAL", 0.001)
+    watchdog = watch("guardrails.disk_free_gb=1e12")
+    failures = ["database or disk is full"] * 20 + ["database is locked"] * 20
+
+    def on_alert(_alert):
+        raise sqlite3.OperationalError(failures.pop(0) if failures else "database is locked")
+
+    task = asyncio.create_task(watchdog.run(lambda _rank, _seconds: None, on_alert))
+    await until(lambda: not failures)
+    task.cancel()
+    assert [r.getMessage() for r in caplog.records if "cannot check" in r.getMessage()] == [
+        "cannot check the session: database or disk is full",
+        "cannot check the session: database is locked",
+    ]
 
 
 def concluded(writer, failure, *, at_once=False):

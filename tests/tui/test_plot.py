@@ -35,6 +35,22 @@ def test_title_and_value_stand_on_top_and_the_window_below():
     assert picture.row_text(9).strip().startswith("1–100")
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "start", "end"),
+    [
+        (1, 100, "1–100", "!"),
+        (1, 57_500, "1–57.5k", "!"),
+        (1, 575_000, "1–575k", "!"),
+        (10_000, 57_500, "10,000", "! 57,500"),
+    ],
+)
+def test_the_window_can_be_read_however_many_markers_there_are(first, last, start, end):
+    markers = [Marker(round(first + i * (last - first) / 80), "alert", "!") for i in range(81)]
+    axis = paint(plot_of(first=first, last=last, markers=markers), 40, 10).row_text(9)
+    assert axis.strip().startswith(f"{start} !")
+    assert axis.endswith(end)
+
+
 def test_the_scale_ends_on_round_numbers_beyond_the_values():
     columns = [decimate(RISE, 1, 100, 60)]
     scale = scale_of(columns, plot_of())

@@ -70,7 +70,8 @@ def merge(session: SessionFolder, step: int, part: str, target: Path) -> None:
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
     except OSError as error:
-        raise UserInputError(f"--policy: cannot write {target}: {error}") from error
+        reason = error.strerror or error
+        raise UserInputError(f"--policy: cannot write {target}: {reason}") from error
 
 
 if __name__ == "__main__":

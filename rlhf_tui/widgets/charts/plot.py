@@ -284,16 +284,16 @@ def _target(raster: Raster, plot: Plot, scale: Scale) -> range:
 def _axis(canvas: Canvas, plot: Plot, cells: int, rows: int) -> None:
     y = 1 + rows
     first, last = steps_text(plot.first), steps_text(plot.last)
-    both = f"{first}–{last}"
-    label = both if len(both) < GUTTER else first
+    both = [f"{first}–{last}", f"{first}–{_thousands(plot.last)}"]
+    label = next((text for text in both if len(text) < GUTTER), first)
     canvas.write(0, y, label.rjust(GUTTER - 1), STYLE["dim"])
     canvas.write(GUTTER, y, "─" * cells, STYLE["dim"])
-    if label == first:
-        canvas.write(canvas.width - len(last) - 1, y, f" {last}", STYLE["dim"])
     for marker in sorted(plot.markers, key=_priority):
         if (x := _cell(marker.step, plot, cells)) is not None:
             style = STYLE["past" if marker.abandoned else marker.kind]
             canvas.write(GUTTER + x, y, MARKER_GLYPHS[marker.kind], style)
+    if label == first:
+        canvas.write(canvas.width - len(last) - 1, y, f" {last}", STYLE["dim"])
     if plot.cursor is not None and (x := _cell(plot.cursor, plot, cells)) is not None:
         label = steps_text(plot.cursor)
         at = min(max(GUTTER + x - len(label) // 2, GUTTER), canvas.width - len(label))
@@ -412,3 +412,8 @@ def steps_text(step: float) -> str:
     """A step as `1,234` or `1.20M`."""
     whole = round(step)
     return f"{whole:,}" if whole < 1e6 else f"{whole / 1e6:.2f}M"
+
+
+def _thousands(step: float) -> str:
+    """A step below a million as `57.5k` or `575k`."""
+    return f"{step / 1000:.{1 if step < 1e5 else 0}f}k" if step < 1e6 else steps_text(step)
