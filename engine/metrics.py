@@ -195,6 +195,8 @@ METRICS = (
            "the clipped objective, aggregated over response tokens by `ppo.loss_aggregation`"),
     Metric("loss/entropy_avg", "nats per token",
            "the entropy during the updates, aggregated likewise (with `ppo.entropy_coef` only)"),
+    Metric("policy/entropy_coef", "",
+           "the weight of the entropy bonus in this step (with `ppo.entropy_target` only)"),
     Metric("loss/kl_avg", "nats per token",
            "the estimate of the KL in the updates, aggregated likewise "
            "(with `kl.place: loss` only)"),

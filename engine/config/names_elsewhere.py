@@ -34,6 +34,8 @@ _NAMES = {
     "ppo.value_clip": "cliprange_value",
     "ppo.value_coef": "vf_coef",
     "ppo.entropy_coef": "entropy_coeff",
+    "ppo.entropy_coef_step": "entropy_coef_delta",
+    "ppo.entropy_target": "use_adaptive_entropy",
     "ppo.lam": "lambd",
     "ppo.top_entropy": "top_entropy_quantile",
     "ppo.off_policy_mask": "off_policy_mask_threshold",

@@ -35,6 +35,7 @@ LIVE_SETTINGS = {
     "clip_range_high": "ppo.clip_range_high",
     "dual_clip": "ppo.dual_clip",
     "entropy_coef": "ppo.entropy_coef",
+    "entropy_target": "ppo.entropy_target",
     "loss_aggregation": "ppo.loss_aggregation",
     "epochs": "ppo.epochs",
     "stop_kl": "ppo.stop_kl",
@@ -71,6 +72,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     clip_range_high: float | None = None
     dual_clip: float | None = None
     entropy_coef: float = 0.0
+    entropy_target: float | None = None
     loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
     micro_batch_size: int | None = None
     """None in such a checkpoint, see :data:`ONCE_FIXED`."""

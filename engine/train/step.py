@@ -4,14 +4,18 @@ import dataclasses
 import math
 import time
 
+import msgspec
 from torch import Tensor
 
+from engine.config.schema import RunConfig
 from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import Sample
 from engine.train.experience.experience import Experience, collect_experience
 from engine.train.experience.rollout_check import check_rollout
+from engine.train.ppo import masked
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import AdvantageInputs, Targets, make_targets
+from engine.train.ppo.entropy_bonus import adapt, with_weight
 from engine.train.ppo.forward import longest_first, score_tokens
 from engine.train.ppo.linear_value import fit_linear_value
 from engine.train.ppo.metrics import speed_metrics, step_metrics
@@ -64,6 +68,8 @@ def train_step(
     targets = training_targets(run, step, experience, old_logprobs, ref_logprobs, old_values)
 
     # 4. Epochs of clipped updates.
+    if config.ppo.entropy_target is not None:
+        config = with_adapted_entropy_bonus(run, rollout)
     with timer.phase(run, step, "optimise") as report:
         stats = optimise(
             ranks, run.learner, run.optimiser, rollout, targets, config,
@@ -123,6 +129,18 @@ def old_policy_outputs(
         )
         values = run.ranks.all_reduce_sum(values)
     return logprobs, values
+
+
+def with_adapted_entropy_bonus(run: Run, rollout: Rollout) -> RunConfig:
+    """Adapts the weight of the entropy bonus to the policy's entropy before its update.
+
+    Returns:
+        The configuration in force, with that weight.
+    """
+    entropy = float(masked.masked_mean(rollout.entropies, rollout.mask))
+    run.state.entropy_bonus = adapt(run.state.entropy_bonus, entropy, run.config.ppo)
+    ppo = with_weight(run.config.ppo, run.state.entropy_bonus, entropy)
+    return msgspec.structs.replace(run.config, ppo=ppo)
 
 
 def training_targets(

@@ -104,6 +104,16 @@ def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, 
     assert_same_step(run, again, 3)
 
 
+def test_the_weight_of_an_adapted_entropy_bonus_is_resumed(make_run, assert_same_step):
+    run, session = make_run("ppo.entropy_coef=0.01", "ppo.entropy_target=100")
+    train_step(run, 1)
+    run.state.step = 1
+    save(run, session)
+    again = resumed(session)
+    assert again.state.entropy_bonus.weight == pytest.approx(0.015)
+    assert_same_step(run, again, 2)
+
+
 def test_a_fitted_value_function_resumes_bit_for_bit(make_run, assert_same_step):
     run, session = make_run("model.value=reward_model")
     train_step(run, 1)

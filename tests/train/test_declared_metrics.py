@@ -9,6 +9,7 @@ from engine.train.step import train_step
 
 EVERYTHING = (
     "ppo.entropy_coef=0.01",
+    "ppo.entropy_target=100",
     "ppo.dual_clip=3",
     "ppo.off_policy_mask=0.5",
     "ppo.top_entropy=0.5",

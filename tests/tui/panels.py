@@ -13,7 +13,7 @@ SETTINGS = {
     "beta": 0.05, "controller": "adaptive", "target": 6.0, "horizon": 1000.0, "beta_min": 0.01,
     "beta_max": 1.0, "learning_rate": 1e-5, "save_every": 50, "clip_range": 0.2, "epochs": 4,
     "stop_kl": None, "temperature": 1.0, "max_new_tokens": 64, "clip_range_high": None,
-    "dual_clip": None, "entropy_coef": 0.0, "loss_aggregation": "token",
+    "dual_clip": None, "entropy_coef": 0.0, "entropy_target": None, "loss_aggregation": "token",
     "micro_batch_size": 16,
 }  # fmt: skip
 

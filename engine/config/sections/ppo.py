@@ -95,6 +95,14 @@ class PPOConfig(Section, frozen=True):
     entropy_coef: Coefficient = 0.0
     """Weight of the entropy bonus: this times the mean entropy is subtracted from the loss. Usual
     values are 0.001 to 0.01."""
+    entropy_target: Positive | None = None
+    """Adapts the weight to hold the entropy, in nats per token: in each step whose rollout has
+    a lower one, the weight rises by `entropy_coef_step`; otherwise it falls by as much, and the
+    bonus is left out (Skywork-OR1). It begins at `entropy_coef`. Default: the weight is fixed."""
+    entropy_coef_step: Positive = 0.005
+    """Change of the adapted weight in a step."""
+    entropy_coef_max: Positive = 1.0
+    """Upper limit of the adapted weight."""
     loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
     """How a minibatch's token losses are combined: `token` is their mean, `sequence` the mean over
     responses of their means (GRPO), `sequence_sum_constant` the mean over responses of their sums

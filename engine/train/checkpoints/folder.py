@@ -30,6 +30,7 @@ from engine.session.checkpoints import (
     sha256,
     sync,
 )
+from engine.train.ppo.entropy_bonus import EntropyBonus
 
 FORMAT = 2
 """Format 1 has ``training/optimiser.safetensors`` and ``value.safetensors``, written by one rank.
@@ -53,6 +54,8 @@ class TrainingState(msgspec.Struct, kw_only=True):
     """Reward source → mean and standard deviation, for sources with a `normalise` of their own."""
     baseline: float | None = None
     """The mean score kept by `ppo.baseline: running`."""
+    entropy_bonus: EntropyBonus | None = None
+    """The weight of the entropy bonus with `ppo.entropy_target`; None before its first step."""
     value_weights: list[float] = []
     """Weights and bias of `model.value: reward_model`; empty before the first step."""
     value_positions: int = 0

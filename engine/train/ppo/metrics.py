@@ -101,6 +101,8 @@ def _optimiser_metrics(stats: UpdateStats, config: RunConfig) -> dict[str, float
         "policy/skipped_updates": float(stats.skipped),
         "policy/nonfinite_updates": float(stats.nonfinite),
     }
+    if config.ppo.entropy_target is not None:
+        metrics["policy/entropy_coef"] = config.ppo.entropy_coef
     sums = stats.sums
     if not stats.updates:
         return metrics

@@ -13,6 +13,7 @@ OFF = {
     "stop_kl": "the passes never end early",
     "clip_range_high": "the same as clip_range",
     "dual_clip": "no bound",
+    "entropy_target": "the entropy bonus has a fixed weight",
 }
 """Settings that may be off (null), and what that means."""
 
