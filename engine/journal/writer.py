@@ -273,13 +273,15 @@ class JournalWriter:
             self._set_meta({"settings": report.settings})
         self._events.step = report.step
 
-    def record_baseline(self, metrics: dict[str, float], samples: list[Sample]) -> None:
-        """Writes the evaluation before the first step, as metrics and responses of step 0."""
+    def record_evaluation(
+        self, step: int, metrics: dict[str, float], samples: list[Sample]
+    ) -> None:
+        """Writes an evaluation that is not in a step's report; step 0 is before the first step."""
         with self._samples:
             for sample in samples:
-                self._sample("evaluated", 0, sample)
+                self._sample("evaluated", step, sample)
         with self._db:
-            self._metrics(0, metrics)
+            self._metrics(step, metrics)
 
     def _metrics(self, step: int, metrics: dict[str, float]) -> None:
         names = [(name,) for name in metrics]

@@ -120,11 +120,17 @@ class StepReport(Message, frozen=True, tag="step_report"):
     """Responses to held-out prompts, if there was an evaluation after the step."""
 
 
-class BaselineReport(Message, frozen=True, tag="baseline_report"):
-    """The results of the evaluation before the first step."""
+class EvaluationReport(Message, frozen=True, tag="baseline_report"):
+    """The results of an evaluation that a step's report is without.
+
+    It is the one before the first step, or one that was made up for. The tag is older than the
+    second; it must stay, as in :class:`RepeatedChange`.
+    """
 
     metrics: dict[str, float]
     samples: list[Sample]
+    step: int = 0
+    """The last finished step."""
 
 
 class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
@@ -337,7 +343,7 @@ FromRank = (
     | Phase
     | Ready
     | StepReport
-    | BaselineReport
+    | EvaluationReport
     | CheckpointWritten
     | CheckpointComplete
     | Applied

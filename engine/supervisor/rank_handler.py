@@ -22,12 +22,12 @@ from engine.protocol.rank_messages import (
     WAIT_FOR,
     Adjusted,
     Applied,
-    BaselineReport,
     Begin,
     CheckpointComplete,
     CheckpointWritten,
     Confirm,
     Ended,
+    EvaluationReport,
     Failed,
     FromRank,
     Notice,
@@ -249,8 +249,8 @@ class RankMessageHandler:
                 self._show_state()
             case StepReport():
                 self._handle_in_parts(message, partial(self._record_step, message))
-            case BaselineReport(metrics=metrics, samples=samples):
-                journal.record_baseline(metrics, samples)
+            case EvaluationReport():
+                self._handle_in_parts(message, partial(self._record_evaluation, message))
             case CheckpointWritten(step=step, size=size, score=score, kl=kl):
                 journal.record_checkpoint(step, size, score, kl)
                 state.attempt.send(Confirm(step=step))
@@ -308,6 +308,14 @@ class RankMessageHandler:
             report.step, dict(report.metrics), state.settings, report.samples
         )
         state.settings = report.settings
+        return [partial(self._on_alert, alert) for alert in alerts]
+
+    def _record_evaluation(self, report: EvaluationReport) -> Parts:
+        """Records an evaluation outside a step; returns one part for each of its alerts."""
+        self._journal.record_evaluation(report.step, report.metrics, report.samples)
+        if not report.step:  # no rule is about the policy before the training
+            return []
+        alerts = self.guardrails.check(report.step, report.metrics, self._state.settings)
         return [partial(self._on_alert, alert) for alert in alerts]
 
     def _applied(self, message: Applied) -> Parts:

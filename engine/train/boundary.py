@@ -77,7 +77,7 @@ class BoundaryBroadcast(msgspec.Struct):
 
 
 def update_reference(run: Run) -> None:
-    """Updates the reference if `kl.reference_update` says it is due before the next step.
+    """Updates the reference if `kl.reference_update` says it is due; call it before each step.
 
     This does not happen immediately after a step, since the step's checkpoint and evaluation use
     the reference of that step.
@@ -131,10 +131,7 @@ class Boundary:
                 reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
             self._execute_received(self._next_broadcast(PAUSE_POLL_INTERVAL))
-        follows = not self._stop_ids and self._end_reason() is None
-        if follows:
-            update_reference(self._run)
-        return follows
+        return not self._stop_ids and self._end_reason() is None
 
     def next_settings(self) -> dict[str, Any]:
         """Returns the settings of the next step, including changes to repeat before it."""
@@ -358,6 +355,14 @@ class Boundary:
         changes = [] if beta == config.kl.beta else self._settings.set({"beta": beta})
         self._run.settings_after_step = settings_of(self._run.config)
         return changes
+
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """Records an evaluation of the finished step after :meth:`after_step`.
+
+        Call :meth:`before_step` again: the run may have reached its aim.
+        """
+        self.checkpoints.evaluated(metrics)
+        self._reached = self._reached or self._has_reached_aim(metrics)
 
     def close(self) -> None:
         """Waits for a running save to finish; also called when the run ends with an error."""

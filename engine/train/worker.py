@@ -34,8 +34,9 @@ from engine.examined import examined
 from engine.launch.environment import LAUNCH_VARIABLE
 from engine.protocol.rank_messages import (
     RESTART_REASONS,
-    BaselineReport,
+    REWARD_FAILED,
     Begin,
+    EvaluationReport,
     Failed,
     Notice,
     Ready,
@@ -43,7 +44,7 @@ from engine.protocol.rank_messages import (
     StepReport,
 )
 from engine.session.folder import SessionFolder
-from engine.train.boundary import Boundary
+from engine.train.boundary import Boundary, update_reference
 from engine.train.distributed.ranks import RankGroup, is_peer_loss
 from engine.train.evaluation.evaluate import (
     REWARD_FAILURES,
@@ -63,7 +64,7 @@ from engine.train.out_of_memory import (
     memory_text,
     run_step,
 )
-from engine.train.reports.recorders import open_recorders
+from engine.train.reports.recorders import StepRecorder, open_recorders
 from engine.train.reports.setup_notes import setup_notes
 from engine.train.reward_scales import fit_scales
 from engine.train.rewards.source import RewardCallError
@@ -201,10 +202,16 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
     with contextlib.closing(boundary):
         baseline = prepare(boundary, run, config)
         if baseline.metrics:
-            link.send(BaselineReport(baseline.metrics, recorded(baseline.samples)))
+            link.send(EvaluationReport(baseline.metrics, recorded(baseline.samples)))
             for recorder in recorders:
                 recorder.step(0, baseline.metrics, baseline.samples)
+        missing = False
         while boundary.before_step():
+            if missing:
+                missing = False
+                make_up(boundary, run, link, recorders)
+                continue
+            update_reference(run)
             step = run.state.step + 1
             started = time.monotonic()
             try:
@@ -222,6 +229,7 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
             boundary.checkpoints.save_if_due()
             if problem is not None:
                 boundary.pause_before_step(problem)
+                missing = not evaluation.metrics
         reason = boundary.finish()
     for recorder in recorders:
         recorder.close()
@@ -293,9 +301,8 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
     """Evaluates after a step if that is due.
 
     Returns:
-        The evaluation, and an error to pause with if a reward could not be computed or used. The
-        step cannot be repeated, since the weights have changed. So in that case the evaluation is
-        empty, or lacks the sources of `eval.rewards` that failed.
+        The evaluation, and an error to pause with if a reward could not be computed or used. In
+        that case the evaluation is empty, or lacks the sources of `eval.rewards` that failed.
     """
     try:
         evaluation = evaluate_if_due(run, step)
@@ -307,6 +314,23 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
     without = ", ".join(f"'{name}'" for name in evaluation.failed)
     consequence = f"step {step} is evaluated without {without}"
     return evaluation, _pausing(first, "; ".join([*map(str, others), consequence]))
+
+
+def make_up(boundary: Boundary, run: Run, link: Link, recorders: list[StepRecorder]) -> None:
+    """Evaluates the last step after the pause that began because no reward could be computed.
+
+    The weights are still those of the step. If it fails again, the operator is notified and the run
+    continues: if the reward still fails, the next step pauses the run.
+    """
+    step = run.state.step
+    evaluation, problem = evaluate_or_skip(run, step)
+    if problem is not None:
+        link.send(Notice(step=step, rule=REWARD_FAILED, text=str(problem)))
+    if evaluation.metrics:
+        boundary.evaluated(evaluation.metrics)
+        link.send(EvaluationReport(evaluation.metrics, recorded(evaluation.samples), step))
+        for recorder in recorders:
+            recorder.step(step, evaluation.metrics, [])
 
 
 def _pausing(error: RlhfError, more: str) -> RewardCallError:

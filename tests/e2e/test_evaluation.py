@@ -26,6 +26,40 @@ def test_a_checkpoint_is_evaluated_to_the_numbers_of_its_step(lab):
     assert "held-out score" in lab.cli("metrics", run.name).stdout
 
 
+LATE = """
+from pathlib import Path
+
+def score(prompts, trainer_state, **_):
+    held_out = "The sound" in prompts
+    if held_out and trainer_state.global_step == 2 and not Path(__file__).with_name("up").exists():
+        raise ValueError("no scores for these")
+    return [1.0] * len(prompts)
+"""
+
+
+def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text('{"prompt": "The sound"}\n')
+    keys = (f"eval.prompts={held_out}", "eval.every=1", "reward.retries=0", "reward.mix=[]",
+            "reward.function=late:score", "kl.reference_update={every: 1, mix: 1.0}")  # fmt: skip
+    run = lab.run("late", *keys, steps=3)
+    (run.gate / "late.py").write_text(LATE)
+    run.start()
+    run.wait_for("paused")
+    with run.reader() as reader:
+        assert [step for step, _ in reader.series("eval/kl")] == [0, 1]
+    assert run.step == 2
+    (run.gate / "up").touch()
+    assert run.command("unpause")["status"] == "applied"
+    run.finish()
+    with run.reader() as reader:
+        curve = dict(reader.series("eval/kl"))
+        responses = reader.samples.evaluated(2)
+    assert list(curve) == [0, 1, 2, 3]
+    assert curve[2] != 0, "it was measured before the reference became the policy"
+    assert [r.prompt for r in responses] == ["The sound"]
+
+
 def test_an_evaluation_whose_judge_is_down_says_that_it_waits_and_keeps_the_rest(old, tmp_path):
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text('{"prompt": "The lamp"}\n{"prompt": "A night"}\n')

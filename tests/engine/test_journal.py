@@ -427,14 +427,14 @@ def test_samples_are_searched_and_ordered(writer):
 
 def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step_0(writer):
     sample = writer.sample(0, 0)
-    writer.journal.record_baseline({"eval/score": 1.0, "eval/kl": 0.5}, [sample])
+    writer.journal.record_evaluation(0, {"eval/score": 1.0, "eval/kl": 0.5}, [sample])
     writer.steps(1)
     writer.journal.begin_attempt(0, fresh=False)
     with JournalReader(writer.session) as reader:
         assert reader.series("eval/score") == []
         assert reader.past_series("eval/score") == [(1, 0, 1.0)]
         assert reader.samples.evaluated() == []
-    writer.journal.record_baseline({"eval/score": 2.0}, [])
+    writer.journal.record_evaluation(0, {"eval/score": 2.0}, [])
     with JournalReader(writer.session) as reader:
         assert reader.series("eval/score") == [(0, 2.0)]
         assert reader.series("eval/kl") == []
@@ -443,7 +443,7 @@ def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step
 def test_an_evaluation_before_the_first_step_is_a_row_of_step_0(writer):
     with JournalReader(writer.session) as reader:
         assert reader.metrics() == []
-    writer.journal.record_baseline({"eval/score": 1.0}, [])
+    writer.journal.record_evaluation(0, {"eval/score": 1.0}, [])
     writer.steps(1, 2)
     with JournalReader(writer.session) as reader:
         first, *steps = reader.metrics()

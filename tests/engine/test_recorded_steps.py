@@ -19,7 +19,7 @@ from engine.monitoring import recorded_steps
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.recorded_steps import evaluate, rebuild
 from engine.protocol.commands import Stop
-from engine.protocol.rank_messages import REWARD_CHANGED, Notice, StepReport
+from engine.protocol.rank_messages import REWARD_CHANGED, EvaluationReport, Notice, StepReport
 from tests.engine.supervised import Engine
 
 RULES = (
@@ -246,6 +246,19 @@ def test_a_rule_with_an_action_acts_again_on_ranks_that_start_and_others_stay_qu
     rails.check(1, {"m": 2.0}, {})
     rails.begin_attempt()
     assert [(a.rule, a.count) for a in rails.check(2, {"m": 2.0}, {})] == [("pause", 2)]
+
+
+async def test_a_rule_sees_an_evaluation_that_was_made_up_for(make_session, write_in):
+    rules = "guardrails.rules=[{name: held_out, metric: eval/score, below: 0}]"
+    writer = write_in(make_session("late", "guardrails.defaults=false", rules))
+    writer.journal.begin_attempt(0, fresh=False)
+    engine = Engine(writer)
+    take(engine, 1, 1.0, **{EVAL_SCORE: 1.0})
+    take(engine, 2, 1.0)
+    engine.receive(EvaluationReport(metrics={EVAL_SCORE: -1.0}, samples=[], step=2))
+    take(engine, 3, 1.0, **{EVAL_SCORE: -1.0})
+    assert recorded(writer) == [("held_out", 2)]
+    writer.journal.close()
 
 
 async def test_the_scores_of_another_reward_begin_anew(run):

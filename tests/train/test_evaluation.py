@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import torch
 
 from engine.errors import RewardError, UserInputError
 from engine.protocol import frames
-from engine.protocol.rank_messages import BaselineReport, Begin, Sample, TokenArrays
+from engine.protocol.rank_messages import Begin, EvaluationReport, Notice, Sample, TokenArrays
 from engine.train.boundary import Boundary, BoundaryBroadcast
 from engine.train.evaluation.evaluate import (
     RECORDED_BYTES,
@@ -21,8 +22,9 @@ from engine.train.evaluation.evaluate import (
     recorded,
 )
 from engine.train.link import Link
+from engine.train.rewards.source import RewardCallError
 from engine.train.step import train_step
-from engine.train.worker import evaluate_or_skip, step_report
+from engine.train.worker import evaluate_or_skip, make_up, step_report
 
 EVALUATED = ("eval.every=1", "eval.holdout=6", "eval.per_prompt=2", "data.shuffle=true")
 
@@ -153,6 +155,32 @@ def test_scores_of_held_out_responses_that_cannot_be_used_do_not_end_the_run(mak
     assert (evaluation.metrics, str(problem)) == ({}, "not a number; step 1 is not evaluated")
 
 
+def test_an_evaluation_that_is_made_up_for_has_the_numbers_of_its_step(make_run, supervisor, link):
+    run, session = make_run(*EVALUATED, "train.stop_at={metric: eval/score, above: -100}")
+    expected = evaluate_if_due(run, 0)
+    with closing(Boundary(session, run, Begin(attempt=1, from_step=0), link)) as boundary:
+        assert boundary.before_step()
+        make_up(boundary, run, link, [])
+        report = supervisor.wait_for(EvaluationReport)
+        assert not boundary.before_step(), "the aim is reached"
+    assert report.samples == expected.samples
+    assert report.metrics | {"time/evaluate": 0} == expected.metrics | {"time/evaluate": 0}
+
+
+def test_an_evaluation_that_fails_again_is_left_out_with_a_notice(make_run, supervisor, link):
+    run, session = make_run(*EVALUATED)
+
+    def fail(*_args, **_options):
+        raise RewardCallError("no service")
+
+    run.rewards = fail
+    with closing(Boundary(session, run, Begin(attempt=1, from_step=0), link)) as boundary:
+        make_up(boundary, run, link, [])
+        assert supervisor.wait_for(Notice).text == "no service; step 0 is not evaluated"
+        assert boundary.before_step(), "the run continues"
+    assert supervisor.of(EvaluationReport) == []
+
+
 @pytest.fixture
 def watched_run(make_run, tmp_path):
     """A run with three watched sources, of which one fails in the second call of the evaluation."""
@@ -208,7 +236,7 @@ def test_of_very_many_responses_as_many_are_recorded_as_a_message_holds():
     ]
     kept = recorded(samples)
     assert [s.index for s in kept] == list(range(9))
-    frames.encode(BaselineReport(metrics={}, samples=kept))
+    frames.encode(EvaluationReport(metrics={}, samples=kept))
 
 
 def test_a_step_whose_arrays_no_message_holds_is_reported_with_fewer_of_them(make_run):

@@ -6,7 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.train.models.language_model import LanguageModel
-from tests.train.architectures import ARCHITECTURES, VOCABULARY
+from engine.train.reward_training.base import read_base
+from tests.train.architectures import ARCHITECTURES, VOCABULARY, write_model
+from tests.train.test_reward_training import request
+from tests.train.test_rewards import SINGLE_RANK
 
 IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -72,6 +75,16 @@ def test_a_pass_that_fails_leaves_the_float32_weights_in_place(policy):
     with policy.autocast("cpu"), pytest.raises(RuntimeError):
         experts(torch.zeros(1, 5), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
     assert experts.gate_up_proj.dtype == torch.float32
+
+
+def test_a_reward_model_that_is_trained_computes_its_experts_in_bfloat16(tmp_path):
+    folder = write_model(tmp_path / "base", "mixtral")
+    model = read_base(request(base=str(folder)), SINGLE_RANK, print).model
+    with Products() as products, torch.autocast("cpu", torch.bfloat16):
+        model.config.pad_token_id = 0
+        model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    assert products.dtypes and set(products.dtypes) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_casts_end_with_the_autocast_context(policy):

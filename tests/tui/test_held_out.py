@@ -68,7 +68,7 @@ def make_evaluated(root: Path, steps: int = 60, name: str = "evaluated") -> Sess
     journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
     journal.set_meta(total_steps=steps, state="running", message="", settings={"beta": 0.05})
-    journal.record_baseline(*evaluation(0))
+    journal.record_evaluation(0, *evaluation(0))
     for step in range(1, steps + 1):
         metrics, samples = metrics_of(step, rng, 0.05), []
         if step % EVERY == 0:

@@ -205,7 +205,7 @@ def test_of_a_run_without_a_step_the_evaluation_before_it_is_copied(tmp_path, co
     assert copy.config() == config
     journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
-    journal.record_baseline({EVAL_SCORE: 0.5}, [])
+    journal.record_evaluation(0, {EVAL_SCORE: 0.5}, [])
     update()
     with JournalReader(copy) as record:
         assert record.series(EVAL_SCORE) == [(0, 0.5)]

@@ -120,7 +120,7 @@ def test_held_out_prompts_are_shown_at_several_steps(tmp_path):
     session = create(tmp_path / "s", "held", config_of())
     journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
-    journal.record_baseline({"eval/score": 0.5, "eval/score_ci": 0.1}, [said("at 0")])
+    journal.record_evaluation(0, {"eval/score": 0.5, "eval/score_ci": 0.1}, [said("at 0")])
     for step in range(1, 13):
         metrics = {"objective/scores": 1.0} | ({"eval/score": step / 10} if step % 2 == 0 else {})
         evaluated = [said(f"at {step}")] if step % 2 == 0 else []

@@ -88,6 +88,12 @@ class CheckpointManager:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """Adds an evaluation after the finished step to the metrics of the next checkpoint."""
+        best = self._run.config.train.best_metric
+        if best in metrics:
+            self._best = MetricValue(best, metrics[best])
+
     def seconds_to_save(self) -> float:
         """Estimates the duration of :meth:`save` from the longest save so far; 0 before the first.
 

@@ -14,6 +14,7 @@ from engine.protocol.programs.reward_training import RewardTrainingRequest
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.cpu_layers import use_cpu_layers
+from engine.train.models.mixed_precision import ExpertCasts
 from engine.train.models.pretrained import copy_weights, load_tokenizer, reward_options
 from engine.train.models.read_pretrained import ReadOptions, read_pretrained
 from engine.train.rewards.model import label_index
@@ -83,6 +84,7 @@ def read_base(
         raise UserInputError(str(error).replace("reward.label", "--set label")) from None
     model.config.use_cache = False  # a decoder would fill one for nothing
     model = model.to(ranks.device)
+    ExpertCasts().apply_to(model)
     use_cpu_layers(model, ranks)
     return BaseModel(name, model, tokenizer, index, pair, new_head)
 
