@@ -318,7 +318,7 @@ METRICS = (
         "time for which saving blocked training since the previous step: the copy to host memory, "
         "and waiting for an earlier save",
     ),
-    Metric(STEP_TIME, "seconds", "duration of the whole step"),
+    Metric(STEP_TIME, "seconds", "duration of the whole step", title="step time", chart_unit="s"),
     Metric(EVAL_TIME, "seconds", "duration of the evaluation after the step"),
     Metric(TOKENS_PER_SECOND, "tokens per second", "response tokens, mean over the whole step",
            title="tokens/s"),

@@ -49,8 +49,8 @@ BINDINGS: list[BindingType] = [
     Binding("S", "steer('stop')", "stop"),
 ]
 """The keys of the app that call :meth:`Steering.act`; `--read-only` removes them."""
-WITH_OLD_VALUE = ("beta", "lower_beta", "raise_beta", "adaptive", "change")
-"""The actions that depend on a setting in force, which is unknown while a run is starting."""
+OF_SETTINGS = ("beta", "lower_beta", "raise_beta", "adaptive", "change", "undo")
+"""The actions that change a setting: while a run is starting, the values in force are unknown."""
 WHILE_STOPPING = ("stop", "note")
 """The actions that a run takes while it is stopping."""
 
@@ -316,7 +316,7 @@ class Steering:
 
 
 def _is_too_early_or_late(target: SteeringTarget, action: str) -> bool:
-    """Whether a live run does not accept such a command now, or the old value is unknown."""
+    """Whether a live run does not accept such a command now, or the values are unknown."""
     if target.state == "starting":
-        return action in WITH_OLD_VALUE
+        return action in OF_SETTINGS
     return target.state == "stopping" and action not in WHILE_STOPPING

@@ -1,5 +1,7 @@
 """The command that writes a first configuration: init."""
 
+import csv
+import json
 import os
 import re
 from functools import partial
@@ -24,6 +26,10 @@ STARTER = {
     "policy": "starter:policy", "prompts": "starter:prompts", "reward_model": "starter:reward",
 }  # fmt: skip
 """The values that are used if none are given."""
+PROMPT = "prompt"
+"""The column that is used if none is given."""
+IN_ITS_PLACE = ({"chosen", "rejected"}, {"messages"})
+"""Columns from which a prompt is taken if there is no such column; see docs/data.md."""
 FUNCTION = re.compile(r"(?!starter:)[\w.]+:\w+")
 """A reward that is a Python function."""
 
@@ -58,6 +64,8 @@ def init(
     if reward_function is None:
         given["reward_model"] = reward_model
     answers = asked(given, overrides)
+    if not any(word.startswith("data.") for word in overrides):
+        column = prompt_column(answers["prompts"], column)
     tree = configuration(recipe, answers, column, reward_function)
     tree = _with_paths_from_file(tree, file)
     config_file.apply_overrides(tree, overrides)
@@ -102,6 +110,38 @@ def usable(name: str, overrides: tuple[str, ...], answer: str) -> str:
     except ConfigError as error:
         raise click.UsageError(one_line(str(error))) from error
     return answer
+
+
+def prompt_column(prompts: str, given: str | None) -> str | None:
+    """The column to configure: the given one, or one that is asked for; None for `prompt`.
+
+    Raises:
+        UserInputError: the file has no such column, and nobody can be asked.
+    """
+    columns = columns_of(Path(prompts).expanduser())
+    wanted = given or PROMPT
+    if not columns or wanted in columns:
+        return given
+    if given is None and any(names <= set(columns) for names in IN_ITS_PLACE):
+        return None
+    listed = ", ".join(map(one_line, columns))
+    if given is not None or not is_terminal():
+        raise UserInputError(f"{prompts} has no column '{wanted}': give --column one of {listed}")
+    asked_for = f"The column with the prompts ({listed})"
+    chosen: str = click.prompt(asked_for, type=click.Choice(columns), show_choices=False, err=True)
+    return chosen
+
+
+def columns_of(file: Path) -> list[str]:
+    """The columns of the first row of a JSONL or CSV file; empty if they are not known."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            if file.suffix == ".csv":
+                return next(csv.reader(lines), [])
+            row = json.loads(lines.readline()) if file.suffix == ".jsonl" else None
+    except (OSError, ValueError, csv.Error):  # what is wrong with it, check says
+        return []
+    return list(row) if isinstance(row, dict) else []
 
 
 def configuration(

@@ -28,7 +28,7 @@ class Decision(Struct, frozen=True):
 
 
 class JudgingQueue:
-    """A queue of responses, each shown at most once.
+    """A queue of responses, each shown at most once, and so is each text.
 
     A skipped response is replaced by another from the pool. The label `good` agrees with the
     reward model if the score is above the median of the pool, every other label if it is not.
@@ -38,11 +38,12 @@ class JudgingQueue:
         """Creates a queue from a pool of responses.
 
         Args:
-            pool: responses without a judgement.
+            pool: responses without a judgement, the newest first.
             size: the maximum number of judgements.
             seed: of the order `random`.
         """
-        self._pool = list(pool)
+        texts = {(row.prompt, row.response): row for row in reversed(pool)}
+        self._pool = list(texts.values())[::-1]
         self._size = size
         self._ranks = {order: _ranks(self._pool, order, seed) for order in ORDERS}
         self._scores = sorted(s for row in pool if (s := _finite(row.score)) is not None)

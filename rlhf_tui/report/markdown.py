@@ -15,10 +15,9 @@ from rlhf_tui.report import sections
 from rlhf_tui.report.curves import Curve, Point
 from rlhf_tui.report.data import Report
 from rlhf_tui.report.sections import LONGEST_TEXT, TableData, cut, sample_heading
-from rlhf_tui.state.series import bounded
+from rlhf_tui.state.runs.listing import spark
 from rlhf_tui.text import one_line, sanitise
 
-BLOCKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
 """Blocks of a curve."""
 _MARKUP = re.compile(
@@ -110,18 +109,7 @@ def _curves(curves: Sequence[Curve]) -> str:
 def _curve_row(title: str, points: Sequence[Point]) -> list[str]:
     values = [value for _, value in points]
     ends = (values[0], min(values), max(values), values[-1])
-    return [title, spark(values), *map(number, ends)]
-
-
-def spark(values: Sequence[float]) -> str:
-    """Values as a line of at most :data:`SPARK_WIDTH` blocks."""
-    width = min(SPARK_WIDTH, len(values))
-    groups = [values[i * len(values) // width : (i + 1) * len(values) // width]
-              for i in range(width)]  # fmt: skip
-    means = [sum(map(bounded, group)) / len(group) for group in groups]
-    low, high = min(means), max(means)
-    top = len(BLOCKS) - 1
-    return "".join(BLOCKS[round((m - low) / ((high - low) or 1) * top)] for m in means)
+    return [title, spark(values, SPARK_WIDTH), *map(number, ends)]
 
 
 def _configuration(report: Report) -> str:

@@ -56,11 +56,18 @@ def cut(text: str, longest: int) -> str:
     return f"{text[:longest]}… ({len(text) - longest:,} more characters)"
 
 
+def _state(state: str, reason: str) -> str:
+    """`failed: out of memory`, or a reason that begins with the state: `stopped at once`."""
+    if not reason:
+        return state
+    return cut(reason if reason.startswith(state) else f"{state}: {reason}", LONGEST_CELL)
+
+
 def summary(report: Report) -> list[tuple[str, str]]:
     """The facts above everything else."""
     reason = report.meta.pause_reason or report.meta.message
     facts = [
-        ("state", f"{report.state}: {cut(reason, LONGEST_CELL)}" if reason else report.state),
+        ("state", _state(report.state, reason or "")),
         ("steps", f"{report.step:,} of {report.total_steps:,}"),
     ]
     if report.first_time is not None:

@@ -10,7 +10,7 @@ from html import escape
 from msgspec import Struct
 
 from rlhf_tui.report.curves import Curve, Point
-from rlhf_tui.state.series import bounded
+from rlhf_tui.state.series import bounded, is_flat
 from rlhf_tui.text import one_line
 
 WIDTH, HEIGHT = 400, 200
@@ -106,7 +106,7 @@ def _scale(curve: Curve, last_step: int) -> Scale:
     all_points = (curve.points, curve.other, *curve.branches)
     values = [v for points in all_points for _, v in _drawn(points)] or [0.0]
     low, high = min(values), max(values)
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    room = abs(high) * 0.1 or 1.0 if is_flat(low, high) else (high - low) * 0.06
     bottom = low if low == 0 else low - room
     first = min(curve.points[0][0], 1)
     last_step = max(last_step, *(step for step, _ in curve.other[-1:]), first + 1)

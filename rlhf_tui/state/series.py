@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 BLOCK = 64
 """Points for which one pair of extremes is stored."""
+FLAT = 1e-9
+"""Relative range of a curve's values up to which it is drawn flat: they differ only by rounding."""
 LARGEST = 1e300
 """Largest magnitude of a value that is drawn; its inverse is the smallest."""
 
@@ -18,6 +20,11 @@ def bounded(value: float) -> float:
         value: any value, including infinities; not NaN.
     """
     return 0.0 if abs(value) < 1 / LARGEST else min(max(value, -LARGEST), LARGEST)
+
+
+def is_flat(low: float, high: float) -> bool:
+    """Whether values from `low` to `high` differ only by rounding."""
+    return high - low <= FLAT * max(abs(low), abs(high))
 
 
 class Series:

@@ -1,5 +1,6 @@
 """The first configuration of a new user, which init writes."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +78,44 @@ def test_paths_are_read_from_where_they_were_given(tmp_path, monkeypatch):
     config = config_file.load(tmp_path / "runs" / "run.yaml")
     assert (config.data.prompts, config.data.column) == (str(tmp_path / "p.jsonl"), "question")
     assert config.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"question": "Why?", "answer": "So."}, "question"),
+        ({"prompt": "Why?"}, "prompt"),
+        ({"chosen": "Why? So.", "rejected": "Why? No."}, "prompt"),
+        ({"messages": []}, "prompt"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_the_column_of_the_prompts_is_asked_for_if_it_has_another_name(
+    tmp_path, monkeypatch, row, column, ending
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlhf_tui.commands.init.is_terminal", lambda: True)
+    text = ",".join(row) + "\n" if ending == "csv" else json.dumps(row) + "\n"
+    Path(f"p.{ending}").write_text(text, encoding="utf-8")
+    answers = ["starter:policy", f"p.{ending}", "starter:reward"]
+    answers += ["reply", "question"] if column == "question" else []
+    done = CliRunner().invoke(init, ["run.yaml"], input="\n".join(answers) + "\n")
+    assert done.exit_code == 0, done.output
+    assert config_file.load(tmp_path / "run.yaml").data.column == column
+    assert ("The column with the prompts (question, answer)" in done.output) == (
+        column == "question"
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--column", "text"]])
+def test_a_missing_column_is_told_when_nobody_can_be_asked(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text('{"question": "Why?"}\n', encoding="utf-8")
+    with pytest.raises(
+        RlhfError, match=r"p\.jsonl has no column .*: give --column one of question"
+    ):
+        write("run.yaml", "--prompts", "p.jsonl", *options)
+    write("run.yaml", "--prompts", "p.jsonl", "-o", "data.column=question")
 
 
 @pytest.mark.parametrize(

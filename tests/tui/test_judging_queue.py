@@ -17,7 +17,10 @@ ALL = 8 * STEPS
 
 
 def pool(*scores, **given):
-    return [sample(step, score=score, **given) for step, score in enumerate(scores, start=1)]
+    return [
+        sample(step, score=score, **({"response": f"text {step}"} | given))
+        for step, score in enumerate(scores, start=1)
+    ]
 
 
 def steps_of(queue):
@@ -34,7 +37,7 @@ def test_without_a_second_source_the_uncertain_ones_are_those_near_the_median():
 
 def test_with_several_sources_the_uncertain_ones_are_those_on_which_they_disagree():
     parts = [{"a": 1.0, "b": 10.0}, {"a": 5.0, "b": 10.0}, {"a": 5.0, "b": 50.0}]
-    rows = [sample(step, parts=p) for step, p in enumerate(parts, start=1)]
+    rows = [sample(step, parts=p, response=f"text {step}") for step, p in enumerate(parts, start=1)]
     assert steps_of(JudgingQueue(rows))[0] == 2
 
 
@@ -43,6 +46,13 @@ def test_outliers_are_those_furthest_from_the_median_on_both_sides():
     queue.cycle_order()
     assert steps_of(queue)[:2] == [4, 3]
     assert queue.current is None
+
+
+def test_a_text_comes_once_however_often_it_was_generated():
+    rows = [sample(3, response="same"), sample(2), sample(1, response="same")]
+    assert sorted(steps_of(JudgingQueue(rows))) == [2, 3]  # the newest of it
+    other_prompt = [*rows, sample(0, prompt="another", response="same")]
+    assert sorted(steps_of(JudgingQueue(other_prompt))) == [0, 2, 3]
 
 
 def test_a_skipped_response_is_replaced_and_none_comes_twice():

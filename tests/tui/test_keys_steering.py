@@ -342,7 +342,11 @@ async def test_the_notice_of_an_undo_says_what_it_took_back(make_app, running, u
 
 @pytest.mark.parametrize(
     ("state", "key", "reason"),
-    [("starting", "right_square_bracket", "is starting"), ("stopping", "p", "is stopping")],
+    [
+        ("starting", "right_square_bracket", "is starting"),
+        ("starting", "u", "is starting"),
+        ("stopping", "p", "is stopping"),
+    ],
 )
 async def test_what_a_run_does_not_take_now_is_not_offered_and_says_why(
     make_app, engine, session_maker, tmp_path, running, until, state, key, reason

@@ -29,6 +29,7 @@ from rlhf_tui.report.headlines import read_headlines
 from rlhf_tui.report.samples import spread
 from rlhf_tui.report.settings import settings_of_run
 from rlhf_tui.report.svg import Mark, chart, moving_mean, tick_label, ticks
+from rlhf_tui.state.runs.listing import spark
 from tests.tui.conftest import NOW, config_of
 
 HOSTILE = (
@@ -341,7 +342,16 @@ def test_a_curve_of_any_values_has_a_picture_and_a_line_of_blocks(values, times)
     picture = chart(curve, [], 1)
     ET.fromstring(picture)  # noqa: S314 - our own
     assert not re.search(r"\b(nan|inf)\b", picture)
-    assert markdown.spark([value for _, value in curve.points])
+    assert spark([value for _, value in curve.points])
+
+
+def test_values_that_differ_by_rounding_are_a_flat_line():
+    rate = [(step, 1e-4 * (1 + step % 3 * 4e-16)) for step in range(1, 60)]
+    assert set(spark([value for _, value in rate])) == {"▁"}
+    (line,) = ET.fromstring(chart(Curve("lr", rate), [], 60)).iter(  # noqa: S314 - our own
+        "{http://www.w3.org/2000/svg}polyline"
+    )
+    assert len({spot.split(",")[1] for spot in line.get("points").split()}) == 1
 
 
 def test_a_moving_mean_is_exact_after_a_spike():

@@ -14,7 +14,7 @@ from engine.journal.reader import JournalReader
 from engine.session.file_signature import file_signature
 from engine.session.folder import SessionFolder, all_sessions
 from rlhf_tui.state.runs.differences import configuration_of
-from rlhf_tui.state.series import bounded
+from rlhf_tui.state.series import bounded, is_flat
 from rlhf_tui.state.session_row import ListedSession, session_row, unreadable_row
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -32,8 +32,10 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     edges = [round(i * len(values) / count) for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
+    if is_flat(low, high):
+        return SPARKS[0] * count
+    top, span = len(SPARKS) - 1, high - low
+    return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), top)] for m in means)
 
 
 def listed_session(session: SessionFolder, metric: str = metrics.SCORE) -> ListedSession:

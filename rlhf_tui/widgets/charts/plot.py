@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Struct
 
 from rlhf_tui import format as fmt
-from rlhf_tui.state.series import Series, bounded
+from rlhf_tui.state.series import Series, bounded, is_flat
 from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
 from rlhf_tui.widgets.charts.raster import BRAILLE, Column, Raster, Scale, column_of, decimate
 
@@ -27,9 +27,6 @@ POINT = "•"
 """Marks the points of a sparse curve."""
 BAR_SPACING = 6
 """Mean number of dot columns between the points of a curve below which it has no bars."""
-FLAT = 1e-9
-"""Relative range of a curve's values up to which it is drawn flat: they differ only by rounding,
-and the ends of so small a scale would have the same label."""
 PRIORITY = ("checkpoint", "attempt", "note", "command", "alert", "crash")
 """Kinds of markers; of those in one cell the last is visible, and abandoned ones are below all."""
 
@@ -328,7 +325,7 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
         return _log_scale(low, high)
     if low < 0 < high and -low * 50 < high - low:
         low = 0.0  # less than a dot below 0: noise of an estimate of a non-negative quantity
-    if high - low <= FLAT * max(abs(low), abs(high)):
+    if is_flat(low, high):  # the ends of so small a scale would have the same label
         half = abs(low) * 0.1 or 0.5
         low, high = (0.0, 1.0) if low == 0 else (low - half, high + half)
     grid = _round_up((high - low) / 4)
