@@ -1,8 +1,8 @@
 """Runs an engine in the background: ``python -m engine SESSION_FOLDER``.
 
-$RLHF_TUI_START is a :class:`~engine.launch.start.StartOptions` in JSON. This module is started by
-:mod:`engine.launch.background` in a new process session (setsid), with engine.log as its output.
-The log is not sanitised; `rlhf-tui logs` and the dashboard sanitise what they show of it.
+$RLHF_TUI_START is a :class:`~engine.launch.start_options.StartOptions` in JSON. This module is
+started by :mod:`engine.launch.background` in a new process session (setsid), with engine.log as its
+output. The log is not sanitised; `rlhf-tui logs` and the dashboard sanitise what they show of it.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import RlhfError
-from engine.launch.start import received_start
+from engine.launch.start_options import received_start
 from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise
 

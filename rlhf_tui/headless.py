@@ -19,7 +19,8 @@ from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions, is_new, received_start
+from engine.launch.failed_start import is_new
+from engine.launch.start_options import StartOptions, received_start
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, Ready, StepReport
 from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise

@@ -12,6 +12,7 @@ from engine.config import file as config_file
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.launch import start as preparation
 from engine.launch.background import start_or_remove
+from engine.launch.start_options import StartOptions
 from engine.session.command_line import sessions_folder
 from engine.session.folder import SessionFolder, all_sessions, find
 from engine.session.registry import live_sessions
@@ -63,7 +64,7 @@ def start(
         path = Path(starter.resolve(str(config)))
         stem, loaded = path.stem, config_file.load(path, words)
     files = preparation.create_session(_root(sessions), name, stem, loaded)
-    return _started(files, preparation.StartOptions(who=who or default_operator()), who, timeout)
+    return _started(files, StartOptions(who=who or default_operator()), who, timeout)
 
 
 def attach(
@@ -192,7 +193,7 @@ def _opened(session: Session | str) -> Session:
 
 
 def _started(
-    files: SessionFolder, options: preparation.StartOptions, who: str | None, timeout: float
+    files: SessionFolder, options: StartOptions, who: str | None, timeout: float
 ) -> Session:
     start_or_remove(files, options, timeout=timeout)
     return Session(files.folder, who=who)

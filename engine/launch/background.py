@@ -12,7 +12,8 @@ from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, ReadyEvent
 from engine.launch.environment import LOG_ENCODING
-from engine.launch.start import StartOptions, is_new, start_variable
+from engine.launch.failed_start import is_new
+from engine.launch.start_options import StartOptions, start_variable
 from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 

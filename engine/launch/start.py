@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange, settings_of
@@ -20,114 +18,26 @@ from engine.errors import (
     SessionNameError,
     UserInputError,
 )
-from engine.examined import examined
 from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
-from engine.journal.writer import AdoptedCheckpoint
+from engine.launch.failed_start import remove_failed_start
 from engine.launch.inputs import check_inputs
 from engine.launch.rollout.engine import check_rollout_engine
 from engine.launch.secret import check_secret
+from engine.launch.start_options import StartOptions
+from engine.launch.timeline import (
+    check_average,
+    checkpoint_steps,
+    has_history,
+    last_checkpoint,
+    timeline_checkpoints,
+)
 from engine.session.checkpoints import (
-    AVERAGED_POLICY,
     checkpoint_path,
-    complete_checkpoints,
     find_damage,
-    read_summary,
     saved_settings,
 )
 from engine.session.folder import SessionFolder, check_name, check_path, create, free_name
-
-START_VARIABLE = "RLHF_TUI_START"
-
-
-class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The start of an attempt."""
-
-    from_step: int = 0
-    """The checkpoint's step; 0 starts from the configuration's models."""
-    fresh: bool = False
-    """Discard the settings changed after that step (--from, fork, roll back)."""
-    reseed: bool = False
-    """Sample with other random numbers than the previous attempt from that step."""
-    overrides: list[str] = []
-    """`key=value`, applied to config.yaml."""
-    changes: list[SettingChange] = []
-    """The overrides of live settings, in force from the next step on."""
-    who: str = ""
-    """The operator, for the journal."""
-    origin: dict[str, Any] = {}
-    """For a fork: `from` (the parent session's name), `step`, and `ema` if it begins with the
-    averaged policy."""
-
-
-def start_variable(start: StartOptions) -> dict[str, str]:
-    """The environment variable that passes its :class:`StartOptions` to an engine's process.
-
-    An override may hold a secret, and a command line is visible to every user.
-    """
-    return {START_VARIABLE: msgspec.json.encode(start).decode()}
-
-
-def received_start() -> StartOptions:
-    """Reads the start and removes it from this process's environment, which the ranks inherit."""
-    return msgspec.json.decode(os.environ.pop(START_VARIABLE), type=examined(StartOptions))
-
-
-def checkpoint_steps(session: SessionFolder) -> list[int]:
-    """The steps of all complete checkpoints on disk, in order."""
-    return list(complete_checkpoints(session.checkpoints))
-
-
-def timeline_checkpoints(session: SessionFolder) -> list[int]:
-    """The steps of the complete checkpoints that a run can resume from: those of its timeline.
-
-    A checkpoint of an abandoned branch is left out: the journal's steps before it are missing or
-    belong to another branch.
-    """
-    with JournalReader(session) as reader:
-        # `written` is enough: the COMPLETE file follows the journal's confirmation.
-        known = {c.step for c in reader.checkpoints(("complete", "written"))}
-    return [step for step in checkpoint_steps(session) if step in known]
-
-
-def has_history(session: SessionFolder) -> bool:
-    """Whether the session's journal holds an attempt; False if it is missing or empty."""
-    with JournalReader(session) as reader:
-        return bool(reader.attempts())
-
-
-def is_new(session: SessionFolder, start: StartOptions) -> bool:
-    """Whether the session was created for this start, and holds nothing but its configuration.
-
-    Such a session is removed when the start fails because of the user's input. One whose journal
-    is lost but which has checkpoints is not new.
-    """
-    return bool(start.origin) or not (
-        session.journal_file.exists() or any(session.checkpoints.glob("step-*"))
-    )
-
-
-def is_failed_start(session: SessionFolder) -> bool:
-    """Whether a session has ended without a step or a checkpoint of its own.
-
-    Such a session does not block its name: nothing was trained in it. The copied steps and
-    checkpoint of a fork do not count, because the session it was forked from still has them.
-    """
-    if session.is_live():
-        return False
-    with JournalReader(session) as reader:
-        ended = reader.state() in ("failed", "crashed", "stopped")
-        return ended and _has_trained_nothing(session, reader)
-
-
-def _has_trained_nothing(session: SessionFolder, reader: JournalReader) -> bool:
-    """Whether a session has been started, and has neither a step nor a checkpoint of its own."""
-    attempts, origin = reader.attempts(), reader.fork_origin()
-    first = origin.attempt if origin is not None else 1
-    if not attempts or attempts[-1].attempt < first or reader.has_steps(first):
-        return False
-    copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
-    return set(session.checkpoints.glob("step-*")) <= copied
 
 
 def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -> SessionFolder:
@@ -163,56 +73,6 @@ def _check_machine(config: RunConfig) -> None:
     """Checks what a run needs of this machine besides files. Raises UserInputError."""
     check_rollout_engine(config)
     check_secret(config)
-
-
-def remove_failed_start(session: SessionFolder) -> None:
-    """Removes a session if its start failed, so that another one can have its name.
-
-    Raises:
-        SessionError: the session belongs to another user.
-    """
-    if not session.folder.exists() or not is_failed_start(session):
-        return
-    held = session.acquire()
-    try:
-        # Another start may have replaced or resumed it meanwhile. Nobody runs it now.
-        with JournalReader(session) as reader:
-            failed = reader.meta().state != "finished" and _has_trained_nothing(session, reader)
-        if failed:
-            shutil.rmtree(session.folder, ignore_errors=True)
-    finally:
-        held.release()
-
-
-def adopted_checkpoint(session: SessionFolder, step: int) -> AdoptedCheckpoint | None:
-    """Describes a complete checkpoint that is missing from the journal.
-
-    Returns:
-        None if there is no such checkpoint, or the journal has it.
-    """
-    if step not in checkpoint_steps(session) or step in timeline_checkpoints(session):
-        return None
-    folder = checkpoint_path(session.checkpoints, step)
-    numbers = read_summary(folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return AdoptedCheckpoint(size=size, score=numbers.score, kl=numbers.kl)
-
-
-def last_checkpoint(session: SessionFolder) -> int:
-    """The step of the newest complete checkpoint of the timeline; 0 if there is none."""
-    return max(timeline_checkpoints(session), default=0)
-
-
-def earlier_checkpoint(session: SessionFolder, start: StartOptions) -> StartOptions | None:
-    """The same start, but from the previous checkpoint, because its own is damaged.
-
-    Returns:
-        None if there is no earlier checkpoint of the timeline, or an operator chose the step.
-    """
-    earlier = [step for step in timeline_checkpoints(session) if step < start.from_step]
-    if start.fresh or not earlier:
-        return None
-    return msgspec.structs.replace(start, from_step=earlier[-1])
 
 
 def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
@@ -373,15 +233,6 @@ def _check_step(session: SessionFolder, step: int) -> None:
         available = ", ".join(map(str, steps)) if steps else "none yet"
         raise NoSuchSessionError(
             f"session '{session.name}' has no checkpoint of step {step} (it has: {available})"
-        )
-
-
-def check_average(session: SessionFolder, step: int) -> None:
-    """Checks that a checkpoint has an averaged policy. Raises UserInputError."""
-    if not (checkpoint_path(session.checkpoints, step) / AVERAGED_POLICY).is_dir():
-        raise UserInputError(
-            f"--ema: the checkpoint of step {step} has no averaged policy; train with "
-            "train.ema.decay to get one"
         )
 
 

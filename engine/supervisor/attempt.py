@@ -6,7 +6,7 @@ import contextlib
 import msgspec
 
 from engine.config.sections.launch import LaunchConfig
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.protocol import frames
 from engine.protocol.frames import Message
 from engine.protocol.rank_messages import Ended, Failed

@@ -11,8 +11,8 @@ from engine.config.schema import RunConfig
 from engine.config.settings import SettingChange
 from engine.errors import SessionError
 from engine.journal.writer import JournalWriter
-from engine.launch.start import (
-    StartOptions,
+from engine.launch.start_options import StartOptions
+from engine.launch.timeline import (
     checkpoint_steps,
     earlier_checkpoint,
     last_checkpoint,

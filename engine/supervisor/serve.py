@@ -17,7 +17,7 @@ from engine.config.deadline import deadline
 from engine.config.schema import RunConfig
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
 from engine.session import registry
 from engine.session.folder import SessionFolder

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.protocol.rank_messages import Phase
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.step_timer import StepTimer

@@ -20,7 +20,8 @@ from engine.errors import JournalError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter, is_busy
 from engine.launch.secret import needs_secret, secret_of_run
-from engine.launch.start import StartOptions, adopted_checkpoint
+from engine.launch.start_options import StartOptions
+from engine.launch.timeline import adopted_checkpoint
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import Notifier, missing_variables

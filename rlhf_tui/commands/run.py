@@ -18,16 +18,11 @@ from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine, start_or_remove
-from engine.launch.start import (
-    StartOptions,
-    create_session,
-    is_failed_start,
-    is_new,
-    start_variable,
-    steps_done,
-)
+from engine.launch.failed_start import is_failed_start, is_new
+from engine.launch.start import create_session, steps_done
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
+from engine.launch.start_options import StartOptions, start_variable
 from engine.session.folder import SessionFolder, check_name
 from rlhf_tui import format as fmt
 from rlhf_tui.commands import view

@@ -122,9 +122,11 @@ def branch(lab: Lab, whole: Run, once: Once) -> Run:
         done = lab.cli(*fork, *options, "--headless")
         assert done.returncode == 1, done.stderr
         (run.session.folder / "warned.txt").write_text(done.stderr)
+        (run.session.folder / "ended.txt").write_text(run.state)  # one test resumes it
 
     run = once.made(lab.run("branch"), make)
     run.warned = (run.session.folder / "warned.txt").read_text()
+    run.ended = (run.session.folder / "ended.txt").read_text()
     return run
 
 

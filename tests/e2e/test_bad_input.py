@@ -133,7 +133,7 @@ def test_invalid_scores_end_the_run_with_a_clear_error(branch):
     assert "finite" in last
     assert "step 9" in last
     assert "Traceback" not in branch.warned
-    assert branch.state == "failed"
+    assert branch.ended == "failed"
 
 
 def test_the_error_and_its_traceback_are_in_the_journal(branch):

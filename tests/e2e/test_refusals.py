@@ -30,7 +30,7 @@ def test_the_engine_itself_refuses_to_be_the_second(endless, lab):
     # Bypasses the check of the command line, as two engines that start at the same moment do.
     from engine.errors import SessionError  # noqa: PLC0415
     from engine.launch.background import start_engine  # noqa: PLC0415
-    from engine.launch.start import StartOptions  # noqa: PLC0415
+    from engine.launch.start_options import StartOptions  # noqa: PLC0415
 
     with pytest.raises(SessionError, match=str(endless.engine().pid)):
         start_engine(endless.session, StartOptions(), timeout=240)

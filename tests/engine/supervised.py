@@ -2,7 +2,7 @@
 
 import asyncio
 
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandRequest

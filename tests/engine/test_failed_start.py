@@ -8,8 +8,10 @@ import pytest
 from engine.errors import SessionError, SessionNameError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.launch.background import start_engine
+from engine.launch.failed_start import is_failed_start, remove_failed_start
 from engine.launch.secret import SECRET_VARIABLE
-from engine.launch.start import StartOptions, fork, is_failed_start, remove_failed_start
+from engine.launch.start import fork
+from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
 from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise

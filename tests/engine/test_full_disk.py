@@ -11,7 +11,7 @@ import pytest
 from engine.errors import SessionError
 from engine.journal import writer as journal_writer
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.metrics import NONFINITE_UPDATES
 from engine.protocol import frames
 from engine.protocol.commands import Pause, SetBeta, Stop, Unpause

@@ -18,7 +18,7 @@ from engine.config.sections.supervision import NotifyConfig, Webhook
 from engine.errors import ConfigError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.monitoring import notify
 from engine.monitoring.channels import webhook
 from engine.monitoring.channels.message import (

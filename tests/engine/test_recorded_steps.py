@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from engine.config import file as config_file
 from engine.config.sections.supervision import GuardrailConfig, Rule
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.metrics import BETA, EVAL_SCORE, LEARNING_RATE, STEP_TIME
 from engine.monitoring import recorded_steps
 from engine.monitoring.guardrails import Guardrails

@@ -22,17 +22,15 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
+from engine.launch.failed_start import is_new
 from engine.launch.inputs import check_inputs
 from engine.launch.secret import SECRET_VARIABLE
-from engine.launch.start import (
-    StartOptions,
+from engine.launch.start import fork, forked_config, resume
+from engine.launch.start_options import StartOptions
+from engine.launch.timeline import (
     adopted_checkpoint,
     checkpoint_steps,
-    fork,
-    forked_config,
-    is_new,
     last_checkpoint,
-    resume,
     timeline_checkpoints,
 )
 from engine.session.checkpoints import checkpoint_path

@@ -7,7 +7,7 @@ import threading
 from contextlib import closing
 
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.protocol.commands import Rollback, Stop
 from engine.session.checkpoints import checkpoint_path
 from engine.supervisor import command_handler

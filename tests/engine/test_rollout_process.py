@@ -28,7 +28,7 @@ from engine.launch.rollout import engine as launch
 from engine.launch.rollout import join as rollout_join
 from engine.launch.rollout import port
 from engine.launch.secret import SECRET_VARIABLE
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.protocol import frames, sockets
 from engine.protocol.rollout.join_messages import Joined, rollout_secret
 from engine.protocol.rollout.messages import EngineFailed, Start, decode_from_engine

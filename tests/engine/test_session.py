@@ -27,10 +27,7 @@ from engine.journal import labels
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch import start
-from engine.launch.start import (
-    fork,
-    resume,
-)
+from engine.launch.start import fork, resume
 from engine.protocol.client import Client
 from engine.session import folder as session_folder
 from engine.session import registry

@@ -9,7 +9,8 @@ import pytest
 
 from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions, last_checkpoint
+from engine.launch.start_options import StartOptions
+from engine.launch.timeline import last_checkpoint
 from engine.protocol import rank_messages
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Note, Pause, Rollback, SetBeta, SetKLController, Stop, Unpause

@@ -12,7 +12,7 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions
+from engine.launch.start_options import StartOptions
 from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
 from engine.supervisor import watchdog as watchdog_module
 from engine.supervisor.processes import rank_processes

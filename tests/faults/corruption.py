@@ -19,6 +19,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
+from engine.launch.timeline import timeline_checkpoints
 from engine.session import access
 from engine.session.folder import SessionFolder
 from engine.verification.verify import verify
@@ -150,7 +151,7 @@ def content(session: SessionFolder) -> dict[str, Any]:
             "events": [e.as_json() for e in reader.events()],
             "samples": [s.as_json() for s in reader.samples.newest()],
             "labels": [str(key) for key in labels.judgements()],
-            "checkpoints": launch.timeline_checkpoints(session),
+            "checkpoints": timeline_checkpoints(session),
             "config": str(session.config()),
         }
 

@@ -20,6 +20,8 @@ from engine.journal.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
 from engine.launch.background import start_engine
+from engine.launch.start_options import StartOptions
+from engine.launch.timeline import has_history
 from engine.protocol.client import Client, new_id
 from engine.protocol.commands import AnyCommand, Note, Pause, SetSetting, Unpause
 from engine.session.checkpoints import complete_checkpoints
@@ -96,13 +98,13 @@ class FaultRun:
 
     def start(self, environment: dict[str, str] | None = None, **options: Any) -> int:
         """Starts or resumes the engine; returns its process id. Does not wait for it to train."""
-        if launch.has_history(self.session):
+        if has_history(self.session):
             start = launch.resume(
                 self.session, from_step=options.get("from_step"), reseed=False, overrides=[],
                 who="faults",
             )  # fmt: skip
         else:
-            start = launch.StartOptions(who="faults")
+            start = StartOptions(who="faults")
         added = {"PYTHONPATH": f"{HOOKS}:{HOOKS.parents[2]}"} | (environment or {})
         with _environment(added):
             pid = start_engine(self.session, start, timeout=0.0)

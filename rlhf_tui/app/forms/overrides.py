@@ -13,8 +13,9 @@ from engine.config.key_errors import known_keys
 from engine.config.schema import RunConfig, is_fixed_at_start
 from engine.config.settings import LIVE_SETTINGS, change_settings
 from engine.errors import ConfigError, RlhfError
+from engine.launch.failed_start import is_failed_start
 from engine.launch.inputs import check_inputs
-from engine.launch.start import forked_config, is_failed_start, resumed_config
+from engine.launch.start import forked_config, resumed_config
 from engine.session.folder import SessionFolder, check_name, free_name
 from rlhf_tui.format import value_text
 from rlhf_tui.widgets.completing_input import completions

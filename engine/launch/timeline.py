@@ -1,0 +1,78 @@
+"""The checkpoints of a session from which an attempt can start."""
+
+import msgspec
+
+from engine.errors import UserInputError
+from engine.journal.reader import JournalReader
+from engine.journal.writer import AdoptedCheckpoint
+from engine.launch.start_options import StartOptions
+from engine.session.checkpoints import (
+    AVERAGED_POLICY,
+    checkpoint_path,
+    complete_checkpoints,
+    read_summary,
+)
+from engine.session.folder import SessionFolder
+
+
+def checkpoint_steps(session: SessionFolder) -> list[int]:
+    """The steps of all complete checkpoints on disk, in order."""
+    return list(complete_checkpoints(session.checkpoints))
+
+
+def timeline_checkpoints(session: SessionFolder) -> list[int]:
+    """The steps of the complete checkpoints that a run can resume from: those of its timeline.
+
+    A checkpoint of an abandoned branch is left out: the journal's steps before it are missing or
+    belong to another branch.
+    """
+    with JournalReader(session) as reader:
+        # `written` is enough: the COMPLETE file follows the journal's confirmation.
+        known = {c.step for c in reader.checkpoints(("complete", "written"))}
+    return [step for step in checkpoint_steps(session) if step in known]
+
+
+def has_history(session: SessionFolder) -> bool:
+    """Whether the session's journal holds an attempt; False if it is missing or empty."""
+    with JournalReader(session) as reader:
+        return bool(reader.attempts())
+
+
+def last_checkpoint(session: SessionFolder) -> int:
+    """The step of the newest complete checkpoint of the timeline; 0 if there is none."""
+    return max(timeline_checkpoints(session), default=0)
+
+
+def earlier_checkpoint(session: SessionFolder, start: StartOptions) -> StartOptions | None:
+    """The same start, but from the previous checkpoint, because its own is damaged.
+
+    Returns:
+        None if there is no earlier checkpoint of the timeline, or an operator chose the step.
+    """
+    earlier = [step for step in timeline_checkpoints(session) if step < start.from_step]
+    if start.fresh or not earlier:
+        return None
+    return msgspec.structs.replace(start, from_step=earlier[-1])
+
+
+def adopted_checkpoint(session: SessionFolder, step: int) -> AdoptedCheckpoint | None:
+    """Describes a complete checkpoint that is missing from the journal.
+
+    Returns:
+        None if there is no such checkpoint, or the journal has it.
+    """
+    if step not in checkpoint_steps(session) or step in timeline_checkpoints(session):
+        return None
+    folder = checkpoint_path(session.checkpoints, step)
+    numbers = read_summary(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return AdoptedCheckpoint(size=size, score=numbers.score, kl=numbers.kl)
+
+
+def check_average(session: SessionFolder, step: int) -> None:
+    """Checks that a checkpoint has an averaged policy. Raises UserInputError."""
+    if not (checkpoint_path(session.checkpoints, step) / AVERAGED_POLICY).is_dir():
+        raise UserInputError(
+            f"--ema: the checkpoint of step {step} has no averaged policy; train with "
+            "train.ema.decay to get one"
+        )
