@@ -135,7 +135,7 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The verb of these arguments. Raises UsageError if an option stands in its place.
+        """The verb of these arguments. Raises UsageError if something else stands in its place.
 
         `ctl VERB --help`, where the verb stands in the place of NAME, asks for the help of the
         verb, and `ctl NAME --help` for that of all.
@@ -146,6 +146,9 @@ class Verbs(click.Group):
                 return verb.name, verb, args
             click.echo(ctx.get_help())
             ctx.exit()
+        if args[0] == "note":
+            note = fmt.command("note", ctx.params["name"])
+            raise click.UsageError(f"note is a command of its own: {note} TEXT", ctx)
         if args[0].startswith("-"):
             raise click.UsageError(f"give {args[0]} before NAME or after the verb", ctx)
         return super().resolve_command(ctx, args)

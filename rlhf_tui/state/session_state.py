@@ -313,7 +313,12 @@ class SessionState:
             return 0.0
         before = phases[: phases.index(phase.name)]
         done = sum(self.phase_seconds(name) or 0.0 for name in before)
-        return done + self.now() - self.phase_since.get(phase.rank, self.now())
+        return done + self.seconds_in_phase(phase.rank)
+
+    def seconds_in_phase(self, rank: int) -> float:
+        """Seconds since a rank began its phase; 0 if the clock was set back since then."""
+        now = self.now()
+        return max(0.0, now - self.phase_since.get(rank, now))
 
     # -- events -------------------------------------------------------------------------
 

@@ -149,6 +149,12 @@ def test_an_option_between_the_name_and_the_verb_is_told_where_it_stands():
     assert "give --wait before NAME or after the verb" in result.output
 
 
+def test_a_note_among_the_verbs_is_told_where_it_stands():
+    result = CliRunner().invoke(cli, ["ctl", "frozen", "note", "hello"])
+    assert result.exit_code == 2
+    assert "note is a command of its own: rlhf-tui note frozen TEXT" in result.output
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_the_help_of_a_verb_needs_no_name_and_that_of_all_verbs_may_have_one(option):
     of_verb = CliRunner().invoke(cli, ["ctl", "beta", option])

@@ -78,6 +78,15 @@ def test_loading_shows_progress_too():
     assert "3/12" in text(PhaseStrip(state), 80, 1)
 
 
+@pytest.mark.parametrize(("step", "name"), [(0, "load policy"), (51, "generate")])
+def test_a_clock_that_is_set_back_lengthens_no_phase(step, name):
+    state = make_state()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=step, name=name)]))
+    before = text(PhaseStrip(state), 80, 1)
+    state.clock[0] -= 7200
+    assert text(PhaseStrip(state), 80, 1) == before
+
+
 @pytest.mark.parametrize("name", ["paused", "optimise", "fit"])
 def test_a_start_shows_no_phase_of_the_attempt_before(name):
     state = make_state(state="starting")

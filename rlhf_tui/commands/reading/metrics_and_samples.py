@@ -65,7 +65,8 @@ def metrics(
     """
     with JournalReader(existing(root, name)) as record:
         rows = record.metrics(last)
-    if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output, STEP_FIELDS):
+    form = "json" if as_json else form
+    if printed_rows((r.as_json() for r in rows), form, output, STEP_FIELDS):
         return
     columns = COLUMNS | {k: t for k, t in HELD_OUT.items() if any(k in r.values for r in rows)}
     body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in columns)] for r in rows]
@@ -95,7 +96,7 @@ def samples(
         else:
             rows = with_judgements(session, reader.newest(count))
     form = "json" if as_json else form
-    if printed_rows([r.as_json() for r in rows], form, output, SAMPLE_FIELDS):
+    if printed_rows((r.as_json() for r in rows), form, output, SAMPLE_FIELDS):
         return
     if not rows:
         say("no responses to held-out prompts" if held_out else "no samples")

@@ -1,7 +1,7 @@
 """Options of commands that print rows: --format and -o."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def printed_rows(
-    rows: list[dict[str, Any]], form: str | None, output: Path | None, names: Sequence[str]
+    rows: Iterable[dict[str, Any]], form: str | None, output: Path | None, names: Sequence[str]
 ) -> bool:
     """Prints rows in a format, or writes them to a file.
 
     Args:
-        rows: the objects that --json prints.
+        rows: the objects that --json prints; not read if nothing is to be printed.
         form: from --format.
         output: from -o.
         names: names of the columns if there are no rows.
@@ -47,6 +47,7 @@ def printed_rows(
     """
     if form is None and output is None:
         return False
+    rows = list(rows)
     form = form or str(output).rpartition(".")[2]
     if form not in FORMATS:
         raise UserInputError(

@@ -105,8 +105,7 @@ class PhaseStrip(Panel):
         return [*pieces, (" ", "")]
 
     def _loading(self, lead: list[Piece], phase: Phase, width: int) -> Row:
-        since = self.state.now() - self.state.phase_since.get(phase.rank, self.state.now())
-        after: list[Piece] = [(f"{since:.0f}s ", "dim")]
+        after: list[Piece] = [(f"{self.state.seconds_in_phase(phase.rank):.0f}s ", "dim")]
         now: list[Piece] = [*lead, (f" ▶ {phase.name} ", "accent")]
         if phase.total:
             now += bar(phase.done / phase.total, min(30, max(width - row_width(now) - 24, 4)))
