@@ -106,6 +106,21 @@ def test_the_first_step_begins_at_the_reference_and_every_metric_is_finite(make_
     assert len(samples) == 8
 
 
+@pytest.mark.parametrize("overrides", [[], ["ppo.ratio=sequence", "ppo.entropy_coef=0.01"]])
+def test_a_model_that_forbids_the_token_of_the_padding_can_be_trained(make_run, overrides):
+    run, _ = make_run("rollout.max_new_tokens=24", *overrides)
+
+    def forbid(_layer, _inputs, logits):
+        return logits.index_fill(-1, torch.tensor([0]), -math.inf)
+
+    for model in (run.policy, run.reference):
+        model.lm.get_output_embeddings().register_forward_hook(forbid)
+    metrics, _ = train_step(run, 1)
+    assert metrics["tokens/response_len_mean"] < 24  # so there is padding
+    assert metrics["policy/nonfinite_updates"] == 0
+    assert all(math.isfinite(v) for v in metrics.values())
+
+
 def test_a_value_function_from_the_reward_model_begins_with_the_scores_of_training(make_run):
     name = "{model: 'starter:reward', weight: 2.0, normalise: reference}"
     run, _ = make_run(

@@ -101,9 +101,11 @@ def rollout_forward(
     prompts = rollout.batch.ids[rows, rollout.batch.ids.shape[1] - prompt_width :]
     responses = rollout.ids[rows, :width]
     tokens = torch.cat([prompts, responses], 1)[:, :-1]
-    attention = torch.cat(
-        [left_mask(prompt_lengths, prompt_width), response_mask(lengths, width).long()], 1
-    )[:, :-1]
+    mask = response_mask(lengths, width)
+    attention = torch.cat([left_mask(prompt_lengths, prompt_width), mask.long()], 1)[:, :-1]
+    # Log-probabilities of padding are multiplied by 0. They must be finite, and the model may
+    # forbid token 0 (a logit of -∞), so padding is scored as a token that the model has sampled.
+    responses = torch.where(mask, responses, responses[:, :1])
     read = RolloutReader(responses, temperature, entropies, loss, separable)
     found, values = model(tokens, attention, width, want=want, detach_trunk=detach_trunk, read=read)
     if found is None or want == "values":
