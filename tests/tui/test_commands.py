@@ -483,3 +483,10 @@ def test_a_wrong_number_is_told_in_plain_words(arguments, words):
     result = CliRunner().invoke(cli, arguments, standalone_mode=False)
     assert isinstance(result.exception, click.UsageError)
     assert in_plain_words(result.exception.format_message()).endswith(words)
+
+
+def test_a_file_is_not_a_folder_without_sessions(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # no live runs elsewhere
+    (tmp_path / "run.yaml").write_text("")
+    result = CliRunner().invoke(cli, ["--sessions", str(tmp_path / "run.yaml"), "ls"])
+    assert "is a file; --sessions takes a folder" in str(result.exception)
