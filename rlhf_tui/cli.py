@@ -7,6 +7,7 @@ one line and an exit code.
 import contextlib
 import importlib
 import os
+import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -125,7 +126,7 @@ def main() -> None:
         _exit(str(error), error.exit_code)
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _exit(error.format_message() + hint, 2)
+        _exit(in_plain_words(error.format_message()) + hint, 2)
     except click.ClickException as error:
         _exit(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
@@ -138,6 +139,13 @@ def main() -> None:
     except (OSError, sqlite3.Error) as error:
         _discard_output()  # it may be what cannot be written
         _exit(_one_sentence(error), 1)
+
+
+def in_plain_words(message: str) -> str:
+    """An error message of click without its names for numbers."""
+    for name, plain in (("float", "number"), ("integer", "whole number")):
+        message = re.sub(rf"not a valid {name}( range)?", f"not a {plain}", message)
+    return re.sub(r"(\S+) is not in the range x>=(\S+)\.$", r"\1 is less than \2.", message)
 
 
 def open_standard_files() -> None:

@@ -25,7 +25,7 @@ from engine.journal.writer import JournalWriter
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import create
 from rlhf_tui import identity
-from rlhf_tui.cli import MODULES, cli
+from rlhf_tui.cli import MODULES, cli, in_plain_words
 from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.steer import ctl
 from rlhf_tui.format import plural
@@ -321,7 +321,7 @@ def test_an_interrupt_while_the_program_is_imported_is_one_line(tmp_path):
 
 INTERRUPTED = """
 import os, signal, sys
-from rlhf_tui.cli import cli
+from rlhf_tui.cli import cli, in_plain_words
 exec_ = os.execve
 def interrupted(*arguments):
     signal.raise_signal(signal.SIGINT)
@@ -475,3 +475,24 @@ def test_ls_says_why_a_session_cannot_be_read_beside_the_others(session_maker, t
     assert states == {"one": "finished", "two": "unreadable"}
     rows = json.loads(CliRunner().invoke(cli, ["ls", "--json", "--sessions", str(root)]).output)
     assert "cannot tell whether an engine holds" in rows[1]["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["metrics", "frozen", "--last", "x"], "'x' is not a whole number."),
+        (["metrics", "frozen", "--last", "0"], "0 is less than 1."),
+        (["ctl", "frozen", "beta", "high"], "'high' is not a number."),
+    ],
+)
+def test_a_wrong_number_is_told_in_plain_words(arguments, words):
+    result = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    assert isinstance(result.exception, click.UsageError)
+    assert in_plain_words(result.exception.format_message()).endswith(words)
+
+
+def test_a_file_is_not_a_folder_without_sessions(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # no live runs elsewhere
+    (tmp_path / "run.yaml").write_text("")
+    result = CliRunner().invoke(cli, ["--sessions", str(tmp_path / "run.yaml"), "ls"])
+    assert "is a file; --sessions takes a folder" in str(result.exception)

@@ -46,6 +46,8 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
         rows = read_session_rows([*local, *elsewhere], best=as_json)
     if as_json:
         print_json([r.as_json() for r in rows])
+    elif not rows and not address and root.is_file():
+        raise UserInputError(f"{root} is a file; --sessions takes a folder of sessions")
     elif not rows:
         demo = fmt.command("demo", root=None if address else root)
         say(f"no sessions in {address or root.absolute()}; start one with: {demo}")
