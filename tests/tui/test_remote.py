@@ -281,7 +281,11 @@ def test_a_connection_whose_messages_cannot_be_used_is_ended(
         wait(lambda: not is_running(int(pid.read_text())), "the end of ssh")
         wait(lambda: remote.stale, "the reason")
         assert "connecting again: the other machine did not send a session" in remote.stale
-    assert "remote session" not in [thread.name for thread in threading.enumerate()]
+
+    def has_ended():  # `close` waits for the thread, but not for ever
+        return "remote session" not in [thread.name for thread in threading.enumerate()]
+
+    wait(has_ended, "the end of the thread")
 
 
 def test_a_copy_that_cannot_be_written_any_more_says_so_until_it_can(
