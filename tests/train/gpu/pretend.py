@@ -381,6 +381,8 @@ def pretend_gpu():
     with (
         mock.patch.object(torch.autocast, "__init__", autocast),
         mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", grouped),
+        # As in torch's CPU build: that for CUDA would look for a driver.
+        mock.patch("torch.accelerator.current_accelerator", lambda **_: None),
         mock.patch.multiple(
             torch.cuda,
             is_available=lambda: True,
