@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -214,6 +215,18 @@ def test_a_merged_policy_is_a_plain_model_with_the_same_logits(trained, tmp_path
     gap = (logits(LanguageModel(lm)) - logits(run.policy)).abs().max()
     assert gap < 5e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("The film").input_ids
+
+
+def test_a_merged_policy_for_which_there_is_no_room_is_refused_with_the_reason(trained, tmp_path):
+    run, session = trained
+    save(run, session)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserInputError, match=r"--policy: cannot write .*File too large"):
+            merge(session, 1, "policy", tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.slow

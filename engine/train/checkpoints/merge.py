@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
-from engine.errors import CheckpointError, RlhfError, UserInputError
+from engine.errors import CheckpointError, RlhfError, UserInputError, first_line
 from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import SessionFolder
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -69,8 +70,8 @@ def merge(session: SessionFolder, step: int, part: str, target: Path) -> None:
     try:
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserInputError(f"--policy: cannot write {target}: {reason}") from error
 
 

@@ -8,9 +8,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.errors import UserInputError
+from engine.errors import UserInputError, shortened
 
 PROMPT, CHOSEN, REJECTED, MESSAGES = "prompt", "chosen", "rejected", "messages"
+SHOWN = 400
+"""Characters of the names of columns in an error message."""
 
 
 class PromptColumn:
@@ -39,8 +41,9 @@ class PromptColumn:
         elif column == PROMPT and MESSAGES in available:
             self.columns, self._extract = [MESSAGES], before_reply
         else:
+            listed = ", ".join(c if c.isprintable() else repr(c) for c in available)
             raise UserInputError(
-                f"data.column: no column '{column}' in {name}; it has {', '.join(available)}"
+                f"data.column: no column '{column}' in {name}; it has {shortened(listed, SHOWN)}"
             )
 
     def contents(self, rows: Sequence[dict[str, Any]]) -> list[Any]:

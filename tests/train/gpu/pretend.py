@@ -387,6 +387,8 @@ def pretend_gpu():
         mock.patch.object(torch, "is_autocast_enabled", lambda kind="cuda": is_enabled(host(kind))),
         mock.patch.object(torch, "get_autocast_dtype", lambda kind: dtype_of(host(kind))),
         mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", grouped),
+        # As in torch's CPU build: that for CUDA would look for a driver.
+        mock.patch("torch.accelerator.current_accelerator", lambda **_: None),
         mock.patch.multiple(
             torch.cuda,
             is_available=lambda: True,
