@@ -83,9 +83,11 @@ def _check_memory(
         layout = replace(layout, strategy="fsdp")
         warning = shortage(config, models, layout, free)
     estimated = estimate(config, models, layout)
+    gathered = estimated.parts.get("gathered", 0)  # with fsdp only
     log.info(
-        "memory: estimated peak %.2f GB, in the phase '%s'; gathered weights: %.2f GB",
-        estimated.metric / 1e9, estimated.fullest, estimated.parts.get("gathered", 0) / 1e9,
+        "memory: estimated peak %.2f GB, in the phase '%s'%s",
+        estimated.metric / 1e9, estimated.fullest,
+        f"; gathered weights: {gathered / 1e9:.2f} GB" if gathered else "",
     )  # fmt: skip
     if warning is not None:
         log.warning("memory: %s", warning)
