@@ -110,7 +110,7 @@ def _export_policy(
     try:
         with written_whole(target.resolve()) as folder:
             if adapted and merged:
-                _merge(session, step, part, folder)
+                _merge(session, step, part, folder, target)
             else:
                 _copy(source, folder)
             exported = ExportedPolicy(
@@ -151,18 +151,19 @@ def _write_card(session: SessionFolder, policy: ExportedPolicy, folder: Path) ->
     return ""
 
 
-def _merge(session: SessionFolder, step: int, part: str, target: Path) -> None:
+def _merge(session: SessionFolder, step: int, part: str, folder: Path, target: Path) -> None:
+    """Merges into `folder`, which becomes `target`, the name that an error has."""
     # In a subprocess: this process never imports torch.
     module = [sys.executable, "-P", "-m", "engine.train.checkpoints.merge"]
     done = subprocess.run(  # noqa: S603 - our own module
-        [*module, str(session.folder), str(step), part, str(target)],
+        [*module, str(session.folder), str(step), part, str(folder)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env=clean_environment(), text=True, errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:
         errors = done.stderr.strip().splitlines() or [f"merging ended with {done.returncode}"]
         kind = UserInputError if done.returncode == UserInputError.exit_code else SessionError
-        raise kind(errors[-1])
+        raise kind(errors[-1].replace(str(folder), str(target)))
 
 
 def _write_lines(target: Path, rows: Iterable[Json]) -> None:

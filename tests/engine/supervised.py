@@ -57,7 +57,10 @@ async def rank_connection(engine, folder):
     hello = RankHello(token="token", rank=0)  # noqa: S106 - of a test
 
     async def serve(reader, writer):
-        await served(hello, reader, writer)
+        try:
+            await served(hello, reader, writer)
+        finally:
+            writer.close()  # since Python 3.12 the end of `async with server` waits for it
 
     server = await asyncio.start_unix_server(serve, path)
     return server, *await asyncio.open_unix_connection(path)

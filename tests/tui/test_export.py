@@ -1,5 +1,8 @@
 """The command export: whole or not at all, and from damaged sessions as well."""
 
+import sys
+
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -54,6 +57,26 @@ def test_a_policy_that_cannot_be_copied_whole_leaves_no_folder(session_maker, tm
     target.mkdir()  # an empty folder is as good as none
     assert CliRunner().invoke(cli, arguments).exit_code == 0
     assert {path.name for path in target.iterdir()} == {"README.md", "config.json"}
+
+
+def test_an_error_of_a_merge_names_the_folder_that_was_given(session_maker, tmp_path, monkeypatch):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    (session.checkpoints / "step-000003" / "policy").mkdir(parents=True)
+    for name in ("state.json", "COMPLETE"):
+        (session.checkpoints / "step-000003" / name).write_text("{}")
+    config = session.config()
+    lora = msgspec.structs.replace(config.lora, rank=4)
+    session.write_config(msgspec.structs.replace(config, lora=lora))
+    python = tmp_path / "python"  # in place of the process that imports torch
+    python.write_text(
+        '#!/bin/sh\nfor last; do :; done; echo "cannot write $last: full" >&2; exit 2\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    target, folder = tmp_path / "to", str(tmp_path / "s")
+    arguments = ["export", "mine", "--step", "3", "--merged", "--policy", str(target)]
+    done = CliRunner().invoke(cli, [*arguments, "--sessions", folder])
+    assert str(done.exception) == f"cannot write {target}: full"
 
 
 def test_a_policy_is_exported_from_a_session_whose_journal_is_damaged(session_maker, tmp_path):
