@@ -6,7 +6,7 @@ writer's WAL.
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Self
 
 import msgspec
@@ -37,12 +37,6 @@ from engine.protocol.rank_messages import REWARD_CHANGED
 from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 
-METRICS_SINCE = """
-SELECT names.name, step, value FROM names CROSS JOIN metrics
-WHERE metrics.name = names.id AND step >= ?
-"""
-"""Metrics from a step on. The index begins with the name, so the join order makes SQLite read one
-range of the index per metric instead of the whole index."""
 LAST_STEP = 2**62
 """Above every step."""
 VALUE_AT = """
@@ -270,15 +264,21 @@ class JournalReader:
             (name,),
         )
 
-    def metrics(self, last: int | None = None) -> list[MetricRow]:
-        """One row per step of the current timeline, all or only the last ones, oldest first.
+    def metrics(
+        self, last: int | None = None, only: Collection[str] | None = None
+    ) -> list[MetricRow]:
+        """One row per step of the current timeline, oldest first.
 
         The evaluation before the first step is a row of step 0.
+
+        Args:
+            last: maximum number of rows, the last ones; None for all.
+            only: names of the metrics to read; None for all.
         """
         query = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
         steps = self._db.rows(query, (limit(last),))
         # Read after the steps, so it has all of their names.
-        names = dict.fromkeys(self.metric_names())
+        names = dict.fromkeys(n for n in self.metric_names() if only is None or n in only)
         rows = {
             step: MetricRow(step=step, attempt=attempt, time=time, values=dict(names))
             for step, attempt, time in reversed(steps)
@@ -286,9 +286,10 @@ class JournalReader:
         if last is None or len(rows) < last:
             rows = self._before_first_step(names) | rows
         first = next(iter(rows), 0)
-        for name, step, value in self._db.rows(METRICS_SINCE, (first,)):
-            if step in rows:
-                rows[step].values[name] = value
+        for name in names:
+            for step, value in self.series(name, after=first - 1):
+                if step in rows:
+                    rows[step].values[name] = value
         return list(rows.values())
 
     def _before_first_step(self, names: dict[str, None]) -> dict[int, MetricRow]:

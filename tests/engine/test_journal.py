@@ -44,6 +44,13 @@ def test_a_step_is_read_as_it_was_written(writer):
         assert record.samples.arrays(1, 0, 2) is None
 
 
+def test_rows_of_some_metrics_have_these_and_no_others(writer):
+    writer.steps(1, 2, late=3.0)
+    with JournalReader(writer.session) as record:
+        rows = record.metrics(only=("late", "unheard of"))
+    assert [(r.step, r.values) for r in rows] == [(1, {"late": 3.0}), (2, {"late": 3.0})]
+
+
 def test_responses_of_an_earlier_version_have_no_version_of_weights(writer):
     writer.steps(1)
     writer.session.samples_file.unlink()

@@ -63,9 +63,9 @@ def metrics(
 
     --format and --json print every metric.
     """
-    with JournalReader(existing(root, name)) as record:
-        rows = record.metrics(last)
     form = "json" if as_json else form
+    with JournalReader(existing(root, name)) as record:
+        rows = record.metrics(last, only=None if form or output else {*COLUMNS, *HELD_OUT})
     if printed_rows((r.as_json() for r in rows), form, output, STEP_FIELDS):
         return
     columns = COLUMNS | {k: t for k, t in HELD_OUT.items() if any(k in r.values for r in rows)}
