@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
-from engine.train.experience.greedy_baseline import greedy_rollout, greedy_scores
+from engine.progress import report_nothing
+from engine.train.experience.generation import generate_rollout
 from engine.train.experience.rollout_check import check_first_rollout
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
@@ -342,15 +343,7 @@ def test_recomputed_activations_are_not_saved_for_the_backward_pass(make_run):
 
 
 def rollout_of(run):
-    from engine.train.data.prompts import batch_prompts  # noqa: PLC0415
-    from engine.train.data.randomness import sampling_uniforms  # noqa: PLC0415
-
-    batch = batch_prompts(run.prompts.for_step(1), run.config.responses_per_prompt, 0)
-    uniforms = sampling_uniforms(0, 1, 8, run.config.rollout.max_new_tokens)
-    return run.backend.generate(
-        run.policy, batch, uniforms, 1.0, per_prompt=run.config.responses_per_prompt,
-        report=lambda _done, _total: None,
-    )  # fmt: skip
+    return generate_rollout(run, 1, report_nothing)
 
 
 def optimise_once(run, poison=1.0):
@@ -478,23 +471,3 @@ def test_every_response_comes_from_the_run_s_rollout_backend(make_run):
     train_step(run, 1)
     answer_probe(run, "hello there")
     assert backend.rows == [6, 8, 1, 1]
-
-
-def test_the_greedy_rollout_has_each_prompt_s_most_likely_response(make_run):
-    run, _ = make_run("ppo.advantage=remax", "rollout.per_prompt=2")
-    rollout = rollout_of(run)
-    greedy = greedy_rollout(run, 1, rollout)
-    for i, prompt in enumerate(greedy.batch.prompts):
-        assert prompt is rollout.batch.prompts[2 * i]
-        ids = list(prompt.ids)
-        for token in greedy.ids[i, : greedy.lengths[i]].tolist():
-            logits, _ = run.policy(torch.tensor([ids]), torch.ones(1, len(ids), dtype=int), 1)
-            assert token == int(logits[0, -1].argmax())
-            ids.append(token)
-
-
-def test_the_scores_of_the_greedy_baseline_are_clipped_as_in_training(make_run):
-    run, _ = make_run("ppo.advantage=remax", "rollout.per_prompt=2", "reward.clip=0.5")
-    run.rewards = lambda _responses, _report: (torch.arange(4.0) / 4, {})
-    found = greedy_scores(run, 1, rollout_of(run))
-    assert found.tolist() == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5]
