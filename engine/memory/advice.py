@@ -24,7 +24,7 @@ def fits(found: Estimate, capacity: Capacity) -> bool:
 
 def can_start(layout: Layout, capacity: Capacity) -> bool:
     """Whether there is a GPU for each rank; on a CPU always true."""
-    return capacity.device == "cpu" or layout.ranks <= capacity.gpus
+    return capacity.device == "cpu" or layout.ranks <= capacity.gpus * capacity.nodes
 
 
 def changes_to_fit(

@@ -1,4 +1,4 @@
-"""The memory of this machine."""
+"""The memory of this machine, and of others like it."""
 
 import contextlib
 from pathlib import Path
@@ -25,14 +25,16 @@ class Capacity(Struct, frozen=True, kw_only=True):
     """Bytes of `total` that are not in use now."""
     gpus: int = 0
     """The number of chosen GPUs."""
+    nodes: int = 1
+    """The number of machines that share the run's ranks, each with as much memory and GPUs."""
 
     def less(self, taken: int) -> "Capacity":
         """Returns the capacity left if another program takes some of it."""
         return replace(self, total=max(0, self.total - taken), free=max(0, self.free - taken))
 
     def room(self, ranks: int) -> int:
-        """Bytes for each rank, with `ranks` of them on this machine."""
-        return self.total if self.device == "cuda" else self.total // ranks
+        """Bytes for each of `ranks` ranks, which are spread over all machines."""
+        return self.total if self.device == "cuda" else self.total // -(-ranks // self.nodes)
 
 
 def of_host() -> Capacity:

@@ -179,8 +179,9 @@ def planned_memory(config: RunConfig, run: Run, warnings: list[str]) -> Estimate
     """
     if run.models is None:
         return None
-    layout = configured(config, ranks_per_node(config.launch))
-    free = free_memory(run.device, layout.ranks)
+    nodes, ranks = config.launch.nodes, ranks_per_node(config.launch)
+    layout = configured(config, ranks * nodes)
+    free = replace(free_memory(run.device, ranks), nodes=nodes)
     if (warning := shortage(config, run.models, layout, free)) is not None:
         warnings.append(warning)
     return estimate(config, run.models, layout)

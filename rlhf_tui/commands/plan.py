@@ -73,7 +73,8 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     check_inputs(loaded)
     show_wait("reading the models' shapes and the prompts' lengths")
     models = read_models(loaded)
-    capacity = of_device(models.device, loaded.launch.gpus).less(beside_ranks(loaded, models))
+    here = of_device(models.device, loaded.launch.gpus).less(beside_ranks(loaded, models))
+    capacity = msgspec.structs.replace(here, nodes=loaded.launch.nodes)
     ranks = processes or _several(loaded, capacity)
     estimates = [estimate(loaded, models, layout) for layout in layouts(loaded, ranks)]
     layout = configured(loaded, _configured_ranks(loaded, capacity))
@@ -121,14 +122,15 @@ def read_models(config: RunConfig) -> Models:
 
 
 def _configured_ranks(config: RunConfig, capacity: Capacity) -> int:
-    """The number of ranks that the run would have on this machine."""
+    """The number of ranks that the run would have, on all machines."""
     given = config.launch.processes
-    return given if isinstance(given, int) else max(1, capacity.gpus)
+    here = given if isinstance(given, int) else max(1, capacity.gpus)
+    return here * capacity.nodes
 
 
 def _several(config: RunConfig, capacity: Capacity) -> int:
-    """The number of ranks in the ddp and fsdp columns: the run's, the machine's, or two."""
-    return max(2, _configured_ranks(config, capacity), capacity.gpus)
+    """The number of ranks in the ddp and fsdp columns: the run's, one per GPU, or two."""
+    return max(2, _configured_ranks(config, capacity), capacity.gpus * capacity.nodes)
 
 
 def _head(config: RunConfig, models: Models) -> str:
@@ -243,10 +245,11 @@ def _engine_lines(config: RunConfig, models: Models) -> list[str]:
 
 def _machine(capacity: Capacity) -> str:
     total, free = f"{capacity.total / GB:.1f} GB", f"{capacity.free / GB:.1f} free now"
+    others = f"; the ranks are on {capacity.nodes} such machines" if capacity.nodes > 1 else ""
     if capacity.device == "cuda":
         gpus = f"{capacity.gpus} GPUs of" if capacity.gpus > 1 else "a GPU of"
-        return f"This machine has {gpus} {total} ({free})"
-    return f"This machine has {total} ({free})"
+        return f"This machine has {gpus} {total} ({free}){others}"
+    return f"This machine has {total} ({free}){others}"
 
 
 def _as_data(
@@ -264,7 +267,12 @@ def _as_data(
         changes, smaller = changes_to_fit(config, models, layout, capacity)
     return {
         "device": models.device,
-        "capacity": {"total": capacity.total, "free": capacity.free, "gpus": capacity.gpus},
+        "capacity": {
+            "total": capacity.total,
+            "free": capacity.free,
+            "gpus": capacity.gpus,
+            "nodes": capacity.nodes,
+        },
         "models": msgspec.to_builtins(models),
         "configured": _column(current, capacity),
         "rollout_engine": engine_memory(config, models),

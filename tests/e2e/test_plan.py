@@ -42,10 +42,15 @@ def test_the_estimate_for_the_starter_is_within_a_quarter_of_the_measured_peak(l
 
 
 @pytest.mark.slow
-def test_check_estimates_what_plan_does(lab):
-    planned = lab.json("plan", DEMO, "-o", "launch.device=cpu")["configured"]["peak"] / 1e9
-    checked = lab.json("check", DEMO, "-o", "launch.device=cpu")["planned_memory"]
-    assert checked == pytest.approx(planned, rel=0.05)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_check_estimates_what_plan_does(lab, nodes):
+    options = ("-o", "launch.device=cpu")
+    if nodes > 1:
+        options += ("-o", f"launch.nodes={nodes}", "-o", "launch.rendezvous=127.0.0.1:29400")
+    planned = lab.json("plan", DEMO, *options)["configured"]
+    checked = lab.json("check", DEMO, *options)["planned_memory"]
+    assert planned["ranks"] == nodes
+    assert checked == pytest.approx(planned["peak"] / 1e9, rel=0.05)
 
 
 @pytest.mark.slow

@@ -192,9 +192,9 @@ def test_the_configured_layout_follows_the_strategy_and_the_number_of_ranks():
     assert configured(config(), 4).strategy == "ddp"
 
 
-def room(gigabytes, device="cpu", gpus=0):
+def room(gigabytes, device="cpu", gpus=0, nodes=1):
     size = int(gigabytes * 1e9)
-    return Capacity(device=device, total=size, free=size, gpus=gpus)
+    return Capacity(device=device, total=size, free=size, gpus=gpus, nodes=nodes)
 
 
 def test_ranks_share_the_host_and_have_a_gpu_each():
@@ -205,6 +205,16 @@ def test_ranks_share_the_host_and_have_a_gpu_each():
     for gpus in (1, 2):
         assert fits(found, room(found.peak * 1.2 / 1e9, "cuda", gpus=gpus))
         assert can_start(found.layout, room(80, "cuda", gpus=gpus)) == (gpus == 2)
+
+
+def test_ranks_of_several_machines_share_the_memory_of_their_own():
+    three = one(layout=Layout(strategy="ddp", ranks=3))
+    for nodes, together in ((1, 3), (2, 2), (3, 1)):
+        assert fits(three, room(three.peak * (together + 0.5) / 1e9, nodes=nodes))
+        assert not fits(three, room(three.peak * (together - 0.5) / 1e9, nodes=nodes))
+    four = Layout(strategy="fsdp", ranks=4)
+    assert can_start(four, room(80, "cuda", gpus=2, nodes=2))
+    assert not can_start(four, room(80, "cuda", gpus=2))
 
 
 def test_the_advice_fits_and_is_a_configuration():
