@@ -15,7 +15,7 @@ from engine.launch.background import start_or_remove
 from engine.launch.start_options import StartOptions
 from engine.session.command_line import sessions_folder
 from engine.session.folder import SessionFolder, all_sessions, find
-from engine.session.registry import live_sessions
+from engine.session.registry import live_sessions, names_of
 
 LOADING_TIMEOUT = 60.0
 """Seconds to wait for errors while models load; loading continues after it."""
@@ -86,9 +86,8 @@ def attach(
     if name is not None:
         return Session(find(_root(sessions), name, live).folder, who=who)
     if len(live) != 1:
-        names = ", ".join(session.name for session in live)
         raise NoSuchSessionError(
-            f"several sessions are live, give the name of one: {names}"
+            f"several sessions are live, give the name of one: {names_of(live)}"
             if live
             else "no session is live; give the name of one that has ended, or start one"
         )

@@ -64,3 +64,11 @@ def live_sessions() -> list[SessionFolder]:
                     announce(session)
                     found.append(session)
     return sorted(found, key=lambda s: s.name)
+
+
+def names_of(sessions: list[SessionFolder]) -> str:
+    """The names of sessions, with their folders where two have the same: `a, b in /x, b in /y`."""
+    names = [session.name for session in sessions]
+    return ", ".join(
+        s.name if names.count(s.name) == 1 else f"{s.name} in {s.folder.parent}" for s in sessions
+    )

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import SessionFolder, all_sessions
-from engine.session.registry import live_sessions
+from engine.session.registry import live_sessions, names_of
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
 from rlhf_tui.commands.options import (
@@ -220,8 +220,7 @@ def _only_live(root: Path) -> SessionFolder:
     if len(live) == 1:
         return live[0]
     if live:
-        names = ", ".join(s.name for s in live)
-        raise UserInputError(f"several sessions are live, give one: {names}")
+        raise UserInputError(f"several sessions are live, give one: {names_of(live)}")
     if not sessions:
         demo = fmt.command("demo", root=root)
         raise NoSuchSessionError(f"no sessions in {root}; start one with: {demo}")

@@ -323,6 +323,14 @@ def test_starts_at_once_without_a_name_get_different_ones(tmp_path, monkeypatch)
     assert start.create_session(tmp_path / "sessions", None, "run", config).name == "run-2"
 
 
+def test_sessions_of_the_same_name_are_listed_with_their_folders(tmp_path):
+    sessions = [
+        session_folder.SessionFolder(tmp_path / path) for path in ("x/one", "x/same", "y/same")
+    ]
+    expected = f"one, same in {tmp_path}/x, same in {tmp_path}/y"
+    assert registry.names_of(sessions) == expected
+
+
 def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert registry.live_sessions() == []
