@@ -47,7 +47,7 @@ A session: config.yaml, journal.db, samples.db, checkpoints/, engine.log.
 
 def page() -> str:
     """The text of the page, in the man macros of troff."""
-    context = click.Context(cli, info_name=NAME)
+    context = click.Context(cli, info_name=NAME, **cli.context_settings)
     lines = [*_paragraphs(cli.help or ""), ".SH OPTIONS", *_options(cli, context)]
     lines.append(".SH COMMANDS")
     for name in cli.list_commands(context):
