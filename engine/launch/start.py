@@ -24,14 +24,14 @@ from engine.launch.failed_start import remove_failed_start
 from engine.launch.inputs import check_inputs
 from engine.launch.rollout.engine import check_rollout_engine
 from engine.launch.secret import check_secret
-from engine.launch.start_options import StartOptions
-from engine.launch.timeline import (
+from engine.launch.start_checkpoints import (
     check_average,
     checkpoint_steps,
     has_history,
     last_checkpoint,
     timeline_checkpoints,
 )
+from engine.launch.start_options import StartOptions
 from engine.session.checkpoints import (
     checkpoint_path,
     find_damage,

@@ -15,8 +15,8 @@ from engine.config.settings import Settings
 from engine.errors import CommandRejectedError, JournalError, RlhfError
 from engine.examined import examined
 from engine.journal.writer import JournalWriter
+from engine.launch.start_checkpoints import timeline_checkpoints
 from engine.launch.start_options import StartOptions
-from engine.launch.timeline import timeline_checkpoints
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandReply, CommandRequest

@@ -2,7 +2,7 @@
 
 It starts and monitors the ranks, and is the only writer of the journal. Commands are handled by
 :mod:`engine.supervisor.command_handler`, messages of ranks by
-:mod:`engine.supervisor.rank_handler`, their end by :mod:`engine.supervisor.conclusion`;
+:mod:`engine.supervisor.rank_handler`, their end by :mod:`engine.supervisor.end_handler`;
 :mod:`engine.supervisor.serve` runs it.
 """
 
@@ -20,8 +20,8 @@ from engine.errors import JournalError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter, is_busy
 from engine.launch.secret import needs_secret, secret_of_run
+from engine.launch.start_checkpoints import adopted_checkpoint
 from engine.launch.start_options import StartOptions
-from engine.launch.timeline import adopted_checkpoint
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import Notifier, missing_variables
@@ -33,7 +33,7 @@ from engine.protocol.rank_messages import WAIT_FOR, Failed, Phase
 from engine.session.folder import SessionFolder
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.command_handler import CommandHandler
-from engine.supervisor.conclusion import Conclusion
+from engine.supervisor.end_handler import EndHandler
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.processes.rollout_engines import RolloutEngines
@@ -119,7 +119,7 @@ class Supervisor:
             on_alert=self.commands.on_alert,
             on_error=self.abort,
         )
-        self.conclusion = Conclusion(
+        self.attempt_end = EndHandler(
             self.state,
             session,
             config,
@@ -186,7 +186,7 @@ class Supervisor:
         self._record_start_settings(start)
         self.publisher.set_state("starting")
         if state.stop_now:  # no rank has to start; a roll back that was applied holds
-            return self.conclusion.conclude(0)
+            return self.attempt_end.handle(0)
         self.watchdog.ranks_starting()
         self.rank_messages.guardrails = await self._guardrails(start.from_step)
         self._announce_machines(start.from_step)
@@ -199,7 +199,7 @@ class Supervisor:
         await self._journal_unlocked()
         if state.next is not None:  # rolled back
             return 0
-        return self.conclusion.conclude(status)
+        return self.attempt_end.handle(status)
 
     async def _journal_unlocked(self) -> None:
         """Waits while another program keeps the journal locked.

@@ -6,7 +6,7 @@ import click
 
 from engine.errors import NoSuchSessionError
 from engine.journal.reader import JournalReader
-from engine.launch.timeline import checkpoint_steps, last_checkpoint
+from engine.launch.start_checkpoints import checkpoint_steps, last_checkpoint
 from engine.session.folder import SessionFolder
 
 StepChoice = int | Literal["last", "best"]

@@ -11,7 +11,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.errors import NoSuchSessionError, RlhfError, UserInputError
 from engine.examined import examined
-from engine.launch.timeline import checkpoint_steps
+from engine.launch.start_checkpoints import checkpoint_steps
 from engine.metrics import EVAL_TIME, describe
 from engine.protocol.programs.result import ProgramNotice
 from engine.session.folder import SessionFolder

@@ -15,7 +15,7 @@ from engine.journal.json_values import Json
 from engine.journal.judgements.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
-from engine.launch.timeline import check_average, checkpoint_steps
+from engine.launch.start_checkpoints import check_average, checkpoint_steps
 from engine.session.access import open_to_umask
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import SessionFolder

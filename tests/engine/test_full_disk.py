@@ -325,7 +325,7 @@ async def test_an_end_that_cannot_be_recorded_is_told_with_what_is_saved(engine,
     attempt = engine.shared.attempt
     attempt.failure, attempt.ended = failure, None if failure else Ended(step=3, reason="finished")
     with no_room_for_files(), pytest.raises(SessionError) as caught:
-        engine.supervisor.conclusion.conclude(1 if failure else 0)
+        engine.supervisor.attempt_end.handle(1 if failure else 0)
     text = str(caught.value)
     assert text.startswith(failure.text if failure else "training has ended after step 3")
     assert "the steps up to 3 are recorded and the checkpoint of step 2 is complete" in text

@@ -26,13 +26,13 @@ from engine.launch.failed_start import is_new
 from engine.launch.inputs import check_inputs
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import fork, forked_config, resume
-from engine.launch.start_options import StartOptions
-from engine.launch.timeline import (
+from engine.launch.start_checkpoints import (
     adopted_checkpoint,
     checkpoint_steps,
     last_checkpoint,
     timeline_checkpoints,
 )
+from engine.launch.start_options import StartOptions
 from engine.session.checkpoints import checkpoint_path
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
+from engine.launch.start_checkpoints import last_checkpoint
 from engine.launch.start_options import StartOptions
-from engine.launch.timeline import last_checkpoint
 from engine.protocol import rank_messages
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Note, Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
@@ -235,7 +235,7 @@ async def test_only_failures_of_ready_ranks_count_against_a_command(engine, writ
         engine.shared.attempt = Attempt(StartOptions())
         if ready:
             engine.receive(Ready(info={}, settings=engine.shared.settings))
-        engine.supervisor.conclusion.conclude(-signal.SIGKILL)
+        engine.supervisor.attempt_end.handle(-signal.SIGKILL)
     assert engine.supervisor.pending.messages() == []
     assert "failed 2 times" in writer.journal.commands.reply(sent.id).reason
 
@@ -294,7 +294,7 @@ async def test_a_damaged_checkpoint_makes_a_resume_start_from_the_one_before(eng
         writer.checkpoint(step)
     engine.shared.attempt = Attempt(StartOptions(from_step=4, reseed=True, who="me"))
     engine.receive(damaged(4))
-    engine.supervisor.conclusion.conclude(1)
+    engine.supervisor.attempt_end.handle(1)
     assert engine.shared.next == StartOptions(from_step=2, reseed=True, who="me")
     with JournalReader(writer.session) as reader:
         alerts = [e.payload.text for e in reader.events() if e.kind == "alert"]
@@ -309,7 +309,7 @@ async def test_no_other_checkpoint_replaces_the_first_or_a_chosen_one(engine, wr
         writer.checkpoint(step)
     engine.shared.attempt = Attempt(start)
     engine.receive(damaged(start.from_step))
-    engine.supervisor.conclusion.conclude(1)
+    engine.supervisor.attempt_end.handle(1)
     assert (engine.shared.next, engine.state) == (None, "failed")
     with JournalReader(writer.session) as reader:
         message = reader.meta().message
@@ -328,7 +328,7 @@ async def test_ranks_out_of_memory_start_again_with_a_halved_micro_batch_from_th
     for _ in range(5):  # it is not the same start, so no limit of restarts applies
         text = "rank 1: step 4 ran out of memory"
         engine.receive(Failed(rank=1, text=text, final=True, step=4, changes=[HALVED]))
-        engine.supervisor.conclusion.conclude(1)
+        engine.supervisor.attempt_end.handle(1)
         assert engine.shared.next == StartOptions(from_step=2)
     engine.shared.attempt = Attempt(engine.shared.next)
     begin = await begin_of(engine, tmp_path)
@@ -354,7 +354,7 @@ async def test_a_micro_batch_that_a_rank_has_halved_is_in_the_history(engine, wr
 
 async def test_a_run_that_saved_before_its_deadline_is_stopped_and_not_finished(engine, writer):
     engine.receive(Ended(step=4, reason="deadline"))
-    engine.supervisor.conclusion.conclude(0)
+    engine.supervisor.attempt_end.handle(0)
     with JournalReader(writer.session) as reader:
         assert reader.meta().state == "stopped"
         assert "save_before_deadline" in reader.meta().message
@@ -364,10 +364,10 @@ async def test_a_run_that_saved_before_its_deadline_is_stopped_and_not_finished(
 async def test_ranks_that_end_for_another_number_of_machines_start_again(engine, writer, reason):
     writer.checkpoint(4)
     engine.receive(Ended(step=4, reason=reason))
-    engine.supervisor.conclusion.conclude(1)
+    engine.supervisor.attempt_end.handle(1)
     assert engine.shared.next == StartOptions(from_step=4)
     engine.shared.next, engine.shared.stopping = None, True
-    engine.supervisor.conclusion.conclude(1)
+    engine.supervisor.attempt_end.handle(1)
     assert (engine.shared.next, engine.state) == (None, "stopped")
 
 

@@ -147,7 +147,7 @@ def concluded(writer, failure, *, at_once=False):
         supervisor.publisher.set_state("starting")
         state = supervisor.state
         state.next, state.attempt.failure, state.stop_now = None, failure, at_once
-        return supervisor.conclusion.conclude(1), supervisor
+        return supervisor.attempt_end.handle(1), supervisor
 
     return asyncio.run(conclude())
 
@@ -178,7 +178,7 @@ async def test_a_rank_that_is_silent_after_the_failure_of_another_is_not_the_cau
         attempt.record_failure(Failed(rank=1, text="rank 1: a fault"))
     attempt.rank_disconnected(1)
     engine.supervisor.on_silence(0, 9.0)
-    engine.supervisor.conclusion.conclude(-9)
+    engine.supervisor.attempt_end.handle(-9)
     with JournalReader(writer.session) as reader:
         (error,) = [e for e in reader.events() if e.kind == "error"]
     assert error.payload.text.startswith("rank 1: a fault" if reported else "rank 1 has ended")

@@ -19,7 +19,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
-from engine.launch.timeline import timeline_checkpoints
+from engine.launch.start_checkpoints import timeline_checkpoints
 from engine.session import access
 from engine.session.folder import SessionFolder
 from engine.verification.verify import verify

@@ -20,8 +20,8 @@ from engine.journal.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
 from engine.launch.background import start_engine
+from engine.launch.start_checkpoints import has_history
 from engine.launch.start_options import StartOptions
-from engine.launch.timeline import has_history
 from engine.protocol.client import Client, new_id
 from engine.protocol.commands import AnyCommand, Note, Pause, SetSetting, Unpause
 from engine.session.checkpoints import complete_checkpoints

@@ -18,7 +18,7 @@ from engine.config.sections.reward import SOURCE_KEYS, RewardConfig
 from engine.errors import UserInputError
 from engine.examined import examined
 from engine.journal.judgements.training_data import collect_judgements
-from engine.launch.timeline import last_checkpoint
+from engine.launch.start_checkpoints import last_checkpoint
 from engine.protocol.programs.reward_training import (
     HeldOutAgreement,
     RewardTrainingRequest,

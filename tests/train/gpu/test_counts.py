@@ -115,13 +115,19 @@ def test_if_a_graph_cannot_be_captured_the_responses_are_the_same_and_the_log_sa
     assert caplog.text.count("generating without CUDA graphs") == 1
 
 
-def test_without_graphs_a_token_costs_the_launches_of_a_forward_pass_and_of_sampling(on_gpu):
-    gpu, run = on_gpu
+def counts_of_rollouts(gpu, run):
+    """What 17 and 33 tokens cost without graphs."""
     found = []
     for limit in (17, 33):
         before = gpu.counts()
         endless(run, 2, limit, Schedule(GRAPHED.check_every, fixed_shapes=False))
         found.append(gpu.counts() - before)
+    return found
+
+
+def test_without_graphs_a_token_costs_the_launches_of_a_forward_pass_and_of_sampling(on_gpu):
+    gpu, run = on_gpu
+    found = counts_of_rollouts(gpu, run)
     more = found[1] - found[0]
     assert more.launches <= 16 * (60 * run.policy.lm.config.num_hidden_layers + 60)
     assert more.syncs <= 16 + 1  # transformers tests each mask for padding
@@ -130,11 +136,7 @@ def test_without_graphs_a_token_costs_the_launches_of_a_forward_pass_and_of_samp
 
 def test_experts_are_cast_once_a_rollout_and_not_for_each_token(experts_on_gpu):
     gpu, run = experts_on_gpu
-    found = []
-    for limit in (17, 33):
-        before = gpu.counts()
-        endless(run, 2, limit, Schedule(GRAPHED.check_every, fixed_shapes=False))
-        found.append(gpu.counts() - before)
+    found = counts_of_rollouts(gpu, run)
     assert [counts.casts for counts in found] == [casts_of_a_forward_pass(run)] * 2
 
 

@@ -11,13 +11,13 @@ from engine.config.schema import RunConfig
 from engine.config.settings import SettingChange
 from engine.errors import SessionError
 from engine.journal.writer import JournalWriter
-from engine.launch.start_options import StartOptions
-from engine.launch.timeline import (
+from engine.launch.start_checkpoints import (
     checkpoint_steps,
     earlier_checkpoint,
     last_checkpoint,
     timeline_checkpoints,
 )
+from engine.launch.start_options import StartOptions
 from engine.protocol.rank_messages import RESTART_REASONS, Failed
 from engine.session.folder import SessionFolder
 from engine.session.states import State
@@ -28,8 +28,8 @@ from engine.supervisor.state import SupervisorState
 log = logging.getLogger("engine")
 
 
-class Conclusion:
-    """Restarts the ranks, or sets the session's final state."""
+class EndHandler:
+    """Handles the end of an attempt: restarts the ranks, or sets the session's final state."""
 
     def __init__(
         self,
@@ -62,18 +62,18 @@ class Conclusion:
         self._adjust = adjust
         self._restarts = 0
 
-    def conclude(self, status: int) -> int:
+    def handle(self, status: int) -> int:
         """Sets the session's state after the ranks' end; returns the exit code of this attempt.
 
         Raises:
             SessionError: the journal cannot be written; says how the attempt ended.
         """
         try:
-            return self._conclude(status)
+            return self._handle(status)
         except sqlite3.Error as error:
             raise SessionError(self._unrecorded_end(status, error)) from error
 
-    def _conclude(self, status: int) -> int:
+    def _handle(self, status: int) -> int:
         state, attempt = self._state, self._state.attempt
         if attempt.ended is not None:
             return self._end_regularly(attempt.ended.reason)
