@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.train.data.prompts import PromptBatch
 from engine.train.ppo import forward
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.masked import response_mask
 from engine.train.rollout.rollout import Rollout, assemble, left_mask
 from engine.train.rollout.sampling import sample
@@ -64,7 +64,7 @@ def old_policy_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Computes log π_old and V_old in a separate forward pass."""
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
-    return score_tokens(run.policy, rollout, temperature, size, rows=rows)
+    return score_tokens(run.policy, rollout, temperature, MicroBatchLimit(size), rows=rows)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
 from engine.train.experience.generation import generate_rollout
 from engine.train.load import load_run
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.reward_scales import fit_scales
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.sampling import sample
@@ -89,7 +89,7 @@ def recorded_step(target: Target) -> Iterator[Finding]:
 
 def score(run: Run, rollout: Rollout) -> Tensor:
     """Log π of a rollout by the run's policy, (B, T) float32."""
-    return score_tokens(run.policy, rollout, 1.0, 4, want="logits")[0]
+    return score_tokens(run.policy, rollout, 1.0, MicroBatchLimit(4), want="logits")[0]
 
 
 def bfloat16_gap(target: Target) -> Iterator[Finding]:

@@ -29,6 +29,9 @@ _NAMES = {
         "per_device_train_batch_size micro_train_batch_size micro_batch_size "
         "ppo_micro_batch_size_per_gpu"
     ),
+    "ppo.micro_batch_by": (
+        "use_dynamic_bsz ppo_max_token_len_per_gpu dynamic_batch_enable max_tokens_per_gpu"
+    ),
     "ppo.clip_range": "cliprange eps_clip clip_ratio clip_ratio_low epsilon",
     "ppo.clip_range_high": "epsilon_high clip_ratio_high",
     "ppo.value_clip": "cliprange_value",

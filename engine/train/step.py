@@ -16,7 +16,7 @@ from engine.train.ppo import masked
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import AdvantageInputs, Targets, make_targets
 from engine.train.ppo.entropy_bonus import adapt, with_weight
-from engine.train.ppo.forward import longest_first, score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, longest_first, score_tokens
 from engine.train.ppo.linear_value import fit_linear_value
 from engine.train.ppo.metrics import speed_metrics, step_metrics
 from engine.train.ppo.optimise import optimise
@@ -56,7 +56,7 @@ def train_step(
     rows = ranks.strided_share(longest_first(rollout, rollout.rows))
     with timer.phase(run, step, "reference") as report:
         ref_logprobs, _ = score_tokens(
-            run.reference, rollout, config.rollout.temperature, config.ppo.micro_batch_size,
+            run.reference, rollout, config.rollout.temperature, MicroBatchLimit.of(config, rollout),
             rows=rows, want="logits", report=report,
         )  # fmt: skip
         old_logprobs, old_values = old_policy_outputs(run, rollout, rows, report)
@@ -116,16 +116,16 @@ def old_policy_outputs(
         log π_old and V_old, each (B, T) float32 and 0 beyond a response's length. V_old is 0 if the
         policy has no value function.
     """
-    size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
+    limit, temperature = MicroBatchLimit.of(run.config, rollout), run.config.rollout.temperature
     logprobs, values = rollout.logprobs * rollout.mask, rollout.values * rollout.mask
     if run.config.model.dtype != "float32" or run.backend.separate:
         logprobs, values = score_tokens(
-            run.policy, rollout, temperature, size, rows=rows, report=report
+            run.policy, rollout, temperature, limit, rows=rows, report=report
         )
         logprobs, values = run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
     elif run.policy.value_trunk is not None:
         _, values = score_tokens(
-            run.policy, rollout, temperature, size, rows=rows, want="values", report=report
+            run.policy, rollout, temperature, limit, rows=rows, want="values", report=report
         )
         values = run.ranks.all_reduce_sum(values)
     return logprobs, values

@@ -4,7 +4,7 @@ import torch
 
 from engine.train.data.prompts import batch_prompts
 from engine.train.experience.generation import generate_rollout
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.rollout import replace_rows
 from engine.train.step import train_step
@@ -86,7 +86,7 @@ def test_replaced_rows_keep_their_log_probabilities_whatever_the_padding(make_ru
     assert RewardInputs.of(merged, 1).ids[2:4] == RewardInputs.of(two, 2).ids[6:]
     plain = batch_prompts(merged.batch.prompts[::2], 2, 0)
     assert torch.equal(plain.lengths, merged.batch.lengths)
-    logprobs, _ = score_tokens(run.policy, merged, 1.0, 8)
+    logprobs, _ = score_tokens(run.policy, merged, 1.0, MicroBatchLimit(8))
     gap = (logprobs - merged.logprobs * merged.mask).abs().max()
     assert gap < 1e-4
 

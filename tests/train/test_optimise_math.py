@@ -36,7 +36,7 @@ from engine.train.models.output_layer import OutputLayer
 from engine.train.ppo import chunked_loss
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
 from engine.train.ppo.update_stats import LossSums
 from engine.train.rollout.rollout import Rollout
@@ -95,7 +95,7 @@ def make_minibatch(policy, left=0, right=0, filler=0):
     texts = [""] * n
     rollout = Rollout(batch, ids, lengths, cut, cut, tables[0], tables[0], tables[1], texts)
     with torch.no_grad():
-        logprobs, values = score_tokens(policy, rollout, 1.0, n)
+        logprobs, values = score_tokens(policy, rollout, 1.0, MicroBatchLimit(n))
     old = torch.where(mask, logprobs + 0.4 * tables[0], tables[0])
     ref = torch.where(mask, logprobs + 0.4 * tables[4], tables[4])
     if policy.value_head is None:
@@ -314,8 +314,15 @@ def test_micro_batches_change_neither_gradient_nor_sums(of_ppo, value):
     policy = make_policy(value)
     minibatch = make_minibatch(policy)
     whole, *parts = [
-        fast(policy, minibatch, run_config(**of_ppo, value_clip=0.2, micro_batch_size=size))
-        for size in (7, 1, 2, 3, 16)
+        fast(
+            policy,
+            minibatch,
+            run_config(**of_ppo, value_clip=0.2, micro_batch_size=size, micro_batch_by=by),
+        )
+        for size, by in [
+            *((size, "responses") for size in (7, 1, 2, 3, 16)),
+            *((size, "tokens") for size in (1, 2)),
+        ]
     ]
     for part in parts:
         assert_same(part, whole)
@@ -344,10 +351,10 @@ def test_the_chunks_of_logits_change_neither_gradient_nor_sums(other, trained, m
     config = run_config(entropy_coef=0.1, micro_batch_size=7, temperature=0.7)
     minibatch = make_minibatch(policy)
     whole, sums = fast(policy, minibatch, config)
-    logprobs, _ = score_tokens(policy, minibatch[0], 0.7, 7)
+    logprobs, _ = score_tokens(policy, minibatch[0], 0.7, MicroBatchLimit(7))
     monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
     policy.lm.get_output_embeddings().register_forward_hook(few_logits)
-    again, _ = score_tokens(policy, minibatch[0], 0.7, 7)
+    again, _ = score_tokens(policy, minibatch[0], 0.7, MicroBatchLimit(7))
     close = 1e-5 if not named or float32 else 3e-2
     torch.testing.assert_close(again, logprobs, rtol=0, atol=close)
     close = 1e-5 if not named else 3e-2
@@ -398,7 +405,7 @@ def test_before_any_update_the_ratio_is_one_and_nothing_is_clipped(ratio):
     policy, config = make_policy("shared"), run_config(ratio=ratio)
     rollout, targets = make_minibatch(policy)
     with torch.no_grad():
-        old, _ = score_tokens(policy, rollout, 1.0, 2)
+        old, _ = score_tokens(policy, rollout, 1.0, MicroBatchLimit(2))
     _, sums = fast(policy, (rollout, dataclasses.replace(targets, old_logprobs=old)), config)
     assert sums.ratio / sums.tokens == pytest.approx(1, abs=1e-5)
     assert sums.clipped == 0

@@ -58,6 +58,7 @@ VARIANTS = {
         "kl.estimator=k3",
         "ppo.entropy_coef=0.1",
         "ppo.dual_clip=1.5",
+        "ppo.micro_batch_by=tokens",
     ),
     "gae, value function from the reward model": (
         "model.value=separate",

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed, permutation, sampling_uniforms
 from engine.train.models.language_model import LanguageModel
-from engine.train.ppo.forward import by_length, score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.decoder import EXACT, Schedule
-from engine.train.rollout.rollout import Rollout, left_mask
+from engine.train.rollout.rollout import left_mask
 from engine.train.rollout.sampling import SCHEMES, block_size, log_uniforms, sample
 from engine.train.rollout.stop_criteria import StopCriteria
 from tests.variants import some_of
@@ -296,7 +296,7 @@ def test_generation_and_a_full_forward_pass_agree(model, respond, eos, temperatu
     assert (len(set(rollout.lengths.tolist())) > 2) == bool(eos)
     with torch.no_grad():
         for size in (1, 3, 8):
-            logprobs, values = score_tokens(model, rollout, temperature, size)
+            logprobs, values = score_tokens(model, rollout, temperature, MicroBatchLimit(size))
             torch.testing.assert_close(logprobs, rollout.logprobs * rollout.mask, rtol=0, atol=1e-4)
             torch.testing.assert_close(values, rollout.values * rollout.mask, rtol=0, atol=1e-4)
 
@@ -400,23 +400,3 @@ def test_responses_that_wait_for_a_slot_are_generated_where_others_have_ended(re
     respond(eos=EOS, at_once=2, report=lambda *progress: seen.append(progress))
     assert seen[-1][1] == 4 * LIMIT
     assert seen[-1][0] < 3 * LIMIT  # one after the other, four pairs of responses take longer
-
-
-def test_micro_batches_have_every_row_once_and_at_most_the_given_size(respond):
-    rollout = respond(eos=EOS)
-    for size in (1, 3, 8, 20):
-        parts = by_length(rollout, rollout.rows, size)
-        assert sorted(i for part in parts for i in part.tolist()) == list(range(8))
-        assert len(parts) == math.ceil(8 / size)
-        assert max(len(part) for part in parts) <= size
-
-
-@pytest.mark.parametrize("limit", [12, 64])
-def test_micro_batches_of_equally_long_responses_group_prompts_by_length(limit):
-    prompts = [Prompt(ids=[0] * n, text="", row={}) for n in (1, 9, 4, 4, 7, 2, 3, 8, 20)]
-    empty, flags = torch.zeros(9, limit), torch.zeros(9, dtype=torch.bool)
-    batch, lengths = batch_prompts(prompts, 1, 0), torch.full((9,), limit)
-    rollout = Rollout(batch, empty.long(), lengths, flags, flags, empty, empty, empty, [""] * 9)
-    parts = by_length(rollout, rollout.rows, 3)
-    spans = sorted(sorted(rollout.batch.lengths[part].tolist()) for part in parts)
-    assert all(a[-1] <= b[0] for a, b in itertools.pairwise(spans))

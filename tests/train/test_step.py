@@ -15,7 +15,7 @@ from engine.train.experience.generation import generate_rollout
 from engine.train.experience.rollout_check import check_first_rollout
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
 from engine.train.reward_scales import reference_responses
@@ -143,8 +143,8 @@ def test_a_value_function_from_the_reward_model_begins_with_the_scores_of_traini
 def test_the_kl_with_recomputed_log_probabilities_is_zero_before_the_first_update(shared_run):
     run, _ = shared_run()
     rollout = rollout_of(run)
-    policy, _ = score_tokens(run.policy, rollout, 1.0, 8)
-    reference, _ = score_tokens(run.reference, rollout, 1.0, 8)
+    policy, _ = score_tokens(run.policy, rollout, 1.0, MicroBatchLimit(8))
+    reference, _ = score_tokens(run.reference, rollout, 1.0, MicroBatchLimit(8))
     assert (policy - reference).sum(1).abs().max() < 1e-6
 
 

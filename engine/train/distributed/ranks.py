@@ -146,11 +146,11 @@ class RankGroup:
 
         If rows are sorted by length, all ranks get a similar load.
         """
-        return rows[self.rank :: self.size]
+        return self.strided_shares(rows)[self.rank]
 
-    def largest_share(self, count: int) -> int:
-        """Returns the size of the largest :meth:`strided_share` of `count` rows."""
-        return -(-count // self.size)
+    def strided_shares(self, rows: Tensor) -> list[Tensor]:
+        """Returns the :meth:`strided_share` of each rank."""
+        return [rows[rank :: self.size] for rank in range(self.size)]
 
     def final_barrier(self) -> None:
         """Waits until all ranks have finished; after this a rank may exit.

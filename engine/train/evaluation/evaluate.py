@@ -24,7 +24,7 @@ from engine.train.distributed.ranks import PeerRankError
 from engine.train.evaluation.held_out import HeldOut
 from engine.train.experience.scoring import scores_for_training
 from engine.train.ppo import masked
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.metrics import distinct_2
 from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.source import RewardCallError, RewardInputs
@@ -184,7 +184,7 @@ def _respond(
 ) -> _Scored:
     """Generates and scores the responses to part `number` of the prompts."""
     config, ranks = run.config, run.ranks
-    evaluation, size = config.eval, config.ppo.micro_batch_size
+    evaluation = config.eval
     options = SamplingOptions(
         seed=derived_seed(evaluation.seed, "evaluation", number),
         step=0,
@@ -200,11 +200,11 @@ def _respond(
     raw, parts = run.rewards(inputs, report)
     scores = scores_for_training(run, raw, rollout, options.max_new_tokens)
     parts = (parts if len(parts) > 1 else {}) | watched.parts(inputs, report)
-    rows = ranks.strided_share(rollout.rows)
+    rows, limit = ranks.strided_share(rollout.rows), MicroBatchLimit.of(config, rollout)
     logprobs, reference = (
         ranks.all_reduce_sum(
             score_tokens(
-                model, rollout, KL_TEMPERATURE, size, rows=rows, want="logits", report=report
+                model, rollout, KL_TEMPERATURE, limit, rows=rows, want="logits", report=report
             )[0]
         )
         for model in (run.policy, run.reference)

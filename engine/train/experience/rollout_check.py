@@ -4,7 +4,7 @@ from torch import Tensor
 
 from engine.errors import RlhfError
 from engine.train.ppo import masked
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 
@@ -110,7 +110,7 @@ def check_first_rollout(
         run.policy,
         rollout.select(few),
         run.config.rollout.temperature,
-        min(len(few), run.config.ppo.micro_batch_size),
+        MicroBatchLimit(min(len(few), run.config.ppo.micro_batch_size)),
         want="logits",
     )
     gaps = (full - rollout.logprobs[few] * rollout.mask[few]).abs()

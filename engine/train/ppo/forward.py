@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.config.schema import RunConfig
 from engine.progress import ReportProgress, report_nothing
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
@@ -121,9 +122,44 @@ def rollout_forward(
     return TokenOutputs(token_logprobs(found, responses, temperature), values, None)
 
 
-def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
-    """Splits row indices into micro-batches of `size` with similar lengths, to reduce padding."""
-    return list(longest_first(rollout, rows).split(size)) if len(rows) else []
+@dataclass(frozen=True)
+class MicroBatchLimit:
+    """How many responses one pass computes (`ppo.micro_batch_size`, `ppo.micro_batch_by`)."""
+
+    size: int
+    longest: tuple[int, int] | None = None
+    """Tokens of the longest prompt and response. If given, a micro-batch is limited to the padded
+    tokens of `size` such responses, so it can have more responses if they are shorter, in the same
+    memory. None: to `size` responses."""
+
+    @classmethod
+    def of(cls, config: RunConfig, rollout: Rollout) -> "MicroBatchLimit":
+        """Returns the limit for a rollout that all ranks share."""
+        if config.ppo.micro_batch_by == "responses":
+            return cls(config.ppo.micro_batch_size)
+        response = max(config.rollout.max_new_tokens, rollout.ids.shape[1])
+        return cls(config.ppo.micro_batch_size, (rollout.batch.ids.shape[1], response))
+
+
+def micro_batches(rollout: Rollout, rows: Tensor, limit: MicroBatchLimit) -> list[Tensor]:
+    """Splits row indices, on the host, into micro-batches of similar lengths to reduce padding."""
+    if not len(rows):
+        return []
+    rows = longest_first(rollout, rows)
+    if limit.longest is None:
+        return list(rows.split(limit.size))
+    longest_prompt, longest_response = limit.longest
+    most_tokens = limit.size * (longest_prompt + longest_response)
+    most_response_tokens = limit.size * longest_response  # logits are computed for these alone
+    counts: list[int] = []
+    count = prompt = response = 0
+    for prompt_length, response_length in rollout.host_lengths[:, rows].T.tolist():
+        count, prompt = count + 1, max(prompt, prompt_length)
+        response = max(response, response_length)
+        if count * (prompt + response) > most_tokens or count * response > most_response_tokens:
+            counts.append(count - 1)
+            count, prompt, response = 1, prompt_length, response_length
+    return list(rows.split([*counts, count]))
 
 
 def longest_first(rollout: Rollout, rows: Tensor) -> Tensor:
@@ -139,7 +175,7 @@ def score_tokens(
     model: AnyModel,
     rollout: Rollout,
     temperature: float,
-    size: int,
+    limit: MicroBatchLimit,
     *,
     rows: Tensor | None = None,
     want: str = "both",
@@ -151,7 +187,7 @@ def score_tokens(
         model: the policy or the reference.
         rollout: B responses of at most T tokens.
         temperature: divides the logits; > 0.
-        size: rows of a micro-batch.
+        limit: of a micro-batch.
         rows: indices of the rows to compute, (n,) int64 on the host; default: all.
         want: `both`, `logits` or `values`.
         report: called with (rows done, rows).
@@ -163,7 +199,7 @@ def score_tokens(
     rows = rollout.rows if rows is None else rows
     done = 0
     with model.autocast(logprobs.device.type):  # casts weights once for all micro-batches
-        for micro in by_length(rollout, rows, size):
+        for micro in micro_batches(rollout, rows, limit):
             outputs = rollout_forward(model, rollout, micro, temperature, want=want)
             there = micro.to(logprobs.device)
             logprobs[there, : outputs.width] = outputs.logprobs

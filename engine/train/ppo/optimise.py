@@ -17,8 +17,9 @@ from engine.train.ppo import losses
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import (
-    by_length,
+    MicroBatchLimit,
     longest_first,
+    micro_batches,
     rollout_forward,
 )
 from engine.train.ppo.kl_estimators import KL_ESTIMATORS
@@ -140,11 +141,13 @@ def backward(
         responses=len(rows),
         max_new_tokens=config.rollout.max_new_tokens,
     )
-    size = config.ppo.micro_batch_size
-    micros = by_length(rollout, ranks.strided_share(longest_first(rollout, rows)), size)
+    limit = MicroBatchLimit.of(config, rollout)
+    shares = ranks.strided_shares(longest_first(rollout, rows))
+    micros_by_rank = [micro_batches(rollout, share, limit) for share in shares]
+    micros = micros_by_rank[ranks.rank]
     # DDP and FSDP2 communicate in every pass, so all ranks must run the same number of passes: a
     # rank with fewer micro-batches runs the remaining ones on one row, with a loss of 0.
-    count = -(-ranks.largest_share(len(rows)) // size)
+    count = max(map(len, micros_by_rank))
     wants = ("logits", "values") if separate_passes(ranks, learner) else ("both",)
     total: Tensor | None = None
     passes = list(itertools.product(range(count), wants))

@@ -9,7 +9,7 @@ from engine.train.distributed.ranks import PeerRankError
 from engine.train.experience.scoring import scores_for_training
 from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.rewards.source import RewardCallError, RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.run import Run, max_sequence_tokens
@@ -71,7 +71,7 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
         raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
     score = scores_for_training(run, raw, rollout, config.rollout.max_new_tokens)
     reference, _ = score_tokens(
-        run.reference, rollout, config.rollout.temperature, 1, want="logits"
+        run.reference, rollout, config.rollout.temperature, MicroBatchLimit(1), want="logits"
     )
     return {
         "response": rollout.texts[0],

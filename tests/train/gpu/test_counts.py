@@ -9,7 +9,7 @@ import torch
 from engine.train.data.prompts import batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.ppo.advantages import Targets
-from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
 from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.decoder import GRAPHED, Decoder, Schedule
@@ -146,7 +146,9 @@ def test_experts_are_cast_once_for_all_micro_batches_that_are_scored(experts_on_
     found = []
     for rows in (2, 4):  # one micro-batch, and two
         before = gpu.counts()
-        score_tokens(run.policy, rollout, 1.0, 2, rows=rollout.rows[:rows], want="logits")
+        score_tokens(
+            run.policy, rollout, 1.0, MicroBatchLimit(2), rows=rollout.rows[:rows], want="logits"
+        )
         found.append((gpu.counts() - before).casts)
     assert found == [casts_of_a_forward_pass(run)] * 2
 
@@ -164,7 +166,9 @@ def test_the_host_waits_for_the_mask_of_a_micro_batch_and_the_sums_of_a_minibatc
 
     def score(rows):
         before = gpu.counts()
-        score_tokens(run.policy, rollout, 1.0, 2, rows=rollout.rows[:rows], want="logits")
+        score_tokens(
+            run.policy, rollout, 1.0, MicroBatchLimit(2), rows=rollout.rows[:rows], want="logits"
+        )
         return gpu.counts() - before
 
     train(2)  # the first makes the gradients

@@ -45,7 +45,9 @@ VARIANTS = {
         "ppo.advantage=grpo", "rollout.per_prompt=2", "ppo.entropy_coef=0.01", "kl.place=loss",
         "kl.estimator=k3", "ppo.loss_aggregation=sequence",
     ],
-    "two responses at once": ["rollout.at_once=2", "rollout.max_new_tokens=12"],
+    "two responses at once, micro-batches by tokens": [
+        "rollout.at_once=2", "rollout.max_new_tokens=12", "ppo.micro_batch_by=tokens",
+    ],
 }  # fmt: skip
 
 
@@ -57,7 +59,7 @@ VARIANTS = {
         "LoRA in bfloat16, separate value trunk",
         "normalised rewards, a value function on their model's states",
         "grpo, entropy bonus, KL in the loss",
-        "two responses at once",
+        "two responses at once, micro-batches by tokens",
     ),
 )
 def test_a_step_on_a_gpu_has_the_numbers_of_the_cpu(
