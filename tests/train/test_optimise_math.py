@@ -11,6 +11,7 @@ import math
 import msgspec
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -326,6 +327,30 @@ def test_micro_batches_change_neither_gradient_nor_sums(of_ppo, value):
     ]
     for part in parts:
         assert_same(part, whole)
+
+
+class AttentionMasks(TorchDispatchMode):
+    """Collects whether attention was called with a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = str(function)
+        if "dot_product" in name and "backward" not in name:
+            self.given.append(kwargs.get("attn_mask") is not None)
+        return function(*args, **kwargs)
+
+
+def test_attention_needs_no_mask_though_lengths_differ():
+    policy = make_policy("separate")
+    minibatch = make_minibatch(policy)
+    with AttentionMasks() as masks:
+        fast(policy, minibatch, run_config(micro_batch_size=3))
+    assert masks.given
+    assert not any(masks.given)
 
 
 CAPPED = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0}

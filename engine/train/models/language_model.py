@@ -28,7 +28,7 @@ class HiddenReader(Protocol):
         """Whether to read the hidden states instead of returning this many logits."""
 
     def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Computes from the output layer's input, (n, keep, H), inside the forward pass."""
+        """Computes from the output layer's input, (n, k, H), inside the forward pass."""
 
 
 def cache_name(parameters: Container[str]) -> str:
@@ -74,17 +74,25 @@ class LanguageModel(nn.Module):
             self.value_head = nn.Linear(head.in_features, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-        if value == "shared":
-            # The input of the output layer is the last hidden state at the kept positions.
-            head.register_forward_pre_hook(self._keep_hidden)
+        head.register_forward_pre_hook(self._select_hidden)
+        self._read_at: Tensor | None = None
+        """Positions of the next forward pass of the language model; None: all that reach the
+        output layer."""
+        self._shared_value = value == "shared"
         self._hidden: Tensor | None = None
+        """The output layer's input, for a shared value head."""
         self._adapted = lora.adapted_layers(lm)
         parameters = inspect.signature(lm.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._cache_name = cache_name(parameters)
 
-    def _keep_hidden(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._hidden = inputs[0]
+    def _select_hidden(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *others = inputs
+        if self._read_at is not None:
+            hidden = hidden_at(hidden, self._read_at)
+        if self._shared_value:
+            self._hidden = hidden
+        return hidden, *others
 
     def forward(
         self, tokens: Tensor, *args: Any, adapters: bool = True, **kwargs: Any
@@ -124,7 +132,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         attention_mask: Tensor,
-        keep: int,
+        keep: int | Tensor,
         *,
         cache: Any = None,
         want: str = "both",
@@ -132,13 +140,13 @@ class LanguageModel(nn.Module):
         positions: Tensor | None = None,
         read: HiddenReader | None = None,
     ) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
-        """Computes logits and values at the last `keep` positions.
+        """Computes logits and values at k positions of each row.
 
         Args:
             tokens: (n, L) int64.
             attention_mask: (n, L), or (n, past + L) with a cache; 0 for left padding. With
                 `positions` it may also be (n, 1, L, places of the cache) bool.
-            keep: number of positions, counted from the end.
+            keep: the last k positions, or the indices of the positions, (n, k) int64.
             cache: a transformers cache, which this call extends.
             want: `both`, `logits` or `values`.
             detach_trunk: do not propagate the value's gradient to a shared trunk.
@@ -147,8 +155,8 @@ class LanguageModel(nn.Module):
                 logits is known.
 
         Returns:
-            The logits, (n, keep, V) in the model's dtype, the tensors that `read` returns, or None
-            if not computed; and the values, (n, keep) float32. The values are None without a value
+            The logits, (n, k, V) in the model's dtype, the tensors that `read` returns, or None if
+            not computed; and the values, (n, k) float32. The values are None without a value
             function, with `want="logits"`, and with a cache if the value function has a separate
             trunk.
         """
@@ -162,13 +170,15 @@ class LanguageModel(nn.Module):
         logits: Tensor | tuple[Tensor, ...] | None = None
         values = None
         separate = self.value_trunk is not None
+        count = keep if isinstance(keep, int) else keep.shape[1]
         if want != "values" or not separate:
             inputs_of_lm = {
                 "input_ids": tokens, self._cache_name: cache, "use_cache": cache is not None,
-                "logits_to_keep": keep, **inputs,
+                "logits_to_keep": keep if isinstance(keep, int) else 0, **inputs,  # 0: all
             }  # fmt: skip
+            self._read_at = None if isinstance(keep, int) else keep
             try:
-                if read is not None and self._is_read(read, len(tokens) * keep):
+                if read is not None and self._is_read(read, len(tokens) * count):
                     with self.output.reading(partial(read, self.output)) as results:
                         self.lm(**inputs_of_lm)
                     logits = results[0]
@@ -177,13 +187,16 @@ class LanguageModel(nn.Module):
             except BaseException:
                 self._hidden = None  # it keeps all activations alive
                 raise
+            finally:
+                self._read_at = None
         # A separate value trunk has no cache: it reads complete responses.
         if self.value_head is None or want == "logits" or (separate and cache is not None):
             self._hidden = None
             return logits, None
         if separate:
             trunk = self.value_trunk(input_ids=tokens, use_cache=False, **inputs)  # type: ignore[misc]  # checked above
-            hidden = trunk.last_hidden_state[:, -keep:]
+            hidden = trunk.last_hidden_state
+            hidden = hidden[:, -keep:] if isinstance(keep, int) else hidden_at(hidden, keep)
         else:
             hidden, self._hidden = self._hidden, None
         # A separate trunk is always trained together with the value head.
@@ -198,6 +211,11 @@ class LanguageModel(nn.Module):
     def _is_read(self, read: HiddenReader, tokens: int) -> bool:
         known = self.output.after is not None
         return known and read.wants(tokens * self.output.vocabulary)
+
+
+def hidden_at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Selects positions (n, k) int64 of each row of hidden states (n, L, H): (n, k, H)."""
+    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
 
 class AdapterFreePolicy:
@@ -215,7 +233,7 @@ class AdapterFreePolicy:
         self,
         tokens: Tensor,
         attention_mask: Tensor,
-        keep: int,
+        keep: int | Tensor,
         *,
         cache: Any = None,
         positions: Tensor | None = None,

@@ -18,7 +18,7 @@ from engine.train.ppo.chunked_loss import (
 )
 from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
 from engine.train.ppo.masked import response_mask
-from engine.train.rollout.rollout import Rollout, left_mask
+from engine.train.rollout.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,11 @@ def rollout_forward(
 ) -> TokenOutputs:
     """Computes log-probabilities and values of some rows' response tokens in one forward pass.
 
-    The rows are trimmed to their longest prompt and response. The logits and the value of token t
-    are the outputs at position t − 1, so the last token is not part of the input.
+    Each row is a prompt and its response, padded at the end. In a causal model no real token
+    attends to that padding, so attention needs no mask: one of (n, L, L) would exclude the fastest
+    kernels, and would be the largest tensor for responses of thousands of tokens. The logits and
+    the value of token t are the outputs at the position before it, so the last token is not part of
+    the input.
 
     Args:
         model: the policy, the reference, or the policy wrapped for training.
@@ -96,19 +99,22 @@ def rollout_forward(
             if there would be more logits than may be in memory at a time.
         separable: see :class:`ChunkedLoss`.
     """
-    prompt_width, width = rollout.host_lengths[:, rows].max(1).values.tolist()
+    length = int(rollout.host_lengths[:, rows].sum(0).max()) - 1
+    width = int(rollout.host_lengths[1, rows].max())
     rows = rows.to(rollout.ids.device)
-    prompt_lengths, lengths = rollout.batch.lengths[rows], rollout.lengths[rows]
-    prompts = rollout.batch.ids[rows, rollout.batch.ids.shape[1] - prompt_width :]
     responses = rollout.ids[rows, :width]
-    tokens = torch.cat([prompts, responses], 1)[:, :-1]
-    mask = response_mask(lengths, width)
-    attention = torch.cat([left_mask(prompt_lengths, prompt_width), mask.long()], 1)[:, :-1]
+    mask = response_mask(rollout.lengths[rows], width)
+    first = rollout.batch.lengths[rows][:, None]  # position of the first response token
+    read_at = (first - 1 + torch.arange(width, device=rows.device)).clamp(max=length - 1)
+    tokens = right_padded(rollout, rows, length)
+    no_padding = torch.ones_like(tokens)
     # Log-probabilities of padding are multiplied by 0. They must be finite, and the model may
     # forbid token 0 (a logit of -∞), so padding is scored as a token that the model has sampled.
     responses = torch.where(mask, responses, responses[:, :1])
     read = RolloutReader(responses, temperature, entropies, loss, separable)
-    found, values = model(tokens, attention, width, want=want, detach_trunk=detach_trunk, read=read)
+    found, values = model(
+        tokens, no_padding, read_at, want=want, detach_trunk=detach_trunk, read=read
+    )
     if found is None or want == "values":
         return TokenOutputs(torch.zeros(responses.shape, device=responses.device), values, None)
     if isinstance(found, tuple):
@@ -120,6 +126,22 @@ def rollout_forward(
         logprobs, entropy = token_logprobs_and_entropies(found, responses, temperature)
         return TokenOutputs(logprobs, values, entropy)
     return TokenOutputs(token_logprobs(found, responses, temperature), values, None)
+
+
+def right_padded(rollout: Rollout, rows: Tensor, length: int) -> Tensor:
+    """Returns the first `length` tokens of each row's prompt and response: (n, length) int64.
+
+    What follows a shorter response is arbitrary.
+
+    Args:
+        rollout: B responses.
+        rows: indices into the rollout, on its device; (n,) int64.
+        length: L.
+    """
+    columns = torch.cat([rollout.batch.ids[rows], rollout.ids[rows]], 1)
+    start = rollout.batch.ids.shape[1] - rollout.batch.lengths[rows][:, None]  # left-padded prompts
+    index = start + torch.arange(length, device=rows.device)
+    return columns.gather(1, index.clamp(max=columns.shape[1] - 1))
 
 
 @dataclass(frozen=True)
@@ -152,21 +174,20 @@ def micro_batches(rollout: Rollout, rows: Tensor, limit: MicroBatchLimit) -> lis
     most_tokens = limit.size * (longest_prompt + longest_response)
     most_response_tokens = limit.size * longest_response  # logits are computed for these alone
     counts: list[int] = []
-    count = prompt = response = 0
-    for prompt_length, response_length in rollout.host_lengths[:, rows].T.tolist():
-        count, prompt = count + 1, max(prompt, prompt_length)
-        response = max(response, response_length)
-        if count * (prompt + response) > most_tokens or count * response > most_response_tokens:
+    count = width = response_width = 0
+    for prompt, response in rollout.host_lengths[:, rows].T.tolist():
+        count += 1
+        width, response_width = max(width, prompt + response), max(response_width, response)
+        if count * width > most_tokens or count * response_width > most_response_tokens:
             counts.append(count - 1)
-            count, prompt, response = 1, prompt_length, response_length
+            count, width, response_width = 1, prompt + response, response
     return list(rows.split([*counts, count]))
 
 
 def longest_first(rollout: Rollout, rows: Tensor) -> Tensor:
-    """Sorts row indices by response length, then by prompt length, both descending; on the host."""
-    prompts, lengths = rollout.host_lengths[:, rows]
-    order = lengths * (prompts.max() + 1) + prompts
-    return rows[order.argsort(descending=True, stable=True)]
+    """Sorts row indices, on the host, by the length of prompt and response, descending."""
+    lengths = rollout.host_lengths[:, rows].sum(0)
+    return rows[lengths.argsort(descending=True, stable=True)]
 
 
 @torch.no_grad()

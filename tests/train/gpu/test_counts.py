@@ -18,7 +18,7 @@ from engine.train.step import train_step
 from tests.train.architectures import write_model
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
-MASK_TESTS = 2
+MASK_TESTS = 1
 """Waits of transformers in a forward pass: is anything padded?"""
 
 
@@ -192,6 +192,7 @@ def test_a_step_waits_a_fixed_number_of_times_more_than_its_micro_batches(on_gpu
     train_step(run, 2)
     found = gpu.counts() - before
     passes = 3 * 2  # of the reference, of the policy before the update, and of training
-    assert found.syncs <= MASK_TESTS * passes + 2 * run.config.ppo.minibatches + 20
+    prompts = 2  # padded, so transformers tests their mask twice
+    assert found.syncs <= MASK_TESTS * passes + prompts + 2 * run.config.ppo.minibatches + 20
     # Reading a rollout's tokens, scoring, metrics and samples; one rank has one device.
     assert found.copies <= 60
