@@ -26,7 +26,7 @@ class Say(Protocol):
 class CommandActions(Protocol):
     """Sending commands to an engine."""
 
-    def command(
+    def send(
         self,
         target: SteeringTarget,
         command: Command,
@@ -44,6 +44,10 @@ class CommandActions(Protocol):
 
     def run_read(self, target: SteeringTarget) -> None:
         """Call this when a run was read again: effects of commands may be visible now."""
+
+
+class SteeringActions(Protocol):
+    """Commands that a dialog asks about first."""
 
     def roll_back(self, target: SteeringTarget, step: int, resume: Callable[[bool], None]) -> None:
         """Asks, then sends a rollback to the checkpoint of `step`.
@@ -130,6 +134,10 @@ class AppContext(Protocol):
     @property
     def commands(self) -> CommandActions:
         """Sends commands."""
+
+    @property
+    def steering(self) -> SteeringActions:
+        """Asks, then sends commands."""
 
     @property
     def engines(self) -> EngineActions:

@@ -232,7 +232,7 @@ class SampleComparison:
 
     def _ask(self, prompt: str) -> None:
         target = self._screen.steering_target()
-        if target is not None and self._context.commands.command(
+        if target is not None and self._context.commands.send(
             target, Probe(text=prompt), "probe with this prompt", self._screen.post_message
         ):
             self._probed.add(prompt)
