@@ -257,7 +257,7 @@ def step_report(
         samples=recorded(samples),
         settings=settings,
         changes=changes,
-        ranks=run.timer.ranks,
+        ranks=run.times.ranks,
         reference_mix=run.config.kl.reference_update.mix if 0 < update_step == step - 1 else None,
         evaluated=recorded(evaluation.samples),
     )
