@@ -388,24 +388,8 @@ def as_context(app: RlhfApp) -> AppContext:
     return app
 
 
-def open_app(
-    root: Path,
-    name: str | None,
-    read_only: bool,
-    first_read: FirstRead | None = None,
-    replay: ReplayOptions | None = None,
-    origin: Origin | None = None,
-    listing: SessionListCache | None = None,
-) -> int:
-    """Runs the app on a folder of sessions, or on one of them; see :class:`RlhfApp`.
-
-    Returns:
-        The exit code.
-    """
-    app = RlhfApp(
-        root, name, read_only=read_only, first_read=first_read,
-        replay=replay, origin=origin, listing=listing,
-    )  # fmt: skip
+def run_app(app: RlhfApp) -> int:
+    """Runs the app, then prints its exit message. Returns the exit code."""
     app.run()
     if app.exit_message:
         print(one_line(app.exit_message))  # noqa: T201
