@@ -258,10 +258,6 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         """Shows a notice for a few seconds, see :func:`show_notice`."""
         show_notice(self, text, severity)
 
-    def say_later(self, text: str, severity: SeverityLevel = "information") -> None:
-        """Shows a notice. Call it from another thread."""
-        self.call_later(self.say, text, severity)
-
     # -- leaving -------------------------------------------------------------------------------
 
     def action_detach(self) -> None:

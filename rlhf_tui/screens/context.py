@@ -157,6 +157,3 @@ class AppContext(Protocol):
 
     def say(self, text: str, severity: SeverityLevel = "information") -> None:
         """Shows a notice; see :class:`Say`."""
-
-    def say_later(self, text: str, severity: SeverityLevel = "information") -> None:
-        """Shows a notice. Call it from another thread."""
