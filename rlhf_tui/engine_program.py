@@ -9,7 +9,6 @@ from typing import IO
 
 import msgspec
 
-from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import RlhfError, UserInputError
 from engine.examined import examined
@@ -23,16 +22,20 @@ END_TIMEOUT = 10.0
 def run_engine_program(
     module: str,
     *arguments: str,
-    config: RunConfig,
+    given: msgspec.Struct,
+    launch: LaunchConfig,
     failed: str,
     on_line: Callable[[bytes], None] = lambda _line: None,
 ) -> bytes:
-    """Runs a module of the engine that reads a configuration and prints JSON on its last line.
+    """Runs a module of the engine that reads a struct and prints JSON on its last line.
+
+    If this process is interrupted, the program is sent SIGTERM and waited for.
 
     Args:
         module: its name.
         arguments: of its command line.
-        config: passed on standard input; its section `launch` determines the environment.
+        given: passed on standard input as JSON.
+        launch: the section of the configuration that determines the environment.
         failed: how the message begins if the program ends without a result.
         on_line: called with each line of its output as it comes.
 
@@ -42,31 +45,6 @@ def run_engine_program(
     Raises:
         UserInputError: the program reports that part of its input cannot be used.
         RlhfError: it failed.
-    """
-    return stream_engine_program(
-        module, *arguments, given=config, launch=config.launch, failed=failed, on_line=on_line
-    )
-
-
-def stream_engine_program(
-    module: str,
-    *arguments: str,
-    given: msgspec.Struct,
-    launch: LaunchConfig,
-    failed: str,
-    on_line: Callable[[bytes], None] = lambda _line: None,
-) -> bytes:
-    """Like :func:`run_engine_program`, with any struct on standard input.
-
-    If this process is interrupted, the program is sent SIGTERM and waited for.
-
-    Args:
-        module: its name.
-        arguments: of its command line.
-        given: passed on standard input as JSON.
-        launch: the section that determines the environment.
-        failed: how the message begins if the program ends without a result.
-        on_line: called with each line of its output as it comes.
     """
     with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up
         program = subprocess.Popen(  # noqa: S603 - our own module

@@ -27,7 +27,6 @@ def start_engine(
     start: StartOptions,
     *,
     timeout: float,
-    waiting: Callable[[str], None] = lambda _state: None,
     notice: Callable[[str], None] = lambda _text: None,
 ) -> int:
     """Starts an engine that outlives this process, its terminal and its process group.
@@ -38,7 +37,6 @@ def start_engine(
         session: its lock must be free.
         start: the first attempt.
         timeout: seconds to wait for the models to be loaded.
-        waiting: called with the session's state at each poll.
         notice: called with the text of each alert and each note on the configuration that is
             recorded before this function returns.
 
@@ -71,7 +69,6 @@ def start_engine(
             return _ended(session, code, state, process.pid, log_size)
         if state != "starting" and state in LIVE_STATES:
             break
-        waiting(state)
         time.sleep(POLL_INTERVAL)
     _pass_on(session, last_event, notice)
     return process.pid

@@ -128,7 +128,7 @@ def attempt_step(
 
 def describe(error: BaseException, run: Run, step: int) -> StepOutOfMemoryError:
     """Builds the error of a step that ran out of memory, with a remedy."""
-    phase = run.timer.current
+    phase = run.times.current
     size = smaller_micro_batch(run.config, run.ranks.size, phase)
     text = f"step {step} ran out of memory in the phase '{phase}': {memory_text(error)}"
     if size is None:

@@ -28,34 +28,16 @@ from engine.train.rollout.ahead import RolloutAhead
 from engine.train.rollout.backend import RolloutBackend
 
 
-class PhaseTimer:
-    """Measures the seconds that each phase of a step takes on this rank."""
+@dataclass
+class PhaseTimes:
+    """The seconds that the phases of a step take."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        """Seconds of the current step by phase."""
-        self.current = ""
-        """The current phase, or the last one."""
-        self.ranks: list[RankTimes] = []
-        """Every rank's times of the last step; set by :meth:`gather`."""
-
-    @contextmanager
-    def phase(self, run: "Run", step: int, name: str) -> Iterator[ReportProgress]:
-        """Announces and times a phase. Yields a function that reports its progress."""
-        started, self.current = time.perf_counter(), name
-        yield run.announce(step, name)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        # A phase may run several times in a step.
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def gather(self, run: "Run") -> None:
-        """Gathers every rank's times and peak memory into :attr:`ranks`; a collective."""
-        times = RankTimes(
-            rank=run.ranks.rank, seconds=self.seconds, peak_memory=peak_memory(run.device)
-        )
-        gathered = run.ranks.all_gather_bytes(msgspec.msgpack.encode(times))
-        self.ranks = [msgspec.msgpack.decode(g, type=examined(RankTimes)) for g in gathered]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of the current step on this rank, by phase."""
+    current: str = ""
+    """The current phase, or the last one."""
+    ranks: list[RankTimes] = field(default_factory=list)
+    """Every rank's times of the last step; set by :meth:`Run.gather_times`."""
 
 
 Announce = Callable[..., ReportProgress]
@@ -101,7 +83,26 @@ class Run:
     first step."""
     rollout_checked: bool = False
     """Whether :func:`check_first_rollout` has run in this attempt."""
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    times: PhaseTimes = field(default_factory=PhaseTimes)
+
+    @contextmanager
+    def phase(self, step: int, name: str) -> Iterator[ReportProgress]:
+        """Announces and times a phase. Yields a function that reports its progress."""
+        seconds = self.times.seconds
+        started, self.times.current = time.perf_counter(), name
+        yield self.announce(step, name)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        # A phase may run several times in a step.
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def gather_times(self) -> None:
+        """Gathers every rank's times and peak memory; a collective."""
+        own = RankTimes(
+            rank=self.ranks.rank, seconds=self.times.seconds, peak_memory=peak_memory(self.device)
+        )
+        gathered = self.ranks.all_gather_bytes(msgspec.msgpack.encode(own))
+        self.times.ranks = [msgspec.msgpack.decode(g, type=examined(RankTimes)) for g in gathered]
 
     def saved_state(self) -> SavedState:
         """Returns the state, other than tensors, that a checkpoint saved now would hold.

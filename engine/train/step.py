@@ -44,9 +44,9 @@ def train_step(
     Returns:
         The step's metrics by name, and the samples to log (empty on ranks other than 0).
     """
-    config, state, ranks, timer = run.config, run.state, run.ranks, run.timer
+    config, state, ranks = run.config, run.state, run.ranks
     started = time.perf_counter()
-    timer.seconds.clear()
+    run.times.seconds.clear()
 
     # 1. Generate responses and score them.
     experience = collect_experience(run, step, recorded)
@@ -54,7 +54,7 @@ def train_step(
 
     # 2. Log-probabilities of the reference and of the policy before the update.
     rows = ranks.strided_share(longest_first(rollout, rollout.rows))
-    with timer.phase(run, step, "reference") as report:
+    with run.phase(step, "reference") as report:
         ref_logprobs, _ = score_tokens(
             run.reference, rollout, config.rollout.temperature, MicroBatchLimit.of(config, rollout),
             rows=rows, want="logits", report=report,
@@ -70,7 +70,7 @@ def train_step(
     # 4. Epochs of clipped updates.
     if config.ppo.entropy_target is not None:
         config = with_adapted_entropy_bonus(run, rollout)
-    with timer.phase(run, step, "optimise") as report:
+    with run.phase(step, "optimise") as report:
         stats = optimise(
             ranks, run.learner, run.optimiser, rollout, targets, config,
             seed=state.sampling_seed, step=step, report=report,
@@ -83,8 +83,8 @@ def train_step(
     metrics = step_metrics(rollout, experience.scores, ref_logprobs, targets, stats, config)
     metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
     metrics |= experience.metrics(step)
-    timer.gather(run)
-    metrics |= speed_metrics(timer.ranks, rollout, time.perf_counter() - started)
+    run.gather_times()
+    metrics |= speed_metrics(run.times.ranks, rollout, time.perf_counter() - started)
     if not ranks.is_lead:  # only rank 0 reports samples
         return metrics, []
     return metrics, kept_samples(
@@ -190,7 +190,7 @@ def with_fitted_values(
     the policy is updated.
     """
     state = run.state
-    with run.timer.phase(run, step, "fit"):
+    with run.phase(step, "fit"):
         fit = fit_linear_value(
             state.value_weights, states, inputs, run.ranks, state.value_positions
         )

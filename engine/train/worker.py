@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
@@ -138,34 +139,27 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
         return Failed(rank=rank, text=shortened(error_text(error), MAX_MESSAGE), user_input=True)
     # An RlhfError is raised deliberately and would recur after a restart, so none follows. Any
     # other exception may be due to the hardware.
-    full = is_out_of_memory(error)
-    final = isinstance(error, RlhfError) or full
-    deliberate = isinstance(error, RlhfError)
+    deliberate, full = isinstance(error, RlhfError), is_out_of_memory(error)
     text = shortened(error_text(error), MAX_MESSAGE)
-    if not deliberate:
-        text = f"{type(error).__name__}: {text}"
     if full:  # a restart with the same settings would run out again
         text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
-    damaged = isinstance(error, DamagedCheckpointError)
-    trace = traceback_text(error)
-    step, changes = 0, []
+    elif not deliberate:
+        text = f"{type(error).__name__}: {text}"
+    failed = Failed(
+        rank=rank, text=text, traceback=traceback_text(error), final=deliberate or full,
+        damaged=isinstance(error, DamagedCheckpointError),
+    )  # fmt: skip
     if isinstance(error, StepOutOfMemoryError) and error.change is not None:
-        step, changes = error.step, [error.change]
-    if ranks is None or ranks.size == 1 or damaged:
-        return Failed(
-            rank=rank, text=text, traceback=trace, final=final, damaged=damaged, step=step,
-            changes=changes,
-        )  # fmt: skip
+        failed = replace(failed, step=error.step, changes=[error.change])
+    if ranks is None or ranks.size == 1 or failed.damaged:
+        return failed
     if is_peer_loss(error) and not full:
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             for message in ranks.errors_left():
                 return msgspec.json.decode(message, type=examined(Failed))
         text = f"rank {rank} lost contact with the other ranks: {text}"
-        return Failed(rank=rank, text=text, traceback=trace, echo=True)
-    failed = Failed(
-        rank=rank, text=f"rank {rank}: {text}", traceback=trace, final=final, step=step,
-        changes=changes,
-    )  # fmt: skip
+        return Failed(rank=rank, text=text, traceback=failed.traceback, echo=True)
+    failed = replace(failed, text=f"rank {rank}: {text}")
     with contextlib.suppress(RuntimeError):
         ranks.leave_error(msgspec.json.encode(failed))
     return failed
@@ -263,7 +257,7 @@ def step_report(
         samples=recorded(samples),
         settings=settings,
         changes=changes,
-        ranks=run.timer.ranks,
+        ranks=run.times.ranks,
         reference_mix=run.config.kl.reference_update.mix if 0 < update_step == step - 1 else None,
         evaluated=recorded(evaluation.samples),
     )

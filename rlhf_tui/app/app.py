@@ -1,8 +1,9 @@
 """The Textual app: keys, modes, themes and the command palette.
 
 The parts it owns do the work: :class:`SessionFollower` follows the open session, :class:`Steering`
-sends commands, :class:`EngineStarter` starts engines. The app never trains: if it ends or loses
-its terminal, the engine keeps running.
+carries out the keys that steer it, :class:`CommandTracker` sends their commands,
+:class:`EngineStarter` starts engines. The app never trains: if it ends or loses its terminal, the
+engine keeps running.
 """
 
 import functools
@@ -141,11 +142,11 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
             root=self.root, origin=origin,
         )  # fmt: skip
-        tracker = CommandTracker(
+        self.commands = CommandTracker(
             self, self.who, target=self.steering_target, root=self.root,
             read_only=not self.steers, say=self.say,
         )  # fmt: skip
-        self.commands = steering.Steering(self, tracker, self.say)
+        self.steering = steering.Steering(self, self.commands, self.say)
         self.engines = EngineStarter(
             self, self.follower, self.root,
             now=now, read_only=self.read_only, say=self.say, open_session=self.open_session,
@@ -243,7 +244,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def on_command_answered(self, message: CommandAnswered) -> None:
         """Shows the reply to a command."""
-        self.commands.command_answered(message)
+        self.commands.answered(message)
         if message.reply is not None and message.reply.final:
             self.follower.command_ended()
 
@@ -256,10 +257,6 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     def say(self, text: str, severity: SeverityLevel = "information") -> None:
         """Shows a notice for a few seconds, see :func:`show_notice`."""
         show_notice(self, text, severity)
-
-    def say_later(self, text: str, severity: SeverityLevel = "information") -> None:
-        """Shows a notice. Call it from another thread."""
-        self.call_later(self.say, text, severity)
 
     # -- leaving -------------------------------------------------------------------------------
 
@@ -303,7 +300,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         if action == "replay":
             # Not over a dialog: a space is text in its fields.
             return self.follower.replay is not None and isinstance(self.screen, SessionScreen)
-        return self.commands.offered(str(parameters[0])) if action == "steer" else True
+        return self.steering.offered(str(parameters[0])) if action == "steer" else True
 
     def on_key(self, event: events.Key) -> None:
         """Shows why a key does nothing if its action is disabled."""
@@ -313,7 +310,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         reasons = [
             *(screen.why_disabled(action) for action in actions_of_key(screen, event.key)),
             *(
-                self.commands.why_disabled()
+                self.steering.why_disabled()
                 for action in actions_of_key(self, event.key)
                 if action == "steer"
             ),
@@ -329,7 +326,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def action_steer(self, action: str) -> None:
         """Carries out a steering key, see :data:`steering.BINDINGS`."""
-        self.commands.act(action)
+        self.steering.act(action)
 
     def action_replay(self, action: str) -> None:
         """Carries out a key of a replay, see :data:`replaying.BINDINGS`."""
@@ -387,24 +384,8 @@ def as_context(app: RlhfApp) -> AppContext:
     return app
 
 
-def open_app(
-    root: Path,
-    name: str | None,
-    read_only: bool,
-    first_read: FirstRead | None = None,
-    replay: ReplayOptions | None = None,
-    origin: Origin | None = None,
-    listing: SessionListCache | None = None,
-) -> int:
-    """Runs the app on a folder of sessions, or on one of them; see :class:`RlhfApp`.
-
-    Returns:
-        The exit code.
-    """
-    app = RlhfApp(
-        root, name, read_only=read_only, first_read=first_read,
-        replay=replay, origin=origin, listing=listing,
-    )  # fmt: skip
+def run_app(app: RlhfApp) -> int:
+    """Runs the app, then prints its exit message. Returns the exit code."""
     app.run()
     if app.exit_message:
         print(one_line(app.exit_message))  # noqa: T201

@@ -86,7 +86,7 @@ class CommandTracker:
         text: str,
         post: Callable[[CommandAnswered], object] | None = None,
     ) -> bool:
-        """Sends a command, see :meth:`CommandActions.command`."""
+        """Sends a command, see :meth:`CommandActions.send`."""
         if not self.can_send(target):
             return False
         self._effects_of(target).sent(command, target.state)

@@ -78,7 +78,7 @@ class SessionFollower:
         self._say = say
         self._draw_screens = draw
         self._root = root
-        self._replay = replay
+        self._replay_options = replay
         self._origin = origin
         self.session: SessionFolder | None = None
         self.state = SessionState(now=now, root=root)
@@ -104,22 +104,22 @@ class SessionFollower:
         self.session = session
         self.state = SessionState(session.name, now=self._time, root=self._root)
         self.view = self._new_view()
-        self._digest_shown = self._replay is not None
+        self._digest_shown = self._replay_options is not None
         folder, app = str(session.folder), self._app
         names = [*self._preferences.metrics(), *ALWAYS]
 
         def post(update: SessionUpdate) -> None:
             app.post_message(SessionUpdated(folder, update))
 
-        if self._replay is None:
+        if self._replay_options is None:
             self._feed = Feed(session, self._who, names, post)
             return
         from rlhf_tui.state.replay.feed import ReplayFeed  # noqa: PLC0415 - keeps start-up short
 
-        player = Player(self._replay.speed)
-        feed = ReplayFeed(session, player, names, post, self._replay.from_step)
+        player = Player(self._replay_options.speed)
+        feed = ReplayFeed(session, player, names, post, self._replay_options.from_step)
         self._feed, self.replay = feed, ReplayControls(player, feed, self._say)
-        self._replay = msgspec.structs.replace(self._replay, from_step=0)
+        self._replay_options = msgspec.structs.replace(self._replay_options, from_step=0)
 
     def _time(self) -> float:
         """The wall clock; in a replay, that of the displayed moment."""
@@ -216,7 +216,7 @@ class SessionFollower:
         self._seen_saved = self._now()
         if not self._digest_shown:
             return
-        shown_now = self._follow and self._replay is None
+        shown_now = self._follow and self._replay_options is None
         if self.session is not None and self.state.known and shown_now:
             newest = self.state.events[-1].event if self.state.events else 0
             seen = prefs.Seen(

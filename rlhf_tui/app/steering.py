@@ -27,7 +27,6 @@ from rlhf_tui.app.forms.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.format import change, value_text
 from rlhf_tui.screens.context import Say
-from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.steering_target import SteeringTarget, settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Row
@@ -70,15 +69,15 @@ class Steering:
         self._commands = commands
         self._say = say
         self._actions: dict[str, Callable[[SteeringTarget], object]] = {
-            "pause": lambda run: self.command(run, Pause(), "pause"),
-            "unpause": lambda run: self.command(run, Unpause(), "unpause"),
+            "pause": lambda run: self._commands.send(run, Pause(), "pause"),
+            "unpause": lambda run: self._commands.send(run, Unpause(), "unpause"),
             "beta": lambda run: self._ask_value(run, "beta"),
             "lower_beta": lambda run: self._nudge_beta(run, 1 / NUDGE),
             "raise_beta": lambda run: self._nudge_beta(run, NUDGE),
             "adaptive": self._toggle_adaptive,
-            "undo": lambda run: self.command(run, Undo(), "undo"),
+            "undo": lambda run: self._commands.send(run, Undo(), "undo"),
             "change": self._choose_setting,
-            "save": lambda run: self.command(run, Checkpoint(), "checkpoint"),
+            "save": lambda run: self._commands.send(run, Checkpoint(), "checkpoint"),
             "note": self._ask_note,
             "probe": self._ask_probe,
             "stop": self._ask_stop,
@@ -100,12 +99,12 @@ class Steering:
         if beta is None:
             return
         new = float(f"{beta * factor:.4g}")
-        self.command(target, SetBeta(value=new), change("beta", beta, new))
+        self._commands.send(target, SetBeta(value=new), change("beta", beta, new))
 
     def _toggle_adaptive(self, target: SteeringTarget) -> None:
         """Switches between the adaptive controller and a fixed beta."""
         adaptive = target.settings.get("controller") == "adaptive"
-        self.command(
+        self._commands.send(
             target,
             SetKLController(controller="fixed" if adaptive else "adaptive"),
             "adaptive → fixed" if adaptive else "fixed → adaptive",
@@ -169,7 +168,7 @@ class Steering:
                 command: Command = (
                     SetBeta(value=value) if key == "beta" else SetSetting(key=key, value=value)
                 )
-                self.command(target, command, change(key, old, value))
+                self._commands.send(target, command, change(key, old, value))
 
         hint: list[Row] = [[(f"{LIVE_SETTINGS[key]}, now ", "dim"), (value_text(old), "strong")]]
         if key in OFF:
@@ -199,7 +198,7 @@ class Steering:
 
         def chosen(result: str | None) -> None:
             if result in ("save", "now"):
-                self.command(target, Stop(now=result == "now"), "stop")
+                self._commands.send(target, Stop(now=result == "now"), "stop")
 
         self._app.push_screen(ChoiceDialog(f"Stop {target.name}?", rows, choices), chosen)
 
@@ -209,7 +208,7 @@ class Steering:
 
         def send(text: str | None) -> None:
             if text:
-                self.command(target, Note(text=text), "note")
+                self._commands.send(target, Note(text=text), "note")
 
         dialog = InputDialog(f"Add a note to {target.name}", rows, verb="add")
         self._app.push_screen(dialog, send)
@@ -220,17 +219,19 @@ class Steering:
 
         def send(text: str | None) -> None:
             if text:
-                self.command(target, Probe(text=text), "probe")
+                self._commands.send(target, Probe(text=text), "probe")
 
         dialog = InputDialog(f"Probe {target.name} with a prompt", rows, verb="send")
         self._app.push_screen(dialog, send)
 
     def roll_back(self, target: SteeringTarget, step: int, resume: Callable[[bool], None]) -> None:
-        """Asks, then sends a rollback; see :meth:`CommandActions.roll_back`."""
+        """Asks, then sends a rollback; see :meth:`SteeringActions.roll_back`."""
 
         def send(reseed: bool) -> None:
             if target.session.may_be_live():
-                self.command(target, Rollback(step=step, reseed=reseed), f"roll back to {step}")
+                self._commands.send(
+                    target, Rollback(step=step, reseed=reseed), f"roll back to {step}"
+                )
             else:
                 resume(reseed)
 
@@ -293,26 +294,6 @@ class Steering:
         if target.state == "starting":
             return f"{target.name} is starting: its settings are known once it is loaded"
         return f"{target.name} is stopping" if target.state == "stopping" else ""
-
-    # -- sending -------------------------------------------------------------------------------
-
-    def command(
-        self,
-        target: SteeringTarget,
-        command: Command,
-        text: str,
-        post: Callable[[CommandAnswered], object] | None = None,
-    ) -> bool:
-        """Sends a command, see :meth:`CommandActions.command`."""
-        return self._commands.send(target, command, text, post)
-
-    def run_read(self, target: SteeringTarget) -> None:
-        """Call this when a run was read again: effects of commands may be visible now."""
-        self._commands.run_read(target)
-
-    def command_answered(self, message: CommandAnswered) -> None:
-        """Shows the status of a command."""
-        self._commands.answered(message)
 
 
 def _is_too_early_or_late(target: SteeringTarget, action: str) -> bool:

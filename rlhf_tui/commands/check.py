@@ -50,10 +50,11 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     show_wait("loading models and data, and taking a small step")
     result = msgspec.json.decode(
         run_engine_program(
-            "engine.train.check", config=loaded, failed="the configuration cannot be tried"
+            "engine.train.check",
+            given=loaded, launch=loaded.launch, failed="the configuration cannot be tried",
         ),
         type=examined(CheckResult),
-    )
+    )  # fmt: skip
     if as_json:
         print_json(msgspec.to_builtins(result))
         return

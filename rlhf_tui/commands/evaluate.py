@@ -124,7 +124,8 @@ def run_program(session: SessionFolder, config: RunConfig, step: int) -> dict[st
     result: dict[str, Any] = json.loads(
         run_engine_program(
             "engine.train.evaluation", str(session.folder), str(step),
-            config=config, failed="the evaluation failed", on_line=_show_notice,
+            given=config, launch=config.launch, failed="the evaluation failed",
+            on_line=_show_notice,
         )
     )  # fmt: skip
     return result

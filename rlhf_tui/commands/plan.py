@@ -1,7 +1,5 @@
 """The command that estimates a run's memory before it starts: plan."""
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -10,10 +8,8 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import RlhfError, UserInputError
 from engine.examined import examined
 from engine.journal.json_values import Json
-from engine.launch.environment import clean_environment
 from engine.launch.inputs import check_inputs
 from engine.memory.advice import can_start, changes_to_fit, fits, room_for_micro_batch
 from engine.memory.capacity import Capacity, of_device
@@ -21,6 +17,7 @@ from engine.memory.estimate import estimate
 from engine.memory.model import Estimate, Layout, Models, configured, layouts
 from engine.memory.rollout_engine import beside_ranks, engine_memory
 from rlhf_tui.commands.options import json_option, override_option, print_json, say, show_wait
+from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.text import one_line
 
 GB = 1e9
@@ -30,8 +27,6 @@ NUMBER = 9
 """Columns of a number; six of them and the labels fit on a line."""
 GATHERED_SHARE = 0.25
 """Share of the memory: if fsdp gathers more weights than that, a line says so."""
-SHAPES_TIMEOUT = 300.0
-"""Seconds to read the models' configurations, which may have to be downloaded from the hub."""
 LABELS = {
     "process": "process",
     "CUDA context": "CUDA context",
@@ -72,7 +67,11 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
     show_wait("reading the models' shapes and the prompts' lengths")
-    models = read_models(loaded)
+    result = run_engine_program(
+        "engine.train.models.shapes",
+        given=loaded, launch=loaded.launch, failed="the models' shapes cannot be read",
+    )  # fmt: skip
+    models = msgspec.json.decode(result, type=examined(Models))
     here = of_device(models.device, loaded.launch.gpus).less(beside_ranks(loaded, models))
     capacity = msgspec.structs.replace(here, nodes=loaded.launch.nodes)
     ranks = processes or _several(loaded, capacity)
@@ -94,31 +93,6 @@ def _wrapped(line: str) -> str:
     """Wraps at WIDTH, but never between an option and its value."""
     unbroken = one_line(line).replace("-o ", "-o\0")
     return textwrap.fill(unbroken, WIDTH, break_on_hyphens=False).replace("\0", " ")
-
-
-def read_models(config: RunConfig) -> Models:
-    """The shapes of the models, read by a subprocess: this process never imports torch.
-
-    Raises:
-        UserInputError: a model or the prompts cannot be used.
-        RlhfError: the subprocess failed.
-    """
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "engine.train.models.shapes"],
-        input=msgspec.json.encode(config),
-        env=clean_environment(),
-        capture_output=True,
-        timeout=SHAPES_TIMEOUT,
-        check=False,
-    )
-    lines = done.stdout.splitlines() or [b""]
-    if done.returncode:
-        errors = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise RlhfError(f"the models' shapes cannot be read: {errors[-1]}")
-    result = msgspec.json.decode(lines[-1])
-    if "error" in result:
-        raise UserInputError(result["error"])
-    return msgspec.convert(result, examined(Models))
 
 
 def _configured_ranks(config: RunConfig, capacity: Capacity) -> int:

@@ -179,10 +179,13 @@ def open_screen(
         sys.__stderr__.reconfigure(encoding="utf-8")
     first_read = begin_first_read(session) if session is not None and replay is None else None
     listing = begin_listing(root) if session is None else None
-    from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual is slow to import
+    from rlhf_tui.app.app import RlhfApp, run_app  # noqa: PLC0415 - Textual is slow to import
 
-    name = session.name if session is not None else None
-    return open_app(root, name, read_only, first_read, replay, origin, listing)
+    app = RlhfApp(
+        root, session.name if session is not None else None, read_only=read_only,
+        first_read=first_read, replay=replay, origin=origin, listing=listing,
+    )  # fmt: skip
+    return run_app(app)
 
 
 def collect_what_is_drawn() -> None:

@@ -34,18 +34,17 @@ class JudgingQueue:
     reward model if the score is above the median of the pool, every other label if it is not.
     """
 
-    def __init__(self, pool: Sequence[SampleRow], size: int = SIZE, seed: int = 0) -> None:
+    def __init__(self, pool: Sequence[SampleRow], size: int = SIZE) -> None:
         """Creates a queue from a pool of responses.
 
         Args:
             pool: responses without a judgement, the newest first.
             size: the maximum number of judgements.
-            seed: of the order `random`.
         """
         texts = {(row.prompt, row.response): row for row in reversed(pool)}
         self._pool = list(texts.values())[::-1]
         self._size = size
-        self._ranks = {order: _ranks(self._pool, order, seed) for order in ORDERS}
+        self._ranks = {order: _ranks(self._pool, order) for order in ORDERS}
         self._scores = sorted(s for row in pool if (s := _finite(row.score)) is not None)
         self._median = median(self._scores) if self._scores else 0.0
         self.order = ORDERS[0]
@@ -122,10 +121,10 @@ class JudgingQueue:
         self._ahead = [notes.get(key_of(row), row) for row in rest]
 
 
-def _ranks(pool: Sequence[SampleRow], order: str, seed: int) -> dict[Key, float]:
+def _ranks(pool: Sequence[SampleRow], order: str) -> dict[Key, float]:
     """Key → rank, the lowest first. Responses without a score come last, except at random."""
     if order == "random":
-        draw = random.Random(seed)  # noqa: S311 - no secret
+        draw = random.Random(0)  # noqa: S311 - no secret
         return {key_of(row): draw.random() for row in pool}
     scores = [s for row in pool if (s := _finite(row.score)) is not None]
     middle = median(scores) if scores else 0.0

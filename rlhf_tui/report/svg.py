@@ -117,11 +117,11 @@ def _text(text: str) -> str:
     return escape(one_line(text, TITLE_CHARACTERS))
 
 
-def ticks(low: float, high: float, count: int = TICKS) -> list[float]:
-    """Round numbers within an interval, about `count` of them."""
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers within an interval, about :data:`TICKS` of them."""
     if not high > low:
         return [low]
-    raw = (high - low) / count
+    raw = (high - low) / TICKS
     power = 10.0 ** math.floor(math.log10(raw))
     width = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw)
     first = math.ceil(low / width)

@@ -2,11 +2,15 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import ClassVar, cast
 
 from textual.app import ComposeResult
+from textual.message import Message
 from textual.screen import Screen
+from textual.worker import get_current_worker
 
+from engine.errors import RlhfError
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.modes import MODES
 from rlhf_tui.state.messages import RowHighlighted
@@ -72,6 +76,24 @@ class SessionScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         """Shows what has changed while another screen was visible."""
         self.draw()
+
+    def read_in_thread(self, group: str, read: Callable[[], Message | None]) -> None:
+        """Calls `read` in a worker thread, and posts the message that it returns to this screen.
+
+        An RlhfError is shown. If something else of the same group is read meanwhile, the message
+        is dropped.
+        """
+
+        def work() -> None:
+            try:
+                message = read()
+            except RlhfError as error:
+                self.app.call_later(self.context.say, str(error), "error")
+                return
+            if message is not None and not get_current_worker().is_cancelled:
+                self.post_message(message)
+
+        self.run_worker(work, group=group, exclusive=True, thread=True)
 
     # -- keys typed ahead ----------------------------------------------------------------------
 

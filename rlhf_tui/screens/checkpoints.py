@@ -146,9 +146,9 @@ class CheckpointsScreen(SessionScreen):
             self.context.engines.start(["resume", name, "--from", str(step), *seed], name)
 
         if target.session.may_be_live():
-            self.context.commands.roll_back(target, step, resume)
+            self.context.steering.roll_back(target, step, resume)
         elif step < target.step:
-            self.context.commands.ask_roll_back(target, step, resume)
+            self.context.steering.ask_roll_back(target, step, resume)
         else:
             self.context.engines.ask_resume(name, step)
 

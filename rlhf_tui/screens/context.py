@@ -26,7 +26,7 @@ class Say(Protocol):
 class CommandActions(Protocol):
     """Sending commands to an engine."""
 
-    def command(
+    def send(
         self,
         target: SteeringTarget,
         command: Command,
@@ -44,6 +44,10 @@ class CommandActions(Protocol):
 
     def run_read(self, target: SteeringTarget) -> None:
         """Call this when a run was read again: effects of commands may be visible now."""
+
+
+class SteeringActions(Protocol):
+    """Commands that a dialog asks about first."""
 
     def roll_back(self, target: SteeringTarget, step: int, resume: Callable[[bool], None]) -> None:
         """Asks, then sends a rollback to the checkpoint of `step`.
@@ -132,6 +136,10 @@ class AppContext(Protocol):
         """Sends commands."""
 
     @property
+    def steering(self) -> SteeringActions:
+        """Asks, then sends commands."""
+
+    @property
     def engines(self) -> EngineActions:
         """Starts engines."""
 
@@ -149,6 +157,3 @@ class AppContext(Protocol):
 
     def say(self, text: str, severity: SeverityLevel = "information") -> None:
         """Shows a notice; see :class:`Say`."""
-
-    def say_later(self, text: str, severity: SeverityLevel = "information") -> None:
-        """Shows a notice. Call it from another thread."""

@@ -3,13 +3,11 @@
 import functools
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 from textual.widget import Widget
 
-from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.metrics import describe, title_of
 from engine.session.folder import SessionFolder
@@ -334,23 +332,12 @@ class DashboardScreen(SessionScreen):
         self.app.push_screen(dialog, take)
         unread = [name for name in names if not self.context.state.shape(name)]
         if unread and self.context.session is not None:
-            self.show_newest(self.context.session, unread, dialog)
+            read = functools.partial(_show_newest, self.context.session, unread, dialog)
+            self.read_in_thread("newest", read)
 
     def _newest(self, name: str) -> str:
         value = self.context.state.shape(name).last
         return "" if value is None else _number(name, value)
-
-    @work(thread=True, exclusive=True, group="newest")
-    def show_newest(self, session: SessionFolder, names: list[str], dialog: "PickerDialog") -> None:
-        """Adds the newest values of metrics that no chart shows to a dialog."""
-        try:
-            with JournalReader(session) as record:
-                newest = {name: record.newest_value(name) for name in names}
-        except RlhfError as error:
-            self.context.say_later(str(error), "error")
-            return
-        values = {name: _number(name, found[1]) for name, found in newest.items() if found}
-        dialog.call_later(dialog.show_values, values)
 
     def action_others(self) -> None:
         """Asks which sessions' curves are overlaid."""
@@ -363,6 +350,14 @@ class DashboardScreen(SessionScreen):
     def on_overlays_read(self, message: OverlaysRead) -> None:
         """Overlays the sessions that were read."""
         self.overlays.take(message)
+
+
+def _show_newest(session: SessionFolder, names: list[str], dialog: "PickerDialog") -> None:
+    """Adds the newest values of metrics that no chart shows to a dialog; in a worker thread."""
+    with JournalReader(session) as record:
+        newest = {name: record.newest_value(name) for name in names}
+    values = {name: _number(name, found[1]) for name, found in newest.items() if found}
+    dialog.call_later(dialog.show_values, values)
 
 
 def _number(name: str, value: float) -> str:

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.worker import get_current_worker
 
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
@@ -154,14 +152,13 @@ class LogScreen(SessionScreen):
         position = session.position
         until = None if position is None else fmt.clock(position.time)
         seen = self._seen if until == self._until else self._at
-        self.read_from(session.log_file, self._folder, self._at, seen, until)
+        path, folder, at = session.log_file, self._folder, self._at
 
-    @work(thread=True, exclusive=True, group="log")
-    def read_from(self, path: Path, folder: str, at: int, seen: int, until: str | None) -> None:
-        """Reads what is new, see :func:`read_part`."""
-        part = read_part(path, at, seen, until)
-        if part is not None and not get_current_worker().is_cancelled:
-            self.post_message(LogRead(folder, part, until))
+        def read() -> LogRead | None:
+            part = read_part(path, at, seen, until)
+            return None if part is None else LogRead(folder, part, until)
+
+        self.read_in_thread("log", read)
 
     def on_log_read(self, message: LogRead) -> None:
         """Shows lines that were read."""

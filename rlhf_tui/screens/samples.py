@@ -3,20 +3,19 @@
 import functools
 from typing import ClassVar
 
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.message import Message
-from textual.worker import get_current_worker
 
-from engine.errors import RlhfError
 from engine.journal.labels import Key
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe
 from engine.protocol.rank_messages import TokenArrays
 from engine.session.file_signature import FileSignature
+from engine.session.folder import SessionFolder
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
@@ -188,22 +187,12 @@ class SamplesScreen(SessionScreen):
 
     # -- the sample under the cursor -----------------------------------------------------------
 
-    @work(thread=True, exclusive=True, group="arrays")
-    def read_arrays(self, key: Key) -> None:
-        """Reads the token values of a sample."""
-        session = self.context.session
-        if session is None:
-            return
+    def _read_arrays(self, session: SessionFolder, key: Key) -> ArraysRead:
+        """Reads the token values of a sample, in a worker thread."""
         attempt, step, index = key
-        try:
-            with SampleReader(session) as samples:
-                arrays = samples.arrays(step, index, attempt)
-                kept = samples.with_arrays(step, attempt)
-        except RlhfError as error:
-            self.context.say_later(str(error), "error")
-            return
-        if not get_current_worker().is_cancelled:
-            self.post_message(ArraysRead(key, arrays, kept))
+        with SampleReader(session) as samples:
+            arrays = samples.arrays(step, index, attempt)
+            return ArraysRead(key, arrays, samples.with_arrays(step, attempt))
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
         """Shows the sample under the cursor. Moving the cursor freezes the list."""
@@ -211,10 +200,11 @@ class SamplesScreen(SessionScreen):
             return
         if message.moved:
             self.samples.freeze()
-        row = self.samples.rows.get(message.key)
+        row, session = self.samples.rows.get(message.key), self.context.session
         self.query_one(SampleView).read(row)
-        if row is not None and not row.held_out:
-            self.read_arrays(message.key)
+        if row is not None and session is not None and not row.held_out:
+            read = functools.partial(self._read_arrays, session, message.key)
+            self.read_in_thread("arrays", read)
         self.comparison.select(row)
         self._show_query()
 

@@ -11,7 +11,6 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
-from textual.worker import get_current_worker
 
 from engine.metrics import title_of
 from engine.session.folder import SessionFolder, free_name
@@ -115,16 +114,13 @@ class SessionsScreen(SessionScreen):
 
     def read_sessions(self) -> None:
         """Reads the folder in a thread, if the screen is visible."""
-        if self.is_current:
-            columns = self._columns
-            self.read_folder(self.context.root, columns.metric, columns.with_settings)
-
-    @work(thread=True, exclusive=True, group="sessions")
-    def read_folder(self, root: Path, metric: str, settings: bool) -> None:
-        """Reads the row of every session, and its configuration if `settings`."""
-        rows = self.context.listing.rows(root, metric, settings=settings)
-        if not get_current_worker().is_cancelled:
-            self.post_message(SessionsListed(rows))
+        if not self.is_current:
+            return
+        context, metric, settings = self.context, self._columns.metric, self._columns.with_settings
+        self.read_in_thread(
+            "sessions",
+            lambda: SessionsListed(context.listing.rows(context.root, metric, settings=settings)),
+        )
 
     def on_sessions_listed(self, message: SessionsListed) -> None:
         """Shows the rows."""

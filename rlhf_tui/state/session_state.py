@@ -56,7 +56,6 @@ class SessionState:
     def __init__(
         self,
         name: str = "",
-        batch_size: int | None = None,
         now: Callable[[], float] = time.time,
         root: Path | None = None,
     ) -> None:
@@ -64,13 +63,13 @@ class SessionState:
 
         Args:
             name: of the session.
-            batch_size: responses per step; None until the configuration is read.
             now: the wall clock.
             root: the folder of sessions; None: commands name no folder.
         """
         self.name = name
         self._root = root
-        self.batch_size = batch_size
+        self.batch_size: int | None = None
+        """Responses per step; None until the configuration is read."""
         self.eval_every = 0
         """Steps between held-out evaluations, by the configuration; 0 for none."""
         self.best_metric = SCORE

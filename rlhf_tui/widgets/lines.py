@@ -26,8 +26,8 @@ CHOSEN = "*"
 class Lines(Widget):
     """Lines of pieces. A line that is too long ends in an ellipsis."""
 
-    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
-        super().__init__(id=id, classes=classes, markup=False)
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id, markup=False)
         self._rows: list[Row] = []
         self._strips: list[Strip] = []
         self._tones: dict[str, Style] = {}

@@ -26,8 +26,8 @@ class ScrollList(Lines, can_focus=True):
     with_scrollbar = False
     """Whether the last column is a scroll bar while not all lines are visible."""
 
-    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
-        super().__init__(id=id, classes=classes)
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
         self._top = self._asked_top = 0
         self.cursor = 0
         self.matching = ""
@@ -156,8 +156,8 @@ class ScrollList(Lines, can_focus=True):
 class ScrollText(ScrollList):
     """A fixed list of rows without a cursor."""
 
-    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
-        super().__init__(id=id, classes=classes)
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002
+        super().__init__(id=id)
         self._body: list[Row] = []
 
     def set_body(self, rows: list[Row], *, keep: bool = False) -> None:

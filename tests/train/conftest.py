@@ -17,7 +17,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.link import Link
 from engine.train.load import load_run
 from engine.train.reward_scales import fit_scales
-from engine.train.run import PhaseTimer
+from engine.train.run import PhaseTimes
 from engine.train.step import train_step
 from tests.train.half_models import write_half
 from tests.train.reward_inputs import three_responses
@@ -112,7 +112,7 @@ def shared_run(shared_runs, make_run, tmp_path):
         run, weights = shared_runs[key]
         used.append((run, weights))
         session = create(tmp_path / "shared", f"s{len(used)}", run.config)
-        return replace(run, state=deepcopy(run.state), timer=PhaseTimer()), session
+        return replace(run, state=deepcopy(run.state), times=PhaseTimes()), session
 
     yield share
     for run, weights in used:

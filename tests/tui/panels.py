@@ -26,7 +26,8 @@ def head(**given):
 def make_state(kl=6.0, **given):
     """Fifty steps of a run that goes on; `state.clock[0]` is the time."""
     clock = [1000.0]
-    state = SessionState("run", batch_size=100, now=lambda: clock[0])
+    state = SessionState("run", now=lambda: clock[0])
+    state.batch_size = 100
     curves = {
         "objective/kl": [(s, kl) for s in range(1, 51)],
         "objective/scores": [(s, s / 50) for s in range(1, 51)],

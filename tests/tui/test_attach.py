@@ -72,8 +72,8 @@ class Terminal:
     def __init__(self, root, tmp_path, **environment):
         self.master, slave = pty.openpty()
         code = (
-            "import sys; from pathlib import Path; from rlhf_tui.app.app import open_app; "
-            "sys.exit(open_app(Path(sys.argv[1]), 'frozen', False))"
+            "import sys; from pathlib import Path; from rlhf_tui.app.app import RlhfApp, run_app; "
+            "sys.exit(run_app(RlhfApp(Path(sys.argv[1]), 'frozen')))"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(root)], stdin=slave, stdout=slave, stderr=slave,

@@ -199,7 +199,7 @@ async def test_roll_back_lists_the_settings_that_it_changes(judged, engine, runn
     (folder / "state.json").write_text(json.dumps({"state": {"settings": settings}}))
     app = RlhfApp(judged.folder.parent, "judged", follow=False)
     async with running(app) as pilot:
-        app.commands.ask_roll_back(app.steering_target(), 2, lambda reseed: None)
+        app.steering.ask_roll_back(app.steering_target(), 2, lambda reseed: None)
         await until(pilot, lambda: app.screen.query(MessageLine))
         lines = app.screen.query_one(MessageLine).text().splitlines()
         changed = [" ".join(line.split()) for line in lines if "→" in line]

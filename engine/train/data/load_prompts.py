@@ -113,161 +113,163 @@ def load_sets(
     """Loads every data set; see :func:`load_prompts`."""
     try:
         caches = PromptCaches(config.cache)
-        return [_load(config, source, tokenizer, caches, begin) for source in config.sources]
+        return [
+            _SetLoader(config, source, tokenizer, caches, begin).load() for source in config.sources
+        ]
     except UserInputError as error:
         if key == "data" or isinstance(error, CacheWriteError):
             raise
         raise UserInputError(str(error).replace("data.", f"{key}.", 1)) from error
 
 
-def _load(
-    config: DataConfig,
-    source: PromptSource,
-    tokenizer: PreTrainedTokenizerBase,
-    caches: PromptCaches,
-    begin: BeginPart,
-) -> LoadedSet:
-    file = local_file(source)
-    rows = read_rows(source) if file is None or file.stat().st_size < CACHED_BYTES else None
-    files = [file] if file is not None else _files_of(rows)
-    if rows is not None and sum(path.stat().st_size for path in files) < CACHED_BYTES:
-        return _usable(config, source, _in_memory(config, source, tokenizer, rows), None)
-    try:
-        entry = _cached(config, source, tokenizer, files, rows, caches, begin)
-    except CacheWriteError as error:
-        if config.cache is not None:
-            raise
-        log.warning("the prompts are kept in memory: %s", error)
-        table = _in_memory(config, source, tokenizer, rows or read_rows(source))
-        return _usable(config, source, table, None)
-    return _usable(config, source, open_entry(entry, rows=True), entry)
+@dataclass(frozen=True)
+class _SetLoader:
+    """Loads one data set, by the cache if it is large."""
 
+    config: DataConfig
+    source: PromptSource
+    tokenizer: PreTrainedTokenizerBase
+    caches: PromptCaches
+    begin: BeginPart
 
-def _cached(
-    config: DataConfig,
-    source: PromptSource,
-    tokenizer: PreTrainedTokenizerBase,
-    files: list[Path],
-    rows: "datasets.Dataset | None",
-    caches: PromptCaches,
-    begin: BeginPart,
-) -> Path:
-    """Returns the entry of a data set in the cache; makes it if there is none."""
-    signatures = [file_signature(path) for path in files]
-    name = content_hash(files, *_facts(config, source, tokenizer))
-    found = caches.find(name)
-    if found is None:
-        cache = caches.for_writing
-        with cache.making(name) as made:
-            if rows is None:
-                begin("read")
-                rows = _read_into(made.parent / "read", source, cache)
-            _fill(made, config, source, tokenizer, rows, cache, begin)
-            del rows  # it maps files in the temporary folder
-            # The entry's name would not match its contents.
-            if [file_signature(path) for path in files] != signatures:
-                raise UserInputError(
-                    f"data.prompts: {source.path} changed while it was read; start again when it "
-                    "is complete"
-                )
-        found = cache.find(name)
+    def load(self) -> LoadedSet:
+        """Loads the set. Raises UserInputError."""
+        file = local_file(self.source)
+        large = file is not None and file.stat().st_size >= CACHED_BYTES
+        rows = None if large else read_rows(self.source)
+        files = [file] if file is not None else _files_of(rows)
+        if rows is not None and sum(path.stat().st_size for path in files) < CACHED_BYTES:
+            return self._usable(self._in_memory(rows), None)
+        try:
+            entry = self._cached(files, rows)
+        except CacheWriteError as error:
+            if self.config.cache is not None:
+                raise
+            log.warning("the prompts are kept in memory: %s", error)
+            return self._usable(self._in_memory(rows or read_rows(self.source)), None)
+        return self._usable(open_entry(entry, rows=True), entry)
+
+    def _cached(self, files: list[Path], rows: "datasets.Dataset | None") -> Path:
+        """Returns the entry of the set in the cache; makes it if there is none."""
+        signatures = [file_signature(path) for path in files]
+        name = content_hash(files, *self._facts())
+        found = self.caches.find(name)
         if found is None:
-            raise cache.not_writable(OSError(0, "files written there belong to another user"))
-    return found
+            cache = self.caches.for_writing
+            with cache.making(name) as made:
+                if rows is None:
+                    self.begin("read")
+                    rows = self._read_into(made.parent / "read", cache)
+                self._fill(made, rows, cache)
+                del rows  # it maps files in the temporary folder
+                # The entry's name would not match its contents.
+                if [file_signature(path) for path in files] != signatures:
+                    raise UserInputError(
+                        f"data.prompts: {self.source.path} changed while it was read; start again "
+                        "when it is complete"
+                    )
+            found = cache.find(name)
+            if found is None:
+                raise cache.not_writable(OSError(0, "files written there belong to another user"))
+        return found
 
+    def _read_into(self, folder: Path, cache: PromptCache) -> "datasets.Dataset":
+        """Reads a file into Arrow files in a folder of the cache."""
+        try:
+            return read_rows(self.source, folder)
+        except UserInputError as error:
+            cause = error.__cause__
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cache.not_writable(cause) from error
 
-def _read_into(folder: Path, source: PromptSource, cache: PromptCache) -> "datasets.Dataset":
-    """Reads a file into Arrow files in a folder of the cache."""
-    try:
-        return read_rows(source, folder)
-    except UserInputError as error:
-        cause = error.__cause__
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cache.not_writable(cause) from error
+    def _column(self, rows: "datasets.Dataset") -> PromptColumn:
+        name = self.source.column or self.config.column
+        return PromptColumn(name, rows.column_names, self.source.path)
+
+    def _prompt_tokenizer(self) -> PromptTokenizer:
+        return PromptTokenizer(self.config, self.tokenizer, self.source.path)
+
+    def _in_memory(self, rows: "datasets.Dataset") -> PromptTable:
+        every = decode_rows(rows, self.source)
+        column, prompt_tokenizer = self._column(rows), self._prompt_tokenizer()
+        batches = [
+            prompt_tokenizer.encode(column.contents(every[i : i + BATCH_ROWS]), i)
+            for i in range(0, len(every), BATCH_ROWS)
+        ]
+        return PromptTable(pa.Table.from_batches(batches, SCHEMA), every)
+
+    def _fill(self, folder: Path, rows: "datasets.Dataset", cache: PromptCache) -> None:
+        """Writes the contents of an entry of the cache."""
+        source, column, prompt_tokenizer = self.source, self._column(rows), self._prompt_tokenizer()
+        log.info("tokenise %d prompts of %s, for %s", len(rows), source.path, cache.folder)
+        report = self.begin("tokenise")
+
+        def parts() -> Iterator[Part]:
+            contents = rows.select_columns(column.columns)
+            for start in range(0, len(rows), BATCH_ROWS):
+                some = contents.select(range(start, min(start + BATCH_ROWS, len(rows))))
+                yield column.contents(decode_rows(some, source)), start
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            first = column.contents(decode_rows(rows.select([0]), source))[0]
+            conversations = self.config.chat or not isinstance(first, str)
+            workers = worker_count(len(rows)) if conversations else 0
+            done = 0
+            for batch in encode_parts(prompt_tokenizer, parts(), workers):
+                done += len(batch)
+                report(done, len(rows))
+                yield batch
+
+        try:
+            rows.save_to_disk(str(folder / ROWS))
+            with parallel_tokenizers():
+                write_batches(folder / PROMPTS, batches())
+        except WRITE_ERRORS as error:
+            raise cache.not_writable(error) from error
+
+    def _facts(self) -> list[str]:
+        """Lists everything besides the files that the set's tokens depend on."""
+        config, source = self.config, self.source
+        options = {
+            "column": source.column,
+            "split": source.split,
+            "chat": config.chat,
+            "system": config.system,
+            "template_arguments": config.template_arguments,
+            "max_prompt_tokens": config.max_prompt_tokens,  # longer texts are not tokenised
+            "suffix": Path(source.path).suffix,
+        }
+        return [
+            json.dumps(options, sort_keys=True, default=str),
+            transformers.__version__,
+            tokenizers.__version__,
+            tokenizer_hash(self.tokenizer),
+        ]
+
+    def _usable(self, table: PromptTable, entry: Path | None) -> LoadedSet:
+        """Selects the prompts whose lengths are within the limits; logs how many are left out."""
+        config, source = self.config, self.source
+        table, left_out = within_limits(table, config)
+        count = sum(left_out.values())
+        if not len(table):
+            short, long = config.min_prompt_tokens, config.max_prompt_tokens
+            least = f"shorter than data.min_prompt_tokens ({short})" if short > 1 else "empty"
+            raise UserInputError(
+                f"data.prompts: each of the {count} prompts in {source.path} is {least} or longer "
+                f"than data.max_prompt_tokens ({long})"
+            )
+        if count:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
+            log.warning("%d of %d prompts left out: %s", count, len(table) + count, reasons)
+        return LoadedSet(source, table, entry, left_out)
 
 
 def _files_of(rows: "datasets.Dataset | None") -> list[Path]:
     """Returns the files from which a data set on the hub is memory-mapped."""
     return [] if rows is None else [Path(file["filename"]) for file in rows.cache_files]
-
-
-def _in_memory(
-    config: DataConfig,
-    source: PromptSource,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: "datasets.Dataset",
-) -> PromptTable:
-    every = decode_rows(rows, source)
-    column = PromptColumn(source.column or config.column, rows.column_names, source.path)
-    prompt_tokenizer = PromptTokenizer(config, tokenizer, source.path)
-    batches = [
-        prompt_tokenizer.encode(column.contents(every[i : i + BATCH_ROWS]), i)
-        for i in range(0, len(every), BATCH_ROWS)
-    ]
-    return PromptTable(pa.Table.from_batches(batches, SCHEMA), every)
-
-
-def _fill(
-    folder: Path,
-    config: DataConfig,
-    source: PromptSource,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: "datasets.Dataset",
-    cache: PromptCache,
-    begin: BeginPart,
-) -> None:
-    """Writes the contents of an entry of the cache."""
-    column = PromptColumn(source.column or config.column, rows.column_names, source.path)
-    prompt_tokenizer = PromptTokenizer(config, tokenizer, source.path)
-    log.info("tokenise %d prompts of %s, for %s", len(rows), source.path, cache.folder)
-    report = begin("tokenise")
-
-    def parts() -> Iterator[Part]:
-        contents = rows.select_columns(column.columns)
-        for start in range(0, len(rows), BATCH_ROWS):
-            some = contents.select(range(start, min(start + BATCH_ROWS, len(rows))))
-            yield column.contents(decode_rows(some, source)), start
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        first = column.contents(decode_rows(rows.select([0]), source))[0]
-        conversations = config.chat or not isinstance(first, str)
-        workers = worker_count(len(rows)) if conversations else 0
-        done = 0
-        for batch in encode_parts(prompt_tokenizer, parts(), workers):
-            done += len(batch)
-            report(done, len(rows))
-            yield batch
-
-    try:
-        rows.save_to_disk(str(folder / ROWS))
-        with parallel_tokenizers():
-            write_batches(folder / PROMPTS, batches())
-    except WRITE_ERRORS as error:
-        raise cache.not_writable(error) from error
-
-
-def _facts(
-    config: DataConfig, source: PromptSource, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """Lists everything besides the files that a data set's tokens depend on."""
-    options = {
-        "column": source.column,
-        "split": source.split,
-        "chat": config.chat,
-        "system": config.system,
-        "template_arguments": config.template_arguments,
-        "max_prompt_tokens": config.max_prompt_tokens,  # longer texts are not tokenised
-        "suffix": Path(source.path).suffix,
-    }
-    return [
-        json.dumps(options, sort_keys=True, default=str),
-        transformers.__version__,
-        tokenizers.__version__,
-        tokenizer_hash(tokenizer),
-    ]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -292,25 +294,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
             if path.is_file():
                 found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
-
-
-def _usable(
-    config: DataConfig, source: PromptSource, table: PromptTable, entry: Path | None
-) -> LoadedSet:
-    """Selects the prompts whose lengths are within the limits; logs how many are left out."""
-    table, left_out = within_limits(table, config)
-    count = sum(left_out.values())
-    if not len(table):
-        short, long = config.min_prompt_tokens, config.max_prompt_tokens
-        least = f"shorter than data.min_prompt_tokens ({short})" if short > 1 else "empty"
-        raise UserInputError(
-            f"data.prompts: each of the {count} prompts in {source.path} is {least} or longer "
-            f"than data.max_prompt_tokens ({long})"
-        )
-    if count:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
-        log.warning("%d of %d prompts left out: %s", count, len(table) + count, reasons)
-    return LoadedSet(source, table, entry, left_out)
 
 
 def within_limits(table: PromptTable, config: DataConfig) -> tuple[PromptTable, dict[str, int]]:

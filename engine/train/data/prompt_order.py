@@ -148,15 +148,7 @@ class Prompts:
 
     def in_steps_of(self, per_step: int) -> "Prompts":
         """Returns the same prompts in the same order, with a different number per step."""
-        return Prompts(
-            self._tables,
-            per_step=per_step,
-            shuffle=self._shuffle,
-            seed=self._seed,
-            weights=self._weights,
-            left_out=self.left_out,
-            columns=self._columns,
-        )
+        return self._with(self._tables, self._weights, per_step=per_step)
 
     def _with(
         self,
@@ -164,10 +156,11 @@ class Prompts:
         weights: list[float] | None = None,
         *,
         columns: list[str] | None = None,
+        per_step: int | None = None,
     ) -> "Prompts":
         return Prompts(
             tables,
-            per_step=self._per_step,
+            per_step=per_step or self._per_step,
             shuffle=self._shuffle,
             seed=self._seed,
             weights=weights,

@@ -12,14 +12,14 @@ from engine.train.run import Run
 def obtain_rollout(run: Run, step: int) -> Rollout:
     """Returns the rollout of a step, generated ahead or now."""
     if run.ahead is not None:
-        with run.timer.phase(run, step, "generate") as report:
+        with run.phase(step, "generate") as report:
             rollout = run.ahead.take(sampling_options(run, step), report)
         if rollout is not None:
             return rollout
     if run.backend.separate:
-        with run.timer.phase(run, step, "sync") as report:
+        with run.phase(step, "sync") as report:
             run.backend.sync(run.policy, step - 1, report)
-    with run.timer.phase(run, step, "generate") as report:
+    with run.phase(step, "generate") as report:
         return generate_rollout(run, step, report)
 
 
@@ -34,7 +34,7 @@ def begin_next_rollout(run: Run, step: int) -> None:
     if run.ahead is None or step >= train.steps or train.saves_after(step):
         return
     options = dataclasses.replace(sampling_options(run, step + 1), weights_version=step - 1)
-    with run.timer.phase(run, step, "sync") as report:
+    with run.phase(step, "sync") as report:
         run.ahead.begin(run.prompts.for_step(step + 1), options, report)
 
 
@@ -48,7 +48,7 @@ def generate_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
 
 def generate(run: Run, step: int, prompts: list[Prompt], options: SamplingOptions) -> Rollout:
     """Generates more responses within a step, on every rank, as another `generate` phase."""
-    with run.timer.phase(run, step, "generate") as report:
+    with run.phase(step, "generate") as report:
         return generate_responses(
             run.backend, run.policy, prompts, options, run.tokenizer, run.ranks, report
         )

@@ -29,7 +29,7 @@ class ScoredRollout:
 
 def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]:
     """Returns the raw scores of a step's responses, (B,) float32, and each source's scores."""
-    with run.timer.phase(run, step, "score") as report:
+    with run.phase(step, "score") as report:
         return run.rewards(RewardInputs.of(rollout, step), report)
 
 

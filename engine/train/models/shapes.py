@@ -1,9 +1,9 @@
 """Determines the shapes of a run's models: ``python -m engine.train.models.shapes``.
 
-Reads a :class:`engine.config.schema.RunConfig` as JSON from standard input and writes
-:class:`engine.memory.model.Models`, or ``{"error": TEXT}``, as JSON to standard output. The models
-are built on the meta device from their configurations, so their weights are neither read nor
-needed.
+Reads a :class:`engine.config.schema.RunConfig` as JSON from standard input. The last line of
+standard output is :class:`engine.memory.model.Models` or an object with `error`, as JSON. The
+models are built on the meta device from their configurations, so their weights are neither read
+nor needed.
 """
 
 import sys
@@ -24,6 +24,7 @@ from engine.config.schema import RunConfig
 from engine.errors import UserInputError, first_line
 from engine.examined import examined
 from engine.memory.model import Models, Shape
+from engine.protocol.programs.result import print_result
 from engine.train.data.load_prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.pretrained import load_policy_tokenizer, policy_options, reward_options
@@ -34,13 +35,9 @@ MAX_PROMPT_FILE = 20_000_000
 
 
 def main() -> None:
-    """Reads one configuration and writes one result."""
+    """Reads one configuration and prints the result."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RunConfig))
-    try:
-        result: Any = describe_models(config)
-    except UserInputError as error:
-        result = {"error": str(error)}
-    sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
+    print_result(lambda: describe_models(config))
 
 
 def describe_models(config: RunConfig) -> Models:

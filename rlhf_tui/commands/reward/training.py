@@ -35,7 +35,7 @@ from rlhf_tui.commands.options import (
     say,
     sessions_option,
 )
-from rlhf_tui.engine_program import stream_engine_program
+from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.text import one_line
 
 OTHER_SOURCES = {key for key in SOURCE_KEYS if key != "model"}
@@ -97,7 +97,7 @@ def train(
             click.echo(one_line(text), err=True)
 
     result = msgspec.json.decode(
-        stream_engine_program(
+        run_engine_program(
             "engine.train.reward_training",
             given=request, launch=configs[0].launch, failed="the training failed", on_line=show,
         ),

@@ -1,13 +1,11 @@
 """The preview on the sessions screen: where it is placed, and when it is read."""
 
-import functools
 from pathlib import Path
 
-from textual.screen import Screen
 from textual.timer import Timer
-from textual.worker import get_current_worker
 
 from engine.session.folder import SessionFolder
+from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.messages import SessionPreviewed
 from rlhf_tui.state.session_preview import read_preview
@@ -26,7 +24,7 @@ BELOW, LEAST_ROWS = 34, 6
 class HighlightedPreview:
     """Shows the preview of the highlighted session beside the table, below it, or nowhere."""
 
-    def __init__(self, screen: Screen[None], context: AppContext, table: Table) -> None:
+    def __init__(self, screen: SessionScreen, context: AppContext, table: Table) -> None:
         """Reads nothing yet.
 
         Args:
@@ -69,17 +67,13 @@ class HighlightedPreview:
         self._asked = listed, other
         if self._due is not None:
             self._due.stop()
-        work = functools.partial(self._read, folder, other)
-        self._due = self._screen.set_timer(
-            PREVIEW_AFTER,
-            lambda: self._screen.run_worker(work, group="preview", exclusive=True, thread=True),
-        )
 
-    def _read(self, folder: Path, other: SessionFolder | None) -> None:
-        """Reads the preview of a session, in a worker thread."""
-        preview = read_preview(SessionFolder(folder), other)
-        if not get_current_worker().is_cancelled:
-            self._screen.post_message(SessionPreviewed(preview))
+        def read() -> SessionPreviewed:
+            return SessionPreviewed(read_preview(SessionFolder(folder), other))
+
+        self._due = self._screen.set_timer(
+            PREVIEW_AFTER, lambda: self._screen.read_in_thread("preview", read)
+        )
 
     def take(self, message: SessionPreviewed, highlighted: SessionRow | None) -> None:
         """Shows a preview that was read, if its session is still highlighted."""

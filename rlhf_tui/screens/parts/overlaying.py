@@ -4,11 +4,11 @@ import functools
 from collections.abc import Callable
 
 from textual.message import Message
-from textual.screen import Screen
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
 from engine.session.folder import SessionFolder, all_sessions, find
+from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.runs.overlay import (
     ALIGNMENTS,
@@ -34,7 +34,9 @@ class OverlaysRead(Message):
 class RunOverlays:
     """Reads the runs that the viewport wants overlaid, and aligns them with the open one."""
 
-    def __init__(self, screen: Screen[None], context: AppContext, draw: Callable[[], None]) -> None:
+    def __init__(
+        self, screen: SessionScreen, context: AppContext, draw: Callable[[], None]
+    ) -> None:
         """For a screen with charts, which receives :class:`OverlaysRead`; `draw` draws them."""
         self._screen = screen
         self._context = context
@@ -55,26 +57,22 @@ class RunOverlays:
         self._asked, self._read = asked, None
         view.others = {n: curves for n, curves in view.others.items() if n in view.wanted}
         if view.wanted:
-            work = functools.partial(self._read_all, session, list(view.wanted), names)
-            self._screen.run_worker(work, group="overlays", exclusive=True, thread=True)
+            read = functools.partial(self._read_all, session, list(view.wanted), names)
+            self._screen.read_in_thread("overlays", read)
 
-    def _read_all(self, session: SessionFolder, wanted: list[str], names: list[str]) -> None:
-        """Reads journals, in a worker thread."""
+    def _read_all(
+        self, session: SessionFolder, wanted: list[str], names: list[str]
+    ) -> OverlaysRead | None:
+        """Reads journals, in a worker thread; None if it is cancelled."""
         found = []
         for name in wanted:
             if get_current_worker().is_cancelled:
-                return
+                return None
             try:
                 found.append(read_overlay(find(self._context.root, name), names))
             except RlhfError as error:
                 found.append(Overlay(name, problem=str(error)))
-        try:
-            clocks = read_clocks(session.at(None))
-        except RlhfError as error:
-            self._context.say_later(str(error), "error")
-            return
-        if not get_current_worker().is_cancelled:
-            self._screen.post_message(OverlaysRead(session, found, clocks))
+        return OverlaysRead(session, found, read_clocks(session.at(None)))
 
     def take(self, message: OverlaysRead) -> None:
         """Shows the runs that were read, unless another session was opened meanwhile."""

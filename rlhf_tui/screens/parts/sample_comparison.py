@@ -6,9 +6,7 @@ from collections.abc import Callable
 import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.worker import get_current_worker
 
-from engine.errors import RlhfError
 from engine.journal.labels import Key, LabelReader, Preference, Response, forget_preference, prefer
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
@@ -134,26 +132,8 @@ class SampleComparison:
     def _read(self, row: SampleRow, *, ask: bool = False) -> None:
         session = self._context.session
         if session is not None:
-            work = functools.partial(self._read_others, session, row, self._kind, ask=ask)
-            self._screen.run_worker(work, group="comparison", exclusive=True, thread=True)
-
-    def _read_others(self, session: SessionFolder, row: SampleRow, kind: str, *, ask: bool) -> None:
-        """Reads the journal, in a worker thread."""
-        try:
-            with JournalReader(session) as record, LabelReader(session) as labels:
-                others: list[Other] = []
-                if kind == "earlier":
-                    others += record.samples.earlier(row)
-                elif (found := record.last_reference_probe(row.prompt)) is not None:
-                    others.append(found)
-                preferences = labels.preferences(row.prompt)
-        except RlhfError as error:
-            self._context.say_later(str(error), "error")
-            return
-        if not get_current_worker().is_cancelled:
-            self._screen.post_message(
-                ComparisonRead(key_of(row), kind, others, preferences, ask=ask)
-            )
+            read = functools.partial(_read_others, session, row, self._kind, ask=ask)
+            self._screen.read_in_thread("comparison", read)
 
     def take(self, message: ComparisonRead) -> None:
         """Takes the responses that were read; the displayed one stays."""
@@ -232,7 +212,7 @@ class SampleComparison:
 
     def _ask(self, prompt: str) -> None:
         target = self._screen.steering_target()
-        if target is not None and self._context.commands.command(
+        if target is not None and self._context.commands.send(
             target, Probe(text=prompt), "probe with this prompt", self._screen.post_message
         ):
             self._probed.add(prompt)
@@ -294,6 +274,17 @@ class SampleComparison:
                 which = "this" if preference.chosen.response == mine else "other"
                 return which, preference.who
         return "", ""
+
+
+def _read_others(session: SessionFolder, row: SampleRow, kind: str, *, ask: bool) -> ComparisonRead:
+    """Reads the journal, in a worker thread."""
+    with JournalReader(session) as record, LabelReader(session) as labels:
+        others: list[Other] = []
+        if kind == "earlier":
+            others += record.samples.earlier(row)
+        elif (found := record.last_reference_probe(row.prompt)) is not None:
+            others.append(found)
+        return ComparisonRead(key_of(row), kind, others, labels.preferences(row.prompt), ask=ask)
 
 
 def _pair(preference: Preference) -> set[str]:

@@ -1,21 +1,18 @@
 """A page of samples that does not change under its reader."""
 
 import functools
-from collections.abc import Callable
 
 import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.screen import Screen
-from textual.worker import get_current_worker
 
-from engine.errors import RlhfError
 from engine.journal.labels import Key
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader, with_judgements
 from engine.metrics import EVAL_SCORE
 from engine.session.file_signature import FileSignature
 from engine.session.folder import SessionFolder
+from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.parts.sample_filter import parse_filter
 from rlhf_tui.widgets.samples.judgement import key_of
@@ -78,7 +75,7 @@ class SampleList:
     :attr:`new`.
     """
 
-    def __init__(self, screen: Screen[None], context: AppContext) -> None:
+    def __init__(self, screen: SessionScreen, context: AppContext) -> None:
         """For a screen of samples, which receives the messages; reads nothing yet."""
         self._screen = screen
         self._context = context
@@ -255,7 +252,7 @@ class SampleList:
                     query=self.query, page=self.page, attempts=attempts, asked=self._asked,
                     last_step=self._last_step if self._asked else None,
                 )  # fmt: skip
-                self._run(functools.partial(self._read_page, session, request), "page")
+                self._screen.read_in_thread("page", functools.partial(_read_page, session, request))
         if not self.following:
             self._count_new(session)
 
@@ -264,40 +261,13 @@ class SampleList:
         self._labels, self._wanted = None, ()
         self.refresh()
 
-    def _run(self, work: Callable[[], None], group: str) -> None:
-        self._screen.run_worker(work, group=group, exclusive=True, thread=True)
-
-    def _read_page(self, session: SessionFolder, request: PageRequest) -> None:
-        """Reads samples.db, in a worker thread."""
-        last, offset = request.last_step, request.page * PAGE
-        try:
-            with SampleReader(session) as samples:
-                if last is None:
-                    last = samples.newest_step(held_out=request.query.held_out)
-                rows = samples.page(request.query, PAGE, offset, last_step=last)
-        except RlhfError as error:
-            self._context.say_later(str(error), "error")
-            return
-        self._post(PageRead(request, rows, last))
-
     def _read_judgements(self, session: SessionFolder) -> None:
         labels = self._context.state.labels
         if labels != self._labels and not self.query.held_out:
             self._labels = labels
             rows = list(self.rows.values())
-            work = functools.partial(self._judge_rows, session, self.query, rows)
-            self._run(work, "judgements")
-
-    def _judge_rows(
-        self, session: SessionFolder, query: SampleQuery, rows: list[SampleRow]
-    ) -> None:
-        """Reads labels.db, in a worker thread."""
-        try:
-            judged = with_judgements(session, rows)
-        except RlhfError as error:
-            self._context.say_later(str(error), "error")
-            return
-        self._post(JudgementsRead(query, judged))
+            read = functools.partial(_read_judgements, session, self.query, rows)
+            self._screen.read_in_thread("judgements", read)
 
     def _count_new(self, session: SessionFolder) -> None:
         head = self._context.state.head
@@ -312,21 +282,8 @@ class SampleList:
         if head.step <= after:
             self.new = 0
             return
-        self._run(functools.partial(self._read_count, session, self.query, after), "count")
-
-    def _read_count(self, session: SessionFolder, query: SampleQuery, after: int) -> None:
-        """Counts in samples.db, in a worker thread."""
-        try:
-            with SampleReader(session) as samples:
-                number = samples.count_after(query, after)
-        except RlhfError as error:
-            self._context.say_later(str(error), "error")
-            return
-        self._post(NewCounted(query, after, number))
-
-    def _post(self, message: Message) -> None:
-        if not get_current_worker().is_cancelled:
-            self._screen.post_message(message)
+        read = functools.partial(_count_after, session, self.query, after)
+        self._screen.read_in_thread("count", read)
 
     # -- what was read -------------------------------------------------------------------------
 
@@ -366,3 +323,26 @@ class SampleList:
         """Takes the number of new samples, unless the list was read again meanwhile."""
         if message.query == self.query and self._counted[2:3] == (message.after,):
             self.new = message.number
+
+
+# -- in a worker thread ----------------------------------------------------------------------------
+
+
+def _read_page(session: SessionFolder, request: PageRequest) -> PageRead:
+    last, offset = request.last_step, request.page * PAGE
+    with SampleReader(session) as samples:
+        if last is None:
+            last = samples.newest_step(held_out=request.query.held_out)
+        rows = samples.page(request.query, PAGE, offset, last_step=last)
+    return PageRead(request, rows, last)
+
+
+def _read_judgements(
+    session: SessionFolder, query: SampleQuery, rows: list[SampleRow]
+) -> JudgementsRead:
+    return JudgementsRead(query, with_judgements(session, rows))
+
+
+def _count_after(session: SessionFolder, query: SampleQuery, after: int) -> NewCounted:
+    with SampleReader(session) as samples:
+        return NewCounted(query, after, samples.count_after(query, after))

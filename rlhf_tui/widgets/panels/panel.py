@@ -14,9 +14,8 @@ class Panel(Lines):
         state: SessionState,
         *,
         id: str | None = None,  # noqa: A002 - Textual's name for it
-        classes: str | None = None,
     ) -> None:
-        super().__init__(id=id, classes=classes)
+        super().__init__(id=id)
         self.state = state
 
     def read(self, state: SessionState) -> None:
