@@ -15,7 +15,7 @@ from engine.metrics import METRICS
 from rlhf_tui.cli import cli
 from rlhf_tui.commands.reading.row_formats import printed_rows
 from rlhf_tui.output_file import write_output
-from rlhf_tui.table_files import columns_of, json_parts
+from rlhf_tui.table_files import columns_of, csv_text, json_parts
 
 
 @pytest.fixture
@@ -65,6 +65,12 @@ def test_rows_with_other_keys_leave_fields_empty():
     assert columns_of(rows) == {
         "step": [1, 2], "parts/a": [0.5, None], "tags": [None, '["x", 1]']
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["=1+1", "- one\n- two", "@x", "\t=1", "-1"])
+def test_a_text_in_csv_is_what_the_model_wrote(text):
+    (row,) = csv.DictReader(io.StringIO(csv_text([{"response": text, "score": -1.5}])))
+    assert row == {"response": text, "score": "-1.5"}
 
 
 class Row(dict):
