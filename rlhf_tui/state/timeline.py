@@ -28,7 +28,7 @@ from engine.journal.rows import (
     engine_died_before,
 )
 from engine.metrics import title_of
-from engine.protocol.commands import COMMANDS, Pause, Rollback, Stop, Undo, Unpause
+from engine.protocol.commands import COMMANDS, Checkpoint, Pause, Rollback, Stop, Undo, Unpause
 from engine.session.states import ENDED_STATES
 from rlhf_tui.format import change, number, value_text
 
@@ -98,6 +98,28 @@ def applied_text(command: str, changes: Sequence[SettingChange]) -> str:
     """Returns what a command of this name changed: `beta 0.05 → 0.08`, `undo: beta 0.08 → 0.05`."""
     text = changes_text(changes)
     return f"undo: {text}" if command == Undo.name() else text
+
+
+def effect_text(command: str, step: int) -> str:
+    """Returns what an applied command has done if that is about the step before the one it names.
+
+    A command that is applied at step 76 is carried out between the steps 75 and 76: the checkpoint
+    is that of step 75.
+
+    Args:
+        command: its name.
+        step: at which it was applied.
+
+    Returns:
+        `step 75 saved`, `paused after step 75` or `stopped after step 75`; empty for any other.
+    """
+    after = f"after step {step - 1}" if step > 1 else "before the first step"
+    texts = {
+        Checkpoint.name(): f"step {step - 1} saved",
+        Pause.name(): f"paused {after}",
+        Stop.name(): f"stopped {after}",
+    }
+    return texts.get(command, "")
 
 
 def changes_text(changes: Sequence[SettingChange]) -> str:
