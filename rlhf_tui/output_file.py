@@ -1,6 +1,7 @@
 """Files that commands write to a path given by the user."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from engine.errors import UserInputError
@@ -12,26 +13,35 @@ def check_output(path: Path) -> None:
         raise UserInputError("- does not stand for standard output here: give the name of a file")
 
 
-def write_output(path: Path, data: bytes) -> None:
+def write_output(path: Path, data: bytes | Iterable[bytes]) -> int:
     """Writes a file atomically, replacing an existing one.
 
     A link stays, and its target is replaced. A device or a pipe, such as `/dev/stdout`, is written
     to; root would otherwise replace it by a file.
+
+    Args:
+        path: the file.
+        data: its contents, which can be given in parts.
+
+    Returns:
+        The number of bytes written.
 
     Raises:
         UserInputError: it is `-`.
         OSError: it cannot be written.
     """
     check_output(path)
+    parts = [data] if isinstance(data, bytes) else data
     if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
+        with path.open("wb") as output:
+            return sum(map(output.write, parts))
     file = path.resolve()
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         part.unlink(missing_ok=True)  # of a killed process with the same id
         with part.open("xb") as output:  # in /tmp another user may put a link there
-            output.write(data)
+            size = sum(map(output.write, parts))
         part.replace(file)
+        return size
     finally:
         part.unlink(missing_ok=True)

@@ -2,11 +2,12 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from engine.errors import RlhfError, UserInputError
 from rlhf_tui.output_file import write_output
 
 FORMATS = ("csv", "json", "parquet")
+PART = 1000
+"""Number of rows in a part of :func:`json_parts`."""
 Row = dict[str, Any]
 
 
@@ -38,6 +41,17 @@ def _flat(row: Row) -> Iterable[tuple[str, Any]]:
             yield key, value
 
 
+def json_parts(rows: Iterable[Row]) -> Iterator[str]:
+    """Rows as one JSON list on a line, in parts, so that not all of them have to be in memory."""
+    yield "["
+    rows = iter(rows)
+    separator = ""
+    while texts := [json.dumps(row, allow_nan=False) for row in itertools.islice(rows, PART)]:
+        yield separator + ", ".join(texts)
+        separator = ", "
+    yield "]\n"
+
+
 def csv_text(rows: Sequence[Row], names: Sequence[str] = ()) -> str:
     """Rows as CSV with a header, lines ended by a newline; None is an empty field."""
     columns = columns_of(rows, names)
@@ -48,7 +62,7 @@ def csv_text(rows: Sequence[Row], names: Sequence[str] = ()) -> str:
     return text.getvalue()
 
 
-def write_file(rows: Sequence[Row], form: str, output: Path, names: Sequence[str] = ()) -> int:
+def write_file(rows: Iterable[Row], form: str, output: Path, names: Sequence[str] = ()) -> int:
     """Writes rows to a file, which is replaced if it exists.
 
     Args:
@@ -67,18 +81,17 @@ def write_file(rows: Sequence[Row], form: str, output: Path, names: Sequence[str
     try:
         if not output.parent.is_dir():
             raise FileNotFoundError(2, os.strerror(2))
-        data = _bytes(rows, form, names)
-        write_output(output, data)
+        return write_output(output, _contents(rows, form, names))
     except OSError as error:
         raise UserInputError(f"cannot write {output}: {error.strerror}; give another -o") from error
-    return len(data)
 
 
-def _bytes(rows: Sequence[Row], form: str, names: Sequence[str]) -> bytes:
+def _contents(rows: Iterable[Row], form: str, names: Sequence[str]) -> bytes | Iterator[bytes]:
+    if form == "json":
+        return (part.encode() for part in json_parts(rows))
     if form == "parquet":
-        return _parquet(columns_of(rows, names))
-    text = csv_text(rows, names) if form == "csv" else json.dumps(rows, allow_nan=False) + "\n"
-    return text.encode()
+        return _parquet(columns_of(list(rows), names))
+    return csv_text(list(rows), names).encode()
 
 
 def _parquet(columns: dict[str, list[Any]]) -> bytes:

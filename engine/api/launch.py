@@ -130,7 +130,6 @@ def resume(
     """
     session = _opened(session)
     files, words = session.files, _as_words(overrides)
-    files.acquire().release()  # raises if the session is live
     options = preparation.resume(
         files, from_step=from_step, reseed=reseed, overrides=words, who=session.who
     )

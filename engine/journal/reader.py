@@ -6,7 +6,9 @@ writer's WAL.
 
 import functools
 import json
-from collections.abc import Collection, Iterable
+import math
+from array import array
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Self
 
 import msgspec
@@ -267,9 +269,16 @@ class JournalReader:
     def metrics(
         self, last: int | None = None, only: Collection[str] | None = None
     ) -> list[MetricRow]:
+        """The rows of :meth:`iter_metrics`."""
+        return list(self.iter_metrics(last, only))
+
+    def iter_metrics(
+        self, last: int | None = None, only: Collection[str] | None = None
+    ) -> Iterator[MetricRow]:
         """One row per step of the current timeline, oldest first.
 
-        The evaluation before the first step is a row of step 0.
+        The evaluation before the first step is a row of step 0. All values are read at once, as
+        numbers of eight bytes; a row takes far more memory and is made when it is asked for.
 
         Args:
             last: maximum number of rows, the last ones; None for all.
@@ -278,30 +287,34 @@ class JournalReader:
         query = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
         steps = self._db.rows(query, (limit(last),))
         # Read after the steps, so it has all of their names.
-        names = dict.fromkeys(n for n in self.metric_names() if only is None or n in only)
-        rows = {
-            step: MetricRow(step=step, attempt=attempt, time=time, values=dict(names))
-            for step, attempt, time in reversed(steps)
-        }
-        if last is None or len(rows) < last:
-            rows = self._before_first_step(names) | rows
-        first = next(iter(rows), 0)
-        for name in names:
-            for step, value in self.series(name, after=first - 1):
-                if step in rows:
-                    rows[step].values[name] = value
-        return list(rows.values())
+        names = [n for n in self.metric_names() if only is None or n in only]
+        if last is None or len(steps) < last:
+            steps += self._before_first_step()
+        steps.reverse()
+        place = {step: i for i, (step, _, _) in enumerate(steps)}
+        columns = {name: array("d", [math.nan]) * len(steps) for name in names}
+        for name, column in columns.items():
+            for step, value in self.series(name, after=steps[0][0] - 1 if steps else 0):
+                if value is not None and step in place:
+                    column[place[step]] = value
+        return (
+            MetricRow(
+                step=step,
+                attempt=attempt,
+                time=time,
+                values={n: None if math.isnan(c[i]) else c[i] for n, c in columns.items()},
+            )
+            for i, (step, attempt, time) in enumerate(steps)
+        )
 
-    def _before_first_step(self, names: dict[str, None]) -> dict[int, MetricRow]:
-        """An empty row for step 0 if it has metrics: the evaluation before the first step."""
+    def _before_first_step(self) -> list[tuple[int, int, None]]:
+        """Step 0, as in the table `steps`, if it has metrics: the evaluation before the first."""
         found = self._db.rows(
             "SELECT max(attempt) FROM attempts WHERE from_step = 0 AND EXISTS "
             "(SELECT 1 FROM names CROSS JOIN metrics WHERE metrics.name = names.id AND step = 0)"
         )
         attempt = found[0][0] if found else None  # no rows without a journal
-        if attempt is None:
-            return {}
-        return {0: MetricRow(step=0, attempt=attempt, time=None, values=dict(names))}
+        return [] if attempt is None else [(0, attempt, None)]
 
     def last_telemetry(self) -> Telemetry | None:
         """The newest telemetry; None if there is none or it is of another version."""

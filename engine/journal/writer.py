@@ -22,6 +22,7 @@ from engine.journal import schema
 from engine.journal.command_log import CommandLog
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
+from engine.metrics import EVAL_SCORE
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Placed, Sample, StepReport
 from engine.session import access
@@ -234,6 +235,15 @@ class JournalWriter:
             "ORDER BY id DESC LIMIT 1"  # a fork of a fork has the events of both
         ).fetchone()
         return row is not None and row[0] == step and bool(row[1])
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the current timeline has this step, but no evaluation after it."""
+        rows = self._db.execute(
+            "SELECT 1 FROM steps WHERE step = :step AND NOT EXISTS (SELECT 1 FROM metrics "
+            "WHERE step = :step AND name = (SELECT id FROM names WHERE name = :name))",
+            {"step": step, "name": EVAL_SCORE},
+        )
+        return rows.fetchone() is not None
 
     def placed(self) -> Placed | None:
         """How the models were placed in the last attempt that loaded them; None before that."""

@@ -42,8 +42,13 @@ OTHER_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SI
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without the variables of another launcher."""
-    return {k: v for k, v in os.environ.items() if k not in OTHER_LAUNCHERS_VARIABLES}
+    """This process's environment for one that trains: without the variables of another launcher.
+
+    PYTHONOPTIMIZE is at most 1: with 2 Python drops all docstrings, and transformers, which builds
+    those of its outputs from them, cannot be imported.
+    """
+    found = {k: v for k, v in os.environ.items() if k not in OTHER_LAUNCHERS_VARIABLES}
+    return found | {"PYTHONOPTIMIZE": "1"} if found.get("PYTHONOPTIMIZE") else found
 
 
 OPENMP_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}

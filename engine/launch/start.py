@@ -107,12 +107,14 @@ def resume(
         ConfigError: an override is wrong, or would change the model or the data's order.
         NoSuchSessionError: there is no checkpoint of that step.
         DamagedCheckpointError: that checkpoint is damaged.
+        SessionLockedError: the session has a live engine.
         SessionError: the session belongs to another user, or its path is not valid UTF-8.
         UserInputError: there are checkpoints but no journal, and no step is chosen; the rollout
             engine is not installed, or a secret cannot be used.
     """
     session.check_owner()
     check_path(session.folder)
+    after_attempt = _last_attempt(session)
     old = session.config()
     new = resumed_config(old, overrides)
     _check_machine(new)
@@ -125,10 +127,27 @@ def resume(
         from_step=last_checkpoint(session) if from_step is None else from_step,
         fresh=from_step is not None,
         reseed=reseed,
+        after_attempt=after_attempt,
         overrides=overrides,
         changes=_setting_changes(overrides, new, _settings_at(session, old, from_step)),
         who=who,
     )
+
+
+def _last_attempt(session: SessionFolder) -> int:
+    """The number of the last attempt of a session without an engine; 0 if there is none.
+
+    An engine that starts later begins an attempt, so it can be told that one ran meanwhile.
+
+    Raises:
+        SessionLockedError: the session has a live engine.
+    """
+    lock = session.acquire()
+    try:
+        with JournalReader(session) as reader:
+            return max((a.attempt for a in reader.attempts()), default=0)
+    finally:
+        lock.release()
 
 
 def steps_done(session: SessionFolder, start: StartOptions) -> int | None:

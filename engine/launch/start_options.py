@@ -20,6 +20,9 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Discard the settings changed after that step (--from, fork, roll back)."""
     reseed: bool = False
     """Sample with other random numbers than the previous attempt from that step."""
+    after_attempt: int | None = None
+    """For a resume: the session's last attempt when the checkpoint and the changes were chosen.
+    These are stale if another engine has begun an attempt since; None is not checked."""
     overrides: list[str] = []
     """`key=value`, applied to config.yaml."""
     changes: list[SettingChange] = []

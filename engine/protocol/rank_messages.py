@@ -128,6 +128,7 @@ class EvaluationReport(Message, frozen=True, tag="baseline_report"):
     """
 
     metrics: dict[str, float]
+    """Those that were missing."""
     samples: list[Sample]
     step: int = 0
     """The last finished step."""
@@ -265,6 +266,8 @@ class Begin(Message, frozen=True, tag="begin"):
     """Attempt that was started with `--reseed` from this step, part of the seed; 0 for none."""
     average: bool = False
     """Start with the checkpoint's averaged policy instead of the policy (`fork --ema`)."""
+    unevaluated: bool = False
+    """Whether the journal has that step without an evaluation; one that was due is made up for."""
     checkpoints: list[int] = []
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
     placed: "Placed | None" = None

@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import assert_never
+from typing import Any, assert_never
 
 import msgspec
 
@@ -104,6 +104,8 @@ class RankMessageHandler:
         """Replaced by the supervisor when ranks start again."""
         self._on_alert = on_alert
         self._on_error = on_error
+        self._settings_of_step: tuple[int, dict[str, Any]] = 0, {}
+        """The last step that was recorded, and the settings in force in it."""
         self._begun: FromRank | None = None
         """The last message of several parts."""
         self._remaining: Parts = []
@@ -204,6 +206,7 @@ class RankMessageHandler:
                 from_step=step,
                 reseed=journal.reseeded(step),
                 average=journal.forked_from_average(step),
+                unevaluated=journal.lacks_evaluation(step),
                 checkpoints=journal.timeline(),
                 placed=journal.placed(),
                 paused=self._state.paused,
@@ -307,6 +310,7 @@ class RankMessageHandler:
         alerts = self.guardrails.check(
             report.step, dict(report.metrics), state.settings, report.samples
         )
+        self._settings_of_step = report.step, state.settings
         state.settings = report.settings
         return [partial(self._on_alert, alert) for alert in alerts]
 
@@ -315,7 +319,10 @@ class RankMessageHandler:
         self._journal.record_evaluation(report.step, report.metrics, report.samples)
         if not report.step:  # no rule is about the policy before the training
             return []
-        alerts = self.guardrails.check(report.step, report.metrics, self._state.settings)
+        step, settings = self._settings_of_step
+        if step != report.step:  # a step of an earlier engine
+            settings = self._state.settings
+        alerts = self.guardrails.check(report.step, report.metrics, settings)
         return [partial(self._on_alert, alert) for alert in alerts]
 
     def _applied(self, message: Applied) -> Parts:

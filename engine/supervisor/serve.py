@@ -47,12 +47,14 @@ async def supervise(
 
     Raises:
         SessionLockedError: another engine holds the session.
-        SessionError: a file or the socket cannot be created or written.
+        SessionError: another engine has run since a resume was prepared, or a file or the socket
+            cannot be created or written.
     """
     lock = session.acquire()
     try:
         journal = JournalWriter(session)
         try:
+            _check_choices(session, journal, start)
             return await _serve(session, journal, start, observer)
         finally:
             try:
@@ -69,6 +71,19 @@ async def supervise(
     finally:
         _remove(session.engine_file, session.secret_file)
         lock.release()
+
+
+def _check_choices(session: SessionFolder, journal: JournalWriter, start: StartOptions) -> None:
+    """Checks, with the session locked, that what a resume has chosen still holds.
+
+    Raises:
+        SessionError: another engine has run the session since.
+    """
+    if start.after_attempt is not None and start.after_attempt != journal.attempt:
+        raise SessionError(
+            f"another engine has run session '{session.name}' since this resume began; nothing was "
+            f"changed; look at it ({session.command('status')}) before you resume again"
+        )
 
 
 async def _serve(

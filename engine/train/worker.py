@@ -199,11 +199,11 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
             link.send(EvaluationReport(baseline.metrics, recorded(baseline.samples)))
             for recorder in recorders:
                 recorder.step(0, baseline.metrics, baseline.samples)
-        missing = False
+        missing = Evaluation() if begin.unevaluated and run.held_out is not None else None
         while boundary.before_step():
-            if missing:
-                missing = False
-                make_up(boundary, run, link, recorders)
+            if missing is not None:
+                make_up(boundary, run, link, recorders, missing)
+                missing = None
                 continue
             update_reference(run)
             step = run.state.step + 1
@@ -223,7 +223,7 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
             boundary.checkpoints.save_if_due()
             if problem is not None:
                 boundary.pause_before_step(problem)
-                missing = not evaluation.metrics
+                missing = evaluation
         reason = boundary.finish()
     for recorder in recorders:
         recorder.close()
@@ -310,21 +310,25 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
     return evaluation, _pausing(first, "; ".join([*map(str, others), consequence]))
 
 
-def make_up(boundary: Boundary, run: Run, link: Link, recorders: list[StepRecorder]) -> None:
-    """Evaluates the last step after the pause that began because no reward could be computed.
+def make_up(
+    boundary: Boundary, run: Run, link: Link, recorders: list[StepRecorder], before: Evaluation
+) -> None:
+    """Evaluates the last step again after the pause that began because a reward had failed.
 
-    The weights are still those of the step. If it fails again, the operator is notified and the run
-    continues: if the reward still fails, the next step pauses the run.
+    The weights are still those of the step, so only what `before`, the failed evaluation, lacks is
+    reported. If it fails again, the operator is notified and the run continues: if the reward still
+    fails, the next step pauses the run.
     """
     step = run.state.step
     evaluation, problem = evaluate_or_skip(run, step)
     if problem is not None:
         link.send(Notice(step=step, rule=REWARD_FAILED, text=str(problem)))
-    if evaluation.metrics:
-        boundary.evaluated(evaluation.metrics)
-        link.send(EvaluationReport(evaluation.metrics, recorded(evaluation.samples), step))
+    metrics = {k: v for k, v in evaluation.metrics.items() if k not in before.metrics}
+    if metrics:
+        link.send(EvaluationReport(metrics, recorded(evaluation.samples), step))
         for recorder in recorders:
-            recorder.step(step, evaluation.metrics, [])
+            recorder.step(step, metrics, [])
+        boundary.evaluated(metrics)
 
 
 def _pausing(error: RlhfError, more: str) -> RewardCallError:

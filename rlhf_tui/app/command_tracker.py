@@ -16,7 +16,7 @@ from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, Pendin
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.time_left import about
-from rlhf_tui.state.timeline import applied_text
+from rlhf_tui.state.timeline import applied_text, effect_text
 
 if TYPE_CHECKING:  # imported when a probe is answered
     from rlhf_tui.dialogs.text import ProbeDialog
@@ -130,8 +130,12 @@ class CommandTracker:
         elif reply.status == "applied" and isinstance(message.command, Note):
             self._say(f"{session.name}: note added")
         elif reply.status == "applied":
+            name = message.command.name()
+            if reply.step is not None and (effect := effect_text(name, reply.step)):
+                self._say(f"{session.name}: {effect}")
+                return
             if reply.changes:  # beta may have moved since the command was sent
-                what = applied_text(message.command.name(), reply.changes)
+                what = applied_text(name, reply.changes)
                 text = f"{session.name}: {what}"
             at = f" at step {reply.step}" if reply.step is not None else ""
             self._say(f"{text}: applied{at}")

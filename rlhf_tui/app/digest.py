@@ -20,14 +20,16 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     away = state.now() - seen.time
     new = [e for e in state.events if e.event > seen.event]
     steps = state.head.step - seen.step
-    if away < AWAY or (steps == 0 and not new):
+    if 0 <= away < AWAY or (steps == 0 and not new):
         return []
-    rows: list[Row] = [
-        [
-            ("you were away ", "dim"), (fmt.duration(away), "strong"),
-            ("; the run is ", "dim"), (state.head.state, "strong"),
+    rows: list[Row] = [[("the run is ", "dim"), (state.head.state, "strong")]]
+    if away >= 0:  # unknown if the clock was set back
+        rows[0] = [
+            ("you were away ", "dim"),
+            (fmt.duration(away), "strong"),
+            ("; ", "dim"),
+            *rows[0],
         ]
-    ]  # fmt: skip
     if steps > 0:
         rows.append([(f"steps {seen.step} → {state.head.step}", "strong")])
         for name, label in ((metrics.SCORE, "score"), (metrics.KL, "KL"), (metrics.BETA, "beta")):
@@ -41,7 +43,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
             rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
     elif steps < 0:
         rows.append([(f"rolled back: step {seen.step} → {state.head.step}", "warn")])
-    since = [m for m in state.markers() if m.time > seen.time]
+    since = [m for m in state.markers() if m.after > seen.event]
     if since:
         rows.append([])
     saved = [m for m in since if m.kind == "checkpoint"]

@@ -217,6 +217,10 @@ def _theme(name: str, p: Palette, *, dark: bool, exact: bool) -> Theme:
         "dim": p.dim, "bar": p.bar, "state": p.state, "focus-bar": p.focus, "chosen": p.cursor,
         "band": p.band, "raw": p.raw, "good": p.good, "warn": p.warn, "bad": p.bad, "key": p.accent,
     }  # fmt: skip
+    # Of the text on the selected row, what cannot be read there has the row's own text colour.
+    for key in ("dim", "good", "warn", "bad", "key", "raw", *(f"s{i}" for i in range(1, 7))):
+        readable = contrast(Color.parse(variables[key]), Color.parse(p.cursor)) > READABLE
+        variables[f"chosen-{key}"] = variables[key] if readable else p.text
     if exact:
         # Textual derives these by blending, to colours that the terminal does not have.
         variables |= {

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from engine.session.folder import SessionFolder, all_sessions, find
 from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
+from rlhf_tui.table_files import json_parts
 from rlhf_tui.text import one_line, sanitise
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -139,6 +140,12 @@ def _similar(name: str, names: list[str]) -> list[str]:
 def print_json(value: Any) -> None:
     """Prints one JSON value, in ASCII: it cannot contain control sequences."""
     click.echo(json.dumps(value, allow_nan=False))
+
+
+def print_json_rows(rows: Iterable[dict[str, Any]]) -> None:
+    """Prints one JSON list like :func:`print_json`, but without having all its text in memory."""
+    for part in json_parts(rows):
+        click.echo(part, nl=False)
 
 
 Tone = Literal["", "good", "warn", "bad"]

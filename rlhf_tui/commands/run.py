@@ -180,7 +180,6 @@ def _resume(
     from_step: int | None = None,
     reseed: bool = False,
 ) -> None:
-    session.acquire().release()  # raises if the session is live
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )

@@ -48,7 +48,7 @@ from rlhf_tui.commands.options import (
     utf8_text,
 )
 from rlhf_tui.identity import who
-from rlhf_tui.state.timeline import changes_text
+from rlhf_tui.state.timeline import changes_text, effect_text
 from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
@@ -120,8 +120,10 @@ class CtlCall:
             soon = "" if seconds_left is None else f", in about {fmt.duration(seconds_left)}"
             say(f"accepted: applies at the next step boundary{soon}")
         elif reply.status == "applied":
-            changes = changes_text(reply.changes)
-            say(f"applied at step {reply.step}" + (f": {one_line(changes)}" if changes else ""))
+            done = changes_text(reply.changes)
+            if reply.step is not None:
+                done = done or effect_text(command.name(), reply.step)
+            say(f"applied at step {reply.step}" + (f": {one_line(done)}" if done else ""))
             if isinstance(command, Probe):
                 say(f"prompt: {one_line(command.text)}")
             for model, result in reply.result.items():

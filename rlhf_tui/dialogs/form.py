@@ -1,7 +1,7 @@
 """A dialog with several input fields, checked together while they are typed."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from msgspec import Struct
 from textual.app import ComposeResult
@@ -20,7 +20,8 @@ MOST_LINES = 4
 """Lines of the effect."""
 Values = dict[str, str]
 """Field → typed text, without surrounding spaces."""
-FormCheck = Callable[[Values], tuple[bool, str]]
+Verdict = Literal["valid", "incomplete", "wrong"]
+FormCheck = Callable[[Values], tuple[Verdict, str]]
 
 
 class Field(Struct, frozen=True):
@@ -51,7 +52,8 @@ class FormDialog(Dialog[Values]):
             title: on the border.
             rows: text above the fields.
             fields: the first one has the focus.
-            check: returns whether the values are valid, and their effect or what is wrong.
+            check: returns whether the values are valid, and their effect, what is still to be
+                typed, or what is wrong.
             verb: what enter does.
         """
         super().__init__(title)
@@ -90,15 +92,16 @@ class FormDialog(Dialog[Values]):
         """Shows the effect of the typed values."""
         self._show_effect()
 
-    def _show_effect(self) -> bool:
-        valid, effect = self.check(self.values())
-        width = text_width(self.app.size.width)
-        rows: list[Row] = [[(x, "dim" if valid else "warn")] for x in wrap(effect, width)]
+    def _show_effect(self, *, submitted: bool = False) -> bool:
+        verdict, effect = self.check(self.values())
+        valid = verdict == "valid"
+        tone = "warn" if verdict == "wrong" or (submitted and not valid) else "dim"
+        rows: list[Row] = [[(x, tone)] for x in wrap(effect, text_width(self.app.size.width))]
         self.query_one("#effect", MessageLine).say(rows[:MOST_LINES] or [[]])
         return valid
 
     def on_input_submitted(self, event: "Input.Submitted") -> None:
         """Closes with the values if they are valid: enter in any field."""
         event.stop()
-        if self._show_effect():
+        if self._show_effect(submitted=True):
             self.close_with(self.values())

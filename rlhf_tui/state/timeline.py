@@ -28,7 +28,7 @@ from engine.journal.rows import (
     engine_died_before,
 )
 from engine.metrics import title_of
-from engine.protocol.commands import COMMANDS, Pause, Rollback, Stop, Undo, Unpause
+from engine.protocol.commands import COMMANDS, Checkpoint, Pause, Rollback, Stop, Undo, Unpause
 from engine.session.states import ENDED_STATES
 from rlhf_tui.format import change, number, value_text
 
@@ -77,6 +77,8 @@ class Marker(Struct, frozen=True):
     """Whether it belongs to an abandoned branch."""
     event: EventRow | None = None
     """The event of the entry; None for a command and for an engine that died."""
+    after: int = 0
+    """Id of the last event that had been recorded with it; 0 if that is not known."""
 
 
 def command_text(command: CommandRow) -> str:
@@ -96,6 +98,28 @@ def applied_text(command: str, changes: Sequence[SettingChange]) -> str:
     """Returns what a command of this name changed: `beta 0.05 → 0.08`, `undo: beta 0.08 → 0.05`."""
     text = changes_text(changes)
     return f"undo: {text}" if command == Undo.name() else text
+
+
+def effect_text(command: str, step: int) -> str:
+    """Returns what an applied command has done if that is about the step before the one it names.
+
+    A command that is applied at step 76 is carried out between the steps 75 and 76: the checkpoint
+    is that of step 75.
+
+    Args:
+        command: its name.
+        step: at which it was applied.
+
+    Returns:
+        `step 75 saved`, `paused after step 75` or `stopped after step 75`; empty for any other.
+    """
+    after = f"after step {step - 1}" if step > 1 else "before the first step"
+    texts = {
+        Checkpoint.name(): f"step {step - 1} saved",
+        Pause.name(): f"paused {after}",
+        Stop.name(): f"stopped {after}",
+    }
+    return texts.get(command, "")
 
 
 def changes_text(changes: Sequence[SettingChange]) -> str:
@@ -193,7 +217,9 @@ class _Timeline:
     def _death(self, last: EventRow, at_least: int) -> Marker:
         """The entry for an engine that was killed at some time after its last event."""
         step = max(last.step, self._reached.get(last.attempt, at_least))
-        return Marker(step, "crash", DIED, time=last.time, key=f"died-{last.attempt}")
+        return Marker(
+            step, "crash", DIED, time=last.time, key=f"died-{last.attempt}", after=last.event
+        )
 
     def _attempt(self, event: EventRow, payload: AttemptEvent, *, died: bool) -> Marker:
         step = payload.from_step
@@ -240,7 +266,7 @@ class _Timeline:
             case CommandEvent(id=command_id):
                 command = self._commands.pop(command_id, event.command)
                 if command is not None:
-                    found = self._command(command, f"e{event.event}")
+                    found = self._command(command, f"e{event.event}", event.event)
         return found
 
     def _repeats_error(self, alert: AlertEvent) -> bool:
@@ -254,7 +280,7 @@ class _Timeline:
         kept = self._kept[attempt]
         return kept is not None and kept < step
 
-    def _command(self, command: CommandRow, key: str) -> Marker | None:
+    def _command(self, command: CommandRow, key: str, event: int = 0) -> Marker | None:
         if not _shown(command):
             return None
         if command.command == Rollback.name():
@@ -268,7 +294,7 @@ class _Timeline:
             abandoned = not command.live or (left and not repeated)
         when = command.ended or command.queued
         text = command_text(command)
-        return Marker(step, "command", text, command.who, when, key, abandoned)
+        return Marker(step, "command", text, command.who, when, key, abandoned, after=event)
 
     def _with_older_commands(self, found: list[Marker]) -> list[Marker]:
         """Inserts commands whose events were not read, by the time of their arrival."""
@@ -300,7 +326,8 @@ def _marker(
     abandoned: bool = False,
 ) -> Marker:
     at = event.step if step is None else step
-    return Marker(at, kind, text, who, event.time, f"e{event.event}", abandoned, event)
+    key = f"e{event.event}"
+    return Marker(at, kind, text, who, event.time, key, abandoned, event, event.event)
 
 
 def pause_reason(

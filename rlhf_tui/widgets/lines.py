@@ -84,9 +84,10 @@ class Lines(Widget):
     def tone(self, name: str) -> Style:
         """The style of a tone in the current theme, cached."""
         if name not in self._tones:
-            style = style_of(self, name.removeprefix(CHOSEN))
-            if name.startswith(CHOSEN):
-                # Only the background and attributes: the text keeps its colour.
+            chosen = name.startswith(CHOSEN)
+            style = style_of(self, name.removeprefix(CHOSEN), chosen=chosen)
+            if chosen:
+                # Only the background and attributes: the text keeps its colour if it is readable.
                 style += (
                     style_of(self, "cursor").without_color
                     if self.app.no_color

@@ -69,12 +69,21 @@ TONES = {
 }
 
 
-def style_of(widget: Widget, name: str) -> Style:
-    """The style of a tone on a widget."""
+def style_of(widget: Widget, name: str, *, chosen: bool = False) -> Style:
+    """The style of a tone on a widget.
+
+    Args:
+        widget: where it is shown.
+        name: a key of :data:`TONES`.
+        chosen: whether it is on the selected line, where a theme may have another text colour. The
+            style has no background of its own for that.
+    """
     tone, style = TONES[name], widget.rich_style
     variables = widget.app.theme_variables
     if tone.colour:
-        style += Style(color=Color.parse(variables[tone.colour]).rich_color)
+        on_chosen = f"chosen-{tone.colour}"
+        colour = variables[on_chosen if chosen and on_chosen in variables else tone.colour]
+        style += Style(color=Color.parse(colour).rich_color)
     if tone.background:
         style += Style(bgcolor=Color.parse(variables[tone.background]).rich_color)
     no_color = widget.app.no_color and tone.no_color is not None

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.e2e.lab import until
+
 EVALUATED = ("eval.every=4", "eval.holdout=4", "eval.per_prompt=2", "train.best_metric=eval/score")
 
 
@@ -37,18 +39,24 @@ def score(prompts, trainer_state, **_):
 """
 
 
-def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab, tmp_path):
+@pytest.mark.parametrize("ranks", ["stay", "restart"])
+def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab, tmp_path, ranks):
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text('{"prompt": "The sound"}\n')
     keys = (f"eval.prompts={held_out}", "eval.every=1", "reward.retries=0", "reward.mix=[]",
-            "reward.function=late:score", "kl.reference_update={every: 1, mix: 1.0}")  # fmt: skip
-    run = lab.run("late", *keys, steps=3)
+            "reward.function=late:score", "kl.reference_update={every: 1, mix: 1.0}",
+            "train.save_every=1", "train.keep_last=3", "train.best_metric=eval/kl")  # fmt: skip
+    run = lab.run(f"late-{ranks}", *keys, steps=3)
     (run.gate / "late.py").write_text(LATE)
     run.start()
     run.wait_for("paused")
     with run.reader() as reader:
         assert [step for step, _ in reader.series("eval/kl")] == [0, 1]
     assert run.step == 2
+    run.wait_saved(2)
+    if ranks == "restart":
+        run.rank().kill()
+        until(lambda: len(run.events("ready")) == 2 and run.state == "paused", "another pause")
     (run.gate / "up").touch()
     assert run.command("unpause")["status"] == "applied"
     run.finish()
@@ -58,6 +66,8 @@ def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab,
     assert list(curve) == [0, 1, 2, 3]
     assert curve[2] != 0, "it was measured before the reference became the policy"
     assert [r.prompt for r in responses] == ["The sound"]
+    if ranks == "stay":
+        assert run.checkpoint(2)["best"]["value"] == pytest.approx(curve[2])
 
 
 def test_an_evaluation_whose_judge_is_down_says_that_it_waits_and_keeps_the_rest(old, tmp_path):

@@ -1,5 +1,6 @@
 """The journal: what was written is read, a later attempt replaces, nothing is forgotten."""
 
+import gc
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from engine.journal import database, schema
 from engine.journal.database import open_read_only
 from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
-from engine.journal.rows import AlertEvent, engine_died_before
+from engine.journal.rows import AlertEvent, MetricRow, engine_died_before
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.metrics import SCORE
 from engine.protocol.rank_messages import REWARD_CHANGED
@@ -458,3 +459,12 @@ def test_an_evaluation_before_the_first_step_is_a_row_of_step_0(writer):
         assert (first.values["eval/score"], first.values["lr"]) == (1.0, None)
         assert [row.step for row in steps] == [1, 2]
         assert [row.step for row in reader.metrics(last=2)] == [1, 2]
+
+
+def test_the_rows_of_all_steps_are_made_one_at_a_time(writer):
+    writer.steps(*range(1, 51))
+    with JournalReader(writer.session) as reader:
+        rows = reader.iter_metrics()
+    assert next(rows).step == 1
+    assert sum(type(o) is MetricRow for o in gc.get_objects()) <= 1
+    assert [row.step for row in rows] == list(range(2, 51))

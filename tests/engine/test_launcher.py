@@ -31,6 +31,15 @@ def test_variables_of_another_launcher_do_not_reach_the_ranks(monkeypatch):
     assert "PATH" in environment
 
 
+def test_docstrings_which_transformers_reads_are_not_dropped_in_ranks(monkeypatch):
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    printed = subprocess.run(
+        [sys.executable, "-c", "import json; print(__debug__, json.__doc__ is not None)"],
+        env=rank_environment(LaunchConfig()), stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert printed.stdout == b"False True\n"
+
+
 @pytest.mark.parametrize(
     "environment",
     [

@@ -105,7 +105,7 @@ async def test_a_wait_ends_with_its_command_although_its_connection_gave_way(ctl
         apply_pending(crowded)
     done = await waiting
     assert done.exit_code == 0, done.output
-    assert done.stdout == "applied at step 4\n"
+    assert done.stdout == "applied at step 4: paused after step 3\n"
 
 
 @pytest.mark.parametrize("seconds", [0.7, 0])

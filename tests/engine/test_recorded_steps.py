@@ -14,7 +14,7 @@ from engine.config import file as config_file
 from engine.config.sections.supervision import GuardrailConfig, Rule
 from engine.journal.reader import JournalReader
 from engine.launch.start_options import StartOptions
-from engine.metrics import BETA, EVAL_SCORE, LEARNING_RATE, STEP_TIME
+from engine.metrics import BETA, EVAL_KL, EVAL_SCORE, LEARNING_RATE, STEP_TIME
 from engine.monitoring import recorded_steps
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.recorded_steps import evaluate, rebuild
@@ -258,6 +258,19 @@ async def test_a_rule_sees_an_evaluation_that_was_made_up_for(make_session, writ
     engine.receive(EvaluationReport(metrics={EVAL_SCORE: -1.0}, samples=[], step=2))
     take(engine, 3, 1.0, **{EVAL_SCORE: -1.0})
     assert recorded(writer) == [("held_out", 2)]
+    writer.journal.close()
+
+
+async def test_a_made_up_evaluation_is_judged_by_the_settings_of_its_step(make_session, write_in):
+    rules = "guardrails.rules=[{name: held_out, metric: eval/kl, above: 1, of: target}]"
+    writer = write_in(make_session("late", "guardrails.defaults=false", rules))
+    writer.journal.begin_attempt(0, fresh=False)
+    engine = Engine(writer)
+    target = engine.shared.settings["target"]
+    take(engine, 1, 1.0, settings=engine.shared.settings | {"target": target / 4})
+    writer.change("c", 2, target, target / 4, "target")
+    engine.receive(EvaluationReport(metrics={EVAL_KL: target / 2}, samples=[], step=1))
+    assert recorded(writer) == []
     writer.journal.close()
 
 

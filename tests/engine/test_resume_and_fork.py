@@ -17,6 +17,7 @@ from engine.errors import (
     DamagedCheckpointError,
     NoSuchSessionError,
     SessionError,
+    SessionLockedError,
     SessionNameError,
     UserInputError,
 )
@@ -34,6 +35,7 @@ from engine.launch.start_checkpoints import (
 )
 from engine.launch.start_options import StartOptions
 from engine.session.checkpoints import checkpoint_path
+from engine.supervisor.serve import supervise
 
 
 def test_a_run_resumes_from_the_last_complete_checkpoint_of_its_timeline(writer):
@@ -105,6 +107,38 @@ def test_a_resume_from_a_damaged_checkpoint_is_refused_before_it_abandons_steps(
     (writer.session.checkpoints / "step-000002" / "state.json").write_text("{")
     with pytest.raises(DamagedCheckpointError, match="nothing was changed"):
         resume(writer.session, from_step=2, reseed=False, overrides=[], who="me")
+
+
+@pytest.mark.parametrize("from_step", [None, 2])
+async def test_a_resume_is_refused_if_another_engine_ran_since_its_checkpoint_was_chosen(
+    make_session, write_in, from_step
+):
+    session = make_session()
+    first = write_in(session)
+    first.journal.begin_attempt(0, fresh=False)
+    first.steps(1, 2)
+    first.checkpoint(2)
+    first.journal.close()
+    given = {"reseed": False, "overrides": ["train.steps=7"], "who": "me"}
+    start = resume(session, from_step=from_step, **given)
+    other = write_in(session)
+    other.journal.begin_attempt(2, fresh=False)
+    other.steps(3, 4)
+    other.checkpoint(4)
+    other.journal.close()
+    before = session.config_file.read_text()
+    with pytest.raises(SessionError, match="another engine has run session 'run' since"):
+        await supervise(session, start)
+    with JournalReader(session) as reader:
+        assert (len(reader.attempts()), reader.last_step()) == (2, 4)
+    assert session.config_file.read_text() == before
+
+
+def test_a_resume_chooses_nothing_while_the_session_has_an_engine(writer):
+    lock = writer.session.acquire()
+    with pytest.raises(SessionLockedError):
+        resume(writer.session, from_step=None, reseed=False, overrides=[], who="me")
+    lock.release()
 
 
 def test_a_session_whose_journal_is_lost_is_not_new(without_journal):

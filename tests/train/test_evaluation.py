@@ -12,6 +12,7 @@ import torch
 from engine.errors import RewardError, UserInputError
 from engine.protocol import frames
 from engine.protocol.rank_messages import Begin, EvaluationReport, Notice, Sample, TokenArrays
+from engine.session.folder import create
 from engine.train.boundary import Boundary, BoundaryBroadcast
 from engine.train.evaluation.evaluate import (
     RECORDED_BYTES,
@@ -160,7 +161,7 @@ def test_an_evaluation_that_is_made_up_for_has_the_numbers_of_its_step(make_run,
     expected = evaluate_if_due(run, 0)
     with closing(Boundary(session, run, Begin(attempt=1, from_step=0), link)) as boundary:
         assert boundary.before_step()
-        make_up(boundary, run, link, [])
+        make_up(boundary, run, link, [], Evaluation())
         report = supervisor.wait_for(EvaluationReport)
         assert not boundary.before_step(), "the aim is reached"
     assert report.samples == expected.samples
@@ -175,7 +176,7 @@ def test_an_evaluation_that_fails_again_is_left_out_with_a_notice(make_run, supe
 
     run.rewards = fail
     with closing(Boundary(session, run, Begin(attempt=1, from_step=0), link)) as boundary:
-        make_up(boundary, run, link, [])
+        make_up(boundary, run, link, [], Evaluation())
         assert supervisor.wait_for(Notice).text == "no service; step 0 is not evaluated"
         assert boundary.before_step(), "the run continues"
     assert supervisor.of(EvaluationReport) == []
@@ -185,10 +186,10 @@ def test_an_evaluation_that_fails_again_is_left_out_with_a_notice(make_run, supe
 def watched_run(make_run, tmp_path):
     """A run with three watched sources, of which one fails in the second call of the evaluation."""
     (tmp_path / "watched_for_test.py").write_text(
-        "calls = []\n"
+        "calls, works_again = [], []\n"
         "def fails(completions, **_):\n"
         "    calls.append(len(completions))\n"
-        "    if len(calls) > 1: raise ValueError('gone')\n"
+        "    if len(calls) > 1 and not works_again: raise ValueError('gone')\n"
         "    return [1.0] * len(completions)\n"
         "worked = []\n"
         "def works(completions, **_):\n"
@@ -213,6 +214,20 @@ def test_a_watched_source_that_fails_costs_its_own_metric_alone(watched_run):
     assert [s.parts["fails"] for s in evaluation.samples] == [1.0] * 6 + [None] * 6
     assert str(problem).endswith("step 1 is evaluated without 'fails'")
     assert "gone" in problem.trace
+
+
+def test_only_the_metric_of_a_watched_source_that_failed_is_made_up_for(
+    watched_run, supervisor, link, tmp_path
+):
+    before, _ = evaluate_or_skip(watched_run, 1)
+    sys.modules["watched_for_test"].works_again.append(True)
+    begin = Begin(attempt=1, from_step=0)
+    session = create(tmp_path, "session", watched_run.config)
+    with closing(Boundary(session, watched_run, begin, link)) as boundary:
+        make_up(boundary, watched_run, link, [], before)
+        report = supervisor.wait_for(EvaluationReport)
+    assert report.metrics == {"eval/reward/fails": 1.0}
+    assert {s.parts["fails"] for s in report.samples} == {1.0}
 
 
 def test_a_watched_source_that_failed_is_not_called_again_in_the_evaluation(watched_run):

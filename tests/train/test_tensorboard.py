@@ -2,6 +2,7 @@
 
 import shutil
 import stat
+import threading
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -74,8 +75,15 @@ def test_the_configuration_is_written_as_hparams_and_adds_no_scalar(events_of_tw
     assert events_of_two_attempts.Tags()["scalars"] == ["objective/kl"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_files_that_cannot_be_written_are_reported_once_and_a_new_one_follows(tmp_path):
+@pytest.fixture
+def uncaught(monkeypatch):
+    """The exceptions of threads of which Python prints a traceback."""
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", lambda raised: printed.append(raised.exc_value))
+    return printed
+
+
+def test_files_that_cannot_be_written_are_reported_once_and_a_new_one_follows(tmp_path, uncaught):
     told = []
     folder = tmp_path / "tb"
     events = EventFiles(folder, 0, lambda step, text: told.append(step), retry_seconds=0.0)
@@ -85,12 +93,21 @@ def test_files_that_cannot_be_written_are_reported_once_and_a_new_one_follows(tm
     events.step(2, {"objective/kl": 2.0}, [])
     events.step(3, {"objective/kl": 3.0}, [])
     assert told == [2]
+    assert uncaught == []
     folder.unlink()
     events.step(4, {"objective/kl": 4.0}, [])
     events.close()
     found = EventAccumulator(str(folder))
     found.Reload()
     assert [(e.step, e.value) for e in found.Scalars("objective/kl")] == [(4, 4)]
+
+
+def test_an_error_of_another_thread_is_still_printed(tmp_path, uncaught):
+    EventFiles(tmp_path, 0, unexpected).step(1, {"objective/kl": 1.0}, [])
+    other = threading.Thread(target=(tmp_path / "absent").read_text)
+    other.start()
+    other.join()
+    assert [type(error) for error in uncaught] == [FileNotFoundError]
 
 
 def test_an_attempt_whose_first_steps_could_not_be_written_leaves_none_of_the_one_before(tmp_path):

@@ -317,7 +317,7 @@ async def test_each_status_of_a_command_is_shown(make_app, engine, running, unti
     async with running(app) as pilot:
         await pilot.press("c")
         keys = app.screen.query_one(KeyFooter)
-        await until(pilot, lambda: "applied at step 201" in keys.text())
+        await until(pilot, lambda: "frozen: step 200 saved" in keys.text())
 
 
 async def test_the_notice_of_an_applied_change_has_the_values_of_its_step(

@@ -41,6 +41,10 @@ def seat(session_maker, tmp_path, monkeypatch, running, until):
     return open_app
 
 
+def tone(app):
+    return {tone for row in app.screen.query_one("#effect").rows(80, 4) for _, tone in row}
+
+
 def effect(app):
     return app.screen.query_one("#effect").text().replace("\n", " ").strip()
 
@@ -54,6 +58,7 @@ async def test_r_on_the_dashboard_of_a_finished_run_resumes_it_with_other_settin
     async with seat() as (app, pilot):
         await form(app, pilot, until, "r")
         assert effect(app) == "its 50 steps are done; train.steps=100 extends the run"
+        assert tone(app) == {"dim"}
         app.screen.query_one("#overrides", Input).value = "train.steps=10"
         fewer = "its 10 steps are done; train.steps=100 extends the run"
         await until(pilot, lambda: effect(app) == fewer)
@@ -165,6 +170,7 @@ async def test_a_wrong_override_is_explained_at_once_and_starts_nothing(seat, un
         for typed, words in WRONG.items():
             app.screen.query_one(Input).value = f"train.steps=100 {typed}"
             await until(pilot, lambda words=words: words in effect(app), words)
+            assert tone(app) == {"warn"}
         await pilot.press("enter", "escape")
         await until(pilot, lambda: len(app.screen_stack) == 1)
         assert app.ran == []
@@ -209,6 +215,9 @@ async def test_a_run_is_started_from_a_file_whose_path_is_completed(
         await form(app, pilot, until, "N")
         await pilot.press("m", "y")
         await until(pilot, lambda: effect(app) == "continue with  my run.yaml")
+        assert tone(app) == {"dim"}
+        await pilot.press("enter")
+        await until(pilot, lambda: tone(app) == {"warn"}, "a warning that nothing is started")
         await pilot.pause(0.1)
         await pilot.press("tab")
         await until(pilot, lambda: "200 steps, folder:" in effect(app))

@@ -77,6 +77,8 @@ def test_beta_names_who_set_it():
         (command("queued"), "queued"),
         (command("accepted", accepted=1.0), "accepted"),
         (command("applied", applied_step=51, ended=2.0), "✓ applied at step 51"),
+        (command("applied", command="pause", applied_step=51), "✓ paused after step 50"),
+        (command("applied", command="checkpoint", applied_step=51), "✓ step 50 saved"),
         (command("rejected", reason="too much", ended=2.0), "✗ rejected: too much"),
     ],
 )
@@ -100,6 +102,12 @@ def test_the_step_at_which_a_pending_command_applies_is_whole_in_a_narrow_panel(
     )
     state.take(update)
     assert "⧗ at step 52 in ~10s" in text(SteeringPanel(state), 39)
+
+
+def test_a_narrow_panel_has_the_step_of_a_pause_too():
+    state = make_state()
+    state.take(SessionUpdate(commands=[command("applied", command="pause", applied_step=51)]))
+    assert "✓ after step 50" in text(SteeringPanel(state), 39)
 
 
 def test_read_only_stands_in_the_panel_s_heading():

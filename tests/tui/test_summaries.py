@@ -181,6 +181,24 @@ def test_a_digest_lists_what_has_happened_since_the_last_visit():
     assert "8m20s" in shown
 
 
+def test_a_digest_has_what_is_new_although_the_clock_was_set_back():
+    state = make_state()  # its clock shows 1,000
+
+    def alert(event, time, text):
+        payload = AlertEvent(rule="kl", text=text)
+        return EventRow(event=event, time=time, attempt=1, step=40, kind="alert", payload=payload)
+
+    state.take(
+        SessionUpdate(events=[alert(8, 5000.0, "it was seen"), alert(9, 900.0, "it is new")])
+    )
+    rows = digest(state, Seen(time=4990.0, step=20, event=8))
+    shown = ["".join(p for p, _ in row) for row in rows]
+    assert shown[0] == "the run is running"
+    assert [line for line in shown if "it is new" in line or "it was seen" in line] == [
+        "    40 ! kl: it is new"
+    ]
+
+
 def test_an_alert_is_in_the_digest_however_many_checkpoints_followed():
     state = make_state()
     alert = AlertEvent(rule="kl", text="KL is high")

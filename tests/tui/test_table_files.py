@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import weakref
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,8 +13,9 @@ from click.testing import CliRunner
 from engine.errors import UserInputError
 from engine.metrics import METRICS
 from rlhf_tui.cli import cli
+from rlhf_tui.commands.reading.row_formats import printed_rows
 from rlhf_tui.output_file import write_output
-from rlhf_tui.table_files import columns_of
+from rlhf_tui.table_files import columns_of, csv_text, json_parts
 
 
 @pytest.fixture
@@ -63,6 +65,41 @@ def test_rows_with_other_keys_leave_fields_empty():
     assert columns_of(rows) == {
         "step": [1, 2], "parts/a": [0.5, None], "tags": [None, '["x", 1]']
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["=1+1", "- one\n- two", "@x", "\t=1", "-1"])
+def test_a_text_in_csv_is_what_the_model_wrote(text):
+    (row,) = csv.DictReader(io.StringIO(csv_text([{"response": text, "score": -1.5}])))
+    assert row == {"response": text, "score": "-1.5"}
+
+
+class Row(dict):
+    """A dict that a weak reference can point to."""
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 2001])
+def test_a_json_list_is_written_in_parts_with_the_text_that_it_has_as_a_whole(count):
+    rows = [{"step": i, "note": "é"} for i in range(count)]
+    assert "".join(json_parts(rows)) == json.dumps(rows) + "\n"
+
+
+@pytest.mark.parametrize("output", [None, "rows.json"])
+def test_rows_are_written_as_json_without_all_of_them_in_memory(tmp_path, capsys, output):
+    made, most = [], 0
+
+    def rows():
+        nonlocal most
+        for i in range(5000):
+            row = Row(step=i)
+            made.append(weakref.ref(row))
+            most = max(most, sum(r() is not None for r in made)) if i % 500 == 0 else most
+            yield row
+
+    assert printed_rows(rows(), "json", output and tmp_path / output, ())
+    said = capsys.readouterr().out
+    assert len(json.loads((tmp_path / output).read_text() if output else said)) == 5000
+    assert "5,000 rows" in said or output is None
+    assert most <= 1001
 
 
 @pytest.mark.parametrize(

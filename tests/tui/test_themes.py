@@ -10,9 +10,10 @@ from rich.color import ColorSystem
 from textual.color import Color
 
 from engine.errors import UserInputError
-from rlhf_tui.app.themes import PALETTES, READABLE, contrast
+from rlhf_tui.app.themes import PALETTES, READABLE, contrast, themes_of
 from rlhf_tui.state.preferences import THEME_NAMES
 from rlhf_tui.terminal_colors import VARIABLE, choose
+from rlhf_tui.widgets.lines import CHOSEN, Lines
 from rlhf_tui.widgets.samples.heat import COLD, HEAT
 from rlhf_tui.widgets.tones import TONES
 
@@ -65,6 +66,27 @@ def test_text_can_be_read_on_its_background(system, theme):
     ]
     ratios = [contrast(Color.parse(a), Color.parse(b)) for a, b in pairs]
     assert min(ratios) > READABLE  # most are far above
+
+
+@every_palette
+def test_every_text_can_be_read_on_the_selected_row(system, theme):
+    variables = next(t for t in themes_of(system) if t.name == theme).variables
+    shown = [Color.parse(v) for name, v in variables.items() if name.startswith("chosen-")]
+    assert min(contrast(c, Color.parse(variables["chosen"])) for c in shown) > READABLE
+
+
+async def test_a_colour_that_cannot_be_read_on_the_selected_row_is_not_used_there(
+    make_app, running, monkeypatch
+):
+    monkeypatch.delenv("COLORTERM", raising=False)
+    monkeypatch.setenv("TERM", "xterm-16color")
+    app = make_app()
+    app.theme = "light"
+    async with running(app):
+        table = app.screen.query(Lines).first()
+        plain, good = table.tone(CHOSEN), table.tone(f"{CHOSEN}good")
+        assert good.color == plain.color != table.tone("good").color
+        assert table.tone(f"{CHOSEN}bad").color == table.tone("bad").color
 
 
 def test_a_terminal_s_palette_is_its_own(make_app, monkeypatch):

@@ -18,7 +18,7 @@ from engine.journal.rows import (
     StateEvent,
 )
 from rlhf_tui.state.feeds.updates import SessionUpdate
-from rlhf_tui.state.timeline import DIED, short_condition
+from rlhf_tui.state.timeline import DIED, effect_text, short_condition
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.status_lines import StatusLine
@@ -305,3 +305,17 @@ def test_what_is_predicted_is_shortened():
 def test_a_later_alert_says_in_brief_which_one_it_is():
     text = "objective/kl is 7, above 6; alert 3, the last one was at step 2"
     assert short_condition(text) == "KL 7 > 6 (alert 3)"
+
+
+@pytest.mark.parametrize(
+    ("command", "step", "words"),
+    [
+        ("checkpoint", 76, "step 75 saved"),
+        ("pause", 76, "paused after step 75"),
+        ("pause", 1, "paused before the first step"),
+        ("stop", 76, "stopped after step 75"),
+        ("beta", 76, ""),
+    ],
+)
+def test_what_a_command_did_after_a_step_names_that_step(command, step, words):
+    assert effect_text(command, step) == words

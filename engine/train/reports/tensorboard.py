@@ -1,8 +1,10 @@
 """Writes TensorBoard event files of a run, in addition to the journal."""
 
 import html
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -88,6 +90,7 @@ class EventFiles:
             return
         try:
             if self._writer is None:
+                _silence_writer_threads()
                 make_folders(self._folder)  # SummaryWriter would create it with the umask's mode
                 self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_from)
             write(self._writer)
@@ -100,6 +103,25 @@ class EventFiles:
             if not self._failed:
                 self._notify(step, f"steps are missing in the TensorBoard event files: {error}")
             self._failed = True
+
+
+def _silence_writer_threads() -> None:
+    """Keeps the OSErrors of TensorBoard's writer threads out of the log, now and later.
+
+    A thread hands its error to the next call of its writer, but also raises it, and Python would
+    print a traceback a minute while a disk is full.
+    """
+    previous = threading.excepthook
+    if getattr(previous, "func", None) is not _report_exception:
+        threading.excepthook = partial(_report_exception, previous)
+
+
+def _report_exception(
+    previous: Callable[[threading.ExceptHookArgs], object], raised: threading.ExceptHookArgs
+) -> None:
+    of_writer = type(raised.thread).__module__.partition(".")[0] == "tensorboard"
+    if not (of_writer and isinstance(raised.exc_value, OSError)):
+        previous(raised)
 
 
 def _table(samples: list[Sample]) -> str:

@@ -28,6 +28,10 @@ class FormError(Exception):
     """The typed input cannot be used; the message is for the operator."""
 
 
+class IncompleteError(FormError):
+    """The typed input is the beginning of one that can be used; the message says how to go on."""
+
+
 def split_overrides(text: str) -> list[str]:
     """The `key=value` pairs of a line; a value with spaces stands in quotes. Raises FormError."""
     try:
@@ -137,7 +141,7 @@ def check_config_file(root: Path, path: str, name: str, overrides: list[str]) ->
     """
     file = typed_path(path)
     if not file.is_file():
-        raise FormError(missing_file(path))
+        raise _missing_file(path)
     try:
         config = config_file.load(file, overrides)
         check_inputs(config)
@@ -155,10 +159,12 @@ def typed_path(text: str) -> Path:
         return Path(text)
 
 
-def missing_file(path: str) -> str:
+def _missing_file(path: str) -> FormError:
     """Why a path is not a configuration file yet, with the names that would complete it."""
     found = completions(path)
+    if not found and path:
+        return FormError(f"no configuration file at {path}")
     if not found:
-        return f"no configuration file at {path}" if path else "type the path of a YAML file"
+        return IncompleteError("type the path of a YAML file")
     more = f"  and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    return "continue with  " + "  ".join(found[:MOST_NAMES]) + more
+    return IncompleteError("continue with  " + "  ".join(found[:MOST_NAMES]) + more)

@@ -14,12 +14,13 @@ from engine.session.folder import SessionFolder, find, free_name
 from rlhf_tui.app.forms.overrides import (
     EarlierRun,
     FormError,
+    IncompleteError,
     check_config_file,
     check_new_name,
     split_overrides,
     typed_path,
 )
-from rlhf_tui.dialogs.form import Field, FormDialog, Values
+from rlhf_tui.dialogs.form import Field, FormDialog, Values, Verdict
 from rlhf_tui.state.session_row import SessionRow, read_session_row
 from rlhf_tui.widgets.completing_input import KeySuggester, PathSuggester
 from rlhf_tui.widgets.lines import Row
@@ -40,12 +41,14 @@ class StartForm(Struct, frozen=True):
 def new_run_form(root: Path) -> StartForm:
     """Asks for a configuration file."""
 
-    def check(values: Values) -> tuple[bool, str]:
+    def check(values: Values) -> tuple[Verdict, str]:
         try:
             pairs = split_overrides(values["overrides"])
-            return True, check_config_file(root, values["path"], values["name"], pairs)
+            return "valid", check_config_file(root, values["path"], values["name"], pairs)
+        except IncompleteError as error:
+            return "incomplete", str(error)
         except (FormError, RlhfError) as error:
-            return False, str(error)
+            return "wrong", str(error)
 
     def name(values: Values) -> str:
         return values["name"] or free_name(root, typed_path(values["path"]).stem)
@@ -75,15 +78,16 @@ def resume_form(root: Path, name: str, from_step: int | None) -> StartForm:
     step = max(row.checkpoints, default=0) if from_step is None else from_step
     base = EarlierRun.of(session.config(), _saved(session, step) or row.settings)
 
-    def check(values: Values) -> tuple[bool, str]:
+    def check(values: Values) -> tuple[Verdict, str]:
         try:
             new = base.resumed(split_overrides(values["overrides"]))
         except (FormError, RlhfError) as error:
-            return False, str(error)
+            return "wrong", str(error)
         total = new.train.steps
         if step >= total and row.state != "crashed":  # a crashed one has to record its end
-            return False, f"its {total} steps are done; train.steps={2 * step} extends the run"
-        return True, base.changed(new) or f"up to step {total}, with the same settings"
+            more = f"its {total} steps are done; train.steps={2 * step} extends the run"
+            return "incomplete", more
+        return "valid", base.changed(new) or f"up to step {total}, with the same settings"
 
     def arguments(values: Values) -> list[str]:
         start = [] if from_step is None else ["--from", str(from_step)]
@@ -109,18 +113,16 @@ def fork_form(root: Path, name: str, step: int) -> StartForm:
     session = find(root, name)
     base = EarlierRun.of(session.config(), _saved(session, step))
 
-    def check(values: Values) -> tuple[bool, str]:
+    def check(values: Values) -> tuple[Verdict, str]:
         try:
             folder = check_new_name(root, values["name"])
             new = base.forked(split_overrides(values["overrides"]))
         except (FormError, RlhfError) as error:
-            return False, str(error)
+            return "wrong", str(error)
         if step >= (total := new.train.steps):
-            return (
-                False,
-                f"its {total} steps are done; train.steps={2 * step} trains the fork further",
-            )
-        return True, base.changed(new) or folder
+            more = f"its {total} steps are done; train.steps={2 * step} trains the fork further"
+            return "incomplete", more
+        return "valid", base.changed(new) or folder
 
     def arguments(values: Values) -> list[str]:
         return ["fork", name, "--from", str(step), "--name", values["name"], *_options(values)]

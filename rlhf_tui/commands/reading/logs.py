@@ -13,6 +13,7 @@ from rlhf_tui.commands.options import (
     last_option,
     name_argument,
     print_json,
+    print_json_rows,
     say,
     sessions_option,
 )
@@ -38,7 +39,7 @@ def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
         rows, attempts = record.events(last), record.attempts()
         crashed = record.state() == "crashed"
     if as_json:
-        print_json([r.as_json() for r in rows])
+        print_json_rows(r.as_json() for r in rows)
         return
     for line in event_lines(rows, attempts, crashed=crashed):
         say((one_line(line.columns), line.tone))

@@ -65,9 +65,10 @@ def metrics(
     """
     form = "json" if as_json else form
     with JournalReader(existing(root, name)) as record:
-        rows = record.metrics(last, only=None if form or output else {*COLUMNS, *HELD_OUT})
-    if printed_rows((r.as_json() for r in rows), form, output, STEP_FIELDS):
+        found = record.iter_metrics(last, None if form or output else {*COLUMNS, *HELD_OUT})
+    if printed_rows((r.as_json() for r in found), form, output, STEP_FIELDS):
         return
+    rows = list(found)
     columns = COLUMNS | {k: t for k, t in HELD_OUT.items() if any(k in r.values for r in rows)}
     body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in columns)] for r in rows]
     say(fmt.table(body, ["step", *columns.values()]))

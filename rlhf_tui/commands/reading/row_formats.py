@@ -1,5 +1,6 @@
 """Options of commands that print rows: --format and -o."""
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import click
 
 from engine.errors import UserInputError
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.options import print_json, say
+from rlhf_tui.commands.options import print_json_rows, say
 from rlhf_tui.table_files import FORMATS, csv_text, write_file
 from rlhf_tui.text import sanitise
 
@@ -47,21 +48,22 @@ def printed_rows(
     """
     if form is None and output is None:
         return False
-    rows = list(rows)
     form = form or str(output).rpartition(".")[2]
     if form not in FORMATS:
         raise UserInputError(
             f"-o {output}: name the file .csv, .json or .parquet, or give --format"
         )
     if output is not None:
-        size = write_file(rows, form, output, names)
-        say(f"{output}: {fmt.plural(len(rows), 'row')}, {fmt.size(size)}")
+        count = itertools.count()  # not len(): rows are made while they are written
+        counted = (row for row, _ in zip(rows, count, strict=False))
+        size = write_file(counted, form, output, names)
+        say(f"{output}: {fmt.plural(next(count), 'row')}, {fmt.size(size)}")
     elif form == "json":
-        print_json(rows)
+        print_json_rows(rows)
     elif form == "parquet":
         raise UserInputError("--format parquet is not text: give -o FILE")
     else:
-        text = csv_text(rows, names)
+        text = csv_text(list(rows), names)
         # A file or a program gets the text as it is; a terminal would run its control sequences.
         text = sanitise(text) if sys.stdout.isatty() else text
         click.echo(text.encode("utf-8", "backslashreplace"), nl=False)

@@ -14,7 +14,7 @@ from rlhf_tui.format import value_text
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
-from rlhf_tui.state.timeline import command_text
+from rlhf_tui.state.timeline import command_text, effect_text
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
@@ -157,7 +157,8 @@ class SteeringPanel(Panel):
         if status == "applied" and command.command == Note.name():
             outcome = f"{mark} added"  # it applies to nothing: the charts have it at its step
         elif status == "applied" and command.applied_step is not None:
-            outcome += f" at step {command.applied_step}"
+            at = f"applied at step {command.applied_step}"
+            outcome = f"{mark} {effect_text(command.command, command.applied_step) or at}"
         elif status in ("queued", "accepted"):
             if wait := about(self.state.boundary_in()):
                 outcome += f", at step {self.state.head.step + 2} in {wait}"
@@ -168,6 +169,7 @@ class SteeringPanel(Panel):
             for key, name in OTHER_SETTINGS:
                 text = text.replace(f"{key} ", f"{name} ")
             outcome = outcome.replace("applied at ", "").replace(f"{status}, at step", "at step")
+            outcome = outcome.replace("paused ", "").replace("stopped ", "")
         if abandoned:
             outcome, tone = f"{outcome}, abandoned", "dim"
         row: Row = [(f" {text}", ""), (f"  {outcome}", tone)]
