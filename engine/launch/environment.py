@@ -78,6 +78,9 @@ OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 GROWING_SEGMENTS = "expandable_segments:True"
 """Responses differ in length from step to step, so blocks of fixed segments can rarely be reused:
 fragmented free memory counts as used."""
+WITHOUT_GROWING_SEGMENTS = ("microsoft", "tegra")
+"""Parts of the names of kernels whose GPU drivers fail at the first growing segment: WSL2
+(pytorch/pytorch#192330) and Jetson (unslothai/unsloth#2401)."""
 TF32_OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 """Set in some container images: float32 products are then rounded to 10 bits whatever torch is
 told, and the check of the first rollout takes that for an architecture that cannot be trained."""
@@ -85,7 +88,9 @@ told, and the check of the first rollout takes that for an architecture that can
 
 def allocator_settings(launch: LaunchConfig) -> dict[str, str]:
     """Makes torch's CUDA allocator grow its segments, unless the user has configured it."""
-    if launch.device == "cpu" or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+    if launch.device == "cpu" or OLD_ALLOCATOR in os.environ:
+        return {}
+    if any(part in os.uname().release.lower() for part in WITHOUT_GROWING_SEGMENTS):
         return {}
     return {ALLOCATOR: GROWING_SEGMENTS}
 
@@ -103,17 +108,28 @@ def ranks_per_node(launch: LaunchConfig) -> int:
 
 
 def torch_is_built_for_gpus() -> bool:
-    """Whether the installed torch has CUDA or ROCm; reads its version file instead of importing it.
+    """Whether the installed torch has CUDA or ROCm. True if that is not known."""
+    built = _torch_builds()
+    return not built or any(version != "None" for version in built.values())
 
-    True if that is not known.
+
+def torch_cuda_version() -> tuple[int, int] | None:
+    """The version of CUDA that the installed torch is built for; None if there is none."""
+    found = re.search(r"(\d+)\.(\d+)", _torch_builds().get("cuda", ""))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _torch_builds() -> dict[str, str]:
+    """What torch is built for, as its version file says; importing torch takes seconds.
+
+    Empty if that cannot be read. `None` is the value of what it is not built for.
     """
     found = importlib.util.find_spec("torch")
     try:
         text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")  # type: ignore[arg-type, union-attr]  # None raises, too
     except (AttributeError, OSError, TypeError):
-        return True
-    built = dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE))
-    return not built or any(version != "None" for version in built.values())
+        return {}
+    return dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE))
 
 
 def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:

@@ -33,8 +33,8 @@ from engine.train.distributed.sharding import learner
 from engine.train.distributed.share_prompts import load_on_all_ranks
 from engine.train.evaluation.held_out import HeldOut, split_prompts
 from engine.train.load_checks import (
-    check_frozen_models,
     check_device,
+    check_frozen_models,
     check_rank_count,
     check_response_length,
     check_vocabularies,
