@@ -234,10 +234,9 @@ def _find_gpu(launch: LaunchConfig) -> tuple[bool, str, str]:
         found = 0
     elif launch.gpus and not found:
         named = ", ".join(map(str, launch.gpus))
-        where = "here"
+        problem = f"launch.gpus: none of {named} is here; see rlhf-tui doctor"
         if not os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
-            where = "among those in CUDA_VISIBLE_DEVICES here"
-        problem = f"launch.gpus: none of {named} is {where}; see rlhf-tui doctor"
+            problem = f"launch.gpus: none of {named} is among those in CUDA_VISIBLE_DEVICES here"
     elif launch.device == "cuda" and not found:
         why = "" if _is_built_for_gpus() else ": it is built for CPUs only"
         problem = f"launch.device: cuda, but torch sees no GPU here{why}; see rlhf-tui doctor"
