@@ -1,5 +1,6 @@
 """The command line and the environment of ranks."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -81,18 +82,27 @@ fragmented free memory counts as used."""
 WITHOUT_GROWING_SEGMENTS = ("microsoft", "tegra")
 """Parts of the names of kernels whose GPU drivers fail at the first growing segment: WSL2
 (pytorch/pytorch#192330) and Jetson (unslothai/unsloth#2401)."""
+EXACT_PINNED_MEMORY = "pinned_max_round_threshold_mb:1"
+"""By default torch rounds each piece of pinned host memory up to a power of two, so that the copies
+of a checkpoint and frozen models on the host (`parallel.frozen: offload`) take up to twice their
+size: a weight of 136 MB takes 268 MB."""
+EXACT_SINCE = (2, 13)
+"""The version of torch that this is known of; others end at a key that they do not know."""
 TF32_OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 """Set in some container images: float32 products are then rounded to 10 bits whatever torch is
 told, and the check of the first rollout takes that for an architecture that cannot be trained."""
 
 
 def allocator_settings(launch: LaunchConfig) -> dict[str, str]:
-    """Makes torch's CUDA allocator grow its segments, unless the user has configured it."""
+    """Makes torch's allocators waste less memory, unless the user has configured them."""
     if launch.device == "cpu" or OLD_ALLOCATOR in os.environ:
         return {}
-    if any(part in os.uname().release.lower() for part in WITHOUT_GROWING_SEGMENTS):
-        return {}
-    return {ALLOCATOR: GROWING_SEGMENTS}
+    parts = []
+    if not any(part in os.uname().release.lower() for part in WITHOUT_GROWING_SEGMENTS):
+        parts.append(GROWING_SEGMENTS)
+    if torch_version() >= EXACT_SINCE:
+        parts.append(EXACT_PINNED_MEMORY)
+    return {ALLOCATOR: ",".join(parts)} if parts else {}
 
 
 def ranks_per_node(launch: LaunchConfig) -> int:
@@ -111,6 +121,15 @@ def torch_is_built_for_gpus() -> bool:
     """Whether the installed torch has CUDA or ROCm. True if that is not known."""
     built = _torch_builds()
     return not built or any(version != "None" for version in built.values())
+
+
+def torch_version() -> tuple[int, int]:
+    """The first two numbers of the installed torch's version; zeros if it is not known."""
+    try:
+        major, minor = importlib.metadata.version("torch").split(".")[:2]
+        return int(major), int(minor)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return 0, 0
 
 
 def torch_cuda_version() -> tuple[int, int] | None:

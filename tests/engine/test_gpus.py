@@ -1,6 +1,7 @@
 """Which GPUs the ranks get, and what their driver says of them."""
 
 import gc
+import importlib.metadata
 import os
 import types
 
@@ -8,6 +9,7 @@ import pynvml
 import pytest
 
 from engine.config.sections.launch import LaunchConfig
+from engine.launch import environment
 from engine.launch.environment import rank_environment
 from engine.memory.capacity import of_device, of_gpus
 from engine.monitoring.telemetry import Sampler, busy_gpus, gpu_count
@@ -55,9 +57,17 @@ def driver(monkeypatch):
     gc.collect()  # samplers close the driver, which is this one until here
 
 
-def test_the_allocator_grows_its_segments_unless_the_user_has_configured_it(monkeypatch):
+@pytest.fixture
+def default_allocator(monkeypatch):
+    """An environment in which the user has not configured torch's allocator; an early torch."""
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(environment, "torch_version", lambda: (2, 9))
+
+
+def test_the_allocator_grows_its_segments_unless_the_user_has_configured_it(
+    default_allocator, monkeypatch
+):
     assert rank_environment(LaunchConfig())["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "PYTORCH_ALLOC_CONF" not in rank_environment(LaunchConfig(device="cpu"))
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")  # read before the other
@@ -71,10 +81,20 @@ def test_a_container_image_does_not_round_the_float32_products_of_ranks(monkeypa
     assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" not in rank_environment(LaunchConfig())
 
 
-@pytest.mark.parametrize("kernel", ["5.15.90.1-microsoft-standard-WSL2", "5.15.148-tegra"])
-def test_segments_do_not_grow_where_drivers_fail_at_that(monkeypatch, kernel):
+@pytest.mark.parametrize(
+    ("version", "exact"),
+    [("2.9.1+cu128", False), ("2.13.0+cpu", True), ("?", False)],
+)
+def test_pinned_memory_is_not_rounded_up_where_torch_can_be_told(monkeypatch, version, exact):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _package: version)
+    settings = rank_environment(LaunchConfig())["PYTORCH_ALLOC_CONF"].split(",")
+    assert ("pinned_max_round_threshold_mb:1" in settings) == exact
+
+
+@pytest.mark.parametrize("kernel", ["5.15.90.1-microsoft-standard-WSL2", "5.15.148-tegra"])
+def test_segments_do_not_grow_where_drivers_fail_at_that(default_allocator, monkeypatch, kernel):
     monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(release=kernel))
     assert "PYTORCH_ALLOC_CONF" not in rank_environment(LaunchConfig())
 
