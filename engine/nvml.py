@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pynvml
 
@@ -49,7 +49,8 @@ def gpu_handles(chosen: Sequence[int] = ()) -> Iterator[list[object]]:
         chosen: `launch.gpus`; empty for all GPUs that are visible to CUDA.
 
     Yields:
-        The handles; an empty list if there is no driver or if a chosen GPU does not exist.
+        The handles, without GPUs that do not exist or do not answer; empty if there is no driver.
+        If a GPU is divided (MIG), only one: that of the first part, all that CUDA uses.
     """
     try:
         pynvml.nvmlInit()
@@ -57,19 +58,79 @@ def gpu_handles(chosen: Sequence[int] = ()) -> Iterator[list[object]]:
         yield []
         return
     try:
-        try:
-            entries = chosen_gpus(chosen) if chosen else visible_gpus()
-            if entries is None:
-                entries = [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
-            handles = [_handle(entry) for entry in entries]
-        except pynvml.NVMLError:
-            handles = []
-        yield handles
+        yield _handles(chosen)
     finally:
         pynvml.nvmlShutdown()
+
+
+def _handles(chosen: Sequence[int]) -> list[object]:
+    entries = chosen_gpus(chosen) if chosen else visible_gpus()
+    if entries is None:
+        entries = [str(i) for i in range(_count())]
+    found = []
+    for entry in entries:
+        with suppress(pynvml.NVMLError):
+            handle = _handle(entry)
+            if entry.startswith("MIG-") or (part := _first_part(handle)) is not None:
+                return [handle if entry.startswith("MIG-") else part]
+            found.append(handle)
+    return found
+
+
+def _count() -> int:
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
 
 
 def _handle(entry: str) -> object:
     if entry.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(entry))
     return pynvml.nvmlDeviceGetHandleByUUID(entry)
+
+
+def _first_part(gpu: object) -> object | None:
+    """The first part of a GPU that is divided (MIG); None if it is whole."""
+    try:
+        divided, _ = pynvml.nvmlDeviceGetMigMode(gpu)
+        parts = pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu) if divided else 0
+    except pynvml.NVMLError:  # most kinds of GPUs cannot be divided
+        return None
+    for index in range(parts):
+        with suppress(pynvml.NVMLError):  # fewer parts than there could be
+            part: object = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index)
+            return part
+    return None
+
+
+def driver_version() -> tuple[str, tuple[int, int]]:
+    """The version of NVIDIA's driver, and the newest version of CUDA that it supports.
+
+    Raises:
+        pynvml.NVMLError: there is no driver, or it does not answer.
+    """
+    pynvml.nvmlInit()
+    try:
+        number = int(pynvml.nvmlSystemGetCudaDriverVersion())  # 13000 for 13.0
+        return str(pynvml.nvmlSystemGetDriverVersion()), (number // 1000, number % 1000 // 10)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def silent_gpus() -> list[str]:
+    """A line for each GPU that the driver has and that does not answer, with NVML's reason."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    found = []
+    try:
+        for index in range(_count()):
+            try:
+                pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
+            except pynvml.NVMLError as error:
+                found.append(f"GPU {index} does not answer: {error}")
+    finally:
+        pynvml.nvmlShutdown()
+    return found

@@ -253,7 +253,9 @@ class JournalWriter:
         info = json.loads(row[0]) if row is not None else {}
         if "ranks" not in info or "strategy" not in info:  # of an earlier version
             return None
-        return Placed(ranks=info["ranks"], strategy=info["strategy"])
+        return Placed(
+            ranks=info["ranks"], strategy=info["strategy"], device=str(info.get("device", ""))
+        )
 
     def timeline(self) -> list[int]:
         """Steps of the checkpoints of the current timeline."""

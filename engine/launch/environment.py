@@ -1,5 +1,6 @@
 """The command line and the environment of ranks."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -83,16 +84,30 @@ OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 GROWING_SEGMENTS = "expandable_segments:True"
 """Responses differ in length from step to step, so blocks of fixed segments can rarely be reused:
 fragmented free memory counts as used."""
+WITHOUT_GROWING_SEGMENTS = ("microsoft", "tegra")
+"""Parts of the names of kernels whose GPU drivers fail at the first growing segment: WSL2
+(pytorch/pytorch#192330) and Jetson (unslothai/unsloth#2401)."""
+EXACT_PINNED_MEMORY = "pinned_max_round_threshold_mb:1"
+"""By default torch rounds each piece of pinned host memory up to a power of two, so that the copies
+of a checkpoint and frozen models on the host (`parallel.frozen: offload`) take up to twice their
+size: a weight of 136 MB takes 268 MB."""
+EXACT_SINCE = (2, 13)
+"""The version of torch that this is known of; others end at a key that they do not know."""
 TF32_OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 """Set in some container images: float32 products are then rounded to 10 bits whatever torch is
 told, and the check of the first rollout takes that for an architecture that cannot be trained."""
 
 
 def allocator_settings(launch: LaunchConfig) -> dict[str, str]:
-    """Makes torch's CUDA allocator grow its segments, unless the user has configured it."""
-    if launch.device == "cpu" or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+    """Makes torch's allocators waste less memory, unless the user has configured them."""
+    if launch.device == "cpu" or OLD_ALLOCATOR in os.environ:
         return {}
-    return {ALLOCATOR: GROWING_SEGMENTS}
+    parts = []
+    if not any(part in os.uname().release.lower() for part in WITHOUT_GROWING_SEGMENTS):
+        parts.append(GROWING_SEGMENTS)
+    if torch_version() >= EXACT_SINCE:
+        parts.append(EXACT_PINNED_MEMORY)
+    return {ALLOCATOR: ",".join(parts)} if parts else {}
 
 
 def ranks_per_node(launch: LaunchConfig) -> int:
@@ -108,17 +123,37 @@ def ranks_per_node(launch: LaunchConfig) -> int:
 
 
 def torch_is_built_for_gpus() -> bool:
-    """Whether the installed torch has CUDA or ROCm; reads its version file instead of importing it.
+    """Whether the installed torch has CUDA or ROCm. True if that is not known."""
+    built = _torch_builds()
+    return not built or any(version != "None" for version in built.values())
 
-    True if that is not known.
+
+def torch_version() -> tuple[int, int]:
+    """The first two numbers of the installed torch's version; zeros if it is not known."""
+    try:
+        major, minor = importlib.metadata.version("torch").split(".")[:2]
+        return int(major), int(minor)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return 0, 0
+
+
+def torch_cuda_version() -> tuple[int, int] | None:
+    """The version of CUDA that the installed torch is built for; None if there is none."""
+    found = re.search(r"(\d+)\.(\d+)", _torch_builds().get("cuda", ""))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _torch_builds() -> dict[str, str]:
+    """What torch is built for, as its version file says; importing torch takes seconds.
+
+    Empty if that cannot be read. `None` is the value of what it is not built for.
     """
     found = importlib.util.find_spec("torch")
     try:
         text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")  # type: ignore[arg-type, union-attr]  # None raises, too
     except (AttributeError, OSError, TypeError):
-        return True
-    built = dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE))
-    return not built or any(version != "None" for version in built.values())
+        return {}
+    return dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE))
 
 
 def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:

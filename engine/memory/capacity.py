@@ -49,11 +49,12 @@ def of_host() -> Capacity:
 
 def of_gpus(chosen: list[int]) -> Capacity | None:
     """Returns the memory of the chosen GPUs (all if the list is empty); None without a GPU."""
+    memories = []
     with gpu_handles(chosen) as handles:
-        try:
-            memories = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
-        except pynvml.NVMLError:
-            return None
+        for handle in handles:
+            # One that has failed does not answer; one that uses the host's memory has none.
+            with contextlib.suppress(pynvml.NVMLError):
+                memories.append(pynvml.nvmlDeviceGetMemoryInfo(handle))
     if not memories:
         return None
     total = min(int(m.total) for m in memories)

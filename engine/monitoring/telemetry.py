@@ -3,14 +3,14 @@
 import logging
 import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 import pynvml
 
-from engine.nvml import gpu_handles, visible_gpus
+from engine.nvml import gpu_handles
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
 from engine.protocol.rank_messages import RankTimes
 
@@ -28,6 +28,7 @@ class Sampler:
         """
         self._folder = folder
         self._ranks: dict[int, psutil.Process] = {}
+        self._silent: set[int] = set()
         psutil.cpu_percent()  # the first call only starts the measured interval
         # Kept open: opening the driver costs more than a measurement.
         self._open = ExitStack()
@@ -53,8 +54,18 @@ class Sampler:
                 for rank in sorted(rank_pids | times)
                 if (load := self._rank(rank, rank_pids.get(rank), times.get(rank))) is not None
             ],
-            gpus=[g for i, h in enumerate(self._gpus) if (g := _gpu(i, h)) is not None],
+            gpus=list(self._read_gpus()),
         )
+
+    def _read_gpus(self) -> Iterator[Gpu]:
+        for index, handle in enumerate(self._gpus):
+            try:
+                yield _gpu(index, handle)
+                self._silent.discard(index)
+            except pynvml.NVMLError as error:  # it has failed, for example
+                if index not in self._silent:
+                    log.warning("GPU %d does not answer: %s", index, error)
+                self._silent.add(index)
 
     def _rank(self, rank: int, pid: int | None, times: RankTimes | None) -> RankLoad | None:
         seconds = times.seconds if times is not None else {}
@@ -79,13 +90,8 @@ class Sampler:
             return None
 
 
-def _gpu(index: int, handle: object) -> Gpu | None:
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        name = str(pynvml.nvmlDeviceGetName(handle))
-    except pynvml.NVMLError as error:
-        log.debug("GPU %d cannot be read: %s", index, error)
-        return None
+def _gpu(index: int, handle: object) -> Gpu:
+    """Reads one GPU. Raises pynvml.NVMLError if it does not answer."""
 
     def read(query: Callable[[], float]) -> float | None:
         # A part of a GPU (MIG), a virtual one or a consumer's card does not support all of them.
@@ -95,32 +101,50 @@ def _gpu(index: int, handle: object) -> Gpu | None:
             return None
 
     sensor = pynvml.NVML_TEMPERATURE_GPU
+    name = str(pynvml.nvmlDeviceGetName(handle))
+    used, total = _memory(handle)
     power = read(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
     number = read(lambda: pynvml.nvmlDeviceGetIndex(handle))
     return Gpu(
         index=index if number is None else int(number),
         name=name,
-        utilisation=read(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) or 0.0,
-        memory_used=int(memory.used),
-        memory_total=int(memory.total),
+        utilisation=read(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        memory_used=used,
+        memory_total=total,
         temperature=read(lambda: pynvml.nvmlDeviceGetTemperature(handle, sensor)),
         power=None if power is None else power / 1000,
     )
 
 
+def _memory(handle: object) -> tuple[int, int]:
+    """Used and total bytes; zeros for a GPU that uses the host's memory.
+
+    The second version of the query, since driver 510, leaves out what the driver keeps for itself
+    (up to 1 GB), as nvidia-smi does.
+    """
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+    except pynvml.NVMLError:
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        except pynvml.NVMLError_NotSupported:
+            return 0, 0
+    return int(memory.used), int(memory.total)
+
+
 def gpu_count() -> int:
     """The number of GPUs that ranks will see; 0 without a driver."""
-    visible = visible_gpus()
-    if visible is not None:
-        return len(visible)
     with gpu_handles() as handles:
         return len(handles)
 
 
 def busy_gpus(chosen: list[int]) -> list[str]:
     """A line for each chosen GPU (of all, if none is named) with over 1 GB in use."""
+    gpus = []
     with gpu_handles(chosen) as handles:
-        gpus = [g for i, h in enumerate(handles) if (g := _gpu(i, h)) is not None]
+        for index, handle in enumerate(handles):
+            with suppress(pynvml.NVMLError):
+                gpus.append(_gpu(index, handle))
     return [
         f"GPU {g.index} ({g.name}) already holds {g.memory_used / 1e9:.1f} GB"
         for g in gpus

@@ -82,11 +82,11 @@ class Gpu(Struct, frozen=True, kw_only=True):
 
     index: int
     name: str
-    utilisation: float
-    """Percent."""
+    utilisation: float | None
+    """Percent; None for a part of a GPU (MIG) and others that do not measure it."""
     memory_used: int
     memory_total: int
-    """Bytes."""
+    """Bytes; 0 for a GPU that uses the host's memory."""
     temperature: float | None = None
     """Degrees Celsius."""
     power: float | None = None

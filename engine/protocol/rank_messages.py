@@ -287,6 +287,8 @@ class Placed(Struct, frozen=True, kw_only=True):
     ranks: int
     strategy: str
     """`ddp` or `fsdp`."""
+    device: str = ""
+    """Rank 0's, such as `cuda:0`; empty if that was not recorded."""
 
 
 class RepeatedChange(Struct, frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ from engine.train.distributed.sharding import learner
 from engine.train.distributed.share_prompts import load_on_all_ranks
 from engine.train.evaluation.held_out import HeldOut, split_prompts
 from engine.train.load_checks import (
+    check_device,
     check_frozen_models,
     check_rank_count,
     check_response_length,
@@ -99,6 +100,8 @@ def load_run(
         CheckpointError: the checkpoint to start from cannot be used.
     """
     check_rank_count(config, ranks.size)
+    if config.launch.device == "auto":
+        check_device(begin.placed, ranks.device)
     threads = set_threads_and_nice(ranks, config.launch)
     source = starter.resolve(config.model.policy)
     saved: Path | None = None

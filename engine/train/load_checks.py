@@ -2,9 +2,12 @@
 
 import logging
 
+import torch
+
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.errors import CheckpointError, UserInputError
+from engine.protocol.rank_messages import Placed
 from engine.train.checkpoints.folder import TrainingState
 from engine.train.models.language_model import (
     AdapterFreePolicy,
@@ -33,6 +36,26 @@ def check_rank_count(config: RunConfig, ranks: int) -> None:
         raise UserInputError(
             f"reward.normalise_samples ({reward.normalise_samples}) must be at least the number of "
             f"ranks ({ranks})"
+        )
+
+
+def check_device(placed: Placed | None, device: torch.device) -> None:
+    """Checks that a run that computed on a GPU does not go on on the CPU without being told to.
+
+    That would happen with `launch.device: auto` if the GPU has failed, or its driver was updated
+    while the machine was running.
+
+    Args:
+        placed: how the attempt before was placed.
+        device: what torch found for this one.
+
+    Raises:
+        UserInputError: torch finds no GPU any more.
+    """
+    if placed is not None and placed.device.startswith("cuda") and device.type == "cpu":
+        raise UserInputError(
+            "the run computed on a GPU before, and torch finds none here now: see rlhf-tui doctor, "
+            "or resume with -o launch.device=cpu"
         )
 
 

@@ -24,6 +24,7 @@ LESS_MEMORY = (
 TEXTS = (
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator",
     "Cuda failure 2 'out of memory'",

@@ -66,7 +66,7 @@ from engine.train.out_of_memory import (
     run_step,
 )
 from engine.train.reports.recorders import StepRecorder, open_recorders
-from engine.train.reports.setup_notes import setup_notes
+from engine.train.reports.setup_notes import dtype_note, setup_notes
 from engine.train.reward_scales import fit_scales
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
@@ -75,9 +75,6 @@ log = logging.getLogger("engine")
 
 RESTARTS = 3
 """Exit code of a rank when the run is not over, so that other machines do not stop as well."""
-LARGE = 50_000_000
-"""Number of weights above which a GPU's matrix products take longer than launching them. With the
-starter's 4 million, float32 is as fast as bfloat16 (benchmarks/RESULTS.md)."""
 
 
 def main() -> None:
@@ -176,14 +173,12 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
         log.warning(text)
         link.send(Notice(step=step, rule=rule, text=text))
 
+    if ranks.device_note:
+        notify("device", ranks.device_note)
     for text in trusted_code(config):
         warn("trust_remote_code", begin.from_step, text)
     run = load_run(session, config, begin, ranks, link.phase, notify)
-    if is_slow_dtype(ranks.device, config.model.dtype, parameter_count(run.policy)):
-        text = (
-            "model.dtype is float32, with which a GPU trains several times slower than with "
-            "bfloat16 and needs more memory"
-        )
+    if text := dtype_note(ranks.device, config.model.dtype, parameter_count(run.policy)):
         warn("dtype", begin.from_step, text)
     boundary = Boundary(session, run, begin, link)
     notes = setup_notes(config, run) if begin.attempt == 1 else []
@@ -348,11 +343,6 @@ def receive_start(session: SessionFolder, link: Link, ranks: RankGroup) -> tuple
     if ranks.is_lead:
         data = msgspec.msgpack.encode((link.wait_for_begin(), session.config()))
     return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=examined(kind))
-
-
-def is_slow_dtype(device: torch.device, dtype: str, weights: int) -> bool:
-    """Whether bfloat16 would be much faster: true for a large float32 model on a GPU."""
-    return device.type == "cuda" and dtype == "float32" and weights >= LARGE
 
 
 def run_info(run: Run) -> dict[str, object]:

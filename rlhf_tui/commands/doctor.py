@@ -4,6 +4,9 @@ import importlib.metadata
 import os
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -13,6 +16,7 @@ from engine import starter
 from engine.config.sections.rollout import RolloutConfig
 from engine.errors import SessionError, UserInputError
 from engine.journal.json_values import Json
+from engine.launch.environment import torch_cuda_version, torch_is_built_for_gpus
 from engine.launch.rollout.engine import TESTED_VLLM, find_vllm, rollout_python
 from engine.protocol import sockets
 from rlhf_tui.commands.options import is_terminal, json_option, print_json, say, sessions_option
@@ -46,6 +50,8 @@ class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
     vllm: str
     """The vLLM that `rollout.engine: vllm` would use, and its Python; or `none`."""
     cores: int
+    driver: str
+    """NVIDIA's, and the newest CUDA that it supports; or `none`."""
     gpus: list[str]
     sessions: FolderFacts
     starter: bool
@@ -63,6 +69,7 @@ def doctor(root: Path, as_json: bool) -> None:
         packages={p: _version(p) for p in PACKAGES},
         vllm=_vllm(),
         cores=len(os.sched_getaffinity(0)),
+        driver=_driver(),
         gpus=_gpus(),
         sessions=_folder(root.resolve()),
         starter=all((starter.FOLDER / p).exists() for p in starter.PARTS.values()),
@@ -86,13 +93,18 @@ def _fact_text(value: object) -> str:
         case bool():
             return "yes" if value else "no"
         case list():
-            return ", ".join(map(_fact_text, value)) or "none"
+            return ", ".join(_counted(map(_fact_text, value))) or "none"
         case dict():
             return ", ".join(f"{_title(k)} {_fact_text(v)}" for k, v in value.items())
         case None:
             return "none"
         case _:
             return str(value)
+
+
+def _counted(texts: Iterable[str]) -> list[str]:
+    """Equal texts as one, with their number."""
+    return [text if n == 1 else f"{n} × {text}" for text, n in Counter(texts).items()]
 
 
 def _title(key: str) -> str:
@@ -120,16 +132,59 @@ def _vllm() -> str:
     return f"{found} ({python}){note}"
 
 
+def _driver() -> str:
+    """NVIDIA's driver and the newest CUDA that it supports; why it does not answer, or `none`."""
+    import pynvml  # noqa: PLC0415 - only doctor needs it
+
+    from engine.nvml import driver_version  # noqa: PLC0415 - as above
+
+    try:
+        version, (major, minor) = driver_version()
+    except pynvml.NVMLError_LibraryNotFound:
+        return "none"
+    except pynvml.NVMLError as error:
+        return f"does not answer: {error}"
+    return f"{version}, for CUDA up to {major}.{minor}"
+
+
+def _driver_problems() -> list[str]:
+    """What prevents torch from using the GPUs of this machine, as far as their driver knows."""
+    import pynvml  # noqa: PLC0415 - only doctor needs it
+
+    from engine.nvml import driver_version, silent_gpus  # noqa: PLC0415 - as above
+
+    try:
+        _, driver = driver_version()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return []  # as on a machine without a GPU
+    except pynvml.NVMLError as error:
+        return [f"NVIDIA's driver does not answer ({error}): after an update of it, reboot"]
+    found = silent_gpus()
+    built_for = torch_cuda_version()
+    if built_for is not None and built_for[0] > driver[0]:  # in a major version, any driver will do
+        found.append(
+            f"torch is built for CUDA {_dotted(built_for)} and the driver is for CUDA up to "
+            f"{_dotted(driver)}: update the driver, or install a build of torch for CUDA "
+            f"{driver[0]}"
+        )
+    return found
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
 def _gpus() -> list[str]:
     import pynvml  # noqa: PLC0415 - only doctor needs it
 
     from engine.nvml import gpu_handles  # noqa: PLC0415 - as above
 
+    names = []
     with gpu_handles() as handles:
-        try:
-            return [str(pynvml.nvmlDeviceGetName(h)) for h in handles]
-        except pynvml.NVMLError:
-            return []
+        for handle in handles:
+            with suppress(pynvml.NVMLError):  # see _driver_problems
+                names.append(str(pynvml.nvmlDeviceGetName(handle)))
+    return names
 
 
 def _folder(root: Path) -> FolderFacts:
@@ -161,6 +216,6 @@ def _problems(facts: MachineFacts) -> list[str]:
         found.append("less than 1 GB of disk is free in the sessions folder")
     if not facts.starter:
         found.append("the starter models are missing; install rlhf-tui again")
-    if facts.gpus and "+cpu" in (facts.packages["torch"] or ""):
+    if facts.gpus and not torch_is_built_for_gpus():
         found.append("there is a GPU but torch is a CPU build; install a CUDA build of torch")
-    return found
+    return found + _driver_problems()

@@ -149,6 +149,17 @@ def test_a_timeline_can_be_replaced_again_and_again(writer):
         assert record.metrics() == []
 
 
+def test_the_next_attempt_is_told_where_the_last_one_computed(writer):
+    assert writer.journal.placed() is None
+    for info in ({"ranks": 2, "strategy": "fsdp", "device": "cuda:0"}, {"ranks": 1}):
+        writer.journal.record_event("ready", info)
+        placed = writer.journal.placed()
+        if "strategy" in info:
+            assert (placed.ranks, placed.strategy, placed.device) == (2, "fsdp", "cuda:0")
+        else:  # of an earlier version
+            assert placed is None
+
+
 def test_checkpoints_after_a_resume_belong_to_the_past(writer):
     writer.checkpoint(2)
     writer.checkpoint(4)

@@ -144,6 +144,32 @@ def test_gpus_stand_with_load_memory_heat_and_power():
         assert part in shown
 
 
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_what_a_gpu_does_not_measure_is_no_number(gpus):
+    parts = [
+        Gpu(index=i, name="A100 MIG", utilisation=None, memory_used=5 * 10**9,
+            memory_total=20 * 10**9)
+        for i in range(gpus)
+    ]  # fmt: skip
+    unified = [
+        Gpu(index=i, name="GB10", utilisation=40, memory_used=0, memory_total=0, temperature=50)
+        for i in range(gpus)
+    ]
+    for shown_gpus, there, missing in ((parts, "–", "0%"), (unified, "40%", "0/0")):
+        state = make_state()
+        state.take(
+            SessionUpdate(
+                telemetry=Telemetry(
+                    time=1, cpu=77, memory_used=8, memory_total=16, disk_free=10**11,
+                    gpus=shown_gpus,
+                )
+            )
+        )  # fmt: skip
+        lines = text(MachinePanel(state), 80, 5).splitlines()[: 1 + -(-gpus // 3)]
+        assert there in "\n".join(lines[1:])
+        assert missing not in "\n".join(lines[1:]).replace("40%", "")
+
+
 def test_without_a_gpu_the_processors_stand():
     state = make_state()
     state.take(

@@ -9,6 +9,7 @@ weights itself (see :mod:`engine.train.distributed.sharding`).
 import contextlib
 import logging
 import os
+import re
 import warnings
 from datetime import timedelta
 
@@ -16,6 +17,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import check_cuda_p2p_ib_support
 from torch import Tensor
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # not in its __all__
 
@@ -24,6 +26,7 @@ from engine.errors import RlhfError, UserInputError
 from engine.examined import examined
 from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
+from engine.memory.capacity import of_gpus
 from engine.protocol.rank_messages import LEAVING_KEY, WAITING_KEY
 from engine.train.distributed.exchange import all_gather_bytes
 from engine.train.distributed.rank_store import RankStore
@@ -59,11 +62,19 @@ class RankGroup:
         """Initialises the process groups; a group of one rank without torchrun.
 
         Raises:
-            UserInputError: `launch.device` is `cuda` and torch finds no GPU, there are more ranks
-                than GPUs on a machine, or only some ranks have a GPU.
+            UserInputError: `launch.device` is `cuda`, or `launch.gpus` is set, and torch finds no
+                GPU; there are more ranks than GPUs on a machine; or only some ranks have a GPU.
             LinkError: the store of the first machine cannot be reached, or has another secret.
         """
-        on_gpu, problem = _find_gpu(launch)
+        on_gpu, problem, self.device_note = _find_gpu(launch)
+        """The note is a sentence if `launch.device: auto` leaves GPUs of this machine unused."""
+        if self.device_note:
+            log.warning("%s", self.device_note)
+        if on_gpu and not check_cuda_p2p_ib_support():
+            # Older drivers report transfers between GPUs of this series that do not work:
+            # accelerate refuses such a machine unless NCCL is told.
+            for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+                os.environ.setdefault(name, "1")
         self.rank, self.size = 0, int(os.environ.get("WORLD_SIZE", "1"))
         self.group: dist.ProcessGroup | None = None
         """For the collectives of this class, over gloo; None for a single rank."""
@@ -208,39 +219,76 @@ def _has_machines() -> bool:
     return os.environ.get(STORE_VARIABLE, "").startswith("tcp:")
 
 
-def _find_gpu(launch: LaunchConfig) -> tuple[bool, str]:
-    """Whether this rank computes on a GPU, and an error text or ""."""
-    found = torch.cuda.device_count() if launch.device != "cpu" else 0
-    ranks, problem = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), ""
-    if unusable := _why_unusable() if found else "":
+def _find_gpu(launch: LaunchConfig) -> tuple[bool, str, str]:
+    """Whether this rank computes on a GPU, an error text or "", and a note or ""."""
+    if launch.device == "cpu":
+        return False, "", ""
+    ranks, problem, note = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "", ""
+    unusable = _why_unusable() if torch.cuda.device_count() else _why_none()
+    found = torch.cuda.device_count()
+    if unusable:
         # The driver counts GPUs that this torch cannot use, for example if the driver is too old.
         problem = f"torch cannot use the GPUs here: {unusable}; launch.device: cpu trains without"
-        if launch.device == "auto" and ranks == 1:
-            log.warning("training on the CPU: %s", problem)
-            problem = ""
+        if launch.device == "auto" and not launch.gpus and ranks == 1:
+            problem, note = "", f"training on the CPU: {problem}"
         found = 0
-    elif launch.gpus and not os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
+    elif launch.gpus and not found:
         named = ", ".join(map(str, launch.gpus))
-        problem = f"launch.gpus: none of {named} is among those in CUDA_VISIBLE_DEVICES here"
+        problem = f"launch.gpus: none of {named} is here; see rlhf-tui doctor"
+        if not os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
+            problem = f"launch.gpus: none of {named} is among those in CUDA_VISIBLE_DEVICES here"
     elif launch.device == "cuda" and not found:
-        why = "" if torch.version.cuda or torch.version.hip else ": it is built for CPUs only"
+        why = "" if _is_built_for_gpus() else ": it is built for CPUs only"
         problem = f"launch.device: cuda, but torch sees no GPU here{why}; see rlhf-tui doctor"
     elif found and ranks > found:
         problem = (
             f"launch.processes: {ranks} ranks on this machine, but torch sees {found} "
             f"GPU{'s' if found > 1 else ''} here: use launch.processes: {found}"
         )
-    return found > 0, problem
+    return found > 0, problem, note
+
+
+def _is_built_for_gpus() -> bool:
+    return bool(torch.version.cuda or torch.version.hip)
+
+
+def _why_none() -> str:
+    """Why torch counts no GPU although the driver does; "" if that has another reason."""
+    if _is_built_for_gpus() or of_gpus([]) is None:
+        return ""
+    return "it is built for CPUs only"
 
 
 def _why_unusable() -> str:
-    """Why torch cannot use the GPUs that it counts, in its own words; "" if it can."""
+    """Why torch cannot use the GPUs that it counts, mostly in its own words; "" if it can."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
-            return ""
+            torch.cuda.init()  # until then torch counts by the driver, which knows no MIG
+            return _why_no_kernels(int(os.environ.get("LOCAL_RANK", "0")))
     lines = [str(w.message).strip().splitlines()[0] for w in said]
     return next((line for line in lines if line), "it finds no usable driver")
+
+
+def _why_no_kernels(device: int) -> str:
+    """Why this torch has no kernels for a GPU; "" if it has, or if that is not known.
+
+    Builds of torch leave out old GPUs, and those newer than themselves. Each kernel would fail with
+    "no kernel image is available".
+    """
+    architectures = torch.cuda.get_arch_list()
+    if torch.version.hip or not architectures or device >= torch.cuda.device_count():
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
+        built = divmod(int(number), 10)
+        # Machine code runs on later GPUs of the same major version, PTX is compiled on any.
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
+            return ""
+    return (
+        f"this build has no kernels for {torch.cuda.get_device_name(device)}, of compute "
+        f"capability {major}.{minor}, but for {' '.join(architectures)}"
+    )
 
 
 def agree_on_device(store: Store, rank: int, size: int, on_gpu: bool, problem: str) -> None:

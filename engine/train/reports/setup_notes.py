@@ -3,6 +3,7 @@
 import math
 
 import msgspec
+import torch
 
 from engine.config.file import complete
 from engine.config.schema import RunConfig
@@ -14,6 +15,11 @@ LEAST_FACTOR = 4.0
 """Factor by which the adaptive controller should be able to change beta within a run."""
 TRIAL_STEPS = 50
 """A shorter run is a trial, for which the controller may be too slow."""
+LARGE = 50_000_000
+"""Number of weights above which a GPU's matrix products take longer than launching them. With the
+starter's 4 million, float32 is as fast as bfloat16 (benchmarks/RESULTS.md)."""
+BFLOAT16_SINCE = 8
+"""Major compute capability of NVIDIA's first GPUs with hardware for bfloat16, such as A100."""
 OF_THE_VALUE_LOSS = ("value_coef", "value_clip", "value_head_rate")
 """Keys of `ppo` that only affect the value loss."""
 
@@ -78,3 +84,21 @@ def ignored_value_keys(config: RunConfig) -> list[str]:
         f"{' and '.join(given)} {have} no effect with model.value: reward_model, whose values are "
         "fitted to the returns and not trained by a loss"
     ]
+
+
+def dtype_note(device: torch.device, dtype: str, weights: int) -> str:
+    """Returns a sentence if another `model.dtype` is much faster on a GPU; "" otherwise."""
+    if device.type != "cuda" or weights < LARGE:
+        return ""
+    if dtype == "float32":
+        return (
+            "model.dtype is float32, with which a GPU trains several times slower than with "
+            "bfloat16 and needs more memory"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip or major >= BFLOAT16_SINCE:
+        return ""
+    return (
+        f"model.dtype is bfloat16, for which this GPU (compute capability {major}.{minor}) has no "
+        "hardware: it takes less memory than float32, but is not faster"
+    )

@@ -119,18 +119,24 @@ def _legend(telemetry: Telemetry, width: int) -> str:
     return legend if len(legend) < width - 12 else " ".join(n[:5] for n in names)
 
 
-def _meter(name: str, percent: float, width: int) -> Row:
-    tone = "warn" if percent >= 97 else "accent"
+def _meter(name: str, percent: float | None, width: int) -> Row:
+    tone = "warn" if percent is not None and percent >= 97 else "accent"
     return [
         (f" {name:<7}", "dim"),
-        *bar(percent / 100, width, tone),
-        (f" {percent:3.0f}%", "strong"),
+        *bar((percent or 0.0) / 100, width, tone),
+        (f" {_percent(percent)}", "strong"),
     ]
+
+
+def _percent(value: float | None) -> str:
+    """Four cells; a dash for what is not measured."""
+    return "   –" if value is None else f"{value:3.0f}%"
 
 
 def _gpu(gpu: Gpu, width: int) -> Row:
     row = [*_meter(f"GPU {gpu.index}", gpu.utilisation, width)]
-    row.append((f"  {gpu.memory_used / 1e9:.1f}/{gpu.memory_total / 1e9:.0f} GB", ""))
+    if gpu.memory_total:
+        row.append((f"  {gpu.memory_used / 1e9:.1f}/{gpu.memory_total / 1e9:.0f} GB", ""))
     if gpu.temperature is not None:
         row.append((f"  {gpu.temperature:.0f}°C", _temperature_tone(gpu.temperature)))
     if gpu.power is not None:
@@ -150,11 +156,13 @@ def _packed(gpus: list[Gpu], width: int) -> list[Row]:
 
 
 def _compact(gpu: Gpu, cells: int) -> list[Piece]:
-    memory = f" {gpu.memory_used / 1e9:.0f}/{gpu.memory_total / 1e9:.0f}G"
+    memory = ""
+    if gpu.memory_total:
+        memory = f" {gpu.memory_used / 1e9:.0f}/{gpu.memory_total / 1e9:.0f}G"
     heat = "" if gpu.temperature is None else f" {gpu.temperature:.0f}°"
     row: list[Piece] = [
         (f" GPU {gpu.index:<2}" if cells == SHORT else f" {gpu.index:<1}", "dim"),
-        (f"{gpu.utilisation:4.0f}%", "strong"),
+        (f" {_percent(gpu.utilisation)}", "strong"),
         (memory, ""),
         (heat, "dim" if gpu.temperature is None else _temperature_tone(gpu.temperature)),
     ]

@@ -389,11 +389,14 @@ def pretend_gpu():
         mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", grouped),
         # As in torch's CPU build: that for CUDA would look for a driver.
         mock.patch("torch.accelerator.current_accelerator", lambda **_: None),
+        mock.patch("torch.accelerator.synchronize", lambda *_: None),
         mock.patch.multiple(
             torch.cuda,
+            init=lambda: None,
             is_available=lambda: True,
             device_count=lambda: 1,
             current_device=lambda: 0,
+            get_arch_list=list,
             get_device_capability=lambda *_: (9, 0),
             CUDAGraph=Graph,
             graph=capture,

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from engine.train.boundary import update_reference
+from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.native import backend as native
 from engine.train.rollout.native.decoder import Schedule
@@ -18,6 +20,8 @@ SMALLEST = (
     "ppo.micro_batch_size=2",
     "launch.device=cpu",
 )
+IN_CHUNKS = 20_000
+"""Logits at a time: a few tokens."""
 VARIANTS = {
     "gae, value head on the trunk": ["ppo.whiten_rewards=true", "ppo.value_clip=0.2"],
     "gae, separate value trunk": ["model.value=separate", "ppo.value_warmup=1"],
@@ -45,6 +49,22 @@ VARIANTS = {
         "ppo.advantage=grpo", "rollout.per_prompt=2", "ppo.entropy_coef=0.01", "kl.place=loss",
         "kl.estimator=k3", "ppo.loss_aggregation=sequence",
     ],
+    "remax, averaged policy, evaluation": [
+        "ppo.advantage=remax", "train.ema.decay=0.5",
+        "eval={every: 1, holdout: 2, max_new_tokens: 4}",
+    ],
+    "opo, a reference that follows, both on the host": [
+        "ppo.advantage=opo", "rollout.per_prompt=2", "parallel.frozen=offload",
+        "kl.reference_update={every: 1, mix: 0.5}", "train.ema={decay: 0.5, offload: true}",
+    ],
+    "dynamic sampling, pass@k": [
+        "ppo.advantage=grpo_passk", "rollout.per_prompt=2", "rollout.dynamic=true",
+        "rollout.dynamic_limit=2",
+    ],
+    "reinforce++, importance weights of the KL, corrected rollouts": [
+        "ppo.advantage=reinforce_plus_plus", "kl.place=loss", "kl.importance_weighted=true",
+        "model.dtype=bfloat16", "ppo.rollout_correction=sequence_mean_mask",
+    ],
     "two responses at once, micro-batches by tokens": [
         "rollout.at_once=2", "rollout.max_new_tokens=12", "ppo.micro_batch_by=tokens",
     ],
@@ -59,12 +79,39 @@ VARIANTS = {
         "LoRA in bfloat16, separate value trunk",
         "normalised rewards, a value function on their model's states",
         "grpo, entropy bonus, KL in the loss",
+        "remax, averaged policy, evaluation",
         "two responses at once, micro-batches by tokens",
     ),
 )
 def test_a_step_on_a_gpu_has_the_numbers_of_the_cpu(
     make_run, tiny_model, few_prompts, overrides, monkeypatch, caplog
 ):
+    compare_step(make_run, tiny_model, few_prompts, overrides, monkeypatch)
+    assert "without CUDA graphs" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    some_of(
+        {
+            "float32, shared value head": [],
+            "bfloat16, separate value trunk": ["model.dtype=bfloat16", "model.value=separate"],
+            "LoRA": ["lora.rank=2"],
+        },
+        "float32, shared value head",
+    ),
+)
+def test_losses_in_chunks_on_a_gpu_have_the_numbers_of_the_cpu(
+    make_run, tiny_model, few_prompts, overrides, monkeypatch
+):
+    for limit in ("MOST_LOGITS", "MOST_LOGITS_ON_GPU"):
+        monkeypatch.setattr(f"engine.train.ppo.chunked_loss.{limit}", IN_CHUNKS)
+    # In float32 the CPU has a product of its own for the output layer.
+    compare_step(make_run, tiny_model, few_prompts, overrides, monkeypatch, tolerance=1e-5)
+
+
+def compare_step(make_run, tiny_model, few_prompts, overrides, monkeypatch, tolerance=0.0):
+    """Compares a step, and what can follow it, on the CPU and on the pretended GPU."""
     # With fixed shapes and few looks on the CPU too, since sums of other shapes are rounded
     # otherwise; every third token, so that most of the few tokens here come from CUDA graphs.
     monkeypatch.setattr(native, "schedule_for", lambda _device: Schedule(3, fixed_shapes=True))
@@ -72,20 +119,29 @@ def test_a_step_on_a_gpu_has_the_numbers_of_the_cpu(
         monkeypatch.setattr(f"engine.train.{module}.use_cpu_layers", lambda *_: None)
     keys = [*SMALLEST, f"model.policy={tiny_model}", f"data.prompts={few_prompts}", *overrides]
     run, _ = make_run(*keys)
-    ours, samples = train_step(run, 1)
-    ours = ours | answer_probe(run, "hello")["policy"]
+    ours, samples = numbers_of_a_step(run)
     with pretend_gpu():
         there, _ = make_run(*keys, device=GPU)
-        theirs, their_samples = train_step(there, 1)
-        theirs = theirs | answer_probe(there, "hello")["policy"]
+        theirs, their_samples = numbers_of_a_step(there)
         weights = {k: v.detach().cpu() for k, v in there.policy.named_parameters()}
-    assert "without CUDA graphs" not in caplog.text
     for name, number in ours.items():
         if not name.startswith(("time/", "perf/")):
-            assert theirs[name] == number, name
-    assert their_samples == samples
+            assert theirs[name] == pytest.approx(number, rel=tolerance, abs=tolerance), name
+    assert [s.response for s in their_samples] == [s.response for s in samples]
+    if not tolerance:
+        assert their_samples == samples
     for name, weight in run.policy.named_parameters():
-        assert torch.equal(weights[name], weight), name
+        torch.testing.assert_close(weights[name], weight, rtol=0.0, atol=tolerance)
+
+
+def numbers_of_a_step(run):
+    """The metrics of a step, of an evaluation if one is due, and of a probe; and the samples."""
+    metrics, samples = train_step(run, 1)
+    run.state.step = 1
+    update_reference(run)
+    evaluation = evaluate_if_due(run, 1)
+    assert not evaluation.failed
+    return metrics | evaluation.metrics | answer_probe(run, "hello")["policy"], samples
 
 
 def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
