@@ -50,6 +50,7 @@ _NAMES = {
     ),
     "train.learning_rate": "lr actor_learning_rate",
     "train.schedule": "lr_scheduler_type lr_scheduler",
+    "train.final_rate": "min_lr_ratio min_lr_rate",
     "train.save_every": "save_steps save_freq",
     "train.keep_last": "save_total_limit max_ckpt_num",
     "eval.every": "eval_steps test_freq",

@@ -250,6 +250,7 @@ REFUSED = {
         ["reward.model=null", "reward.mix=[{model: a, weight: 0}]"], "weight is not 0",
     ),
     "weights of a KL that is not in the loss": (["kl.importance_weighted=true"], "kl.place: loss"),
+    "an end of a constant rate": (["train.final_rate=0.1"], "linear or cosine"),
     "a dual clip with cispo": (["ppo.policy_loss=cispo", "ppo.dual_clip=3"], "leave it out"),
     "a clip range with sapo": (["ppo.policy_loss=sapo", "ppo.clip_range_high=0.3"], "them out"),
     "a dual clip with vespo": (

@@ -19,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
     PhiConfig,
+    get_cosine_with_min_lr_schedule_with_warmup,
 )
 
 from engine.config.schema import RunConfig
@@ -55,7 +56,9 @@ K2 = {"estimator": "k2", "place": "loss"}
 K3 = {"estimator": "k3", "place": "loss"}
 
 
-def run_config(schedule="constant", warmup=0, steps=10, temperature=1.0, kl=None, **of_ppo):
+def run_config(
+    schedule="constant", warmup=0, steps=10, temperature=1.0, kl=None, final_rate=0.0, **of_ppo
+):
     return RunConfig(
         model=ModelConfig(policy="p"),
         data=DataConfig(prompts="d"),
@@ -63,7 +66,13 @@ def run_config(schedule="constant", warmup=0, steps=10, temperature=1.0, kl=None
         rollout=RolloutConfig(temperature=temperature, max_new_tokens=9),
         kl=kl or KLConfig(),
         ppo=PPOConfig(**of_ppo),
-        train=TrainConfig(steps=steps, schedule=schedule, warmup_steps=warmup, learning_rate=2e-3),
+        train=TrainConfig(
+            steps=steps,
+            schedule=schedule,
+            warmup_steps=warmup,
+            learning_rate=2e-3,
+            final_rate=final_rate,
+        ),
     )
 
 
@@ -444,6 +453,25 @@ def test_the_cosine_schedule_falls_over_half_a_period(warmup):
     n = len(falling)
     want = [2e-3 * 0.5 * (1 + math.cos(math.pi * k / n)) for k in range(n)]
     assert falling == pytest.approx(want)
+
+
+@pytest.mark.parametrize("final_rate", [0.1, 1.0])
+def test_the_linear_schedule_falls_to_its_final_rate(final_rate):
+    falling = rates(schedule="linear", warmup=4, steps=20, final_rate=final_rate)[4:]
+    want = [2e-3 * (final_rate + (1 - final_rate) * (1 - k / 16)) for k in range(16)]
+    assert falling == pytest.approx(want)
+
+
+@pytest.mark.parametrize("final_rate", [0.0, 0.1, 1.0])
+def test_the_cosine_schedule_with_a_final_rate_is_that_of_transformers(final_rate):
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    theirs = get_cosine_with_min_lr_schedule_with_warmup(optimiser, 0, 20, min_lr_rate=final_rate)
+    want = []
+    for _ in range(20):
+        want += theirs.get_last_lr()
+        optimiser.step()
+        theirs.step()
+    assert rates(schedule="cosine", steps=20, final_rate=final_rate) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -15,18 +15,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """Returns the learning rate of step `step`, counted from 1.
 
     It rises linearly over `warmup_steps`, then follows `schedule`: `constant`, or `linear` or
-    `cosine` towards 0 at the end of the run.
+    `cosine` towards `final_rate` times the rate at the end of the run.
     """
     rate = config.learning_rate
     if step <= config.warmup_steps:
         return rate * step / config.warmup_steps
     span = max(1, config.steps - config.warmup_steps)
     remaining = 1 - (step - 1 - config.warmup_steps) / span
-    if config.schedule == "linear":
-        return rate * remaining
+    if config.schedule == "constant":
+        return rate
     if config.schedule == "cosine":
-        return rate * 0.5 * (1 - math.cos(math.pi * remaining))
-    return rate
+        remaining = 0.5 * (1 - math.cos(math.pi * remaining))
+    return rate * (config.final_rate + (1 - config.final_rate) * remaining)
 
 
 def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Optimizer:
