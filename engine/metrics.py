@@ -126,8 +126,8 @@ def _statistics(quantity: str, unit: str, described: str) -> list[Metric]:
 METRICS = (
     Metric(
         SCORE, "score",
-        "mean over responses of the score that the policy is trained on: normalised, clipped, less "
-        "the penalty for truncation",
+        "mean over responses of the score that the policy is trained on: normalised (except within "
+        "groups), clipped, less the penalty for truncation",
         title="score",
         held_out=EVAL_SCORE,
     ),

@@ -14,6 +14,7 @@ _NAMES = {
     "data.chat": "apply_chat_template",
     "reward.model": "reward_model reward_model_path reward_pretrain",
     "reward.function": "reward_funcs custom_reward_function",
+    "reward.mix": "reward_weights multi_objective_aggregation gdpo_reward_keys gdpo_reward_weights",
     "reward.service": "remote_rm_url remote_url",
     "rollout.batch_size": "batch_size train_batch_size rollout_batch_size generation_batch_size",
     "rollout.per_prompt": "num_generations n_samples_per_prompt rloo_k",

@@ -15,6 +15,9 @@ from tests.engine.demo_config import demo
 JUDGE = ("reward.model=null", "reward.judge='http://h/v1'", "reward.judging.model=m")
 
 
+GROUPED = ("reward.model=null", "reward.mix=[{model: a, normalise: group}, {function: 'm:f'}]")
+
+
 SERVICE = ("reward.model=null", "reward.service='http://h/score'")
 
 
@@ -250,6 +253,19 @@ REFUSED = {
         ["reward.model=null", "reward.mix=[{model: a, weight: 0}]"], "weight is not 0",
     ),
     "weights of a KL that is not in the loss": (["kl.importance_weighted=true"], "kl.place: loss"),
+    "a deviation of one response": (
+        [*GROUPED, "ppo.advantage=reinforce_plus_plus"], "per_prompt of at least 2: one response",
+    ),
+    "a value of a group": ([*GROUPED, "rollout.per_prompt=4"], "the value function of.*gae"),
+    "a greedy response in a group": (
+        [*GROUPED, "ppo.advantage=remax", "rollout.per_prompt=4"], "the greedy baseline of.*remax",
+    ),
+    "two scales of a sum": (
+        [*GROUPED, "ppo.advantage=grpo", "reward.normalise=reference"], "reward.normalise cannot",
+    ),
+    "bounds of a scaled sum": (
+        [*GROUPED, "ppo.advantage=grpo", "reward.clip=5"], "reward.clip cannot be combined",
+    ),
     "an end of a constant rate": (["train.final_rate=0.1"], "linear or cosine"),
     "a dual clip with cispo": (["ppo.policy_loss=cispo", "ppo.dual_clip=3"], "leave it out"),
     "a clip range with sapo": (["ppo.policy_loss=sapo", "ppo.clip_range_high=0.3"], "them out"),

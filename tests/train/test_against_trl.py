@@ -14,6 +14,7 @@ from engine.config.sections.ppo import PPOConfig
 from engine.train.ppo import advantages, losses, masked
 from engine.train.ppo.kl_estimators import k3
 from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
+from engine.train.rewards.normalise import normalised_in_groups
 
 REASON = "TRL is not installed (make bench-extra)"
 pytest.importorskip("trl", minversion="1.12", reason=REASON)
@@ -107,6 +108,35 @@ def test_group_advantages_are_those_of_trl_s_grpo(tmp_path, scale):
     scores, want = trained_advantages(GRPOTrainer, GRPOConfig, tmp_path, scale_rewards=scale)
     ours = advantages.group_advantages(scores, GROUP, scale)
     torch.testing.assert_close(ours.sort().values, want, rtol=1e-5, atol=1e-5)
+
+
+def test_sources_normalised_in_groups_give_the_advantages_of_trl_s_gdpo(tmp_path):
+    found, given = [], {"a": [], "b": []}
+
+    class Recording(GRPOTrainer):
+        def compute_loss(self, model, inputs, **named):
+            found.extend(inputs["advantages"].tolist())
+            return super().compute_loss(model, inputs, **named)
+
+    def a(completions, **_):
+        given["a"].extend(numbers(len(completions), seed=3).tolist())
+        return given["a"]
+
+    def b(completions, **_):
+        some = (10 * numbers(len(completions), seed=4) > 3).tolist()
+        given["b"].extend(None if i == 2 else float(x) for i, x in enumerate(some))
+        return given["b"]
+
+    trainer_of(
+        Recording, GRPOConfig, tmp_path, [a, b], beta=0.0, reward_weights=[1.0, 0.5],
+        multi_objective_aggregation="normalize_then_sum",
+    ).train()  # fmt: skip
+    sources = [normalised_in_groups(given[name], GROUP) for name in ("a", "b")]
+    total = torch.tensor([x + 0.5 * (y or 0.0) for x, y in zip(*sources, strict=True)])
+    ours = advantages.group_advantages(total, GROUP, "batch")
+    torch.testing.assert_close(
+        ours.sort().values, torch.tensor(sorted(found)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_leave_one_out_advantages_are_those_of_trl_s_rloo(tmp_path):

@@ -12,6 +12,8 @@ def check_ppo(config: RunConfig) -> None:
     """
     _check_batches(config)
     _check_objective(config)
+    if config.reward.in_groups:
+        _check_scores_in_groups(config)
     _check_controller(config)
 
 
@@ -78,6 +80,26 @@ def _check_objective(config: RunConfig) -> None:
         _check_value_init(config)
     if config.linear_value:
         _check_linear_value(config)
+
+
+def _check_scores_in_groups(config: RunConfig) -> None:
+    given, traits = "normalise: group of a reward source", config.ppo.traits
+    if config.responses_per_prompt < 2:
+        raise ConfigError(
+            f"{given} needs a rollout.per_prompt of at least 2: one response has no deviation"
+        )
+    if traits.value_function or traits.greedy_baseline:
+        what = "value function" if traits.value_function else "greedy baseline"
+        raise ConfigError(
+            f"{given} cannot be combined with the {what} of ppo.advantage: {config.ppo.advantage}, "
+            "which is of a single response: set grpo, for instance"
+        )
+    for key, plain in (("normalise", "none"), ("clip", None)):
+        if getattr(config.reward, key) != plain:
+            raise ConfigError(
+                f"reward.{key} cannot be combined with {given}, which already limits the scores: "
+                "leave it out"
+            )
 
 
 def _check_value_init(config: RunConfig) -> None:

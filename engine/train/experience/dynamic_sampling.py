@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.train.data.randomness import derived_seed
 from engine.train.experience.generation import generate, sampling_options
-from engine.train.experience.scoring import ScoredRollout, score_rollout
+from engine.train.experience.scoring import ScoredRollout, score_groups
 from engine.train.ppo.advantages import constant_groups
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import Run
@@ -35,7 +35,7 @@ def redraw_constant_groups(run: Run, step: int, scored: ScoredRollout) -> Scored
     options = sampling_options(run, step)
     group = options.per_prompt
     for attempt in range(1, run.config.rollout.dynamic_limit + 1):
-        constant = constant_groups(scored.scores, group).nonzero().squeeze(1)
+        constant = constant_groups(scored.training_scores, group).nonzero().squeeze(1)
         wanted = len(constant)
         if not wanted:
             break
@@ -43,14 +43,18 @@ def redraw_constant_groups(run: Run, step: int, scored: ScoredRollout) -> Scored
         prompts = run.prompts.replacements(step, attempt, max(wanted, run.ranks.size))
         seed = derived_seed(options.seed, "redraw", attempt)
         rollout = generate(run, step, prompts, dataclasses.replace(options, seed=seed))
-        scores, parts = score_rollout(run, step, rollout)
-        useful = (~constant_groups(scores, group)).nonzero().squeeze(1)
+        other = score_groups(run, step, rollout)
+        useful = (~constant_groups(other.training_scores, group)).nonzero().squeeze(1)
         useful = useful[useful < wanted]
         old, new = _rows(constant[: len(useful)], group), _rows(useful, group)
         scored = ScoredRollout(
             replace_rows(scored.rollout, old, rollout, new),
-            scored.scores.index_copy(0, old, scores[new]),
-            {name: _replaced(scored.parts[name], old, parts[name], new) for name in parts},
+            scored.scores.index_copy(0, old, other.scores[new]),
+            scored.training_scores.index_copy(0, old, other.training_scores[new]),
+            {
+                name: _replaced(scores, old, other.parts[name], new)
+                for name, scores in scored.parts.items()
+            },
             scored.redrawn + wanted,
         )
     return scored

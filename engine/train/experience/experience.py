@@ -11,9 +11,8 @@ from engine.train.experience.greedy_baseline import greedy_scores
 from engine.train.experience.rollout_check import version_lag
 from engine.train.experience.scoring import (
     Parts,
-    ScoredRollout,
     recorded_states,
-    score_rollout,
+    score_groups,
     scores_for_training,
 )
 from engine.train.ppo.metrics import source_metrics
@@ -30,6 +29,9 @@ class Experience:
     """B responses."""
     scores: Tensor
     """(B,) float32 on the device: normalised and clipped, minus penalties."""
+    training_scores: Tensor
+    """The same with `normalise: group` of sources, for the advantages; the metrics and the samples
+    show :attr:`scores`, because the mean of the others is always 0, less penalties."""
     parts: Parts
     """The raw scores of each reward source."""
     redrawn: int | None
@@ -67,7 +69,7 @@ def collect_experience(run: Run, step: int, recorded: Rollout | None = None) -> 
     if generated and not generates_again:
         begin_next_rollout(run, step)
     with recorded_states(run) as states:
-        scored = ScoredRollout(rollout, *score_rollout(run, step, rollout))
+        scored = score_groups(run, step, rollout)
     if generated and config.rollout.dynamic:
         scored = redraw_constant_groups(run, step, scored)
     greedy: Tensor | None = None
@@ -79,6 +81,7 @@ def collect_experience(run: Run, step: int, recorded: Rollout | None = None) -> 
     return Experience(
         rollout=scored.rollout,
         scores=scores_for_training(run, scored.scores, scored.rollout, limit),
+        training_scores=scores_for_training(run, scored.training_scores, scored.rollout, limit),
         parts=scored.parts,
         redrawn=scored.redrawn if config.rollout.dynamic else None,
         greedy_scores=greedy,
