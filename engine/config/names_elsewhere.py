@@ -32,6 +32,7 @@ _NAMES = {
     ),
     "ppo.clip_range": "cliprange eps_clip clip_ratio clip_ratio_low epsilon",
     "ppo.clip_range_high": "epsilon_high clip_ratio_high",
+    "ppo.policy_loss": "loss_mode policy_loss_type",
     "ppo.value_clip": "cliprange_value",
     "ppo.value_coef": "vf_coef",
     "ppo.entropy_coef": "entropy_coeff",

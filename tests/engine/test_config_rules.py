@@ -273,6 +273,17 @@ REFUSED = {
         ["ppo.policy_loss=vespo", "ppo.ratio=sequence", "ppo.dual_clip=3"], "leave them out",
     ),
     "vespo by the ratios of tokens": (["ppo.policy_loss=vespo"], "set ppo.ratio: sequence"),
+    "gmpo by the ratios of tokens": (["ppo.policy_loss=gmpo"], "set ppo.ratio: sequence_mean"),
+    "a dual clip with gmpo": (
+        ["ppo.policy_loss=gmpo", "ppo.ratio=sequence_mean", "ppo.dual_clip=3"], "leave it out",
+    ),
+    "dppo by the ratio of a response": (
+        ["ppo.policy_loss=dppo_tv", "ppo.ratio=sequence"], "set ppo.ratio: token",
+    ),
+    "dro without a penalty": (["ppo.policy_loss=dro"], "needs ppo.dro_beta"),
+    "a clip range with dro": (
+        ["ppo.policy_loss=dro", "ppo.dro_beta=1", "ppo.clip_range_high=0.3"], "leave them out",
+    ),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number above 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),

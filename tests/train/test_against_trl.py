@@ -22,6 +22,7 @@ datasets = pytest.importorskip("datasets", reason=REASON)
 pytest.importorskip("requests", reason="TRL's GRPO trainer imports requests without requiring it")
 
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402 - see above
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # noqa: E402
 from trl.experimental.ppo import ppo_trainer  # noqa: E402
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # noqa: E402
 
@@ -30,7 +31,7 @@ LENGTHS = torch.tensor([6, 2, 5, 1])
 AGGREGATION = {
     "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
     "cispo": "token", "sapo": "sequence", "luspo": "sequence_sum_constant",
-    "vespo": "token",
+    "vespo": "token", "gmpo": "sequence",
 }  # fmt: skip
 """TRL's `loss_type` → `ppo.loss_aggregation`."""
 
@@ -146,15 +147,14 @@ def test_leave_one_out_advantages_are_those_of_trl_s_rloo(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def grpo(tmp_path_factory):
-    trainer = trainer_of(
-        GRPOTrainer,
-        GRPOConfig,
-        tmp_path_factory.mktemp("grpo"),
-        lambda completions, **_: completions,
-    )
-    trainer.model.eval()  # their loss is then divided by no number of accumulated batches
-    return trainer
+def trainers(tmp_path_factory):
+    """TRL's trainers of two kinds of losses."""
+    made = {}
+    for trainer, config in ((GRPOTrainer, GRPOConfig), (GMPOTrainer, GMPOConfig)):
+        folder = tmp_path_factory.mktemp(trainer.__name__)
+        made[trainer] = trainer_of(trainer, config, folder, lambda completions, **_: completions)
+        made[trainer].model.eval()  # their loss is then divided by no number of batches
+    return made
 
 
 def ours(trainer, inputs, case):
@@ -210,12 +210,15 @@ CASES = [
         ("luspo", "sequence_mean", 0.28, None, 0.0, 0.0, False),
         ("grpo", "token", None, None, 0.1, 0.0, False, 0.1),
         ("vespo", "sequence", None, None, 0.1, 0.0, False),
+        ("gmpo", "sequence_mean", None, None, 0.0, 0.0, False),
+        ("gmpo", "sequence_mean", 0.35, None, 0.1, 0.0, False),
     ]
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
+def test_the_loss_and_its_gradient_are_those_of_trl(trainers, case):
+    grpo = trainers[GMPOTrainer if case["loss_type"] == "gmpo" else GRPOTrainer]
     mask = masked.response_mask(LENGTHS, LIMIT)
     prompt = torch.tensor([load(AutoTokenizer)("The film").input_ids] * len(LENGTHS))
     inputs = {
@@ -235,6 +238,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
     inputs["sampling_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=4)
     grpo.off_policy_mask_threshold = case["limit"]
     grpo.loss_type, grpo.beta = case["loss_type"], case["beta"]
+    grpo.epsilon_low = 0.2
     grpo.epsilon_high = case["high"] or 0.2
     if case["loss_type"] == "cispo":  # theirs is the bound itself
         grpo.epsilon_high += 1

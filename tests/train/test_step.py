@@ -75,6 +75,15 @@ VARIANTS = {
         "ppo.policy_loss=vespo",
         "ppo.ratio=sequence",
     ],
+    "gmpo": [
+        "ppo.advantage=grpo",
+        "ppo.policy_loss=gmpo",
+        "ppo.ratio=sequence_mean",
+        "ppo.clip_range=0.4",
+    ],
+    "dppo_tv": ["ppo.advantage=grpo", "ppo.policy_loss=dppo_tv", "ppo.clip_range=0.15"],
+    "dppo_kl": ["ppo.advantage=grpo", "ppo.policy_loss=dppo_kl", "ppo.clip_range=0.05"],
+    "dro": ["ppo.advantage=grpo", "ppo.policy_loss=dro", "ppo.dro_beta=0.1"],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
 }
 

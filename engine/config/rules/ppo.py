@@ -1,6 +1,7 @@
 """Rules between the keys of `ppo`, `kl` and the batch."""
 
 from engine.config.schema import RunConfig
+from engine.config.sections.ppo import POLICY_LOSS_RATIOS
 from engine.errors import ConfigError
 
 
@@ -56,21 +57,7 @@ def _check_objective(config: RunConfig) -> None:
         )
     if kl.importance_weighted and kl.place != "loss":
         raise ConfigError("kl.importance_weighted has no effect without kl.place: loss")
-    if ppo.policy_loss == "cispo" and ppo.dual_clip is not None:
-        raise ConfigError(
-            "ppo.dual_clip has no effect with ppo.policy_loss: cispo, whose ratios are bounded by "
-            "ppo.clip_range_high: leave it out"
-        )
-    clips = (ppo.dual_clip, ppo.clip_range_high) != (None, None)
-    if ppo.policy_loss in ("sapo", "vespo") and clips:
-        raise ConfigError(
-            "ppo.dual_clip and ppo.clip_range_high have no effect with ppo.policy_loss: "
-            f"{ppo.policy_loss}, which clips nothing: leave them out"
-        )
-    if ppo.policy_loss == "vespo" and ppo.ratio != "sequence":
-        raise ConfigError(
-            "ppo.policy_loss: vespo weights a response by its whole ratio: set ppo.ratio: sequence"
-        )
+    _check_policy_loss(config)
     if kl.reference_update.every and config.lora.rank is not None:
         raise ConfigError(
             "kl.reference_update cannot be combined with lora.rank: the reference is the policy "
@@ -80,6 +67,29 @@ def _check_objective(config: RunConfig) -> None:
         _check_value_init(config)
     if config.linear_value:
         _check_linear_value(config)
+
+
+def _check_policy_loss(config: RunConfig) -> None:
+    ppo = config.ppo
+    loss, needed = ppo.policy_loss, POLICY_LOSS_RATIOS.get(ppo.policy_loss, ppo.ratio)
+    clips = (ppo.dual_clip, ppo.clip_range_high) != (None, None)
+    if loss in ("sapo", "vespo", "dro") and clips:
+        raise ConfigError(
+            "ppo.dual_clip and ppo.clip_range_high have no effect with ppo.policy_loss: "
+            f"{loss}, which clips nothing: leave them out"
+        )
+    if loss != "clipped" and ppo.dual_clip is not None:
+        raise ConfigError(
+            f"ppo.dual_clip has no effect with ppo.policy_loss: {loss}, which has other bounds: "
+            "leave it out"
+        )
+    if ppo.ratio != needed:
+        raise ConfigError(
+            f"ppo.policy_loss: {loss} is not defined for ppo.ratio: {ppo.ratio}: set ppo.ratio: "
+            f"{needed}"
+        )
+    if loss == "dro" and ppo.dro_beta is None:
+        raise ConfigError("ppo.policy_loss: dro needs ppo.dro_beta, the weight of its penalty")
 
 
 def _check_scores_in_groups(config: RunConfig) -> None:

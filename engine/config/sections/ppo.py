@@ -37,6 +37,15 @@ ADVANTAGES = {
 """Every estimator, by its name in `ppo.advantage`. :mod:`engine.train.ppo.advantages` has the
 functions; the type of the key below lists the same names."""
 
+POLICY_LOSS_RATIOS = {
+    "vespo": "sequence",
+    "gmpo": "sequence_mean",
+    "dppo_tv": "token",
+    "dppo_kl": "token",
+    "dro": "token",
+}
+"""`ppo.policy_loss` → the only `ppo.ratio` that it is defined for. The others take any."""
+
 DEFAULT_LAM = 0.95
 """`ppo.lam`, and with a fitted value function `ppo.lam_value`."""
 FITTED_VALUE_LAM = 0.9
@@ -63,12 +72,18 @@ class PPOConfig(Section, frozen=True):
     """Optimiser steps per pass."""
     micro_batch_size: Count = 16
     """Responses per forward and backward pass. Affects memory and speed, not the result."""
-    policy_loss: Literal["clipped", "cispo", "sapo", "vespo"] = "clipped"
+    policy_loss: Literal[
+        "clipped", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "dro"
+    ] = "clipped"
     """Loss of a token: `clipped` is PPO's, in which a token whose ratio is clipped has no gradient;
     `cispo` is -advantage · log π times the clipped ratio as a constant, so that every token has one
     (MiniMax-M1, with `clip_range: 1`; ScaleRL has `clip_range_high: 4`); `sapo` clips nothing: the
     gradient fades smoothly as the ratio leaves 1 (Qwen); `vespo` does the same by the ratio of the
-    whole response, with `ratio: sequence`."""
+    whole response, with `ratio: sequence`; `gmpo` clips the logarithms of the tokens' ratios (to
+    0.4 in its paper) and takes the geometric mean, with `ratio: sequence_mean`; `dppo_tv` and
+    `dppo_kl` have no gradient where the probability of a token has moved too far, by its difference
+    (`clip_range: 0.15` is verl's) or its KL (0.05); `dro` has a squared penalty instead of a
+    ratio."""
     sapo_temperature: Positive = 1.0
     """How fast the gradient fades with `policy_loss: sapo`, if the advantage is positive."""
     sapo_temperature_negative: Positive = 1.05
@@ -83,9 +98,15 @@ class PPOConfig(Section, frozen=True):
     """`vespo_k` if the advantage is negative."""
     vespo_lambda_negative: Coefficient = 2.0
     """`vespo_lambda` if the advantage is negative."""
+    dppo_ratio_cap: Annotated[float, Meta(ge=1, le=1e6)] = 20.0
+    """Upper bound of the ratio that weights a token with `policy_loss: dppo_tv` and `dppo_kl`."""
+    dro_beta: Positive | None = None
+    """Weight of the penalty of `policy_loss: dro`, which needs it: this times half the squared log
+    ratio is added to a token's loss."""
     clip_range: Annotated[float, Meta(ge=1e-9, le=1)] = 0.2
     """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
-    1 ± ε. 1: no lower bound."""
+    1 ± ε. 1: no lower bound. With `policy_loss: gmpo` the bound of the ratio's logarithm, with
+    `dppo_tv` and `dppo_kl` that of the divergence."""
     clip_range_high: Annotated[float, Meta(ge=1e-9, le=1e6)] | None = None
     """ε of the upper bound; `clip_range` is then only that of the lower one (DAPO's clip-higher;
     its paper uses 0.28). Default: `clip_range`."""
