@@ -15,7 +15,7 @@ from engine.train.experience.rollout_check import check_rollout
 from engine.train.ppo import masked
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import AdvantageInputs, Targets, make_targets
-from engine.train.ppo.entropy_bonus import adapt, with_weight
+from engine.train.ppo.entropy import adapt, with_covariance, with_weight
 from engine.train.ppo.forward import longest_first, score_tokens
 from engine.train.ppo.linear_value import fit_linear_value
 from engine.train.ppo.metrics import group_metrics, speed_metrics, step_metrics
@@ -177,7 +177,10 @@ def training_targets(
     )  # fmt: skip
     if experience.states is not None:
         inputs = with_fitted_values(run, step, experience.states, inputs)
-    targets = with_rollout_correction(make_targets(inputs), rollout, config.ppo)
+    targets = with_covariance(
+        make_targets(inputs), rollout.mask, config.ppo, seed=state.sampling_seed, step=step
+    )
+    targets = with_rollout_correction(targets, rollout, config.ppo)
     # Once the moving average is not finite, it would never recover.
     if targets.baseline is not None and math.isfinite(targets.baseline):
         state.baseline = targets.baseline

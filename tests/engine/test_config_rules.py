@@ -284,6 +284,10 @@ REFUSED = {
     "a clip range with dro": (
         ["ppo.policy_loss=dro", "ppo.dro_beta=1", "ppo.clip_range_high=0.3"], "leave them out",
     ),
+    "two ways for one covariance": (
+        ["ppo.clip_cov=0.1", "ppo.kl_cov=0.1"], "leave one of them out",
+    ),
+    "covariances that fall": (["ppo.clip_cov_range=[5, 1]"], "5 is not below 1"),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number above 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),

@@ -197,6 +197,8 @@ def slow_sums(policy, rollout, targets, rows, config):
             if limit is not None and a < 0 and away / len(outputs) > limit:
                 term, active = 0.0 * term, False
                 sums.off_policy += 1
+            if targets.held_back is not None and targets.held_back[i, t]:
+                term = term + config.ppo.kl_cov_coef * gaps[t].abs()
             sums.tokens += 1
             sums.policy_loss += weight * term.item()
             sums.clipped_high += bool(active and of > 1)
@@ -291,6 +293,7 @@ def one_thread():
         {"policy_loss": "dppo_tv", "clip_range": 0.01, "clip_range_high": 0.02},
         {"policy_loss": "dppo_kl", "clip_range": 0.004, "dppo_ratio_cap": 1.2},
         {"policy_loss": "dro", "dro_beta": 0.7, "loss_aggregation": "sequence"},
+        {"kl_cov": 0.1, "kl_cov_coef": 0.7, "loss_aggregation": "sequence"},
         {"off_policy_mask": 3.5, "kl": KLConfig(beta=0.5, **K3)},
         {"off_policy_mask": 3.5, "policy_loss": "cispo", "loss_aggregation": "sequence"},
     ],
@@ -315,6 +318,7 @@ def one_thread():
         "dppo_tv",
         "dppo_kl",
         "dro",
+        "kl_cov, sequence mean",
         "off-policy mask, k3",
         "off-policy mask, cispo, sequence mean",
     ],
@@ -322,6 +326,9 @@ def one_thread():
 def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):
     policy, config = make_policy(value), run_config(**of_ppo)
     minibatch = make_minibatch(policy)
+    if config.ppo.kl_cov:
+        rollout, targets = minibatch
+        minibatch = rollout, dataclasses.replace(targets, held_back=targets.advantages > 0.3)
     rows = torch.tensor([5, 0, 2, 3])
     loss, sums = slow_sums(policy, *minibatch, rows, config)
     assert 0 < sums.clipped < sums.tokens or config.ppo.policy_loss in ("sapo", "vespo", "dro")

@@ -84,6 +84,8 @@ VARIANTS = {
     "dppo_tv": ["ppo.advantage=grpo", "ppo.policy_loss=dppo_tv", "ppo.clip_range=0.15"],
     "dppo_kl": ["ppo.advantage=grpo", "ppo.policy_loss=dppo_kl", "ppo.clip_range=0.05"],
     "dro": ["ppo.advantage=grpo", "ppo.policy_loss=dro", "ppo.dro_beta=0.1"],
+    "clip_cov": ["ppo.advantage=grpo", "ppo.clip_cov=0.05", "ppo.clip_cov_range=[0.01, 1]"],
+    "kl_cov": ["ppo.advantage=grpo", "ppo.kl_cov=0.05", "ppo.clip_range=1"],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
 }
 

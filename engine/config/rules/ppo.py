@@ -58,6 +58,11 @@ def _check_objective(config: RunConfig) -> None:
     if kl.importance_weighted and kl.place != "loss":
         raise ConfigError("kl.importance_weighted has no effect without kl.place: loss")
     _check_policy_loss(config)
+    if ppo.clip_cov and ppo.kl_cov:
+        raise ConfigError("ppo.clip_cov and ppo.kl_cov are alternatives: leave one of them out")
+    if not ppo.clip_cov_range[0] < ppo.clip_cov_range[1]:
+        low, high = ppo.clip_cov_range
+        raise ConfigError(f"ppo.clip_cov_range must rise: {low:g} is not below {high:g}")
     if kl.reference_update.every and config.lora.rank is not None:
         raise ConfigError(
             "kl.reference_update cannot be combined with lora.rank: the reference is the policy "

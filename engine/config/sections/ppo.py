@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engine.config.sections.base import Coefficient, Count, Fraction, Positive, Section, Whole
+from engine.config.sections.base import (
+    Bounded,
+    Coefficient,
+    Count,
+    Fraction,
+    Positive,
+    Section,
+    Whole,
+)
 
 
 class AdvantageTraits(Struct, frozen=True, kw_only=True):
@@ -139,6 +147,18 @@ class PPOConfig(Section, frozen=True):
     """Share of a step's tokens that the policy loss trains on: those at which the policy was least
     certain, by the entropy of the distribution they were sampled from (0.2 in "Beyond the 80/20
     rule"). The other advantages are 0; a KL or an entropy in the loss counts all tokens."""
+    clip_cov: Fraction = 0.0
+    """Share of a step's tokens that are left out of the policy loss, against a falling entropy:
+    drawn from those whose covariance of advantage and log probability is in `clip_cov_range`
+    (Clip-Cov; its paper uses 0.0002). 0: none."""
+    clip_cov_range: tuple[Bounded, Bounded] = (1.0, 5.0)
+    """Lowest and highest covariance of tokens that `clip_cov` leaves out."""
+    kl_cov: Fraction = 0.0
+    """Share of a step's tokens, those of the highest covariance, that are held back by a penalty on
+    the change of their log probability (KL-Cov; its paper uses 0.0002 to 0.002, and does not clip
+    ratios: `clip_range: 1`, `clip_range_high: 1e6`). 0: none."""
+    kl_cov_coef: Coefficient = 1.0
+    """Weight of that penalty in a token's loss."""
     rollout_correction: Literal[
         "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "sequence_mean_mask"
     ] = "none"
