@@ -294,7 +294,7 @@ REFUSED = {
     "an unknown aggregation": (
         ["ppo.loss_aggregation=mean"], "one of sequence, sequence_sum_constant, token",
     ),
-    "an unknown estimator of the KL": (["kl.estimator=k4"], "one of k1, k2, k3"),
+    "an unknown estimator of the KL": (["kl.estimator=k4"], "one of abs, k1, k2, k3"),
     "an unknown place": (["kl.place=value"], "one of loss, reward"),
     "an unknown scale": (["ppo.scale_rewards=std"], "one of batch, group, none"),
     "a lambda above 1": (["ppo.lam_value=1.1"], r"ppo\.lam_value must be.*of at most 1,"),

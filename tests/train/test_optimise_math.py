@@ -208,7 +208,7 @@ def slow_sums(policy, rollout, targets, rows, config):
                 term = term - config.ppo.entropy_coef * entropy
             if config.kl.place == "loss":
                 d = logprob - targets.ref_logprobs[i, t]
-                kl = d**2 / 2 if config.kl.estimator == "k2" else (-d).exp() - 1 + d
+                kl = {"k2": d**2 / 2, "k3": (-d).exp() - 1 + d, "abs": d.abs()}[config.kl.estimator]
                 kl = kl * rho if config.kl.importance_weighted else kl
                 sums.kl += weight * kl.item()
                 term = term + config.kl.beta * kl
@@ -276,6 +276,7 @@ def one_thread():
         {"kl": KLConfig(beta=0.5, **K3), "ratio": "sequence"},
         {"kl": KLConfig(beta=0.5, **K3, importance_weighted=True), "ratio": "sequence_mean"},
         {"kl": KLConfig(beta=0.5, **K2, importance_weighted=True)},
+        {"kl": KLConfig(beta=0.5, estimator="abs", place="loss")},
         {"ratio": "sequence_mean", "loss_aggregation": "sequence", "clip_range": 0.02},
         {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
         {"policy_loss": "cispo", "ratio": "sequence", "clip_range": 0.5, "clip_range_high": 0.2},
@@ -308,6 +309,7 @@ def one_thread():
         "k3",
         "weighted k3, mean ratio",
         "weighted k2",
+        "absolute log ratio",
         "mean ratio",
         "cispo",
         "cispo, sequence ratio",

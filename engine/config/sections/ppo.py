@@ -246,9 +246,10 @@ class KLConfig(Section, frozen=True):
     beta: Coefficient = 0.05
     """Cost of a nat of KL, in units of the score; a higher beta keeps the policy closer to the
     reference. With `controller: adaptive`, the initial value."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """What is penalised at each token, with d = log π - log π_ref: `k1` is d, `k2` is d²/2, `k3` is
-    exp(-d) - 1 + d (GRPO). `objective/kl` and the adaptive controller use k1 in every case."""
+    exp(-d) - 1 + d (GRPO), `abs` is |d|. `objective/kl` and the adaptive controller use k1 in every
+    case."""
     place: Literal["reward", "loss"] = "reward"
     """Where beta times the estimate goes: it is subtracted from the reward, or added to the loss
     (GRPO)."""
