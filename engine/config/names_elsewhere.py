@@ -22,6 +22,8 @@ _NAMES = {
         "max_new_tokens response_length max_completion_length generate_max_len max_response_length"
     ),
     "rollout.temperature": "temperature",
+    "rollout.dynamic": "dynamic_filtering_enable",
+    "rollout.dynamic_range": "dynamic_filtering_range",
     "rollout.engine": "use_vllm",
     "ppo.advantage": "adv_estimator advantage_estimator",
     "ppo.epochs": "num_ppo_epochs ppo_epochs num_iterations max_epochs",

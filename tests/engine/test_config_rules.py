@@ -242,6 +242,11 @@ REFUSED = {
         "rollout.dynamic cannot be combined with model.value",
     ),
     "a buffer longer than a response": (["reward.overlong.buffer=1000"], "must be at most rollout"),
+    "a range of nothing": (["rollout.dynamic_range=[0, 1]"], "needs rollout.dynamic: true"),
+    "a range that falls": (
+        ["rollout.dynamic=true", "rollout.per_prompt=2", "rollout.dynamic_range=[1, 0.5]"],
+        "1 is not below 0.5",
+    ),
     "a stop that is everywhere": (['rollout.stop=[".", ""]'], "stop must not contain an empty"),
     "a reference without weights of its own": (
         ["kl.reference_update.every=5", "lora.rank=8"], "without its adapters",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.metrics import VERSION_LAG
-from engine.train.experience.dynamic_sampling import redraw_constant_groups
+from engine.train.experience.dynamic_sampling import redraw_groups
 from engine.train.experience.generation import begin_next_rollout, obtain_rollout
 from engine.train.experience.greedy_baseline import greedy_scores
 from engine.train.experience.rollout_check import version_lag
@@ -71,7 +71,7 @@ def collect_experience(run: Run, step: int, recorded: Rollout | None = None) -> 
     with recorded_states(run) as states:
         scored = score_groups(run, step, rollout)
     if generated and config.rollout.dynamic:
-        scored = redraw_constant_groups(run, step, scored)
+        scored = redraw_groups(run, step, scored)
     greedy: Tensor | None = None
     if config.ppo.traits.greedy_baseline:
         greedy = greedy_scores(run, step, scored.rollout)
