@@ -293,6 +293,10 @@ REFUSED = {
         ["ppo.clip_cov=0.1", "ppo.kl_cov=0.1"], "leave one of them out",
     ),
     "covariances that fall": (["ppo.clip_cov_range=[5, 1]"], "5 is not below 1"),
+    "a rate of no transformer": (["ppo.value_rate=10"], "needs model.value: separate"),
+    "a rate of no value function": (
+        ["ppo.value_rate=10", "model.value=separate", "ppo.advantage=rloo"], "value_rate needs",
+    ),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number above 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),

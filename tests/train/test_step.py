@@ -215,6 +215,21 @@ def test_the_value_head_rate_scales_the_updates_of_the_value_head_only(make_run,
         torch.testing.assert_close(moved[8][name], times * by, rtol=1e-5, atol=0)
 
 
+def test_the_value_rate_scales_the_updates_of_the_second_transformer_only(make_run):
+    one_update = ["ppo.epochs=1", "ppo.minibatches=1", "model.value=separate"]
+    moved = {}
+    for rate in (1, 8):
+        init = "ppo.value_init=reward_model"  # a head of zeros would pass no gradient on
+        run, _ = make_run(*one_update, init, "ppo.value_head_rate=1", f"ppo.value_rate={rate}")
+        before = parameters(run)
+        train_step(run, 1)
+        moved[rate] = {k: v - before[k] for k, v in parameters(run).items()}
+    for name, by in moved[1].items():
+        times = 8 if name.startswith("value_trunk.") else 1
+        assert by.any(), name
+        torch.testing.assert_close(moved[8][name], times * by, rtol=0, atol=2e-6, msg=name)
+
+
 def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):
     run, _ = make_run("ppo.stop_kl=1e-6", "train.learning_rate=1e-3")
     stats = optimise_once(run)

@@ -68,6 +68,12 @@ def _check_objective(config: RunConfig) -> None:
             "kl.reference_update cannot be combined with lora.rank: the reference is the policy "
             "without its adapters"
         )
+    separate = ppo.traits.value_function and config.model.value == "separate"
+    if ppo.value_rate != 1 and not separate:
+        raise ConfigError(
+            "ppo.value_rate needs model.value: separate: other value functions have no transformer "
+            "of their own; ppo.value_head_rate is that of the head"
+        )
     if ppo.value_init == "reward_model":
         _check_value_init(config)
     if config.linear_value:

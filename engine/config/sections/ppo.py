@@ -205,8 +205,12 @@ class PPOConfig(Section, frozen=True):
     """Weight of the value loss."""
     value_head_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] | None = None
     """Learning rate of the value head, as a multiple of `train.learning_rate`. Default: 10, because
-    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher, and
-    with `value_init: reward_model`."""
+    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher;
+    `value_rate` with `value_init: reward_model`."""
+    value_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
+    """Learning rate of the value function's own transformer (`model.value: separate`), as a
+    multiple of `train.learning_rate`. Policies of a billion parameters are often trained with 10
+    or so."""
     value_init: Literal["zero", "reward_model"] = "zero"
     """Where the value function starts: a head of zeros on the policy's transformer, or transformer
     and head of the reward model (`model.value: separate` only; the reward model must read the
