@@ -49,6 +49,7 @@ VERSION_LAG = "rollout/version_lag"
 
 EVAL_SCORE = "eval/score"
 EVAL_SCORE_CI = "eval/score_ci"
+EVAL_BEST_SCORE = "eval/best_score"
 EVAL_KL = "eval/kl"
 EVAL_LENGTH = "eval/response_len_mean"
 EVAL_TRUNCATED = "eval/truncated_frac"
@@ -126,8 +127,8 @@ def _statistics(quantity: str, unit: str, described: str) -> list[Metric]:
 METRICS = (
     Metric(
         SCORE, "score",
-        "mean over responses of the score that the policy is trained on: normalised, clipped, less "
-        "the penalty for truncation",
+        "mean over responses of the score that the policy is trained on: normalised (except within "
+        "groups), clipped, less the penalty for truncation",
         title="score",
         held_out=EVAL_SCORE,
     ),
@@ -272,6 +273,10 @@ METRICS = (
         "the prompts' means",
         title="held-out score ±",
     ),
+    Metric(EVAL_BEST_SCORE, "score",
+           "mean over the held-out prompts of the highest score of a prompt's responses (with an "
+           "`eval.per_prompt` n above 1 only); with scores of 0 and 1 it is pass@n",
+           title="held-out score, best response"),
     Metric(EVAL_KL, "nats per response",
            "KL to the reference on held-out prompts, at temperature 1",
            title="held-out KL", chart_unit="nats/response"),

@@ -32,7 +32,11 @@ DEPENDENT: dict[str, Callable[[RunConfig], Any]] = {
     "ppo.lam": lambda c: FITTED_VALUE_LAM if c.linear_value else DEFAULT_LAM,
     "ppo.lam_value": lambda c: DEFAULT_LAM if c.linear_value and c.ppo.lam is None else None,
     "ppo.value_head_rate": lambda c: (
-        10.0 if c.lora.rank is None and c.ppo.value_init == "zero" else 1.0
+        c.ppo.value_rate
+        if c.ppo.value_init == "reward_model"
+        else 10.0
+        if c.lora.rank is None
+        else 1.0
     ),
     "lora.alpha": lambda c: None if c.lora.rank is None else 2 * c.lora.rank,
 }

@@ -15,10 +15,10 @@ from engine.train.experience.rollout_check import check_rollout
 from engine.train.ppo import masked
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import AdvantageInputs, Targets, make_targets
-from engine.train.ppo.entropy_bonus import adapt, with_weight
+from engine.train.ppo.entropy import adapt, with_covariance, with_weight
 from engine.train.ppo.forward import MicroBatchLimit, longest_first, score_tokens
 from engine.train.ppo.linear_value import fit_linear_value
-from engine.train.ppo.metrics import speed_metrics, step_metrics
+from engine.train.ppo.metrics import group_metrics, speed_metrics, step_metrics
 from engine.train.ppo.optimise import optimise
 from engine.train.ppo.rollout_correction import with_rollout_correction
 from engine.train.reports.samples import kept_samples
@@ -82,6 +82,9 @@ def train_step(
     state.episodes += len(experience.scores)
     metrics = step_metrics(rollout, experience.scores, ref_logprobs, targets, stats, config)
     metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
+    metrics |= group_metrics(
+        experience.scores, experience.training_scores, config.responses_per_prompt
+    )
     metrics |= experience.metrics(step)
     run.gather_times()
     metrics |= speed_metrics(run.times.ranks, rollout, time.perf_counter() - started)
@@ -165,7 +168,7 @@ def training_targets(
     """
     config, state, rollout = run.config, run.state, experience.rollout
     inputs = AdvantageInputs(
-        scores=experience.scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        scores=experience.training_scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
         beta=config.kl.beta if config.kl.place == "reward" else 0.0,
         per_prompt=config.responses_per_prompt, baseline=state.baseline,
@@ -174,7 +177,10 @@ def training_targets(
     )  # fmt: skip
     if experience.states is not None:
         inputs = with_fitted_values(run, step, experience.states, inputs)
-    targets = with_rollout_correction(make_targets(inputs), rollout, config.ppo)
+    targets = with_covariance(
+        make_targets(inputs), rollout.mask, config.ppo, seed=state.sampling_seed, step=step
+    )
+    targets = with_rollout_correction(targets, rollout, config.ppo)
     # Once the moving average is not finite, it would never recover.
     if targets.baseline is not None and math.isfinite(targets.baseline):
         state.baseline = targets.baseline

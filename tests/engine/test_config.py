@@ -56,6 +56,9 @@ def test_a_value_head_beside_adapters_learns_at_their_rate_and_elsewhere_at_ten_
     assert demo().ppo.value_head_rate == 10
     assert demo("lora.rank=4").ppo.value_head_rate == 1
     assert demo("lora.rank=4", "ppo.value_head_rate=3").ppo.value_head_rate == 3
+    critic = ("model.value=separate", "ppo.value_init=reward_model")
+    assert demo(*critic).ppo.value_head_rate == 1
+    assert demo(*critic, "ppo.value_rate=9").ppo.value_head_rate == 9
 
 
 def test_advantages_reach_less_far_with_a_fitted_value_function_and_its_returns_as_far():

@@ -15,6 +15,9 @@ from tests.engine.demo_config import demo
 JUDGE = ("reward.model=null", "reward.judge='http://h/v1'", "reward.judging.model=m")
 
 
+GROUPED = ("reward.model=null", "reward.mix=[{model: a, normalise: group}, {function: 'm:f'}]")
+
+
 SERVICE = ("reward.model=null", "reward.service='http://h/score'")
 
 
@@ -239,6 +242,11 @@ REFUSED = {
         "rollout.dynamic cannot be combined with model.value",
     ),
     "a buffer longer than a response": (["reward.overlong.buffer=1000"], "must be at most rollout"),
+    "a range of nothing": (["rollout.dynamic_range=[0, 1]"], "needs rollout.dynamic: true"),
+    "a range that falls": (
+        ["rollout.dynamic=true", "rollout.per_prompt=2", "rollout.dynamic_range=[1, 0.5]"],
+        "1 is not below 0.5",
+    ),
     "a stop that is everywhere": (['rollout.stop=[".", ""]'], "stop must not contain an empty"),
     "a reference without weights of its own": (
         ["kl.reference_update.every=5", "lora.rank=8"], "without its adapters",
@@ -250,19 +258,52 @@ REFUSED = {
         ["reward.model=null", "reward.mix=[{model: a, weight: 0}]"], "weight is not 0",
     ),
     "weights of a KL that is not in the loss": (["kl.importance_weighted=true"], "kl.place: loss"),
+    "a deviation of one response": (
+        [*GROUPED, "ppo.advantage=reinforce_plus_plus"], "per_prompt of at least 2: one response",
+    ),
+    "a value of a group": ([*GROUPED, "rollout.per_prompt=4"], "the value function of.*gae"),
+    "a greedy response in a group": (
+        [*GROUPED, "ppo.advantage=remax", "rollout.per_prompt=4"], "the greedy baseline of.*remax",
+    ),
+    "two scales of a sum": (
+        [*GROUPED, "ppo.advantage=grpo", "reward.normalise=reference"], "reward.normalise cannot",
+    ),
+    "bounds of a scaled sum": (
+        [*GROUPED, "ppo.advantage=grpo", "reward.clip=5"], "reward.clip cannot be combined",
+    ),
+    "an end of a constant rate": (["train.final_rate=0.1"], "linear or cosine"),
     "a dual clip with cispo": (["ppo.policy_loss=cispo", "ppo.dual_clip=3"], "leave it out"),
     "a clip range with sapo": (["ppo.policy_loss=sapo", "ppo.clip_range_high=0.3"], "them out"),
     "a dual clip with vespo": (
         ["ppo.policy_loss=vespo", "ppo.ratio=sequence", "ppo.dual_clip=3"], "leave them out",
     ),
     "vespo by the ratios of tokens": (["ppo.policy_loss=vespo"], "set ppo.ratio: sequence"),
+    "gmpo by the ratios of tokens": (["ppo.policy_loss=gmpo"], "set ppo.ratio: sequence_mean"),
+    "a dual clip with gmpo": (
+        ["ppo.policy_loss=gmpo", "ppo.ratio=sequence_mean", "ppo.dual_clip=3"], "leave it out",
+    ),
+    "dppo by the ratio of a response": (
+        ["ppo.policy_loss=dppo_tv", "ppo.ratio=sequence"], "set ppo.ratio: token",
+    ),
+    "dro without a penalty": (["ppo.policy_loss=dro"], "needs ppo.dro_beta"),
+    "a clip range with dro": (
+        ["ppo.policy_loss=dro", "ppo.dro_beta=1", "ppo.clip_range_high=0.3"], "leave them out",
+    ),
+    "two ways for one covariance": (
+        ["ppo.clip_cov=0.1", "ppo.kl_cov=0.1"], "leave one of them out",
+    ),
+    "covariances that fall": (["ppo.clip_cov_range=[5, 1]"], "5 is not below 1"),
+    "a rate of no transformer": (["ppo.value_rate=10"], "needs model.value: separate"),
+    "a rate of no value function": (
+        ["ppo.value_rate=10", "model.value=separate", "ppo.advantage=rloo"], "value_rate needs",
+    ),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number above 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),
     "an unknown aggregation": (
         ["ppo.loss_aggregation=mean"], "one of sequence, sequence_sum_constant, token",
     ),
-    "an unknown estimator of the KL": (["kl.estimator=k4"], "one of k1, k2, k3"),
+    "an unknown estimator of the KL": (["kl.estimator=k4"], "one of abs, k1, k2, k3"),
     "an unknown place": (["kl.place=value"], "one of loss, reward"),
     "an unknown scale": (["ppo.scale_rewards=std"], "one of batch, group, none"),
     "a lambda above 1": (["ppo.lam_value=1.1"], r"ppo\.lam_value must be.*of at most 1,"),

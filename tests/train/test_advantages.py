@@ -234,7 +234,7 @@ def test_opo_subtracts_the_group_s_mean_in_which_each_token_counts_alike(batch):
 
 
 @modest
-@given(batches(3), st.sampled_from([1.0, 0.9]), st.sampled_from(["k1", "k2", "k3"]))
+@given(batches(3), st.sampled_from([1.0, 0.9]), st.sampled_from(["k1", "k2", "k3", "abs"]))
 def test_reinforce_plus_plus_sums_the_rewards_from_each_token_on(batch, gamma, estimator):
     lengths, old, ref, extra = batch
     scores, mask = extra[:, 0], masked.response_mask(lengths, old.shape[1])
@@ -247,7 +247,7 @@ def test_reinforce_plus_plus_sums_the_rewards_from_each_token_on(batch, gamma, e
         total = 0.0
         for t in reversed(range(n)):
             d = float(old[i, t]) - float(ref[i, t])
-            kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
+            kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d, "abs": abs(d)}[estimator]
             total = gamma * total - 0.25 * kl + (float(scores[i]) if t == n - 1 else 0.0)
             assert near(got[i, t], total, 32 * math.exp(8))
     assert not got[~mask].any()

@@ -14,6 +14,7 @@ from engine.config.sections.ppo import PPOConfig
 from engine.train.ppo import advantages, losses, masked
 from engine.train.ppo.kl_estimators import k3
 from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
+from engine.train.rewards.normalise import normalised_in_groups
 
 REASON = "TRL is not installed (make bench-extra)"
 pytest.importorskip("trl", minversion="1.12", reason=REASON)
@@ -21,6 +22,7 @@ datasets = pytest.importorskip("datasets", reason=REASON)
 pytest.importorskip("requests", reason="TRL's GRPO trainer imports requests without requiring it")
 
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402 - see above
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # noqa: E402
 from trl.experimental.ppo import ppo_trainer  # noqa: E402
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # noqa: E402
 
@@ -29,7 +31,7 @@ LENGTHS = torch.tensor([6, 2, 5, 1])
 AGGREGATION = {
     "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
     "cispo": "token", "sapo": "sequence", "luspo": "sequence_sum_constant",
-    "vespo": "token",
+    "vespo": "token", "gmpo": "sequence",
 }  # fmt: skip
 """TRL's `loss_type` → `ppo.loss_aggregation`."""
 
@@ -109,6 +111,35 @@ def test_group_advantages_are_those_of_trl_s_grpo(tmp_path, scale):
     torch.testing.assert_close(ours.sort().values, want, rtol=1e-5, atol=1e-5)
 
 
+def test_sources_normalised_in_groups_give_the_advantages_of_trl_s_gdpo(tmp_path):
+    found, given = [], {"a": [], "b": []}
+
+    class Recording(GRPOTrainer):
+        def compute_loss(self, model, inputs, **named):
+            found.extend(inputs["advantages"].tolist())
+            return super().compute_loss(model, inputs, **named)
+
+    def a(completions, **_):
+        given["a"].extend(numbers(len(completions), seed=3).tolist())
+        return given["a"]
+
+    def b(completions, **_):
+        some = (10 * numbers(len(completions), seed=4) > 3).tolist()
+        given["b"].extend(None if i == 2 else float(x) for i, x in enumerate(some))
+        return given["b"]
+
+    trainer_of(
+        Recording, GRPOConfig, tmp_path, [a, b], beta=0.0, reward_weights=[1.0, 0.5],
+        multi_objective_aggregation="normalize_then_sum",
+    ).train()  # fmt: skip
+    sources = [normalised_in_groups(given[name], GROUP) for name in ("a", "b")]
+    total = torch.tensor([x + 0.5 * (y or 0.0) for x, y in zip(*sources, strict=True)])
+    ours = advantages.group_advantages(total, GROUP, "batch")
+    torch.testing.assert_close(
+        ours.sort().values, torch.tensor(sorted(found)), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_leave_one_out_advantages_are_those_of_trl_s_rloo(tmp_path):
     scores, want = trained_advantages(RLOOTrainer, RLOOConfig, tmp_path)
     ours = advantages.leave_one_out(scores, GROUP)
@@ -116,15 +147,14 @@ def test_leave_one_out_advantages_are_those_of_trl_s_rloo(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def grpo(tmp_path_factory):
-    trainer = trainer_of(
-        GRPOTrainer,
-        GRPOConfig,
-        tmp_path_factory.mktemp("grpo"),
-        lambda completions, **_: completions,
-    )
-    trainer.model.eval()  # their loss is then divided by no number of accumulated batches
-    return trainer
+def trainers(tmp_path_factory):
+    """TRL's trainers of two kinds of losses."""
+    made = {}
+    for trainer, config in ((GRPOTrainer, GRPOConfig), (GMPOTrainer, GMPOConfig)):
+        folder = tmp_path_factory.mktemp(trainer.__name__)
+        made[trainer] = trainer_of(trainer, config, folder, lambda completions, **_: completions)
+        made[trainer].model.eval()  # their loss is then divided by no number of batches
+    return made
 
 
 def ours(trainer, inputs, case):
@@ -180,12 +210,15 @@ CASES = [
         ("luspo", "sequence_mean", 0.28, None, 0.0, 0.0, False),
         ("grpo", "token", None, None, 0.1, 0.0, False, 0.1),
         ("vespo", "sequence", None, None, 0.1, 0.0, False),
+        ("gmpo", "sequence_mean", None, None, 0.0, 0.0, False),
+        ("gmpo", "sequence_mean", 0.35, None, 0.1, 0.0, False),
     ]
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
+def test_the_loss_and_its_gradient_are_those_of_trl(trainers, case):
+    grpo = trainers[GMPOTrainer if case["loss_type"] == "gmpo" else GRPOTrainer]
     mask = masked.response_mask(LENGTHS, LIMIT)
     prompt = torch.tensor([load(AutoTokenizer)("The film").input_ids] * len(LENGTHS))
     inputs = {
@@ -205,6 +238,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
     inputs["sampling_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=4)
     grpo.off_policy_mask_threshold = case["limit"]
     grpo.loss_type, grpo.beta = case["loss_type"], case["beta"]
+    grpo.epsilon_low = 0.2
     grpo.epsilon_high = case["high"] or 0.2
     if case["loss_type"] == "cispo":  # theirs is the bound itself
         grpo.epsilon_high += 1

@@ -29,7 +29,7 @@ TWO_SOURCES = (
 
 
 def test_a_step_returns_every_declared_metric_and_no_other(make_run):
-    run, session = make_run(*TWO_SOURCES, *EVERYTHING, "eval.every=1", "eval.holdout=2")
+    run, session = make_run(*TWO_SOURCES, *EVERYTHING, "eval={every: 1, holdout: 2, per_prompt: 2}")
     found, _ = train_step(run, 1)
     found |= evaluate_if_due(run, 1).metrics
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))

@@ -52,6 +52,19 @@ def test_prompts_without_variance_are_replaced_and_counted(make_run):
     assert all(s.parts["judge"] == s.score for s in samples)
 
 
+def test_prompts_whose_mean_score_is_out_of_range_are_replaced(make_run):
+    # The scores of the first draw are 0 to 7, with means of 0.5 to 6.5; those of the second 0 to 3,
+    # with means of 0.5 and 2.5. So one of the two unwanted prompts is replaced, the other is kept.
+    run, (metrics, samples) = judged(
+        make_run, lambda *_: False, "rollout.dynamic_range=[0.5, 6]", "rollout.dynamic_limit=1"
+    )
+    assert metrics["val/redrawn_prompts"] == 2
+    assert [s.score for s in samples] == [2, 3, 2, 3, 4, 5, 6, 7]
+    own = [p.text for p in run.prompts.for_step(1)]
+    assert [s.prompt for s in samples[2::2]] == own[1:]
+    assert samples[0].prompt != own[0]
+
+
 def test_what_has_no_variance_after_the_last_attempt_stays(make_run):
     run, (metrics, samples) = judged(make_run, lambda *_: True, "rollout.dynamic_limit=3")
     assert run.rewards.calls == 4

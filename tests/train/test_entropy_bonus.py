@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from engine.config.sections.ppo import PPOConfig
 from engine.config.settings import change_settings
-from engine.train.ppo.entropy_bonus import adapt, with_weight
+from engine.train.ppo.entropy import adapt, with_weight
 from engine.train.step import train_step
 
 CONFIG = PPOConfig(

@@ -93,6 +93,18 @@ def test_before_the_first_step_the_policy_is_the_reference(make_run):
     assert evaluation.metrics["eval/score"] == pytest.approx(mean)
 
 
+@pytest.mark.parametrize("per_prompt", [1, 3])
+def test_the_best_score_is_the_mean_of_each_prompts_highest(make_run, per_prompt):
+    run, _ = make_run(*EVALUATED, f"eval.per_prompt={per_prompt}")
+    evaluation = evaluate_if_due(run, 0)
+    best = {}
+    for sample in evaluation.samples:
+        best[sample.prompt] = max(sample.score, best.get(sample.prompt, -1e9))
+    assert len(evaluation.samples) == per_prompt * len(best) > 1
+    want = sum(best.values()) / len(best) if per_prompt > 1 else None
+    assert evaluation.metrics.get("eval/best_score") == pytest.approx(want)
+
+
 def test_greedy_responses_do_not_depend_on_the_seed(make_run):
     run, _ = make_run(*EVALUATED, "eval.temperature=0")
     other, _ = make_run(*EVALUATED, "eval.temperature=0", "eval.seed=5")

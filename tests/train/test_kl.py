@@ -222,7 +222,7 @@ def test_the_declared_estimators_are_those_of_the_key():
     assert get_args(get_type_hints(KLConfig)["estimator"]) == tuple(KL_ESTIMATORS)
 
 
-@pytest.mark.parametrize("name", ["k2", "k3"])
+@pytest.mark.parametrize("name", ["k2", "k3", "abs"])
 def test_a_penalty_never_moves_a_token_away_from_the_reference(name):
     log_ratio = torch.tensor([-1000.0, -25.0, -20.0, -1.0, 0.0, 1.0, 25.0], requires_grad=True)
     penalty = KL_ESTIMATORS[name](log_ratio)
@@ -231,7 +231,9 @@ def test_a_penalty_never_moves_a_token_away_from_the_reference(name):
     assert (gradient * log_ratio.detach() >= 0).all()
 
 
-@pytest.mark.parametrize(("name", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])
+@pytest.mark.parametrize(
+    ("name", "unbiased"), [("k1", True), ("k2", False), ("k3", True), ("abs", False)]
+)
 def test_over_the_whole_distribution_an_unbiased_estimator_is_the_kl(name, unbiased):
     p, q = (
         torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
@@ -256,3 +258,12 @@ def test_in_the_loss_some_estimators_have_the_gradient_of_the_kl(name, weighted,
     rho = p / old if weighted else 1.0
     (got,) = torch.autograd.grad((old * rho * KL_ESTIMATORS[name]((p / q).log())).sum(), z)
     assert torch.allclose(got, want if right else torch.zeros(3).double(), atol=1e-12)
+
+
+def test_in_the_loss_the_absolute_log_ratio_has_the_gradient_of_twice_the_total_variation():
+    z = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64).requires_grad_()
+    q = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)
+    p = z.softmax(0)
+    (want,) = torch.autograd.grad((p - q).abs().sum(), z, retain_graph=True)
+    (got,) = torch.autograd.grad((p.detach() * KL_ESTIMATORS["abs"]((p / q).log())).sum(), z)
+    assert torch.allclose(got, want, atol=1e-12)

@@ -127,15 +127,16 @@ def test_the_spread_of_scores_is_that_within_prompts(group, prompts, data):
     numbers = data.draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n))
     groups = [numbers[i : i + group] for i in range(0, n, group)]
     deviations = [math.sqrt(mean([(x - mean(g)) ** 2 for x in g])) for g in groups]
-    metrics = group_metrics(torch.tensor(numbers, dtype=torch.float32), group)
+    scores = torch.tensor(numbers, dtype=torch.float32)
+    metrics = group_metrics(scores, scores, group)
     assert same(metrics["objective/group_std"], mean(deviations))
     assert same(metrics["objective/zero_std_frac"], mean([len(set(g)) == 1 for g in groups]))
 
 
 def test_scores_that_differ_by_rounding_have_no_variance():
     scores = torch.tensor([100.0, 100.00001, 0.0, 1e-3])
-    assert group_metrics(scores, 2)["objective/zero_std_frac"] == 0.5
-    assert group_metrics(scores, 1) == {}
+    assert group_metrics(scores, scores, 2)["objective/zero_std_frac"] == 0.5
+    assert group_metrics(scores, scores, 1) == {}
 
 
 @modest

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from engine.config.sections.reward import OverlongConfig, RewardConfig
 from engine.errors import RewardError
-from engine.train.rewards.normalise import Normaliser
+from engine.train.rewards.normalise import Normaliser, normalised_in_groups
+
+SCORES = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 0.25, -7.5, 1000.0]))
 
 
 def trained_scores(normaliser, raw, lengths=None, limit=8, **of_reward):
@@ -39,6 +41,24 @@ def test_scores_are_clipped_after_normalising():
 def test_scores_that_do_not_vary_cannot_be_normalised(score):
     with pytest.raises(RewardError, match="scores that vary"):
         Normaliser.of(torch.full((64,), score))
+
+
+@given(
+    st.integers(1, 5), st.lists(st.lists(SCORES, min_size=5, max_size=5), min_size=1, max_size=4)
+)
+def test_scores_normalised_in_groups_are_deviations_from_the_group_s_mean(per_prompt, rows):
+    groups = [row[:per_prompt] for row in rows]
+    want = []
+    for group in groups:
+        given_scores = [s for s in group if s is not None]
+        mean = math.fsum(given_scores) / max(1, len(given_scores))
+        squares = math.fsum((s - mean) ** 2 for s in given_scores)
+        std = math.sqrt(squares / (len(given_scores) - 1)) if len(given_scores) > 1 else 0.0
+        want += [None if s is None else (s - mean) / (std + 1e-4) for s in group]
+    got = normalised_in_groups([s for group in groups for s in group], per_prompt)
+    assert [s is None for s in got] == [s is None for s in want]
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours is None or ours == pytest.approx(theirs, rel=1e-9, abs=1e-9)
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.floats(0, 4, width=16))

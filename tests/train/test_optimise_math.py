@@ -20,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
     PhiConfig,
+    get_cosine_with_min_lr_schedule_with_warmup,
 )
 
 from engine.config.schema import RunConfig
@@ -56,7 +57,9 @@ K2 = {"estimator": "k2", "place": "loss"}
 K3 = {"estimator": "k3", "place": "loss"}
 
 
-def run_config(schedule="constant", warmup=0, steps=10, temperature=1.0, kl=None, **of_ppo):
+def run_config(
+    schedule="constant", warmup=0, steps=10, temperature=1.0, kl=None, final_rate=0.0, **of_ppo
+):
     return RunConfig(
         model=ModelConfig(policy="p"),
         data=DataConfig(prompts="d"),
@@ -64,7 +67,13 @@ def run_config(schedule="constant", warmup=0, steps=10, temperature=1.0, kl=None
         rollout=RolloutConfig(temperature=temperature, max_new_tokens=9),
         kl=kl or KLConfig(),
         ppo=PPOConfig(**of_ppo),
-        train=TrainConfig(steps=steps, schedule=schedule, warmup_steps=warmup, learning_rate=2e-3),
+        train=TrainConfig(
+            steps=steps,
+            schedule=schedule,
+            warmup_steps=warmup,
+            learning_rate=2e-3,
+            final_rate=final_rate,
+        ),
     )
 
 
@@ -127,10 +136,45 @@ def slow_outputs(policy, rollout, i, temperature):
     return outputs
 
 
+def slow_term(ppo, targets, at, logprob, rho, gaps):
+    """A token's policy loss, whether it is clipped, and the ratio that is."""
+    clip, high, (i, t) = ppo.clip_range, ppo.clip_range_high or ppo.clip_range, at
+    a, active, of = targets.advantages[at], False, rho
+    bounded = rho.clamp(1 - clip, 1 + high)
+    match ppo.policy_loss:
+        case "cispo":
+            term, active = -a * bounded.detach() * logprob, bounded != rho
+        case "sapo":
+            tau = ppo.sapo_temperature if a > 0 else ppo.sapo_temperature_negative
+            term = -a * 4 / tau / (1 + (-tau * (rho - 1)).exp())
+        case "vespo":
+            k, lam = (2.0, 3.0) if a >= 0 else (3.0, 2.0)
+            term = -a * (rho**k * (lam * (1 - rho)).exp()).detach() * logprob
+        case "gmpo":
+            bounds = [
+                gap.clamp(max=high) if targets.advantages[i, s] > 0 else gap.clamp(min=-clip)
+                for s, gap in enumerate(gaps)
+            ]
+            term = -a * (sum(bounds) / len(bounds)).exp()
+            active, of = bounds[t] != gaps[t], gaps[t].exp()
+        case "dppo_tv" | "dppo_kl":
+            p, q = math.exp(logprob.item()), math.exp(targets.old_logprobs[at].item())
+            far = abs(p - q)
+            if ppo.policy_loss == "dppo_kl":
+                far = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+            active = (a > 0 and p > q and far > high) or (a < 0 and p < q and far > clip)
+            term = -a * (0.0 if active else min(p / q, ppo.dppo_ratio_cap)) * logprob
+        case "dro":
+            term = -a * logprob + ppo.dro_beta / 2 * gaps[t] ** 2
+        case _:
+            active = -a * rho < -a * bounded
+            term = -a * (bounded if active else rho)
+    return term, bool(active), of
+
+
 def slow_sums(policy, rollout, targets, rows, config):
     """The minibatch's loss (with gradient) and sums, by the formulas in loops."""
-    clip, c, sums, loss = config.ppo.clip_range, config.ppo.value_clip, LossSums(), 0.0
-    high, dual = config.ppo.clip_range_high or clip, config.ppo.dual_clip
+    c, dual, sums, loss = config.ppo.value_clip, config.ppo.dual_clip, LossSums(), 0.0
     tokens = sum(RESPONSES[i] for i in rows)
     for i in rows.tolist():
         weight = {  # times tokens, because the sum is divided by them below
@@ -146,18 +190,7 @@ def slow_sums(policy, rollout, targets, rows, config):
                 "token": gaps[t], "sequence": sum(gaps), "sequence_mean": sum(gaps) / len(gaps)
             }[config.ppo.ratio]  # fmt: skip
             rho, a = log_rho.clamp(-20, 20).exp(), targets.advantages[i, t]
-            bounded = rho.clamp(1 - clip, 1 + high)
-            unclipped, clipped = -a * rho, -a * bounded
-            term, active = (unclipped, False) if unclipped >= clipped else (clipped, True)
-            if config.ppo.policy_loss == "cispo":
-                term, active = -a * bounded.detach() * logprob, bool(bounded != rho)
-            if config.ppo.policy_loss == "sapo":
-                tau = config.ppo.sapo_temperature if a > 0 else config.ppo.sapo_temperature_negative
-                term, active = -a * 4 / tau / (1 + (-tau * (rho - 1)).exp()), False
-            if config.ppo.policy_loss == "vespo":
-                k, lam = (2.0, 3.0) if a >= 0 else (3.0, 2.0)
-                phi = (rho**k * (lam * (1 - rho)).exp()).detach()
-                term, active = -a * phi * logprob, False
+            term, active, of = slow_term(config.ppo, targets, (i, t), logprob, rho, gaps)
             if dual is not None and a < 0 and term > -a * dual:
                 term = -a * dual
                 sums.dual_clipped += 1
@@ -165,16 +198,18 @@ def slow_sums(policy, rollout, targets, rows, config):
             if limit is not None and a < 0 and away / len(outputs) > limit:
                 term, active = 0.0 * term, False
                 sums.off_policy += 1
+            if targets.held_back is not None and targets.held_back[i, t]:
+                term = term + config.ppo.kl_cov_coef * gaps[t].abs()
             sums.tokens += 1
             sums.policy_loss += weight * term.item()
-            sums.clipped_high += bool(active and rho > 1)
-            sums.clipped_low += bool(active and rho < 1)
+            sums.clipped_high += bool(active and of > 1)
+            sums.clipped_low += bool(active and of < 1)
             if config.ppo.entropy_coef:
                 sums.entropy += weight * entropy.item()
                 term = term - config.ppo.entropy_coef * entropy
             if config.kl.place == "loss":
                 d = logprob - targets.ref_logprobs[i, t]
-                kl = d**2 / 2 if config.kl.estimator == "k2" else (-d).exp() - 1 + d
+                kl = {"k2": d**2 / 2, "k3": (-d).exp() - 1 + d, "abs": d.abs()}[config.kl.estimator]
                 kl = kl * rho if config.kl.importance_weighted else kl
                 sums.kl += weight * kl.item()
                 term = term + config.kl.beta * kl
@@ -242,11 +277,25 @@ def one_thread():
         {"kl": KLConfig(beta=0.5, **K3), "ratio": "sequence"},
         {"kl": KLConfig(beta=0.5, **K3, importance_weighted=True), "ratio": "sequence_mean"},
         {"kl": KLConfig(beta=0.5, **K2, importance_weighted=True)},
+        {"kl": KLConfig(beta=0.5, estimator="abs", place="loss")},
         {"ratio": "sequence_mean", "loss_aggregation": "sequence", "clip_range": 0.02},
         {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
         {"policy_loss": "cispo", "ratio": "sequence", "clip_range": 0.5, "clip_range_high": 0.2},
         {"policy_loss": "sapo", "sapo_temperature": 2.0, "sapo_temperature_negative": 3.0},
         {"policy_loss": "vespo", "ratio": "sequence", "loss_aggregation": "sequence"},
+        {"policy_loss": "gmpo", "ratio": "sequence_mean", "clip_range": 0.3},
+        {
+            "policy_loss": "gmpo",
+            "ratio": "sequence_mean",
+            "clip_range": 0.2,
+            "clip_range_high": 0.4,
+            "loss_aggregation": "sequence",
+            "entropy_coef": 0.1,
+        },
+        {"policy_loss": "dppo_tv", "clip_range": 0.01, "clip_range_high": 0.02},
+        {"policy_loss": "dppo_kl", "clip_range": 0.004, "dppo_ratio_cap": 1.2},
+        {"policy_loss": "dro", "dro_beta": 0.7, "loss_aggregation": "sequence"},
+        {"kl_cov": 0.1, "kl_cov_coef": 0.7, "loss_aggregation": "sequence"},
         {"off_policy_mask": 3.5, "kl": KLConfig(beta=0.5, **K3)},
         {"off_policy_mask": 3.5, "policy_loss": "cispo", "loss_aggregation": "sequence"},
     ],
@@ -261,11 +310,18 @@ def one_thread():
         "k3",
         "weighted k3, mean ratio",
         "weighted k2",
+        "absolute log ratio",
         "mean ratio",
         "cispo",
         "cispo, sequence ratio",
         "sapo",
         "vespo",
+        "gmpo",
+        "gmpo, clip-higher, sequence mean, entropy",
+        "dppo_tv",
+        "dppo_kl",
+        "dro",
+        "kl_cov, sequence mean",
         "off-policy mask, k3",
         "off-policy mask, cispo, sequence mean",
     ],
@@ -273,9 +329,12 @@ def one_thread():
 def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):
     policy, config = make_policy(value), run_config(**of_ppo)
     minibatch = make_minibatch(policy)
+    if config.ppo.kl_cov:
+        rollout, targets = minibatch
+        minibatch = rollout, dataclasses.replace(targets, held_back=targets.advantages > 0.3)
     rows = torch.tensor([5, 0, 2, 3])
     loss, sums = slow_sums(policy, *minibatch, rows, config)
-    assert 0 < sums.clipped < sums.tokens or config.ppo.policy_loss in ("sapo", "vespo")
+    assert 0 < sums.clipped < sums.tokens or config.ppo.policy_loss in ("sapo", "vespo", "dro")
     assert bool(sums.dual_clipped) == (config.ppo.dual_clip is not None)
     assert bool(sums.off_policy) == (config.ppo.off_policy_mask is not None)
     assert bool(sums.entropy) == bool(config.ppo.entropy_coef)
@@ -476,6 +535,25 @@ def test_the_cosine_schedule_falls_over_half_a_period(warmup):
     n = len(falling)
     want = [2e-3 * 0.5 * (1 + math.cos(math.pi * k / n)) for k in range(n)]
     assert falling == pytest.approx(want)
+
+
+@pytest.mark.parametrize("final_rate", [0.1, 1.0])
+def test_the_linear_schedule_falls_to_its_final_rate(final_rate):
+    falling = rates(schedule="linear", warmup=4, steps=20, final_rate=final_rate)[4:]
+    want = [2e-3 * (final_rate + (1 - final_rate) * (1 - k / 16)) for k in range(16)]
+    assert falling == pytest.approx(want)
+
+
+@pytest.mark.parametrize("final_rate", [0.0, 0.1, 1.0])
+def test_the_cosine_schedule_with_a_final_rate_is_that_of_transformers(final_rate):
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    theirs = get_cosine_with_min_lr_schedule_with_warmup(optimiser, 0, 20, min_lr_rate=final_rate)
+    want = []
+    for _ in range(20):
+        want += theirs.get_last_lr()
+        optimiser.step()
+        theirs.step()
+    assert rates(schedule="cosine", steps=20, final_rate=final_rate) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -78,6 +78,7 @@ RECIPES = {
 }
 """The configurations of papers, by the name of their variant."""
 VARIANTS |= dict.fromkeys(RECIPES, ("rollout.batch_size=16", "reward.normalise_samples=16"))
+VARIANTS["gdpo recipe"] += ("reward.model=null",)  # it has a mix, with the starter's reward model
 STRATEGIES = ("ddp", "fsdp")
 EVERY_TIME = {
     "gae, activation checkpointing, averaged policy": "fsdp",

@@ -35,8 +35,8 @@ SMALL = (
 
 def test_there_is_a_recipe_for_each_paper():
     names = {
-        "ppo-ziegler", "ppo-nplus", "grpo", "dr-grpo", "gspo", "dapo", "reinforce-plus-plus",
-        "vc-ppo",
+        "ppo-ziegler", "ppo-nplus", "grpo", "dr-grpo", "gspo", "gdpo", "dapo",
+        "reinforce-plus-plus", "vc-ppo",
     }  # fmt: skip
     assert set(RECIPES) == names
 

@@ -253,6 +253,22 @@ def test_a_source_s_own_normalisation_comes_before_its_weight(module, inputs):
     assert parts["length"] == [11, 34, 3]
 
 
+def test_a_source_is_normalised_within_groups_only_if_their_size_is_given(module, inputs):
+    length = function_reward(module, "length")
+    sources = {
+        "a": WeightedReward(3.0, RunsOn.RANK_0, length, in_groups=True),
+        "b": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "sometimes")),
+    }
+    mix = RewardMix(sources, SINGLE_RANK)
+    scores, parts = mix(inputs)
+    assert scores.tolist() == [3 * 11 + 1.5, 3 * 34, 3 * 3]
+    deviation = (((11 - 16) ** 2 + (34 - 16) ** 2 + (3 - 16) ** 2) / 2) ** 0.5 + 1e-4
+    got = mix.total(parts, inputs, per_prompt=3).tolist()
+    want = [3 * (n - 16) / deviation + b for n, b in ((11, 1.5), (34, 0), (3, 0))]
+    assert got == pytest.approx(want, rel=1e-6)
+    assert parts["a"] == [11, 34, 3]
+
+
 def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key():
     assert tuple(KINDS) == SOURCE_KEYS
     fields = {f.name for f in msgspec.structs.fields(RewardConfig)}

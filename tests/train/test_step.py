@@ -75,6 +75,17 @@ VARIANTS = {
         "ppo.policy_loss=vespo",
         "ppo.ratio=sequence",
     ],
+    "gmpo": [
+        "ppo.advantage=grpo",
+        "ppo.policy_loss=gmpo",
+        "ppo.ratio=sequence_mean",
+        "ppo.clip_range=0.4",
+    ],
+    "dppo_tv": ["ppo.advantage=grpo", "ppo.policy_loss=dppo_tv", "ppo.clip_range=0.15"],
+    "dppo_kl": ["ppo.advantage=grpo", "ppo.policy_loss=dppo_kl", "ppo.clip_range=0.05"],
+    "dro": ["ppo.advantage=grpo", "ppo.policy_loss=dro", "ppo.dro_beta=0.1"],
+    "clip_cov": ["ppo.advantage=grpo", "ppo.clip_cov=0.05", "ppo.clip_cov_range=[0.01, 1]"],
+    "kl_cov": ["ppo.advantage=grpo", "ppo.kl_cov=0.05", "ppo.clip_range=1"],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
 }
 
@@ -202,6 +213,21 @@ def test_the_value_head_rate_scales_the_updates_of_the_value_head_only(make_run,
             "value_trunk."
         )  # a value head of zeros passes no gradient on
         torch.testing.assert_close(moved[8][name], times * by, rtol=1e-5, atol=0)
+
+
+def test_the_value_rate_scales_the_updates_of_the_second_transformer_only(make_run):
+    one_update = ["ppo.epochs=1", "ppo.minibatches=1", "model.value=separate"]
+    moved = {}
+    for rate in (1, 8):
+        init = "ppo.value_init=reward_model"  # a head of zeros would pass no gradient on
+        run, _ = make_run(*one_update, init, "ppo.value_head_rate=1", f"ppo.value_rate={rate}")
+        before = parameters(run)
+        train_step(run, 1)
+        moved[rate] = {k: v - before[k] for k, v in parameters(run).items()}
+    for name, by in moved[1].items():
+        times = 8 if name.startswith("value_trunk.") else 1
+        assert by.any(), name
+        torch.testing.assert_close(moved[8][name], times * by, rtol=0, atol=2e-6, msg=name)
 
 
 def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):

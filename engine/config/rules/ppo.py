@@ -1,6 +1,7 @@
 """Rules between the keys of `ppo`, `kl` and the batch."""
 
 from engine.config.schema import RunConfig
+from engine.config.sections.ppo import POLICY_LOSS_RATIOS
 from engine.errors import ConfigError
 
 
@@ -12,6 +13,8 @@ def check_ppo(config: RunConfig) -> None:
     """
     _check_batches(config)
     _check_objective(config)
+    if config.reward.in_groups:
+        _check_scores_in_groups(config)
     _check_controller(config)
 
 
@@ -54,30 +57,70 @@ def _check_objective(config: RunConfig) -> None:
         )
     if kl.importance_weighted and kl.place != "loss":
         raise ConfigError("kl.importance_weighted has no effect without kl.place: loss")
-    if ppo.policy_loss == "cispo" and ppo.dual_clip is not None:
-        raise ConfigError(
-            "ppo.dual_clip has no effect with ppo.policy_loss: cispo, whose ratios are bounded by "
-            "ppo.clip_range_high: leave it out"
-        )
-    clips = (ppo.dual_clip, ppo.clip_range_high) != (None, None)
-    if ppo.policy_loss in ("sapo", "vespo") and clips:
-        raise ConfigError(
-            "ppo.dual_clip and ppo.clip_range_high have no effect with ppo.policy_loss: "
-            f"{ppo.policy_loss}, which clips nothing: leave them out"
-        )
-    if ppo.policy_loss == "vespo" and ppo.ratio != "sequence":
-        raise ConfigError(
-            "ppo.policy_loss: vespo weights a response by its whole ratio: set ppo.ratio: sequence"
-        )
+    _check_policy_loss(config)
+    if ppo.clip_cov and ppo.kl_cov:
+        raise ConfigError("ppo.clip_cov and ppo.kl_cov are alternatives: leave one of them out")
+    if not ppo.clip_cov_range[0] < ppo.clip_cov_range[1]:
+        low, high = ppo.clip_cov_range
+        raise ConfigError(f"ppo.clip_cov_range must rise: {low:g} is not below {high:g}")
     if kl.reference_update.every and config.lora.rank is not None:
         raise ConfigError(
             "kl.reference_update cannot be combined with lora.rank: the reference is the policy "
             "without its adapters"
         )
+    separate = ppo.traits.value_function and config.model.value == "separate"
+    if ppo.value_rate != 1 and not separate:
+        raise ConfigError(
+            "ppo.value_rate needs model.value: separate: other value functions have no transformer "
+            "of their own; ppo.value_head_rate is that of the head"
+        )
     if ppo.value_init == "reward_model":
         _check_value_init(config)
     if config.linear_value:
         _check_linear_value(config)
+
+
+def _check_policy_loss(config: RunConfig) -> None:
+    ppo = config.ppo
+    loss, needed = ppo.policy_loss, POLICY_LOSS_RATIOS.get(ppo.policy_loss, ppo.ratio)
+    clips = (ppo.dual_clip, ppo.clip_range_high) != (None, None)
+    if loss in ("sapo", "vespo", "dro") and clips:
+        raise ConfigError(
+            "ppo.dual_clip and ppo.clip_range_high have no effect with ppo.policy_loss: "
+            f"{loss}, which clips nothing: leave them out"
+        )
+    if loss != "clipped" and ppo.dual_clip is not None:
+        raise ConfigError(
+            f"ppo.dual_clip has no effect with ppo.policy_loss: {loss}, which has other bounds: "
+            "leave it out"
+        )
+    if ppo.ratio != needed:
+        raise ConfigError(
+            f"ppo.policy_loss: {loss} is not defined for ppo.ratio: {ppo.ratio}: set ppo.ratio: "
+            f"{needed}"
+        )
+    if loss == "dro" and ppo.dro_beta is None:
+        raise ConfigError("ppo.policy_loss: dro needs ppo.dro_beta, the weight of its penalty")
+
+
+def _check_scores_in_groups(config: RunConfig) -> None:
+    given, traits = "normalise: group of a reward source", config.ppo.traits
+    if config.responses_per_prompt < 2:
+        raise ConfigError(
+            f"{given} needs a rollout.per_prompt of at least 2: one response has no deviation"
+        )
+    if traits.value_function or traits.greedy_baseline:
+        what = "value function" if traits.value_function else "greedy baseline"
+        raise ConfigError(
+            f"{given} cannot be combined with the {what} of ppo.advantage: {config.ppo.advantage}, "
+            "which is of a single response: set grpo, for instance"
+        )
+    for key, plain in (("normalise", "none"), ("clip", None)):
+        if getattr(config.reward, key) != plain:
+            raise ConfigError(
+                f"reward.{key} cannot be combined with {given}, which already limits the scores: "
+                "leave it out"
+            )
 
 
 def _check_value_init(config: RunConfig) -> None:

@@ -16,6 +16,13 @@ def check_rollout(config: RunConfig) -> None:
             "rollout.stop must not contain an empty text, which would end each response after its "
             "first token"
         )
+    if (bounds := config.rollout.dynamic_range) is not None:
+        if not config.rollout.dynamic:
+            raise ConfigError("rollout.dynamic_range needs rollout.dynamic: true")
+        if not bounds[0] < bounds[1]:
+            raise ConfigError(
+                f"rollout.dynamic_range must rise: {bounds[0]:g} is not below {bounds[1]:g}"
+            )
     if config.rollout.ahead:
         _check_ahead(config)
     if config.rollout.uses_vllm:

@@ -31,6 +31,11 @@ def check_config(config: RunConfig) -> None:
         )
     if config.train.ema.offload and config.train.ema.decay is None:
         raise ConfigError("train.ema.offload needs train.ema.decay: without it there is no average")
+    if config.train.final_rate and config.train.schedule == "constant":
+        raise ConfigError(
+            "train.final_rate needs train.schedule: linear or cosine: a constant rate does not "
+            "decay"
+        )
     deadline(config.train, {})
     check_guardrails(config.guardrails)
     check_data(config.data)

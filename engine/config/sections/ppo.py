@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engine.config.sections.base import Coefficient, Count, Fraction, Positive, Section, Whole
+from engine.config.sections.base import (
+    Bounded,
+    Coefficient,
+    Count,
+    Fraction,
+    Positive,
+    Section,
+    Whole,
+)
 
 
 class AdvantageTraits(Struct, frozen=True, kw_only=True):
@@ -37,6 +45,15 @@ ADVANTAGES = {
 """Every estimator, by its name in `ppo.advantage`. :mod:`engine.train.ppo.advantages` has the
 functions; the type of the key below lists the same names."""
 
+POLICY_LOSS_RATIOS = {
+    "vespo": "sequence",
+    "gmpo": "sequence_mean",
+    "dppo_tv": "token",
+    "dppo_kl": "token",
+    "dro": "token",
+}
+"""`ppo.policy_loss` → the only `ppo.ratio` that it is defined for. The others take any."""
+
 DEFAULT_LAM = 0.95
 """`ppo.lam`, and with a fitted value function `ppo.lam_value`."""
 FITTED_VALUE_LAM = 0.9
@@ -67,12 +84,18 @@ class PPOConfig(Section, frozen=True):
     """`tokens`: a pass computes more than `micro_batch_size` responses where they are short, as
     many as have no more tokens, with padding, than `micro_batch_size` of the greatest length. That
     takes no more memory and fewer passes. Affects speed, not the result."""
-    policy_loss: Literal["clipped", "cispo", "sapo", "vespo"] = "clipped"
+    policy_loss: Literal[
+        "clipped", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "dro"
+    ] = "clipped"
     """Loss of a token: `clipped` is PPO's, in which a token whose ratio is clipped has no gradient;
     `cispo` is -advantage · log π times the clipped ratio as a constant, so that every token has one
     (MiniMax-M1, with `clip_range: 1`; ScaleRL has `clip_range_high: 4`); `sapo` clips nothing: the
     gradient fades smoothly as the ratio leaves 1 (Qwen); `vespo` does the same by the ratio of the
-    whole response, with `ratio: sequence`."""
+    whole response, with `ratio: sequence`; `gmpo` clips the logarithms of the tokens' ratios (to
+    0.4 in its paper) and takes the geometric mean, with `ratio: sequence_mean`; `dppo_tv` and
+    `dppo_kl` have no gradient where the probability of a token has moved too far, by its difference
+    (`clip_range: 0.15` is verl's) or its KL (0.05); `dro` has a squared penalty instead of a
+    ratio."""
     sapo_temperature: Positive = 1.0
     """How fast the gradient fades with `policy_loss: sapo`, if the advantage is positive."""
     sapo_temperature_negative: Positive = 1.05
@@ -87,9 +110,15 @@ class PPOConfig(Section, frozen=True):
     """`vespo_k` if the advantage is negative."""
     vespo_lambda_negative: Coefficient = 2.0
     """`vespo_lambda` if the advantage is negative."""
+    dppo_ratio_cap: Annotated[float, Meta(ge=1, le=1e6)] = 20.0
+    """Upper bound of the ratio that weights a token with `policy_loss: dppo_tv` and `dppo_kl`."""
+    dro_beta: Positive | None = None
+    """Weight of the penalty of `policy_loss: dro`, which needs it: this times half the squared log
+    ratio is added to a token's loss."""
     clip_range: Annotated[float, Meta(ge=1e-9, le=1)] = 0.2
     """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
-    1 ± ε. 1: no lower bound."""
+    1 ± ε. 1: no lower bound. With `policy_loss: gmpo` the bound of the ratio's logarithm, with
+    `dppo_tv` and `dppo_kl` that of the divergence."""
     clip_range_high: Annotated[float, Meta(ge=1e-9, le=1e6)] | None = None
     """ε of the upper bound; `clip_range` is then only that of the lower one (DAPO's clip-higher;
     its paper uses 0.28). Default: `clip_range`."""
@@ -122,6 +151,18 @@ class PPOConfig(Section, frozen=True):
     """Share of a step's tokens that the policy loss trains on: those at which the policy was least
     certain, by the entropy of the distribution they were sampled from (0.2 in "Beyond the 80/20
     rule"). The other advantages are 0; a KL or an entropy in the loss counts all tokens."""
+    clip_cov: Fraction = 0.0
+    """Share of a step's tokens that are left out of the policy loss, against a falling entropy:
+    drawn from those whose covariance of advantage and log probability is in `clip_cov_range`
+    (Clip-Cov; its paper uses 0.0002). 0: none."""
+    clip_cov_range: tuple[Bounded, Bounded] = (1.0, 5.0)
+    """Lowest and highest covariance of tokens that `clip_cov` leaves out."""
+    kl_cov: Fraction = 0.0
+    """Share of a step's tokens, those of the highest covariance, that are held back by a penalty on
+    the change of their log probability (KL-Cov; its paper uses 0.0002 to 0.002, and does not clip
+    ratios: `clip_range: 1`, `clip_range_high: 1e6`). 0: none."""
+    kl_cov_coef: Coefficient = 1.0
+    """Weight of that penalty in a token's loss."""
     rollout_correction: Literal[
         "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "sequence_mean_mask"
     ] = "none"
@@ -168,8 +209,12 @@ class PPOConfig(Section, frozen=True):
     """Weight of the value loss."""
     value_head_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] | None = None
     """Learning rate of the value head, as a multiple of `train.learning_rate`. Default: 10, because
-    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher, and
-    with `value_init: reward_model`."""
+    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher;
+    `value_rate` with `value_init: reward_model`."""
+    value_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
+    """Learning rate of the value function's own transformer (`model.value: separate`), as a
+    multiple of `train.learning_rate`. Policies of a billion parameters are often trained with 10
+    or so."""
     value_init: Literal["zero", "reward_model"] = "zero"
     """Where the value function starts: a head of zeros on the policy's transformer, or transformer
     and head of the reward model (`model.value: separate` only; the reward model must read the
@@ -209,9 +254,10 @@ class KLConfig(Section, frozen=True):
     beta: Coefficient = 0.05
     """Cost of a nat of KL, in units of the score; a higher beta keeps the policy closer to the
     reference. With `controller: adaptive`, the initial value."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """What is penalised at each token, with d = log π - log π_ref: `k1` is d, `k2` is d²/2, `k3` is
-    exp(-d) - 1 + d (GRPO). `objective/kl` and the adaptive controller use k1 in every case."""
+    exp(-d) - 1 + d (GRPO), `abs` is |d|. `objective/kl` and the adaptive controller use k1 in every
+    case."""
     place: Literal["reward", "loss"] = "reward"
     """Where beta times the estimate goes: it is subtracted from the reward, or added to the loss
     (GRPO)."""

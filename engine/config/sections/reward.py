@@ -89,9 +89,10 @@ class RewardSource(ScoreOrigin, frozen=True):
     weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.0
     """Weight of the score in the sum. With weight 0, the score is recorded, with the samples and as
     a metric, but has no effect on training."""
-    normalise: Literal["none", "reference"] = "none"
+    normalise: Literal["none", "reference", "group"] = "none"
     """`reference`: scale this source's scores to mean 0 and standard deviation 1 over responses of
-    the reference model, before they are weighted."""
+    the reference model, before they are weighted; `group`: over the responses to each prompt, for
+    training only (GDPO)."""
     name: str | None = None
     """Name of the source in the metrics (`reward/NAME`)."""
 
@@ -174,6 +175,11 @@ class RewardConfig(ScoreOrigin, frozen=True):
     def models(self) -> list[RewardSource]:
         """The sources that are reward models."""
         return [source for source in self.sources() if source.model is not None]
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether a source's scores are normalised within groups for training."""
+        return any(source.normalise == "group" for source in self.mix)
 
     @property
     def scored_by(self) -> str:

@@ -5,7 +5,15 @@ from typing import Annotated, Literal, Self
 from msgspec import Meta
 from msgspec.structs import replace
 
-from engine.config.sections.base import Count, LinkPath, PathOrName, Positive, Section, Whole
+from engine.config.sections.base import (
+    Bounded,
+    Count,
+    LinkPath,
+    PathOrName,
+    Positive,
+    Section,
+    Whole,
+)
 from engine.config.sections.reward import RewardSource
 
 
@@ -104,6 +112,9 @@ class RolloutConfig(Section, frozen=True):
     dynamic: bool = False
     """Replace prompts whose responses all have the same raw score with other prompts (DAPO's
     dynamic sampling). Needs `per_prompt` of at least 2."""
+    dynamic_range: tuple[Bounded, Bounded] | None = None
+    """With `dynamic`, also replaces prompts whose mean raw score is not above the first and below
+    the second number: those that are too hard or too easy. Default: any mean."""
     dynamic_limit: Annotated[int, Meta(ge=1, le=1000)] = 10
     """How many times a step replaces prompts with `dynamic`; the remaining ones are then kept."""
 

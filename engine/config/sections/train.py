@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from engine.config.sections.base import Count, Decay, Positive, Seconds, Section, Whole
+from engine.config.sections.base import Count, Decay, Fraction, Positive, Seconds, Section, Whole
 from engine.metrics import SCORE
 
 
@@ -47,7 +47,10 @@ class TrainConfig(Section, frozen=True):
     """Learning rate of AdamW, before the schedule is applied. About 1e-6 is usual for all weights
     of a model of a billion parameters; smaller models and adapters take more."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up; `linear` and `cosine` decay to nearly 0 at the last step."""
+    """Learning rate after the warm-up; `linear` and `cosine` have nearly decayed to `final_rate` at
+    the last step."""
+    final_rate: Fraction = 0.0
+    """Where `linear` and `cosine` end, as a fraction of `learning_rate`; 0.1 is usual."""
     warmup_steps: Whole = 0
     """Number of first steps over which the learning rate rises linearly."""
     optimiser: Literal["adamw", "adamw_8bit"] = "adamw"

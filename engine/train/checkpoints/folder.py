@@ -30,7 +30,7 @@ from engine.session.checkpoints import (
     sha256,
     sync,
 )
-from engine.train.ppo.entropy_bonus import EntropyBonus
+from engine.train.ppo.entropy import EntropyBonus
 
 FORMAT = 2
 """Format 1 has ``training/optimiser.safetensors`` and ``value.safetensors``, written by one rank.

@@ -227,6 +227,10 @@ def _summarise(
     }
     if (distinct := distinct_2([t for p in parts for t in p.rollout.texts])) is not None:
         metrics[names.EVAL_DISTINCT_2] = distinct
+    if per_prompt > 1:
+        metrics[names.EVAL_BEST_SCORE] = _mean(
+            [max(group) for group in _groups(scores, per_prompt)]
+        )
     interval = confidence_interval(scores, per_prompt)
     if interval is not None:
         metrics[names.EVAL_SCORE_CI] = interval
@@ -250,12 +254,17 @@ def confidence_interval(scores: list[float], per_prompt: int) -> float | None:
     Returns:
         1.96 standard errors, or None for a single prompt.
     """
-    means = [_mean(scores[i : i + per_prompt]) for i in range(0, len(scores), per_prompt)]
+    means = [_mean(group) for group in _groups(scores, per_prompt)]
     if len(means) < 2:
         return None
     centre = _mean(means)
     variance = sum((m - centre) ** 2 for m in means) / (len(means) - 1)
     return 1.96 * math.sqrt(variance / len(means))
+
+
+def _groups(scores: list[float], per_prompt: int) -> list[list[float]]:
+    """The scores by prompt."""
+    return [scores[i : i + per_prompt] for i in range(0, len(scores), per_prompt)]
 
 
 def _mean(values: list[float]) -> float:

@@ -1,6 +1,7 @@
-"""Dynamic sampling: replaces prompts whose responses all have the same score.
+"""Dynamic sampling: replaces prompts that teach nothing, or that are too hard or too easy.
 
-Source: Yu et al. 2025, arXiv 2503.14476 (DAPO), section 3.2; `filter_groups` in verl.
+Source: Yu et al. 2025, arXiv 2503.14476 (DAPO), section 3.2; `filter_groups` in verl and
+`dynamic_filtering_range` in OpenRLHF.
 """
 
 import dataclasses
@@ -8,20 +9,21 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from engine.config.sections.rollout import RolloutConfig
 from engine.train.data.randomness import derived_seed
 from engine.train.experience.generation import generate, sampling_options
-from engine.train.experience.scoring import ScoredRollout, score_rollout
+from engine.train.experience.scoring import ScoredRollout, score_groups
 from engine.train.ppo.advantages import constant_groups
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import Run
 
 
-def redraw_constant_groups(run: Run, step: int, scored: ScoredRollout) -> ScoredRollout:
-    """Replaces prompts whose scores have no variance, in at most `rollout.dynamic_limit` attempts.
+def redraw_groups(run: Run, step: int, scored: ScoredRollout) -> ScoredRollout:
+    """Replaces :func:`unwanted_groups`, in at most `rollout.dynamic_limit` attempts.
 
-    Their group advantages are 0, so they would only shrink the effective batch. Replacements are
-    chosen from all prompts by (seed, step, attempt), so that the other steps keep their order.
-    Every rank must call it; the result depends on the number of ranks no more than a step's does.
+    Replacements are chosen from all prompts by (seed, step, attempt), so that the other steps keep
+    their order. Every rank must call it; the result depends on the number of ranks no more than a
+    step's does.
 
     Args:
         run: the run.
@@ -29,31 +31,50 @@ def redraw_constant_groups(run: Run, step: int, scored: ScoredRollout) -> Scored
         scored: the step's first draw.
 
     Returns:
-        The rollout with each replacement in the rows of the prompt it replaces. A prompt that still
-        has no variance after the last attempt is kept.
+        The rollout with each replacement in the rows of the prompt it replaces. A prompt that is
+        still unwanted after the last attempt is kept.
     """
     options = sampling_options(run, step)
     group = options.per_prompt
     for attempt in range(1, run.config.rollout.dynamic_limit + 1):
-        constant = constant_groups(scored.scores, group).nonzero().squeeze(1)
-        wanted = len(constant)
+        unwanted = unwanted_groups(scored, group, run.config.rollout).nonzero().squeeze(1)
+        wanted = len(unwanted)
         if not wanted:
             break
         # Each rank needs a prompt; any beyond the wanted number are not used.
         prompts = run.prompts.replacements(step, attempt, max(wanted, run.ranks.size))
         seed = derived_seed(options.seed, "redraw", attempt)
         rollout = generate(run, step, prompts, dataclasses.replace(options, seed=seed))
-        scores, parts = score_rollout(run, step, rollout)
-        useful = (~constant_groups(scores, group)).nonzero().squeeze(1)
+        other = score_groups(run, step, rollout)
+        useful = (~unwanted_groups(other, group, run.config.rollout)).nonzero().squeeze(1)
         useful = useful[useful < wanted]
-        old, new = _rows(constant[: len(useful)], group), _rows(useful, group)
+        old, new = _rows(unwanted[: len(useful)], group), _rows(useful, group)
         scored = ScoredRollout(
             replace_rows(scored.rollout, old, rollout, new),
-            scored.scores.index_copy(0, old, scores[new]),
-            {name: _replaced(scored.parts[name], old, parts[name], new) for name in parts},
+            scored.scores.index_copy(0, old, other.scores[new]),
+            scored.training_scores.index_copy(0, old, other.training_scores[new]),
+            {
+                name: _replaced(scores, old, other.parts[name], new)
+                for name, scores in scored.parts.items()
+            },
             scored.redrawn + wanted,
         )
     return scored
+
+
+def unwanted_groups(scored: ScoredRollout, per_prompt: int, config: RolloutConfig) -> Tensor:
+    """Finds the prompts to be replaced; (groups,) bool.
+
+    Those whose scores have no variance: their group advantages are 0, so they would only shrink the
+    effective batch. With `rollout.dynamic_range`, also those whose mean raw score is not between
+    its numbers.
+    """
+    unwanted = constant_groups(scored.training_scores, per_prompt)
+    if config.dynamic_range is None:
+        return unwanted
+    low, high = config.dynamic_range
+    means = scored.scores.double().view(-1, per_prompt).mean(1)
+    return unwanted | (means <= low) | (means >= high)
 
 
 def _rows(groups: Tensor, per_prompt: int) -> Tensor:

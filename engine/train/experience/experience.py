@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.metrics import VERSION_LAG
-from engine.train.experience.dynamic_sampling import redraw_constant_groups
+from engine.train.experience.dynamic_sampling import redraw_groups
 from engine.train.experience.generation import begin_next_rollout, obtain_rollout
 from engine.train.experience.greedy_baseline import greedy_scores
 from engine.train.experience.rollout_check import version_lag
 from engine.train.experience.scoring import (
     Parts,
-    ScoredRollout,
     recorded_states,
-    score_rollout,
+    score_groups,
     scores_for_training,
 )
 from engine.train.ppo.metrics import source_metrics
@@ -30,6 +29,9 @@ class Experience:
     """B responses."""
     scores: Tensor
     """(B,) float32 on the device: normalised and clipped, minus penalties."""
+    training_scores: Tensor
+    """The same with `normalise: group` of sources, for the advantages; the metrics and the samples
+    show :attr:`scores`, because the mean of the others is always 0, less penalties."""
     parts: Parts
     """The raw scores of each reward source."""
     redrawn: int | None
@@ -67,9 +69,9 @@ def collect_experience(run: Run, step: int, recorded: Rollout | None = None) -> 
     if generated and not generates_again:
         begin_next_rollout(run, step)
     with recorded_states(run) as states:
-        scored = ScoredRollout(rollout, *score_rollout(run, step, rollout))
+        scored = score_groups(run, step, rollout)
     if generated and config.rollout.dynamic:
-        scored = redraw_constant_groups(run, step, scored)
+        scored = redraw_groups(run, step, scored)
     greedy: Tensor | None = None
     if config.ppo.traits.greedy_baseline:
         greedy = greedy_scores(run, step, scored.rollout)
@@ -79,6 +81,7 @@ def collect_experience(run: Run, step: int, recorded: Rollout | None = None) -> 
     return Experience(
         rollout=scored.rollout,
         scores=scores_for_training(run, scored.scores, scored.rollout, limit),
+        training_scores=scores_for_training(run, scored.training_scores, scored.rollout, limit),
         parts=scored.parts,
         redrawn=scored.redrawn if config.rollout.dynamic else None,
         greedy_scores=greedy,

@@ -21,7 +21,9 @@ class ScoredRollout:
 
     rollout: Rollout
     scores: Tensor
-    """(B,) float32."""
+    """(B,) float32: the weighted sum of the sources' scores."""
+    training_scores: Tensor
+    """(B,) float32: the same with `normalise: group` of sources, if any has it."""
     parts: Parts
     redrawn: int = 0
     """Number of replacement prompts that were generated, whether kept or not."""
@@ -31,6 +33,18 @@ def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]
     """Returns the raw scores of a step's responses, (B,) float32, and each source's scores."""
     with run.phase(step, "score") as report:
         return run.rewards(RewardInputs.of(rollout, step), report)
+
+
+def score_groups(run: Run, step: int, rollout: Rollout) -> ScoredRollout:
+    """Scores the responses of whole groups."""
+    scores, parts = score_rollout(run, step, rollout)
+    training_scores = scores
+    if run.config.reward.in_groups:
+        inputs = RewardInputs.of(rollout, step)
+        training_scores = run.rewards.total(
+            parts, inputs, per_prompt=run.config.responses_per_prompt
+        )
+    return ScoredRollout(rollout, scores, training_scores, parts)
 
 
 def recorded_states(run: Run) -> AbstractContextManager[TokenStates | None]:

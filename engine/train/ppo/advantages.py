@@ -89,6 +89,9 @@ class Targets:
     token_weights: Tensor | None = None
     """Weight of each token in the policy loss, not negative; None is 1 for all. See
     :mod:`engine.train.ppo.rollout_correction`."""
+    held_back: Tensor | None = None
+    """bool: the tokens with a penalty on |log ρ|; None without `ppo.kl_cov`. See
+    :mod:`engine.train.ppo.entropy`."""
 
 
 def make_targets(inputs: AdvantageInputs) -> Targets:

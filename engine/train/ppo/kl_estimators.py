@@ -31,5 +31,18 @@ def k3(log_ratio: Tensor) -> Tensor:
     return (-bounded).exp() - 1 + bounded
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+def absolute(log_ratio: Tensor) -> Tensor:
+    """The size of the log ratio: biased, never negative.
+
+    In the loss, its gradient is that of the total variation, times 2, for samples of π.
+    """
+    return log_ratio.abs()
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "abs": absolute,
+}
 """Each maps log π − log π_ref of any shape to an estimate in nats of the same shape."""

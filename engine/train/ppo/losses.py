@@ -7,9 +7,10 @@ Sources: Schulman et al. 2017 (PPO); Ye et al. 2020, arXiv 1912.09729 (dual clip
 arXiv 2503.14476 (DAPO: the upper clip range, the token mean); Liu et al. 2025, arXiv 2503.20783
 (Dr. GRPO: the constant divisor); Zheng et al. 2025, arXiv 2507.18071 (GSPO: the mean ratio);
 MiniMax 2025, arXiv 2506.13585 (CISPO); Gao et al. 2025, arXiv 2511.20347 (SAPO); Shen et al. 2026,
-arXiv 2602.10693 (VESPO); DeepSeek-AI 2025, arXiv 2512.02556 (the off-policy mask); Huang et al.
-2024, arXiv 2403.17031, and TRL, OpenRLHF and verl (implementation details). docs/ppo.md has the
-formulas.
+arXiv 2602.10693 (VESPO); Zhao et al. 2025, arXiv 2507.20673 (GMPO); Qi et al. 2026, arXiv
+2602.04879 (DPPO); Richemond et al. 2024, arXiv 2405.19107 (DRO); DeepSeek-AI 2025, arXiv 2512.02556
+(the off-policy mask); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and verl
+(implementation details). docs/ppo.md has the formulas.
 """
 
 from collections.abc import Callable
@@ -67,64 +68,136 @@ class TokenInputs:
 
     logprobs: Tensor
     """Log π, with gradient."""
+    old_logprobs: Tensor
     rho: Tensor
     """ρ, with gradient."""
     clipped_rho: Tensor
     """ρ clipped to the clip range."""
     advantages: Tensor
+    mask: Tensor
     config: PPOConfig
 
 
-def clipped_objective(x: TokenInputs) -> tuple[Tensor, Tensor]:
+def upper_clip_range(config: PPOConfig) -> float:
+    """`ppo.clip_range_high`, or `ppo.clip_range` without it."""
+    return config.clip_range if config.clip_range_high is None else config.clip_range_high
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """The policy loss of each token; (B, T) each."""
+
+    loss: Tensor
+    """With gradient."""
+    clipped: Tensor | None = None
+    """bool: whether the token's ratio is clipped; None if the loss clips nothing."""
+    clipped_ratio: Tensor | None = None
+    """The ratio that is clipped, if that is not ρ."""
+
+
+def clipped_objective(x: TokenInputs) -> TokenLosses:
     """PPO's max(−Âρ, −Â·clip(ρ)): a clipped token has no gradient."""
     unclipped, clipped = -x.advantages * x.rho, -x.advantages * x.clipped_rho
-    return torch.maximum(unclipped, clipped), clipped > unclipped
+    return TokenLosses(torch.maximum(unclipped, clipped), clipped > unclipped)
 
 
-def cispo(x: TokenInputs) -> tuple[Tensor, Tensor]:
+def cispo(x: TokenInputs) -> TokenLosses:
     """CISPO's −Â·clip(ρ)·log π with clip(ρ) a constant: a clipped token keeps a gradient.
 
     Where nothing is clipped and ρ is the token's own, the gradient is that of −Âρ.
     """
     clipped = (x.clipped_rho != x.rho) & (x.advantages != 0)
-    return -x.advantages * x.clipped_rho.detach() * x.logprobs, clipped
+    return TokenLosses(-x.advantages * x.clipped_rho.detach() * x.logprobs, clipped)
 
 
-def sapo(x: TokenInputs) -> tuple[Tensor, Tensor]:
-    """SAPO's −Â·4/τ·σ(τ·(ρ − 1)): the gradient of −Âρ at ρ = 1, fading smoothly away from there.
-
-    No ratio counts as clipped.
-    """
+def sapo(x: TokenInputs) -> TokenLosses:
+    """SAPO's −Â·4/τ·σ(τ·(ρ − 1)): the gradient of −Âρ at ρ = 1, fading smoothly away from there."""
     positive, negative = x.config.sapo_temperature, x.config.sapo_temperature_negative
     tau = torch.where(x.advantages > 0, positive, negative)
     gate = torch.sigmoid(tau * (x.rho - 1)) * 4 / tau
-    return -x.advantages * gate, torch.zeros_like(x.rho, dtype=torch.bool)
+    return TokenLosses(-x.advantages * gate)
 
 
-def vespo(x: TokenInputs) -> tuple[Tensor, Tensor]:
+def vespo(x: TokenInputs) -> TokenLosses:
     """VESPO's −Â·φ(ρ)·log π with φ(ρ) = ρ^k·exp(λ·(1 − ρ)) a constant, 1 at ρ = 1.
 
-    ρ is the response's. No ratio counts as clipped.
+    ρ is the response's.
     """
     config, rho = x.config, x.rho.detach()
     negative = x.advantages < 0
     k = torch.where(negative, config.vespo_k_negative, config.vespo_k)
     lam = torch.where(negative, config.vespo_lambda_negative, config.vespo_lambda)
     weight = (k * rho.log() + lam * (1 - rho)).exp()
-    return -x.advantages * weight * x.logprobs, torch.zeros_like(negative)
+    return TokenLosses(-x.advantages * weight * x.logprobs)
 
 
-PolicyLoss = Callable[[TokenInputs], tuple[Tensor, Tensor]]
+def gmpo(x: TokenInputs) -> TokenLosses:
+    """GMPO's −Â·exp(mean of the clipped log ρ of the response's tokens), for each of its tokens.
+
+    A token's log ρ is bounded by ε_high where Â > 0 and by −ε where Â < 0, as in the clipped
+    objective. A bounded token has no gradient of its own.
+    """
+    own = log_ratio(x.logprobs, x.old_logprobs, x.mask, "token")
+    low, high = own.clamp(min=-x.config.clip_range), own.clamp(max=upper_clip_range(x.config))
+    bounded = torch.where(x.advantages > 0, high, torch.where(x.advantages < 0, low, own))
+    mean = (bounded * x.mask).sum(1, keepdim=True) / x.mask.sum(1, keepdim=True).clamp(min=1)
+    return TokenLosses(-x.advantages * mean.exp(), bounded != own, own.exp())
+
+
+def dppo_tv(x: TokenInputs) -> TokenLosses:
+    """:func:`within_divergence` of |π − π_old|, the total variation of "this token or another"."""
+    with torch.no_grad():
+        distance = (x.logprobs.exp() - x.old_logprobs.exp()).abs()
+    return within_divergence(x, distance)
+
+
+def dppo_kl(x: TokenInputs) -> TokenLosses:
+    """:func:`within_divergence` of KL(π_old ‖ π), both over "this token or another"."""
+    with torch.no_grad():
+        # In float64: 1 − p of a likely token would be rounded.
+        new, old = x.logprobs.double(), x.old_logprobs.double()
+        rest, old_rest = ((-torch.expm1(p)).clamp(min=1e-8) for p in (new, old))
+        divergence = old.exp() * (old - new) + old_rest * (old_rest / rest).log()
+    return within_divergence(x, divergence)
+
+
+def within_divergence(x: TokenInputs, divergence: Tensor) -> TokenLosses:
+    """DPPO's −Â·min(ρ, cap)·log π, the ratio a constant, or 0 where the policy went too far.
+
+    It went too far where the divergence from π_old is above ε_high and Â > 0 < log ρ, or above ε
+    and Â < 0 > log ρ: the gradient would increase it. So unlikely tokens, whose ratios vary most,
+    may change by more than with a bound on ratios, likely ones by less.
+    """
+    up = (x.advantages > 0) & (x.rho > 1) & (divergence > upper_clip_range(x.config))
+    down = (x.advantages < 0) & (x.rho < 1) & (divergence > x.config.clip_range)
+    weight = x.rho.detach().clamp(max=x.config.dppo_ratio_cap).masked_fill(up | down, 0.0)
+    return TokenLosses(-x.advantages * weight * x.logprobs, up | down)
+
+
+def dro(x: TokenInputs) -> TokenLosses:
+    """DRO's −Â·log π + b/2·(log ρ)²: a squared penalty in place of a ratio in the gradient."""
+    log_rho = log_ratio(x.logprobs, x.old_logprobs, x.mask, "token")
+    penalty = 0.5 * (x.config.dro_beta or 0.0) * log_rho**2
+    return TokenLosses(-x.advantages * x.logprobs + penalty)
+
+
+PolicyLoss = Callable[[TokenInputs], TokenLosses]
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "clipped": clipped_objective,
     "cispo": cispo,
     "sapo": sapo,
     "vespo": vespo,
+    "gmpo": gmpo,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
+    "dro": dro,
 }
 """Per-token losses by `ppo.policy_loss`.
 
-Each function returns the losses and whether each one has a clipped ratio; (B, T) both.
+A loss may depend on other tokens of its response only if `ppo.ratio` does (see
+:data:`engine.config.sections.ppo.POLICY_LOSS_RATIOS`): otherwise it is computed for a part of the
+tokens at a time.
 """
 
 
@@ -135,9 +208,9 @@ class PolicyTerms:
     loss: Tensor
     """Σ w·l, with gradient. l is selected by `ppo.policy_loss`; w is 1 unless rows have weights."""
     clipped_high: Tensor
-    """Number of tokens whose loss is the clipped term, with ρ above the range."""
+    """Number of tokens whose ratio is clipped, being above the range."""
     clipped_low: Tensor
-    """The same with ρ below the range."""
+    """The same below the range."""
     dual_clipped: Tensor
     """Number of tokens whose loss is the bound of the dual clip."""
     squared_log_ratio: Tensor
@@ -165,20 +238,21 @@ def policy_terms(
         config: `ratio`, `policy_loss` with its keys, and the clip ranges are read.
         row_weights: (B,), the weight of each response's tokens; see :data:`AGGREGATIONS`.
     """
-    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
     log_rho = log_ratio(logprobs, old_logprobs, mask, config.ratio)
     rho = log_rho.exp()
-    clipped_rho = rho.clamp(1 - config.clip_range, 1 + high)
-    inputs = TokenInputs(logprobs, rho, clipped_rho, advantages, config)
-    tokens, clipped = POLICY_LOSSES[config.policy_loss](inputs)
+    clipped_rho = rho.clamp(1 - config.clip_range, 1 + upper_clip_range(config))
+    inputs = TokenInputs(logprobs, old_logprobs, rho, clipped_rho, advantages, mask, config)
+    found = POLICY_LOSSES[config.policy_loss](inputs)
+    tokens = found.loss
     dual = torch.zeros_like(mask)
     if config.dual_clip is not None:
         bound = -advantages * config.dual_clip
         dual = (advantages < 0) & (bound < tokens) & mask
         tokens = torch.where(dual, bound, tokens)
     with torch.no_grad():
-        clipped = clipped & mask
-        clipped_high, clipped_low = (clipped & (rho > 1)).sum(), (clipped & (rho < 1)).sum()
+        clipped = torch.zeros_like(mask) if found.clipped is None else found.clipped & mask
+        of = rho if found.clipped_ratio is None else found.clipped_ratio
+        clipped_high, clipped_low = (clipped & (of > 1)).sum(), (clipped & (of < 1)).sum()
         squared_log_ratio = (log_rho**2).sum()
         ratio, squared_ratio = (rho * mask).sum(), (rho**2 * mask).sum()
     loss = weighted_sum(tokens, mask, row_weights)

@@ -78,21 +78,26 @@ def step_metrics(
         metrics["objective/kl_penalty"] = float(estimates.sum(1).mean())
     return (
         metrics
-        | group_metrics(scores, config.responses_per_prompt)
         | _optimiser_metrics(stats, config)
         | _value_metrics(mask, targets, stats, fitted=config.linear_value)
         | gap_metrics(targets, rollout, config.ppo)
     )
 
 
-def group_metrics(scores: Tensor, per_prompt: int) -> dict[str, float]:
-    """Measures how scores (B,) vary within prompts; empty with one response per prompt."""
+def group_metrics(scores: Tensor, training_scores: Tensor, per_prompt: int) -> dict[str, float]:
+    """Measures how scores (B,) vary within prompts; empty with one response per prompt.
+
+    Whether a prompt has an effect on training is decided by the scores of its advantages, which
+    differ with `normalise: group` of reward sources.
+    """
     if per_prompt < 2:
         return {}
     deviations = scores.view(-1, per_prompt).std(1, correction=0)
     return {
         "objective/group_std": float(deviations.mean()),
-        "objective/zero_std_frac": float(constant_groups(scores, per_prompt).float().mean()),
+        "objective/zero_std_frac": float(
+            constant_groups(training_scores, per_prompt).float().mean()
+        ),
     }
 
 

@@ -251,6 +251,8 @@ class PolicyInputs:
     """None unless `kl.place: loss`."""
     rollout_logprobs: Tensor | None
     """None without `ppo.off_policy_mask`."""
+    held_back: Tensor | None
+    """None without `ppo.kl_cov`."""
     weights: Tensor | None
     """Weight of each row in the loss, (n,); None means 1."""
 
@@ -282,6 +284,7 @@ class PolicyInputs:
             rollout_logprobs=None
             if config.ppo.off_policy_mask is None
             else rollout.logprobs[there, :width],
+            held_back=None if targets.held_back is None else targets.held_back[there, :width],
             weights=losses.AGGREGATIONS[config.ppo.loss_aggregation](
                 minibatch, rollout.lengths[there]
             ),
@@ -294,12 +297,14 @@ class PolicyInputs:
             return x.reshape(-1, 1)[tokens]
 
         ref, sampled, weights = self.ref_logprobs, self.rollout_logprobs, self.weights
+        held_back = self.held_back
         return PolicyInputs(
             mask=column(self.mask),
             old_logprobs=column(self.old_logprobs),
             advantages=column(self.advantages),
             ref_logprobs=None if ref is None else column(ref),
             rollout_logprobs=None if sampled is None else column(sampled),
+            held_back=None if held_back is None else column(held_back),
             weights=None
             if weights is None
             else column(weights[:, None].expand_as(self.mask)).squeeze(1),
@@ -326,7 +331,10 @@ def _policy_loss_of_tokens(
 def _policy_loss(
     logprobs: Tensor, entropies: Tensor | None, inputs: PolicyInputs, config: RunConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Computes the policy loss minus the entropy bonus, plus the KL penalty with `kl.place: loss`.
+    """Computes the policy loss minus the entropy bonus, plus the penalties of tokens.
+
+    Those are the KL to the reference with `kl.place: loss`, and that of `ppo.kl_cov`, which counts
+    as policy loss.
 
     Args:
         logprobs: (n, t'), with gradient.
@@ -357,6 +365,11 @@ def _policy_loss(
         "squared_ratio": terms.squared_ratio,
     }
     loss = terms.loss
+    if inputs.held_back is not None:
+        changes = losses.log_ratio(logprobs, inputs.old_logprobs, mask, "token").abs()
+        penalty = losses.weighted_sum(changes * inputs.held_back, mask, weights)
+        loss = loss + ppo.kl_cov_coef * penalty
+        sums["policy_loss"] = loss.detach()
     if entropies is not None:
         entropy = losses.weighted_sum(entropies, mask, weights)
         sums["entropy"] = entropy.detach()

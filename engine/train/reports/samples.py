@@ -26,7 +26,7 @@ def kept_samples(
         log: the configuration section with both numbers.
         tokenizer: the policy's tokenizer.
         rollout: B responses of at most T tokens.
-        scores: (B,), the scores used for training.
+        scores: (B,), normalised and clipped, minus penalties.
         parts: B scores for each reward source.
         targets: the old log-probabilities, values and advantages.
         ref_logprobs: (B, T), log-probabilities under the reference.

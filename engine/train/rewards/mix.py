@@ -16,6 +16,7 @@ from engine.progress import ReportProgress, report_nothing
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, judge, model, service
 from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
+from engine.train.rewards.normalise import normalised_in_groups
 from engine.train.rewards.scores import shown_prompt, validate_scores
 from engine.train.rewards.source import (
     LoadContext,
@@ -51,6 +52,8 @@ class WeightedReward:
     """None on ranks that do not call it."""
     normalised: bool = False
     """Whether the source's own `normalise` is `reference`."""
+    in_groups: bool = False
+    """Whether it is `group`."""
 
 
 class RewardMix:
@@ -116,8 +119,20 @@ class RewardMix:
         parts = self.parts(inputs, report, retry=retry)
         return self.total(parts, inputs), parts
 
-    def total(self, parts: dict[str, list[float | None]], inputs: RewardInputs) -> Tensor:
+    def total(
+        self,
+        parts: dict[str, list[float | None]],
+        inputs: RewardInputs,
+        *,
+        per_prompt: int | None = None,
+    ) -> Tensor:
         """The weighted sum of each source's scores, scaled by :attr:`scales`; (B,) float32.
+
+        Args:
+            parts: each source's B scores.
+            inputs: the B responses.
+            per_prompt: the number of responses to each prompt, to normalise within groups the
+                scores of the sources that ask for it; None leaves these as they are.
 
         Raises:
             RewardError: every source whose weight is not 0 returned None for a response.
@@ -126,7 +141,10 @@ class RewardMix:
         scored = [False] * len(inputs)
         for name, source in self._sources.items():
             mean, std = self.scales.get(name, (0.0, 1.0))
-            for i, score in enumerate(parts[name]):
+            scores = parts[name]
+            if per_prompt is not None and source.in_groups:
+                scores = normalised_in_groups(scores, per_prompt)
+            for i, score in enumerate(scores):
                 if score is not None and source.weight:
                     total[i] += source.weight * ((score - mean) / std)
                     scored[i] = True
@@ -278,8 +296,10 @@ def load_rewards(
         reward = kind.load(source, context) if runs_here else None
         name = source.name or kind.default_name(source.value)
         name = _unused_name(name, [*sources, *taken])
-        normalised = source.normalise == "reference"
-        sources[name] = WeightedReward(source.weight, kind.runs_on, reward, normalised)
+        sources[name] = WeightedReward(
+            source.weight, kind.runs_on, reward,
+            normalised=source.normalise == "reference", in_groups=source.normalise == "group",
+        )  # fmt: skip
     return RewardMix(sources, context.ranks, context.config.retries)
 
 

@@ -1,11 +1,36 @@
 """Normalisation, clipping and penalties of scores."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.config.sections.reward import OverlongConfig, RewardConfig
 from engine.errors import RewardError
+
+GROUP_STD_EPS = 1e-4
+"""Added to a standard deviation within a group before dividing by it, as in TRL."""
+
+
+def normalised_in_groups(scores: list[float | None], per_prompt: int) -> list[float | None]:
+    """Scales a source's B scores to mean 0 and deviation 1 over the responses to each prompt.
+
+    This is (score − mean) / (standard deviation + 1e-4), with n − 1 in the deviation's denominator
+    (GDPO, Liu et al. 2026, arXiv 2601.05242; `normalize_then_sum` in TRL). Both are of the scores
+    that are not None. Scores that do not vary within their group become 0.
+
+    Args:
+        scores: those of one prompt are adjacent.
+        per_prompt: responses to each prompt.
+    """
+    values = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64)
+    groups = values.view(-1, per_prompt)
+    centred = groups - groups.nanmean(1, keepdim=True)
+    count = (~groups.isnan()).sum(1, keepdim=True)
+    variance = (centred**2).nansum(1, keepdim=True) / (count - 1).clamp(min=1)
+    scaled = (centred / (variance.sqrt() + GROUP_STD_EPS)).view(-1).tolist()
+    return [None if s is None else x for s, x in zip(scores, scaled, strict=True)]
 
 
 @dataclass
