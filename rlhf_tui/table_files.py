@@ -38,7 +38,7 @@ def _flat(row: Row) -> Iterable[tuple[str, Any]]:
             yield key, value
 
 
-def csv_text(rows: Sequence[Row], names: Sequence[str]) -> str:
+def csv_text(rows: Sequence[Row], names: Sequence[str] = ()) -> str:
     """Rows as CSV with a header, lines ended by a newline; None is an empty field."""
     columns = columns_of(rows, names)
     text = io.StringIO()
@@ -48,7 +48,7 @@ def csv_text(rows: Sequence[Row], names: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def write_file(rows: Sequence[Row], form: str, output: Path, names: Sequence[str]) -> int:
+def write_file(rows: Sequence[Row], form: str, output: Path, names: Sequence[str] = ()) -> int:
     """Writes rows to a file, which is replaced if it exists.
 
     Args:
