@@ -16,8 +16,12 @@ from engine.errors import JournalError
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import decoded, finite
 from engine.protocol.client_messages import CommandReply
-from engine.protocol.commands import Note, Undo
+from engine.protocol.commands import Note, SetSetting, Undo
 from engine.protocol.rank_messages import RepeatedChange
+
+OF_START = "start-"
+"""Prefix of the ids of commands that stand for the overrides of a start. Their old value is that of
+a crashed attempt's last step, which the start abandons."""
 
 
 class CommandLog:
@@ -131,6 +135,19 @@ class CommandLog:
             )  # fmt: skip
             if changes and step < self._last_earlier_change():
                 self._override_earlier(step, {c.key for c in changes})
+
+    def record_change(self, command_id: str, step: int, change: SettingChange, who: str) -> None:
+        """Records a change that no client asked for as a command `set` that was applied.
+
+        Args:
+            command_id: names the change; it is recorded once.
+            step: the first step with the change in effect.
+            change: the change.
+            who: as whose command it is shown.
+        """
+        args = {"key": change.key, "value": change.new}
+        self.record(command_id, SetSetting.name(), args, who)
+        self.apply(command_id, step, [change])
 
     def _last_earlier_change(self) -> int:
         """An upper bound on the steps with commands of earlier attempts; read once."""

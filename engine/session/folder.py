@@ -93,7 +93,7 @@ class SessionFolder:
         """Output of the ranks and of the supervisor."""
         return self.folder / "engine.log"
 
-    def rollout_log_file(self, engine: int = 0) -> Path:
+    def rollout_log_file(self, engine: int) -> Path:
         """Output of one of the `rollout.engines` processes, counted from 0."""
         return self.folder / ("rollout.log" if engine == 0 else f"rollout-{engine}.log")
 

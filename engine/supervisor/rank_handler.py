@@ -16,7 +16,7 @@ from engine.journal.writer import JournalWriter, is_busy
 from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages, sockets
-from engine.protocol.commands import BoundaryCommand, Pause, SetSetting, Unpause
+from engine.protocol.commands import BoundaryCommand, Pause, Unpause
 from engine.protocol.rank_messages import (
     REWARD_CHANGED,
     WAIT_FOR,
@@ -358,14 +358,12 @@ class RankMessageHandler:
             rule: name of the notice.
             text: the reason.
         """
-        state, commands = self._state, self._journal.commands
+        state, journal = self._state, self._journal
         for change in changes:
-            command_id = f"{rule}-{self._journal.attempt}-{step}-{change.key}-{change.new}"
-            args = {"key": change.key, "value": change.new}
-            commands.record(command_id, SetSetting.name(), args, "rlhf-tui")
-            commands.apply(command_id, step, [change])
+            command_id = f"{rule}-{journal.attempt}-{step}-{change.key}-{change.new}"
+            journal.commands.record_change(command_id, step, change, "rlhf-tui")
         state.settings = state.settings | {c.key: c.new for c in changes}
-        self._journal.set_meta(settings=state.settings)
+        journal.set_meta(settings=state.settings)
         self._publisher.notice(rule, text, step)
 
     def _paused(self, message: Paused) -> Parts:

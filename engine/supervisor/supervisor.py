@@ -17,6 +17,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import JournalError
+from engine.journal.command_log import OF_START
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter, is_busy
 from engine.launch.secret import needs_secret, secret_of_run
@@ -28,7 +29,6 @@ from engine.monitoring.notify import Notifier, missing_variables
 from engine.monitoring.recorded_steps import rebuild
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol.client_messages import JournalAdvanced, Status
-from engine.protocol.commands import SetSetting
 from engine.protocol.rank_messages import WAIT_FOR, Failed, Phase
 from engine.session.folder import SessionFolder
 from engine.supervisor.attempt import Attempt
@@ -276,12 +276,10 @@ class Supervisor:
 
     def _record_start_settings(self, start: StartOptions) -> None:
         """Records the settings given with this start as commands that are applied at once."""
-        commands = self._journal.commands
+        journal = self._journal
         for change in start.changes:
-            command_id = f"start-{self._journal.attempt}-{change.key}"
-            args = {"key": change.key, "value": change.new}
-            commands.record(command_id, SetSetting.name(), args, start.who)
-            commands.apply(command_id, start.from_step + 1, [change])
+            command_id = f"{OF_START}{journal.attempt}-{change.key}"
+            journal.commands.record_change(command_id, start.from_step + 1, change, start.who)
 
     def on_silence(self, rank: int, seconds: float) -> None:
         """Ends the attempt because a rank counts as hung.

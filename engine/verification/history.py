@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from engine.journal import schema
+from engine.journal.command_log import OF_START
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CommandRow
@@ -79,7 +80,7 @@ def check_commands(
         yield problem(
             "commands", f"commands were acknowledged and are lost: {listed(lost)}", RESTORE
         )
-    silent = [c.id for c in commands if c.id not in announced and not c.id.startswith("start-")]
+    silent = [c.id for c in commands if c.id not in announced and not c.id.startswith(OF_START)]
     if silent:
         yield problem("commands", f"commands have no event: {listed(silent)}", RESTORE)
     numbered = reader.commands() if _is_numbered(database) else []

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.config.settings import LIVE_SETTINGS, invalid_values
 from engine.journal import schema
+from engine.journal.command_log import OF_START
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CommandRow
@@ -18,9 +19,6 @@ from engine.session.folder import SessionFolder
 from engine.verification.databases import RESTORE
 from engine.verification.finding import Finding, problem
 
-START = "start-"
-"""Prefix of the ids of commands that stand for the overrides of a start. Their old value is that of
-a crashed attempt's last step, which the start abandons."""
 ADVICE = f"{RESTORE}; if none is wrong, report it with the session's journal.db"
 UNKNOWN = object()
 """A value that the journal does not determine."""
@@ -143,7 +141,7 @@ def _histories(commands: list[CommandRow], constant: dict[str, Any]) -> dict[str
             if history is None:  # of another version
                 continue
             if not history.changes:
-                history.initial = UNKNOWN if command.id.startswith(START) else change.old
+                history.initial = UNKNOWN if command.id.startswith(OF_START) else change.old
             history.changes.append((command.applied_step or 0, change.new))
     return histories
 

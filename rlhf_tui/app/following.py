@@ -52,8 +52,8 @@ class SessionFollower:
         say: Say,
         draw: DrawScreens,
         root: Path,
-        replay: ReplayOptions | None = None,
-        origin: Origin | None = None,
+        replay: ReplayOptions | None,
+        origin: Origin | None,
     ) -> None:
         """Opens no session yet.
 

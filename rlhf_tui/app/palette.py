@@ -97,7 +97,7 @@ DESCRIPTIONS = {
     "next(-1)": "go to the previous response",
     "page(1)": "go to the next page",
     "page(-1)": "go to the previous page",
-    "sort": "sort by step, score, KL or length",
+    "sort": "sort the list by its next column",
     "reverse": "switch between ascending and descending order",
     "label('good')": "label the response good, or remove that label",
     "label('bad')": "label the response bad, or remove that label",

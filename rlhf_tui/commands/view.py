@@ -1,4 +1,4 @@
-"""The command that opens the dashboard, attach, and the session browser."""
+"""The commands that open the dashboard: attach, replay, mirror, and the session browser."""
 
 import gc
 import io

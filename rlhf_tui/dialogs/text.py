@@ -63,9 +63,7 @@ class TextDialog(Dialog[str]):
 class ProbeDialog(TextDialog):
     """The responses of the policy and of the reference to a probe."""
 
-    def __init__(
-        self, session: str, prompt: str, result: ProbeResult, step: int | None = None
-    ) -> None:
+    def __init__(self, session: str, prompt: str, result: ProbeResult, step: int | None) -> None:
         """For a run.
 
         Args:

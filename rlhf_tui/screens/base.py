@@ -62,7 +62,7 @@ class SessionScreen(Screen[None]):
             if context.replaying:
                 yield ReplayLine(context.state, id="replay")
         yield from self.compose_body()
-        yield KeyFooter(id="keys")
+        yield KeyFooter()
 
     def compose_body(self) -> ComposeResult:
         """The screen's own widgets; overridden."""

@@ -187,13 +187,6 @@ class SamplesScreen(SessionScreen):
 
     # -- the sample under the cursor -----------------------------------------------------------
 
-    def _read_arrays(self, session: SessionFolder, key: Key) -> ArraysRead:
-        """Reads the token values of a sample, in a worker thread."""
-        attempt, step, index = key
-        with SampleReader(session) as samples:
-            arrays = samples.arrays(step, index, attempt)
-            return ArraysRead(key, arrays, samples.with_arrays(step, attempt))
-
     def on_row_highlighted(self, message: RowHighlighted) -> None:
         """Shows the sample under the cursor. Moving the cursor freezes the list."""
         if message.table != "samples":
@@ -203,7 +196,7 @@ class SamplesScreen(SessionScreen):
         row, session = self.samples.rows.get(message.key), self.context.session
         self.query_one(SampleView).read(row)
         if row is not None and session is not None and not row.held_out:
-            read = functools.partial(self._read_arrays, session, message.key)
+            read = functools.partial(_read_arrays, session, message.key)
             self.read_in_thread("arrays", read)
         self.comparison.select(row)
         self._show_query()
@@ -376,3 +369,11 @@ class SamplesScreen(SessionScreen):
             self.samples.set_filter("")
         else:
             self.samples.leave_prompt()
+
+
+def _read_arrays(session: SessionFolder, key: Key) -> ArraysRead:
+    """Reads the token values of a sample, in a worker thread."""
+    attempt, step, index = key
+    with SampleReader(session) as samples:
+        arrays = samples.arrays(step, index, attempt)
+        return ArraysRead(key, arrays, samples.with_arrays(step, attempt))

@@ -147,25 +147,18 @@ class SessionState:
         self._take_past(update)
         if update.events:
             self.events = newest_events(self.events + update.events)
-        self._take_judgements(update)
         for key in (
-            "names", "commands", "checkpoints", "samples", "telemetry", "connected", "refused",
+            "names", "commands", "checkpoints", "samples", "labels", "agreement",
+            "telemetry", "connected", "refused", "problem",
         ):  # fmt: skip
             if (value := getattr(update, key)) is not None:
                 setattr(self, key, value)
+        if update.agreement is not None:
+            self.curves[AGREEMENT] = Series(update.agreement.curve)
         if update.connected is False:
             self.telemetry = None
         if update.phases is not None:
             self._take_phases(update.phases)
-        if update.problem is not None:
-            self.problem = update.problem
-
-    def _take_judgements(self, update: SessionUpdate) -> None:
-        if update.labels is not None:
-            self.labels = update.labels
-        if update.agreement is not None:
-            self.agreement = update.agreement
-            self.curves[AGREEMENT] = Series(update.agreement.curve)
 
     def _take_past(self, update: SessionUpdate) -> None:
         for name, rows in update.past.items():

@@ -24,8 +24,8 @@ def key_name(key: str) -> str:
 class KeyFooter(Lines):
     """Shows the active bindings that have `show`, those of the screen before those of the app."""
 
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
-        super().__init__(id=id)
+    def __init__(self) -> None:
+        super().__init__(id="keys")
         self._notice = ""
         self._shown_until: Timer | None = None
         self._places: list[tuple[int, str]] = []

@@ -78,6 +78,13 @@ async def test_a_command_of_another_screen_goes_there_and_names_its_key(make_app
         await until(pilot, lambda: "r here" in app.screen.query_one("#keys").text())
 
 
+async def test_sorting_sessions_is_not_described_by_the_columns_of_samples(make_app, running):
+    app = make_app()
+    async with running(app):
+        (command,) = [c for c in commands(app) if c.title == "Sessions: sort"]
+        assert "score" not in command.help
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_screen_takes_a_key_of_the_app(mode):
     of_app = {b.key for b in Binding.make_bindings(RlhfApp.BINDINGS)}

@@ -141,7 +141,7 @@ class Recording:
         begin, end = bisect_left(self._attempts, attempt), bisect_right(self._attempts, attempt)
         return self.offsets[min(bisect_left(self._steps, step, begin, end), len(self) - 1)]
 
-    def offset_of_event(self, event: int, not_before: float = 0.0) -> float:
+    def offset_of_event(self, event: int, not_before: float) -> float:
         """The offset of an event, or of the first item after it that is not before a time."""
         index = min(bisect_left(self._events, event), len(self) - 1)
         attempt = self._attempts[index]

@@ -195,7 +195,7 @@ def reference_tensors(reference: AnyModel) -> dict[str, Tensor]:
 
 
 def load_reference_weights(
-    folder: Path, reference: AnyModel, group: dist.ProcessGroup | None = None
+    folder: Path, reference: AnyModel, group: dist.ProcessGroup | None
 ) -> None:
     """Restores the weights of a reference that was updated before the save. All ranks must call it.
 

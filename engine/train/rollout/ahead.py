@@ -31,7 +31,6 @@ from engine.train.rollout.rollout import Rollout
 class _Next:
     """The responses being generated for a later step."""
 
-    options: SamplingOptions
     share: Share
     pending: PendingRollout
 
@@ -79,15 +78,12 @@ class RolloutAhead:
                 return rollout
             self._taken = None
         ahead = self._next
-        if ahead is None or ahead.options.step != options.step:
+        if ahead is None or ahead.share.options.step != options.step:
             return None
         self._next = None
-        if not _alike(ahead.options, options):
+        if not _alike(ahead.share.options, options):
             return None
-        local = ahead.pending.result(report)
-        rollout = ahead.share.merged(
-            local, ahead.options.weights_version, self._tokenizer, self._ranks
-        )
+        rollout = ahead.share.merged(ahead.pending.result(report))
         self._taken = options, rollout
         return rollout
 
@@ -104,12 +100,12 @@ class RolloutAhead:
                 weights.
             report: called with the progress of sending the weights.
         """
-        if self._next is not None and self._next.options == options:
+        if self._next is not None and self._next.share.options == options:
             return
         self._backend.sync(self._policy, options.weights_version, report)
         share = share_of(prompts, options, self._tokenizer, self._ranks)
         pending = self._backend.begin(share.prompts, share.uniforms, options.temperature)
-        self._next = _Next(options, share, pending)
+        self._next = _Next(share, pending)
 
     def drop(self) -> None:
         """Drops the next step's responses, so that they are generated anew."""

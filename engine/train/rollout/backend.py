@@ -130,37 +130,31 @@ class Share:
     batch: PromptBatch
     """All B prompts."""
     rows: Tensor
-    """This rank's rows of the batch; (n,) int64."""
+    """This rank's rows of the batch, (n,) int64: all responses to a contiguous part of the
+    prompts."""
     uniforms: Tensor
     """(n, T) float64, of these rows."""
-    limit: int
-    """T, the maximum number of new tokens."""
+    options: SamplingOptions
+    tokenizer: PreTrainedTokenizerBase
+    ranks: RankGroup | None
+    """The ranks that share the work; None if this rank generates the whole batch."""
 
     @property
     def prompts(self) -> PromptBatch:
         """This rank's prompts."""
         return self.batch.select(self.rows)
 
-    def merged(
-        self,
-        local: Rollout,
-        version: int,
-        tokenizer: PreTrainedTokenizerBase,
-        ranks: RankGroup | None,
-    ) -> Rollout:
+    def merged(self, local: Rollout) -> Rollout:
         """Merges all ranks' parts into the rollout of the whole batch; a collective.
 
-        Args:
-            local: this rank's n responses.
-            version: the weights version, for a backend that does not report it.
-            tokenizer: the policy's.
-            ranks: the ranks that shared the work; None if `local` is the whole batch.
+        Args: local: this rank's n responses.
         """
         if local.versions is None:
-            local.versions = torch.full_like(local.lengths, version)
-        if ranks is None:
+            local.versions = torch.full_like(local.lengths, self.options.weights_version)
+        if self.ranks is None:
             return local
-        return merge_rollouts(ranks, self.batch, local, self.rows, self.limit, tokenizer)
+        limit = self.options.max_new_tokens
+        return merge_rollouts(self.ranks, self.batch, local, self.rows, limit, self.tokenizer)
 
 
 def share_of(
@@ -170,13 +164,14 @@ def share_of(
     ranks: RankGroup | None,
 ) -> Share:
     """Selects what this rank generates of a batch; see :func:`generate_responses`."""
-    per_prompt, limit = options.per_prompt, options.max_new_tokens
+    per_prompt, count = options.per_prompt, len(prompts)
     batch = batch_prompts(prompts, per_prompt, tokenizer.eos_token_id or 0)
-    uniforms = sampling_uniforms(options.seed, options.step, len(batch.prompts), limit)
-    rows = torch.arange(len(batch.prompts))
-    if ranks is not None:
-        rows = local_rows(ranks, batch, per_prompt)
-    return Share(batch, rows, uniforms[rows], limit)
+    own = range(count) if ranks is None else ranks.contiguous_share(count)
+    rows = torch.arange(own.start * per_prompt, own.stop * per_prompt)
+    uniforms = sampling_uniforms(
+        options.seed, options.step, len(batch.prompts), options.max_new_tokens
+    )
+    return Share(batch, rows, uniforms[rows], options, tokenizer, ranks)
 
 
 def generate_responses(
@@ -207,14 +202,4 @@ def generate_responses(
         model, share.prompts, share.uniforms, options.temperature,
         per_prompt=options.per_prompt, report=report,
     )  # fmt: skip
-    return share.merged(local, options.weights_version, tokenizer, ranks)
-
-
-def local_rows(ranks: RankGroup, batch: PromptBatch, per_prompt: int) -> Tensor:
-    """This rank's rows of the batch: all responses to a contiguous part of the prompts.
-
-    Returns:
-        (n,) int64.
-    """
-    share = ranks.contiguous_share(len(batch.prompts) // per_prompt)
-    return torch.arange(share.start * per_prompt, share.stop * per_prompt)
+    return share.merged(local)

@@ -1,4 +1,4 @@
-"""The output of a feed."""
+"""Where every feed puts its updates: posts them until it is stopped, and each problem once."""
 
 import threading
 from collections.abc import Callable

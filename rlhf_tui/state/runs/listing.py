@@ -38,7 +38,7 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), top)] for m in means)
 
 
-def listed_session(session: SessionFolder, metric: str = metrics.SCORE) -> ListedSession:
+def listed_session(session: SessionFolder, metric: str) -> ListedSession:
     """A session as the browser lists it; if it cannot be read, with the reason.
 
     Args:

@@ -31,15 +31,15 @@ class GraphedFunction:
         function: Callable[[], None],
         *,
         usable: bool,
-        compiled: set[Hashable] | None = None,
+        compiled: set[Hashable] | None,
     ) -> None:
         """Captures nothing yet.
 
         Args:
             function: what to run.
             usable: whether to use graphs at all; see :func:`can_capture`.
-            compiled: if the function compiles code, the keys it has already run with. It is run
-                once with each new key before the capture, and the key is added.
+            compiled: if the function compiles code, the keys it has already run with; else None. It
+                is run once with each new key before the capture, and the key is added.
         """
         self._function = function
         self._usable = usable

@@ -91,7 +91,7 @@ class Decoder:
         *,
         per_prompt: int,
         at_once: int | None,
-        compiled: set[Hashable] | None = None,
+        compiled: set[Hashable] | None,
     ) -> None:
         """Allocates no cache yet.
 

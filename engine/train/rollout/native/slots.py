@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.train.data.prompts import PromptBatch
 from engine.train.rollout.rollout import Rollout, assemble
-from engine.train.rollout.sampling import Distribution, distribution, sample
+from engine.train.rollout.sampling import Distribution, sample
 
 
 class Responses:
@@ -24,8 +24,8 @@ class Responses:
         uniforms: Tensor,
         temperature: float,
         eos: Tensor,
-        sampling: str = "gumbel",
-        distribution: Callable[[Tensor, float], Distribution] = distribution,
+        sampling: str,
+        distribution: Callable[[Tensor, float], Distribution],
     ) -> None:
         """Allocates the tensors.
 

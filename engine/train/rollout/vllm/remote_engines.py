@@ -108,7 +108,7 @@ class RemoteEngines:
 
     # -- weights -------------------------------------------------------------------------------
 
-    def new_update(self, version: int, besides: Collection[int] = ()) -> Update:
+    def new_update(self, version: int, besides: Collection[int]) -> Update:
         """Creates the next update of the engines' weights, and removes files of earlier ones.
 
         It is sent to the engines that do not hold this version yet.
