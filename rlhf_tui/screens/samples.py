@@ -11,7 +11,7 @@ from textual.message import Message
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
-from engine.journal.labels import Key
+from engine.journal.judgements.labels import Key
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe

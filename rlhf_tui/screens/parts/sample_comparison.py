@@ -9,7 +9,14 @@ from textual.message import Message
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
-from engine.journal.labels import Key, LabelReader, Preference, Response, forget_preference, prefer
+from engine.journal.judgements.labels import (
+    Key,
+    LabelReader,
+    Preference,
+    Response,
+    forget_preference,
+    prefer,
+)
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
 from engine.journal.samples import MAX_COMPARED

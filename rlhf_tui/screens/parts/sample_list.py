@@ -10,7 +10,7 @@ from textual.screen import Screen
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
-from engine.journal.labels import Key
+from engine.journal.judgements.labels import Key
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader, with_judgements
 from engine.metrics import EVAL_SCORE
