@@ -1,6 +1,6 @@
 """Answers to be judged, and what is on file of them."""
 
-from engine.journal.labels import LabelReader, Response
+from engine.journal.judgements.labels import LabelReader, Response
 from engine.journal.rows import SampleRow
 
 STEPS = 6

@@ -303,7 +303,7 @@ class Judgement(Struct, frozen=True, kw_only=True):
     """An operator's judgement of a response: a label, a note, or both."""
 
     label: str | None = None
-    """One of :data:`~engine.journal.labels.LABELS`."""
+    """One of :data:`~engine.journal.judgements.labels.LABELS`."""
     note: str | None = None
     who: str
     time: float

@@ -11,7 +11,7 @@ from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
 from engine.journal.history.views import sample_views, views_of
 from engine.journal.json_values import decoded
-from engine.journal.labels import LabelReader, attach
+from engine.journal.judgements.labels import LabelReader, attach
 from engine.journal.rows import Judgement, SampleRow
 from engine.protocol.rank_messages import TokenArrays
 from engine.session.folder import SessionFolder

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
-from engine.journal.labels import LabelReader, Response
+from engine.journal.judgements.labels import LabelReader, Response
 from engine.session.folder import SessionFolder
 from engine.verification.databases import RESTORE
 from engine.verification.finding import Finding, listed, note, problem

@@ -8,7 +8,7 @@ from msgspec import Struct
 from engine.errors import ConfigError, JournalError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
-from engine.journal.labels import LabelReader
+from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import SessionFolder

@@ -168,6 +168,7 @@ def resume(
 ) -> None:
     """Resume a session from its last checkpoint."""
     session = existing(root, name)
+    session.acquire().release()  # raises if the session is live: its last and best may change
     step = None if from_step is None else checkpoint_step(session, from_step)
     _resume(session, overrides, mode, from_step=step, reseed=reseed)
 

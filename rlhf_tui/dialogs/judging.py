@@ -13,7 +13,7 @@ from textual.message import Message
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
-from engine.journal.labels import Response, set_label, set_note
+from engine.journal.judgements.labels import Response, set_label, set_note
 from engine.journal.rows import Judgement, SampleRow
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.session.folder import SessionFolder

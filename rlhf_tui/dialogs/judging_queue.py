@@ -8,7 +8,7 @@ from statistics import fmean, median, pstdev
 
 from msgspec import Struct
 
-from engine.journal.labels import Key
+from engine.journal.judgements.labels import Key
 from engine.journal.rows import SampleRow
 from rlhf_tui.widgets.samples.judgement import key_of
 

@@ -5,7 +5,7 @@ import sys
 import msgspec
 from msgspec import Struct
 
-from engine.journal.labels import LABELS, LabelReader, Preference
+from engine.journal.judgements.labels import LABELS, LabelReader, Preference
 from engine.journal.reader import JournalReader
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleQuery

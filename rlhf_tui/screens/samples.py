@@ -9,7 +9,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.message import Message
 
-from engine.journal.labels import Key
+from engine.journal.judgements.labels import Key
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe

@@ -17,7 +17,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.config.key_errors import known_keys
 from engine.errors import RlhfError
-from engine.journal.labels import Response, prefer, set_label
+from engine.journal.judgements.labels import Response, prefer, set_label
 from engine.journal.samples import SampleReader
 from engine.session.access import FILE_MODE, FOLDER_MODE
 from engine.session.folder import SessionFolder

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.journal import labels
-from engine.journal.labels import Response
+from engine.journal.judgements import labels
+from engine.journal.judgements.labels import Response
 from engine.journal.reader import JournalReader
 from engine.session.folder import SessionFolder
 

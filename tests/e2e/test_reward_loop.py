@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from engine.journal.labels import Response, set_label
+from engine.journal.judgements.labels import Response, set_label
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.session.folder import SessionFolder
 from tests.e2e.lab import LONG

@@ -6,7 +6,7 @@ import pytest
 
 from engine.agreement import LEAST, Agreement, JudgedScore, Point, find_fall, interval, placements
 from engine.journal.judgements.agreement import read_agreement
-from engine.journal.labels import Response, prefer, set_label
+from engine.journal.judgements.labels import Response, prefer, set_label
 from engine.journal.reader import JournalReader
 from engine.protocol.rank_messages import REWARD_CHANGED, REWARD_FAILED
 from tests.judging import answer

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import JournalError, LinkError
-from engine.journal.labels import LabelReader, Response, set_label
+from engine.journal.judgements.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.launch.start_options import StartOptions
 from engine.protocol import frames, rank_messages, sockets

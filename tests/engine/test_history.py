@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import NoSuchSessionError
 from engine.journal.history.recording import LONGEST_GAP, Recording
-from engine.journal.labels import LabelReader, Response, set_label
+from engine.journal.judgements.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.protocol.client import Client

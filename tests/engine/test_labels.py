@@ -3,7 +3,7 @@
 import pytest
 
 from engine.errors import UserInputError
-from engine.journal.labels import LabelReader, set_label, set_note
+from engine.journal.judgements.labels import LabelReader, set_label, set_note
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse
 from engine.journal.samples import SampleQuery, with_judgements

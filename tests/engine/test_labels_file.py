@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import JournalError
 from engine.journal import schema
-from engine.journal.labels import LabelReader, set_label, set_note
+from engine.journal.judgements.labels import LabelReader, set_label, set_note
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
@@ -26,7 +26,7 @@ def session(make_session):
 MANY = """
 import sys
 from pathlib import Path
-from engine.journal.labels import Response, prefer, set_label
+from engine.journal.judgements.labels import Response, prefer, set_label
 from engine.session.folder import SessionFolder
 session, me = SessionFolder(Path(sys.argv[1])), int(sys.argv[2])
 sys.stdin.readline()
@@ -114,7 +114,7 @@ ARCHIVE = """
 import sys
 from pathlib import Path
 from engine.errors import JournalError
-from engine.journal.labels import Response, set_label
+from engine.journal.judgements.labels import Response, set_label
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.session.folder import SessionFolder
 session = SessionFolder(Path(sys.argv[1]))

@@ -8,8 +8,14 @@ import pytest
 
 from engine.errors import SessionError, UserInputError
 from engine.journal import schema
+from engine.journal.judgements.labels import (
+    LabelReader,
+    Response,
+    forget_preference,
+    prefer,
+    set_label,
+)
 from engine.journal.judgements.preference_pairs import preference_pairs
-from engine.journal.labels import LabelReader, Response, forget_preference, prefer, set_label
 from tests.judging import answer, judgements
 
 FROM_REFERENCE = Response(response="the reference's")

@@ -23,7 +23,7 @@ from engine.errors import (
     SessionLockedError,
     SessionNameError,
 )
-from engine.journal import labels
+from engine.journal.judgements import labels
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch import start

@@ -5,8 +5,8 @@ import pytest
 from engine.config.reward_training import parse_settings
 from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import ConfigError, UserInputError
+from engine.journal.judgements.labels import Response, prefer, set_label
 from engine.journal.judgements.training_data import collect_judgements
-from engine.journal.labels import Response, prefer, set_label
 from tests.judging import answer
 
 

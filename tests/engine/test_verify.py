@@ -13,7 +13,7 @@ import pytest
 
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
-from engine.journal.labels import Response, set_label
+from engine.journal.judgements.labels import Response, set_label
 from engine.launch.rollout.engine import START
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import SessionFolder

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import RlhfError
-from engine.journal.labels import LabelReader
+from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
 from engine.launch.start_checkpoints import timeline_checkpoints

@@ -16,7 +16,7 @@ import psutil
 
 from engine.config import file as config_file
 from engine.errors import JournalError, RlhfError, SessionError
-from engine.journal.labels import LabelReader, Response, set_label
+from engine.journal.judgements.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
 from engine.launch.background import start_engine

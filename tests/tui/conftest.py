@@ -16,7 +16,7 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.config.settings import SettingChange, settings_of
-from engine.journal.labels import Response, prefer, set_label, set_note
+from engine.journal.judgements.labels import Response, prefer, set_label, set_note
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter

@@ -11,7 +11,7 @@ from textual.screen import Screen
 from engine.agreement import Agreement, Point
 from engine.config import file as config_file
 from engine.config.sections.reward import SOURCE_KEYS
-from engine.journal.labels import Response, set_label
+from engine.journal.judgements.labels import Response, set_label
 from engine.journal.reader import JournalReader
 from engine.metrics import AGREEMENT
 from engine.protocol.programs.reward_training import (

@@ -20,6 +20,14 @@ def test_a_fork_of_a_session_without_a_checkpoint_is_refused(session_maker, tmp_
     assert str(found.exception) == "session 'young' has no checkpoint yet"
 
 
+def test_no_checkpoint_of_a_live_session_is_chosen_for_a_resume(session_maker, tmp_path):
+    lock = session_maker(tmp_path / "s", "young", 3).acquire()
+    sessions = ["--sessions", str(tmp_path / "s")]
+    found = CliRunner().invoke(cli, ["resume", "young", "--from", "last", *sessions])
+    assert "session 'young' already has an engine" in str(found.exception)
+    lock.release()
+
+
 CHOOSES_A_CHECKPOINT = (
     ("export", "run", "--policy", "to", "--step"),
     ("eval", "run", "-o", "eval.prompts=held-out.jsonl", "--step"),

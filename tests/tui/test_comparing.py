@@ -6,7 +6,7 @@ import sqlite3
 import pytest
 from textual.events import Key
 
-from engine.journal.labels import LabelReader, Response, prefer
+from engine.journal.judgements.labels import LabelReader, Response, prefer
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.config.session_file import enclose
-from engine.journal.labels import LabelReader, Response, set_label
+from engine.journal.judgements.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.journal.writer import JournalWriter

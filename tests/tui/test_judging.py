@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.journal.labels import Response, set_label, set_note
+from engine.journal.judgements.labels import Response, set_label, set_note
 from engine.journal.reader import JournalReader
 from engine.journal.rows import Judgement
 from engine.journal.samples import SampleQuery

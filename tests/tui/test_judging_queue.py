@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from engine.journal.labels import Response, set_label
+from engine.journal.judgements.labels import Response, set_label
 from engine.journal.rows import Judgement
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.dialogs.judging import JudgingDialog, ResponseText

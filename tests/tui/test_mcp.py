@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.api import Session
+from engine.session.registry import announce
 from rlhf_tui.cli import cli
 
 if find_spec("mcp") is None:  # an extra
@@ -75,6 +76,25 @@ async def test_a_run_is_found_and_read(root):
     assert status["settings"]["beta"] > 0
     assert {"objective/kl", "objective/scores"} <= {entry["name"] for entry in names}
     assert len(events) == 5
+
+
+async def test_an_ambiguous_name_is_for_the_user_to_decide(
+    root, session_maker, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    twins = [session_maker(tmp_path / place, "twin", 3) for place in ("one", "two")]
+    locks = [twin.acquire() for twin in twins]
+    for twin in twins:
+        announce(twin)
+    async with client(root) as connection:
+        said = await result(connection, "status", session="twin")
+    async with client(tmp_path / "two") as connection:
+        found = await result(connection, "status", session="twin")
+    for lock in locks:
+        lock.release()
+    assert {str(tmp_path / "one"), str(tmp_path / "two")} <= set(re.split(r"[ :]", said))
+    assert "ask your user to start this server" in said
+    assert found["step"] == 3
 
 
 async def test_a_long_curve_is_reduced_and_ends_with_the_newest_value(root):

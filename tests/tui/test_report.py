@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from engine.journal.labels import Response, prefer, set_label, set_note
+from engine.journal.judgements.labels import Response, prefer, set_label, set_note
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter

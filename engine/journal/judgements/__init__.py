@@ -1,1 +1,1 @@
-"""Uses of the judgements: their agreement with scores, pairs to export, and data to train on."""
+"""The operators' judgements, and their uses: agreement with scores, pairs, and training data."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from engine.agreement import Agreement, JudgedScore, Point, placements, preference_agreement
-from engine.journal.labels import LabelReader, Preference, Response
+from engine.journal.judgements.labels import LabelReader, Preference, Response
 from engine.journal.reader import JournalReader
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader

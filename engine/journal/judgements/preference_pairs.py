@@ -7,7 +7,7 @@ Further columns hold the operator, the time and the origin of each response.
 import msgspec
 
 from engine.errors import SessionError
-from engine.journal.labels import JudgedResponse, LabelReader, Response
+from engine.journal.judgements.labels import JudgedResponse, LabelReader, Response
 from engine.session.folder import SessionFolder
 
 WORSE = ("bad", "hack")

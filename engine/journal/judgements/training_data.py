@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from engine.errors import UserInputError
-from engine.journal.labels import LabelReader, Response
+from engine.journal.judgements.labels import LabelReader, Response
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.programs.reward_training import JudgedText

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from engine import __version__
 from engine.api import Session
-from engine.errors import RlhfError
+from engine.errors import RlhfError, SessionNameError
 from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
@@ -35,7 +35,7 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from engine.session.folder import all_sessions
+from engine.session.folder import SessionFolder, all_sessions
 from engine.session.registry import live_sessions
 from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.reading.event_lines import event_lines
@@ -168,6 +168,24 @@ def presentable(value: Any) -> Any:
             return value
 
 
+def _find(root: Path, name: str) -> SessionFolder:
+    """Finds a session like :func:`existing`. What is ambiguous, only the user can decide.
+
+    Raises:
+        SessionNameError: several live sessions elsewhere have this name.
+        NoSuchSessionError: there is none.
+    """
+    elsewhere = [s for s in live_sessions() if s.name == name]
+    if len(elsewhere) > 1 and not any(s.name == name for s in all_sessions(root)):
+        folders = " or ".join(str(session.folder.parent) for session in elsewhere)
+        raise SessionNameError(
+            f"several live sessions are '{name}', in {folders}: no tool can tell them apart; ask "
+            "your user to start this server (rlhf-tui mcp) with --sessions and the folder that is "
+            "meant"
+        )
+    return existing(root, name)
+
+
 class ReadingTools:
     """The tools that read."""
 
@@ -186,13 +204,13 @@ class ReadingTools:
 
     def status(self, session: Name) -> Json:
         """Show a run: state and its reason, step, settings in force, steps with checkpoints."""
-        return read_session_row(existing(self._root, session), ask=True, best=True).as_json()
+        return read_session_row(_find(self._root, session), ask=True, best=True).as_json()
 
     def metrics(self, session: Name) -> Json:
         """List the metrics of a run: unit, what each means, step and value of the newest point."""
         known = {metric.name: metric for metric in METRICS}
         rows = []
-        with JournalReader(existing(self._root, session)) as reader:
+        with JournalReader(_find(self._root, session)) as reader:
             for name in reader.metric_names():
                 step, value = reader.newest_value(name) or (None, None)
                 about = known.get(name)
@@ -213,7 +231,7 @@ class ReadingTools:
         A long curve is reduced to the minimum and the maximum of spans of steps; the last point is
         the newest value.
         """
-        curve = Session(existing(self._root, session).folder).curve(metric)
+        curve = Session(_find(self._root, session).folder).curve(metric)
         kept = _shown_points(curve.values, points)
         return {"steps": [curve.steps[i] for i in kept], "values": [curve.values[i] for i in kept]}
 
@@ -230,14 +248,14 @@ class ReadingTools:
         By default the newest ones; with order the highest or the lowest.
         """
         query = SampleQuery(order=order, descending=not lowest_first, text=text)
-        rows = Session(existing(self._root, session).folder).samples(count, query=query)
+        rows = Session(_find(self._root, session).folder).samples(count, query=query)
         return {"samples": [row.as_json() for row in rows]}
 
     def events(self, session: Name, count: Rows = 30) -> Json:
         """Read the log of a run, oldest first: states, commands with who sent them, alerts, notes,
         checkpoints, errors.
         """  # noqa: D205 - one sentence for the assistant
-        with JournalReader(existing(self._root, session)) as reader:
+        with JournalReader(_find(self._root, session)) as reader:
             rows, attempts = reader.events(count), reader.attempts()
             crashed = reader.state() == "crashed"
         lines = event_lines(rows, attempts, crashed=crashed)
@@ -328,7 +346,7 @@ class SteeringTools:
 
     def _opened(self, session: str, context: Context[Any, Any]) -> Session:
         name = f"assistant {_client_name(context)} of {who()}"
-        return Session(existing(self._root, session).folder, who=name)
+        return Session(_find(self._root, session).folder, who=name)
 
     def _send(self, session: str, command: AnyCommand, context: Context[Any, Any]) -> Json:
         try:

@@ -7,7 +7,14 @@ import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from engine.journal.labels import Key, LabelReader, Preference, Response, forget_preference, prefer
+from engine.journal.judgements.labels import (
+    Key,
+    LabelReader,
+    Preference,
+    Response,
+    forget_preference,
+    prefer,
+)
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
 from engine.journal.samples import MAX_COMPARED

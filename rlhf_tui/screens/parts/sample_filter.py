@@ -5,7 +5,7 @@ import re
 
 import msgspec
 
-from engine.journal.labels import LABELS
+from engine.journal.judgements.labels import LABELS
 from engine.journal.samples import SampleQuery
 from rlhf_tui.widgets.lines import Row
 

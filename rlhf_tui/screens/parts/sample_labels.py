@@ -8,7 +8,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.screen import Screen
 
-from engine.journal.labels import Response, set_label, set_note
+from engine.journal.judgements.labels import Response, set_label, set_note
 from engine.journal.rows import Judgement, SampleRow
 from engine.session.folder import SessionFolder
 from rlhf_tui.dialogs.base import InputDialog

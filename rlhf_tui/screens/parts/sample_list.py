@@ -6,7 +6,7 @@ import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from engine.journal.labels import Key
+from engine.journal.judgements.labels import Key
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader, with_judgements
 from engine.metrics import EVAL_SCORE

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from engine.errors import JournalError, RlhfError
 from engine.journal.history.recording import Recording
-from engine.journal.labels import LabelReader
+from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.metrics import PHASES, phase_time
 from engine.protocol.client_messages import Telemetry
