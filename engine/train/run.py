@@ -52,7 +52,10 @@ class PhaseTimer:
     def gather(self, run: "Run") -> None:
         """Gathers every rank's times and peak memory into :attr:`ranks`; a collective."""
         times = RankTimes(
-            rank=run.ranks.rank, seconds=self.seconds, peak_memory=peak_memory(run.device)
+            rank=run.ranks.rank,
+            seconds=self.seconds,
+            peak_memory=peak_memory(run.device),
+            on_gpu=run.device.type == "cuda",
         )
         gathered = run.ranks.all_gather_bytes(msgspec.msgpack.encode(times))
         self.ranks = [msgspec.msgpack.decode(g, type=examined(RankTimes)) for g in gathered]
