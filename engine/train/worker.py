@@ -72,6 +72,8 @@ from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
+ADVISED = ("CUDA error: ", "HIP error: ")
+"""Beginnings of messages in which torch adds lines of advice for those who write kernels."""
 RESTARTS = 3
 """Exit code of a rank when the run is not over, so that other machines do not stop as well."""
 
@@ -140,6 +142,8 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     deliberate = isinstance(error, RlhfError)
     text = shortened(error_text(error), MAX_MESSAGE)
     if not deliberate:
+        if text.startswith(ADVISED):
+            text = text.splitlines()[0]
         text = f"{type(error).__name__}: {text}"
     if full:  # a restart with the same settings would run out again
         text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
