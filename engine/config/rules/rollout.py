@@ -1,6 +1,6 @@
 """Rules between the keys of `rollout` and those of other sections."""
 
-from engine.config.rules.launch import check_address
+from engine.config.rules.launch import check_address, check_gpus
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 
@@ -16,6 +16,7 @@ def check_rollout(config: RunConfig) -> None:
             "rollout.stop must not contain an empty text, which would end each response after its "
             "first token"
         )
+    check_gpus("rollout", config.rollout.gpus)
     if config.rollout.ahead:
         _check_ahead(config)
     if config.rollout.uses_vllm:
@@ -97,10 +98,10 @@ def _check_number(config: RunConfig) -> None:
         )
     key, gpus = ("rollout", rollout.gpus) if rollout.gpus else ("launch", launch.gpus)
     needed = rollout.local_engines * rollout.tensor_parallel
-    if launch.device != "cpu" and gpus and len(set(gpus)) < needed:
+    if launch.device != "cpu" and gpus and len(gpus) < needed:
         raise ConfigError(
             f"rollout.engines ({rollout.local_engines} here) with rollout.tensor_parallel "
-            f"({rollout.tensor_parallel}) needs {needed} GPUs, and {key}.gpus has {len(set(gpus))}"
+            f"({rollout.tensor_parallel}) needs {needed} GPUs, and {key}.gpus has {len(gpus)}"
         )
 
 
