@@ -16,7 +16,6 @@ def check_rollout(config: RunConfig) -> None:
             "rollout.stop must not contain an empty text, which would end each response after its "
             "first token"
         )
-    check_gpus("rollout", config.rollout.gpus)
     if config.rollout.ahead:
         _check_ahead(config)
     if config.rollout.uses_vllm:
@@ -46,6 +45,7 @@ def _check_ahead(config: RunConfig) -> None:
 
 def _check_devices(config: RunConfig) -> None:
     rollout, launch = config.rollout, config.launch
+    check_gpus("rollout", rollout.gpus)
     _check_number(config)
     _check_joined(config)
     if launch.device == "cpu":
