@@ -4,8 +4,9 @@
 
 A policy with the shape of a 0.5 B model, 64 prompts of 128 tokens, 256 new tokens, bfloat16 on both
 sides (TRL's default). The sides run one after another, because TRL's logits of a rollout alone take
-tens of gigabytes; TRL comes last, and if it fails the other figures are there. Without a GPU the
-parts run at a small size on a pretended one.
+tens of gigabytes. TRL comes last, and the findings so far are written to `benchmarks/results` after
+each. Ends with 1 if one failed, and with 2 if there is no such part. Without a GPU the parts run at
+a small size on a pretended one, nothing is written, and the last line says that there is none.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from benchmarks.engine_side import settings
 from benchmarks.engine_vs_trl import OURS, median_seconds, print_phases, print_table
 from benchmarks.gpu import decoding_speed
 from benchmarks.gpu.decoding_speed import HALF, parameters
-from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
+from benchmarks.gpu.findings import Finding, Part, Results, Target, chosen_parts, run_parts
 from benchmarks.side import Side
 from benchmarks.task import GPU_TASK, TINY, Task, write_models
 from tests.train.gpu.pretend import GPU, pretend_gpu
@@ -46,43 +47,44 @@ def main() -> int:
     parser.add_argument("--no-trl", action="store_true", help="measure the engine only")
     options = parser.parse_args()
     real = torch.cuda.is_available()
+    task = GPU_TASK if real else SMALL_TASK
+    parts: dict[str, Part] = {
+        "decoding": partial(decoding_speed.decoding, task),
+        "larger models": partial(decoding_speed.larger_models, task),
+        "iterations": partial(iterations, task, options.iterations, with_trl=not options.no_trl),
+    }
+    chosen = chosen_parts(parts, options.only)
     print(f"{machine.describe()}\n", flush=True)
+    results = Results("bench", options.only) if real else None
+    if results is not None:
+        print(f"results, after each finding: {results.path}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if not real:
             stack.enter_context(pretend_gpu())
         target = Target(torch.device("cuda", 0) if real else GPU, real, Path(folder))
-        task = GPU_TASK if real else SMALL_TASK
         write_models(target.folder, task)
-        parts: dict[str, Part] = {
-            "decoding": partial(decoding_speed.decoding, task),
-            "larger models": partial(decoding_speed.larger_models, task),
-        }
-        if real:
-            parts["iterations"] = partial(
-                iterations, task, options.iterations, with_trl=not options.no_trl
-            )
-        chosen = {name: part for name, part in parts.items() if options.only in name}
-        findings = list(run_parts(chosen, target))
-    if real:
-        print(f"written to {write_results('bench', findings)}")
-    else:
+        findings = list(run_parts(chosen, target, None if results is None else results.add))
+    if not real:
         print("no GPU here: the parts ran at a small size on a pretended one")
     return int(any(not f.passed for f in findings))
 
 
 def iterations(task: Task, count: int, target: Target, *, with_trl: bool) -> Iterator[Finding]:
     """Whole iterations of the engine and then of TRL, each with the GPU to itself."""
+    if not target.real:
+        yield Finding("iterations", passed=True, measured="need a GPU")
+        return
     folder = target.folder
     ours = [str(folder), *settings(task), *HALF]
     peak = machine.matmul_peak(torch.bfloat16)
     print(f"peak        {peak:.0f} GFLOP/s of bfloat16 products")
-    sides = [
-        measure(folder, count, "ours, defaults", OURS, ours),
-        measure(folder, count, "ours, equal work", OURS, [*ours, "model.value=separate"]),
-    ]
+    variants = {"ours, defaults": ours, "ours, equal work": [*ours, "model.value=separate"]}
     if find_spec("liger_kernel") is not None:
-        fused = [*ours, "model.kernels=liger"]
-        sides.append(measure(folder, count, "ours, fused", OURS, fused))
+        variants["ours, fused"] = [*ours, "model.kernels=liger"]
+    sides: list[Side] = []
+    for name, arguments in variants.items():
+        sides.append(measure(folder, count, name, OURS, arguments))
+        yield iteration_time(sides[-1])
     print_phases(sides)
     for phase, flop in phase_flop(task).items():
         seconds = statistics.median(i.phases[f"time/{phase}"] for i in sides[0].iterations)
@@ -94,11 +96,20 @@ def iterations(task: Task, count: int, target: Target, *, with_trl: bool) -> Ite
     elif with_trl:
         arguments = [str(folder), json.dumps(asdict(task)), "bf16"]
         sides.insert(0, measure(folder, count, "TRL", "benchmarks.trl_side", arguments))
+        yield iteration_time(sides[0])
         for side in sides[1:]:
             speed = median_seconds(sides[0]) / median_seconds(side)
             text = f"{speed:.2f} times as fast as TRL, {AGAINST_TRL:g} wanted"
             yield Finding(side.name, speed >= AGAINST_TRL, text, {"speed": speed})
     print_table(sides, task, peak)
+
+
+def iteration_time(side: Side) -> Finding:
+    """The median time of a side's iterations, and the memory."""
+    seconds, memory = median_seconds(side), max(i.peak_gb for i in side.iterations)
+    text = f"{seconds:.2f} s, {memory:.1f} GB"
+    figures = {"seconds": seconds, "peak_gb": memory}
+    return Finding(f"an iteration, {side.name}", True, text, figures)
 
 
 def measure(folder: Path, iterations: int, name: str, module: str, arguments: list[str]) -> Side:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu.check [--only TEXT]
 
-Needs PyTorch 2.9 or later and no network. Prints a line per finding, writes the results to
-`benchmarks/results`, and ends with 1 if one failed. On a machine without a GPU all parts run at a
-small size on a pretended one, and the last line says that there is none.
+Needs PyTorch 2.9 or later and no network. Prints a line per finding, writes those so far to
+`benchmarks/results` after each, and ends with 1 if one failed, and with 2 if there is no such part.
+On a machine without a GPU all parts run at a small size on a pretended one, nothing is written, and
+the last line says that there is none.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from benchmarks.gpu import (
     weights_transfer,
     whole_runs,
 )
-from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
+from benchmarks.gpu.findings import Finding, Part, Results, Target, chosen_parts, run_parts
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
 IN_PROCESS: dict[str, Part] = {
@@ -55,14 +56,15 @@ ALONE: dict[str, Part] = {"out of memory": whole_runs.out_of_memory}
 """Parts that need the whole GPU."""
 
 
-def check(parts: dict[str, Part], folder: Path) -> list[Finding]:
+def check(parts: dict[str, Part], folder: Path, results: Results | None = None) -> list[Finding]:
     """Runs some parts on the GPU, or on a pretended one where there is none."""
     real = torch.cuda.is_available()
     with ExitStack() as stack:
         if not real and any(name in IN_PROCESS for name in parts):
             stack.enter_context(pretend_gpu())
         device = torch.device("cuda", 0) if real else GPU
-        return list(run_parts(parts, Target(device, real, folder)))
+        keep = None if results is None else results.add
+        return list(run_parts(parts, Target(device, real, folder), keep))
 
 
 def main() -> int:
@@ -71,27 +73,29 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="parts whose name contains it")
     options = parser.parse_args()
     real = torch.cuda.is_available()
+    chosen = chosen_parts(IN_PROCESS | OTHER_PROCESSES | WHOLE_RUNS | ALONE, options.only)
     print(f"{machine.describe()}\n", flush=True)
+    results = Results("check", options.only) if real else None
+    if results is not None:
+        print(f"results, after each finding: {results.path}\n", flush=True)
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as folder:
         here, programs, alone = (
-            {name: part for name, part in group.items() if options.only in name}
+            {name: part for name, part in group.items() if name in chosen}
             for group in (IN_PROCESS, OTHER_PROCESSES | WHOLE_RUNS, ALONE)
         )
         # A pretended GPU is a state of this process: the parts then run one after another.
         apart = [{name: part} for name, part in programs.items()] if real else []
         with ThreadPoolExecutor() as beside:
-            waiting = [beside.submit(check, part, Path(folder)) for part in apart]
-            findings += check(here if real else here | programs, Path(folder))
+            waiting = [beside.submit(check, part, Path(folder), results) for part in apart]
+            findings += check(here if real else here | programs, Path(folder), results)
             findings += [finding for done in waiting for finding in done.result()]
-        findings += check(alone, Path(folder))
+        findings += check(alone, Path(folder), results)
     failed = [f.name for f in findings if not f.passed]
     print(f"\n{len(findings) - len(failed)} of {len(findings)} as they should be")
     for name in failed:
         print(f"not: {name}")
-    if real:
-        print(f"written to {write_results('check', findings)}")
-    else:
+    if not real:
         print("no GPU here: the parts ran at a small size on a pretended one")
     return int(bool(failed))
 

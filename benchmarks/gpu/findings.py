@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -53,20 +55,45 @@ def below(name: str, value: float, limit: float, unit: str = "") -> Finding:
     return Finding(name, value <= limit, text, {"value": value, "limit": limit})
 
 
-def run_parts(parts: dict[str, Part], target: Target) -> Iterator[Finding]:
-    """Runs all parts, prints each finding at once, and goes on after a part that raises."""
+def run_parts(
+    parts: dict[str, Part], target: Target, keep: Callable[[Finding], None] | None = None
+) -> Iterator[Finding]:
+    """Runs all parts, prints and keeps each finding at once, and goes on after a part that raises.
+
+    Args:
+        parts: by name.
+        target: where they run.
+        keep: called with each finding, so that none is lost if a time limit ends the process.
+    """
     for name, part in parts.items():
         began = time.perf_counter()
-        try:
-            for finding in part(target):
-                print(line(finding), flush=True)
-                yield finding
-        except Exception as error:  # a part must not keep the others from running
-            text = "".join(traceback.format_exception(error)[-3:])
-            failed = Finding(name, passed=False, measured=f"{type(error).__name__}: {error}")
-            print(f"{line(failed)}\n{text}", flush=True)
-            yield failed
+        for finding in _findings(name, part, target):
+            print(line(finding), flush=True)
+            if keep is not None:
+                keep(finding)
+            yield finding
         print(f"{'':<8}{name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _findings(name: str, part: Part, target: Target) -> Iterator[Finding]:
+    try:
+        yield from part(target)
+    except Exception as error:  # a part must not keep the others from running
+        print("".join(traceback.format_exception(error)[-3:]), flush=True)
+        yield Finding(name, passed=False, measured=f"{type(error).__name__}: {error}")
+
+
+def chosen_parts(parts: dict[str, Part], text: str) -> dict[str, Part]:
+    """The parts whose name contains a text.
+
+    Raises:
+        SystemExit: there are none; with the names of all.
+    """
+    chosen = {name: part for name, part in parts.items() if text in name}
+    if not chosen:
+        print(f"no part contains '{text}'; there are: {', '.join(parts)}", file=sys.stderr)
+        sys.exit(2)
+    return chosen
 
 
 def line(finding: Finding) -> str:
@@ -74,41 +101,62 @@ def line(finding: Finding) -> str:
     return f"{'ok' if finding.passed else 'FAILED':<8}{finding.name}: {finding.measured}"
 
 
-def write_results(kind: str, findings: list[Finding], *, folder: Path = RESULTS) -> Path:
+class Results:
     """Writes `gpu-DEVICE-DATE-KIND.json`, and beside it a paragraph for RESULTS.md.
 
-    Args:
-        kind: `check` or `bench`.
-        findings: all of them.
-        folder: where to.
-
-    Returns:
-        The JSON file's path.
+    Both are complete after each :meth:`add`, which several threads may call.
     """
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    today = datetime.now(UTC).date().isoformat()
-    stem = f"gpu-{re.sub('[^A-Za-z0-9]+', '-', name).lower()}-{today}-{kind}"
-    folder.mkdir(parents=True, exist_ok=True)
-    described = machine.describe()
-    document = {
-        "device": name,
-        "date": today,
-        "machine": described.splitlines(),
-        "findings": [asdict(finding) for finding in findings],
-    }
-    path = folder / f"{stem}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    failed = [f.name for f in findings if not f.passed]
-    paragraph = [
-        f"`make gpu-{kind}`, {today}, {name}: {len(findings) - len(failed)} of {len(findings)} "
-        f"as they should be{'; not: ' + ', '.join(failed) if failed else ''}.",
-        "",
-        "```",
-        described,
-        "",
-        *map(line, findings),
-        "```",
-        "",
-    ]
-    path.with_suffix(".md").write_text("\n".join(paragraph))
-    return path
+
+    def __init__(self, kind: str, only: str = "", *, folder: Path = RESULTS) -> None:
+        """Writes nothing yet.
+
+        Args:
+            kind: `check` or `bench`.
+            only: the value of `--only`; such a file does not replace that of a whole run.
+            folder: where to.
+        """
+        self._kind = kind
+        self._device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        self._date = datetime.now(UTC).date().isoformat()
+        words = f"gpu {self._device} {self._date} {kind} {only}"
+        self.path = folder / f"{re.sub('[^A-Za-z0-9]+', '-', words).strip('-').lower()}.json"
+        self._machine = machine.describe()
+        self._findings: list[Finding] = []
+        self._lock = threading.Lock()
+
+    def add(self, finding: Finding) -> None:
+        """Writes both files with this finding and those before it."""
+        with self._lock:
+            self._findings.append(finding)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            document = {
+                "device": self._device,
+                "date": self._date,
+                "machine": self._machine.splitlines(),
+                "findings": [asdict(each) for each in self._findings],
+            }
+            _replace(self.path, json.dumps(document, indent=1) + "\n")
+            _replace(self.path.with_suffix(".md"), self._paragraph())
+
+    def _paragraph(self) -> str:
+        found = self._findings
+        failed = [f.name for f in found if not f.passed]
+        lines = [
+            f"`make gpu-{self._kind}`, {self._date}, {self._device}: {len(found) - len(failed)} of "
+            f"{len(found)} as they should be{'; not: ' + ', '.join(failed) if failed else ''}.",
+            "",
+            "```",
+            self._machine,
+            "",
+            *map(line, found),
+            "```",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole: a process that is killed meanwhile leaves the one before."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pynvml
+from msgspec.structs import replace
 
 from engine.nvml import gpu_handles
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
@@ -68,22 +69,23 @@ class Sampler:
                 self._silent.add(index)
 
     def _rank(self, rank: int, pid: int | None, times: RankTimes | None) -> RankLoad | None:
-        seconds = times.seconds if times is not None else {}
-        peak = times.peak_memory if times is not None else 0
+        load = RankLoad(rank=rank, pid=0, cpu=0.0, memory=0)
+        if times is not None:
+            load = replace(
+                load,
+                seconds=times.seconds,
+                peak_memory=times.peak_memory,
+                on_gpu=times.on_gpu,
+            )
         if pid is None:  # on another machine
-            return RankLoad(rank=rank, pid=0, cpu=0.0, memory=0, seconds=seconds, peak_memory=peak)
+            return load
         try:
             process = self._ranks.get(pid)
             if process is None:
                 process = self._ranks[pid] = psutil.Process(pid)
                 process.cpu_percent()
-            return RankLoad(
-                rank=rank,
-                pid=pid,
-                cpu=process.cpu_percent(),
-                memory=process.memory_info().rss,
-                seconds=seconds,
-                peak_memory=peak,
+            return replace(
+                load, pid=pid, cpu=process.cpu_percent(), memory=process.memory_info().rss
             )
         except psutil.Error:  # the process has ended
             self._ranks.pop(pid, None)

@@ -106,6 +106,8 @@ class RankLoad(Struct, frozen=True, kw_only=True):
     """Seconds of the last step by phase."""
     peak_memory: int = 0
     """Peak bytes so far: GPU memory, or resident memory on a CPU."""
+    on_gpu: bool = False
+    """Whether the peak is of GPU memory. `memory` is the host's in either case."""
 
 
 class Telemetry(Message, frozen=True, tag="telemetry"):

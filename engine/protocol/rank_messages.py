@@ -100,6 +100,7 @@ class RankTimes(Struct, frozen=True, kw_only=True):
     """Seconds by phase, without the time spent waiting for other ranks where it is known."""
     peak_memory: int
     """Peak bytes so far: GPU memory, or resident memory on a CPU."""
+    on_gpu: bool = False
 
 
 class StepReport(Message, frozen=True, tag="step_report"):

@@ -99,7 +99,10 @@ class Run:
     def gather_times(self) -> None:
         """Gathers every rank's times and peak memory; a collective."""
         own = RankTimes(
-            rank=self.ranks.rank, seconds=self.times.seconds, peak_memory=peak_memory(self.device)
+            rank=self.ranks.rank,
+            seconds=self.times.seconds,
+            peak_memory=peak_memory(self.device),
+            on_gpu=self.device.type == "cuda",
         )
         gathered = self.ranks.all_gather_bytes(msgspec.msgpack.encode(own))
         self.times.ranks = [msgspec.msgpack.decode(g, type=examined(RankTimes)) for g in gathered]

@@ -73,6 +73,8 @@ from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
+ADVISED = ("CUDA error: ", "HIP error: ")
+"""Beginnings of messages in which torch adds lines of advice for those who write kernels."""
 RESTARTS = 3
 """Exit code of a rank when the run is not over, so that other machines do not stop as well."""
 
@@ -141,6 +143,8 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     if full:  # a restart with the same settings would run out again
         text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
     elif not deliberate:
+        if text.startswith(ADVISED):
+            text = text.splitlines()[0]
         text = f"{type(error).__name__}: {text}"
     failed = Failed(
         rank=rank, text=text, traceback=traceback_text(error), final=deliberate or full,

@@ -29,6 +29,7 @@ SERVICE = ("reward.model=null", "reward.service='http://h/score'")
         (["reward.model=null", "reward.service='http://h:x/'"], "must be a URL such as"),
         (["reward.model=null", "reward.service='http://a:secret@h/'"], "a user or a password"),
         (["launch.preempted_exit=2"], "means something else already"),
+        (["launch.gpus=[0, 1, 0]"], "launch.gpus has GPU 0 more than once"),
         (
             ["launch.nodes=2", "launch.rendezvous=a:1", "launch.min_nodes=3"],
             "min_nodes (3) must be at most",
@@ -331,7 +332,8 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason(overrides, 
     ("overrides", "says"),
     [
         (["rollout.gpus=[1]", "rollout.tensor_parallel=2"], "needs as many GPUs in rollout.gpus"),
-        (["rollout.gpus=[6, 7, 7]", "rollout.engines=3"], "needs 3 GPUs, and rollout.gpus has 2"),
+        (["rollout.gpus=[6, 7]", "rollout.engines=3"], "needs 3 GPUs, and rollout.gpus has 2"),
+        (["rollout.gpus=[6, 7, 7]", "rollout.engines=3"], "rollout.gpus has GPU 7 more than once"),
         (["launch.gpus=[0, 1]", "rollout.engines=2", "rollout.tensor_parallel=2"], "needs 4 GPUs"),
         (["rollout.engines=65"], "must be at most rollout.batch_size (64)"),
         (["rollout.transfer=ipc", "rollout.engines=2"], "needs rollout.engines: 1"),

@@ -40,6 +40,20 @@ class Backend:
         )
 
 
+class Failing:
+    """Compiles, and fails when that is run."""
+
+    def __init__(self, error, before=lambda: None):
+        self._error, self._before = error, before
+
+    def __call__(self, _graph, _inputs):
+        return self._run
+
+    def _run(self, *_inputs):
+        self._before()
+        raise self._error
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """More would only wait for each other on matrices this small."""
@@ -184,3 +198,24 @@ def test_layers_that_do_not_compile_or_compute_otherwise_are_used_as_they_are(
     told = [r for r in caplog.records if "without compiled layers" in r.getMessage()]
     assert len(told) == 1
     assert word in told[0].getMessage()
+
+
+def test_memory_that_runs_out_in_a_compiled_layer_is_told_as_that(policy):
+    """A step that runs out is repeated with less; layers that are not compiled need no less."""
+    compiled = CompiledLayers("always", backend=Failing(torch.OutOfMemoryError("CUDA out of")))
+    with pytest.raises(torch.OutOfMemoryError):
+        respond(policy(torch.float32), compiled)
+    assert compiled.usable
+
+
+def test_an_error_during_a_capture_ends_the_capture(policy, monkeypatch):
+    """What would run instead could be captured only in part."""
+
+    def capturing():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    compiled = CompiledLayers("always", backend=Failing(ValueError("in a kernel"), capturing))
+    with pytest.raises(ValueError, match="in a kernel"):
+        respond(policy(torch.float32), compiled)
+    assert compiled.usable

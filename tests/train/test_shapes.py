@@ -145,13 +145,19 @@ def test_a_model_that_cannot_be_estimated_does_not_end_the_run(make_run, monkeyp
 
 
 class TwoRanks:
-    """Rank 0 of a group of two, on the CPU."""
+    """Rank 0 of a group of two, on the CPU; the other one has some memory, or as much."""
 
     size, is_lead, device = 2, True, torch.device("cpu")
+
+    def __init__(self, other=None):
+        self.other = other
 
     @staticmethod
     def broadcast_bytes(data):
         return data
+
+    def all_gather_bytes(self, data):
+        return [data, data if self.other is None else str(self.other).encode()]
 
 
 @pytest.mark.parametrize(
@@ -166,3 +172,11 @@ class TwoRanks:
 def test_the_chosen_strategy_is_kept_for_as_many_ranks(placed, strategy):
     config = config_file.load(starter.FOLDER / "demo.yaml", ["launch.device=cpu"])
     assert check_memory(config, 8, TwoRanks(), pytest.fail, placed)[0] == strategy
+
+
+def test_the_rank_with_the_least_memory_decides():
+    config = config_file.load(starter.FOLDER / "demo.yaml", ["launch.device=cpu"])
+    warnings = []
+    assert check_memory(config, 8, TwoRanks(other=1_000_000), warnings.append)[0] == "fsdp"
+    (text,) = warnings
+    assert "0.00 GB are free" in text

@@ -144,6 +144,22 @@ def test_gpus_stand_with_load_memory_heat_and_power():
         assert part in shown
 
 
+def test_the_memory_of_a_rank_on_a_gpu_is_not_mixed_with_that_of_its_process():
+    wide = text(machine_with([rank_of(0, on_gpu=True)], gpus=1), 100, 8)
+    assert "GPU peak 41.0 GB  CPU 99%  host 3.0 GB" in wide
+    narrow = text(machine_with([rank_of(0, on_gpu=True)], gpus=1), 45, 8)
+    assert "GPU peak 41.0 GB" in narrow and "host" not in narrow
+    assert "CPU 99%  peak 41.0 GB  now 3.0 GB" in text(machine_with([rank_of(0)]), 100, 8)
+
+
+@pytest.mark.parametrize("width", range(36, 60))
+def test_the_power_of_a_gpu_is_shown_whole_or_not_at_all(width):
+    shown = text(machine_with([rank_of(0)], gpus=1), width, 8)
+    (line,) = [x for x in shown.splitlines() if "GPU 0" in x]
+    assert len(line.rstrip()) <= width
+    assert line.rstrip().endswith(("66°C", "610 W"))
+
+
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_what_a_gpu_does_not_measure_is_no_number(gpus):
     parts = [

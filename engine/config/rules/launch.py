@@ -20,6 +20,7 @@ def check_launch(config: RunConfig) -> None:
         raise ConfigError(
             f"launch.min_nodes ({launch.min_nodes}) must be at most launch.nodes ({launch.nodes})"
         )
+    check_gpus("launch", launch.gpus)
     if launch.rendezvous is not None:
         check_address(launch.rendezvous)
     if 1 <= launch.preempted_exit <= 4:
@@ -33,6 +34,13 @@ def check_launch(config: RunConfig) -> None:
             f"{launch.nodes * per_node} ranks need at least as many prompts per step, not "
             f"{config.prompts_per_step}: raise rollout.batch_size"
         )
+
+
+def check_gpus(section: str, gpus: list[int]) -> None:
+    """Checks that `gpus` names none twice, for which CUDA finds no GPU at all."""
+    twice = [gpu for gpu in gpus if gpus.count(gpu) > 1]
+    if twice:
+        raise ConfigError(f"{section}.gpus has GPU {twice[0]} more than once")
 
 
 def check_address(text: str) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 """Rules between the keys of `rollout` and those of other sections."""
 
-from engine.config.rules.launch import check_address
+from engine.config.rules.launch import check_address, check_gpus
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 
@@ -52,6 +52,7 @@ def _check_ahead(config: RunConfig) -> None:
 
 def _check_devices(config: RunConfig) -> None:
     rollout, launch = config.rollout, config.launch
+    check_gpus("rollout", rollout.gpus)
     _check_number(config)
     _check_joined(config)
     if launch.device == "cpu":
@@ -104,10 +105,10 @@ def _check_number(config: RunConfig) -> None:
         )
     key, gpus = ("rollout", rollout.gpus) if rollout.gpus else ("launch", launch.gpus)
     needed = rollout.local_engines * rollout.tensor_parallel
-    if launch.device != "cpu" and gpus and len(set(gpus)) < needed:
+    if launch.device != "cpu" and gpus and len(gpus) < needed:
         raise ConfigError(
             f"rollout.engines ({rollout.local_engines} here) with rollout.tensor_parallel "
-            f"({rollout.tensor_parallel}) needs {needed} GPUs, and {key}.gpus has {len(set(gpus))}"
+            f"({rollout.tensor_parallel}) needs {needed} GPUs, and {key}.gpus has {len(gpus)}"
         )
 
 

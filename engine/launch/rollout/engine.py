@@ -95,7 +95,7 @@ def engine_gpus(launch: LaunchConfig, rollout: RolloutConfig, engine: int) -> li
     if rollout.engines == 1:
         return chosen_gpus(chosen) if chosen else None
     if chosen:
-        entries = chosen_gpus(list(dict.fromkeys(chosen)))
+        entries = chosen_gpus(chosen)
     elif count := gpu_count():
         entries = visible_gpus() or [str(i) for i in range(count)]
     else:

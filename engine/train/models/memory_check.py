@@ -47,8 +47,9 @@ def check_memory(
         `ddp` or `fsdp`, the models that the estimate is based on, and the estimate. The last two
         are None on the other ranks, and for a model whose shapes cannot be determined.
     """
+    free = least_free_memory(ranks)
     strategy, models, estimated = (
-        _check_memory(config, prompt_tokens, ranks, warn, placed)
+        _check_memory(config, prompt_tokens, ranks, warn, placed, free)
         if ranks.is_lead
         else ("", None, None)
     )
@@ -61,9 +62,9 @@ def _check_memory(
     ranks: RankGroup,
     warn: Callable[[str], None],
     placed: Placed | None,
+    free: Capacity,
 ) -> tuple[str, Models | None, Estimate | None]:
-    device = ranks.device
-    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    kind: Literal["cpu", "cuda"] = "cuda" if ranks.device.type == "cuda" else "cpu"
     layout = configured(config, ranks.size)
     # Packed weights cannot be sharded.
     can_shard = config.lora.quantise == "none"
@@ -77,7 +78,6 @@ def _check_memory(
         # An estimate must not end the run. If the model is unusable, loading it raises the error.
         log.warning("memory: not estimated: %s", error)
         return _strategy(layout), None, None
-    free = free_memory(device, layout.ranks)
     warning = shortage(config, models, layout, free)
     if warning is not None and chosen:
         layout = replace(layout, strategy="fsdp")
@@ -107,6 +107,16 @@ def facts(estimated: Estimate | None) -> dict[str, object]:
     if gathered := estimated.parts.get("gathered", 0):
         values["planned_gather_gb"] = round(gathered / 1e9, 3)
     return values
+
+
+def least_free_memory(ranks: RankGroup) -> Capacity:
+    """Memory available to the rank that has least: GPUs and machines can differ, or be in use.
+
+    All ranks must call it.
+    """
+    here = free_memory(ranks.device, ranks.size)
+    least = min(map(int, ranks.all_gather_bytes(str(here.free).encode())))
+    return replace(here, total=least, free=least)
 
 
 def free_memory(device: torch.device, ranks: int) -> Capacity:

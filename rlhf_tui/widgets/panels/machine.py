@@ -35,7 +35,7 @@ class MachinePanel(Panel):
         top = heading("Machine", _legend(telemetry, width), width)
         ranks, room = telemetry.ranks, height - 1
         bar_width = max(min(width - 38, 16), 4)
-        devices = [_gpu(g, bar_width) for g in telemetry.gpus]
+        devices = [_gpu(g, bar_width, width) for g in telemetry.gpus]
         if len(devices) + len(ranks) > room:
             devices = _packed(telemetry.gpus, width)
         host = _host(telemetry, bar_width)
@@ -70,15 +70,19 @@ class MachinePanel(Panel):
                 row.append((" slowest" if rank.rank == slow else " " * 8, "warn"))
         else:
             row.append((f"{'pid ' + str(rank.pid) if rank.pid else '':<12}", "dim"))
-        values = [f" CPU {rank.cpu:.0f}%"] if rank.pid else [" elsewhere"]
+        values = [f"CPU {rank.cpu:.0f}%"] if rank.pid else ["elsewhere"]
         if rank.peak_memory:
-            values.append(f"  peak {rank.peak_memory / 1e9:.1f} GB")
+            peak = f"peak {rank.peak_memory / 1e9:.1f} GB"
+            # On a GPU it says more than the processor; the process's memory is another one.
+            values.insert(0 if rank.on_gpu else 1, f"GPU {peak}" if rank.on_gpu else peak)
         if rank.pid:
-            now = "now " if rank.peak_memory else ""
-            values.append(f"  {now}{rank.memory / 1e9:.1f} GB")
+            which = ("host " if rank.on_gpu else "now ") if rank.peak_memory else ""
+            values.append(f"{which}{rank.memory / 1e9:.1f} GB")
+        gap = " "
         for value in values:
-            if row_width(row) + len(value) <= width:
-                row.append((value, ""))
+            if row_width(row) + len(gap + value) <= width:
+                row.append((gap + value, ""))
+                gap = "  "
         return row
 
 
@@ -133,14 +137,15 @@ def _percent(value: float | None) -> str:
     return "   –" if value is None else f"{value:3.0f}%"
 
 
-def _gpu(gpu: Gpu, width: int) -> Row:
-    row = [*_meter(f"GPU {gpu.index}", gpu.utilisation, width)]
+def _gpu(gpu: Gpu, bar_width: int, width: int) -> Row:
+    row = [*_meter(f"GPU {gpu.index}", gpu.utilisation, bar_width)]
     if gpu.memory_total:
         row.append((f"  {gpu.memory_used / 1e9:.1f}/{gpu.memory_total / 1e9:.0f} GB", ""))
     if gpu.temperature is not None:
         row.append((f"  {gpu.temperature:.0f}°C", _temperature_tone(gpu.temperature)))
-    if gpu.power is not None:
-        row.append((f"  {gpu.power:.0f} W", "dim"))
+    power = "" if gpu.power is None else f"  {gpu.power:.0f} W"
+    if row_width(row) + len(power) <= width:  # cut off it would be another number
+        row.append((power, "dim"))
     return row
 
 

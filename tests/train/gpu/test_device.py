@@ -189,6 +189,17 @@ def test_running_out_of_memory_is_reported_with_what_would_help_and_not_tried_ag
     assert "\n" not in failed.text
 
 
+def test_a_gpus_error_is_told_without_the_advice_for_writers_of_kernels():
+    error = torch.AcceleratorError(
+        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be "
+        "asynchronously reported at some other API call\n"
+    )
+    failed = failed_message(error, None, 0)
+    assert failed.text == "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+    assert "asynchronously" in failed.traceback
+    assert not failed.final  # a restart finds out whether the GPU works again
+
+
 def test_a_torch_for_cpus_gets_one_rank_on_a_machine_with_gpus(monkeypatch):
     monkeypatch.setattr(environment, "gpu_count", lambda: 4)
     built = torch.version.cuda is not None or torch.version.hip is not None

@@ -5,9 +5,10 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
+import torch
 
 from benchmarks.gpu import architectures, bench, check, decoding_speed, whole_runs
-from benchmarks.gpu.findings import Finding, Target, run_parts, write_results
+from benchmarks.gpu.findings import Finding, Results, Target, run_parts
 from benchmarks.task import write_models
 from engine import starter
 from engine.config import file as config_file
@@ -85,10 +86,45 @@ def test_a_part_that_raises_is_a_failed_finding_and_the_next_one_runs(tmp_path, 
     assert "no such kernel" in capsys.readouterr().out
 
 
-def test_results_are_written_as_json_and_as_a_paragraph(tmp_path):
-    found = [Finding("decoding", False, "8 ms", {"ms": 8.0}), Finding("tokens", True, "equal")]
-    path = write_results("check", found, folder=tmp_path)
-    document = json.loads(path.read_text())
+def test_results_are_written_after_each_finding_as_json_and_as_a_paragraph(tmp_path):
+    results = Results("check", folder=tmp_path)
+    counted = []
+
+    def part(_target):
+        yield Finding("decoding", False, "8 ms", {"ms": 8.0})
+        counted.append(len(json.loads(results.path.read_text())["findings"]))
+        yield Finding("tokens", True, "equal")
+
+    list(run_parts({"part": part}, Target(GPU, False, tmp_path), results.add))
+    assert counted == [1]  # as if a time limit had ended the process here
+    document = json.loads(results.path.read_text())
     assert [f["figures"] for f in document["findings"]] == [{"ms": 8.0}, {}]
-    paragraph = path.with_suffix(".md").read_text()
+    paragraph = results.path.with_suffix(".md").read_text()
     assert "1 of 2 as they should be; not: decoding" in paragraph
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_results_of_some_parts_do_not_replace_those_of_all(tmp_path):
+    paths = {Results("check", only, folder=tmp_path).path.name for only in ("", "8-bit", "QLoRA")}
+    assert len(paths) == 3
+
+
+@pytest.mark.parametrize("program", [check, bench])
+def test_a_part_that_does_not_exist_is_an_error_that_names_all(program, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["program", "--only", "nonsense"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    assert "decoding" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("program", "only"), [(check, "sampling"), (bench, "iterations")])
+def test_without_a_gpu_a_command_says_so_and_writes_nothing(
+    program, only, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("benchmarks.gpu.findings.RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["program", "--only", only])
+    assert program.main() == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no GPU here")
+    assert list(tmp_path.iterdir()) == []
