@@ -47,6 +47,7 @@ _NAMES = {
     "ppo.top_entropy": "top_entropy_quantile",
     "ppo.off_policy_mask": "off_policy_mask_threshold",
     "ppo.rollout_correction": "vllm_importance_sampling_mode is_correction_type rollout_is",
+    "ppo.rollout_correction_normalise": "rollout_is_batch_normalize",
     "ppo.max_grad_norm": "max_norm grad_clip",
     "ppo.loss_aggregation": "loss_type loss_agg_mode",
     "kl.beta": "kl_coef init_kl_coef init_coef kl_loss_coef coef",

@@ -297,6 +297,9 @@ REFUSED = {
     "a rate of no value function": (
         ["ppo.value_rate=10", "model.value=separate", "ppo.advantage=rloo"], "value_rate needs",
     ),
+    "a mean of no weights": (
+        ["ppo.rollout_correction_normalise=true"], "needs ppo.rollout_correction",
+    ),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number above 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),

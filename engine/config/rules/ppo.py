@@ -58,6 +58,8 @@ def _check_objective(config: RunConfig) -> None:
     if kl.importance_weighted and kl.place != "loss":
         raise ConfigError("kl.importance_weighted has no effect without kl.place: loss")
     _check_policy_loss(config)
+    if ppo.rollout_correction_normalise and ppo.rollout_correction == "none":
+        raise ConfigError("ppo.rollout_correction_normalise needs ppo.rollout_correction")
     if ppo.clip_cov and ppo.kl_cov:
         raise ConfigError("ppo.clip_cov and ppo.kl_cov are alternatives: leave one of them out")
     if not ppo.clip_cov_range[0] < ppo.clip_cov_range[1]:

@@ -174,6 +174,9 @@ class PPOConfig(Section, frozen=True):
     """Upper bound of the weight of `rollout_correction`."""
     rollout_correction_floor: Fraction = 0.0
     """Lower bound of that weight."""
+    rollout_correction_normalise: bool = False
+    """Divides those weights by their mean over the step's tokens, or over its responses if they
+    have one each, so that they do not shrink or stretch the update as a whole."""
     off_policy_mask: Positive | None = None
     """Leaves tokens of negative advantage out of the policy loss in a response that the policy
     has moved away from by more than this, in nats per token since it was sampled (DeepSeek-V3.2;

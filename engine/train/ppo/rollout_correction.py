@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.config.sections.ppo import PPOConfig
+from engine.train.ppo import masked
 from engine.train.ppo.advantages import Targets
 from engine.train.rollout.rollout import Rollout
 
@@ -65,8 +66,22 @@ def with_rollout_correction(targets: Targets, rollout: Rollout, config: PPOConfi
     """Adds the weights of `ppo.rollout_correction` to the targets."""
     if config.rollout_correction == "none":
         return targets
-    found = correction(targets.old_logprobs, rollout.logprobs, rollout.mask, config)
-    return dataclasses.replace(targets, token_weights=found.weights)
+    mask = rollout.mask
+    weights = correction(targets.old_logprobs, rollout.logprobs, mask, config).weights
+    if config.rollout_correction_normalise:
+        weights = normalised(weights, mask, config)
+    return dataclasses.replace(targets, token_weights=weights)
+
+
+def normalised(weights: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+    """Divides weights (B, T) by their mean over tokens, or over responses if they have one each.
+
+    Unchanged if all are 0. As `rollout_is_batch_normalize` in verl.
+    """
+    mean = masked.masked_mean(weights, mask)
+    if config.rollout_correction in ("sequence_truncate", "sequence_mask"):
+        mean = weights[:, 0].mean()  # a response has at least one token
+    return torch.where(mean > 0, weights / mean.clamp(min=1e-8), weights)
 
 
 def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[str, float]:
@@ -83,7 +98,7 @@ def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[s
     }
     if targets.token_weights is not None:
         found = correction(targets.old_logprobs, rollout.logprobs, mask, config)
-        metrics["policy/rollout_weight"] = targets.token_weights[mask].double().mean()
+        metrics["policy/rollout_weight"] = found.weights[mask].double().mean()
         metrics["policy/rollout_capped_frac"] = found.bounded[mask].double().mean()
     # Copied together, so that the host synchronises once.
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
