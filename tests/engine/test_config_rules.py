@@ -300,6 +300,9 @@ REFUSED = {
     "a mean of no weights": (
         ["ppo.rollout_correction_normalise=true"], "needs ppo.rollout_correction",
     ),
+    "limits of an entropy bonus that cross": (
+        ["ppo.entropy_coef_min=2"], r"entropy_coef_min \(2\) must be below",
+    ),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number above 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),

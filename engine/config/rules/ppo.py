@@ -58,6 +58,11 @@ def _check_objective(config: RunConfig) -> None:
     if kl.importance_weighted and kl.place != "loss":
         raise ConfigError("kl.importance_weighted has no effect without kl.place: loss")
     _check_policy_loss(config)
+    if not ppo.entropy_coef_min < ppo.entropy_coef_max:
+        raise ConfigError(
+            f"ppo.entropy_coef_min ({ppo.entropy_coef_min:g}) must be below ppo.entropy_coef_max "
+            f"({ppo.entropy_coef_max:g})"
+        )
     if ppo.rollout_correction_normalise and ppo.rollout_correction == "none":
         raise ConfigError("ppo.rollout_correction_normalise needs ppo.rollout_correction")
     if ppo.clip_cov and ppo.kl_cov:

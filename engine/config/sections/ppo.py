@@ -130,6 +130,8 @@ class PPOConfig(Section, frozen=True):
     bonus is left out (Skywork-OR1). It begins at `entropy_coef`. Default: the weight is fixed."""
     entropy_coef_step: Positive = 0.005
     """Change of the adapted weight in a step."""
+    entropy_coef_min: Coefficient = 0.0
+    """Lower limit of the adapted weight."""
     entropy_coef_max: Positive = 1.0
     """Upper limit of the adapted weight."""
     loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
