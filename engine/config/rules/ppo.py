@@ -76,6 +76,11 @@ def _check_objective(config: RunConfig) -> None:
             "without its adapters"
         )
     separate = ppo.traits.value_function and config.model.value == "separate"
+    if ppo.value_max_grad_norm is not None and not separate:
+        raise ConfigError(
+            "ppo.value_max_grad_norm needs model.value: separate: other value functions are "
+            "clipped with the policy, or not trained by gradients"
+        )
     if ppo.value_rate != 1 and not separate:
         raise ConfigError(
             "ppo.value_rate needs model.value: separate: other value functions have no transformer "

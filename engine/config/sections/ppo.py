@@ -230,6 +230,10 @@ class PPOConfig(Section, frozen=True):
     token, exceeds this. `policy/approxkl_avg` has the usual values. Default: never."""
     max_grad_norm: Positive = 1.0
     """Clips the norm of the gradient to this."""
+    value_max_grad_norm: Positive | None = None
+    """Clips the norm of the gradient of a separate value function (`model.value: separate`) to
+    this, and `max_grad_norm` then is for the policy alone. Default: `max_grad_norm` is for the
+    gradient of both together."""
 
     @property
     def traits(self) -> AdvantageTraits:
