@@ -24,6 +24,8 @@ class AdvantageTraits(Struct, frozen=True, kw_only=True):
     """Whether `ppo.baseline` has an effect."""
     greedy_baseline: bool = False
     """Whether it needs the scores of greedy responses to the step's prompts."""
+    squared_probs: bool = False
+    """Whether it needs the sum of the squared probabilities at each token."""
     whiten: bool = False
     """Default of `ppo.whiten`."""
     per_prompt: int = 1
@@ -39,6 +41,7 @@ ADVANTAGES = {
     "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "grpo_passk": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "opo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
+    "optimal_token_baseline": AdvantageTraits(per_prompt=8, least_per_prompt=2, squared_probs=True),
     "reinforce_plus_plus": AdvantageTraits(whiten=True),
     "remax": AdvantageTraits(greedy_baseline=True),
 }
@@ -64,15 +67,25 @@ class PPOConfig(Section, frozen=True):
     """The PPO objective and its optimisation."""
 
     advantage: Literal[
-        "gae", "reward", "rloo", "grpo", "grpo_passk", "opo", "reinforce_plus_plus", "remax"
+        "gae",
+        "reward",
+        "rloo",
+        "grpo",
+        "grpo_passk",
+        "opo",
+        "optimal_token_baseline",
+        "reinforce_plus_plus",
+        "remax",
     ] = "gae"
     """Advantage estimator: `gae` uses a value function; `reward` uses the response's reward, less a
     baseline; `rloo` subtracts the mean reward of the prompt's other responses; `grpo` subtracts the
     mean reward of the prompt's responses and divides by their standard deviation; `grpo_passk`
     gives the best of them its lead over the second, so divided, and the others nothing; `opo`
-    subtracts their mean by length, in which each token counts alike; `reinforce_plus_plus` uses the
-    rewards from each token on, whitened over the batch; `remax` uses them less the score of a
-    greedy response to the prompt, which it generates in addition."""
+    subtracts their mean by length, in which each token counts alike; `optimal_token_baseline`
+    subtracts at each token the mean in which a response counts by the estimated variance of its
+    gradient up to there, which takes another forward pass; `reinforce_plus_plus` uses the rewards
+    from each token on, whitened over the batch; `remax` uses them less the score of a greedy
+    response to the prompt, which it generates in addition."""
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Passes over the rollout of a step. More epochs learn more from each response and move the
     policy further, until too many tokens are clipped (`policy/clipfrac_avg`)."""
@@ -184,7 +197,7 @@ class PPOConfig(Section, frozen=True):
     has moved away from by more than this, in nats per token since it was sampled (DeepSeek-V3.2;
     TRL's documentation starts at 0.5). Default: none."""
     gamma: Fraction = 1.0
-    """Discount γ (gae, reinforce_plus_plus and remax)."""
+    """Discount γ (gae, optimal_token_baseline, reinforce_plus_plus and remax)."""
     lam: Fraction | None = None
     """λ of generalised advantage estimation (gae only). Default: 0.95; 0.9 with `model.value:
     reward_model`, which predicts returns better."""
