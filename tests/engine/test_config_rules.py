@@ -306,6 +306,9 @@ REFUSED = {
     "a gradient of no value function": (
         ["ppo.value_max_grad_norm=1"], "value_max_grad_norm needs model.value: separate",
     ),
+    "no scale of no whitening": (
+        ["ppo.advantage=rloo", "ppo.whiten_scale=false"], "without ppo.whiten",
+    ),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number above 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),

@@ -52,6 +52,23 @@ def test_whitening_scales_by_the_deviation_of_the_whole_batch(batch, shift):
         assert abs(float(got[i, t]) - want) <= 1e-5 * (1 + abs(want)) + 1e-6 * scale
 
 
+@modest
+@given(masks(1))
+def test_whitening_without_its_scale_subtracts_the_mean(batch):
+    mask, x = batch
+    config = PPOConfig(advantage="reinforce_plus_plus", whiten=True, whiten_scale=False)
+    rows, nothing = len(x), torch.zeros_like(x)
+    inputs = AdvantageInputs(
+        torch.zeros(rows), x, nothing, nothing, mask, mask.sum(1), config, 1.0, 1, None
+    )
+    raw = advantages.rewards_to_go(inputs)
+    mean, _ = slow_moments(raw, mask)
+    got = make_targets(inputs).advantages
+    for i, t in kept(mask):
+        assert near(got[i, t], float(raw[i, t]) - mean, 32)
+    assert not got[~mask].any()
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0, 100.7, 1000.7])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 50)])
 @pytest.mark.parametrize("shift", [True, False])

@@ -63,6 +63,8 @@ def _check_objective(config: RunConfig) -> None:
             f"ppo.entropy_coef_min ({ppo.entropy_coef_min:g}) must be below ppo.entropy_coef_max "
             f"({ppo.entropy_coef_max:g})"
         )
+    if not ppo.whiten_scale and ppo.whiten is False:
+        raise ConfigError("ppo.whiten_scale: false has no effect without ppo.whiten: leave it out")
     if ppo.rollout_correction_normalise and ppo.rollout_correction == "none":
         raise ConfigError("ppo.rollout_correction_normalise needs ppo.rollout_correction")
     if ppo.clip_cov and ppo.kl_cov:

@@ -217,6 +217,8 @@ class PPOConfig(Section, frozen=True):
     whiten: bool | None = None
     """Whiten advantages over the global batch. Default: on for gae and reinforce_plus_plus, off
     otherwise."""
+    whiten_scale: bool = True
+    """Whether whitening divides by the deviation; false only subtracts the mean."""
     whiten_rewards: bool = False
     """Divide token rewards by their standard deviation (gae only)."""
     value_coef: Coefficient = 0.1

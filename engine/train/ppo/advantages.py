@@ -107,7 +107,8 @@ def make_targets(inputs: AdvantageInputs) -> Targets:
     targets = ESTIMATORS[inputs.config.advantage](inputs)
     advantages = targets.advantages
     if inputs.config.whiten:
-        advantages = masked.whiten(advantages, inputs.mask)
+        whiten = masked.whiten if inputs.config.whiten_scale else masked.centre
+        advantages = whiten(advantages, inputs.mask)
     if inputs.config.mask_truncated and inputs.ended is not None:
         advantages = advantages * inputs.ended[:, None]
     if inputs.config.top_entropy < 1 and inputs.entropies is not None:
