@@ -34,11 +34,11 @@ from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.output_layer import OutputLayer
-from engine.train.ppo import chunked_loss
+from engine.train.ppo import chunked_loss, optimise
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
-from engine.train.ppo.optimise import backward, clip_gradient
+from engine.train.ppo.optimise import backward
 from engine.train.ppo.update_stats import LossSums
 from engine.train.rollout.rollout import Rollout
 
@@ -483,7 +483,7 @@ def test_the_gradient_of_a_separate_value_function_can_be_clipped_apart(apart):
     squares = {True: 0.0, False: 0.0}
     for name, gradient in before.items():
         squares[name.startswith("value_")] += float((gradient**2).sum())
-    norm = clip_gradient(policy, *limits)
+    norm = optimise.clip_gradient(policy, *limits)
     whole = math.sqrt(squares[True] + squares[False])
     assert norm == pytest.approx(whole, rel=1e-5)
     factors = dict.fromkeys((True, False), 0.1 / whole)
