@@ -47,6 +47,8 @@ _NAMES = {
     "ppo.top_entropy": "top_entropy_quantile",
     "ppo.off_policy_mask": "off_policy_mask_threshold",
     "ppo.rollout_correction": "vllm_importance_sampling_mode is_correction_type rollout_is",
+    "ppo.rollout_rejection": "rollout_rs",
+    "ppo.rollout_rejection_limit": "rollout_rs_threshold",
     "ppo.rollout_correction_normalise": "rollout_is_batch_normalize",
     "ppo.max_grad_norm": "max_norm grad_clip",
     "ppo.loss_aggregation": "loss_type loss_agg_mode",

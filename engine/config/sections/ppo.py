@@ -192,6 +192,24 @@ class PPOConfig(Section, frozen=True):
     rollout_correction_normalise: bool = False
     """Divides those weights by their mean over the step's tokens, or over its responses if they
     have one each, so that they do not shrink or stretch the update as a whole."""
+    rollout_rejection: Literal[
+        "none",
+        "token_k2",
+        "token_k3",
+        "sequence_mean_k2",
+        "sequence_mean_k3",
+        "sequence_sum_k2",
+        "sequence_sum_k3",
+        "sequence_max_k2",
+        "sequence_max_k3",
+    ] = "none"
+    """Leaves out of the policy loss what was sampled with too different probabilities, with or
+    without `rollout_correction`: tokens whose estimate of the KL from the sampling distribution
+    (`k2` or `k3`, see `kl.estimator`) is above `rollout_rejection_limit`, or responses whose mean,
+    sum or maximum over tokens is (`rollout_rs` in verl)."""
+    rollout_rejection_limit: Positive | None = None
+    """The limit of `rollout_rejection`, in nats, which it needs. verl suggests 0.01 for
+    `sequence_mean_k3`."""
     off_policy_mask: Positive | None = None
     """Leaves tokens of negative advantage out of the policy loss in a response that the policy
     has moved away from by more than this, in nats per token since it was sampled (DeepSeek-V3.2;
