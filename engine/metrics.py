@@ -241,6 +241,9 @@ METRICS = (
     Metric("policy/rollout_capped_frac", "fraction of tokens",
            "tokens whose weight was beyond `ppo.rollout_correction_cap` or `_floor` (with "
            "`ppo.rollout_correction` only)"),
+    Metric("policy/rollout_rejected_frac", "fraction of tokens",
+           "tokens left out because they were sampled with too different probabilities (with "
+           "`ppo.rollout_rejection` only)", title="rollout, left out"),
     Metric("policy/off_policy_frac", "fraction of tokens",
            "tokens of negative advantage left out because their response is too far off policy "
            "(with `ppo.off_policy_mask` only)", title="off-policy, left out"),

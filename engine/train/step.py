@@ -60,12 +60,17 @@ def train_step(
             rows=rows, want="logits", report=report,
         )  # fmt: skip
         old_logprobs, old_values = old_policy_outputs(run, rollout, rows, report)
+        squared_probs: Tensor | None = None
+        if config.ppo.traits.squared_probs:
+            squared_probs = squared_probabilities(run, rollout, old_logprobs, rows, report)
     ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
     if recorded is None:
         check_rollout(run, step, rollout, old_logprobs, ref_logprobs)
 
     # 3. Advantages and returns, from the whole global batch.
-    targets = training_targets(run, step, experience, old_logprobs, ref_logprobs, old_values)
+    targets = training_targets(
+        run, step, experience, old_logprobs, ref_logprobs, old_values, squared_probs
+    )
 
     # 4. Epochs of clipped updates.
     if config.ppo.entropy_target is not None:
@@ -134,6 +139,35 @@ def old_policy_outputs(
     return logprobs, values
 
 
+def squared_probabilities(
+    run: Run,
+    rollout: Rollout,
+    old_logprobs: Tensor,
+    rows: Tensor,
+    report: ReportProgress = report_nothing,
+) -> Tensor:
+    """Computes Σ π_old² over the vocabulary at each token of a rollout; (B, T) float32.
+
+    With log π_τ(y) = z_y/τ − log Σ exp(z/τ), Σ π_τ² = exp(2·log π_τ(y) − log π_(τ/2)(y)) for any
+    token y. So a pass at half of the temperature is enough.
+
+    Args:
+        run: the run, before the step's update.
+        rollout: B responses of at most T tokens.
+        old_logprobs: (B, T), by the same policy at the rollout's temperature.
+        rows: the rows that this rank computes; (n,) int64.
+        report: called with (rows done, rows).
+    """
+    colder, _ = score_tokens(
+        run.policy, rollout, run.config.rollout.temperature / 2, run.config.ppo.micro_batch_size,
+        rows=rows, want="logits", report=report,
+    )  # fmt: skip
+    colder = run.ranks.all_reduce_sum(colder)
+    # Rounding must not make it larger than 1, or smaller than the sampled token's part of it.
+    squared = old_logprobs.exp() ** 2
+    return (2 * old_logprobs - colder).exp().clamp(max=1.0).maximum(squared) * rollout.mask
+
+
 def with_adapted_entropy_bonus(run: Run, rollout: Rollout) -> RunConfig:
     """Adapts the weight of the entropy bonus to the policy's entropy before its update.
 
@@ -153,6 +187,7 @@ def training_targets(
     old_logprobs: Tensor,
     ref_logprobs: Tensor,
     old_values: Tensor,
+    squared_probs: Tensor | None = None,
 ) -> Targets:
     """Computes the advantages and returns that the epochs train on.
 
@@ -165,6 +200,7 @@ def training_targets(
         old_logprobs: (B, T) float32, by the policy before its update.
         ref_logprobs: (B, T) float32.
         old_values: (B, T) float32.
+        squared_probs: (B, T) float32, for estimators that need them.
     """
     config, state, rollout = run.config, run.state, experience.rollout
     inputs = AdvantageInputs(
@@ -173,7 +209,7 @@ def training_targets(
         beta=config.kl.beta if config.kl.place == "reward" else 0.0,
         per_prompt=config.responses_per_prompt, baseline=state.baseline,
         kl_estimator=config.kl.estimator, greedy_scores=experience.greedy_scores,
-        ended=rollout.ended, entropies=rollout.entropies,
+        ended=rollout.ended, entropies=rollout.entropies, squared_probs=squared_probs,
     )  # fmt: skip
     if experience.states is not None:
         inputs = with_fitted_values(run, step, experience.states, inputs)

@@ -298,6 +298,20 @@ REFUSED = {
     "a rate of no value function": (
         ["ppo.value_rate=10", "model.value=separate", "ppo.advantage=rloo"], "value_rate needs",
     ),
+    "a mean of no weights": (
+        ["ppo.rollout_correction_normalise=true"], "needs ppo.rollout_correction",
+    ),
+    "limits of an entropy bonus that cross": (
+        ["ppo.entropy_coef_min=2"], r"entropy_coef_min \(2\) must be below",
+    ),
+    "a gradient of no value function": (
+        ["ppo.value_max_grad_norm=1"], "value_max_grad_norm needs model.value: separate",
+    ),
+    "no scale of no whitening": (
+        ["ppo.advantage=rloo", "ppo.whiten_scale=false"], "without ppo.whiten",
+    ),
+    "a rejection without a limit": (["ppo.rollout_rejection=token_k3"], "need each other"),
+    "a limit of no rejection": (["ppo.rollout_rejection_limit=0.01"], "need each other"),
     "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number above 1"),
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),

@@ -52,6 +52,23 @@ def test_whitening_scales_by_the_deviation_of_the_whole_batch(batch, shift):
         assert abs(float(got[i, t]) - want) <= 1e-5 * (1 + abs(want)) + 1e-6 * scale
 
 
+@modest
+@given(masks(1))
+def test_whitening_without_its_scale_subtracts_the_mean(batch):
+    mask, x = batch
+    config = PPOConfig(advantage="reinforce_plus_plus", whiten=True, whiten_scale=False)
+    rows, nothing = len(x), torch.zeros_like(x)
+    inputs = AdvantageInputs(
+        torch.zeros(rows), x, nothing, nothing, mask, mask.sum(1), config, 1.0, 1, None
+    )
+    raw = advantages.rewards_to_go(inputs)
+    mean, _ = slow_moments(raw, mask)
+    got = make_targets(inputs).advantages
+    for i, t in kept(mask):
+        assert near(got[i, t], float(raw[i, t]) - mean, 32)
+    assert not got[~mask].any()
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0, 100.7, 1000.7])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 50)])
 @pytest.mark.parametrize("shift", [True, False])
@@ -234,6 +251,47 @@ def test_opo_subtracts_the_group_s_mean_in_which_each_token_counts_alike(batch):
 
 
 @modest
+@given(st.integers(2, 3), st.sampled_from([1.0, 0.9]), st.data())
+def test_the_optimal_token_baseline_is_the_mean_by_the_squared_norms_so_far(group, gamma, data):
+    rows, width = group * data.draw(st.integers(1, 2)), data.draw(st.integers(1, 5))
+
+    def numbers(low, high):
+        n = rows * width
+        drawn = data.draw(st.lists(st.integers(low, high), min_size=n, max_size=n))
+        return torch.tensor(drawn).reshape(rows, width) / 64
+
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, width), min_size=rows, max_size=rows)))
+    old, ref, scores = numbers(-256, -1), numbers(-256, -1), numbers(-256, 256)[:, 0]
+    squared = torch.maximum(old.exp() ** 2, numbers(1, 64))
+    mask = masked.response_mask(lengths, width)
+    config = PPOConfig(advantage="optimal_token_baseline", gamma=gamma)
+    got = make_targets(
+        AdvantageInputs(
+            scores, old, ref, torch.zeros_like(old), mask, lengths, config, 0.25, group, None,
+            squared_probs=squared,
+        )
+    ).advantages  # fmt: skip
+    returns, weights = {}, {}
+    for i, n in enumerate(lengths.tolist()):
+        total = 0.0
+        for t in reversed(range(n)):
+            kl = float(old[i, t]) - float(ref[i, t])
+            total = gamma * total - 0.25 * kl + (float(scores[i]) if t == n - 1 else 0.0)
+            returns[i, t] = total
+        so_far = 0.0
+        for t in range(n):
+            so_far += 1 - 2 * math.exp(float(old[i, t])) + float(squared[i, t])
+            weights[i, t] = so_far
+    for (i, t), own in returns.items():
+        first = i - i % group
+        there = [(j, t) for j in range(first, first + group) if (j, t) in returns]
+        mean = sum(weights[p] * returns[p] for p in there) / (sum(weights[p] for p in there) + 1e-8)
+        want = own - (mean if len(there) > 1 else 0.0)
+        assert abs(float(got[i, t]) - want) <= 1e-3
+    assert not got[~mask].any()
+
+
+@modest
 @given(batches(3), st.sampled_from([1.0, 0.9]), st.sampled_from(["k1", "k2", "k3", "abs"]))
 def test_reinforce_plus_plus_sums_the_rewards_from_each_token_on(batch, gamma, estimator):
     lengths, old, ref, extra = batch
@@ -330,7 +388,7 @@ def inputs_of(scores, config, baseline=None, per_prompt=2):
     mask = torch.ones(b, 2, dtype=torch.bool)
     return AdvantageInputs(
         torch.tensor(scores), zeros, zeros, zeros, mask, lengths, config, 0.1, per_prompt, baseline,
-        greedy_scores=torch.arange(float(b)),
+        greedy_scores=torch.arange(float(b)), squared_probs=zeros,
     )  # fmt: skip
 
 

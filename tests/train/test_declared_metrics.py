@@ -18,6 +18,8 @@ EVERYTHING = (
     "rollout.per_prompt=2",
     "rollout.dynamic=true",
     "ppo.rollout_correction=truncate",
+    "ppo.rollout_rejection=token_k3",
+    "ppo.rollout_rejection_limit=0.01",
     "train.ema.decay=0.9",
 )
 NOT_NATIVE = {"time/sync"}

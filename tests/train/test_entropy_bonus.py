@@ -28,9 +28,10 @@ def test_the_weight_rises_below_the_target_and_falls_from_it_on():
     assert weights([0.4, 0.45, 0.5, 0.6]) == pytest.approx([0.014, 0.018, 0.014, 0.01])
 
 
-def test_the_weight_stays_between_0_and_its_limit():
+def test_the_weight_stays_between_its_limits():
     assert weights([0.1] * 4)[-1] == 0.02
     assert weights([0.9] * 4)[-1] == 0.0
+    assert weights([0.9] * 4, replace(CONFIG, entropy_coef_min=0.003))[-1] == 0.003
 
 
 def test_an_entropy_that_is_not_a_number_changes_nothing():

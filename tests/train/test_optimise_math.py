@@ -35,7 +35,7 @@ from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.output_layer import OutputLayer
-from engine.train.ppo import chunked_loss
+from engine.train.ppo import chunked_loss, optimise
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
@@ -504,6 +504,27 @@ def test_during_value_warm_up_only_the_value_function_has_a_gradient(value):
     loss.backward()  # the policy loss has no gradient in the value function's weights
     of_value = {k: g for k, g in gradients(policy).items() if k.startswith("value_")}
     assert_same(fast(policy, minibatch, config, warming_up=True), (of_value, sums))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_the_gradient_of_a_separate_value_function_can_be_clipped_apart(apart):
+    policy, config = make_policy("separate"), run_config()
+    backward(SINGLE_RANK, policy, *make_minibatch(policy), ALL, config)
+    before = {k: p.grad.clone() for k, p in policy.named_parameters()}
+    limits = (0.1, 0.2) if apart else (0.1,)
+    squares = {True: 0.0, False: 0.0}
+    for name, gradient in before.items():
+        squares[name.startswith("value_")] += float((gradient**2).sum())
+    norm = optimise.clip_gradient(policy, *limits)
+    whole = math.sqrt(squares[True] + squares[False])
+    assert norm == pytest.approx(whole, rel=1e-5)
+    factors = dict.fromkeys((True, False), 0.1 / whole)
+    if apart:
+        factors = {False: 0.1 / math.sqrt(squares[False]), True: 0.2 / math.sqrt(squares[True])}
+    assert max(factors.values()) < 1
+    for name, parameter in policy.named_parameters():
+        want = before[name] * factors[name.startswith("value_")]
+        torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def rates(**of_train):

@@ -66,6 +66,7 @@ VARIANTS = {
     ),
     "gae, value function on the states of the reward model": ("model.value=reward_model",),
     "remax": ("ppo.advantage=remax", "rollout.per_prompt=2"),
+    "optimal token baseline": ("ppo.advantage=optimal_token_baseline", "rollout.per_prompt=2"),
     "gae, adapters": ("ppo.advantage=gae", "lora.rank=4"),
     "gae, separate value trunk, adapters": ("model.value=separate", "lora.rank=4"),
     "reward, adapters": ("ppo.advantage=reward", "lora.rank=4"),

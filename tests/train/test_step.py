@@ -20,7 +20,7 @@ from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
 from engine.train.reward_scales import reference_responses
 from engine.train.rewards.source import RewardInputs
-from engine.train.step import train_step
+from engine.train.step import squared_probabilities, train_step
 from tests.variants import some_of
 
 VARIANTS = {
@@ -46,6 +46,7 @@ VARIANTS = {
     ],
     "reinforce_plus_plus": ["ppo.advantage=reinforce_plus_plus", "kl.estimator=k2"],
     "opo": ["ppo.advantage=opo", "rollout.per_prompt=2"],
+    "optimal_token_baseline": ["ppo.advantage=optimal_token_baseline", "rollout.temperature=0.7"],
     "remax": ["ppo.advantage=remax", "rollout.per_prompt=2", "reward.normalise=reference"],
     "entropy bonus, dual clip, lambdas": [
         "ppo.entropy_coef=0.01",
@@ -157,6 +158,21 @@ def test_the_kl_with_recomputed_log_probabilities_is_zero_before_the_first_updat
     policy, _ = score_tokens(run.policy, rollout, 1.0, MicroBatchLimit(8))
     reference, _ = score_tokens(run.reference, rollout, 1.0, MicroBatchLimit(8))
     assert (policy - reference).sum(1).abs().max() < 1e-6
+
+
+def test_squared_probabilities_are_those_of_the_whole_distribution(make_run):
+    run, _ = make_run("rollout.temperature=0.7", "ppo.micro_batch_size=3")
+    rollout = rollout_of(run)
+    old = rollout.logprobs * rollout.mask
+    got = squared_probabilities(run, rollout, old, rollout.rows)
+    for i, prompt in enumerate(rollout.batch.prompts):
+        n = int(rollout.lengths[i])
+        ids = torch.tensor([prompt.ids + rollout.ids[i, : n - 1].tolist()])
+        with torch.no_grad():
+            logits, _ = run.policy(ids, torch.ones_like(ids), n, want="logits")
+        want = ((logits[0] / 0.7).softmax(-1) ** 2).sum(-1)
+        torch.testing.assert_close(got[i, :n], want, rtol=2e-3, atol=1e-6)
+        assert not got[i, n:].any()
 
 
 def test_the_reference_is_untouched_by_training(make_run):

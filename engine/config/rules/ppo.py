@@ -1,7 +1,7 @@
 """Rules between the keys of `ppo`, `kl` and the batch."""
 
 from engine.config.schema import RunConfig
-from engine.config.sections.ppo import POLICY_LOSS_RATIOS
+from engine.config.sections.ppo import POLICY_LOSS_RATIOS, PPOConfig
 from engine.errors import ConfigError
 
 
@@ -13,6 +13,9 @@ def check_ppo(config: RunConfig) -> None:
     """
     _check_batches(config)
     _check_objective(config)
+    _check_policy_loss(config)
+    _check_token_weights(config.ppo)
+    _check_value(config)
     if config.reward.in_groups:
         _check_scores_in_groups(config)
     _check_controller(config)
@@ -57,27 +60,18 @@ def _check_objective(config: RunConfig) -> None:
         )
     if kl.importance_weighted and kl.place != "loss":
         raise ConfigError("kl.importance_weighted has no effect without kl.place: loss")
-    _check_policy_loss(config)
-    if ppo.clip_cov and ppo.kl_cov:
-        raise ConfigError("ppo.clip_cov and ppo.kl_cov are alternatives: leave one of them out")
-    if not ppo.clip_cov_range[0] < ppo.clip_cov_range[1]:
-        low, high = ppo.clip_cov_range
-        raise ConfigError(f"ppo.clip_cov_range must rise: {low:g} is not below {high:g}")
+    if not ppo.entropy_coef_min < ppo.entropy_coef_max:
+        raise ConfigError(
+            f"ppo.entropy_coef_min ({ppo.entropy_coef_min:g}) must be below ppo.entropy_coef_max "
+            f"({ppo.entropy_coef_max:g})"
+        )
+    if not ppo.whiten_scale and ppo.whiten is False:
+        raise ConfigError("ppo.whiten_scale: false has no effect without ppo.whiten: leave it out")
     if kl.reference_update.every and config.lora.rank is not None:
         raise ConfigError(
             "kl.reference_update cannot be combined with lora.rank: the reference is the policy "
             "without its adapters"
         )
-    separate = ppo.traits.value_function and config.model.value == "separate"
-    if ppo.value_rate != 1 and not separate:
-        raise ConfigError(
-            "ppo.value_rate needs model.value: separate: other value functions have no transformer "
-            "of their own; ppo.value_head_rate is that of the head"
-        )
-    if ppo.value_init == "reward_model":
-        _check_value_init(config)
-    if config.linear_value:
-        _check_linear_value(config)
 
 
 def _check_policy_loss(config: RunConfig) -> None:
@@ -103,6 +97,19 @@ def _check_policy_loss(config: RunConfig) -> None:
         raise ConfigError("ppo.policy_loss: dro needs ppo.dro_beta, the weight of its penalty")
 
 
+def _check_token_weights(ppo: PPOConfig) -> None:
+    """Checks the keys that leave tokens out of the policy loss, or weight them."""
+    if (ppo.rollout_rejection != "none") != (ppo.rollout_rejection_limit is not None):
+        raise ConfigError("ppo.rollout_rejection and ppo.rollout_rejection_limit need each other")
+    if ppo.rollout_correction_normalise and ppo.rollout_correction == "none":
+        raise ConfigError("ppo.rollout_correction_normalise needs ppo.rollout_correction")
+    if ppo.clip_cov and ppo.kl_cov:
+        raise ConfigError("ppo.clip_cov and ppo.kl_cov are alternatives: leave one of them out")
+    if not ppo.clip_cov_range[0] < ppo.clip_cov_range[1]:
+        low, high = ppo.clip_cov_range
+        raise ConfigError(f"ppo.clip_cov_range must rise: {low:g} is not below {high:g}")
+
+
 def _check_scores_in_groups(config: RunConfig) -> None:
     given, traits = "normalise: group of a reward source", config.ppo.traits
     if config.responses_per_prompt < 2:
@@ -121,6 +128,25 @@ def _check_scores_in_groups(config: RunConfig) -> None:
                 f"reward.{key} cannot be combined with {given}, which already limits the scores: "
                 "leave it out"
             )
+
+
+def _check_value(config: RunConfig) -> None:
+    ppo = config.ppo
+    separate = ppo.traits.value_function and config.model.value == "separate"
+    if ppo.value_max_grad_norm is not None and not separate:
+        raise ConfigError(
+            "ppo.value_max_grad_norm needs model.value: separate: other value functions are "
+            "clipped with the policy, or not trained by gradients"
+        )
+    if ppo.value_rate != 1 and not separate:
+        raise ConfigError(
+            "ppo.value_rate needs model.value: separate: other value functions have no transformer "
+            "of their own; ppo.value_head_rate is that of the head"
+        )
+    if ppo.value_init == "reward_model":
+        _check_value_init(config)
+    if config.linear_value:
+        _check_linear_value(config)
 
 
 def _check_value_init(config: RunConfig) -> None:

@@ -24,6 +24,8 @@ class AdvantageTraits(Struct, frozen=True, kw_only=True):
     """Whether `ppo.baseline` has an effect."""
     greedy_baseline: bool = False
     """Whether it needs the scores of greedy responses to the step's prompts."""
+    squared_probs: bool = False
+    """Whether it needs the sum of the squared probabilities at each token."""
     whiten: bool = False
     """Default of `ppo.whiten`."""
     per_prompt: int = 1
@@ -39,6 +41,7 @@ ADVANTAGES = {
     "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "grpo_passk": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "opo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
+    "optimal_token_baseline": AdvantageTraits(per_prompt=8, least_per_prompt=2, squared_probs=True),
     "reinforce_plus_plus": AdvantageTraits(whiten=True),
     "remax": AdvantageTraits(greedy_baseline=True),
 }
@@ -64,15 +67,25 @@ class PPOConfig(Section, frozen=True):
     """The PPO objective and its optimisation."""
 
     advantage: Literal[
-        "gae", "reward", "rloo", "grpo", "grpo_passk", "opo", "reinforce_plus_plus", "remax"
+        "gae",
+        "reward",
+        "rloo",
+        "grpo",
+        "grpo_passk",
+        "opo",
+        "optimal_token_baseline",
+        "reinforce_plus_plus",
+        "remax",
     ] = "gae"
     """Advantage estimator: `gae` uses a value function; `reward` uses the response's reward, less a
     baseline; `rloo` subtracts the mean reward of the prompt's other responses; `grpo` subtracts the
     mean reward of the prompt's responses and divides by their standard deviation; `grpo_passk`
     gives the best of them its lead over the second, so divided, and the others nothing; `opo`
-    subtracts their mean by length, in which each token counts alike; `reinforce_plus_plus` uses the
-    rewards from each token on, whitened over the batch; `remax` uses them less the score of a
-    greedy response to the prompt, which it generates in addition."""
+    subtracts their mean by length, in which each token counts alike; `optimal_token_baseline`
+    subtracts at each token the mean in which a response counts by the estimated variance of its
+    gradient up to there, which takes another forward pass; `reinforce_plus_plus` uses the rewards
+    from each token on, whitened over the batch; `remax` uses them less the score of a greedy
+    response to the prompt, which it generates in addition."""
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Passes over the rollout of a step. More epochs learn more from each response and move the
     policy further, until too many tokens are clipped (`policy/clipfrac_avg`)."""
@@ -134,6 +147,8 @@ class PPOConfig(Section, frozen=True):
     bonus is left out (Skywork-OR1). It begins at `entropy_coef`. Default: the weight is fixed."""
     entropy_coef_step: Positive = 0.005
     """Change of the adapted weight in a step."""
+    entropy_coef_min: Coefficient = 0.0
+    """Lower limit of the adapted weight."""
     entropy_coef_max: Positive = 1.0
     """Upper limit of the adapted weight."""
     loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
@@ -178,12 +193,33 @@ class PPOConfig(Section, frozen=True):
     """Upper bound of the weight of `rollout_correction`."""
     rollout_correction_floor: Fraction = 0.0
     """Lower bound of that weight."""
+    rollout_correction_normalise: bool = False
+    """Divides those weights by their mean over the step's tokens, or over its responses if they
+    have one each, so that they do not shrink or stretch the update as a whole."""
+    rollout_rejection: Literal[
+        "none",
+        "token_k2",
+        "token_k3",
+        "sequence_mean_k2",
+        "sequence_mean_k3",
+        "sequence_sum_k2",
+        "sequence_sum_k3",
+        "sequence_max_k2",
+        "sequence_max_k3",
+    ] = "none"
+    """Leaves out of the policy loss what was sampled with too different probabilities, with or
+    without `rollout_correction`: tokens whose estimate of the KL from the sampling distribution
+    (`k2` or `k3`, see `kl.estimator`) is above `rollout_rejection_limit`, or responses whose mean,
+    sum or maximum over tokens is (`rollout_rs` in verl)."""
+    rollout_rejection_limit: Positive | None = None
+    """The limit of `rollout_rejection`, in nats, which it needs. verl suggests 0.01 for
+    `sequence_mean_k3`."""
     off_policy_mask: Positive | None = None
     """Leaves tokens of negative advantage out of the policy loss in a response that the policy
     has moved away from by more than this, in nats per token since it was sampled (DeepSeek-V3.2;
     TRL's documentation starts at 0.5). Default: none."""
     gamma: Fraction = 1.0
-    """Discount γ (gae, reinforce_plus_plus and remax)."""
+    """Discount γ (gae, optimal_token_baseline, reinforce_plus_plus and remax)."""
     lam: Fraction | None = None
     """λ of generalised advantage estimation (gae only). Default: 0.95; 0.9 with `model.value:
     reward_model`, which predicts returns better."""
@@ -203,6 +239,8 @@ class PPOConfig(Section, frozen=True):
     whiten: bool | None = None
     """Whiten advantages over the global batch. Default: on for gae and reinforce_plus_plus, off
     otherwise."""
+    whiten_scale: bool = True
+    """Whether whitening divides by the deviation; false only subtracts the mean."""
     whiten_rewards: bool = False
     """Divide token rewards by their standard deviation (gae only)."""
     value_coef: Coefficient = 0.1
@@ -229,6 +267,10 @@ class PPOConfig(Section, frozen=True):
     token, exceeds this. `policy/approxkl_avg` has the usual values. Default: never."""
     max_grad_norm: Positive = 1.0
     """Clips the norm of the gradient to this."""
+    value_max_grad_norm: Positive | None = None
+    """Clips the norm of the gradient of a separate value function (`model.value: separate`) to
+    this, and `max_grad_norm` then is for the policy alone. Default: `max_grad_norm` is for the
+    gradient of both together."""
 
     @property
     def traits(self) -> AdvantageTraits:

@@ -8,9 +8,10 @@ Shapes: B responses, T response tokens. Tensors are float32 unless their docstri
 Sources: Schulman et al. 2016 (GAE); Ziegler et al. 2019, arXiv 1909.08593 (the KL in the reward);
 Ahmadian et al. 2024 (RLOO); Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv
 2503.20783 (Dr. GRPO); Tang et al. 2025, arXiv 2503.19595 (pass@k); Hao et al. 2025, arXiv
-2505.23585 (OPO); Hu 2025, arXiv 2501.03262 (REINFORCE++); Li et al. 2023, arXiv 2310.10505 (ReMax);
-Yuan et al. 2025, arXiv 2503.01491 (VC-PPO) and Yue et al. 2025, arXiv 2504.05118 (VAPO); Huang et
-al. 2024, arXiv 2403.17031 (implementation details). docs/ppo.md has the formulas.
+2505.23585 (OPO); Li et al. 2026, arXiv 2602.07078 (OTB); Hu 2025, arXiv 2501.03262 (REINFORCE++);
+Li et al. 2023, arXiv 2310.10505 (ReMax); Yuan et al. 2025, arXiv 2503.01491 (VC-PPO) and Yue et al.
+2025, arXiv 2504.05118 (VAPO); Huang et al. 2024, arXiv 2403.17031 (implementation details).
+docs/ppo.md has the formulas.
 """
 
 import dataclasses
@@ -60,6 +61,8 @@ class AdvantageInputs:
     """(B,) bool: false where a response was truncated; only needed for `ppo.mask_truncated`."""
     entropies: Tensor | None = None
     """(B, T): entropy of each token's distribution; only needed for `ppo.top_entropy`."""
+    squared_probs: Tensor | None = None
+    """(B, T): Σ π_old² over the vocabulary at each token; set for estimators that declare it."""
 
     @property
     def token_kl(self) -> Tensor:
@@ -104,7 +107,8 @@ def make_targets(inputs: AdvantageInputs) -> Targets:
     targets = ESTIMATORS[inputs.config.advantage](inputs)
     advantages = targets.advantages
     if inputs.config.whiten:
-        advantages = masked.whiten(advantages, inputs.mask)
+        whiten = masked.whiten if inputs.config.whiten_scale else masked.centre
+        advantages = whiten(advantages, inputs.mask)
     if inputs.config.mask_truncated and inputs.ended is not None:
         advantages = advantages * inputs.ended[:, None]
     if inputs.config.top_entropy < 1 and inputs.entropies is not None:
@@ -201,6 +205,27 @@ def opo(inputs: AdvantageInputs) -> Targets:
     return Targets(inputs.old_logprobs, (outcomes - baseline)[:, None] * inputs.mask)
 
 
+def optimal_token_baseline(inputs: AdvantageInputs) -> Targets:
+    """OTB (Li et al. 2026): the sum of token rewards from each token on, minus a weighted mean.
+
+    The mean at a token is over the group's responses that are as long. The weight of a response is
+    Σ 1 − 2π + Σπ² over its tokens so far: the squared norm of the gradient of their log π with
+    respect to the logits. Where only one response is left there is no baseline, as in verl.
+    """
+    if inputs.squared_probs is None:
+        raise TypeError("optimal_token_baseline needs the sums of squared probabilities")
+    mask = inputs.mask
+    returns = rewards_to_go(inputs).double()
+    norms = (1 - 2 * inputs.old_logprobs.double().exp() + inputs.squared_probs.double()) * mask
+    weights = norms.cumsum(1) * mask
+    shape = (-1, inputs.per_prompt, mask.shape[1])
+    total = (weights * returns).view(shape).sum(1, keepdim=True)
+    means = total / (weights.view(shape).sum(1, keepdim=True) + 1e-8)
+    means = means * (mask.view(shape).sum(1, keepdim=True) > 1)
+    advantages = (returns.view(shape) - means).view(mask.shape) * mask
+    return Targets(inputs.old_logprobs, advantages.to(inputs.old_logprobs.dtype))
+
+
 def reinforce_plus_plus(inputs: AdvantageInputs) -> Targets:
     """REINFORCE++ (Hu 2025): the sum of token rewards from each token on.
 
@@ -234,6 +259,7 @@ ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
     "grpo": grpo,
     "grpo_passk": grpo_passk,
     "opo": opo,
+    "optimal_token_baseline": optimal_token_baseline,
     "reinforce_plus_plus": reinforce_plus_plus,
     "remax": remax,
 }

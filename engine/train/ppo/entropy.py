@@ -39,8 +39,8 @@ def adapt(bonus: EntropyBonus | None, entropy: float, config: PPOConfig) -> Entr
     """Returns the weight of a step with this entropy.
 
     It rises by `ppo.entropy_coef_step` if the entropy is below the target, else it falls by as
-    much, within [0, `ppo.entropy_coef_max`]. It begins at `ppo.entropy_coef`, again if an operator
-    changes that.
+    much, within [`ppo.entropy_coef_min`, `ppo.entropy_coef_max`]. It begins at `ppo.entropy_coef`,
+    again if an operator changes that.
 
     Args:
         bonus: that of the step before; None at the beginning.
@@ -51,7 +51,8 @@ def adapt(bonus: EntropyBonus | None, entropy: float, config: PPOConfig) -> Entr
     weight = bonus.weight if bonus is not None and bonus.began == began else began
     if target is not None and math.isfinite(entropy):
         weight += config.entropy_coef_step if entropy < target else -config.entropy_coef_step
-    return EntropyBonus(weight=min(max(weight, 0.0), config.entropy_coef_max), began=began)
+    weight = min(max(weight, config.entropy_coef_min), config.entropy_coef_max)
+    return EntropyBonus(weight=weight, began=began)
 
 
 def with_weight(config: PPOConfig, bonus: EntropyBonus, entropy: float) -> PPOConfig:

@@ -36,6 +36,12 @@ def statistics(x: Tensor, mask: Tensor) -> dict[str, Tensor]:
     }
 
 
+def centre(x: Tensor, mask: Tensor) -> Tensor:
+    """Shifts x (B, T) to mean 0 over the mask; 0 outside it."""
+    wide = x.double()  # see whiten
+    return ((wide - masked_mean(wide, mask)) * mask).to(x.dtype)
+
+
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Scales x (B, T) to variance 1 over the mask, and shifts it to mean 0.
 

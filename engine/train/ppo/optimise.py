@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -86,7 +87,7 @@ def optimise(
                 optimiser.zero_grad(set_to_none=True)
                 learner.eval()
                 return stats
-            norm = clip_gradient(learner, config.ppo.max_grad_norm)
+            norm = clip_gradient(learner, config.ppo.max_grad_norm, config.ppo.value_max_grad_norm)
             loss = sums.policy_loss + sums.value_loss
             finite = math.isfinite(loss) and math.isfinite(norm)
             if not finite or sums.ratio / sums.tokens > MAX_MEAN_RATIO:
@@ -103,11 +104,23 @@ def optimise(
     return stats
 
 
-def clip_gradient(learner: nn.Module, limit: float) -> float:
-    """Clips the global gradient norm to `limit`; returns the norm before clipping."""
+def clip_gradient(learner: nn.Module, limit: float, value_limit: float | None = None) -> float:
+    """Clips the global gradient norm to `limit`; returns the norm before clipping.
+
+    With `value_limit`, the value function's gradient is clipped to that, apart from the others.
+    """
+    if value_limit is None:
+        return _clip(learner.parameters(), limit)
+    of_value: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in learner.named_parameters():
+        (of_value if _is_of_value(name) else others).append(parameter)
+    return math.hypot(_clip(others, limit), _clip(of_value, value_limit))
+
+
+def _clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
     # foreach: a few kernels for all parameters, including sharded ones.
-    norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit, foreach=True)
-    return float(full_tensor(norm))
+    return float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)))
 
 
 def backward(
@@ -388,5 +401,10 @@ def _policy_loss(
 def _drop_policy_gradients(learner: nn.Module) -> None:
     # With a gradient of 0 instead of None, momentum and weight decay would move the policy.
     for name, parameter in learner.named_parameters():
-        if "value_head." not in name and "value_trunk." not in name:
+        if not _is_of_value(name):
             parameter.grad = None
+
+
+def _is_of_value(name: str) -> bool:
+    """Whether a learner's parameter is one of the value function, by its name."""
+    return "value_head." in name or "value_trunk." in name

@@ -3,20 +3,25 @@
 Another engine, or generation in bfloat16, samples from a distribution μ that differs slightly from
 the policy π_old computed by the trainer. Since the policy loss divides by π_old, each token's loss
 is weighted by π_old/μ, of the token or of its whole response. No gradient flows through the weight.
+Tokens or responses for which the two are too far apart can be left out as well.
 
 Source: truncated importance sampling, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
 You Off-Policy RL Training"; a band of ratios, Ling Team 2025, arXiv 2510.18855 (IcePop);
 `token_truncate`, `token_mask`, `sequence_truncate` and `sequence_mask` in TRL; `seq-mask-tis` in
-OpenRLHF.
+OpenRLHF; rejection by an estimate of the KL, Liu, Li et al. 2025, "When Speed Kills Stability:
+Demystifying RL Collapse from the Training-Inference Mismatch", and `rollout_rs` in verl.
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from engine.config.sections.ppo import PPOConfig
+from engine.train.ppo import masked
 from engine.train.ppo.advantages import Targets
+from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 from engine.train.rollout.rollout import Rollout
 
 TAIL = 0.99
@@ -62,11 +67,54 @@ def correction(
 
 
 def with_rollout_correction(targets: Targets, rollout: Rollout, config: PPOConfig) -> Targets:
-    """Adds the weights of `ppo.rollout_correction` to the targets."""
-    if config.rollout_correction == "none":
-        return targets
-    found = correction(targets.old_logprobs, rollout.logprobs, rollout.mask, config)
-    return dataclasses.replace(targets, token_weights=found.weights)
+    """Adds the weights of `ppo.rollout_correction` and `ppo.rollout_rejection` to the targets."""
+    mask, weights = rollout.mask, targets.token_weights
+    if config.rollout_correction != "none":
+        weights = correction(targets.old_logprobs, rollout.logprobs, mask, config).weights
+        if config.rollout_correction_normalise:
+            weights = normalised(weights, mask, config)
+    if config.rollout_rejection != "none":
+        out = rejected(targets.old_logprobs, rollout.logprobs, mask, config)
+        weights = torch.ones_like(rollout.logprobs) if weights is None else weights
+        weights = weights.masked_fill(out, 0.0)
+    return dataclasses.replace(targets, token_weights=weights)
+
+
+def rejected(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, config: PPOConfig
+) -> Tensor:
+    """Selects the tokens that `ppo.rollout_rejection` leaves out; (B, T) bool.
+
+    Those are tokens at which the estimate of KL(μ ‖ π_old) exceeds the limit, or all of a response
+    whose mean, sum or maximum of it does.
+
+    Args:
+        old_logprobs: (B, T): log π_old, by the trainer.
+        rollout_logprobs: (B, T): log μ, by the engine that sampled.
+        mask: (B, T) bool: the response tokens.
+        config: the kind, which must not be `none`, and the limit.
+    """
+    over, _, estimator = config.rollout_rejection.rpartition("_")
+    found = KL_ESTIMATORS[estimator]((rollout_logprobs - old_logprobs) * mask)
+    match over:
+        case "sequence_mean":
+            found = found.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        case "sequence_sum":
+            found = found.sum(1, keepdim=True)
+        case "sequence_max":
+            found = found.amax(1, keepdim=True)
+    return (found > (config.rollout_rejection_limit or math.inf)) & mask
+
+
+def normalised(weights: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
+    """Divides weights (B, T) by their mean over tokens, or over responses if they have one each.
+
+    Unchanged if all are 0. As `rollout_is_batch_normalize` in verl.
+    """
+    mean = masked.masked_mean(weights, mask)
+    if config.rollout_correction in ("sequence_truncate", "sequence_mask"):
+        mean = weights[:, 0].mean()  # a response has at least one token
+    return torch.where(mean > 0, weights / mean.clamp(min=1e-8), weights)
 
 
 def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[str, float]:
@@ -81,9 +129,12 @@ def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[s
         # k3: non-negative, and small where the two agree.
         "val/rollout_kl": (torch.expm1(gap) - gap).mean(),
     }
-    if targets.token_weights is not None:
+    if config.rollout_rejection != "none":
+        out = rejected(targets.old_logprobs, rollout.logprobs, mask, config)
+        metrics["policy/rollout_rejected_frac"] = out[mask].double().mean()
+    if config.rollout_correction != "none":
         found = correction(targets.old_logprobs, rollout.logprobs, mask, config)
-        metrics["policy/rollout_weight"] = targets.token_weights[mask].double().mean()
+        metrics["policy/rollout_weight"] = found.weights[mask].double().mean()
         metrics["policy/rollout_capped_frac"] = found.bounded[mask].double().mean()
     # Copied together, so that the host synchronises once.
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
