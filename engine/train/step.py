@@ -158,10 +158,10 @@ def squared_probabilities(
         rows: the rows that this rank computes; (n,) int64.
         report: called with (rows done, rows).
     """
+    limit, temperature = MicroBatchLimit.of(run.config, rollout), run.config.rollout.temperature / 2
     colder, _ = score_tokens(
-        run.policy, rollout, run.config.rollout.temperature / 2, run.config.ppo.micro_batch_size,
-        rows=rows, want="logits", report=report,
-    )  # fmt: skip
+        run.policy, rollout, temperature, limit, rows=rows, want="logits", report=report
+    )
     colder = run.ranks.all_reduce_sum(colder)
     # Rounding must not make it larger than 1, or smaller than the sampled token's part of it.
     squared = old_logprobs.exp() ** 2
