@@ -73,7 +73,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dual_clip: float | None = None
     entropy_coef: float = 0.0
     entropy_target: float | None = None
-    loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
+    loss_aggregation: Literal["token", "sequence", "sequence_sum", "sequence_sum_constant"] = (
+        "token"
+    )
     micro_batch_size: int | None = None
     """None in such a checkpoint, see :data:`ONCE_FIXED`."""
 

@@ -316,7 +316,8 @@ REFUSED = {
     "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
     "an entropy that is punished": (["ppo.entropy_coef=-1"], r"entropy_coef must be.*at least 0,"),
     "an unknown aggregation": (
-        ["ppo.loss_aggregation=mean"], "one of sequence, sequence_sum_constant, token",
+        ["ppo.loss_aggregation=mean"],
+        "one of sequence, sequence_sum, sequence_sum_constant, token",
     ),
     "an unknown estimator of the KL": (["kl.estimator=k4"], "one of abs, k1, k2, k3"),
     "an unknown place": (["kl.place=value"], "one of loss, reward"),

@@ -30,7 +30,7 @@ GROUP, LIMIT = 4, 6
 LENGTHS = torch.tensor([6, 2, 5, 1])
 AGGREGATION = {
     "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
-    "cispo": "token", "sapo": "sequence", "luspo": "sequence_sum_constant",
+    "cispo": "token", "sapo": "sequence", "luspo": "sequence_sum",
     "vespo": "token", "gmpo": "sequence",
 }  # fmt: skip
 """TRL's `loss_type` → `ppo.loss_aggregation`."""
@@ -186,8 +186,7 @@ def ours(trainer, inputs, case):
         loss = loss + case["beta"] * losses.weighted_sum(kl, mask, weights)
     if case["entropy"]:
         loss = loss - case["entropy"] * losses.weighted_sum(entropies, mask, weights)
-    # Theirs is the sum of a response's tokens, not divided by a constant.
-    return loss / size.tokens * (LIMIT if kind == "luspo" else 1)
+    return loss / size.tokens
 
 
 KEYS = ("loss_type", "ratio", "high", "delta", "beta", "entropy", "weighted", "limit")

@@ -90,6 +90,7 @@ def test_an_aggregation_is_the_mean_that_its_name_says(batch, name):
     want = {
         "token": sum(sums) / len(terms),
         "sequence": sum(s / k for s, k in zip(sums, lengths.tolist(), strict=True)) / n,
+        "sequence_sum": sum(sums) / n,
         "sequence_sum_constant": sum(s / 11 for s in sums) / n,
     }
     size = losses.MinibatchSize(tokens=len(terms), responses=n, max_new_tokens=11)

@@ -180,6 +180,7 @@ def slow_sums(policy, rollout, targets, rows, config):
         weight = {  # times tokens, because the sum is divided by them below
             "token": 1.0,
             "sequence": tokens / len(rows) / RESPONSES[i],
+            "sequence_sum": tokens / len(rows),
             "sequence_sum_constant": tokens / len(rows) / config.rollout.max_new_tokens,
         }[config.ppo.loss_aggregation]
         outputs = slow_outputs(policy, rollout, i, config.rollout.temperature)
@@ -295,6 +296,7 @@ def one_thread():
         {"policy_loss": "dppo_tv", "clip_range": 0.01, "clip_range_high": 0.02},
         {"policy_loss": "dppo_kl", "clip_range": 0.004, "dppo_ratio_cap": 1.2},
         {"policy_loss": "dro", "dro_beta": 0.7, "loss_aggregation": "sequence"},
+        {"ratio": "sequence_mean", "clip_range": 0.02, "loss_aggregation": "sequence_sum"},
         {"kl_cov": 0.1, "kl_cov_coef": 0.7, "loss_aggregation": "sequence"},
         {"off_policy_mask": 3.5, "kl": KLConfig(beta=0.5, **K3)},
         {"off_policy_mask": 3.5, "policy_loss": "cispo", "loss_aggregation": "sequence"},
@@ -321,6 +323,7 @@ def one_thread():
         "dppo_tv",
         "dppo_kl",
         "dro",
+        "mean ratio, sum",
         "kl_cov, sequence mean",
         "off-policy mask, k3",
         "off-policy mask, cispo, sequence mean",

@@ -151,10 +151,13 @@ class PPOConfig(Section, frozen=True):
     """Lower limit of the adapted weight."""
     entropy_coef_max: Positive = 1.0
     """Upper limit of the adapted weight."""
-    loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
+    loss_aggregation: Literal["token", "sequence", "sequence_sum", "sequence_sum_constant"] = (
+        "token"
+    )
     """How a minibatch's token losses are combined: `token` is their mean, `sequence` the mean over
-    responses of their means (GRPO), `sequence_sum_constant` the mean over responses of their sums
-    divided by `rollout.max_new_tokens` (Dr. GRPO)."""
+    responses of their means (GRPO), `sequence_sum` the mean over responses of their sums (LUSPO),
+    `sequence_sum_constant` the same divided by `rollout.max_new_tokens` (Dr. GRPO). Gradients of
+    `sequence_sum` are as many times larger, which matters for `max_grad_norm`."""
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     """The probability ratio of a token: its own, that of the whole response, or the geometric mean
     over the response's tokens (GSPO, whose paper clips to 1 - 3e-4 and 1 + 4e-4)."""

@@ -289,6 +289,11 @@ def sequence_mean(size: MinibatchSize, lengths: Tensor) -> Tensor | None:
     return size.tokens / (size.responses * lengths)
 
 
+def sequence_sum(size: MinibatchSize, lengths: Tensor) -> Tensor | None:
+    """The mean over responses of the sum over tokens, as in LUSPO and verl."""
+    return torch.full_like(lengths, size.tokens / size.responses, dtype=torch.float32)
+
+
 def sequence_sum_constant(size: MinibatchSize, lengths: Tensor) -> Tensor | None:
     """The mean over responses of the sum over tokens divided by a constant, the largest length."""
     weight = size.tokens / (size.responses * size.max_new_tokens)
@@ -300,6 +305,7 @@ Aggregation = Callable[[MinibatchSize, Tensor], Tensor | None]
 AGGREGATIONS: dict[str, Aggregation] = {
     "token": token_mean,
     "sequence": sequence_mean,
+    "sequence_sum": sequence_sum,
     "sequence_sum_constant": sequence_sum_constant,
 }
 """Aggregations of token losses to a minibatch's policy loss, by `ppo.loss_aggregation`.
