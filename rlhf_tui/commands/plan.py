@@ -13,7 +13,7 @@ from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError
 from engine.examined import examined
 from engine.journal.json_values import Json
-from engine.launch.environment import clean_environment
+from engine.launch.environment import rank_environment
 from engine.launch.inputs import check_inputs
 from engine.memory.advice import can_start, changes_to_fit, fits, room_for_micro_batch
 from engine.memory.capacity import Capacity, of_device
@@ -106,7 +106,7 @@ def read_models(config: RunConfig) -> Models:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "engine.train.models.shapes"],
         input=msgspec.json.encode(config),
-        env=clean_environment(),
+        env=rank_environment(config.launch),
         capture_output=True,
         timeout=SHAPES_TIMEOUT,
         check=False,
