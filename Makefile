@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # That of `make setup` if it is there: an image with torch needs no environment of ours.
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+# As for ranks: some images set it, and float32 products are then rounded.
+GPU_ENV := env -u TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
 STAMP := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
@@ -60,7 +62,7 @@ test-faults: $(STAMP)  ## break runs in every way there is, and count what is lo
 	$(BIN)/python -m tests.faults
 
 gpu-check:  ## what only a GPU can show; without one, its parts on a pretended one
-	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.check
+	$(GPU_ENV) $(GPU_PYTHON) -W ignore -m benchmarks.gpu.check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -97,7 +99,7 @@ bench: bench-extra  ## the engine against TRL, and the terminal's budgets (some 
 	$(BIN)/python -m benchmarks.many_runs
 
 gpu-bench:  ## speed on a GPU, and TRL's where it is installed (make bench-extra)
-	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.bench
+	$(GPU_ENV) $(GPU_PYTHON) -W ignore -m benchmarks.gpu.bench
 
 starter: $(STAMP)  ## build the starter models again (an hour or two)
 	$(BIN)/pip install -q -c constraints.txt -e '.[starter]'

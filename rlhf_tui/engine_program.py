@@ -12,7 +12,7 @@ import msgspec
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import RlhfError, UserInputError
 from engine.examined import examined
-from engine.launch.environment import clean_environment, rank_environment
+from engine.launch.environment import rank_environment
 from engine.protocol.programs.result import ProgramFailure
 
 END_TIMEOUT = 10.0
@@ -52,7 +52,7 @@ def run_engine_program(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=clean_environment() | rank_environment(launch),
+            env=rank_environment(launch),
         )
         try:
             result = _talk(program, msgspec.json.encode(given), on_line)

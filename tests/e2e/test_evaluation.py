@@ -45,7 +45,7 @@ def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab,
     held_out.write_text('{"prompt": "The sound"}\n')
     keys = (f"eval.prompts={held_out}", "eval.every=1", "reward.retries=0", "reward.mix=[]",
             "reward.function=late:score", "kl.reference_update={every: 1, mix: 1.0}",
-            "train.save_every=1", "train.keep_last=3", "train.best_metric=eval/kl")  # fmt: skip
+            "train.save_every=1", "train.keep_last=3")  # fmt: skip
     run = lab.run(f"late-{ranks}", *keys, steps=3)
     (run.gate / "late.py").write_text(LATE)
     run.start()
@@ -66,8 +66,6 @@ def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab,
     assert list(curve) == [0, 1, 2, 3]
     assert curve[2] != 0, "it was measured before the reference became the policy"
     assert [r.prompt for r in responses] == ["The sound"]
-    if ranks == "stay":
-        assert run.checkpoint(2)["best"]["value"] == pytest.approx(curve[2])
 
 
 def test_an_evaluation_whose_judge_is_down_says_that_it_waits_and_keeps_the_rest(old, tmp_path):

@@ -89,18 +89,14 @@ class CheckpointManager:
         return seconds
 
     def evaluated(self, metrics: dict[str, float]) -> None:
-        """Adds an evaluation to the metrics of the finished step.
+        """Adds an evaluation to the metrics of the finished step, for its checkpoint.
 
-        If the step is saved already, it is saved again, so that its checkpoint is ranked by an
-        evaluation that was made up for. The step must be of this attempt: only then are its other
-        metrics, and its settings without later commands, known.
+        A checkpoint that is saved already stays as it is: until a second one were complete, the
+        step would have none.
         """
         best = self._run.config.train.best_metric
-        if best not in metrics or self._best is None:
-            return
-        self._best = MetricValue(best, metrics[best])
-        if self.has_begun_to_save(self._run.state.step):
-            self._start_save()
+        if best in metrics:
+            self._best = MetricValue(best, metrics[best])
 
     def seconds_to_save(self) -> float:
         """Estimates the duration of :meth:`save` from the longest save so far; 0 before the first.

@@ -228,9 +228,11 @@ def _find_gpu(launch: LaunchConfig) -> tuple[bool, str, str]:
     found = torch.cuda.device_count()
     if unusable:
         # The driver counts GPUs that this torch cannot use, for example if the driver is too old.
-        problem = f"torch cannot use the GPUs here: {unusable}; launch.device: cpu trains without"
+        problem = f"torch cannot use the GPUs here: {unusable}"
         if launch.device == "auto" and not launch.gpus and ranks == 1:
             problem, note = "", f"training on the CPU: {problem}"
+        else:
+            problem += "; launch.device: cpu trains without"
         found = 0
     elif launch.gpus and not found:
         named = ", ".join(map(str, launch.gpus))

@@ -1,14 +1,16 @@
 """Which device a rank takes, and what it says where that device cannot be used, or is full."""
 
+import json
 import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
 from engine.launch import environment
-from engine.launch.environment import ranks_per_node, torch_is_built_for_gpus
+from engine.launch.environment import STORE_VARIABLE, ranks_per_node, torch_is_built_for_gpus
 from engine.memory.capacity import Capacity
 from engine.protocol.rank_messages import Begin, Placed
 from engine.train.distributed import ranks
@@ -96,6 +98,35 @@ def test_transfers_between_gpus_that_a_driver_does_not_support_are_switched_off(
     RankGroup(LaunchConfig())
     assert os.environ["NCCL_P2P_DISABLE"] == "0"  # as the user has set it
     assert os.environ.pop("NCCL_IB_DISABLE") == "1"
+
+
+def test_each_of_several_ranks_tells_nccl_its_gpu(usable_gpu, monkeypatch, tmp_path):
+    usable_gpu()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv(STORE_VARIABLE, f"file:{tmp_path / 'store'}")
+    first = dist.FileStore(str(tmp_path / "store"), 2)
+    first.set("device/0", json.dumps([os.uname().nodename, True, ""]))
+    asked = {}
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **named: asked.update(named, backend=backend)
+    )
+    monkeypatch.setattr(dist, "new_group", lambda **named: named["backend"])
+    group = RankGroup(LaunchConfig(timeout=7.0))
+    assert asked["backend"] == "cuda:nccl,cpu:gloo"
+    assert asked["device_id"] == torch.device("cuda", 1)
+    assert (asked["rank"], asked["world_size"], asked["timeout"].seconds) == (1, 2, 7)
+    assert (group.group, group.checkpoint_group) == ("gloo", "gloo")
+
+
+def test_more_ranks_than_gpus_are_an_error_that_names_their_number(usable_gpu, monkeypatch):
+    usable_gpu()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserInputError, match=r"3 ranks .* torch sees 1 GPU here: use"):
+        RankGroup(LaunchConfig(processes=3))
 
 
 @pytest.fixture
