@@ -140,11 +140,16 @@ def gpu_count() -> int:
         return len(handles)
 
 
-def busy_gpus(chosen: list[int]) -> list[str]:
-    """A line for each chosen GPU (of all, if none is named) with over 1 GB in use."""
+def busy_gpus(chosen: list[int], first: int | None = None) -> list[str]:
+    """A line for each GPU of a run with over 1 GB in use.
+
+    Args:
+        chosen: `launch.gpus`; all, if none is named.
+        first: how many of them are used, from the first one on; all by default.
+    """
     gpus = []
     with gpu_handles(chosen) as handles:
-        for index, handle in enumerate(handles):
+        for index, handle in enumerate(handles[:first]):
             with suppress(pynvml.NVMLError):
                 gpus.append(_gpu(index, handle))
     return [

@@ -212,6 +212,7 @@ def test_only_the_gpus_that_a_scheduler_assigned_are_used_and_shown(
 def test_a_gpu_that_others_fill_is_named_if_it_is_one_of_the_runs(driver):
     assert busy_gpus([]) == busy_gpus([1, 2]) == ["GPU 1 (card 1) already holds 9.0 GB"]
     assert busy_gpus([0, 2]) == []
+    assert busy_gpus([0, 1], first=1) == []  # of another's, on a machine that is shared
 
 
 @pytest.mark.parametrize(
