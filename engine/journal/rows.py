@@ -224,6 +224,11 @@ class ReadyEvent(Struct, frozen=True):
 
     notes: list[str] = []
     """Settings that are allowed but seldom intended; in the first attempt only."""
+    device: str = ""
+    """Rank 0's: `cpu`, or `cuda` with or without an index. Earlier versions may lack it."""
+    ranks: int = 1
+    strategy: str = ""
+    """`ddp` or `fsdp`."""
 
 
 class ReferenceEvent(Struct, frozen=True):

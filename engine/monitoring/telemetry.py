@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -18,29 +18,58 @@ from engine.protocol.rank_messages import RankTimes
 log = logging.getLogger("engine")
 
 
+class GpuReader:
+    """Reads the GPUs. A driver may take minutes to answer after a GPU has failed."""
+
+    def __init__(self) -> None:
+        # Kept open after the first reading: opening the driver costs more than a reading.
+        self._open = ExitStack()
+        self._handles: list[object] | None = None
+        self._silent: set[int] = set()
+
+    @property
+    def has_none(self) -> bool:
+        """Whether a reading has found that there are no GPUs."""
+        return self._handles == []
+
+    def read(self) -> list[Gpu]:
+        """Reads all GPUs that answer; logs once if one does not."""
+        if self._handles is None:
+            self._handles = self._open.enter_context(gpu_handles())
+        found = []
+        for index, handle in enumerate(self._handles):
+            try:
+                found.append(_gpu(index, handle))
+                self._silent.discard(index)
+            except pynvml.NVMLError as error:  # it has failed, for example
+                if index not in self._silent:
+                    log.warning("GPU %d does not answer: %s", index, error)
+                self._silent.add(index)
+        return found
+
+
 class Sampler:
     """Measures the machine's load. Cheap enough to call every few seconds."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens the GPUs' driver.
+        """Measures nothing yet.
 
         Args:
             folder: a folder on the disk whose free space is measured.
         """
         self._folder = folder
         self._ranks: dict[int, psutil.Process] = {}
-        self._silent: set[int] = set()
         psutil.cpu_percent()  # the first call only starts the measured interval
-        # Kept open: opening the driver costs more than a measurement.
-        self._open = ExitStack()
-        self._gpus = self._open.enter_context(gpu_handles())
 
-    def sample(self, rank_pids: dict[int, int], times: dict[int, RankTimes]) -> Telemetry:
+    def sample(
+        self, rank_pids: dict[int, int], times: dict[int, RankTimes], gpus: list[Gpu]
+    ) -> Telemetry:
         """Measures once.
 
         Args:
             rank_pids: rank → process id, of the ranks on this machine.
             times: rank → duration of the last step, of all ranks.
+            gpus: of :class:`GpuReader`.
         """
         memory = psutil.virtual_memory()
         disk = os.statvfs(self._folder)
@@ -55,18 +84,8 @@ class Sampler:
                 for rank in sorted(rank_pids | times)
                 if (load := self._rank(rank, rank_pids.get(rank), times.get(rank))) is not None
             ],
-            gpus=list(self._read_gpus()),
+            gpus=gpus,
         )
-
-    def _read_gpus(self) -> Iterator[Gpu]:
-        for index, handle in enumerate(self._gpus):
-            try:
-                yield _gpu(index, handle)
-                self._silent.discard(index)
-            except pynvml.NVMLError as error:  # it has failed, for example
-                if index not in self._silent:
-                    log.warning("GPU %d does not answer: %s", index, error)
-                self._silent.add(index)
 
     def _rank(self, rank: int, pid: int | None, times: RankTimes | None) -> RankLoad | None:
         load = RankLoad(rank=rank, pid=0, cpu=0.0, memory=0)
@@ -140,11 +159,16 @@ def gpu_count() -> int:
         return len(handles)
 
 
-def busy_gpus(chosen: list[int]) -> list[str]:
-    """A line for each chosen GPU (of all, if none is named) with over 1 GB in use."""
+def busy_gpus(chosen: list[int], first: int | None = None) -> list[str]:
+    """A line for each GPU of a run with over 1 GB in use.
+
+    Args:
+        chosen: `launch.gpus`; all, if none is named.
+        first: how many of them are used, from the first one on; all by default.
+    """
     gpus = []
     with gpu_handles(chosen) as handles:
-        for index, handle in enumerate(handles):
+        for index, handle in enumerate(handles[:first]):
             with suppress(pynvml.NVMLError):
                 gpus.append(_gpu(index, handle))
     return [

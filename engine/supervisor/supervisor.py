@@ -20,6 +20,7 @@ from engine.errors import JournalError
 from engine.journal.command_log import OF_START
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter, is_busy
+from engine.launch.environment import ranks_per_node, torch_is_built_for_gpus
 from engine.launch.secret import needs_secret, secret_of_run
 from engine.launch.start_checkpoints import adopted_checkpoint
 from engine.launch.start_options import StartOptions
@@ -159,8 +160,11 @@ class Supervisor:
         """Runs attempts until none follows; returns the exit code of the last one."""
         state, code = self.state, 0
         await self._journal_unlocked()
-        if self._config.launch.device != "cpu":
-            for text in busy_gpus(self._config.launch.gpus):
+        launch = self._config.launch
+        if launch.device != "cpu" and torch_is_built_for_gpus():
+            # Rollout engines can have further GPUs.
+            first = None if self._config.rollout.uses_vllm else ranks_per_node(launch)
+            for text in busy_gpus(launch.gpus, first):
                 self.publisher.notice("busy_gpu", text, self._journal.step)
         for text in missing_variables(self._notifier.channels):
             self.publisher.notice("notify", text, self._journal.step)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable
 from engine.config.schema import RunConfig
 from engine.journal.writer import JournalWriter
 from engine.monitoring.guardrails import Alert
-from engine.monitoring.telemetry import Sampler
-from engine.protocol.client_messages import Telemetry
+from engine.monitoring.telemetry import GpuReader, Sampler
+from engine.protocol.client_messages import Gpu, Telemetry
 from engine.protocol.rank_messages import FromRank, Phase, RankTimes, Ready
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.server import Server
+from engine.supervisor.threads import in_daemon_thread
 
 log = logging.getLogger("engine")
 
@@ -22,6 +23,8 @@ CHECK_INTERVAL = 5.0
 """Seconds between checks."""
 CHECKS_PER_ROW = 6
 """The journal keeps the telemetry of one in this many checks."""
+GPU_TIMEOUT = 10.0
+"""Seconds that a check waits for the GPUs' driver. Opening it takes seconds on some machines."""
 
 
 class Watchdog:
@@ -40,6 +43,9 @@ class Watchdog:
         self._server = server
         self._ranks = ranks
         self._sampler = Sampler(session.folder)
+        self._gpus = GpuReader()
+        self._reading: asyncio.Future[list[Gpu]] | None = None
+        self._driver_is_slow = False
         self._active_alerts: set[str] = set()
         self._times: dict[int, RankTimes] = {}
         self._last_check: float | None = None
@@ -98,7 +104,8 @@ class Watchdog:
             now = time.monotonic()
             self.check_silence(on_silence, now)  # first: it needs neither the disk nor the journal
             try:
-                self.latest = self._sampler.sample(self._ranks.pids, self._times)
+                gpus = await self._read_gpus()
+                self.latest = self._sampler.sample(self._ranks.pids, self._times, gpus)
                 self._server.send_to_watchers(self.latest)
                 if checks % CHECKS_PER_ROW == 0:
                     self._journal.record_telemetry(self.latest)
@@ -111,6 +118,30 @@ class Watchdog:
                     log.warning("cannot check the session: %s", problem)
             checks += 1
             await asyncio.sleep(CHECK_INTERVAL)
+
+    async def _read_gpus(self) -> list[Gpu]:
+        """Reads the GPUs; none while their driver does not answer.
+
+        Reads in a thread: the supervisor must answer commands, and notice ranks that hang, above
+        all when a GPU has failed.
+        """
+        if self._gpus.has_none:
+            return []
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(in_daemon_thread(self._gpus.read))
+        timeout = 0.0 if self._driver_is_slow else GPU_TIMEOUT
+        done, _ = await asyncio.wait({self._reading}, timeout=timeout)
+        if not done:
+            if not self._driver_is_slow:
+                log.warning("the GPUs' driver has not answered for %.0f s", GPU_TIMEOUT)
+            self._driver_is_slow = True
+            return []
+        reading, self._reading, self._driver_is_slow = self._reading, None, False
+        try:
+            return reading.result()
+        except RuntimeError as error:  # no thread can be started
+            log.debug("the GPUs cannot be read: %s", error)
+            return []
 
     def check_silence(self, on_silence: Callable[[int, float], None], now: float) -> None:
         """Looks for a hung rank once.

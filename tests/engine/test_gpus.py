@@ -12,7 +12,7 @@ from engine.config.sections.launch import LaunchConfig
 from engine.launch import environment
 from engine.launch.environment import rank_environment
 from engine.memory.capacity import of_device, of_gpus
-from engine.monitoring.telemetry import Sampler, busy_gpus, gpu_count
+from engine.monitoring.telemetry import GpuReader, busy_gpus, gpu_count
 from engine.nvml import silent_gpus
 
 GB = 10**9
@@ -54,7 +54,7 @@ def driver(monkeypatch):
         monkeypatch.setattr(pynvml, name, answer)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     yield
-    gc.collect()  # samplers close the driver, which is this one until here
+    gc.collect()  # readers close the driver, which is this one until here
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_segments_do_not_grow_where_drivers_fail_at_that(default_allocator, monk
     assert "PYTORCH_ALLOC_CONF" not in rank_environment(LaunchConfig())
 
 
-def test_a_gpu_is_shown_without_the_fields_that_it_does_not_support(driver, tmp_path):
-    gpus = Sampler(tmp_path).sample({}, {}).gpus
+def test_a_gpu_is_shown_without_the_fields_that_it_does_not_support(driver):
+    gpus = GpuReader().read()
     assert [g.index for g in gpus] == [0, 1, 2]
     assert gpus[1].memory_used == 9 * GB
     assert gpus[1].temperature == 50.0
@@ -120,27 +120,25 @@ def fail(monkeypatch, name, error, *, for_handle=None):
     monkeypatch.setattr(pynvml, name, failing)
 
 
-def test_a_gpu_that_fails_during_a_run_is_left_out_and_logged_once(
-    driver, tmp_path, monkeypatch, caplog
-):
-    sampler = Sampler(tmp_path)
+def test_a_gpu_that_fails_during_a_run_is_left_out_and_logged_once(driver, monkeypatch, caplog):
+    reader = GpuReader()
     fail(monkeypatch, "nvmlDeviceGetName", pynvml.NVML_ERROR_GPU_IS_LOST, for_handle=1)
     for _ in range(2):
-        assert [g.index for g in sampler.sample({}, {}).gpus] == [0, 2]
+        assert [g.index for g in reader.read()] == [0, 2]
     assert [r.getMessage() for r in caplog.records] == ["GPU 1 does not answer: GPU is lost"]
-    caplog.clear()  # the error in a record holds the sampler
+    caplog.clear()  # the error in a record holds the reader
 
 
-def test_a_gpu_that_has_failed_hides_no_other(driver, tmp_path, monkeypatch):
+def test_a_gpu_that_has_failed_hides_no_other(driver, monkeypatch):
     lost = pynvml.NVML_ERROR_GPU_IS_LOST
     fail(monkeypatch, "nvmlDeviceGetHandleByIndex", lost, for_handle=0)
-    assert [g.index for g in Sampler(tmp_path).sample({}, {}).gpus] == [1, 2]
+    assert [g.index for g in GpuReader().read()] == [1, 2]
     assert gpu_count() == 2
     assert silent_gpus() == ["GPU 0 does not answer: GPU is lost"]
     assert of_gpus([]).gpus == 2
 
 
-def test_an_old_driver_counts_its_own_memory_as_used(driver, tmp_path, monkeypatch):
+def test_an_old_driver_counts_its_own_memory_as_used(driver, monkeypatch):
     new = pynvml.nvmlDeviceGetMemoryInfo
 
     def old(handle, version=None):
@@ -148,16 +146,14 @@ def test_an_old_driver_counts_its_own_memory_as_used(driver, tmp_path, monkeypat
             raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
         return new(handle)
 
-    assert [g.memory_used // GB for g in Sampler(tmp_path).sample({}, {}).gpus] == [0, 9, 0]
+    assert [g.memory_used // GB for g in GpuReader().read()] == [0, 9, 0]
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", old)
-    assert [g.memory_used // GB for g in Sampler(tmp_path).sample({}, {}).gpus] == [1, 10, 1]
+    assert [g.memory_used // GB for g in GpuReader().read()] == [1, 10, 1]
 
 
-def test_a_gpu_that_uses_the_hosts_memory_is_shown_and_planned_with_the_hosts(
-    driver, tmp_path, monkeypatch
-):
+def test_a_gpu_that_uses_the_hosts_memory_is_shown_and_planned_with_the_hosts(driver, monkeypatch):
     fail(monkeypatch, "nvmlDeviceGetMemoryInfo", pynvml.NVML_ERROR_NOT_SUPPORTED)
-    assert [g.memory_total for g in Sampler(tmp_path).sample({}, {}).gpus] == [0, 0, 0]
+    assert [g.memory_total for g in GpuReader().read()] == [0, 0, 0]
     assert of_device("cuda", []).device == "cpu"
 
 
@@ -175,7 +171,7 @@ def test_capacity_is_that_of_the_smallest_and_of_the_fullest_chosen_gpu(driver, 
     assert of_gpus([7]) is None
 
 
-def test_of_gpus_that_are_divided_only_the_first_part_is_used(driver, tmp_path, monkeypatch):
+def test_of_gpus_that_are_divided_only_the_first_part_is_used(driver, monkeypatch):
     def part(gpu, index):
         if (gpu, index) != (1, 2):  # the others of seven places are empty
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
@@ -184,10 +180,10 @@ def test_of_gpus_that_are_divided_only_the_first_part_is_used(driver, tmp_path, 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMigMode", lambda gpu: [int(gpu == 1), 0])
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMaxMigDeviceCount", lambda _gpu: 7)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", part)
-    assert [g.name for g in Sampler(tmp_path).sample({}, {}).gpus] == ["card MIG of 1"]
+    assert [g.name for g in GpuReader().read()] == ["card MIG of 1"]
     assert gpu_count() == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
-    assert [g.name for g in Sampler(tmp_path).sample({}, {}).gpus] == ["card MIG-1"]
+    assert [g.name for g in GpuReader().read()] == ["card MIG-1"]
     assert gpu_count() == 1
 
 
@@ -202,16 +198,17 @@ def test_of_gpus_that_are_divided_only_the_first_part_is_used(driver, tmp_path, 
     ],
 )
 def test_only_the_gpus_that_a_scheduler_assigned_are_used_and_shown(
-    driver, tmp_path, monkeypatch, visible, names
+    driver, monkeypatch, visible, names
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [g.name for g in Sampler(tmp_path).sample({}, {}).gpus] == names
+    assert [g.name for g in GpuReader().read()] == names
     assert gpu_count() == len(names)
 
 
 def test_a_gpu_that_others_fill_is_named_if_it_is_one_of_the_runs(driver):
     assert busy_gpus([]) == busy_gpus([1, 2]) == ["GPU 1 (card 1) already holds 9.0 GB"]
     assert busy_gpus([0, 2]) == []
+    assert busy_gpus([0, 1], first=1) == []  # of another's, on a machine that is shared
 
 
 @pytest.mark.parametrize(

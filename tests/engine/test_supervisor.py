@@ -9,6 +9,7 @@ import pytest
 
 from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
+from engine.launch import environment
 from engine.launch.start_checkpoints import last_checkpoint
 from engine.launch.start_options import StartOptions
 from engine.protocol import rank_messages
@@ -25,9 +26,11 @@ from engine.protocol.rank_messages import (
     Ready,
     Unpaused,
 )
+from engine.supervisor import supervisor
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.server import receive
-from tests.engine.supervised import apply_pending, rank_connection
+from tests.engine.demo_config import demo
+from tests.engine.supervised import Engine, apply_pending, rank_connection
 
 # -- to pause --------------------------------------------------------------------------------------
 
@@ -384,3 +387,37 @@ async def test_a_rank_that_connected_after_another_had_left_is_waited_for(engine
     assert not ended
     attempt.rank_disconnected(2)
     await waiting
+
+
+# -- GPUs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("with_cuda", "overrides", "asked"),
+    [
+        (True, ["launch.processes=2"], [([], 2)]),
+        (True, ["launch.gpus=[4, 5]"], [([4, 5], 2)]),
+        (True, ["launch.gpus=[4]", "rollout.engine=vllm", "rollout.gpus=[5]"], [([4], None)]),
+        (True, ["launch.device=cpu"], []),
+        (False, [], []),  # a build of torch for CPUs
+    ],
+)
+async def test_a_run_warns_of_its_own_gpus_that_others_fill(
+    writer, monkeypatch, with_cuda, overrides, asked
+):
+    found = []
+
+    def busy(chosen, first):
+        found.append((chosen, first))
+        return ["GPU 4 already holds 9.0 GB"]
+
+    monkeypatch.setattr(supervisor, "busy_gpus", busy)
+    for module in (supervisor, environment):
+        monkeypatch.setattr(module, "torch_is_built_for_gpus", lambda: with_cuda)
+    writer.session.write_config(demo(*overrides))
+    engine = Engine(writer)
+    await engine.supervisor.run()
+    assert found == asked
+    with JournalReader(writer.session) as record:
+        alerts = [e.as_json()["text"] for e in record.events() if e.kind == "alert"]
+    assert alerts == ["GPU 4 already holds 9.0 GB"] * len(asked)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sqlite3
+import threading
 import time
 
 import psutil
@@ -13,6 +14,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.journal.reader import JournalReader
 from engine.launch.start_options import StartOptions
+from engine.protocol.client_messages import Gpu
 from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
 from engine.supervisor import watchdog as watchdog_module
 from engine.supervisor.processes import rank_processes
@@ -136,6 +138,35 @@ async def test_a_check_that_fails_again_for_the_same_reason_is_logged_once(
         "cannot check the session: database or disk is full",
         "cannot check the session: database is locked",
     ]
+
+
+async def test_a_driver_that_does_not_answer_stops_no_check(watch, monkeypatch, caplog):
+    """As after the failure of a GPU."""
+    answers = threading.Event()
+    gpu = Gpu(index=0, name="card", utilisation=5.0, memory_used=1, memory_total=2)
+
+    class Reader:
+        has_none = False
+
+        def read(self):
+            answers.wait()
+            return [gpu]
+
+    monkeypatch.setattr(watchdog_module, "GpuReader", Reader)
+    monkeypatch.setattr(watchdog_module, "GPU_TIMEOUT", 0.01)
+    monkeypatch.setattr(watchdog_module, "CHECK_INTERVAL", 0.001)
+    watchdog, silent = watch("launch.load_silence=1e-9"), []
+
+    def on_silence(rank, _seconds):
+        silent.append(rank)
+
+    task = asyncio.create_task(watchdog.run(on_silence, lambda _alert: None))
+    await until(lambda: len(silent) > 3)
+    assert watchdog.latest is not None and watchdog.latest.gpus == []
+    assert caplog.text.count("driver has not answered") == 1
+    answers.set()
+    await until(lambda: watchdog.latest.gpus == [gpu])
+    task.cancel()
 
 
 def concluded(writer, failure, *, at_once=False):

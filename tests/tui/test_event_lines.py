@@ -69,10 +69,15 @@ WINDOW = {"rule": "kl_high", "text": "KL is 7", "window": [1, 2], "samples": [{"
             event("attempt", attempt=2, from_step=4, fork={"from": "run", "step": 4}),
             "attempt: 2: forked from step 4 of run",
         ),
-        (event("ready", device="cpu"), "ready: models and data are loaded"),
+        (event("ready"), "ready: models and data are loaded"),
+        (event("ready", device="cuda"), "ready: models and data are loaded on a GPU"),
+        (
+            event("ready", device="cuda:0", ranks=8, strategy="fsdp"),
+            "ready: models and data are loaded by 8 ranks on GPUs, fsdp",
+        ),
         (
             event("ready", device="cpu", notes=["a chat model"]),
-            "ready: models and data are loaded; a chat model",
+            "ready: models and data are loaded on the CPU; a chat model",
         ),
         (event("of a newer version", a=1), 'of a newer version: {"a": 1}'),
     ],

@@ -108,10 +108,21 @@ def _describe(row: EventRow) -> tuple[str, str, Tone]:  # noqa: PLR0911 - one sh
             return "attempt", _attempt(row.payload), ""
         case ErrorEvent(text=text):
             return "error", text, "bad"
-        case ReadyEvent(notes=notes):
-            return "ready", "; ".join(["models and data are loaded", *notes]), ""
+        case ReadyEvent(notes=notes) as ready:
+            loaded = f"models and data are loaded{_placed(ready)}"
+            return "ready", "; ".join([loaded, *notes]), ""
         case _:  # another version may write kinds that this one does not know
             return row.kind, row.data, ""
+
+
+def _placed(ready: ReadyEvent) -> str:
+    """Where the models are; "" in journals of earlier versions."""
+    if not ready.device:
+        return ""
+    kind = "GPU" if ready.device.startswith("cuda") else "CPU"
+    if ready.ranks == 1:
+        return f" on {'a' if kind == 'GPU' else 'the'} {kind}"
+    return f" by {ready.ranks} ranks on {kind}s, {ready.strategy}"
 
 
 def _state(state: str, text: str) -> str:
