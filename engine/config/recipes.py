@@ -34,6 +34,7 @@ _TITLES = {
     "grpo": "GRPO: advantages within groups, KL in the loss (Shao et al. 2024)",
     "dr-grpo": "Dr. GRPO: GRPO without its biases of length and difficulty (Liu et al. 2025)",
     "gspo": "GSPO: GRPO with one ratio for a whole response (Zheng et al. 2025)",
+    "gmpo": "GMPO: GRPO with the geometric mean of a response's ratios (Zhao et al. 2025)",
     "dapo": "DAPO: clip-higher, dynamic sampling, overlong penalty (Yu et al. 2025)",
     "reinforce-plus-plus": "REINFORCE++: neither a value function nor groups (Hu 2025)",
     "ppo-ziegler": "PPO with an adaptive KL coefficient (Ziegler et al. 2019)",

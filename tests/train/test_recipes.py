@@ -35,7 +35,7 @@ SMALL = (
 
 def test_there_is_a_recipe_for_each_paper():
     names = {
-        "ppo-ziegler", "ppo-nplus", "grpo", "dr-grpo", "gspo", "gdpo", "dapo",
+        "ppo-ziegler", "ppo-nplus", "grpo", "dr-grpo", "gspo", "gmpo", "gdpo", "dapo",
         "reinforce-plus-plus", "vc-ppo",
     }  # fmt: skip
     assert set(RECIPES) == names

@@ -17,8 +17,8 @@ from rlhf_tui.commands import init as init_module
 from rlhf_tui.commands.init import init
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NO_RECIPES = {"hub", "operating", "own_reward", "smollm2", "word_problems"}
-"""Examples of models and rewards, rather than of a way to train."""
+NO_RECIPES = {"gdpo", "hub", "operating", "own_reward", "smollm2", "word_problems"}
+"""Examples of models and rewards, or of a way to train that needs several rewards."""
 
 
 def write(*arguments):
