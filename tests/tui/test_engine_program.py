@@ -3,7 +3,7 @@
 import json
 
 from engine.config.sections.launch import LaunchConfig
-from rlhf_tui.engine_program import stream_engine_program
+from rlhf_tui.engine_program import run_engine_program
 
 SHOWS = """
 import json, os, sys
@@ -18,7 +18,7 @@ def test_check_rounds_products_as_a_run_does(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     launch = LaunchConfig(device="cuda", gpus=[1])
-    result = stream_engine_program("shows_environment", given=launch, launch=launch, failed="")
+    result = run_engine_program("shows_environment", given=launch, launch=launch, failed="")
     found = json.loads(result)
     assert found["CUDA_VISIBLE_DEVICES"] == "1"
     assert found["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

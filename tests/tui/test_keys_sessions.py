@@ -72,7 +72,7 @@ async def test_p_pauses_the_highlighted_run_and_not_the_open_one(
         assert engine == [Pause()]
         assert app.session.name == "one"
         footer = app.screen.query_one(KeyFooter)
-        await until(pilot, lambda: "two: pause: applied" in footer.text(), "the notice")
+        await until(pilot, lambda: "two: paused" in footer.text(), "the notice")
 
 
 async def test_a_run_that_takes_no_steps_says_what_it_waits_for(
