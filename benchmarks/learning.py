@@ -54,7 +54,7 @@ BY_LENGTH = Ablation(
     "micro-batches by length",
     {
         f"engine.train.{module}.longest_first": textbook.longest_first
-        for module in ("ppo.optimise", "ppo.forward", "step")
+        for module in ("ppo.optimise", "ppo.forward", "experience.model_outputs")
     },
 )
 ALWAYS = [
@@ -83,7 +83,7 @@ ALWAYS = [
     ),
     Ablation(
         "log π of the rollout reused",
-        {"engine.train.step.old_policy_outputs": textbook.old_policy_outputs},
+        {"engine.train.experience.model_outputs.old_policy_outputs": textbook.old_policy_outputs},
     ),
     Ablation(
         "frozen models file-backed",

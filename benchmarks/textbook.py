@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.train.data.prompts import PromptBatch
 from engine.train.ppo import forward
-from engine.train.ppo.forward import MicroBatchLimit, score_tokens
+from engine.train.ppo.forward import MicroBatchLimit, TokenOutputs, score_tokens
 from engine.train.ppo.masked import response_mask
 from engine.train.rollout.rollout import Rollout, assemble, left_mask
 from engine.train.rollout.sampling import sample
@@ -38,8 +38,12 @@ def rollout_forward(
     *,
     want: str = "both",
     detach_trunk: bool = False,
-) -> tuple[Tensor, Tensor | None, int]:
+    entropies: bool = False,
+    **_of_chunks: Any,
+) -> TokenOutputs:
     """Pads all rows to the batch's longest and computes logits at the prompt positions too."""
+    if entropies:
+        raise ValueError("there is no plain version with entropies")
     prompts, responses = rollout.batch.ids[rows], rollout.ids[rows]
     width = responses.shape[1]
     tokens = torch.cat([prompts, responses], 1)
@@ -51,16 +55,18 @@ def rollout_forward(
         1,
     )
     logits, values = model(tokens, attention, tokens.shape[1], want=want, detach_trunk=detach_trunk)
-    values = None if values is None else values[:, -width - 1 : -1]
+    longest = int(rollout.lengths[rows].max())  # of these rows; the loss expects no more
+    if values is not None:
+        values = values[:, -width - 1 : -1][:, :longest]
     if logits is None or want == "values":
-        return torch.zeros(responses.shape, device=responses.device), values, width
+        return TokenOutputs(torch.zeros(len(rows), longest), values, None)
     # By way of the module, where a benchmark may have put another one.
     logprobs = forward.token_logprobs(logits[:, -width - 1 : -1], responses, temperature)  # type: ignore[attr-defined]  # imported there
-    return logprobs, values, width
+    return TokenOutputs(logprobs[:, :longest], values, None)
 
 
 def old_policy_outputs(
-    run: Run, rollout: Rollout, rows: Tensor, _states: Any = None
+    run: Run, rollout: Rollout, rows: Tensor, _report: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Computes log π_old and V_old in a separate forward pass."""
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
@@ -75,14 +81,11 @@ def generate(
     temperature: float,
     stop_criteria: StopCriteria,
     tokenizer: Any,
-    report: Any = None,
-    *,
-    per_prompt: int = 1,
-    at_once: int | None = None,
+    *_report: Any,
     sampling: str = "gumbel",
+    **_of_schedule: Any,
 ) -> Rollout:
     """Generates without a cache; every row is computed until the last response has ended."""
-    del report, per_prompt, at_once
     count, limit = uniforms.shape
     ids = torch.zeros(count, limit, dtype=torch.int64)
     floats = torch.zeros(3, count, limit)

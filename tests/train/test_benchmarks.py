@@ -1,4 +1,4 @@
-"""The functions that the learning benchmark replaces exist."""
+"""The learning benchmark replaces functions of the engine by plain ones of the same result."""
 
 import pkgutil
 
@@ -20,3 +20,12 @@ REPLACED = sorted(
 @pytest.mark.parametrize("name", REPLACED)
 def test_a_replaced_function_exists_under_its_dotted_name(name):
     assert callable(pkgutil.resolve_name(name))
+
+
+def test_plain_versions_of_all_optimised_functions_give_the_same_steps(tmp_path):
+    settings = ["rollout.batch_size=8", "rollout.max_new_tokens=12", "log.tensorboard=false"]
+    ours, plain = (
+        learning.run_scores(tmp_path, seed=0, steps=2, settings=settings, ablations=ablations)
+        for ablations in ([], learning.ALWAYS)
+    )
+    assert plain == pytest.approx(ours, abs=1e-3)

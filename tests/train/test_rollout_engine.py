@@ -27,6 +27,7 @@ from engine.protocol.rollout.messages import (
 )
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.experience.generation import generate_rollout
+from engine.train.experience.model_outputs import old_policy_outputs
 from engine.train.experience.rollout_check import check_weights, version_lag
 from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
@@ -41,7 +42,7 @@ from engine.train.rollout.vllm.updates import (
     without_expandable_segments,
 )
 from engine.train.rollout.vllm.weights import file_size, folder_with_room
-from engine.train.step import old_policy_outputs, train_step
+from engine.train.step import train_step
 from tests.train.stand_in_engine import no_report
 from tests.train.weights_file import write_weights
 

@@ -12,6 +12,7 @@ from engine import starter
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
 from engine.progress import report_nothing
 from engine.train.experience.generation import generate_rollout
+from engine.train.experience.model_outputs import squared_probabilities
 from engine.train.experience.rollout_check import check_first_rollout
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
@@ -20,7 +21,7 @@ from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
 from engine.train.reward_scales import reference_responses
 from engine.train.rewards.source import RewardInputs
-from engine.train.step import squared_probabilities, train_step
+from engine.train.step import train_step
 from tests.variants import some_of
 
 VARIANTS = {

@@ -15,7 +15,7 @@ from engine.train.experience.scoring import (
     score_groups,
     scores_for_training,
 )
-from engine.train.ppo.metrics import source_metrics
+from engine.train.ppo.metrics import group_metrics, source_metrics
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.token_states import TokenStates
 from engine.train.run import Run
@@ -41,9 +41,10 @@ class Experience:
     states: TokenStates | None
     """Hidden states of the reward model; None without `model.value: reward_model`."""
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """Metrics of the scores by source, of the rollout's age, and of additional responses."""
+    def metrics(self, step: int, per_prompt: int) -> dict[str, float]:
+        """Metrics of scores by source and group, of the rollout's age and additional responses."""
         metrics = source_metrics(self.parts)
+        metrics |= group_metrics(self.scores, self.training_scores, per_prompt)
         metrics[VERSION_LAG] = float(version_lag(self.rollout, step))
         if self.greedy_scores is not None:
             metrics["objective/greedy_scores"] = float(self.greedy_scores.mean())
