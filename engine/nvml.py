@@ -87,7 +87,14 @@ def _count() -> int:
 def _handle(entry: str) -> object:
     if entry.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(entry))
-    return pynvml.nvmlDeviceGetHandleByUUID(entry)
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(entry)
+    except pynvml.NVMLError:
+        for index in range(_count()):  # CUDA takes the beginning of an identifier as well
+            handle: object = pynvml.nvmlDeviceGetHandleByIndex(index)
+            if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(entry):
+                return handle
+        raise
 
 
 def _first_part(gpu: object) -> object | None:

@@ -70,8 +70,9 @@ class RankGroup:
         """The note is a sentence if `launch.device: auto` leaves GPUs of this machine unused."""
         if self.device_note:
             log.warning("%s", self.device_note)
-        if on_gpu and not check_cuda_p2p_ib_support():
-            # Older drivers report transfers between GPUs of this series that do not work:
+        # It runs nvidia-smi, so it is only asked about the GPUs that it is about.
+        if on_gpu and "RTX" in torch.cuda.get_device_name() and not check_cuda_p2p_ib_support():
+            # Older drivers report transfers between some of these GPUs that do not work:
             # accelerate refuses such a machine unless NCCL is told.
             for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
                 os.environ.setdefault(name, "1")

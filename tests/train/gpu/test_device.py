@@ -92,6 +92,7 @@ def test_transfers_between_gpus_that_a_driver_does_not_support_are_switched_off(
     usable_gpu, monkeypatch
 ):
     usable_gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(ranks, "check_cuda_p2p_ib_support", lambda: False)
     monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
     monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
