@@ -125,6 +125,17 @@ def driver_version() -> tuple[str, tuple[int, int]]:
         pynvml.nvmlShutdown()
 
 
+def driver_problem() -> str:
+    """Why the driver of this machine does not answer; "" if it does, or if there is none."""
+    try:
+        driver_version()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return ""  # as on a machine without a GPU
+    except pynvml.NVMLError as error:
+        return f"NVIDIA's driver does not answer ({error}): after an update of it, reboot"
+    return ""
+
+
 def silent_gpus() -> list[str]:
     """A line for each GPU that the driver has and that does not answer, with NVML's reason."""
     try:

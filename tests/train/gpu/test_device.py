@@ -3,6 +3,7 @@
 import json
 import os
 
+import pynvml
 import pytest
 import torch
 import torch.distributed as dist
@@ -145,6 +146,21 @@ def test_a_torch_for_cpus_on_a_machine_with_a_gpu_is_noted(torch_for_cpus):
     assert RankGroup(LaunchConfig(device="cpu")).device_note == ""
     with pytest.raises(UserInputError, match="built for CPUs only"):
         RankGroup(LaunchConfig(device="cuda"))
+
+
+def test_a_driver_that_does_not_answer_is_noted(torch_for_cpus, monkeypatch):
+    """As after an update of the driver: torch finds no GPU then, and says nothing."""
+
+    def mismatch():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(pynvml, "nvmlInit", mismatch)
+    assert "driver does not answer" in RankGroup(LaunchConfig()).device_note
+    with pytest.raises(UserInputError, match="after an update of it, reboot"):
+        RankGroup(LaunchConfig(device="cuda"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU is wanted
+    assert RankGroup(LaunchConfig()).device_note == ""
 
 
 def test_a_run_on_a_gpu_that_is_gone_does_not_go_on_on_the_cpu():
