@@ -87,7 +87,14 @@ def _count() -> int:
 def _handle(entry: str) -> object:
     if entry.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(entry))
-    return pynvml.nvmlDeviceGetHandleByUUID(entry)
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(entry)
+    except pynvml.NVMLError:
+        for index in range(_count()):  # CUDA takes the beginning of an identifier as well
+            handle: object = pynvml.nvmlDeviceGetHandleByIndex(index)
+            if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(entry):
+                return handle
+        raise
 
 
 def _first_part(gpu: object) -> object | None:
@@ -116,6 +123,17 @@ def driver_version() -> tuple[str, tuple[int, int]]:
         return str(pynvml.nvmlSystemGetDriverVersion()), (number // 1000, number % 1000 // 10)
     finally:
         pynvml.nvmlShutdown()
+
+
+def driver_problem() -> str:
+    """Why the driver of this machine does not answer; "" if it does, or if there is none."""
+    try:
+        driver_version()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return ""  # as on a machine without a GPU
+    except pynvml.NVMLError as error:
+        return f"NVIDIA's driver does not answer ({error}): after an update of it, reboot"
+    return ""
 
 
 def silent_gpus() -> list[str]:

@@ -151,14 +151,18 @@ def _driver_problems() -> list[str]:
     """What prevents torch from using the GPUs of this machine, as far as their driver knows."""
     import pynvml  # noqa: PLC0415 - only doctor needs it
 
-    from engine.nvml import driver_version, silent_gpus  # noqa: PLC0415 - as above
+    from engine.nvml import (  # noqa: PLC0415 - as above
+        driver_problem,
+        driver_version,
+        silent_gpus,
+    )
 
+    if problem := driver_problem():
+        return [problem]
     try:
         _, driver = driver_version()
-    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
-        return []  # as on a machine without a GPU
-    except pynvml.NVMLError as error:
-        return [f"NVIDIA's driver does not answer ({error}): after an update of it, reboot"]
+    except pynvml.NVMLError:  # there is none
+        return []
     found = silent_gpus()
     built_for = torch_cuda_version()
     if built_for is not None and built_for[0] > driver[0]:  # in a major version, any driver will do

@@ -30,6 +30,11 @@ def driver(monkeypatch):
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return index
 
+    def by_identifier(identifier):
+        if not identifier.startswith("MIG-"):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return identifier
+
     def memory(handle, version=None):
         """The first version of the query counts what the driver keeps for itself as used."""
         own = 0 if version else GB
@@ -41,7 +46,8 @@ def driver(monkeypatch):
         "nvmlShutdown": lambda: None,
         "nvmlDeviceGetCount": lambda: 3,
         "nvmlDeviceGetHandleByIndex": by_index,
-        "nvmlDeviceGetHandleByUUID": lambda identifier: identifier,
+        "nvmlDeviceGetHandleByUUID": by_identifier,
+        "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}{handle}{handle}",
         "nvmlDeviceGetIndex": lambda handle: handle if isinstance(handle, int) else unsupported(0),
         "nvmlDeviceGetName": lambda handle: f"card {handle}",
         "nvmlDeviceGetMemoryInfo": memory,
@@ -192,6 +198,7 @@ def test_of_gpus_that_are_divided_only_the_first_part_is_used(driver, monkeypatc
     [
         ("2,0", ["card 2", "card 0"]),
         ("MIG-1", ["card MIG-1"]),
+        ("GPU-2,GPU-00,GPU-9", ["card 2", "card 0"]),
         ("1,-1,2", ["card 1"]),
         ("1,5", ["card 1"]),
         ("", []),

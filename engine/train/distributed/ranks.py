@@ -27,6 +27,7 @@ from engine.examined import examined
 from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
 from engine.memory.capacity import of_gpus
+from engine.nvml import driver_problem, visible_gpus
 from engine.protocol.rank_messages import LEAVING_KEY, WAITING_KEY
 from engine.train.distributed.exchange import all_gather_bytes
 from engine.train.distributed.rank_store import RankStore
@@ -70,8 +71,9 @@ class RankGroup:
         """The note is a sentence if `launch.device: auto` leaves GPUs of this machine unused."""
         if self.device_note:
             log.warning("%s", self.device_note)
-        if on_gpu and not check_cuda_p2p_ib_support():
-            # Older drivers report transfers between GPUs of this series that do not work:
+        # It runs nvidia-smi, so it is only asked about the GPUs that it is about.
+        if on_gpu and "RTX" in torch.cuda.get_device_name() and not check_cuda_p2p_ib_support():
+            # Older drivers report transfers between some of these GPUs that do not work:
             # accelerate refuses such a machine unless NCCL is told.
             for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
                 os.environ.setdefault(name, "1")
@@ -255,10 +257,12 @@ def _is_built_for_gpus() -> bool:
 
 
 def _why_none() -> str:
-    """Why torch counts no GPU although the driver does; "" if that has another reason."""
-    if _is_built_for_gpus() or of_gpus([]) is None:
+    """Why torch counts no GPU although this machine may have one; "" if it has none to use."""
+    if visible_gpus() == []:
         return ""
-    return "it is built for CPUs only"
+    if _is_built_for_gpus():
+        return driver_problem()
+    return "it is built for CPUs only" if of_gpus([]) is not None else ""
 
 
 def _why_unusable() -> str:

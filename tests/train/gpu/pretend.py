@@ -398,6 +398,7 @@ def pretend_gpu():
             current_device=lambda: 0,
             get_arch_list=list,
             get_device_capability=lambda *_: (9, 0),
+            get_device_name=lambda *_: "a pretended GPU",
             CUDAGraph=Graph,
             graph=capture,
             graph_pool_handle=lambda: None,

@@ -3,6 +3,7 @@
 import json
 import os
 
+import pynvml
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,6 +93,7 @@ def test_transfers_between_gpus_that_a_driver_does_not_support_are_switched_off(
     usable_gpu, monkeypatch
 ):
     usable_gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(ranks, "check_cuda_p2p_ib_support", lambda: False)
     monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
     monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
@@ -144,6 +146,21 @@ def test_a_torch_for_cpus_on_a_machine_with_a_gpu_is_noted(torch_for_cpus):
     assert RankGroup(LaunchConfig(device="cpu")).device_note == ""
     with pytest.raises(UserInputError, match="built for CPUs only"):
         RankGroup(LaunchConfig(device="cuda"))
+
+
+def test_a_driver_that_does_not_answer_is_noted(torch_for_cpus, monkeypatch):
+    """As after an update of the driver: torch finds no GPU then, and says nothing."""
+
+    def mismatch():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(pynvml, "nvmlInit", mismatch)
+    assert "driver does not answer" in RankGroup(LaunchConfig()).device_note
+    with pytest.raises(UserInputError, match="after an update of it, reboot"):
+        RankGroup(LaunchConfig(device="cuda"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU is wanted
+    assert RankGroup(LaunchConfig()).device_note == ""
 
 
 def test_a_run_on_a_gpu_that_is_gone_does_not_go_on_on_the_cpu():
