@@ -390,6 +390,8 @@ def pretend_gpu():
         # As in torch's CPU build: that for CUDA would look for a driver.
         mock.patch("torch.accelerator.current_accelerator", lambda **_: None),
         mock.patch("torch.accelerator.synchronize", lambda *_: None),
+        # accelerate keeps the first device that it finds for the whole process.
+        mock.patch.dict("accelerate.state.PartialState._shared_state", clear=True),
         mock.patch.multiple(
             torch.cuda,
             init=lambda: None,

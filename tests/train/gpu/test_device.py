@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 import pynvml
 import pytest
@@ -19,6 +20,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.load_checks import check_device
 from engine.train.reports.setup_notes import dtype_note
 from engine.train.worker import failed_message
+from tests.train.gpu.pretend import GPU
 
 
 @pytest.fixture
@@ -59,6 +61,11 @@ def usable_gpu(monkeypatch):
             "get_device_name": "Tesla V100",
         }.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        # accelerate keeps the first device that it finds for the whole process.
+        monkeypatch.setattr(ranks, "PartialState", device_of)
+
+    def device_of(*, cpu):
+        return types.SimpleNamespace(device=torch.device("cpu") if cpu else GPU)
 
     return pretend
 
@@ -118,6 +125,7 @@ def test_each_of_several_ranks_tells_nccl_its_gpu(usable_gpu, monkeypatch, tmp_p
     )
     monkeypatch.setattr(dist, "new_group", lambda **named: named["backend"])
     group = RankGroup(LaunchConfig(timeout=7.0))
+    assert group.device == GPU
     assert asked["backend"] == "cuda:nccl,cpu:gloo"
     assert asked["device_id"] == torch.device("cuda", 1)
     assert (asked["rank"], asked["world_size"], asked["timeout"].seconds) == (1, 2, 7)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from engine.config.sections.reward_training import RewardTrainingConfig
@@ -22,7 +23,7 @@ from tests.variants import some_of
 
 
 def rank_on_gpu(launch):
-    ranks = RankGroup(launch)
+    ranks = RankGroup(replace(launch, device="cpu"))
     ranks.device = GPU
     return ranks
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from engine.config.sections.launch import LaunchConfig
 from engine.train.boundary import update_reference
+from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.native import backend as native
@@ -154,6 +156,13 @@ def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
                 mixed(x, y)
         with pytest.raises(TypeError):
             x.numpy()
+
+
+def test_the_pretend_gpu_is_found_by_a_rank_and_leaves_nothing_behind():
+    assert RankGroup(LaunchConfig(device="cpu")).device.type == "cpu"
+    with pretend_gpu():
+        assert RankGroup(LaunchConfig()).device.type == "cuda"
+    assert RankGroup(LaunchConfig(device="cpu")).device.type == "cpu"
 
 
 def test_the_pretend_gpu_replays_operators_on_the_memory_of_their_capture():
