@@ -74,6 +74,9 @@ def shown(found: Sequence[float]) -> str:
 
 def print_false_alarms(title: str, false: Counter[str], steps: int) -> None:
     """Prints how often rules were wrong."""
+    if not steps:
+        print(f"{title}: no healthy runs")
+        return
     rate = 1000 * false.total() / steps
     rules = ", ".join(f"{name} {count}" for name, count in false.most_common()) or "none"
     print(f"{title}: {rate:.2f} false alarms per 1,000 healthy steps ({steps:,} steps): {rules}")

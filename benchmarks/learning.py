@@ -120,10 +120,12 @@ TASKS: dict[str, tuple[list[str], list[list[Ablation]]]] = {
 def main() -> None:
     """Runs all variants and prints one row each."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="at least 4")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--whole", action="store_true", help="the starter task in full size")
     options = parser.parse_args()
+    if options.steps < QUARTERS:
+        parser.error(f"--steps must be at least {QUARTERS}: a column is a quarter of them")
     size = [] if options.whole else SMALL
     print(machine.describe())
     episodes = 64 if options.whole else 32

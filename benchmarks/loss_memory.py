@@ -55,12 +55,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Prints the peak and the seconds of one variant."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=options.vocabulary, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
+    model = build_model(options.vocabulary)
     tokens = torch.randint(options.vocabulary, (options.rows, options.length))
     if options.child != ALL:
         chunked_loss.MOST_LOGITS = int(options.child)
@@ -77,6 +72,16 @@ def measure(options: argparse.Namespace) -> None:
         f"process {whole / 1e9:.2f} GB, passes {(peak.highest - before) / 1e9:.2f} GB, "
         f"{min(seconds):.2f} s"
     )
+
+
+def build_model(vocabulary: int) -> Qwen2ForCausalLM:
+    """A small trunk with random weights and a wide output layer."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=vocabulary, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
 
 
 def step(model: Qwen2ForCausalLM, tokens: Tensor, most: str) -> None:

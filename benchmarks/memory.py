@@ -28,6 +28,7 @@ from transformers import (
     LlamaForSequenceClassification,
     Qwen2Config,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from engine import starter
 from engine.journal.reader import JournalReader
@@ -95,6 +96,7 @@ def main() -> int:
     print(f"torch {torch.__version__}, {device}\n")
     print(f"{'model':<9}{'estimate':>9}{'measured':>9}{'off':>8}  settings")
     worst, failed = 0.0, 0
+    disable_progress_bar()  # it would stand within the table
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for number, (model, settings) in enumerate(ON_CPU if options.device == "cpu" else ON_GPU):

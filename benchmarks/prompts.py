@@ -58,15 +58,16 @@ class Start:
 
 
 def main() -> None:
-    """Runs the three starts and prints a table; with `--start`, is one of them."""
+    """Runs the four starts and prints a table; with `--start`, is one of them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompts", type=int, default=1_000_000)
     parser.add_argument("--few", type=int, default=100)
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start is not None:
-        start(options.start)
-        return
+        sys.stdout.write(f"{' '.join(map(str, start(options.start)))}\n")
+        sys.stdout.flush()
+        os._exit(0)
     print(machine.describe(), "\n")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -99,14 +100,20 @@ def write_rows(folder: Path, count: int) -> Path:
     return path
 
 
-def measure(prompts: Path, folder: Path) -> Start:
-    """Starts a process that takes a step, and watches its memory."""
+def write_configuration(prompts: Path, folder: Path) -> Path:
+    """The configuration of a start with a file of prompts."""
     config = config_file.load(
         starter.FOLDER / "demo.yaml",
         [*SETTINGS, f"data.prompts={prompts}", f"data.cache={folder / 'cache'}"],
     )
     file = folder / "config.yaml"
     file.write_text(config_file.dump(config), encoding="utf-8")
+    return file
+
+
+def measure(prompts: Path, folder: Path) -> Start:
+    """Starts a process that takes a step, and watches its memory."""
+    file = write_configuration(prompts, folder)
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.prompts", "--start", str(file)],
@@ -138,8 +145,12 @@ def _watch(process: psutil.Process, peaks: list[float]) -> None:
         return
 
 
-def start(file: Path) -> None:
-    """Loads a run and takes a step, as a rank does; prints the seconds that prompts took."""
+def start(file: Path) -> tuple[float, float, float]:
+    """Loads a run and takes a step, as a rank does.
+
+    Returns:
+        The processor time of all, the seconds for the prompts, and the processor time for these.
+    """
     from engine.protocol.rank_messages import Begin  # noqa: PLC0415 - imports torch
     from engine.session.folder import create  # noqa: PLC0415
     from engine.train.distributed.ranks import RankGroup  # noqa: PLC0415
@@ -159,9 +170,7 @@ def start(file: Path) -> None:
                        announce)  # fmt: skip
         train_step(run, 1)
     (end, cpu_end), (begin, cpu_begin) = stages["load reward"], stages["load prompts"]
-    sys.stdout.write(f"{time.process_time()} {end - begin} {cpu_end - cpu_begin}\n")
-    sys.stdout.flush()
-    os._exit(0)
+    return time.process_time(), end - begin, cpu_end - cpu_begin
 
 
 if __name__ == "__main__":

@@ -87,15 +87,15 @@ class Engine:
         return reply
 
 
-def best(what: str, count: int, repetitions: int, run: Callable[[], object]) -> float:
-    """Seconds of the best repetition; prints tokens a second."""
+def best(what: str, count: int, repetitions: int, run: Callable[[], object]) -> None:
+    """Prints the seconds of the best repetition, and tokens a second if there are any."""
     seconds = []
     for _ in range(repetitions):
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
-    print(f"{what:<28} {min(seconds):8.2f} s  {count / min(seconds):8.0f} tokens/s", flush=True)
-    return min(seconds)
+    rate = f"  {count / min(seconds):8.0f} tokens/s" if count else ""
+    print(f"{what:<28} {min(seconds):8.2f} s{rate}", flush=True)
 
 
 def main() -> None:

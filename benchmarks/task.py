@@ -18,6 +18,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 SPECIAL = ("<eos>", "<pad>", "<unk>")
 
@@ -83,6 +84,7 @@ GPU_TASK = Task(HALF_BILLION, 64, 128, 256, 2, 1, 8)
 
 def write_models(folder: Path, task: Task) -> None:
     """Writes policy, value model, reward model, tokenizer and prompts.jsonl to `folder`."""
+    disable_progress_bar()  # it would stand within the tables
     torch.manual_seed(0)
     tokenizer = _tokenizer(task.shape.vocabulary)
     LlamaForCausalLM(task.shape.config()).save_pretrained(folder / "policy")

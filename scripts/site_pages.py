@@ -4,8 +4,8 @@ Pages link to each other, to examples and to results all over the repository. Th
 structure, so that the same links hold in the repository and on the site (`make site`, mkdocs.yml).
 """
 
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,4 +26,6 @@ def copy_pages(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    copy_pages(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m scripts.site_pages")
+    parser.add_argument("out", type=Path, help="folder, which is replaced")
+    copy_pages(parser.parse_args().out)

@@ -34,7 +34,7 @@ GROUPS = (
         "compare": "<d", "full-screen-compare": "z", "full-screen": "<z", "same-prompt": "<=",
         "probes": "<P", "probe-shown": "Enter", "held-out": "<E", "tokens-kl": "<E G v",
         "tokens-logprob": "v", "tokens-advantage": "v", "tokens-value": "v",
-        "filter": "v / b a d", "filtered": "Enter",
+        "filter": "v / g r e a t", "filtered": "Enter",
     },
 )  # fmt: skip
 """Keys that lead from one screen to the next, as :meth:`Terminal.press` takes them; `<` leaves what

@@ -7,11 +7,11 @@ tests/data/operating/NAME.json, by which a test holds the alerts of the page. A 
 there already is not run again. A run takes two to five minutes on a core.
 """
 
+import argparse
 import json
 import os
 import re
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 
@@ -84,13 +84,18 @@ def _rounded(value: float | None) -> float | None:
 
 def main() -> None:
     """Makes the named runs, by default all, and prints what the guard rails said."""
-    sessions, *names = sys.argv[1:]
-    root = Path(sessions).resolve()
+    parser = argparse.ArgumentParser(prog="python -m scripts.pictures.operating")
+    parser.add_argument("sessions", type=Path, help="folder of the runs; those in it are kept")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of the page")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(commands()):
+        parser.error(f"the page has no {', '.join(unknown)}, only {', '.join(commands())}")
+    root = given.sessions.resolve()
     with tempfile.TemporaryDirectory() as folder:
         # Not the operator's preferences.
         os.environ |= {"XDG_CONFIG_HOME": folder, "XDG_STATE_HOME": folder}
         for name, words in commands().items():
-            if names and name not in names:
+            if given.names and name not in given.names:
                 continue
             if not (root / name).exists():
                 os.chdir(ROOT)  # where the paths of the page begin

@@ -4,9 +4,9 @@ Starts the demo in a terminal, steers it as a person would, and writes what was 
 SVG. Time is compressed: a frame is taken at each step. Takes some minutes.
 """
 
+import argparse
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +88,11 @@ def keys_after() -> Iterator[tuple[str, float]]:
 
 def main() -> None:
     """Records, and writes the file."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else OUT
+    parser = argparse.ArgumentParser(prog="python -m scripts.pictures.recording")
+    parser.add_argument(
+        "out", type=Path, nargs="?", default=OUT, help="default: that of the README"
+    )
+    out: Path = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         sessions = Path(folder) / "sessions"
         os.environ |= {
