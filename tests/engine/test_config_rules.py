@@ -286,7 +286,8 @@ REFUSED = {
     "dppo by the ratio of a response": (
         ["ppo.policy_loss=dppo_tv", "ppo.ratio=sequence"], "set ppo.ratio: token",
     ),
-    "dro without a penalty": (["ppo.policy_loss=dro"], "needs ppo.dro_beta"),
+    "dro without a penalty": (["ppo.policy_loss=dro"], "dro and ppo.dro_beta.*need each other"),
+    "a penalty without dro": (["ppo.dro_beta=1"], "dro and ppo.dro_beta.*need each other"),
     "a clip range with dro": (
         ["ppo.policy_loss=dro", "ppo.dro_beta=1", "ppo.clip_range_high=0.3"], "leave them out",
     ),

@@ -94,8 +94,10 @@ def _check_policy_loss(config: RunConfig) -> None:
             f"ppo.policy_loss: {loss} is not defined for ppo.ratio: {ppo.ratio}: set ppo.ratio: "
             f"{needed}"
         )
-    if loss == "dro" and ppo.dro_beta is None:
-        raise ConfigError("ppo.policy_loss: dro needs ppo.dro_beta, the weight of its penalty")
+    if (loss == "dro") != (ppo.dro_beta is not None):
+        raise ConfigError(
+            "ppo.policy_loss: dro and ppo.dro_beta, the weight of its penalty, need each other"
+        )
 
 
 def _check_token_weights(ppo: PPOConfig) -> None:
