@@ -286,12 +286,26 @@ REFUSED = {
     "dppo by the ratio of a response": (
         ["ppo.policy_loss=dppo_tv", "ppo.ratio=sequence"], "set ppo.ratio: token",
     ),
-    "dro without a penalty": (["ppo.policy_loss=dro"], "needs ppo.dro_beta"),
+    "dro without a penalty": (["ppo.policy_loss=dro"], "dro and ppo.dro_beta.*need each other"),
+    "a penalty without dro": (["ppo.dro_beta=1"], "dro and ppo.dro_beta.*need each other"),
     "a clip range with dro": (
         ["ppo.policy_loss=dro", "ppo.dro_beta=1", "ppo.clip_range_high=0.3"], "leave them out",
     ),
     "two ways for one covariance": (
         ["ppo.clip_cov=0.1", "ppo.kl_cov=0.1"], "leave one of them out",
+    ),
+    "uncertain tokens of one ratio": (
+        ["ppo.top_entropy=0.2", "ppo.ratio=sequence_mean"], "top_entropy cannot leave out single",
+    ),
+    "tokens left out of one ratio": (
+        ["ppo.clip_cov=0.1", "ppo.policy_loss=gmpo", "ppo.ratio=sequence_mean"], "clip_cov cannot",
+    ),
+    "tokens masked in one ratio": (
+        ["ppo.rollout_correction=mask", "ppo.ratio=sequence"], "rollout_correction: mask cannot",
+    ),
+    "tokens rejected from one ratio": (
+        ["ppo.rollout_rejection=token_k3", "ppo.rollout_rejection_limit=1", "ppo.ratio=sequence"],
+        "rollout_rejection: token_k3 cannot",
     ),
     "covariances that fall": (["ppo.clip_cov_range=[5, 1]"], "5 is not below 1"),
     "a rate of no transformer": (["ppo.value_rate=10"], "needs model.value: separate"),

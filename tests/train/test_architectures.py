@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from engine import starter
 from engine.config import file as config_file
@@ -20,6 +21,7 @@ from engine.train.checkpoints.policy_folder import policy_files
 from engine.train.experience.generation import generate_rollout
 from engine.train.models.pretrained import DROPOUT_BEFORE
 from engine.train.ppo import chunked_loss
+from engine.train.rollout.native.kv_cache import preallocated_cache
 from engine.train.step import train_step
 from tests.train.architectures import ARCHITECTURES, write_model
 from tests.train.conftest import SMALL
@@ -73,6 +75,20 @@ def test_a_model_whose_log_probabilities_are_not_numbers_is_refused(make_run, tm
         run.policy.lm.lm_head.weight[5] = math.nan
     with pytest.raises(RlhfError, match="differ by nan nats"):
         train_step(run, 1)
+
+
+def test_a_router_that_is_noisy_in_training_mode_is_refused_where_that_is_used(make_run, tmp_path):
+    file = write_model(tmp_path / "mixtral", "mixtral") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"router_jitter_noise": 0.3}))
+    run, _ = make_run(*overrides(file.parent), "parallel.activation_checkpointing=true")
+    with pytest.raises(RlhfError, match=r"here with parallel\.activation_checkpointing"):
+        train_step(run, 1)
+
+
+def test_a_model_with_a_recurrent_state_is_refused_when_it_generates():
+    config = AutoConfig.for_model("qwen3_next", num_hidden_layers=4)
+    with pytest.raises(RlhfError, match="qwen3_next cannot generate here"):
+        preallocated_cache(config, 16)
 
 
 # Layers of the one have dropout as plain numbers; those of the other read the configuration.

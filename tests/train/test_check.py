@@ -14,7 +14,7 @@ from engine.memory.model import Layout
 from engine.protocol.programs.check_result import TimedStep
 from engine.train.check import check, planned_memory, reduced, suggested_value
 from engine.train.reports.setup_notes import (
-    ignored_value_keys,
+    ignored_keys,
     plain_prompts,
     slow_controller,
 )
@@ -161,12 +161,30 @@ def test_a_controller_that_is_too_slow_for_the_run_is_noted_with_one_that_is_not
             ["ppo.value_coef and ppo.value_head_rate have no effect"],
         ),
         (("ppo.value_coef=1", "ppo.value_clip=0.2"), []),
+        (
+            ("ppo.advantage=grpo", "ppo.value_clip=0.2", "ppo.lam=1"),
+            ["ppo.lam and ppo.value_clip have no effect without ppo.advantage: gae"],
+        ),
+        (("ppo.kl_cov_coef=2",), ["ppo.kl_cov_coef has no effect without ppo.kl_cov"]),
+        (("ppo.kl_cov_coef=2", "ppo.kl_cov=0.1"), []),
+        (
+            ("ppo.entropy_coef_min=0.1", "ppo.dppo_ratio_cap=5"),
+            [
+                "ppo.dppo_ratio_cap has no effect without ppo.policy_loss: dppo_tv or dppo_kl",
+                "ppo.entropy_coef_min has no effect without ppo.entropy_target",
+            ],
+        ),
     ],
 )
-def test_keys_of_the_value_loss_are_noted_where_there_is_none(overrides, begins):
+def test_keys_without_effect_beside_the_others_are_noted(overrides, begins):
     demo = config_file.load(starter.FOLDER / "demo.yaml", overrides)
-    found = [text.partition(" with model.value")[0] for text in ignored_value_keys(demo)]
+    found = [text.partition(" with model.value")[0] for text in ignored_keys(demo)]
     assert found == begins
+
+
+@pytest.mark.parametrize("file", sorted((starter.FOLDER.parents[1] / "examples").glob("*.yaml")))
+def test_no_recipe_sets_keys_without_effect(file):
+    assert ignored_keys(config_file.load(file)) == []
 
 
 @pytest.mark.parametrize(

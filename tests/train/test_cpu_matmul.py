@@ -78,6 +78,14 @@ def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_without_rows_has_a_result_without_rows():
+    model = nn.Sequential(nn.Linear(24, 16))
+    use_cpu_layers(model, SINGLE_RANK)
+    x = torch.zeros(3, 0, 24, requires_grad=True)
+    model(x).sum().backward()
+    assert model(x).shape == (3, 0, 16)
+
+
 @needs_onednn
 def test_an_output_layer_by_onednn_has_the_same_result(monkeypatch):
     monkeypatch.setattr(cpu_matmul, "ONEDNN_IS_QUICKER_IF_WIDE", True)

@@ -1,7 +1,7 @@
 """Rules between the keys of `ppo`, `kl` and the batch."""
 
 from engine.config.schema import RunConfig
-from engine.config.sections.ppo import POLICY_LOSS_RATIOS, PPOConfig
+from engine.config.sections.ppo import LOSSES_BY_RATIO, POLICY_LOSS_RATIOS, PPOConfig
 from engine.errors import ConfigError
 
 
@@ -15,6 +15,7 @@ def check_ppo(config: RunConfig) -> None:
     _check_objective(config)
     _check_policy_loss(config)
     _check_token_weights(config.ppo)
+    _check_token_selection(config.ppo)
     _check_value(config)
     if config.reward.in_groups:
         _check_scores_in_groups(config)
@@ -55,8 +56,8 @@ def _check_objective(config: RunConfig) -> None:
     kl, ppo = config.kl, config.ppo
     if kl.place == "loss" and kl.estimator == "k1" and not kl.importance_weighted:
         raise ConfigError(
-            "kl.place: loss needs kl.estimator: k2 or k3 (or kl.importance_weighted), because the "
-            "gradient of k1 is zero in expectation and would not hold the policy back"
+            "kl.place: loss needs kl.estimator: k2, k3 or abs (or kl.importance_weighted), because "
+            "the gradient of k1 is zero in expectation and would not hold the policy back"
         )
     if kl.importance_weighted and kl.place != "loss":
         raise ConfigError("kl.importance_weighted has no effect without kl.place: loss")
@@ -93,8 +94,10 @@ def _check_policy_loss(config: RunConfig) -> None:
             f"ppo.policy_loss: {loss} is not defined for ppo.ratio: {ppo.ratio}: set ppo.ratio: "
             f"{needed}"
         )
-    if loss == "dro" and ppo.dro_beta is None:
-        raise ConfigError("ppo.policy_loss: dro needs ppo.dro_beta, the weight of its penalty")
+    if (loss == "dro") != (ppo.dro_beta is not None):
+        raise ConfigError(
+            "ppo.policy_loss: dro and ppo.dro_beta, the weight of its penalty, need each other"
+        )
 
 
 def _check_token_weights(ppo: PPOConfig) -> None:
@@ -108,6 +111,28 @@ def _check_token_weights(ppo: PPOConfig) -> None:
     if not ppo.clip_cov_range[0] < ppo.clip_cov_range[1]:
         low, high = ppo.clip_cov_range
         raise ConfigError(f"ppo.clip_cov_range must rise: {low:g} is not below {high:g}")
+
+
+def _check_token_selection(ppo: PPOConfig) -> None:
+    """Checks that leaving out single tokens has an effect.
+
+    In a loss whose gradient passes through a ratio of the whole response, a token's loss has a
+    gradient for every token of the response: leaving it out only makes the response count less.
+    """
+    if ppo.ratio == "token" or ppo.policy_loss not in LOSSES_BY_RATIO:
+        return
+    selecting = {
+        "ppo.top_entropy": ppo.top_entropy < 1,
+        "ppo.clip_cov": ppo.clip_cov > 0,
+        "ppo.rollout_correction: mask": ppo.rollout_correction == "mask",
+        f"ppo.rollout_rejection: {ppo.rollout_rejection}": "token" in ppo.rollout_rejection,
+    }
+    for key, given in selecting.items():
+        if given:
+            raise ConfigError(
+                f"{key} cannot leave out single tokens with ppo.ratio: {ppo.ratio}, whose gradient "
+                "is that of the whole response: leave one of them out"
+            )
 
 
 def _check_scores_in_groups(config: RunConfig) -> None:

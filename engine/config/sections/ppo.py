@@ -57,6 +57,10 @@ POLICY_LOSS_RATIOS = {
 }
 """`ppo.policy_loss` → the only `ppo.ratio` that it is defined for. The others take any."""
 
+LOSSES_BY_RATIO = ("clipped", "sapo", "gmpo")
+"""The values of `ppo.policy_loss` whose gradient passes through the ratio. That of the others
+passes through the token's own log π."""
+
 DEFAULT_LAM = 0.95
 """`ppo.lam`, and with a fitted value function `ppo.lam_value`."""
 FITTED_VALUE_LAM = 0.9

@@ -93,7 +93,9 @@ def check_first_rollout(
 
     A model whose cache, positions or masks are misused still trains, but with wrong ratios. So the
     log-probabilities recorded while generating a few responses are compared with those of a full
-    forward pass. Also, before the first update the policy equals the reference: the KL must be 0.
+    forward pass as the update makes it: in training mode with activation checkpointing, in which
+    the routers of some mixtures of experts add noise. Also, before the first update the policy
+    equals the reference: the KL must be 0.
 
     Args:
         run: the run, before this attempt's first update.
@@ -106,6 +108,8 @@ def check_first_rollout(
     """
     few, name = rollout.rows[:4], type(run.policy.lm).__name__
     exact = run.config.model.dtype == "float32"
+    checkpointing = run.config.parallel.activation_checkpointing
+    run.policy.train(checkpointing)
     full, _ = score_tokens(
         run.policy,
         rollout.select(few),
@@ -113,6 +117,7 @@ def check_first_rollout(
         MicroBatchLimit(min(len(few), run.config.ppo.micro_batch_size)),
         want="logits",
     )
+    run.policy.eval()
     gaps = (full - rollout.logprobs[few] * rollout.mask[few]).abs()
     if not exact:
         gaps = gaps.sum(1) / rollout.lengths[few]
@@ -121,7 +126,8 @@ def check_first_rollout(
         raise RlhfError(
             f"{name}: log-probabilities while generating and in a full forward pass differ by "
             f"{gap:.2g} nats {'on a' if exact else 'per'} token, more than rounding explains: this "
-            "architecture cannot be trained safely here"
+            f"architecture cannot be trained safely here{' with' if checkpointing else ''}"
+            f"{' parallel.activation_checkpointing' if checkpointing else ''}"
         )
     kl = float(masked.sequence_kl(old_logprobs, ref_logprobs, rollout.mask).abs().mean())
     starts_at_reference = run.config.model.reference_is_policy and run.state.step == 0

@@ -83,7 +83,7 @@ def _linear(layer: nn.Linear, x: Tensor, *, in_place: bool) -> Tensor:
     """`nn.Linear.forward`, with custom products for plain float32 tensors on the CPU."""
     weight, bias = layer.weight, layer.bias
     plain = x.dtype == weight.dtype == torch.float32 and _is_on_cpu(weight)
-    if not plain or torch.is_autocast_enabled("cpu"):
+    if not plain or not x.numel() or torch.is_autocast_enabled("cpu"):
         return linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

@@ -31,7 +31,7 @@ def setup_notes(config: RunConfig, run: Run) -> list[str]:
         config: the configuration of the run.
         run: with its prompts and tokenizer loaded. Its own configuration may be a smaller one.
     """
-    return [*plain_prompts(run), *slow_controller(config), *ignored_value_keys(config)]
+    return [*plain_prompts(run), *slow_controller(config), *ignored_keys(config)]
 
 
 def plain_prompts(run: Run) -> list[str]:
@@ -63,27 +63,66 @@ def slow_controller(config: RunConfig) -> list[str]:
     ]
 
 
-def ignored_value_keys(config: RunConfig) -> list[str]:
-    """Returns a line if keys of the value loss are set, but the value function has no loss."""
-    if not config.linear_value:
-        return []
-    plain = PPOConfig()
-    unset = msgspec.structs.replace(
-        config.ppo, **{key: getattr(plain, key) for key in OF_THE_VALUE_LOSS}
-    )
-    default = complete(msgspec.structs.replace(config, ppo=unset)).ppo
-    given = [
-        f"ppo.{key}"
-        for key in OF_THE_VALUE_LOSS
-        if getattr(config.ppo, key) != getattr(default, key)
+def ignored_keys(config: RunConfig) -> list[str]:
+    """Returns a line for keys of `ppo` that are set, but have no effect beside the others."""
+    ppo = config.ppo
+    loss, advantage = ppo.policy_loss, ppo.advantage
+    groups: list[tuple[tuple[str, ...], bool, str]] = [
+        (
+            ("sapo_temperature", "sapo_temperature_negative"),
+            loss == "sapo",
+            "ppo.policy_loss: sapo",
+        ),
+        (
+            ("vespo_k", "vespo_lambda", "vespo_k_negative", "vespo_lambda_negative"),
+            loss == "vespo",
+            "ppo.policy_loss: vespo",
+        ),
+        (("dppo_ratio_cap",), loss.startswith("dppo"), "ppo.policy_loss: dppo_tv or dppo_kl"),
+        (
+            ("entropy_coef_step", "entropy_coef_min", "entropy_coef_max"),
+            ppo.entropy_target is not None,
+            "ppo.entropy_target",
+        ),
+        (("clip_cov_range",), ppo.clip_cov > 0, "ppo.clip_cov"),
+        (("kl_cov_coef",), ppo.kl_cov > 0, "ppo.kl_cov"),
+        (
+            ("rollout_correction_cap", "rollout_correction_floor"),
+            ppo.rollout_correction != "none",
+            "ppo.rollout_correction",
+        ),
+        (
+            ("lam", "lam_value", "lam_alpha", "whiten_rewards", *OF_THE_VALUE_LOSS),
+            ppo.traits.value_function,
+            "ppo.advantage: gae",
+        ),
+        (("baseline",), ppo.traits.baseline, "ppo.advantage: reward"),
+        (
+            ("scale_rewards",),
+            advantage in ("grpo", "grpo_passk"),
+            "ppo.advantage: grpo or grpo_passk",
+        ),
     ]
-    if not given:
-        return []
-    have = "has" if len(given) == 1 else "have"
+    without = [(keys, f"without {needed}") for keys, used, needed in groups if not used]
+    if config.linear_value:
+        fitted = (
+            "with model.value: reward_model, whose values are fitted to the returns and not "
+            "trained by a loss"
+        )
+        without.append((OF_THE_VALUE_LOSS, fitted))
     return [
-        f"{' and '.join(given)} {have} no effect with model.value: reward_model, whose values are "
-        "fitted to the returns and not trained by a loss"
+        f"{' and '.join(given)} {'has' if len(given) == 1 else 'have'} no effect {why}"
+        for keys, why in without
+        if (given := _given(config, keys))
     ]
+
+
+def _given(config: RunConfig, keys: tuple[str, ...]) -> list[str]:
+    """Returns those of these keys of `ppo` that differ from their defaults beside the others."""
+    plain = PPOConfig()
+    unset = msgspec.structs.replace(config.ppo, **{key: getattr(plain, key) for key in keys})
+    default = complete(msgspec.structs.replace(config, ppo=unset)).ppo
+    return [f"ppo.{k}" for k in keys if getattr(config.ppo, k) != getattr(default, k)]
 
 
 def dtype_note(device: torch.device, dtype: str, weights: int) -> str:

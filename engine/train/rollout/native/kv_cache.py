@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from engine.errors import RlhfError
+
 
 @dataclass
 class FixedLayer:
@@ -147,8 +149,17 @@ def preallocated_cache(
         config: the model's.
         capacity: number of positions, prompt plus response.
         cache_position: see :class:`PreallocatedLayer`.
+
+    Raises:
+        RlhfError: the model has layers with a recurrent state, of which transformers cannot drop
+            the rows of ended responses.
     """
     cache = DynamicCache(config=config)
+    if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
+        raise RlhfError(
+            f"{config.model_type} cannot generate here, because it has layers with a recurrent "
+            "state (state-space, linear attention or convolution): use a model without them"
+        )
     cache.layers = [
         PreallocatedLayer(capacity, cache_position) if type(layer) is DynamicLayer else layer
         for layer in cache.layers
