@@ -15,6 +15,11 @@ SIZE = {
 }  # fmt: skip
 WINDOW = {"sliding_window": 6}
 """Shorter than prompt and response, so that it matters."""
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ARCHITECTURES = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},
@@ -38,6 +43,21 @@ ARCHITECTURES = {
     },
     "phi3": {**SIZE, "sliding_window": None},
     "olmo2": SIZE,
+    "qwen3_5_text": {**SIZE, **DELTA_NET},
+    "qwen3_next": {
+        **SIZE, **DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+    "lfm2": {**SIZE, "layer_types": ["conv", "full_attention"], "block_ff_dim": 32},
+    "granitemoehybrid": {
+        **SIZE, **MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 2,
+        "num_experts_per_tok": 1, "shared_intermediate_size": 32,
+    },
+    "jamba": {
+        **SIZE, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
 }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from engine import starter
 from engine.config import file as config_file
@@ -21,16 +20,16 @@ from engine.train.checkpoints.policy_folder import policy_files
 from engine.train.experience.generation import generate_rollout
 from engine.train.models.pretrained import DROPOUT_BEFORE
 from engine.train.ppo import chunked_loss
-from engine.train.rollout.native.kv_cache import preallocated_cache
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.step import train_step
 from tests.train.architectures import ARCHITECTURES, write_model
 from tests.train.conftest import SMALL
 from tests.train.ranks.launch import run_ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
-EVERY_TIME = ("gpt2", "mistral", "qwen3_moe")
-"""Learnt positions and Conv1D; a window; experts. `make test-all` has all of them."""
-ON_TWO_RANKS = ("gpt2", "bloom", "gemma2", "qwen3_moe")
+EVERY_TIME = ("gpt2", "mistral", "qwen3_moe", "qwen3_5_text")
+"""Learnt positions and Conv1D; a window; experts; linear attention. `make test-all` has all."""
+ON_TWO_RANKS = ("gpt2", "bloom", "gemma2", "qwen3_moe", "qwen3_5_text")
 architectures = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=() if k in EVERY_TIME else pytest.mark.slow)
              for k in ARCHITECTURES],
@@ -85,10 +84,14 @@ def test_a_router_that_is_noisy_in_training_mode_is_refused_where_that_is_used(m
         train_step(run, 1)
 
 
-def test_a_model_with_a_recurrent_state_is_refused_when_it_generates():
-    config = AutoConfig.for_model("qwen3_next", num_hidden_layers=4)
-    with pytest.raises(RlhfError, match="qwen3_next cannot generate here"):
-        preallocated_cache(config, 16)
+def test_ended_responses_leave_a_batch_of_a_model_with_recurrent_states(make_run, tmp_path):
+    folder = write_model(tmp_path / "hybrid", "qwen3_5_text")
+    stops = ("rollout.stop=[' the', 'e', 'a']", "rollout.per_prompt=2")
+    run, _ = make_run(*overrides(folder), *stops)
+    rollout = generate_rollout(run, 1, lambda *_: None)
+    assert len(set(rollout.lengths.tolist())) > 1
+    scored, _ = score_tokens(run.policy, rollout, 1.0, MicroBatchLimit(4), want="logits")
+    assert (scored - rollout.logprobs)[rollout.mask].abs().max() < 1e-4
 
 
 # Layers of the one have dropout as plain numbers; those of the other read the configuration.

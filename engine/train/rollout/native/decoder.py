@@ -15,6 +15,7 @@ from engine.train.rollout.native.kv_cache import (
     PreallocatedLayer,
     full_attention_layers,
     preallocated_cache,
+    select_rows,
 )
 from engine.train.rollout.native.slots import Responses, Slots
 from engine.train.rollout.rollout import left_mask
@@ -219,7 +220,7 @@ class Decoder:
         logits, values = logits[:, 0], None if values is None else values[:, 0]
         if n > 1:
             index = torch.tensor([row // n - first for row in rows]).to(self._device)
-            cache.batch_select_indices(index)
+            select_rows(cache, index)
             logits, values = logits[index], None if values is None else values[index]
         index = torch.arange(rows.start, rows.stop, device=self._device)
         slots = Slots.of(self._responses, index, self._cache_length)
@@ -311,7 +312,7 @@ class Decoder:
             index = torch.tensor(keep).to(self._device)
             self._slots = self._slots.select(index)
             self._set_layer_lengths()
-            self._cache.batch_select_indices(index)
+            select_rows(self._cache, index)
 
     # -- the cache -----------------------------------------------------------------------------
 

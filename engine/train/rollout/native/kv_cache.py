@@ -7,8 +7,6 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from engine.errors import RlhfError
-
 
 @dataclass
 class FixedLayer:
@@ -149,17 +147,8 @@ def preallocated_cache(
         config: the model's.
         capacity: number of positions, prompt plus response.
         cache_position: see :class:`PreallocatedLayer`.
-
-    Raises:
-        RlhfError: the model has layers with a recurrent state, of which transformers cannot drop
-            the rows of ended responses.
     """
     cache = DynamicCache(config=config)
-    if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
-        raise RlhfError(
-            f"{config.model_type} cannot generate here, because it has layers with a recurrent "
-            "state (state-space, linear attention or convolution): use a model without them"
-        )
     cache.layers = [
         PreallocatedLayer(capacity, cache_position) if type(layer) is DynamicLayer else layer
         for layer in cache.layers
@@ -171,3 +160,13 @@ def full_attention_layers(cache: DynamicCache) -> list[PreallocatedLayer] | None
     """Returns a cache's layers; None if any uses a sliding window or another kind of state."""
     layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
     return layers if len(layers) == len(cache.layers) and layers else None
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keeps some rows of a cache, in the given order; rows are (n,) int64 on its device."""
+    for layer in cache.layers:
+        # `batch_select_indices` leaves out the states of state-space and linear attention layers.
+        if hasattr(layer, "recurrent_states"):
+            layer.reorder_cache(rows)
+        else:
+            layer.batch_select_indices(rows)
