@@ -260,6 +260,14 @@ def test_in_the_loss_some_estimators_have_the_gradient_of_the_kl(name, weighted,
     assert torch.allclose(got, want if right else torch.zeros(3).double(), atol=1e-12)
 
 
+def test_rounding_does_not_decide_on_the_gradient_of_the_absolute_log_ratio():
+    d = torch.tensor([-1e-6, 0.0, 1e-6, -0.002, 0.5], requires_grad=True)
+    found = KL_ESTIMATORS["abs"](d)
+    (gradient,) = torch.autograd.grad(found.sum(), d)
+    assert found.tolist() == pytest.approx([0, 0, 0, 0.002, 0.5], abs=1e-8)
+    assert gradient.tolist() == pytest.approx([0, 0, 0, -1, 1], abs=2e-3)
+
+
 def test_in_the_loss_the_absolute_log_ratio_has_the_gradient_of_twice_the_total_variation():
     z = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64).requires_grad_()
     q = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)

@@ -13,6 +13,9 @@ from torch import Tensor
 LOG_RATIO_LIMIT = 20.0
 """Bound on log π_ref − log π in k3, which keeps its exponential finite."""
 
+KINK = 1e-3
+"""Log ratios up to this are small for the absolute value. Rounding makes about 1e-6 in float32."""
+
 
 def k1(log_ratio: Tensor) -> Tensor:
     """The log ratio itself: unbiased, of large variance, negative for some tokens."""
@@ -34,9 +37,11 @@ def k3(log_ratio: Tensor) -> Tensor:
 def absolute(log_ratio: Tensor) -> Tensor:
     """The size of the log ratio: biased, never negative.
 
-    In the loss, its gradient is that of the total variation, times 2, for samples of π.
+    In the loss, its gradient is that of the total variation, times 2, for samples of π. Within
+    ±`KINK` it rises linearly from -1 to 1: where the ratio is 1, as before the first update, its
+    sign would otherwise be that of a rounding error, another one for other micro-batches.
     """
-    return log_ratio.abs()
+    return log_ratio * (log_ratio.detach() / KINK).clamp(-1, 1)
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -23,7 +23,7 @@ from engine.train.ppo.forward import (
     micro_batches,
     rollout_forward,
 )
-from engine.train.ppo.kl_estimators import KL_ESTIMATORS
+from engine.train.ppo.kl_estimators import KL_ESTIMATORS, absolute
 from engine.train.ppo.masked import as_float64
 from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
@@ -379,7 +379,7 @@ def _policy_loss(
     }
     loss = terms.loss
     if inputs.held_back is not None:
-        changes = losses.log_ratio(logprobs, inputs.old_logprobs, mask, "token").abs()
+        changes = absolute(losses.log_ratio(logprobs, inputs.old_logprobs, mask, "token"))
         penalty = losses.weighted_sum(changes * inputs.held_back, mask, weights)
         loss = loss + ppo.kl_cov_coef * penalty
         sums["policy_loss"] = loss.detach()
