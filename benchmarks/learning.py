@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from transformers.utils.logging import disable_progress_bar
+
 from benchmarks import machine, textbook
 from engine import starter
 from engine.config import file as config_file
@@ -126,6 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < QUARTERS:
         parser.error(f"--steps must be at least {QUARTERS}: a column is a quarter of them")
+    disable_progress_bar()  # it would stand within the table
     size = [] if options.whole else SMALL
     print(machine.describe())
     episodes = 64 if options.whole else 32

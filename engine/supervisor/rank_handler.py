@@ -1,6 +1,7 @@
 """Handles the messages of ranks: each one is written to the journal before it is acted on."""
 
 import asyncio
+import errno
 import logging
 import sqlite3
 import time
@@ -54,13 +55,16 @@ log = logging.getLogger("engine")
 FAILURE_GRACE = 3.0
 """Seconds that the other ranks have for their own reports after a rank has failed."""
 RETRY_INTERVAL = 2.0
-"""Seconds between attempts to write a journal that is locked or on a full disk."""
+"""Seconds between attempts to write a journal that cannot be written."""
 STOP_TIMEOUT = 30.0
-"""Seconds that a run that is being stopped waits for a locked journal."""
+"""Seconds that a run that is being stopped waits for a locked journal or for files to close."""
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
 EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
+NO_FILES = (errno.EMFILE, errno.ENFILE)
+"""Errors of a process, or a machine, that cannot open another file."""
 ROOM, UNLOCKED = "room on the disk", "another program to unlock the journal"
+FILES = "open files to be closed"
 """What the run waits for then, and while somebody else keeps the journal locked, such as a viewer
 that was stopped while it read: on a network file system readers lock it, too."""
 
@@ -141,7 +145,9 @@ class RankMessageHandler:
                 self._watchdog.rank_disconnected(rank)
 
     async def _handle_when_writable(self, rank: int, attempt: Attempt, message: FromRank) -> None:
-        """Handles one message; waits while the journal's disk has no room, or it is locked.
+        """Handles one message; waits while the journal cannot be written.
+
+        That is while its disk has no room, it is locked, or no file can be opened.
 
         The rank trains on until its reports fill the socket's buffer, and then waits, so no step is
         lost. A run that is being stopped does not wait for room, and only briefly for a lock: then
@@ -156,7 +162,7 @@ class RankMessageHandler:
                 if waits_for == UNLOCKED:
                     self._journal.check_unlocked()  # without stopping the event loop
                 self.handle(message)
-            except sqlite3.OperationalError as error:
+            except (sqlite3.OperationalError, OSError) as error:
                 if self._state.stop_now:  # the ranks are dead
                     return
                 reason = _awaited(error)
@@ -399,8 +405,10 @@ class RankMessageHandler:
         return []
 
 
-def _awaited(error: sqlite3.OperationalError) -> str | None:
+def _awaited(error: sqlite3.OperationalError | OSError) -> str | None:
     """What the run must wait for to write the journal; None if the error ends the run."""
+    if isinstance(error, OSError):
+        return FILES if error.errno in NO_FILES else None
     code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
     if code in NO_ROOM:
         return ROOM

@@ -4,10 +4,12 @@ import asyncio
 import resource
 import signal
 import sqlite3
+import sys
 from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
+from engine.config.sections.launch import LaunchConfig
 from engine.errors import SessionError
 from engine.journal import writer as journal_writer
 from engine.journal.reader import JournalReader
@@ -18,6 +20,7 @@ from engine.protocol.commands import Pause, SetBeta, Stop, Unpause
 from engine.protocol.rank_messages import (
     Applied,
     CheckpointComplete,
+    CheckpointWritten,
     Ended,
     Failed,
     Paused,
@@ -25,20 +28,28 @@ from engine.protocol.rank_messages import (
     StepReport,
     Unpaused,
 )
+from engine.session.folder import SessionFolder
 from engine.supervisor import rank_handler, supervisor
 from engine.supervisor.attempt import Attempt
+from engine.supervisor.processes import rank_processes
+from engine.supervisor.processes.rank_processes import RankProcesses
 from tests.engine.supervised import apply_pending, rank_connection, until
 
 
 @contextmanager
-def no_room_for_files():
+def no_room_for_files(limit=resource.RLIMIT_FSIZE):
     """No file of this process can grow, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    soft, hard = resource.getrlimit(limit)
+    resource.setrlimit(limit, (0, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(limit, (soft, hard))
+
+
+def no_file_can_be_opened():
+    """As in a process that has too many open."""
+    return no_room_for_files(resource.RLIMIT_NOFILE)
 
 
 async def test_a_stop_at_once_needs_no_journal(engine):
@@ -118,6 +129,35 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
     with JournalReader(writer.session) as reader:
         assert [c.status for c in reader.checkpoints(("complete",))] == ["complete"]
     assert engine.shared.attempt.failure is None
+
+
+async def test_a_checkpoint_is_recorded_once_a_file_can_be_opened_again(
+    engine, writer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    server, _, to_engine = await rank_connection(engine, tmp_path)
+    caplog.set_level("INFO", "engine")
+    async with server:
+        await until(lambda: engine.shared.attempt.is_connected(0))
+        with no_file_can_be_opened():
+            to_engine.write(frames.encode(CheckpointWritten(step=4, size=1, score=0.0, kl=0.0)))
+            await until(lambda: 0 in engine.shared.phases)
+            assert engine.shared.phases[0].waits_for == rank_handler.FILES
+        await until(lambda: "can be written again" in caplog.text)
+        to_engine.close()
+    with JournalReader(writer.session) as reader:
+        assert [c.step for c in reader.checkpoints(("written",))] == [4]
+    assert engine.shared.attempt.failure is None
+
+
+async def test_the_ranks_are_killed_though_no_file_can_be_opened(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: command)
+    ranks = RankProcesses(SessionFolder(tmp_path), tmp_path / "engine.sock", LaunchConfig())
+    await ranks.start({})
+    with no_file_can_be_opened():
+        ranks.kill()
+    assert await asyncio.wait_for(ranks.wait(), 60) == -signal.SIGKILL
 
 
 @pytest.fixture

@@ -74,6 +74,9 @@ def main() -> int:
     if "corruption" in chosen:
         corrupt_everything(root, table, only=options.fault)
     print(table.text())
+    if not table.rows:
+        print(f"no fault of these has a name with {options.fault!r}")
+        return 1
     for failure in table.failures:
         print(failure)
     return 1 if table.failures else 0

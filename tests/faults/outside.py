@@ -286,14 +286,20 @@ def remount(place: Path, how: str) -> bool:
 
 
 def few_files_supervisor(run: FaultRun) -> None:
-    """The supervisor cannot open another file or accept another connection for a while."""
+    """The supervisor cannot open another file or accept another connection for a while.
+
+    A save waits for that, as it syncs the samples.
+    """
     run.start()
     run.wait_for_step(4)
     engine = run.engine()
     with limited(engine, psutil.RLIMIT_NOFILE, engine.num_fds() if engine else 0):
         for _ in range(3):
             run.send_note()
-        run.wait_for_step(10)
+        until(
+            lambda: "waiting for open files" in run.log() or run.step() >= 10 or run.is_over(),
+            "a save or step 10", WAIT,
+        )  # fmt: skip
     if run.is_over():
         raise LostError(f"the run ended: {run.log()[-500:]}")
     until(lambda: run.send_note() == "applied" or run.is_over(), "a reply", WAIT)

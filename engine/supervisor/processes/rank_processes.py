@@ -130,9 +130,11 @@ class RankProcesses:
         """Kills the agent's group and those of its ranks, which have sessions of their own."""
         for group in {leader, *self.pids.values()}:
             process = self._leaders.get(group)
-            # The agent has reaped ranks that ended early, and others may have their ids by now.
-            if process is not None and not process.is_running() and psutil.pid_exists(group):
-                continue
+            # Not if no file can be opened to look: no rank may be left behind.
+            with contextlib.suppress(OSError):
+                # The agent has reaped ranks that ended early, and others may have their ids by now.
+                if process is not None and not process.is_running() and psutil.pid_exists(group):
+                    continue
             # Not permitted: a group of another user, so none of ours.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
