@@ -164,7 +164,8 @@ def full_attention_layers(cache: DynamicCache) -> list[PreallocatedLayer] | None
 
 def select_rows(cache: DynamicCache, rows: Tensor) -> None:
     """Keeps some rows of a cache, in the given order; rows are (n,) int64 on its device."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # no base class declares both methods
+    for layer in layers:
         # `batch_select_indices` leaves out the states of state-space and linear attention layers.
         if hasattr(layer, "recurrent_states"):
             layer.reorder_cache(rows)
