@@ -42,7 +42,7 @@ def test_plain_versions_of_all_optimised_functions_give_the_same_steps(tmp_path)
     assert plain == pytest.approx(ours, abs=1e-3)
 
 
-@pytest.mark.parametrize("settings", {settings for _, settings in CASES})
+@pytest.mark.parametrize("settings", sorted({settings for _, settings in CASES}))
 def test_the_cases_of_the_memory_benchmark_are_configurations(settings):
     config_file.load(starter.FOLDER / "demo.yaml", [*memory.SHORT.split(), *settings.split()])
 
