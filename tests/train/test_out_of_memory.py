@@ -7,8 +7,8 @@ import torch
 
 from engine.config.settings import change_settings
 from engine.errors import RlhfError
-from engine.train import step
 from engine.train.distributed.ranks import PeerRankError
+from engine.train.experience import targets
 from engine.train.out_of_memory import StepOutOfMemoryError, run_step, smaller_micro_batch
 from engine.train.ppo import forward, optimise
 from engine.train.worker import failed_message
@@ -87,7 +87,7 @@ def test_memory_lost_in_the_fit_of_the_value_function_halves_nothing(make_run, m
     def fit(*_arguments):
         raise torch.OutOfMemoryError(STATISTICS)
 
-    monkeypatch.setattr(step, "fit_linear_value", fit)
+    monkeypatch.setattr(targets, "fit_linear_value", fit)
     run, _ = make_run("model.value=reward_model")
     with pytest.raises(StepOutOfMemoryError, match="in the phase 'fit'") as caught:
         run_step(run, 1, adjusting(run, []))
