@@ -17,7 +17,7 @@ _one_at_a_time = threading.RLock()
 
 
 def examined(kind: T) -> T:
-    """Returns a type for `msgspec`'s decoders and `convert`, after msgspec has examined it."""
+    """Returns a type for `msgspec`'s decoders, `convert` and `inspect`, after it was examined."""
     _examine(kind)
     return kind
 

@@ -10,6 +10,7 @@ import msgspec
 from engine.config.names_elsewhere import KEYS_HERE, SECTIONS
 from engine.config.schema import RunConfig
 from engine.config.type_errors import expected, shown
+from engine.examined import examined
 
 EMPTY = ", got `null`"
 """Suffix of msgspec's message for a key without a value."""
@@ -85,7 +86,7 @@ def _lookup(tree: Any, path: str) -> Any:
 
 def _types_at(path: str) -> list[Any]:
     """The types that the value of a key may have, as msgspec describes them."""
-    kinds: list[Any] = [msgspec.inspect.type_info(RunConfig)]
+    kinds: list[Any] = [msgspec.inspect.type_info(examined(RunConfig))]
     for part in _parts(path):
         if part.isdigit():
             found = next((k.item_type for k in kinds if hasattr(k, "item_type")), None)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from engine.config.schema import RunConfig
+from engine.examined import examined
 
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Extension of a prompt file → name of its format in `datasets`."""
@@ -20,7 +21,7 @@ def path_keys() -> dict[str, str]:
 
     `[]` in a key stands for each entry of a list.
     """
-    return dict(_path_keys(msgspec.inspect.type_info(RunConfig), ""))
+    return dict(_path_keys(msgspec.inspect.type_info(examined(RunConfig)), ""))
 
 
 def _path_keys(kind: Any, key: str) -> Iterator[tuple[str, str]]:

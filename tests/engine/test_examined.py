@@ -19,6 +19,7 @@ FIRST_USE = """
 import sys, threading
 sys.setswitchinterval(1e-6)
 from engine.config.file import from_tree
+from engine.config.paths import path_keys
 
 TREE = {"model": {"policy": "a"}, "data": {"prompts": "b"}, "reward": {"model": "c"}}
 start = threading.Barrier(8)
@@ -26,6 +27,7 @@ configs = []
 
 def load():
     start.wait()
+    path_keys()
     configs.append(from_tree(TREE))
 
 threads = [threading.Thread(target=load) for _ in range(8)]
@@ -46,13 +48,15 @@ def test_threads_may_use_a_type_for_the_first_time_together():
 
 
 def types_decoded(tree):
-    """The expressions that msgspec's decoders and `convert` take as a type."""
+    """The expressions that msgspec's decoders, `convert` and `inspect` take as a type."""
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         text = ast.unparse(call.func)
         if text in ("Decoder", "msgspec.json.Decoder", "msgspec.msgpack.Decoder"):
             yield from call.args
         elif text == "msgspec.convert":
             yield call.args[1]
+        elif text == "msgspec.inspect.type_info":  # it makes a decoder
+            yield call.args[0]
         elif text in ("msgspec.json.decode", "msgspec.msgpack.decode"):
             yield from (k.value for k in call.keywords if k.arg == "type")
 
