@@ -20,7 +20,6 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
     PhiConfig,
-    get_cosine_with_min_lr_schedule_with_warmup,
 )
 
 from engine.config.schema import RunConfig
@@ -30,13 +29,11 @@ from engine.config.sections.ppo import KLConfig, PPOConfig
 from engine.config.sections.reward import RewardConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.config.sections.train import TrainConfig
-from engine.config.settings import change_settings
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.output_layer import OutputLayer
 from engine.train.ppo import chunked_loss, optimise
-from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
@@ -57,9 +54,7 @@ K2 = {"estimator": "k2", "place": "loss"}
 K3 = {"estimator": "k3", "place": "loss"}
 
 
-def run_config(
-    schedule="constant", warmup=0, steps=10, temperature=1.0, kl=None, final_rate=0.0, **of_ppo
-):
+def run_config(temperature=1.0, kl=None, **of_ppo):
     return RunConfig(
         model=ModelConfig(policy="p"),
         data=DataConfig(prompts="d"),
@@ -67,13 +62,7 @@ def run_config(
         rollout=RolloutConfig(temperature=temperature, max_new_tokens=9),
         kl=kl or KLConfig(),
         ppo=PPOConfig(**of_ppo),
-        train=TrainConfig(
-            steps=steps,
-            schedule=schedule,
-            warmup_steps=warmup,
-            learning_rate=2e-3,
-            final_rate=final_rate,
-        ),
+        train=TrainConfig(learning_rate=2e-3),
     )
 
 
@@ -528,66 +517,3 @@ def test_the_gradient_of_a_separate_value_function_can_be_clipped_apart(apart):
     for name, parameter in policy.named_parameters():
         want = before[name] * factors[name.startswith("value_")]
         torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-7, msg=name)
-
-
-def rates(**of_train):
-    config = run_config(**of_train)
-    return [learning_rate(config.train, step) for step in range(1, config.train.steps + 1)]
-
-
-def test_the_constant_schedule_stays_at_the_configured_rate():
-    assert rates() == [2e-3] * 10
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup", [1, 4])
-def test_warm_up_rises_linearly_to_the_full_rate_from_the_first_step(schedule, warmup):
-    warm = rates(schedule=schedule, warmup=warmup)[:warmup]
-    assert warm == pytest.approx([2e-3 * (k + 1) / warmup for k in range(warmup)])
-
-
-@pytest.mark.parametrize("warmup", [0, 4])
-def test_the_linear_schedule_falls_linearly_towards_zero(warmup):
-    falling = rates(schedule="linear", warmup=warmup, steps=20)[warmup:]
-    n = len(falling)
-    assert falling == pytest.approx([2e-3 * (1 - k / n) for k in range(n)])
-
-
-@pytest.mark.parametrize("warmup", [0, 4])
-def test_the_cosine_schedule_falls_over_half_a_period(warmup):
-    falling = rates(schedule="cosine", warmup=warmup, steps=20)[warmup:]
-    n = len(falling)
-    want = [2e-3 * 0.5 * (1 + math.cos(math.pi * k / n)) for k in range(n)]
-    assert falling == pytest.approx(want)
-
-
-@pytest.mark.parametrize("final_rate", [0.1, 1.0])
-def test_the_linear_schedule_falls_to_its_final_rate(final_rate):
-    falling = rates(schedule="linear", warmup=4, steps=20, final_rate=final_rate)[4:]
-    want = [2e-3 * (final_rate + (1 - final_rate) * (1 - k / 16)) for k in range(16)]
-    assert falling == pytest.approx(want)
-
-
-@pytest.mark.parametrize("final_rate", [0.0, 0.1, 1.0])
-def test_the_cosine_schedule_with_a_final_rate_is_that_of_transformers(final_rate):
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
-    theirs = get_cosine_with_min_lr_schedule_with_warmup(optimiser, 0, 20, min_lr_rate=final_rate)
-    want = []
-    for _ in range(20):
-        want += theirs.get_last_lr()
-        optimiser.step()
-        theirs.step()
-    assert rates(schedule="cosine", steps=20, final_rate=final_rate) == pytest.approx(want)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_a_rate_changed_live_scales_the_whole_schedule(schedule):
-    config = change_settings(run_config(schedule=schedule, warmup=3), {"learning_rate": 4e-3})
-    got = [learning_rate(config.train, step) for step in range(1, 11)]
-    assert got == pytest.approx([2 * x for x in rates(schedule=schedule, warmup=3)])
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_warm_up_as_long_as_the_run_stays_between_zero_and_the_full_rate(schedule):
-    for warmup in (9, 10, 30):
-        assert all(0 <= x <= 2e-3 for x in rates(schedule=schedule, warmup=warmup))
