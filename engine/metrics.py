@@ -258,6 +258,11 @@ METRICS = (
     Metric(TRUNCATED, "fraction of responses",
            "responses truncated at `rollout.max_new_tokens`",
            title="cut off", chart_unit="fraction", held_out=EVAL_TRUNCATED),
+    Metric("environment/turns", "turns",
+           "mean number of turns of the policy in a response (with `environment.factory` only, as "
+           "the others of `environment`)", title="turns"),
+    Metric("environment/reply_tokens", "tokens",
+           "mean number of tokens in a response that the environment wrote", title="reply tokens"),
     Metric(
         DISTINCT_2, "fraction",
         "number of distinct pairs of adjacent words over the number of pairs, in the step's "
@@ -312,6 +317,7 @@ METRICS = (
     Metric(phase_time("generate"), "seconds",
            "duration of the rollout on the slowest rank; of the wait for it if it was generated "
            "ahead (`rollout.ahead: 1`)"),
+    Metric("time/environment", "seconds", "the part of it in which environments replied"),
     Metric(phase_time("score"), "seconds", "duration of scoring on the slowest rank"),
     Metric(
         phase_time("reference"), "seconds",

@@ -52,6 +52,7 @@ FLOORS = [
     ("engine.train.link", "engine.train.ppo", "engine.train.rewards"),
     (
         "engine.train.checkpoints",
+        "engine.train.environment",
         "engine.train.evaluation.held_out",
         "engine.train.reward_training",
     ),

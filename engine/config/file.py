@@ -145,9 +145,12 @@ def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
 
 
 def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The keys of sections of `tree` that overrides name, by section, and `reward.path`."""
-    reward = tree["reward"]
-    found = {"reward": {"path": reward.get("path")}} if isinstance(reward, dict) else {}
+    """The keys of sections of `tree` that overrides name, by section; also folders of modules."""
+    found = {
+        name: {"path": tree[name].get("path")}
+        for name in ("reward", "environment")
+        if isinstance(tree[name], dict)
+    }
     for item in overrides:
         section, _, key = item.partition("=")[0].strip().partition(".")
         name, keys = key.partition(".")[0], tree[section]

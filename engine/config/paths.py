@@ -51,6 +51,9 @@ def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
     for reward in _dicts_at(tree, "reward"):
         if reward.get("path") is None and any(source.get("function") for source in sources):
             reward["path"] = str(folder)
+    for environment in _dicts_at(tree, "environment"):
+        if environment.get("path") is None and environment.get("factory"):
+            environment["path"] = str(folder)
 
 
 def _dicts_at(tree: dict[str, Any], key: str) -> list[dict[str, Any]]:

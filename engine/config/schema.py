@@ -11,6 +11,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from engine.config.sections.base import Section
+from engine.config.sections.environment import EnvironmentConfig
 from engine.config.sections.launch import LaunchConfig, ParallelConfig
 from engine.config.sections.model import DataConfig, LoRAConfig, ModelConfig
 from engine.config.sections.ppo import KLConfig, PPOConfig
@@ -29,6 +30,7 @@ class RunConfig(Section, frozen=True):
     seed: Annotated[int, Meta(ge=0)] = 0
     lora: LoRAConfig = LoRAConfig()
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     eval: EvalConfig = EvalConfig()
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
@@ -48,6 +50,11 @@ class RunConfig(Section, frozen=True):
     def prompts_per_step(self) -> int:
         """Prompts per step, over all ranks."""
         return self.rollout.batch_size // self.responses_per_prompt
+
+    @property
+    def reply_tokens(self) -> int:
+        """Most tokens in a response that an environment wrote; 0 without one."""
+        return 0 if self.environment.factory is None else self.environment.max_tokens
 
     @property
     def linear_value(self) -> bool:

@@ -40,6 +40,9 @@ def check_inputs(config: RunConfig) -> None:
         models[f"{key}.model"] = source.model
         if source.function is not None:
             check_function(f"{key}.function", source.function, config.reward.path)
+    environment = config.environment
+    if environment.factory is not None:
+        check_function("environment.factory", environment.factory, environment.path)
     for key, name in models.items():
         folder = Path(name or "")
         if key == "model.policy" and config.model.gguf_file is not None:

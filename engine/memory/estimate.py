@@ -62,7 +62,8 @@ class _Estimator:
         self._micro = max(1, min(config.ppo.micro_batch_size, minibatch))
         self._read_rows = max(1, min(config.ppo.micro_batch_size, self._rows))
         self._response = config.rollout.max_new_tokens
-        self._length = models.prompt_tokens + self._response
+        self._context = models.prompt_tokens + config.reply_tokens
+        self._length = self._context + self._response
         # With LoRA, the policy with its adapters disabled serves as the reference.
         self._shared_reference = layout.lora_rank is not None and config.model.reference_is_policy
         self._adapters = self._adapter_parameters()
@@ -174,7 +175,7 @@ class _Estimator:
         return {
             "KV cache": cache + copied,
             "activations": forward_activations(
-                policy, rows, self._models.prompt_tokens, self._compute, masked=True
+                policy, rows, self._context, self._compute, masked=True
             ),
             "logits": sampling * MASTER * rows * policy.vocabulary,
             "gathered": self._gathered(policy, self._compute),

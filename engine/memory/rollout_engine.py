@@ -55,7 +55,8 @@ def engine_memory(config: RunConfig, models: Models) -> dict[str, int]:
     rollout, policy = config.rollout, models.policy
     if not rollout.uses_vllm:
         return {}
-    width, tokens = WIDTH[config.model.dtype], models.prompt_tokens + rollout.max_new_tokens
+    width = WIDTH[config.model.dtype]
+    tokens = models.prompt_tokens + config.reply_tokens + rollout.max_new_tokens
     # A tied output layer is sent again, and on a CPU packed in a copy of its own.
     tied = 0 if policy.head else policy.vocabulary * policy.hidden
     weights = width * (policy.parameters + (tied if models.device == "cpu" else 0))

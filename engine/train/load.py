@@ -31,6 +31,7 @@ from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.distributed.sharding import learner
 from engine.train.distributed.share_prompts import load_on_all_ranks
+from engine.train.environment.environments import Environments
 from engine.train.evaluation.held_out import HeldOut, split_prompts
 from engine.train.load_checks import (
     check_device,
@@ -136,6 +137,9 @@ def load_run(
     context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
     rewards = _load_scores(config, context)
     held_out = _load_held_out(context, config, held_out_prompts, rewards)
+    environments = (
+        None if config.environment.factory is None else Environments(config.environment, ranks)
+    )
     begin_stage("policy")
     policy = _load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)
@@ -152,12 +156,13 @@ def load_run(
     check_frozen_models(state, config, policy, reference, threads)
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
-    backend = _make_backend(config, tokenizer, policy, ranks, prompts.longest, announce)
+    longest = prompts.longest + config.reply_tokens
+    backend = _make_backend(config, tokenizer, policy, ranks, longest, announce)
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
-        held_out=held_out, models=models, memory=memory,
+        held_out=held_out, models=models, memory=memory, environments=environments,
         ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
@@ -192,7 +197,7 @@ def _make_backend(
     longest: int,
     announce: Announce,
 ) -> RolloutBackend:
-    """Creates the rollout backend; `longest` is the number of tokens of the longest prompt."""
+    """Creates the rollout backend; `longest` is the number of tokens of the longest context."""
     stop_criteria = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
     return BACKENDS[config.rollout.engine](
         BackendContext(

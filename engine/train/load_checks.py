@@ -108,27 +108,30 @@ def check_response_length(run: Run) -> None:
     positions, configured = max_sequence_tokens(run), run.config.rollout.max_new_tokens
     if positions is None:
         return
-    limit = positions - run.prompts.longest
+    replies = run.config.reply_tokens
+    limit = positions - run.prompts.longest - replies
+    with_replies = f" with environment.max_tokens ({replies})" if replies else ""
+    lower = "environment.max_tokens, or " if replies else ""
     if limit < 1:
         raise UserInputError(
             f"the longest prompt has {run.prompts.longest} tokens and the models {positions} "
-            "positions, which leaves none for a response: lower data.max_prompt_tokens to leave "
-            "long prompts out"
+            f"positions, which leaves none for a response{with_replies}: lower {lower}"
+            "data.max_prompt_tokens to leave long prompts out"
         )
     if configured > limit:
         raise UserInputError(
             f"rollout.max_new_tokens ({configured}) must be at most {limit}: the models have "
-            f"no more positions after the longest prompt ({run.prompts.longest} tokens; lower "
-            "data.max_prompt_tokens to leave out long prompts)"
+            f"no more positions after the longest prompt{with_replies} ({run.prompts.longest} "
+            f"tokens; lower {lower}data.max_prompt_tokens to leave out long prompts)"
         )
     if run.held_out is None:
         return
     wanted = run.config.eval.max_new_tokens or configured
     longest = max(len(p.ids) for p in run.held_out.prompts)
-    if longest + wanted > positions:
+    if longest + replies + wanted > positions:
         raise UserInputError(
             f"eval.max_new_tokens ({wanted}) is too large: the models have {positions} "
-            f"positions, and the longest prompt to evaluate takes {longest}"
+            f"positions, and the longest prompt to evaluate{with_replies} takes {longest + replies}"
         )
 
 

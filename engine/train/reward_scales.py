@@ -9,11 +9,12 @@ import torch
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.train.checkpoints.folder import TrainingState
+from engine.train.experience.respond import respond
 from engine.train.ppo.linear_value import with_all_features
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rewards.value_init import first_weights, scale_value_head
-from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.rollout.backend import SamplingOptions
 from engine.train.run import Run
 
 log = logging.getLogger("engine")
@@ -85,9 +86,7 @@ def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
     )
-    rollout = generate_responses(
-        run.backend, run.reference, prompts, options, run.tokenizer, run.ranks
-    )
+    rollout = respond(run, run.reference, prompts, options)
     return RewardInputs.of(rollout, 0)
 
 

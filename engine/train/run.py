@@ -19,6 +19,7 @@ from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.data.prompt_order import Prompts
 from engine.train.distributed.ranks import RankGroup
+from engine.train.environment.environments import Environments
 from engine.train.evaluation.held_out import HeldOut
 from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.policy_average import PolicyAverage
@@ -53,7 +54,7 @@ class Run:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     backend: RolloutBackend
-    """Generates responses."""
+    """Generates responses, or single turns of them."""
     prompts: Prompts
     ranks: RankGroup
     """The ranks of this attempt."""
@@ -76,6 +77,8 @@ class Run:
     """What the memory estimate is based on, measured before loading; None without an estimate."""
     memory: Estimate | None
     """The memory estimate; None if the estimator does not know the model's architecture."""
+    environments: Environments | None = None
+    """Reply to the policy; None if a response is one turn."""
     ahead: RolloutAhead | None = None
     """Generates the next step's responses during a step; None without `rollout.ahead`."""
     settings_after_step: Settings | None = None
@@ -130,6 +133,9 @@ def max_sequence_tokens(run: Run) -> int | None:
 
 
 def max_response_tokens(run: Run) -> int | None:
-    """Returns how many new tokens fit after the longest prompt; None if unlimited."""
+    """Returns how many tokens of the policy fit after the longest prompt; None if unlimited.
+
+    An environment's replies take `environment.max_tokens` of them.
+    """
     most = max_sequence_tokens(run)
-    return None if most is None else most - run.prompts.longest
+    return None if most is None else most - run.prompts.longest - run.config.reply_tokens

@@ -30,9 +30,13 @@ def check_source(source: RewardSource, where: str) -> None:
     """Checks one source; `where` is its place in the configuration. Raises ConfigError."""
     if len(source.keys_given) != 1:
         raise ConfigError(f"{where} needs exactly one of {_listed(SOURCE_KEYS)}")
-    if source.function is not None and not _names_a_function(source.function):
+    if source.function is not None and not names_a_function(source.function):
         raise ConfigError(
             f"{where}.function must be written module:function, not '{source.function}'"
+        )
+    if source.environment is not None and not source.environment.isidentifier():
+        raise ConfigError(
+            f"{where}.environment must be the name of a method, not '{source.environment}'"
         )
     for key in ("service", "judge"):
         if (url := getattr(source, key)) is not None:
@@ -111,6 +115,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
-def _names_a_function(text: str) -> bool:
+def names_a_function(text: str) -> bool:
+    """Whether a text is written `module:name`."""
     module, _, function = text.partition(":")
     return all(part.isidentifier() for part in module.split(".")) and function.isidentifier()

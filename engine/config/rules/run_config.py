@@ -4,6 +4,7 @@ from typing import Any
 
 from engine.config.deadline import deadline
 from engine.config.rules.data import check_data
+from engine.config.rules.environment import check_environment
 from engine.config.rules.evaluation import check_evaluation
 from engine.config.rules.launch import check_launch
 from engine.config.rules.models import check_models
@@ -44,6 +45,7 @@ def check_config(config: RunConfig) -> None:
     check_launch(config)
     check_notify(config.notify)
     check_rollout(config)
+    check_environment(config)
     check_models(config)
 
 

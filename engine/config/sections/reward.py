@@ -14,7 +14,7 @@ from engine.config.sections.base import (
     Whole,
 )
 
-SOURCE_KEYS = ("model", "function", "service", "judge")
+SOURCE_KEYS = ("model", "function", "service", "judge", "environment")
 """The keys that name the origin of a score; a reward source has exactly one of them.
 :mod:`engine.train.rewards.mix` has the loader of each."""
 
@@ -79,12 +79,15 @@ class ScoreOrigin(Section, frozen=True):
     judge: str | None = None
     """URL of an OpenAI-compatible chat endpoint, such as `http://localhost:8000/v1`, whose model
     rates each response."""
+    environment: str | None = None
+    """Name of a method of the response's environment (`environment.factory`) that returns the
+    score."""
     judging: JudgeConfig = JudgeConfig()
     http: HTTPConfig = HTTPConfig()
 
 
 class RewardSource(ScoreOrigin, frozen=True):
-    """A term of the weighted sum of scores: one of `model`, `function`, `service` and `judge`."""
+    """A term of the sum: one of `model`, `function`, `service`, `judge` and `environment`."""
 
     weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.0
     """Weight of the score in the sum. With weight 0, the score is recorded, with the samples and as
@@ -136,7 +139,7 @@ class OverlongConfig(Section, frozen=True):
 
 
 class RewardConfig(ScoreOrigin, frozen=True):
-    """Where scores come from: one of `model`, `function`, `service`, `judge` and `mix`."""
+    """Where scores come from: `model`, `function`, `service`, `judge`, `environment` or `mix`."""
 
     mix: list[RewardSource] = []
     """Several sources; the score is the weighted sum of theirs."""

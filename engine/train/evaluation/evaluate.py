@@ -22,17 +22,14 @@ from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import PeerRankError
 from engine.train.evaluation.held_out import HeldOut
+from engine.train.experience.respond import respond
 from engine.train.experience.scoring import scores_for_training
 from engine.train.ppo import masked
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.metrics import distinct_2
 from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.source import RewardCallError, RewardInputs
-from engine.train.rollout.backend import (
-    GREEDY_TEMPERATURE,
-    SamplingOptions,
-    generate_responses,
-)
+from engine.train.rollout.backend import GREEDY_TEMPERATURE, SamplingOptions
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 
@@ -193,9 +190,7 @@ def _respond(
         max_new_tokens=evaluation.max_new_tokens or config.rollout.max_new_tokens,
         per_prompt=evaluation.per_prompt,
     )
-    rollout = generate_responses(
-        run.backend, run.policy, prompts, options, run.tokenizer, ranks, report
-    )
+    rollout = respond(run, run.policy, prompts, options, report, step=step)
     inputs = RewardInputs.of(rollout, step)
     raw, parts = run.rewards(inputs, report)
     scores = scores_for_training(run, raw, rollout, options.max_new_tokens)

@@ -15,7 +15,7 @@ from engine.train.experience.scoring import (
     score_groups,
     scores_for_training,
 )
-from engine.train.ppo.metrics import group_metrics, source_metrics
+from engine.train.ppo.metrics import conversation_metrics, group_metrics, source_metrics
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.token_states import TokenStates
 from engine.train.run import Run
@@ -42,10 +42,12 @@ class Experience:
     """Hidden states of the reward model; None without `model.value: reward_model`."""
 
     def metrics(self, step: int, per_prompt: int) -> dict[str, float]:
-        """Metrics of scores by source and group, of the rollout's age and additional responses."""
+        """Metrics of scores by source and group, of the rollout's age, turns and additions."""
         metrics = source_metrics(self.parts)
         metrics |= group_metrics(self.scores, self.training_scores, per_prompt)
         metrics[VERSION_LAG] = float(version_lag(self.rollout, step))
+        if (conversation := self.rollout.conversation) is not None:
+            metrics |= conversation_metrics(conversation, self.rollout)
         if self.greedy_scores is not None:
             metrics["objective/greedy_scores"] = float(self.greedy_scores.mean())
         if self.redrawn is not None:

@@ -4,7 +4,8 @@ import dataclasses
 
 from engine.progress import ReportProgress
 from engine.train.data.prompts import Prompt
-from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.experience.respond import respond
+from engine.train.rollout.backend import SamplingOptions
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 
@@ -41,17 +42,13 @@ def begin_next_rollout(run: Run, step: int) -> None:
 def generate_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
     """Generates the policy's responses to the prompts of a step, on every rank."""
     prompts, options = run.prompts.for_step(step), sampling_options(run, step)
-    return generate_responses(
-        run.backend, run.policy, prompts, options, run.tokenizer, run.ranks, report
-    )
+    return respond(run, run.policy, prompts, options, report)
 
 
 def generate(run: Run, step: int, prompts: list[Prompt], options: SamplingOptions) -> Rollout:
     """Generates more responses within a step, on every rank, as another `generate` phase."""
     with run.phase(step, "generate") as report:
-        return generate_responses(
-            run.backend, run.policy, prompts, options, run.tokenizer, run.ranks, report
-        )
+        return respond(run, run.policy, prompts, options, report)
 
 
 def sampling_options(run: Run, step: int) -> SamplingOptions:

@@ -104,9 +104,8 @@ def rollout_forward(
     rows = rows.to(rollout.ids.device)
     responses = rollout.ids[rows, :width]
     mask = response_mask(rollout.lengths[rows], width)
-    first = rollout.batch.lengths[rows][:, None]  # position of the first response token
-    read_at = (first - 1 + torch.arange(width, device=rows.device)).clamp(max=length - 1)
-    tokens = right_padded(rollout, rows, length)
+    read_at = (rollout.positions(rows, width) - 1).clamp(max=length - 1)
+    tokens = rollout.sequences(rows, length)
     no_padding = torch.ones_like(tokens)
     # Log-probabilities of padding are multiplied by 0. They must be finite, and the model may
     # forbid token 0 (a logit of -∞), so padding is scored as a token that the model has sampled.
@@ -128,29 +127,13 @@ def rollout_forward(
     return TokenOutputs(token_logprobs(found, responses, temperature), values, None)
 
 
-def right_padded(rollout: Rollout, rows: Tensor, length: int) -> Tensor:
-    """Returns the first `length` tokens of each row's prompt and response: (n, length) int64.
-
-    What follows a shorter response is arbitrary.
-
-    Args:
-        rollout: B responses.
-        rows: indices into the rollout, on its device; (n,) int64.
-        length: L.
-    """
-    columns = torch.cat([rollout.batch.ids[rows], rollout.ids[rows]], 1)
-    start = rollout.batch.ids.shape[1] - rollout.batch.lengths[rows][:, None]  # left-padded prompts
-    index = start + torch.arange(length, device=rows.device)
-    return columns.gather(1, index.clamp(max=columns.shape[1] - 1))
-
-
 @dataclass(frozen=True)
 class MicroBatchLimit:
     """How many responses one pass computes (`ppo.micro_batch_size`, `ppo.micro_batch_by`)."""
 
     size: int
     longest: tuple[int, int] | None = None
-    """Tokens of the longest prompt and response. If given, a micro-batch is limited to the padded
+    """Tokens of the longest context and response. If given, a micro-batch is limited to the padded
     tokens of `size` such responses, so it can have more responses if they are shorter, in the same
     memory. None: to `size` responses."""
 
@@ -160,7 +143,8 @@ class MicroBatchLimit:
         if config.ppo.micro_batch_by == "responses":
             return cls(config.ppo.micro_batch_size)
         response = max(config.rollout.max_new_tokens, rollout.ids.shape[1])
-        return cls(config.ppo.micro_batch_size, (rollout.batch.ids.shape[1], response))
+        context = max(rollout.batch.ids.shape[1], int(rollout.host_lengths[0].max()))
+        return cls(config.ppo.micro_batch_size, (context, response))
 
 
 def micro_batches(rollout: Rollout, rows: Tensor, limit: MicroBatchLimit) -> list[Tensor]:
@@ -170,22 +154,22 @@ def micro_batches(rollout: Rollout, rows: Tensor, limit: MicroBatchLimit) -> lis
     rows = longest_first(rollout, rows)
     if limit.longest is None:
         return list(rows.split(limit.size))
-    longest_prompt, longest_response = limit.longest
-    most_tokens = limit.size * (longest_prompt + longest_response)
+    longest_context, longest_response = limit.longest
+    most_tokens = limit.size * (longest_context + longest_response)
     most_response_tokens = limit.size * longest_response  # logits are computed for these alone
     counts: list[int] = []
     count = width = response_width = 0
-    for prompt, response in rollout.host_lengths[:, rows].T.tolist():
+    for context, response in rollout.host_lengths[:, rows].T.tolist():
         count += 1
-        width, response_width = max(width, prompt + response), max(response_width, response)
+        width, response_width = max(width, context + response), max(response_width, response)
         if count * width > most_tokens or count * response_width > most_response_tokens:
             counts.append(count - 1)
-            count, width, response_width = 1, prompt + response, response
+            count, width, response_width = 1, context + response, response
     return list(rows.split([*counts, count]))
 
 
 def longest_first(rollout: Rollout, rows: Tensor) -> Tensor:
-    """Sorts row indices, on the host, by the length of prompt and response, descending."""
+    """Sorts row indices, on the host, by the length of context and response, descending."""
     lengths = rollout.host_lengths[:, rows].sum(0)
     return rows[lengths.argsort(descending=True, stable=True)]
 

@@ -19,6 +19,7 @@ from engine.train.ppo.advantages import Targets, constant_groups
 from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 from engine.train.ppo.rollout_correction import gap_metrics
 from engine.train.ppo.update_stats import UpdateStats
+from engine.train.rollout.conversation import Conversation
 from engine.train.rollout.rollout import Rollout
 
 
@@ -157,6 +158,16 @@ def source_metrics(parts: dict[str, list[float | None]]) -> dict[str, float]:
         return {}
     scored = {k: [s for s in v if s is not None] for k, v in parts.items()}
     return {f"reward/{k}": sum(v) / len(v) for k, v in scored.items() if v}
+
+
+def conversation_metrics(conversation: Conversation, rollout: Rollout) -> dict[str, float]:
+    """Counts the turns and the replies of an environment, and the time that these took."""
+    replied = conversation.lengths - rollout.lengths
+    return {
+        "environment/turns": sum(t.count for t in conversation.turns) / len(conversation.turns),
+        "environment/reply_tokens": float(replied.double().mean()),
+        "time/environment": conversation.environment_seconds,
+    }
 
 
 def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> dict[str, float]:

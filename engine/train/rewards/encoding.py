@@ -107,7 +107,11 @@ class RewardEncoding:
             self._limit = min(self._limit, tokenizer.model_max_length)
 
     def __call__(
-        self, prompts: Sequence[Prompt], ids: Sequence[list[int]], texts: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        ids: Sequence[list[int]],
+        texts: Sequence[str],
+        messages: Sequence[list[dict[str, str]]] | None = None,
     ) -> EncodedResponses:
         """Encodes B responses; keeps only the last tokens of those that are too long.
 
@@ -115,11 +119,14 @@ class RewardEncoding:
             prompts: the prompt of each response.
             ids: the responses as token ids of the policy.
             texts: the responses as text, without special tokens.
+            messages: the responses as chat messages. Default: one message each.
         """
         if self.same_tokens:
             joined = [p.ids + i for p, i in zip(prompts, ids, strict=True)]
             return self._encoded([row[-self._limit :] for row in joined], None)
-        encoded = [self._encode(p, t) for p, t in zip(prompts, texts, strict=True)]
+        if messages is None:
+            messages = [[{"role": "assistant", "content": text}] for text in texts]
+        encoded = [self._encode(p, t, m) for p, t, m in zip(prompts, texts, messages, strict=True)]
         sequences = [list(e["input_ids"]) for e in encoded]
         types = [list(e["token_type_ids"]) for e in encoded if self._pair and "token_type_ids" in e]
         return self._encoded(sequences, types or None)  # also None on a rank without responses
@@ -129,13 +136,12 @@ class RewardEncoding:
     ) -> EncodedResponses:
         return EncodedResponses(sequences, types, self._pad, self._vocabulary)
 
-    def _encode(self, prompt: Prompt, response: str) -> Any:
+    def _encode(self, prompt: Prompt, response: str, messages: list[dict[str, str]]) -> Any:
         """Encodes a prompt and a response with the classifier's own tokenizer."""
         if self._pair:
             return self._encode_pair(prompt.plain, response)
         if prompt.messages is not None and self._tokenizer.chat_template:
-            messages = [*prompt.messages, {"role": "assistant", "content": response}]
-            text = render_chat(self._tokenizer, messages, "reward.model")
+            text = render_chat(self._tokenizer, [*prompt.messages, *messages], "reward.model")
             # The template writes the special tokens itself.
             return self._tokenizer(
                 text, add_special_tokens=False, truncation=True, max_length=self._limit

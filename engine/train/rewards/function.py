@@ -1,32 +1,19 @@
 """Reward source: a Python function."""
 
 import asyncio
-import contextlib
 import copy
-import importlib
 import inspect
-import os
-import sys
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engine.config.sections.reward import RewardSource
-from engine.errors import UserInputError, error_text
-from engine.launch.parent_death import let_children_be_terminated
 from engine.progress import ReportProgress
-from engine.session.file_signature import FileSignature, file_signature
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
-
-STANDARD_LIBRARY = (sysconfig.get_path("stdlib"), sysconfig.get_path("stdlib") + "/lib-dynload")
-"""Its folders on the import path: of modules in Python, and of those in C."""
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+from engine.train.user_function import UserFunction
 
 
 class FunctionReward:
@@ -36,9 +23,6 @@ class FunctionReward:
     prompts), `completion_ids`, `trainer_state` (with `global_step`), and each other column of the
     data as a list. The function returns one float per response, or None for a response it does not
     score. It may be a coroutine function.
-
-    After a call that raised, the module is reloaded if its file has changed, so that a function can
-    be fixed while the run is paused. Modules that it imports are not reloaded.
     """
 
     def __init__(self, source: str, path: str | None, key: str = "reward") -> None:
@@ -52,71 +36,17 @@ class FunctionReward:
         Raises:
             UserInputError: the module cannot be imported, or has no such function.
         """
-        self._source, self._key = source, key
-        self._raised = False
-        module_name = source.partition(":")[0]
-        self._folders = [path, "."] if path else ["."]
-        try:
-            with _imported_from(self._folders), _own_streams(), _restored_torch_settings():
-                self._module = importlib.import_module(module_name)
-        except (Exception, SystemExit) as error:
-            # A user's module may raise anything on import; the user gets it on one line.
-            raise UserInputError(
-                f"{key}.function: cannot import '{module_name}' (looked in {path or '.'}): "
-                f"{type(error).__name__}: {error_text(error)}"
-            ) from error
-        self._signature = self._file_signature()
-        self._find()
-
-    def _find(self) -> None:
-        """Looks the function up in its module. Raises UserInputError."""
-        module_name, _, name = self._source.partition(":")
-        function = getattr(self._module, name, None)
-        if not callable(function):
-            raise UserInputError(
-                f"{self._key}.function: module '{module_name}' has no function '{name}'"
-            )
-        self._function = function
-        parameters = inspect.signature(function).parameters.values()
-        self._accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._accepted = {p.name for p in parameters}
-        self._required = [
-            p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC
-        ]
-
-    def _file_signature(self) -> FileSignature:
-        """Returns the signature of the module's file; () if there is no file."""
-        file = getattr(self._module, "__file__", None)  # none for a module that is built in
-        return () if file is None else file_signature(Path(file))
-
-    def _reload_if_changed(self) -> None:
-        """Imports a changed file again. Raises whatever the file raises."""
-        if (found := self._file_signature()) and found != self._signature:
-            with _imported_from(self._folders), _own_streams(), _restored_torch_settings():
-                self._module = importlib.reload(self._module)
-            self._find()
-            self._signature = found
+        self._function = UserFunction(source, path, f"{key}.function")
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """Calls the function once for the whole batch; see :class:`Reward`."""
-        if self._raised:
-            self._reload_if_changed()
-        self._raised = True
-        with _forks_ended(), _own_streams(), _restored_torch_settings():
+        with self._function.running():
             scores = self._scores(inputs)
-        self._raised = False
         report(len(inputs), len(inputs))
         return scores
 
     def _scores(self, inputs: RewardInputs) -> list[float | None]:
-        arguments = self._arguments(inputs)
-        if absent := [name for name in self._required if name not in arguments]:
-            raise TypeError(
-                f"the function takes '{absent[0]}', which is not one of {', '.join(arguments)}"
-            )
-        if not self._accepts_any:
-            arguments = {k: v for k, v in arguments.items() if k in self._accepted}
-        scores = self._function(**arguments)
+        scores = self._function.call(self._arguments(inputs))
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores))
         if isinstance(scores, Tensor | np.ndarray):
@@ -133,8 +63,8 @@ class FunctionReward:
             p.text if p.messages is None else copy.deepcopy(p.messages) for p in rows
         ]
         completions: list[Any] = [
-            text if p.messages is None else [{"role": "assistant", "content": text}]
-            for text, p in zip(inputs.texts, rows, strict=True)
+            text if p.messages is None else inputs.messages(i)
+            for i, (text, p) in enumerate(zip(inputs.texts, rows, strict=True))
         ]
         return columns | {
             "prompts": prompts,
@@ -144,92 +74,11 @@ class FunctionReward:
         }
 
 
-@contextlib.contextmanager
-def _imported_from(folders: list[str]) -> Iterator[None]:
-    """Context manager in which these folders are searched first for modules.
-
-    Afterwards they are searched before installed packages, so that the function's own imports work,
-    but after the standard library: nothing else must import a `random.py` next to the function.
-    """
-    _search(folders, at=0)
-    try:
-        yield
-    finally:
-        others = [folder for folder in sys.path if folder not in folders]
-        library = [i for i, folder in enumerate(others) if folder in STANDARD_LIBRARY]
-        _search(folders, at=max(library, default=-1) + 1)
-
-
-def _search(folders: list[str], at: int) -> None:
-    others = [folder for folder in sys.path if folder not in folders]
-    sys.path[:] = [*others[:at], *folders, *others[at:]]
-
-
-TORCH_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-)
-"""What reads and what sets each of torch's settings that change a step, or end it with an error."""
-
-
-@contextlib.contextmanager
-def _restored_torch_settings() -> Iterator[None]:
-    """Context manager that restores torch's settings, which the function shares with the run."""
-    before = [get() for get, _ in TORCH_SETTINGS]
-    try:
-        yield
-    finally:
-        for (get, change), value in zip(TORCH_SETTINGS, before, strict=True):
-            if get() != value:
-                change(value)
-
-
-@contextlib.contextmanager
-def _own_streams() -> Iterator[None]:
-    """Context manager with separate standard output and error objects for the same files.
-
-    The function may close them, and even the file descriptors, while the rank's log needs its own.
-    The objects are not closed here, because handlers of the function's loggers may keep them.
-    """
-    out, error = (
-        os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-        for fd in (1, 2)
-    )
-    copies = [os.dup(fd) for fd in (1, 2)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            yield
-        finally:
-            for fd, copy_of_fd in zip((1, 2), copies, strict=True):
-                os.dup2(copy_of_fd, fd)  # a file opened later would get the number of a closed one
-                os.close(copy_of_fd)
-            for stream in (out, error):
-                if not stream.closed:
-                    stream.flush()
-
-
-@contextlib.contextmanager
-def _forks_ended() -> Iterator[None]:
-    """Context manager that processes forked by the function never leave.
-
-    Such a process would continue as a copy of the rank, with its connection to the supervisor.
-    """
-    rank = os.getpid()
-    try:
-        yield
-    finally:
-        if os.getpid() != rank:
-            os._exit(1)
-
-
 async def _awaited(awaitable: Any) -> Any:
     return await awaitable
 
 
 def _load(source: RewardSource, context: LoadContext) -> FunctionReward:
-    let_children_be_terminated()
     return FunctionReward(source.value, context.config.path, context.key)
 
 

@@ -14,7 +14,7 @@ from engine.errors import RewardError
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
 from engine.train.distributed.ranks import PeerRankError, RankGroup
-from engine.train.rewards import function, judge, model, service
+from engine.train.rewards import environment, function, judge, model, service
 from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
 from engine.train.rewards.normalise import normalised_in_groups
 from engine.train.rewards.scores import shown_prompt, validate_scores
@@ -34,6 +34,7 @@ KINDS: dict[str, SourceKind] = {
     "function": function.KIND,
     "service": service.KIND,
     "judge": judge.KIND,
+    "environment": environment.KIND,
 }
 """By the configuration keys of :data:`engine.config.sections.reward.SOURCE_KEYS`."""
 

@@ -127,7 +127,10 @@ class RewardModel:
 
     @torch.no_grad()
     def _scores(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
-        encoded = self._encoding(inputs.batch.prompts, inputs.ids, inputs.texts)
+        messages = None
+        if inputs.turns is not None:
+            messages = [inputs.messages(i) for i in range(len(inputs))]
+        encoded = self._encoding(inputs.batch.prompts, inputs.ids, inputs.texts, messages)
         order = encoded.by_length()
         scores: list[float | None] = [None] * len(encoded)
         states: dict[int, Tensor] = {}

@@ -17,6 +17,7 @@ from engine.errors import RlhfError
 from engine.progress import ReportProgress
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
+from engine.train.rollout.conversation import Turns
 from engine.train.rollout.rollout import Rollout
 
 
@@ -26,7 +27,7 @@ class RewardInputs:
 
     batch: PromptBatch
     ids: list[list[int]]
-    """Response token ids, without padding."""
+    """Response token ids, without padding; with an environment, those of its replies, too."""
     texts: list[str]
     """The responses, without special tokens."""
     eos: list[bool]
@@ -35,14 +36,18 @@ class RewardInputs:
     """0 for samples of the reference before the first step."""
     rows: list[int] | None = None
     """Row indices of these responses in the step's batch; None for all rows."""
+    turns: list[Turns] | None = None
+    """The turns of each response; None without an environment."""
 
     @classmethod
     def of(cls, rollout: Rollout, step: int) -> "RewardInputs":
         """All responses of a rollout."""
-        ids = [
-            row[:n] for row, n in zip(rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)
-        ]
-        return cls(rollout.batch, ids, rollout.texts, rollout.eos.tolist(), step)
+        if (conversation := rollout.conversation) is not None:
+            tokens, lengths, turns = conversation.ids, conversation.lengths, conversation.turns
+        else:
+            tokens, lengths, turns = rollout.ids, rollout.lengths, None
+        ids = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        return cls(rollout.batch, ids, rollout.texts, rollout.eos.tolist(), step, turns=turns)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,7 +62,14 @@ class RewardInputs:
             [self.eos[i] for i in chosen],
             self.step,
             chosen if self.rows is None else [self.rows[i] for i in chosen],
+            None if self.turns is None else [self.turns[i] for i in chosen],
         )
+
+    def messages(self, index: int) -> list[dict[str, str]]:
+        """A response as chat messages, those of its environment included."""
+        if self.turns is None:
+            return [{"role": "assistant", "content": self.texts[index]}]
+        return [dict(message) for message in self.turns[index].messages]
 
 
 class Reward(Protocol):

@@ -121,6 +121,8 @@ class SamplingOptions:
     """The step whose update produced the policy's current weights; unique for any other weights."""
     per_prompt: int = 1
     """Responses to each prompt, in adjacent rows."""
+    rows: tuple[int, ...] | None = None
+    """Which rows of the step's batch these are, for their random numbers. Default: the first."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,11 @@ def share_of(
     batch = batch_prompts(prompts, per_prompt, tokenizer.eos_token_id or 0)
     own = range(count) if ranks is None else ranks.contiguous_share(count)
     rows = torch.arange(own.start * per_prompt, own.stop * per_prompt)
+    numbers = torch.tensor(options.rows or range(len(batch.prompts)))
     uniforms = sampling_uniforms(
-        options.seed, options.step, len(batch.prompts), options.max_new_tokens
+        options.seed, options.step, int(numbers.max()) + 1, options.max_new_tokens
     )
-    return Share(batch, rows, uniforms[rows], options, tokenizer, ranks)
+    return Share(batch, rows, uniforms[numbers[rows]], options, tokenizer, ranks)
 
 
 def generate_responses(

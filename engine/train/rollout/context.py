@@ -24,6 +24,6 @@ class BackendContext:
     policy: LanguageModel
     ranks: RankGroup
     longest: int
-    """Tokens of the longest prompt."""
+    """Tokens of the longest context: a prompt and the replies of an environment."""
     announce: Callable[..., ReportProgress]
     """Reports that a phase begins; called with a step and a name."""

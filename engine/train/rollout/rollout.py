@@ -4,19 +4,21 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.train.data.prompts import PromptBatch, replace_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.masked import response_mask
+from engine.train.rollout.conversation import Conversation, replaced_rows
 
 
 @dataclass
 class Rollout:
     """The B responses of a step, at most T tokens each, right-padded.
 
-    Every rank holds all rows.
+    Every rank holds all rows. The tokens are those that the policy sampled; with an environment,
+    :attr:`conversation` has its replies between them.
     """
 
     batch: PromptBatch
@@ -35,10 +37,12 @@ class Rollout:
     values: Tensor
     """(B, T) float32: V before each token; zeros without a value function."""
     texts: list[str]
-    """The responses as text, without special tokens."""
+    """The responses as text, without special tokens; with an environment, its replies, too."""
     versions: Tensor | None = None
     """(B,) int64: the step whose update produced the weights that sampled each response. None if
     the backend does not track versions."""
+    conversation: Conversation | None = None
+    """The turns of policy and environments; None without an environment."""
 
     @property
     def rows(self) -> Tensor:
@@ -47,12 +51,16 @@ class Rollout:
 
     @cached_property
     def host_lengths(self) -> Tensor:
-        """Lengths of prompts and of responses; (2, B) int64, on the host.
+        """Tokens of the context and of the response; (2, B) int64, on the host.
 
+        The context is the prompt and an environment's replies: all that the policy did not sample.
         Copied once, since the host reads them for each micro-batch and would wait for the GPU each
         time.
         """
-        return torch.stack([self.batch.lengths, self.lengths]).cpu()
+        context = self.batch.lengths
+        if self.conversation is not None:
+            context = context + self.conversation.lengths - self.lengths
+        return torch.stack([context, self.lengths]).cpu()
 
     @property
     def mask(self) -> Tensor:
@@ -72,20 +80,56 @@ class Rollout:
             values=self.values[rows],
             texts=[self.texts[i] for i in rows.tolist()],
             versions=None if self.versions is None else self.versions[rows],
+            conversation=None if self.conversation is None else self.conversation.select(rows),
         )
+
+    def cpu(self) -> "Rollout":
+        """Returns a copy on the host, without the conversation."""
+        return Rollout(
+            batch=self.batch.to(torch.device("cpu")),
+            ids=self.ids.cpu(),
+            lengths=self.lengths.cpu(),
+            eos=self.eos.cpu(),
+            ended=self.ended.cpu(),
+            logprobs=self.logprobs.cpu(),
+            entropies=self.entropies.cpu(),
+            values=self.values.cpu(),
+            texts=self.texts,
+            versions=None if self.versions is None else self.versions.cpu(),
+        )
+
+    def sequences(self, rows: Tensor, length: int) -> Tensor:
+        """Returns the first tokens of prompts with all that follows: (n, length) int64.
+
+        What follows a shorter sequence is arbitrary.
+
+        Args:
+            rows: (n,) int64, on the rollout's device.
+            length: L.
+        """
+        after = self.ids if self.conversation is None else self.conversation.ids
+        columns = torch.cat([self.batch.ids[rows], after[rows]], 1)
+        start = self.batch.ids.shape[1] - self.batch.lengths[rows][:, None]  # left-padded prompts
+        index = start + torch.arange(length, device=rows.device)
+        return columns.gather(1, index.clamp(max=columns.shape[1] - 1))
+
+    def positions(self, rows: Tensor, width: int) -> Tensor:
+        """Returns where the first `width` response tokens stand in :meth:`sequences`; (n, width).
+
+        Positions beyond a response's length are arbitrary.
+        """
+        first = self.batch.lengths[rows][:, None]
+        if self.conversation is None:
+            return first + torch.arange(width, device=rows.device)
+        return first + self.conversation.positions[rows, :width]
 
 
 def replace_rows(rollout: Rollout, rows: Tensor, other: Rollout, other_rows: Tensor) -> Rollout:
     """Returns a rollout with some rows taken from another; both row indices are (n,) int64."""
-    width = max(rollout.ids.shape[1], other.ids.shape[1])
     rows, other_rows = rows.to(rollout.ids.device), other_rows.to(rollout.ids.device)
 
     def replaced(name: str) -> Tensor:
-        old, new = getattr(rollout, name), getattr(other, name)
-        if old.dim() == 2:
-            old, new = (nn.functional.pad(x, (0, width - x.shape[1])) for x in (old, new))
-        result: Tensor = old.index_copy(0, rows, new[other_rows])
-        return result
+        return replaced_rows(getattr(rollout, name), rows, getattr(other, name), other_rows)
 
     texts = list(rollout.texts)
     for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
@@ -101,6 +145,9 @@ def replace_rows(rollout: Rollout, rows: Tensor, other: Rollout, other_rows: Ten
         values=replaced("values"),
         texts=texts,
         versions=None if rollout.versions is None else replaced("versions"),
+        conversation=None
+        if rollout.conversation is None or other.conversation is None
+        else rollout.conversation.replaced(rows, other.conversation, other_rows),
     )
 
 

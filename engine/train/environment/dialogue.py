@@ -1,0 +1,137 @@
+"""Generates responses turn by turn: the policy speaks, environments reply."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.schema import RunConfig
+from engine.train.data.prompts import Prompt, batch_prompts
+from engine.train.data.randomness import derived_seed
+from engine.train.environment.environments import Environments
+from engine.train.environment.reply_tokens import ReplyTokens
+from engine.train.environment.response import Response, rollout_of
+from engine.train.rollout.backend import SamplingOptions
+from engine.train.rollout.rollout import Rollout
+
+Generate = Callable[[list[Prompt], SamplingOptions], Rollout]
+"""Generates one turn of the policy in response to prompts, on every rank."""
+
+
+class Dialogue:
+    """The responses to a batch of prompts, which all have an environment.
+
+    Each turn generates text for all responses that go on, as responses to everything before it. So
+    it works with every rollout backend; each turn reads what precedes it again.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        environments: Environments,
+        tokenizer: PreTrainedTokenizerBase,
+        ranks: int,
+        options: SamplingOptions,
+        step: int,
+    ) -> None:
+        """Stores the arguments.
+
+        Args:
+            config: the run's.
+            environments: make and call the user's objects.
+            tokenizer: the policy's.
+            ranks: number of ranks, each of which must have a response to generate.
+            options: of the whole responses. `max_new_tokens` limits the tokens of the policy in all
+                turns together.
+            step: for errors.
+        """
+        self._config = config.environment
+        self._environments = environments
+        self._tokens = ReplyTokens(config, tokenizer)
+        self._tokenizer = tokenizer
+        self._ranks = ranks
+        self._options = options
+        self._step = step
+        self._seconds = 0.0
+
+    def generate(self, prompts: list[Prompt], generate: Generate) -> Rollout:
+        """Generates whole responses; all ranks must call it.
+
+        Raises:
+            RewardCallError: an environment raised.
+            UserInputError: the chat template cannot render a reply.
+        """
+        batch = batch_prompts(prompts, self._options.per_prompt, self._tokenizer.eos_token_id or 0)
+        turn = generate(prompts, self._options)
+        responses = self._begun(batch.prompts)
+        going_on = dict(enumerate(responses))
+        for number in range(1, self._config.max_turns + 1):
+            if number > 1:
+                turn = self._next_turn(going_on, number, generate)
+            going_on = self._add(turn, going_on, number)
+            if not going_on:
+                break
+        return rollout_of(responses, batch.to(turn.ids.device), self._tokenizer, self._seconds)
+
+    def _begun(self, prompts: list[Prompt]) -> list[Response]:
+        options, started = self._options, time.perf_counter()
+        seeds = [
+            derived_seed(options.seed, "environment", options.step, i) for i in range(len(prompts))
+        ]
+        environments = self._environments.make(prompts, seeds, self._step)
+        self._seconds += time.perf_counter() - started
+        return [Response(p, e) for p, e in zip(prompts, environments, strict=True)]
+
+    def _next_turn(
+        self, responses: dict[int, Response], number: int, generate: Generate
+    ) -> Rollout:
+        """Generates the next turn of responses, by row; any further rows are not used."""
+        rows = list(responses)
+        rows += rows[:1] * (self._ranks - len(rows))  # each rank needs a prompt
+        options = dataclasses.replace(
+            self._options,
+            seed=derived_seed(self._options.seed, "turn", number),
+            per_prompt=1,
+            max_new_tokens=max(self._left(r) for r in responses.values()),
+            rows=tuple(rows),
+        )
+        return generate([responses[row].next_prompt for row in rows], options)
+
+    def _left(self, response: Response) -> int:
+        """How many tokens the policy may still sample in a response."""
+        return self._options.max_new_tokens - len(response.positions)
+
+    def _add(
+        self, turn: Rollout, responses: dict[int, Response], number: int
+    ) -> dict[int, Response]:
+        """Appends a turn to responses, by row, and the replies; returns the responses that go on.
+
+        An environment hears each turn, also one that was truncated, so that it can give a score.
+        """
+        host, limit = turn.cpu(), self._options.max_new_tokens
+        texts = [
+            response.add_turn(host, i, limit, self._tokenizer)
+            for i, response in enumerate(responses.values())
+        ]
+        environments = [response.environment for response in responses.values()]
+        started = time.perf_counter()
+        replies = self._environments.replies(environments, texts, self._step, number)
+        self._seconds += time.perf_counter() - started
+        return {
+            row: response
+            for (row, response), reply in zip(responses.items(), replies, strict=True)
+            if self._goes_on(response, reply, last=number == self._config.max_turns)
+        }
+
+    def _goes_on(self, response: Response, reply: str | None, *, last: bool) -> bool:
+        """Appends a reply unless the response ends here; `last` is at the limit of turns."""
+        if reply is None or not response.ended:
+            return False
+        ids = self._tokens(response.prompt, reply, response.ids[-1])
+        fits = response.reply_tokens + len(ids) <= self._config.max_tokens
+        if last or not fits or not self._left(response):
+            response.ended = False  # the environment would have gone on
+            return False
+        response.add_reply(ids, self._config.role, reply)
+        return True

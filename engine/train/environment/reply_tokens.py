@@ -1,0 +1,57 @@
+"""The tokens between two turns of the policy: an environment's reply and the template around it."""
+
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.schema import RunConfig
+from engine.errors import UserInputError
+from engine.train.data.chat_template import render_chat
+from engine.train.data.prompts import Prompt
+from engine.train.data.tokenise import tokenise_texts
+
+TURN = "rlhf-tui:turn"
+"""Stands for the policy's turn in a rendered conversation, of which only what follows is used."""
+
+
+class ReplyTokens:
+    """Turns replies into tokens that continue a response."""
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._role = config.environment.role
+        self._template_arguments = config.data.template_arguments or {}
+        self._tokenizer = tokenizer
+
+    def __call__(self, prompt: Prompt, reply: str, last: int) -> list[int]:
+        """Returns the tokens from the end of the policy's turn to the beginning of its next one.
+
+        Plain text is continued by the reply as it is. A conversation is continued as its chat
+        template does it: the end of the policy's message, the reply as a message, and the beginning
+        of the policy's next message.
+
+        Args:
+            prompt: what the response began with.
+            reply: the environment's text.
+            last: the last token that the policy sampled. If it is the one that ends a message, it
+                is not repeated.
+
+        Raises:
+            UserInputError: the template cannot render such a conversation.
+        """
+        if prompt.messages is None:
+            return tokenise_texts(self._tokenizer, [reply], special=False)[0]
+        messages = [
+            *prompt.messages,
+            {"role": "assistant", "content": TURN},
+            {"role": self._role, "content": reply},
+        ]
+        text = render_chat(
+            self._tokenizer, messages, "environment.role", add_generation_prompt=True,
+            **self._template_arguments,
+        )  # fmt: skip
+        _, found, after = text.partition(TURN)
+        if not found:
+            raise UserInputError(
+                "environment: the chat template does not show the policy's turns that are followed "
+                "by a reply; use another model, or give data.chat_template"
+            )
+        ids = tokenise_texts(self._tokenizer, [after], special=False)[0]
+        return ids[1:] if ids[:1] == [last] else ids

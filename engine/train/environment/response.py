@@ -1,0 +1,144 @@
+"""A response while its turns are generated, and the rollout of finished responses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.train.data.prompts import Prompt, PromptBatch
+from engine.train.rollout.conversation import Conversation, Turns
+from engine.train.rollout.rollout import Rollout
+
+
+@dataclass
+class Response:
+    """One response while it is generated; its tensors are on the host."""
+
+    prompt: Prompt
+    environment: object
+    """None on ranks other than 0."""
+    ids: list[int] = field(default_factory=list)
+    """All tokens after the prompt."""
+    positions: list[int] = field(default_factory=list)
+    """Those that the policy sampled, as indices of :attr:`ids`."""
+    floats: list[Tensor] = field(default_factory=list)
+    """For each turn, (3, n) float32: log-probabilities, entropies and values."""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    replies: list[tuple[int, int]] = field(default_factory=list)
+    """Start and end of each reply, as indices of :attr:`ids`."""
+    eos: bool = False
+    """Whether the last token is an end-of-sequence token."""
+    ended: bool = False
+    """Whether the last turn ended by itself; of a finished response, whether that did."""
+    version: int = 0
+    """As in :attr:`Rollout.versions`."""
+
+    @property
+    def reply_tokens(self) -> int:
+        """Number of tokens that the environment wrote."""
+        return len(self.ids) - len(self.positions)
+
+    @property
+    def next_prompt(self) -> Prompt:
+        """What the next turn responds to: everything so far."""
+        prompt = self.prompt
+        return Prompt(prompt.ids + self.ids, prompt.text, prompt.row, prompt.messages)
+
+    def add_turn(
+        self, turn: Rollout, row: int, limit: int, tokenizer: PreTrainedTokenizerBase
+    ) -> str:
+        """Appends a turn of the policy and returns its text.
+
+        Args:
+            turn: a rollout on the host.
+            row: of the turn in it.
+            limit: most tokens of the policy in the whole response; the turn is cut there.
+            tokenizer: the policy's.
+        """
+        length = int(turn.lengths[row])
+        kept = min(length, limit - len(self.positions))
+        ids = turn.ids[row, :kept].tolist()
+        self.positions += range(len(self.ids), len(self.ids) + kept)
+        self.ids += ids
+        floats = torch.stack([turn.logprobs[row], turn.entropies[row], turn.values[row]])
+        self.floats.append(floats[:, :kept])
+        self.eos = bool(turn.eos[row]) and kept == length
+        self.ended = bool(turn.ended[row]) and kept == length
+        if turn.versions is not None:
+            self.version = int(turn.versions[row])
+        text = _decoded(tokenizer, ids)
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+    def add_reply(self, ids: list[int], role: str, text: str) -> None:
+        """Appends a reply of the environment: its tokens, its role and its text."""
+        self.replies.append((len(self.ids), len(self.ids) + len(ids)))
+        self.ids += ids
+        self.messages.append({"role": role, "content": text})
+
+
+def rollout_of(
+    responses: Sequence[Response],
+    batch: PromptBatch,
+    tokenizer: PreTrainedTokenizerBase,
+    environment_seconds: float,
+) -> Rollout:
+    """Builds the rollout of finished responses, on the batch's device."""
+    device = batch.ids.device
+    count, width = len(responses), max(len(r.positions) for r in responses)
+    floats = torch.zeros(3, count, width)
+    for i, response in enumerate(responses):
+        floats[:, i, : len(response.positions)] = torch.cat(response.floats, 1)
+    logprobs, entropies, values = floats.to(device)
+
+    def numbers(values: list[int]) -> Tensor:
+        return torch.tensor(values).to(device)
+
+    def flags(values: list[bool]) -> Tensor:
+        return torch.tensor(values).to(device)
+
+    return Rollout(
+        batch=batch,
+        ids=_padded([[r.ids[at] for at in r.positions] for r in responses]).to(device),
+        lengths=numbers([len(r.positions) for r in responses]),
+        eos=flags([r.eos for r in responses]),
+        ended=flags([r.ended for r in responses]),
+        logprobs=logprobs,
+        entropies=entropies,
+        values=values,
+        texts=[_decoded(tokenizer, r.ids) for r in responses],
+        versions=numbers([r.version for r in responses]),
+        conversation=Conversation(
+            ids=_padded([r.ids for r in responses]).to(device),
+            lengths=numbers([len(r.ids) for r in responses]),
+            positions=_padded([r.positions for r in responses]).to(device),
+            turns=[Turns(r.messages, _spans(tokenizer, r), r.environment) for r in responses],
+            environment_seconds=environment_seconds,
+        ),
+    )
+
+
+def _spans(tokenizer: PreTrainedTokenizerBase, response: Response) -> list[tuple[int, int]]:
+    """Returns the start and end of each reply in the text of the response, in characters."""
+    # The text of a part alone may differ: some tokenizers drop a space at its beginning.
+    return [
+        (
+            len(_decoded(tokenizer, response.ids[:start])),
+            len(_decoded(tokenizer, response.ids[:end])),
+        )
+        for start, end in response.replies
+    ]
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Pads rows of numbers at the end with 0: (n, longest) int64."""
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+    return padded

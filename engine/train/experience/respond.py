@@ -1,0 +1,50 @@
+"""Generates responses, of several turns if the run has an environment."""
+
+from engine.progress import ReportProgress, report_nothing
+from engine.train.data.prompts import Prompt
+from engine.train.environment.dialogue import Dialogue
+from engine.train.models.language_model import AnyModel
+from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.rollout.rollout import Rollout
+from engine.train.run import Run
+
+
+def respond(
+    run: Run,
+    model: AnyModel,
+    prompts: list[Prompt],
+    options: SamplingOptions,
+    report: ReportProgress = report_nothing,
+    *,
+    step: int | None = None,
+) -> Rollout:
+    """Generates responses to prompts; the rollout holds all of them, on every rank.
+
+    All ranks must call it; see :func:`generate_responses`.
+
+    Args:
+        run: the run; it is not changed.
+        model: the policy or the reference, in evaluation mode.
+        prompts: the prompts of the whole batch, the same on every rank.
+        options: seed, step, temperature and lengths. `max_new_tokens` limits the tokens of the
+            policy in all turns together.
+        report: called with (tokens done, total), for each turn anew.
+        step: for errors of an environment; default: that of the options.
+
+    Raises:
+        RewardCallError: an environment raised.
+        UserInputError: the chat template cannot render a reply.
+    """
+
+    def generate(prompts: list[Prompt], options: SamplingOptions) -> Rollout:
+        return generate_responses(
+            run.backend, model, prompts, options, run.tokenizer, run.ranks, report
+        )
+
+    if run.environments is None:
+        return generate(prompts, options)
+    dialogue = Dialogue(
+        run.config, run.environments, run.tokenizer, run.ranks.size, options,
+        options.step if step is None else step,
+    )  # fmt: skip
+    return dialogue.generate(prompts, generate)

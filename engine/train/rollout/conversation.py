@@ -1,0 +1,72 @@
+"""Responses of several turns: where the tokens of the policy stand among those of an environment.
+
+A response token is one that the policy sampled, in any turn. So all that is computed for response
+tokens (advantages, losses, the KL) needs no other mask, and the last token of a turn is followed by
+the first one of the next. The replies of an environment are context, as the prompt is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Turns:
+    """One response as messages."""
+
+    messages: list[dict[str, str]]
+    """Those of the policy, `assistant`, and of its environment, in turn."""
+    replies: list[tuple[int, int]]
+    """Start and end of each reply in the text of the response, in characters."""
+    environment: Any = None
+    """What replied: an object of the user's; None on ranks other than 0."""
+
+    @property
+    def count(self) -> int:
+        """Number of turns of the policy."""
+        return len(self.replies) + 1
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What follows the prompts of B responses: S tokens of policy and environments."""
+
+    ids: Tensor
+    """(B, S) int64, 0 beyond the length."""
+    lengths: Tensor
+    """(B,) int64; the last token is the policy's."""
+    positions: Tensor
+    """(B, T) int64: where each response token stands in `ids`; any beyond a response's length."""
+    turns: list[Turns]
+    environment_seconds: float = 0.0
+    """How long all ranks waited for environments."""
+
+    def select(self, rows: Tensor) -> "Conversation":
+        """Selects responses by indices on the host; S and T stay the same."""
+        return Conversation(
+            self.ids[rows], self.lengths[rows], self.positions[rows],
+            [self.turns[i] for i in rows.tolist()], self.environment_seconds,
+        )  # fmt: skip
+
+    def replaced(self, rows: Tensor, other: "Conversation", other_rows: Tensor) -> "Conversation":
+        """Returns one with some rows taken from another; both row indices are (n,) int64."""
+        turns = list(self.turns)
+        for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
+            turns[row] = other.turns[other_row]
+        return Conversation(
+            replaced_rows(self.ids, rows, other.ids, other_rows),
+            replaced_rows(self.lengths, rows, other.lengths, other_rows),
+            replaced_rows(self.positions, rows, other.positions, other_rows),
+            turns,
+            self.environment_seconds + other.environment_seconds,
+        )
+
+
+def replaced_rows(old: Tensor, rows: Tensor, new: Tensor, new_rows: Tensor) -> Tensor:
+    """Replaces rows of a tensor; pads both at the end with 0 to the wider of two matrices."""
+    if old.dim() == 2:
+        width = max(old.shape[1], new.shape[1])
+        old, new = (nn.functional.pad(x, (0, width - x.shape[1])) for x in (old, new))
+    replaced: Tensor = old.index_copy(0, rows, new[new_rows])
+    return replaced

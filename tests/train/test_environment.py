@@ -1,0 +1,286 @@
+"""Responses of several turns: an environment replies to the policy."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.errors import CommandRejectedError, UserInputError
+from engine.train.environment.reply_tokens import ReplyTokens
+from engine.train.evaluation.evaluate import evaluate
+from engine.train.experience.generation import generate_rollout, sampling_options
+from engine.train.ppo.forward import MicroBatchLimit, score_tokens
+from engine.train.reports.probe import answer_probe
+from engine.train.rewards.source import RewardCallError, RewardInputs
+from engine.train.rollout.backend import generate_responses
+from engine.train.rollout.rollout import replace_rows
+from engine.train.run import max_response_tokens, max_sequence_tokens
+from engine.train.step import train_step
+from tests.train.repeating import Repeating
+
+ENVIRONMENT = (
+    "environment.factory=repeating:Repeating",
+    f"environment.path={Path(__file__).parent}",
+    "environment.max_tokens=40",
+)
+STOPS = 'rollout.stop=[" a", "the", " is", " and"]'
+"""The starter rarely ends a response by itself before ten tokens."""
+SCORED = ("reward.model=null", "reward.environment=letters")
+
+
+def respond(run, step=1):
+    return generate_rollout(run, step, lambda _done, _total: None)
+
+
+def conversations(rollout):
+    """For each response the tokens after the prompt, and which of them the policy sampled."""
+    found = rollout.conversation
+    for i, (length, count) in enumerate(
+        zip(found.lengths.tolist(), rollout.lengths.tolist(), strict=True)
+    ):
+        yield found.ids[i, :length].tolist(), found.positions[i, :count].tolist()
+
+
+def test_a_response_is_the_turns_of_the_policy_with_replies_between_them(make_run, tokenizer):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    rollout = respond(run)
+    question = tokenizer(Repeating.QUESTION, add_special_tokens=False)["input_ids"]
+    counts = set()
+    for i, (ids, sampled) in enumerate(conversations(rollout)):
+        turns = rollout.conversation.turns[i]
+        counts.add(turns.count)
+        assert [ids[at] for at in sampled] == rollout.ids[i, : len(sampled)].tolist()
+        assert sampled[-1] == len(ids) - 1  # the last turn is the policy's
+        replied = [ids[at] for at in range(len(ids)) if at not in sampled]
+        assert replied == question * (turns.count - 1)
+        roles = [message["role"] for message in turns.messages]
+        assert roles == ["assistant", "user"] * (turns.count - 1) + ["assistant"]
+        assert [rollout.texts[i][a:b] for a, b in turns.replies] == [Repeating.QUESTION] * (
+            turns.count - 1
+        )
+        assert turns.environment.heard == [m["content"] for m in turns.messages[::2]]
+    assert len(counts) > 1, "the responses must differ in their number of turns"
+
+
+def test_recorded_log_probabilities_are_those_of_the_whole_conversation(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS, "model.value=shared")
+    rollout = respond(run)
+    logprobs, values = score_tokens(run.policy, rollout, 1.0, MicroBatchLimit(3))
+    mask = rollout.mask
+    assert torch.allclose(logprobs, rollout.logprobs * mask, atol=1e-5)
+    assert torch.allclose(values, rollout.values * mask, atol=1e-5)
+
+
+def test_log_probabilities_are_those_of_a_slow_loop_over_the_tokens(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    rollout = respond(run)
+    for i, (ids, sampled) in enumerate(conversations(rollout)):
+        prompt = rollout.batch.prompts[i].ids
+        with torch.no_grad():
+            logits = run.policy.lm(torch.tensor([prompt + ids])).logits[0]
+        expected = [float(logits[len(prompt) + at - 1].log_softmax(-1)[ids[at]]) for at in sampled]
+        found = rollout.logprobs[i, : len(sampled)].tolist()
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_environment_that_never_replies_leaves_the_tokens_as_they_are(make_run, tmp_path):
+    (tmp_path / "silent.py").write_text(
+        "class Silent:\n    def reply(self, text):\n        return None\n"
+    )
+    run, _ = make_run()
+    silent, _ = make_run("environment.factory=silent:Silent", f"environment.path={tmp_path}",
+                         "environment.max_tokens=8")  # fmt: skip
+    expected, found = respond(run), respond(silent)
+    width = expected.ids.shape[1]
+    assert torch.equal(found.ids[:, :width], expected.ids)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.ended, expected.ended)
+    assert torch.equal(found.logprobs * found.mask, expected.logprobs * expected.mask)
+    assert found.texts == expected.texts
+    one, _ = train_step(run, 1)
+    other, _ = train_step(silent, 1)
+    same = {k: v for k, v in other.items() if k in one and not k.startswith(("time/", "perf/"))}
+    assert same == {k: one[k] for k in same}
+
+
+def test_random_numbers_belong_to_the_row_whatever_the_other_responses_do(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    prompts, options = run.prompts.for_step(1), sampling_options(run, 1)
+    whole = generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
+    some = dataclasses.replace(options, rows=(5, 2))
+    chosen = [prompts[5], prompts[2]]
+    part = generate_responses(run.backend, run.policy, chosen, some, run.tokenizer)
+    assert part.texts == [whole.texts[5], whole.texts[2]]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_limit_of_turns_truncates_responses_that_would_go_on(make_run, limit):
+    run, _ = make_run(*ENVIRONMENT, STOPS, f"environment.max_turns={limit}")
+    rollout = respond(run)
+    cut = 0
+    for i, turns in enumerate(rollout.conversation.turns):
+        assert turns.count <= limit
+        if turns.count < turns.environment.most_turns:
+            cut += 1
+            assert not rollout.ended[i]
+    assert cut
+
+
+def test_a_reply_that_does_not_fit_ends_the_response(make_run, tokenizer):
+    question = len(tokenizer(Repeating.QUESTION, add_special_tokens=False)["input_ids"])
+    run, _ = make_run(*ENVIRONMENT, STOPS, f"environment.max_tokens={2 * question - 1}")
+    rollout = respond(run)
+    assert max(turns.count for turns in rollout.conversation.turns) == 2
+    for i, turns in enumerate(rollout.conversation.turns):
+        assert turns.count < turns.environment.most_turns <= 2 or turns.count <= 2
+        if turns.environment.most_turns == 3 and turns.count == 2:
+            assert not rollout.ended[i]
+
+
+def test_the_policy_samples_no_more_tokens_in_all_turns_than_in_one(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS, "rollout.max_new_tokens=4")
+    rollout = respond(run)
+    assert int(rollout.lengths.max()) <= 4
+    assert rollout.ids.shape[1] <= 4
+
+
+def test_a_step_trains_on_the_scores_of_environments(make_run):
+    run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
+    before = [p.clone() for p in run.policy.parameters()]
+    metrics, samples = train_step(run, 1)
+    assert 1 < metrics["environment/turns"] < 3
+    assert metrics["environment/reply_tokens"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.policy.parameters(), strict=True))
+    assert samples[0].score == pytest.approx(
+        sum(len(m) for m in samples[0].response.split(Repeating.QUESTION)) / 10
+    )
+
+
+def test_a_reward_function_of_a_chat_gets_the_messages_of_both(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    inputs = RewardInputs.of(respond(run), 1)
+    row = next(i for i, turns in enumerate(inputs.turns) if turns.count > 1)
+    assert [m["role"] for m in inputs.messages(row)][:3] == ["assistant", "user", "assistant"]
+    (part,) = inputs.select(torch.tensor([row])).turns
+    assert part is inputs.turns[row]
+    assert inputs.messages(row) is not inputs.turns[row].messages  # the function may change them
+
+
+def test_a_reward_model_reads_the_tokens_of_the_whole_conversation(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    inputs = RewardInputs.of(respond(run), 1)
+    scores, _ = run.rewards(inputs)
+    joined = dataclasses.replace(inputs, ids=[ids[:] for ids in inputs.ids], turns=None)
+    assert run.rewards(joined)[0].tolist() == scores.tolist()
+    for ids, turns in zip(inputs.ids, inputs.turns, strict=True):
+        assert len(ids) >= turns.count + len(turns.replies)
+
+
+def test_dynamic_sampling_replaces_whole_conversations(make_run):
+    run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
+    first, other = respond(run, 1), respond(run, 2)
+    rows = torch.tensor([0, 3])
+    mixed = replace_rows(first, rows, other, torch.tensor([2, 1]))
+    expected, given = list(conversations(first)), list(conversations(other))
+    expected[0], expected[3] = given[2], given[1]
+    assert list(conversations(mixed)) == expected
+    assert mixed.conversation.turns[3] is other.conversation.turns[1]
+    length = int(mixed.host_lengths[:, 3].sum())
+    sequence = mixed.sequences(torch.tensor([3]), length)[0].tolist()
+    assert sequence == other.batch.prompts[1].ids + given[1][0]
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.strip() }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_reply_in_a_conversation_is_a_message_of_the_chat_template(make_run, role):
+    run, _ = make_run(
+        *ENVIRONMENT, f"data.chat_template='{CHAT}'", "data.chat=true", f"environment.role={role}"
+    )
+    prompt = run.prompts.for_step(1)[0]
+    assert prompt.messages is not None
+    tokens = ReplyTokens(run.config, run.tokenizer)(prompt, " Colder! ", last=5)
+    assert run.tokenizer.decode(tokens) == f"<end><{role}>Colder!<end><assistant>"
+
+
+def test_the_token_that_ends_a_message_is_not_repeated(make_run, tokenizer):
+    template = CHAT.replace("<end>", tokenizer.eos_token)
+    run, _ = make_run(*ENVIRONMENT, f"data.chat_template='{template}'", "data.chat=true")
+    prompt = run.prompts.for_step(1)[0]
+    encode = ReplyTokens(run.config, run.tokenizer)
+    end = tokenizer.eos_token_id
+    assert encode(prompt, "No", last=5)[0] == end
+    assert encode(prompt, "No", last=end) == encode(prompt, "No", last=5)[1:]
+
+
+def test_a_template_that_drops_turns_is_refused(make_run):
+    template = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"
+    run, _ = make_run(*ENVIRONMENT, f'data.chat_template="{template}"', "data.chat=true")
+    with pytest.raises(UserInputError, match="does not show the policy's turns"):
+        ReplyTokens(run.config, run.tokenizer)(run.prompts.for_step(1)[0], "No", last=5)
+
+
+WRONG = {
+    "raises": ("def reply(self, text):\n        raise ValueError('no game')", "no game"),
+    "exits": ("def reply(self, text):\n        raise SystemExit(3)", "SystemExit"),
+    "returns a number": ("def reply(self, text):\n        return 3", "int instead of text or None"),
+    "cannot reply": ("def answer(self, text):\n        return None", "no method reply"),
+    "needs a column": (
+        "def __init__(self, secret): ...\n    def reply(self, text): ...",
+        "takes 'secret'",
+    ),
+}
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("case", list(WRONG))
+def test_an_environment_that_fails_is_told_in_one_line(make_run, tmp_path, case, concurrency):
+    body, expected = WRONG[case]
+    name = f"wrong_{case.replace(' ', '_')}_{concurrency}"
+    (tmp_path / f"{name}.py").write_text(f"class Wrong:\n    {body}\n")
+    run, _ = make_run(
+        f"environment.factory={name}:Wrong", f"environment.path={tmp_path}",
+        f"environment.concurrency={concurrency}", "environment.max_tokens=8",
+    )  # fmt: skip
+    with pytest.raises(RewardCallError, match=expected) as raised:
+        respond(run)
+    text = str(raised.value)
+    assert text.startswith(f"environment '{name}:Wrong' at ")
+    assert "\n" not in text
+    (tmp_path / f"{name}.py").write_text(
+        "class Wrong:\n    def reply(self, text):\n        return None\n"
+    )
+    assert len(respond(run).texts) == run.config.rollout.batch_size  # the file is read again
+
+
+def test_an_evaluation_has_conversations_too(make_run):
+    run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS, "eval={every: 1, holdout: 4}")
+    found = evaluate(run, run.held_out, 1)
+    assert any(Repeating.QUESTION in sample.response for sample in found.samples)
+    again = evaluate(run, run.held_out, 1)
+    assert again.metrics["eval/score"] == found.metrics["eval/score"]
+
+
+def test_a_probe_is_one_turn(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    found = answer_probe(run, run.prompts.for_step(1)[0].text)
+    assert Repeating.QUESTION not in found["policy"]["response"]
+
+
+def test_a_probe_that_only_an_environment_can_score_is_rejected(make_run):
+    run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
+    with pytest.raises(CommandRejectedError, match="no environment"):
+        answer_probe(run, run.prompts.for_step(1)[0].text)
+
+
+def test_positions_for_the_replies_are_kept_free(make_run):
+    with pytest.raises(UserInputError, match=r"environment\.max_tokens"):
+        make_run(*ENVIRONMENT, "environment.max_tokens=250")
+    run, _ = make_run(*ENVIRONMENT)
+    longest = run.prompts.longest
+    assert max_response_tokens(run) == max_sequence_tokens(run) - longest - 40
