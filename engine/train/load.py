@@ -37,6 +37,7 @@ from engine.train.load_checks import (
     check_device,
     check_frozen_models,
     check_rank_count,
+    check_replies,
     check_response_length,
     check_vocabularies,
 )
@@ -167,6 +168,7 @@ def load_run(
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
     check_response_length(run)
+    check_replies(run)
     use_saved_scales(run, lambda text: notify(REWARD_CHANGED, text))
     # Makes a faulty separate engine fail here instead of in the first step.
     backend.sync(policy, begin.from_step, report_nothing)

@@ -9,6 +9,7 @@ from engine.config.sections.reward import RewardConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Placed
 from engine.train.checkpoints.folder import TrainingState
+from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.models.language_model import (
     AdapterFreePolicy,
     AnyModel,
@@ -133,6 +134,12 @@ def check_response_length(run: Run) -> None:
             f"eval.max_new_tokens ({wanted}) is too large: the models have {positions} "
             f"positions, and the longest prompt to evaluate{with_replies} takes {longest + replies}"
         )
+
+
+def check_replies(run: Run) -> None:
+    """Checks that the chat template can render an environment's reply. Raises UserInputError."""
+    if run.environments is not None:
+        ReplyTokens(run.config, run.tokenizer)(run.prompts.for_step(1)[0], "A reply", last=-1)
 
 
 def check_vocabularies(policy: int, reference: int) -> None:

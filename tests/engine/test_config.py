@@ -197,6 +197,11 @@ def test_only_overrides_are_paths_in_the_current_folder(tmp_path, monkeypatch):
     assert (changed.model.policy, changed.reward.model) == ("gpt2", str(tmp_path / "here" / "gpt2"))
     judged = config_file.override(loaded, ["eval.rewards=[{name: j, function: 'm:f'}]"])
     assert judged.reward.path == str(tmp_path / "here")
+    played = config_file.override(loaded, ["environment.factory=m:Game"])
+    assert played.environment.path == str(tmp_path / "here")
+    moved = config_file.override(played, ["environment.path=/games"])
+    kept = config_file.override(moved, ["environment.factory=m:Other"])
+    assert kept.environment.path == "/games"
     again = config_file.override(judged, ["reward.batch_size=2", "kl.beta=1", "kl={}"])
     assert again.reward == msgspec.structs.replace(judged.reward, batch_size=2)
 

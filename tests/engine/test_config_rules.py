@@ -346,6 +346,23 @@ REFUSED = {
         ["eval={every: 5, holdout: 8}", "train.best_metric=eval/ema_score"],
         r"needs train\.ema\.decay",
     ),
+    "a score of no environment": (
+        ["reward={environment: solved}"], r"reward\.environment needs environment\.factory",
+    ),
+    "an evaluation by no environment": (
+        ["eval={every: 5, holdout: 8, rewards: [{environment: solved}]}"],
+        r"eval\.rewards\[0\]\.environment needs environment\.factory",
+    ),
+    "turns without an environment": (["environment.max_turns=3"], r"need environment\.factory"),
+    "an environment that is no name": (
+        ["environment.factory=game.py"], "must be written module:name",
+    ),
+    "a score that is no method": (
+        ["environment.factory=a:B", "reward={environment: 'score()'}"], "the name of a method",
+    ),
+    "values of one turn": (
+        ["environment.factory=a:B", "model.value=reward_model"], "shared or separate",
+    ),
     "a key that is not there": (["reward.overlong.bufer=1"], r"mean 'reward\.overlong\.buf"),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.errors import CommandRejectedError, UserInputError
+from engine.train.environment.dialogue import Dialogue
 from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
@@ -218,11 +219,30 @@ def test_the_token_that_ends_a_message_is_not_repeated(make_run, tokenizer):
     assert encode(prompt, "No", last=end) == encode(prompt, "No", last=5)[1:]
 
 
-def test_a_template_that_drops_turns_is_refused(make_run):
+def test_a_template_that_drops_turns_is_refused_before_the_first_step(make_run):
     template = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"
-    run, _ = make_run(*ENVIRONMENT, f'data.chat_template="{template}"', "data.chat=true")
     with pytest.raises(UserInputError, match="does not show the policy's turns"):
-        ReplyTokens(run.config, run.tokenizer)(run.prompts.for_step(1)[0], "No", last=5)
+        make_run(*ENVIRONMENT, f'data.chat_template="{template}"', "data.chat=true")
+
+
+def test_ranks_without_a_response_of_their_own_generate_one_that_is_not_used(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    prompts, options = run.prompts.for_step(1), sampling_options(run, 1)
+    counts = []
+
+    def generate(prompts, options):
+        counts.append(len(prompts))
+        return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
+
+    one, many = (
+        Dialogue(run.config, run.environments, run.tokenizer, ranks, options, 1).generate(
+            prompts, generate
+        )
+        for ranks in (1, len(prompts))
+    )
+    assert set(counts[-2:]) == {len(prompts)}
+    assert many.texts == one.texts
+    assert torch.equal(many.logprobs, one.logprobs)
 
 
 WRONG = {

@@ -6,6 +6,7 @@ difference in the last bit could change a sampled token, and the runs would dive
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ STEP = (
     "launch.device=cpu", "log.tensorboard=false",
 )  # fmt: skip
 """Minibatches of 5 rows, micro-batches of 2: one rank has two micro-batches, the other one."""
+ENVIRONMENT = (
+    "environment.factory=repeating:Repeating", f"environment.path={Path(__file__).parent}",
+    "environment.max_tokens=40", 'rollout.stop=[" a", "the", " is", " and"]',
+)  # fmt: skip
 VARIANTS = {
     "gae": ("ppo.advantage=gae",),
     "gae, separate value trunk": ("ppo.advantage=gae", "model.value=separate"),
@@ -43,6 +48,12 @@ VARIANTS = {
         "parallel.activation_checkpointing=true",
         "train.ema.decay=0.5",
         "eval={every: 1, holdout: 4, max_new_tokens: 4}",
+    ),
+    "gae, an environment, averaged policy": (
+        *ENVIRONMENT,
+        "ppo.micro_batch_by=tokens",
+        "train.ema.decay=0.5",
+        "eval={every: 1, holdout: 4, max_new_tokens: 8}",
     ),
     "reward": ("ppo.advantage=reward",),
     "rloo, 8-bit moments": (
@@ -112,6 +123,7 @@ EVERY_TIME = {
     "gae, activation checkpointing, averaged policy": "fsdp",
     "grpo, every term in the loss": "ddp",
     "gae, separate value trunk, adapters": "fsdp",
+    "gae, an environment, averaged policy": "ddp",
 }
 """Together they have every part of the loss, the trunk and adapters, each with one of the
 strategies; `make test-all` has all with both."""
@@ -201,6 +213,9 @@ def record(folder, name, config):
     train_step(run, 1)
     rollout = generate_rollout(run, 2, lambda _done, _total: None)
     assert len(set(rollout.lengths.tolist())) > 2, "the responses must differ in length"
+    if (conversation := rollout.conversation) is not None:  # rank 1 cannot import its objects
+        turns = [replace(turns, environment=None) for turns in conversation.turns]
+        rollout = replace(rollout, conversation=replace(conversation, turns=turns))
     (folder / f"{name}.pickle").write_bytes(pickle.dumps(rollout))
     return rollout
 
