@@ -9,6 +9,7 @@ import torch
 from engine.errors import CommandRejectedError, UserInputError
 from engine.train.environment.dialogue import Dialogue
 from engine.train.environment.reply_tokens import ReplyTokens
+from engine.train.environment.response import Response
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
@@ -156,6 +157,34 @@ def test_a_step_trains_on_the_scores_of_environments(make_run):
     assert samples[0].score == pytest.approx(
         sum(len(m) for m in samples[0].response.split(Repeating.QUESTION)) / 10
     )
+
+
+def test_an_environment_gets_special_tokens_but_not_the_one_that_ends_the_turn(make_run, tokenizer):
+    run, _ = make_run(*ENVIRONMENT)
+    ids = [*tokenizer(" good")["input_ids"], tokenizer.bos_token_id or tokenizer.eos_token_id, 7]
+    for ended in (False, True):
+        turn = respond(run)
+        given = [*ids, tokenizer.eos_token_id] if ended else ids
+        turn.ids[0, : len(given)] = torch.tensor(given)
+        turn.lengths[0], turn.eos[0], turn.ended[0] = len(given), ended, True
+        response = Response(turn.batch.prompts[0], None)
+        assert response.add_turn(turn.cpu(), 0, 100, tokenizer) == tokenizer.decode(ids)
+        assert response.messages == [
+            {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+        ]
+
+
+def test_a_reward_function_gets_the_environments(make_run, tmp_path):
+    (tmp_path / "counting.py").write_text(
+        "def count(environments, completions):\n"
+        "    assert len(environments) == len(completions)\n"
+        "    return [e.turns() for e in environments]\n"
+    )
+    function = ("reward.model=null", "reward.function=counting:count", f"reward.path={tmp_path}")
+    run, _ = make_run(*ENVIRONMENT, STOPS, *function)
+    rollout = respond(run)
+    scores, _ = run.rewards(RewardInputs.of(rollout, 1))
+    assert scores.tolist() == [turns.count for turns in rollout.conversation.turns]
 
 
 def test_a_reward_function_of_a_chat_gets_the_messages_of_both(make_run):

@@ -49,7 +49,10 @@ class Response:
     def add_turn(
         self, turn: Rollout, row: int, limit: int, tokenizer: PreTrainedTokenizerBase
     ) -> str:
-        """Appends a turn of the policy and returns its text.
+        """Appends a turn of the policy and returns its text, as the environment gets it.
+
+        Special tokens are part of this text, since some models write tool calls with them. The one
+        that ends the turn is not.
 
         Args:
             turn: a rollout on the host.
@@ -68,9 +71,8 @@ class Response:
         self.ended = bool(turn.ended[row]) and kept == length
         if turn.versions is not None:
             self.version = int(turn.versions[row])
-        text = _decoded(tokenizer, ids)
-        self.messages.append({"role": "assistant", "content": text})
-        return text
+        self.messages.append({"role": "assistant", "content": _decoded(tokenizer, ids)})
+        return str(tokenizer.decode(ids[:-1] if self.eos else ids))
 
     def add_reply(self, ids: list[int], role: str, text: str) -> None:
         """Appends a reply of the environment: its tokens, its role and its text."""

@@ -21,8 +21,9 @@ class FunctionReward:
 
     The keyword arguments are `prompts`, `completions` (texts, or lists of chat messages for chat
     prompts), `completion_ids`, `trainer_state` (with `global_step`), and each other column of the
-    data as a list. The function returns one float per response, or None for a response it does not
-    score. It may be a coroutine function.
+    data as a list; with an environment also `environments`, the user's objects. The function
+    returns one float per response, or None for a response it does not score. It may be a coroutine
+    function.
     """
 
     def __init__(self, source: str, path: str | None, key: str = "reward") -> None:
@@ -66,6 +67,8 @@ class FunctionReward:
             text if p.messages is None else inputs.messages(i)
             for i, (text, p) in enumerate(zip(inputs.texts, rows, strict=True))
         ]
+        if inputs.turns is not None:
+            columns["environments"] = [turns.environment for turns in inputs.turns]
         return columns | {
             "prompts": prompts,
             "completions": completions,
