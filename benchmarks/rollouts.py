@@ -142,7 +142,8 @@ def main() -> None:
             )
 
         request = Generate(
-            weights_version=1, prompts=ids.tolist(), uniforms=uniforms.numpy().tobytes(),
+            weights_version=1, prompts=ids.tolist(), limits=[tokens] * len(ids),
+            uniforms=uniforms.numpy().tobytes(),
             max_new_tokens=tokens, temperature=1.0, sampling="gumbel", eos=[], look=False,
         )  # fmt: skip
         best("weights to vLLM", 0, options.repetitions, sync)

@@ -163,6 +163,9 @@ class _Estimator:
         if self._config.rollout.uses_vllm:  # weights are sent, one tensor gathered at once
             return {"gathered": MASTER * policy.vocabulary * policy.hidden * self._sharded}
         length = self._length
+        if self._config.reply_tokens:
+            # In a turn, one response may have sampled nearly all of its tokens, and another none.
+            length += self._response
         if at_once is not None and at_once < rows:
             # Room to fill slots again before positions are moved to the front of the cache.
             rows, length = at_once, length + max(self._response // 2, 16)

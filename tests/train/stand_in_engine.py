@@ -146,6 +146,7 @@ class _Model:
         rollout = generate(
             self.model, batch_prompts(prompts, 1, 0), uniforms, request.temperature,
             StopCriteria(request.eos, [], tokenizer), tokenizer, sampling=request.sampling,
+            limits=torch.tensor(request.limits),
         )  # fmt: skip
         width = request.max_new_tokens - rollout.ids.shape[1]
         ids, logprobs, entropies = (

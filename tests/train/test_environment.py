@@ -147,6 +147,27 @@ def test_the_policy_samples_no_more_tokens_in_all_turns_than_in_one(make_run):
     assert rollout.ids.shape[1] <= 4
 
 
+def test_no_turn_is_longer_than_what_is_left_of_its_response(make_run):
+    """A longer one would leave the positions of the model, or the length of a vLLM engine."""
+    run, _ = make_run(*ENVIRONMENT, STOPS, "rollout.max_new_tokens=6")
+    asked = []
+
+    def generate(prompts, options):
+        asked.append((prompts, options))
+        return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
+
+    options = sampling_options(run, 1)
+    rollout = Dialogue(run.config, run.environments, run.tokenizer, 1, options, 1).generate(
+        run.prompts.for_step(1), generate
+    )
+    question = 4  # tokens
+    for number, (prompts, turn) in enumerate(asked[1:], start=1):
+        assert turn.max_new_tokens == max(turn.limits)
+        for prompt, row, limit in zip(prompts, turn.rows, turn.limits, strict=True):
+            sampled = len(prompt.ids) - len(rollout.batch.prompts[row].ids) - number * question
+            assert limit == 6 - sampled > 0
+
+
 def test_a_step_trains_on_the_scores_of_environments(make_run):
     run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
     before = [p.clone() for p in run.policy.parameters()]
@@ -168,7 +189,7 @@ def test_an_environment_gets_special_tokens_but_not_the_one_that_ends_the_turn(m
         turn.ids[0, : len(given)] = torch.tensor(given)
         turn.lengths[0], turn.eos[0], turn.ended[0] = len(given), ended, True
         response = Response(turn.batch.prompts[0], None)
-        assert response.add_turn(turn.cpu(), 0, 100, tokenizer) == tokenizer.decode(ids)
+        assert response.add_turn(turn.cpu(), 0, tokenizer) == tokenizer.decode(ids)
         assert response.messages == [
             {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
         ]

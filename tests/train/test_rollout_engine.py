@@ -135,6 +135,7 @@ def test_log_pi_old_is_the_trainers_own_whatever_the_engine_reports(make_run, en
 def request(rows, width, prompt=4):
     return Generate(
         weights_version=3, prompts=[[70_000 + i] * prompt for i in range(rows)],
+        limits=[width] * rows,
         uniforms=b"".join(i.to_bytes(8) * width for i in range(rows)), max_new_tokens=width,
         temperature=1.0, sampling="gumbel", eos=[1], look=True,
     )  # fmt: skip

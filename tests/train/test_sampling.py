@@ -380,6 +380,20 @@ def test_checks_shapes_and_refilled_slots_change_no_response(respond, schedule, 
         assert plain.texts == other.texts
 
 
+@pytest.mark.parametrize("at_once", some_of({"all": None, "three": 3}, "three"))
+@pytest.mark.parametrize("schedule", [EXACT, Schedule(5, fixed_shapes=False), Schedule(5, True)])
+def test_each_response_has_a_limit_of_its_own(respond, schedule, at_once):
+    limits = [1, 2, 3, LIMIT, 5, 1, 7, 4]
+    endless = respond(eos=EOS)
+    cut = respond(eos=EOS, schedule=schedule, at_once=at_once, limits=torch.tensor(limits))
+    width = cut.ids.shape[1]
+    for i, limit in enumerate(limits):
+        length = min(limit, int(endless.lengths[i]))
+        assert int(cut.lengths[i]) == length
+        assert cut.ids[i].tolist() == (endless.ids[i, :length].tolist() + [0] * width)[:width]
+        assert bool(cut.ended[i]) == (length == int(endless.lengths[i]) and bool(endless.ended[i]))
+
+
 def test_a_stop_string_ends_a_response_where_its_text_first_has_it(respond):
     endless, stopped = respond(), respond(stop=["w7", "w1 w2"])
     assert stopped.ended.any()

@@ -458,10 +458,10 @@ class CountingBackend:
     def sync(self, model, weights_version, report):
         self.backend.sync(model, weights_version, report)
 
-    def generate(self, model, batch, uniforms, temperature, *, per_prompt, report):
+    def generate(self, model, batch, uniforms, temperature, *, per_prompt, limits, report):
         self.rows.append(len(batch.prompts))
         return self.backend.generate(
-            model, batch, uniforms, temperature, per_prompt=per_prompt, report=report
+            model, batch, uniforms, temperature, per_prompt=per_prompt, limits=limits, report=report
         )
 
 

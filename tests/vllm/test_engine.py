@@ -61,6 +61,7 @@ def update(engine, model, version):
 def request(prompts, uniforms, tokenizer, version, temperature=1.0):
     return Generate(
         weights_version=version, prompts=[p.ids for p in prompts],
+        limits=[uniforms.shape[1]] * len(prompts),
         uniforms=uniforms.numpy().tobytes(), max_new_tokens=uniforms.shape[1],
         temperature=temperature, sampling="gumbel", eos=[tokenizer.eos_token_id], look=False,
     )  # fmt: skip

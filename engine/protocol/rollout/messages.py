@@ -98,9 +98,12 @@ class Generate(Message, frozen=True, tag="generate"):
     """The weights that must be loaded."""
     prompts: list[list[int]]
     """Token ids; n prompts."""
+    limits: list[int]
+    """Maximum number of new tokens of each response."""
     uniforms: bytes
-    """(n, T) float64 in native byte order; T is the maximum number of new tokens."""
+    """(n, T) float64 in native byte order."""
     max_new_tokens: int
+    """T, the largest of the limits or more."""
     temperature: float
     sampling: str
     """How a uniform number selects a token (`rollout.sampling`)."""

@@ -93,8 +93,9 @@ class Dialogue:
             self._options,
             seed=derived_seed(self._options.seed, "turn", number),
             per_prompt=1,
-            max_new_tokens=max(self._left(r) for r in responses.values()),
+            max_new_tokens=max(self._left(responses[row]) for row in rows),
             rows=tuple(rows),
+            limits=tuple(self._left(responses[row]) for row in rows),
         )
         return generate([responses[row].next_prompt for row in rows], options)
 
@@ -109,9 +110,9 @@ class Dialogue:
 
         An environment hears each turn, also one that was truncated, so that it can give a score.
         """
-        host, limit = turn.cpu(), self._options.max_new_tokens
+        host = turn.cpu()
         texts = [
-            response.add_turn(host, i, limit, self._tokenizer)
+            response.add_turn(host, i, self._tokenizer)
             for i, response in enumerate(responses.values())
         ]
         environments = [response.environment for response in responses.values()]

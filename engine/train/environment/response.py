@@ -46,9 +46,7 @@ class Response:
         prompt = self.prompt
         return Prompt(prompt.ids + self.ids, prompt.text, prompt.row, prompt.messages)
 
-    def add_turn(
-        self, turn: Rollout, row: int, limit: int, tokenizer: PreTrainedTokenizerBase
-    ) -> str:
+    def add_turn(self, turn: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
         """Appends a turn of the policy and returns its text, as the environment gets it.
 
         Special tokens are part of this text, since some models write tool calls with them. The one
@@ -57,18 +55,15 @@ class Response:
         Args:
             turn: a rollout on the host.
             row: of the turn in it.
-            limit: most tokens of the policy in the whole response; the turn is cut there.
             tokenizer: the policy's.
         """
         length = int(turn.lengths[row])
-        kept = min(length, limit - len(self.positions))
-        ids = turn.ids[row, :kept].tolist()
-        self.positions += range(len(self.ids), len(self.ids) + kept)
+        ids = turn.ids[row, :length].tolist()
+        self.positions += range(len(self.ids), len(self.ids) + length)
         self.ids += ids
         floats = torch.stack([turn.logprobs[row], turn.entropies[row], turn.values[row]])
-        self.floats.append(floats[:, :kept])
-        self.eos = bool(turn.eos[row]) and kept == length
-        self.ended = bool(turn.ended[row]) and kept == length
+        self.floats.append(floats[:, :length])
+        self.eos, self.ended = bool(turn.eos[row]), bool(turn.ended[row])
         if turn.versions is not None:
             self.version = int(turn.versions[row])
         self.messages.append({"role": "assistant", "content": _decoded(tokenizer, ids)})

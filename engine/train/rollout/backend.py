@@ -55,6 +55,7 @@ class RolloutBackend(Protocol):
         temperature: float,
         *,
         per_prompt: int,
+        limits: Tensor | None,
         report: ReportProgress,
     ) -> Rollout:
         """Generates a response to each prompt, with log-probabilities at the temperature.
@@ -68,6 +69,8 @@ class RolloutBackend(Protocol):
                 are the only source of randomness, so that a resumed run samples the same tokens.
             temperature: > 0.
             per_prompt: number of adjacent rows with the same prompt.
+            limits: maximum number of new tokens of each response, at most T; (B,) int64 on the
+                host. None: T for all.
             report: call it regularly with (tokens done, T).
         """
 
@@ -123,6 +126,8 @@ class SamplingOptions:
     """Responses to each prompt, in adjacent rows."""
     rows: tuple[int, ...] | None = None
     """Which rows of the step's batch these are, for their random numbers. Default: the first."""
+    limits: tuple[int, ...] | None = None
+    """Maximum number of new tokens of each row. Default: `max_new_tokens` for all."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,12 @@ class Share:
     def prompts(self) -> PromptBatch:
         """This rank's prompts."""
         return self.batch.select(self.rows)
+
+    @property
+    def limits(self) -> Tensor | None:
+        """The limits of this rank's responses."""
+        limits = self.options.limits
+        return None if limits is None else torch.tensor(limits)[self.rows]
 
     def merged(self, local: Rollout) -> Rollout:
         """Merges all ranks' parts into the rollout of the whole batch; a collective.
@@ -203,6 +214,6 @@ def generate_responses(
     backend.sync(model, options.weights_version, report)
     local = backend.generate(
         model, share.prompts, share.uniforms, options.temperature,
-        per_prompt=options.per_prompt, report=report,
+        per_prompt=options.per_prompt, limits=share.limits, report=report,
     )  # fmt: skip
     return share.merged(local)

@@ -50,13 +50,14 @@ class NativeBackend:
         temperature: float,
         *,
         per_prompt: int = 1,
+        limits: Tensor | None = None,
         report: ReportProgress = report_nothing,
     ) -> Rollout:
         """See :func:`generate`."""
         return generate(
             model, batch, uniforms, temperature, self.stop_criteria, self.tokenizer, report,
-            per_prompt=per_prompt, at_once=self.config.at_once, sampling=self.config.sampling,
-            compiled=self.compiled,
+            per_prompt=per_prompt, limits=limits, at_once=self.config.at_once,
+            sampling=self.config.sampling, compiled=self.compiled,
         )  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def generate(
     report: ReportProgress = report_nothing,
     *,
     per_prompt: int = 1,
+    limits: Tensor | None = None,
     at_once: int | None = None,
     sampling: str = "gumbel",
     schedule: Schedule | None = None,
@@ -93,6 +95,8 @@ def generate(
         report: called with (tokens done, T), at least after every 16 tokens.
         per_prompt: number of adjacent rows with the same prompt; the prompt is processed once for
             all of them.
+        limits: maximum number of new tokens of each response, at most T; (B,) int64 on the host.
+            Default: T for all.
         at_once: maximum number of responses generated at once; the others wait until one has ended.
             Default: all.
         sampling: the scheme; a value of `rollout.sampling`.
@@ -103,7 +107,7 @@ def generate(
     compiled = compiled or CompiledLayers("never")
     responses = Responses(
         batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device), sampling,
-        compiled.distribution,
+        compiled.distribution, limits,
     )  # fmt: skip
     with (
         model.autocast(device.type),  # casts weights once for the whole rollout

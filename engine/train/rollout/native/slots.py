@@ -26,6 +26,7 @@ class Responses:
         eos: Tensor,
         sampling: str,
         distribution: Callable[[Tensor, float], Distribution],
+        limits: Tensor | None = None,
     ) -> None:
         """Allocates the tensors.
 
@@ -36,9 +37,13 @@ class Responses:
             eos: the end-of-sequence token ids; int64, on the device.
             sampling: the scheme; a name in :data:`~engine.train.rollout.sampling.SCHEMES`.
             distribution: see :func:`~engine.train.rollout.sampling.sample`.
+            limits: maximum number of new tokens of each response; (B,) int64. Default: T for all.
         """
         self.count, self.limit = uniforms.shape
         """B, and T, the maximum number of new tokens."""
+        self.limits = torch.full((self.count,), self.limit) if limits is None else limits
+        self.limits = self.limits.to(uniforms.device)
+        """(B,) int64."""
         self.batch = batch
         self.uniforms = uniforms
         self.temperature = temperature
@@ -91,6 +96,8 @@ class Slots:
     """bool: whether the response has ended; further output of the slot is discarded."""
     token: Tensor
     """int64: the last token sampled."""
+    limit: Tensor
+    """int64: maximum number of tokens to sample."""
 
     @classmethod
     def of(cls, responses: Responses, rows: Tensor, end: int) -> "Slots":
@@ -98,8 +105,9 @@ class Slots:
         prompt_length = responses.batch.lengths[rows]
         zeros = torch.zeros_like(rows)
         return cls(
-            rows.clone(), prompt_length, end - prompt_length, zeros, zeros.bool(), zeros.clone()
-        )
+            rows.clone(), prompt_length, end - prompt_length, zeros, zeros.bool(), zeros.clone(),
+            responses.limits[rows],
+        )  # fmt: skip
 
     @property
     def position(self) -> Tensor:
@@ -128,7 +136,7 @@ class Slots:
         self.token.copy_(token)
         self.token_count.add_(~self.done)
         self.done.logical_or_(responses.is_eos(token))
-        self.done.logical_or_(self.token_count >= responses.limit)
+        self.done.logical_or_(self.token_count >= self.limit)
 
     def to_host(self) -> tuple[list[int], list[bool]]:
         """Returns each slot's token count and whether it has ended. Waits for the device."""

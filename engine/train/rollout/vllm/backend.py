@@ -38,6 +38,7 @@ class _Part(msgspec.Struct, frozen=True):
     """The prompts of one rank."""
 
     prompts: list[list[int]]
+    limits: list[int]
     uniforms: bytes
 
 
@@ -159,6 +160,7 @@ class VllmBackend:
         temperature: float,
         *,
         per_prompt: int,
+        limits: Tensor | None,
         report: ReportProgress,
     ) -> Rollout:
         """Generates the ranks' responses with the weights of the last :meth:`sync`; a collective.
@@ -168,10 +170,11 @@ class VllmBackend:
         """
         if model is not self._context.policy:
             return self._native.generate(
-                model, batch, uniforms, temperature, per_prompt=per_prompt, report=report
-            )
+                model, batch, uniforms, temperature,
+                per_prompt=per_prompt, limits=limits, report=report,
+            )  # fmt: skip
         self._finish_pending(report)
-        work = self._gather(batch, uniforms)
+        work = self._gather(batch, uniforms, limits)
         request = self._request(work, temperature)
         replies: dict[int, Generated] = {}
 
@@ -202,7 +205,7 @@ class VllmBackend:
             temperature: > 0.
         """
         self._finish_pending(report_nothing)
-        work = self._gather(batch, uniforms)
+        work = self._gather(batch, uniforms, None)
         generation, engines, update = None, self._engines, self._update
         if engines is not None and update is not None:
             engines.forget_failures()
@@ -217,11 +220,13 @@ class VllmBackend:
         if pending is not None and pending.generation is not None:
             pending.generation.wait(report)
 
-    def _gather(self, batch: PromptBatch, uniforms: Tensor) -> _Work:
+    def _gather(self, batch: PromptBatch, uniforms: Tensor, limits: Tensor | None) -> _Work:
         """Gathers the prompts of all ranks; a collective."""
-        ranks = self._context.ranks
+        ranks, (count, limit) = self._context.ranks, uniforms.shape
         part = _Part(
-            [p.ids for p in batch.prompts], uniforms.double().contiguous().numpy().tobytes()
+            [p.ids for p in batch.prompts],
+            [limit] * count if limits is None else limits.tolist(),
+            uniforms.double().contiguous().numpy().tobytes(),
         )
         gathered = ranks.all_gather_bytes(msgspec.msgpack.encode(part))
         distinct = list(dict.fromkeys(gathered))  # a probe is the same on all ranks
@@ -236,6 +241,7 @@ class VllmBackend:
             weights_version=self._wanted,
             prompts=[prompt for part in work.parts for prompt in part.prompts],
             uniforms=b"".join(part.uniforms for part in work.parts),
+            limits=[limit for part in work.parts for limit in part.limits],
             max_new_tokens=work.limit,
             temperature=temperature,
             sampling=self._context.config.rollout.sampling,

@@ -200,7 +200,11 @@ class RemoteEngines:
 
     def _grow_for(self, requests: list[Generate]) -> int:
         """Ends the engines if a sequence is too long for them, and returns the longest length."""
-        longest = max(len(p) + r.max_new_tokens for r in requests for p in r.prompts)
+        longest = max(
+            len(prompt) + most
+            for request in requests
+            for prompt, most in zip(request.prompts, request.limits, strict=True)
+        )
         if self._limited(longest) <= self._limited(self._tokens):
             return 0
         self._tokens = longest + ROOM

@@ -59,6 +59,7 @@ def rows(request: Generate, start: int, stop: int) -> Generate:
     return replace(
         request,
         prompts=request.prompts[start:stop],
+        limits=request.limits[start:stop],
         uniforms=request.uniforms[width * start : width * stop],
     )
 

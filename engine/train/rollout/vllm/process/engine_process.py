@@ -195,10 +195,10 @@ class Engine:
         )
         engine = self._llm.llm_engine
         rows: dict[str, int] = {}
-        for row, prompt in enumerate(request.prompts):
+        for row, (prompt, most) in enumerate(zip(request.prompts, request.limits, strict=True)):
             params = SamplingParams(
                 temperature=1.0,  # ours is applied where the token is sampled
-                max_tokens=limit,
+                max_tokens=most,
                 stop_token_ids=request.eos,
                 ignore_eos=True,
                 detokenize=False,
