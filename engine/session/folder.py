@@ -206,6 +206,26 @@ class SessionFolder:
                 + (advice or f"see: {self.command('status')}")
             ) from None
 
+    def delete(self, held: lock.SessionLock) -> None:
+        """Deletes the session with all its files, and releases its lock.
+
+        If it fails, or this process is killed, what is left is still a session that can be listed
+        and deleted, because config.yaml goes last.
+
+        Raises:
+            OSError: a file cannot be removed, or the folder is a symbolic link.
+        """
+        if self.folder.is_symlink():
+            raise OSError("it is a symbolic link")
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path not in (self.config_file, self.lock_file):
+                path.unlink()
+        self.config_file.unlink(missing_ok=True)
+        held.release()  # on NFS an open file keeps its folder from being removed
+        shutil.rmtree(self.folder)
+
     def command(self, verb: str, *words: str) -> str:
         """A command on this session as it can be typed here."""
         return command(verb, self.name, *words, root=self.folder.parent)
