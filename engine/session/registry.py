@@ -29,7 +29,7 @@ def announce(session: SessionFolder) -> None:
     """Adds a session. If the file cannot be written, a warning is logged and the run continues."""
     try:
         access.make_folders(_folder())
-        text = f"{session.folder}\n{socket.gethostname()}\n"
+        text = f"{session.folder}\n{socket.gethostname()}\n"  # a path can have further lines
         write_atomically(_entry(session), text)  # others may be reading it
     except OSError as error:
         log.warning("this session will not be listed in other folders: %s", error)
@@ -48,9 +48,10 @@ def live_sessions() -> list[SessionFolder]:
     found = []
     for entry in _folder().glob("[!.]*") if _folder().is_dir() else ():
         try:
-            folder, host = entry.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError, ValueError):  # removed, or of another kind
+            text = entry.read_bytes().decode()
+        except (OSError, UnicodeDecodeError):  # removed, or of another kind
             continue
+        folder, _, host = text.removesuffix("\n").rpartition("\n")
         if host != socket.gethostname():  # a home folder that several machines share
             continue
         session = SessionFolder(Path(folder))

@@ -351,6 +351,20 @@ def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp
     assert registry.live_sessions() == []
 
 
+@pytest.mark.parametrize("name", ["日本", "two\nlines", "a\r\nb", "a\u2028b", "a\x0cb "])
+def test_a_live_session_is_listed_whatever_characters_its_path_has(
+    make_session, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    session = session_folder.create(tmp_path / name, "run", make_session().config())
+    held = session.acquire()
+    registry.announce(session)
+    assert registry.live_sessions() == [session]
+    held.release()
+    assert registry.live_sessions() == []
+    assert not list((tmp_path / "state").rglob("live/*"))
+
+
 def test_an_engine_that_begins_while_the_list_is_read_stays_in_it(
     make_session, tmp_path, monkeypatch
 ):
