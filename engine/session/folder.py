@@ -30,6 +30,8 @@ from engine.session.position import Position
 if TYPE_CHECKING:
     from engine.config.schema import RunConfig
 
+LONGEST_PATH = 512 - len("/journal.db-journal")
+"""Bytes in the path of a session's folder: SQLite takes 512 for each of its files."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -287,11 +289,17 @@ def check_name(name: str) -> str:
 
 
 def check_path(folder: Path) -> None:
-    """Checks that a session can run in a folder: libraries only take paths in UTF-8.
+    """Checks that libraries take the path of a session's folder.
 
     Raises:
-        SessionError: the path is not valid UTF-8.
+        SessionError: the path is not valid UTF-8, or too long.
     """
+    length = len(os.fsencode(os.path.realpath(folder)))  # a loop of links is found elsewhere
+    if length > LONGEST_PATH:
+        raise SessionError(
+            f"the path of session '{folder.name}' is too long for SQLite: {length} bytes, at most "
+            f"{LONGEST_PATH}; use a folder of sessions with a shorter path (--sessions)"
+        )
     try:
         str(folder).encode()
     except UnicodeEncodeError:

@@ -247,6 +247,22 @@ def test_a_folder_whose_path_is_no_utf8_is_refused_by_starts_and_resumes(make_se
         )
 
 
+def test_the_longest_path_of_a_session_is_one_that_sqlite_takes(make_session, tmp_path):
+    def of_length(length):
+        root = tmp_path
+        while (left := length - len(f"{root}/x/run")) > 200:
+            root /= "d" * 200
+        return root / ("é" * (left // 2) + "d" * (1 + left % 2))
+
+    config, longest = make_session().config(), session_folder.LONGEST_PATH
+    made = session_folder.create(of_length(longest), "run", config)
+    assert len(os.fsencode(made.folder)) == longest
+    JournalWriter(made).close()
+    with pytest.raises(SessionError, match=rf"'run' is too long for SQLite: {longest + 1} bytes"):
+        session_folder.create(of_length(longest + 1), "run", config)
+    assert not of_length(longest + 1).exists()
+
+
 def test_a_session_is_held_by_one_engine_which_is_named(make_session):
     made = make_session()
     held = made.acquire()
