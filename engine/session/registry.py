@@ -25,6 +25,14 @@ def _entry(session: SessionFolder) -> Path:
     return _folder() / hashlib.sha256(os.fsencode(session.folder)).hexdigest()[:24]
 
 
+def _entries() -> list[Path]:
+    """All entries; none if the folder is missing or cannot be read, such as one that sudo made."""
+    try:
+        return [file for file in _folder().iterdir() if not file.name.startswith(".")]
+    except OSError:
+        return []
+
+
 def announce(session: SessionFolder) -> None:
     """Adds a session. If the file cannot be written, a warning is logged and the run continues."""
     try:
@@ -46,7 +54,7 @@ def withdraw(session: SessionFolder) -> None:
 def live_sessions() -> list[SessionFolder]:
     """This user's live sessions on this machine, sorted by name. Deletes stale entries."""
     found = []
-    for entry in _folder().glob("[!.]*") if _folder().is_dir() else ():
+    for entry in _entries():
         try:
             text = entry.read_bytes().decode()
         except (OSError, UnicodeDecodeError):  # removed, or of another kind

@@ -381,6 +381,21 @@ def test_a_live_session_is_listed_whatever_characters_its_path_has(
     assert not list((tmp_path / "state").rglob("live/*"))
 
 
+def test_a_list_of_live_sessions_that_cannot_be_read_is_empty(tmp_path, monkeypatch):
+    """As after the program was once run with sudo, in a home folder that is this user's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "state" / "rlhf-tui" / "live").mkdir(parents=True)
+    (tmp_path / "state").chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        assert registry.live_sessions() == []
+    finally:
+        os.seteuid(user)
+        (tmp_path / "state").chmod(0o700)
+
+
 def test_an_engine_that_begins_while_the_list_is_read_stays_in_it(
     make_session, tmp_path, monkeypatch
 ):
