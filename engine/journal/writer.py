@@ -63,6 +63,8 @@ class JournalWriter:
         self._db = _open(session.journal_file, schema.JOURNAL, mode)
         self._samples = _open(session.samples_file, schema.SAMPLES, mode)
         self._samples_wal = session.samples_file.with_name(f"{session.samples_file.name}-wal")
+        self._file = session.journal_file
+        self._opened = os.stat(self._file)  # noqa: PTH116 - like the check
         self._events = EventLog(self._db)
         self._began = False
         """Whether the current attempt is of this process."""
@@ -89,6 +91,20 @@ class JournalWriter:
                 db.rollback()
         finally:
             self._wait_for_locks(LOCK_TIMEOUT)
+
+    def is_in_place(self) -> bool:
+        """Whether the session's folder still holds the open journal.
+
+        False once the folder is moved, deleted or replaced. What is written goes on to the open
+        files, but checkpoints of this run no longer have a place.
+        """
+        try:
+            found = os.stat(self._file)  # noqa: PTH116 - called every few seconds
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # such as a network file system that does not answer
+            return True
+        return os.path.samestat(found, self._opened)
 
     @property
     def attempt(self) -> int:

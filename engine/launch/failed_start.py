@@ -1,6 +1,6 @@
 """Sessions in which nothing was trained: new ones, and those whose start failed."""
 
-import shutil
+import contextlib
 
 from engine.journal.reader import JournalReader
 from engine.launch.start_options import StartOptions
@@ -56,6 +56,7 @@ def remove_failed_start(session: SessionFolder) -> None:
         with JournalReader(session) as reader:
             failed = reader.meta().state != "finished" and _has_trained_nothing(session, reader)
         if failed:
-            shutil.rmtree(session.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                session.delete(held)
     finally:
         held.release()

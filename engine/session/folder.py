@@ -30,6 +30,8 @@ from engine.session.position import Position
 if TYPE_CHECKING:
     from engine.config.schema import RunConfig
 
+LONGEST_PATH = 512 - len("/journal.db-journal")
+"""Bytes in the path of a session's folder: SQLite takes 512 for each of its files."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -206,6 +208,26 @@ class SessionFolder:
                 + (advice or f"see: {self.command('status')}")
             ) from None
 
+    def delete(self, held: lock.SessionLock) -> None:
+        """Deletes the session with all its files, and releases its lock.
+
+        If it fails, or this process is killed, what is left is still a session that can be listed
+        and deleted, because config.yaml goes last.
+
+        Raises:
+            OSError: a file cannot be removed, or the folder is a symbolic link.
+        """
+        if self.folder.is_symlink():
+            raise OSError("it is a symbolic link")
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path not in (self.config_file, self.lock_file):
+                path.unlink()
+        self.config_file.unlink(missing_ok=True)
+        held.release()  # on NFS an open file keeps its folder from being removed
+        shutil.rmtree(self.folder)
+
     def command(self, verb: str, *words: str) -> str:
         """A command on this session as it can be typed here."""
         return command(verb, self.name, *words, root=self.folder.parent)
@@ -267,11 +289,17 @@ def check_name(name: str) -> str:
 
 
 def check_path(folder: Path) -> None:
-    """Checks that a session can run in a folder: libraries only take paths in UTF-8.
+    """Checks that libraries take the path of a session's folder.
 
     Raises:
-        SessionError: the path is not valid UTF-8.
+        SessionError: the path is not valid UTF-8, or too long.
     """
+    length = len(os.fsencode(os.path.realpath(folder)))  # a loop of links is found elsewhere
+    if length > LONGEST_PATH:
+        raise SessionError(
+            f"the path of session '{folder.name}' is too long for SQLite: {length} bytes, at most "
+            f"{LONGEST_PATH}; use a folder of sessions with a shorter path (--sessions)"
+        )
     try:
         str(folder).encode()
     except UnicodeEncodeError:

@@ -40,8 +40,10 @@ class SessionLock:
             raise SessionError(f"cannot lock {path}: {error.strerror}") from error
 
     def release(self) -> None:
-        """Releases the lock."""
-        os.close(self._fd)
+        """Releases the lock; does nothing if it was released before."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
 def is_held(path: Path) -> bool:

@@ -25,11 +25,19 @@ def _entry(session: SessionFolder) -> Path:
     return _folder() / hashlib.sha256(os.fsencode(session.folder)).hexdigest()[:24]
 
 
+def _entries() -> list[Path]:
+    """All entries; none if the folder is missing or cannot be read, such as one that sudo made."""
+    try:
+        return [file for file in _folder().iterdir() if not file.name.startswith(".")]
+    except OSError:
+        return []
+
+
 def announce(session: SessionFolder) -> None:
     """Adds a session. If the file cannot be written, a warning is logged and the run continues."""
     try:
         access.make_folders(_folder())
-        text = f"{session.folder}\n{socket.gethostname()}\n"
+        text = f"{session.folder}\n{socket.gethostname()}\n"  # a path can have further lines
         write_atomically(_entry(session), text)  # others may be reading it
     except OSError as error:
         log.warning("this session will not be listed in other folders: %s", error)
@@ -46,11 +54,12 @@ def withdraw(session: SessionFolder) -> None:
 def live_sessions() -> list[SessionFolder]:
     """This user's live sessions on this machine, sorted by name. Deletes stale entries."""
     found = []
-    for entry in _folder().glob("[!.]*") if _folder().is_dir() else ():
+    for entry in _entries():
         try:
-            folder, host = entry.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError, ValueError):  # removed, or of another kind
+            text = entry.read_bytes().decode()
+        except (OSError, UnicodeDecodeError):  # removed, or of another kind
             continue
+        folder, _, host = text.removesuffix("\n").rpartition("\n")
         if host != socket.gethostname():  # a home folder that several machines share
             continue
         session = SessionFolder(Path(folder))

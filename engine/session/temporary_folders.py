@@ -81,8 +81,5 @@ def remove_abandoned(parent: Path) -> None:
             mine = status.st_uid == folder.lstat().st_uid == os.getuid()
             if not mine or time.time() - status.st_mtime <= GRACE:
                 continue
-            held = lock.SessionLock(file)  # raises SessionError while its process lives
-            try:
-                shutil.rmtree(folder)
-            finally:
-                held.release()
+            lock.SessionLock(file).release()  # raises SessionError while its process lives
+            shutil.rmtree(folder)

@@ -27,6 +27,12 @@ from engine.supervisor.state import SupervisorState
 
 log = logging.getLogger("engine")
 
+MOVED = (
+    "the folder {} was moved, deleted or replaced while its engine ran; resume the session where "
+    "its folder is now"
+)
+"""Why a run ended, with the path at which its folder was."""
+
 
 class EndHandler:
     """Handles the end of an attempt: restarts the ranks, or sets the session's final state."""
@@ -75,6 +81,10 @@ class EndHandler:
 
     def _handle(self, status: int) -> int:
         state, attempt = self._state, self._state.attempt
+        if not self._journal.is_in_place():  # what is at its path now is not of this run
+            text = MOVED.format(self._session.folder)
+            log.info(text)
+            return self._set_end("failed", text, 1)
         if attempt.ended is not None:
             return self._end_regularly(attempt.ended.reason)
         if state.stop_now and not attempt.failed_by_itself:

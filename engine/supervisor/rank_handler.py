@@ -261,6 +261,9 @@ class RankMessageHandler:
             case EvaluationReport():
                 self._handle_in_parts(message, partial(self._record_evaluation, message))
             case CheckpointWritten(step=step, size=size, score=score, kl=kl):
+                if not journal.is_in_place():  # it was written where another session may be now
+                    self._ranks.kill()
+                    return
                 journal.record_checkpoint(step, size, score, kl)
                 state.attempt.send(Confirm(step=step))
             case CheckpointComplete(step=step, removed=removed):

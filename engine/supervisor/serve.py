@@ -61,6 +61,8 @@ async def supervise(
                 journal.close()
             except sqlite3.Error as error:  # what the run has come to matters more
                 log.warning("cannot record when the attempt ended: %s", error)
+            if journal.is_in_place():
+                _remove(session.engine_file, session.secret_file)
     except (OSError, sqlite3.Error) as error:
         # SQLite does not name its file, and other errors are not always of this folder.
         failed = "write in" if isinstance(error, sqlite3.Error) else "run the session in"
@@ -69,7 +71,6 @@ async def supervise(
             f"solve this, then: {session.recorded_command('resume')}"
         ) from error
     finally:
-        _remove(session.engine_file, session.secret_file)
         lock.release()
 
 
@@ -107,8 +108,9 @@ async def _serve(
         raise
     finally:
         listener.close()
-        _remove(path)
-        registry.withdraw(session)
+        if journal.is_in_place():
+            _remove(path)
+            registry.withdraw(session)
     if code == UserInputError.exit_code:  # the next resume uses the previous one
         _use(before, session, journal)
     return code

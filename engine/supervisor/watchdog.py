@@ -103,6 +103,8 @@ class Watchdog:
         while True:
             now = time.monotonic()
             self.check_silence(on_silence, now)  # first: it needs neither the disk nor the journal
+            if not self._journal.is_in_place():
+                self._ranks.kill()  # the end of the attempt says why
             try:
                 gpus = await self._read_gpus()
                 self.latest = self._sampler.sample(self._ranks.pids, self._times, gpus)

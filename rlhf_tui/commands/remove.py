@@ -1,7 +1,6 @@
 """The command that deletes sessions: rm."""
 
 import os
-import shutil
 from pathlib import Path
 
 import click
@@ -38,7 +37,7 @@ def _delete(session: SessionFolder, *, yes: bool) -> None:
         question = f"delete session '{session.name}' and its checkpoints ({freed})?"
         if not yes and not click.confirm(question, err=True):
             return
-        shutil.rmtree(session.folder)
+        session.delete(lock)
     except OSError as error:
         raise SessionError(f"cannot delete {session.folder}: {error}") from error
     finally:

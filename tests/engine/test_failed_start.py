@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from engine.errors import SessionError, SessionNameError, UserInputError
+from engine.errors import ConfigError, SessionError, SessionNameError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.launch.background import start_engine
 from engine.launch.failed_start import is_failed_start, remove_failed_start
@@ -143,8 +143,8 @@ async def test_a_start_that_fails_before_its_ranks_leaves_nothing_behind(
 
 async def test_a_file_that_cannot_be_removed_does_not_hide_why_an_engine_has_ended(make_session):
     session = make_session("run")
-    session.journal_file.mkdir()
+    session.config_file.write_text("")
     session.engine_file.mkdir()
-    with pytest.raises(SessionError, match=r"cannot open .*journal\.db"):
+    with pytest.raises(ConfigError, match=r"restore it from a copy"):
         await supervise(session, StartOptions())
     session.acquire().release()

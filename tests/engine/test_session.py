@@ -247,6 +247,22 @@ def test_a_folder_whose_path_is_no_utf8_is_refused_by_starts_and_resumes(make_se
         )
 
 
+def test_the_longest_path_of_a_session_is_one_that_sqlite_takes(make_session, tmp_path):
+    def of_length(length):
+        root = tmp_path
+        while (left := length - len(f"{root}/x/run")) > 200:
+            root /= "d" * 200
+        return root / ("é" * (left // 2) + "d" * (1 + left % 2))
+
+    config, longest = make_session().config(), session_folder.LONGEST_PATH
+    made = session_folder.create(of_length(longest), "run", config)
+    assert len(os.fsencode(made.folder)) == longest
+    JournalWriter(made).close()
+    with pytest.raises(SessionError, match=rf"'run' is too long for SQLite: {longest + 1} bytes"):
+        session_folder.create(of_length(longest + 1), "run", config)
+    assert not of_length(longest + 1).exists()
+
+
 def test_a_session_is_held_by_one_engine_which_is_named(make_session):
     made = make_session()
     held = made.acquire()
@@ -349,6 +365,35 @@ def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp
     assert registry.live_sessions() == [living]
     registry.withdraw(living)
     assert registry.live_sessions() == []
+
+
+@pytest.mark.parametrize("name", ["日本", "two\nlines", "a\r\nb", "a\u2028b", "a\x0cb "])
+def test_a_live_session_is_listed_whatever_characters_its_path_has(
+    make_session, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    session = session_folder.create(tmp_path / name, "run", make_session().config())
+    held = session.acquire()
+    registry.announce(session)
+    assert registry.live_sessions() == [session]
+    held.release()
+    assert registry.live_sessions() == []
+    assert not list((tmp_path / "state").rglob("live/*"))
+
+
+def test_a_list_of_live_sessions_that_cannot_be_read_is_empty(tmp_path, monkeypatch):
+    """As after the program was once run with sudo, in a home folder that is this user's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "state" / "rlhf-tui" / "live").mkdir(parents=True)
+    (tmp_path / "state").chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        assert registry.live_sessions() == []
+    finally:
+        os.seteuid(user)
+        (tmp_path / "state").chmod(0o700)
 
 
 def test_an_engine_that_begins_while_the_list_is_read_stays_in_it(

@@ -1,0 +1,116 @@
+"""A session's folder that is moved, deleted or replaced while its engine runs."""
+
+import asyncio
+import shutil
+import signal
+
+import psutil
+import pytest
+
+from engine.journal.reader import JournalReader
+from engine.launch.start_options import StartOptions
+from engine.protocol.rank_messages import CheckpointWritten, Ended
+from engine.session import registry
+from engine.session.folder import SessionFolder
+from engine.supervisor import watchdog as watchdog_module
+from engine.supervisor.processes import rank_processes
+from engine.supervisor.serve import supervise
+from tests.engine.supervised import until
+
+
+def move(session):
+    """Moves the folder of a session; returns the session at its new place."""
+    return SessionFolder(session.folder.rename(session.folder.with_name("moved")))
+
+
+def statuses(session):
+    """The steps of all checkpoints, with what became of them."""
+    with JournalReader(session) as reader:
+        kinds = ("complete", "written", "superseded", "abandoned")
+        return {c.step: c.status for c in reader.checkpoints(kinds)}
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_ranks_do_not_start_again_without_the_folder_of_their_checkpoints(
+    engine, writer, make_session, replaced
+):
+    """A restart would begin at step 0 and abandon the run's steps."""
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
+    moved = move(writer.session)
+    if replaced:
+        make_session("run")
+    assert engine.supervisor.attempt_end.handle(-signal.SIGKILL) == 1
+    assert (engine.shared.next, engine.state) == (None, "failed")
+    assert statuses(moved) == {2: "complete"}
+    with JournalReader(moved) as reader:
+        assert reader.last_step() == 3
+        assert reader.meta().message.startswith(f"the folder {writer.session.folder} was moved")
+
+
+async def test_a_run_whose_folder_was_moved_at_its_end_is_not_finished(engine, writer):
+    """Its last checkpoint is missing, and a resume makes it."""
+    moved = move(writer.session)
+    engine.receive(Ended(step=4, reason="finished"))
+    assert engine.supervisor.attempt_end.handle(0) == 1
+    with JournalReader(moved) as reader:
+        assert reader.meta().state == "failed"
+
+
+async def test_a_checkpoint_in_a_folder_that_has_replaced_the_sessions_does_not_count(
+    engine, writer, make_session
+):
+    written = CheckpointWritten(step=2, size=1, score=0.0, kl=0.0)
+    moved = move(writer.session)
+    make_session("run")
+    engine.receive(written)
+    assert statuses(moved) == {}
+    shutil.rmtree(writer.session.folder)
+    moved.folder.rename(writer.session.folder)
+    engine.receive(written)
+    assert statuses(writer.session) == {2: "written"}
+
+
+@pytest.fixture
+async def started(make_session, tmp_path, monkeypatch):
+    """A session whose engine has started a rank that trains nothing, and the engine's task."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: ["sleep", "300"])
+    monkeypatch.setattr(watchdog_module, "CHECK_INTERVAL", 0.01)
+    session = make_session()
+    task = asyncio.create_task(supervise(session, StartOptions()))
+    await until(lambda: psutil.Process().children())
+    yield session, task
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_engine_ends_when_its_folder_is_moved(started):
+    session, task = started
+    moved = move(session)
+    assert await asyncio.wait_for(task, 60) == 1
+    assert not session.folder.exists()
+    assert not moved.is_live()
+    with JournalReader(moved) as reader:
+        assert reader.state() == "failed"
+
+
+async def test_an_engine_ends_when_its_folder_is_deleted(started):
+    session, task = started
+    shutil.rmtree(session.folder)
+    await asyncio.wait([task], timeout=60)
+    assert task.done()
+    assert not session.folder.exists()
+
+
+async def test_an_engine_leaves_the_files_of_the_session_in_its_place(started, make_session):
+    session, task = started
+    move(session)
+    other = make_session("run")
+    held = other.acquire()
+    other.write_engine("/a/socket", "1.0")
+    registry.announce(other)
+    assert await asyncio.wait_for(task, 60) == 1
+    assert other.engine().socket == "/a/socket"
+    assert registry.live_sessions() == [other]
+    held.release()
