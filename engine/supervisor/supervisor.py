@@ -186,6 +186,7 @@ class Supervisor:
             reseed=start.reseed,
             origin=start.origin,
             adopt=adopted_checkpoint(self._session, start.from_step),
+            total_steps=self._config.train.steps,
         )
         self._record_start_settings(start)
         self.publisher.set_state("starting")

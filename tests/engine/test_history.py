@@ -228,6 +228,24 @@ def test_the_settings_are_those_that_were_in_force(writer):
     }  # fmt: skip
 
 
+def test_the_total_of_steps_is_that_which_was_in_force(writer):
+    journal = writer.journal  # its first attempt is like one of an earlier version
+    journal.begin_attempt(0, fresh=True, total_steps=2)
+    writer.steps(1, 2)
+    journal.set_meta(total_steps=4)  # the run was resumed with train.steps=4
+    journal.begin_attempt(2, fresh=False, total_steps=4)
+    writer.steps(3, 4)
+    recording = Recording(writer.session)
+    totals = {}
+    for offset in recording.offsets:
+        position = recording.position_at(offset)
+        with JournalReader(writer.session.at(position)) as record:
+            totals[position.attempt, position.step] = record.meta().total_steps
+    assert totals == {
+        (1, 0): 4, (2, 0): 2, (2, 1): 2, (2, 2): 2, (3, 2): 4, (3, 3): 4, (3, 4): 4,
+    }  # fmt: skip
+
+
 def test_after_a_crash_a_setting_changes_again_at_its_step_unless_it_was_overridden(writer):
     journal = writer.journal
     writer.steps(1, 2)

@@ -74,6 +74,18 @@ async def test_a_stop_at_once_ends_ranks_whose_process_is_still_being_started(en
     assert await engine.supervisor.ranks.wait() == -signal.SIGKILL
 
 
+async def test_an_attempt_is_recorded_with_the_steps_that_the_run_is_to_have(engine, writer):
+    attempt = asyncio.create_task(engine.supervisor.run_attempt(StartOptions()))
+    async with asyncio.timeout(60):
+        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0)
+    engine.send(Stop(now=True))
+    await attempt
+    with JournalReader(writer.session) as reader:
+        begun = [e.payload for e in reader.events() if e.kind == "attempt"]
+    assert begun[-1].total_steps == writer.session.config().train.steps > 0
+
+
 @pytest.mark.parametrize("commands", [[Pause()], [Pause(), Unpause()]])
 async def test_a_pause_carried_out_before_a_stop_does_not_hide_the_stop(engine, commands):
     replies = [engine.send(command) for command in commands]
