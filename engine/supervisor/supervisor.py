@@ -240,8 +240,8 @@ class Supervisor:
         """
 
         def read() -> Guardrails:
-            with JournalReader(self._session) as record:
-                return rebuild(record, self._config, from_step)
+            with JournalReader(self._session) as reader:
+                return rebuild(reader, self._config, from_step)
 
         try:
             return await asyncio.to_thread(read)

@@ -235,8 +235,8 @@ async def test_an_id_sent_again_with_another_command_does_not_report_the_first_o
 async def test_a_rejected_note_is_a_rejected_command_and_no_note(engine, writer):
     assert engine.send(Note(text=" ")).status == "rejected"
     assert engine.send(Note(text="look")).status == "applied"
-    with JournalReader(writer.session) as record:
-        events = [e for e in record.events() if e.kind in ("note", "command")]
+    with JournalReader(writer.session) as reader:
+        events = [e for e in reader.events() if e.kind in ("note", "command")]
     assert [(e.kind, getattr(e.payload, "text", None)) for e in events] == [
         ("command", None),
         ("note", "look"),
@@ -430,6 +430,6 @@ async def test_a_run_warns_of_its_own_gpus_that_others_fill(
     engine = Engine(writer)
     await engine.supervisor.run()
     assert found == asked
-    with JournalReader(writer.session) as record:
-        alerts = [e.as_json()["text"] for e in record.events() if e.kind == "alert"]
+    with JournalReader(writer.session) as reader:
+        alerts = [e.as_json()["text"] for e in reader.events() if e.kind == "alert"]
     assert alerts == ["GPU 4 already holds 9.0 GB"] * len(asked)
