@@ -46,14 +46,14 @@ def last_reply(
         return client.wait(command_id, timeout)
     except LinkError:
         client.close()
-    with JournalReader(session) as record:
+    with JournalReader(session) as reader:
         while True:
             live = session.is_live()  # before the reading, which then sees the last rows
-            row = record.command(command_id)
+            row = reader.command(command_id)
             if row is not None and row.status in ("applied", "rejected"):
                 return _reply(row)
             if not live and isinstance(command, Stop) and row is None:
-                return CommandReply(id=command_id, status="applied", step=record.last_step())
+                return CommandReply(id=command_id, status="applied", step=reader.last_step())
             if not live:
                 raise LinkError(
                     f"the engine of '{session.name}' has ended, and its journal does not say "

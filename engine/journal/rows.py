@@ -190,6 +190,8 @@ class AttemptEvent(Struct, frozen=True):
     fork: ForkedFrom | None = None
     new_engine: bool | None = None
     """Whether it is its engine's first attempt; None in sessions of earlier versions."""
+    total_steps: int = 0
+    """`train.steps`, which a resume can change; 0 in sessions of earlier versions."""
 
 
 def engine_died_before(begun: AttemptEvent, attempts: Mapping[int, AttemptRow]) -> bool:

@@ -148,6 +148,7 @@ class JournalWriter:
         reseed: bool = False,
         origin: dict[str, Any] | None = None,
         adopt: AdoptedCheckpoint | None = None,
+        total_steps: int = 0,
     ) -> int:
         """Begins an attempt. Rows of later steps move from the timeline to an abandoned branch.
 
@@ -160,6 +161,7 @@ class JournalWriter:
             reseed: whether this and later attempts from the same step sample with another seed.
             origin: for a fork, the source session and step.
             adopt: the checkpoint of `from_step`, if it is missing from this journal.
+            total_steps: `train.steps`, for a replay; 0 if unknown.
 
         Returns:
             The number of the attempt, from 1.
@@ -195,7 +197,7 @@ class JournalWriter:
                 )
             data = {
                 "attempt": self.attempt, "from_step": from_step, "fresh": fresh,
-                "new_engine": new_engine,
+                "new_engine": new_engine, "total_steps": total_steps,
             }  # fmt: skip
             self._events.write("attempt", data | ({"fork": origin} if origin else {}), from_step)
         self._events.step = from_step

@@ -41,33 +41,33 @@ class RecordedStep:
     """Whether its scores are the first from another reward."""
 
 
-def evaluate(record: JournalReader, rules: GuardrailConfig, run: RunConfig) -> Iterator[Alert]:
+def evaluate(reader: JournalReader, rules: GuardrailConfig, run: RunConfig) -> Iterator[Alert]:
     """Yields the alerts that rules raise on a session's steps.
 
     Raises:
         JournalError: the journal cannot be read.
     """
     rails = Guardrails(rules, judges_of(run))
-    timeline = _Timeline(record, run)
-    for step in timeline.steps(record.metric_names(), 0, record.last_step()):
+    timeline = _Timeline(reader, run)
+    for step in timeline.steps(reader.metric_names(), 0, reader.last_step()):
         if step.begins_attempt:
             rails.begin_attempt()
         if step.new_reward:
             rails.forget_steps()
         for alert in rails.check(step.step, step.metrics, step.settings):
-            yield _with_samples(alert, record)
+            yield _with_samples(alert, reader)
 
 
-def _with_samples(alert: Alert, record: JournalReader) -> Alert:
+def _with_samples(alert: Alert, reader: JournalReader) -> Alert:
     """Adds the samples to an alert's evidence; reading those of all steps would take gigabytes."""
     if "samples" not in alert.evidence:
         return alert
-    samples = [_as_reported(row) for row in record.samples.of_step(alert.step)]
+    samples = [_as_reported(row) for row in reader.samples.of_step(alert.step)]
     found = {"samples": sample_evidence(alert.evidence["metric"], samples)}
     return replace(alert, evidence=alert.evidence | found)
 
 
-def rebuild(record: JournalReader, run: RunConfig, last_step: int) -> Guardrails:
+def rebuild(reader: JournalReader, run: RunConfig, last_step: int) -> Guardrails:
     """The guard rails of a run's configuration, for ranks that start after `last_step`.
 
     Their past alerts are those in the journal, so a new or changed rule raises its first alert
@@ -82,8 +82,8 @@ def rebuild(record: JournalReader, run: RunConfig, last_step: int) -> Guardrails
         JournalError: the journal cannot be read.
     """
     rails = Guardrails(run.guardrails, judges_of(run))
-    timeline = _Timeline(record, run)
-    raised = record.raised_alerts()
+    timeline = _Timeline(reader, run)
+    raised = reader.raised_alerts()
     for state in rails.states:
         name = state.rule.name
         alerts = sorted(s for s, rules in raised.items() if name in rules and s <= last_step)
@@ -95,17 +95,17 @@ def rebuild(record: JournalReader, run: RunConfig, last_step: int) -> Guardrails
 class _Timeline:
     """The steps of the current timeline, and what was in force during them."""
 
-    def __init__(self, record: JournalReader, run: RunConfig) -> None:
-        self._record = record
-        commands = [c for c in record.commands() if c.status == "applied" and c.changes]
+    def __init__(self, reader: JournalReader, run: RunConfig) -> None:
+        self._reader = reader
+        commands = [c for c in reader.commands() if c.status == "applied" and c.changes]
         self._first_settings = _first_settings(run, commands)
         self._changes: dict[int, dict[str, Any]] = {}
         for command in commands:
             if command.live and command.applied_step is not None:
                 values = {change.key: change.new for change in command.changes}
                 self._changes.setdefault(command.applied_step, {}).update(values)
-        self._begins = _first_steps(record.attempts())
-        self._rewards = {step + 1 for step in record.reward_changes()}
+        self._begins = _first_steps(reader.attempts())
+        self._rewards = {step + 1 for step in reader.reward_changes()}
 
     def steps(self, names: Collection[str], after: int, until: int) -> Iterator[RecordedStep]:
         """The steps in (after, until], with the given metrics."""
@@ -115,7 +115,7 @@ class _Timeline:
             settings |= self._changes[step]
         for start in range(after, until, CHUNK):
             end = min(start + CHUNK, until)
-            metrics = _metrics(self._record, names, start, end)
+            metrics = _metrics(self._reader, names, start, end)
             for step in range(start + 1, end + 1):
                 found = metrics.get(step)
                 if found is None:  # the journal was lost, and a new one begins at a checkpoint
@@ -149,16 +149,16 @@ class _Timeline:
 
     def _learn(self, state: RuleState, after: int, until: int) -> None:
         """Adds the steps in (after, until], at which no alert was raised or held."""
-        record, rule = self._record, state.rule
+        reader, rule = self._reader, state.rule
         if not state.learns_from_all:
-            for step, finite in record.last_finite(rule.metric, rule.window, after, until):
+            for step, finite in reader.last_finite(rule.metric, rule.window, after, until):
                 state.learn(step, finite, {})
             return
         judges = state.judges if rule.diverges else frozenset()
         for start in range(after, until, CHUNK):
             end = min(start + CHUNK, until)
-            judged = _metrics(record, judges, start, end)
-            for step, value in record.series(rule.metric, start, end):
+            judged = _metrics(reader, judges, start, end)
+            for step, value in reader.series(rule.metric, start, end):
                 if value is not None:
                     state.learn(step, value, judged.get(step, {}))
 
@@ -170,7 +170,7 @@ class _Timeline:
         """
         rule, held = state.rule, False
         judges = state.judges if rule.diverges else frozenset()
-        names = self._record.metric_names() if rule.metric == "*" else {rule.metric, *judges}
+        names = self._reader.metric_names() if rule.metric == "*" else {rule.metric, *judges}
         for taken in self.steps(names, alerts[0] - 1, until):
             known = state.is_known(taken.metrics)
             breach = state.observe(taken.step, taken.metrics, taken.settings) if known else None
@@ -184,12 +184,12 @@ class _Timeline:
 
 
 def _metrics(
-    record: JournalReader, names: Collection[str], after: int, until: int
+    reader: JournalReader, names: Collection[str], after: int, until: int
 ) -> dict[int, dict[str, float | None]]:
     """Metrics of the steps in (after, until]."""
     metrics: dict[int, dict[str, float | None]] = {}
     for name in names:
-        for step, value in record.series(name, after, until):
+        for step, value in reader.series(name, after, until):
             # The journal stores a value that is not finite as None.
             metrics.setdefault(step, {})[name] = math.nan if value is None else value
     return metrics

@@ -5,11 +5,13 @@ the log.
 """
 
 import asyncio
+import errno
 import logging
 import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -54,6 +56,10 @@ MAX_FRESH = 256
 """Maximum number of clients that do not watch if many connect within :data:`FRESH`."""
 MAX_UNREAD = 4 * 1024 * 1024
 """Bytes that may be queued for a client that does not read; beyond that, it is disconnected."""
+NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Errors of `accept` after which asyncio tries again, each second."""
+ACCEPT_LOG_INTERVAL = 60.0
+"""Seconds between two lines of the log while no connection can be accepted."""
 
 _hello = msgspec.msgpack.Decoder(examined(RankHello | ClientHello))
 
@@ -123,6 +129,8 @@ class Server:
         self._clients: dict[Connection, None] = {}
         """All of them, in the order in which they came."""
         self._watchers = Watchers(self._journal_position)
+        self._accept_logged: float | None = None
+        """When it was last logged that no connection can be accepted, on the loop's clock."""
 
     async def start(
         self,
@@ -141,6 +149,7 @@ class Server:
         """
         self._commands, self._source = commands, source
         self._handle_rank = handle_rank
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self._server = await asyncio.start_unix_server(self._serve, sock=listener)
 
     def close(self) -> None:
@@ -171,6 +180,26 @@ class Server:
 
     def _journal_position(self) -> JournalAdvanced:
         return self._source.journal_position()
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Logs an error that asyncio itself has caught.
+
+        While no file can be opened, asyncio calls `accept` a hundred times a second and reports
+        each error: one line in :data:`ACCEPT_LOG_INTERVAL` seconds says the same. Everything else
+        is logged as by default, with its traceback.
+        """
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in NO_RESOURCES and "socket" in context):
+            loop.default_exception_handler(context)
+            return
+        now, logged = loop.time(), self._accept_logged
+        if logged is None or now - logged >= ACCEPT_LOG_INTERVAL:
+            self._accept_logged = now
+            text = f"cannot accept connections: {error.strerror}; trying again every second"
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if error.errno == errno.EMFILE and soft != hard:
+                text += f"; to allow more: prlimit --pid {os.getpid()} --nofile={hard}"
+            log.warning(text)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

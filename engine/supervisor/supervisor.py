@@ -186,6 +186,7 @@ class Supervisor:
             reseed=start.reseed,
             origin=start.origin,
             adopt=adopted_checkpoint(self._session, start.from_step),
+            total_steps=self._config.train.steps,
         )
         self._record_start_settings(start)
         self.publisher.set_state("starting")
@@ -239,8 +240,8 @@ class Supervisor:
         """
 
         def read() -> Guardrails:
-            with JournalReader(self._session) as record:
-                return rebuild(record, self._config, from_step)
+            with JournalReader(self._session) as reader:
+                return rebuild(reader, self._config, from_step)
 
         try:
             return await asyncio.to_thread(read)

@@ -1,11 +1,17 @@
 """The digest: what happened since the operator last saw the session."""
 
 from engine import metrics
-from engine.journal.rows import ErrorEvent, StateEvent
+from engine.journal.rows import CommandEvent, CommandRow, ErrorEvent, StateEvent
 from rlhf_tui import format as fmt
 from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.session_state import RECENT, SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker
+from rlhf_tui.state.timeline import (
+    MARKER_GLYPHS,
+    MARKER_TONES,
+    Marker,
+    command_text,
+    effect_text,
+)
 from rlhf_tui.widgets.lines import Row
 
 MOST = 8
@@ -20,7 +26,8 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     away = state.now() - seen.time
     new = [e for e in state.events if e.event > seen.event]
     steps = state.head.step - seen.step
-    if 0 <= away < AWAY or (steps == 0 and not new):
+    commands = _commands(state, seen)
+    if 0 <= away < AWAY or (steps == 0 and not new and not commands):
         return []
     rows: list[Row] = [[("the run is ", "dim"), (state.head.state, "strong")]]
     if away >= 0:  # unknown if the clock was set back
@@ -43,6 +50,8 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
             rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
     elif steps < 0:
         rows.append([(f"rolled back: step {seen.step} → {state.head.step}", "warn")])
+    if commands:
+        rows += [[], *commands]
     since = [m for m in state.markers() if m.after > seen.event]
     if since:
         rows.append([])
@@ -68,12 +77,55 @@ def began(state: SessionState) -> float:
 
 
 def _row(marker: Marker) -> Row:
-    who = f"  by {marker.who}" if marker.who else ""
     return [
         (f"{marker.step:>6} ", "dim"),
         (f"{MARKER_GLYPHS[marker.kind]} ", MARKER_TONES[marker.kind]),
         (marker.text, ""),
-        (who, "dim"),
+        (_by(marker.who), "dim"),
+    ]
+
+
+def _by(who: str) -> str:
+    return f"  by {who}" if who else ""
+
+
+def _commands(state: SessionState, seen: Seen) -> list[Row]:
+    """The commands that were pending, and newer ones that are, or that were rejected later.
+
+    Those that were applied since are entries of the timeline.
+    """
+    events = (e.payload for e in state.events if e.event > seen.event)
+    newer = {payload.id for payload in events if isinstance(payload, CommandEvent)}
+    rows = [
+        _command_row(command, live=state.live)
+        for command in state.commands
+        if command.id in seen.pending
+        or (command.id in newer and command.accepted and command.status != "applied")
+    ]
+    if len(rows) > MOST:
+        left = fmt.plural(len(rows) - MOST, "earlier command")
+        rows = [*rows[-MOST:], [(f"       and {left}", "dim")]]
+    return rows
+
+
+def _command_row(command: CommandRow, *, live: bool) -> Row:
+    """A command and how it ended; one that has not cannot end without an engine."""
+    step, mark = "", ("⧗ ", "warn")
+    match command.status:
+        case "applied":
+            applied = command.applied_step or 0
+            step, mark = str(applied or ""), ("◆ ", "accent")
+            end = (effect_text(command.command, applied) if applied else "") or "applied"
+        case "rejected":
+            mark, end = ("✗ ", "bad"), f"rejected: {command.reason}"
+        case _:
+            end = "still pending" if live else "not carried out: the engine has ended"
+    return [
+        (f"{step:>6} ", "dim"),
+        mark,
+        (command_text(command), ""),
+        (f"  {end}", ""),
+        (_by(command.who), "dim"),
     ]
 
 

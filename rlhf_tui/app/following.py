@@ -220,7 +220,11 @@ class SessionFollower:
         if self.session is not None and self.state.known and shown_now:
             newest = self.state.events[-1].event if self.state.events else 0
             seen = prefs.Seen(
-                time=self._now(), step=self.state.head.step, event=newest, began=began(self.state)
+                time=self._now(),
+                step=self.state.head.step,
+                event=newest,
+                began=began(self.state),
+                pending=[command.id for command in self.state.pending()],
             )
             prefs.remember_seen(str(self.session.folder), seen)
 

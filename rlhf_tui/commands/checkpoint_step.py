@@ -52,8 +52,8 @@ def _last(session: SessionFolder) -> int:
 
 def _best(session: SessionFolder) -> int:
     metric = session.config().train.best_metric
-    with JournalReader(session) as record:
-        best = record.best_checkpoint(metric)
+    with JournalReader(session) as reader:
+        best = reader.best_checkpoint(metric)
     if best is None:
         raise NoSuchSessionError(f"no checkpoint of session '{session.name}' has {metric}")
     return best

@@ -170,8 +170,8 @@ def _join_scheduled(session: SessionFolder, address: str, wait: float) -> int:
         return code if code > 0 else 128 - code
     deadline = time.monotonic() + LONGEST_END
     while time.monotonic() < deadline:
-        with JournalReader(session) as record:
-            meta = record.meta()
+        with JournalReader(session) as reader:
+            meta = reader.meta()
         if meta.state in ENDED_STATES and meta.exit_code is not None:
             return meta.exit_code
         time.sleep(0.5)

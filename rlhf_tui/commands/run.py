@@ -118,10 +118,10 @@ def is_done(session: SessionFolder, overrides: tuple[str, ...]) -> bool:
     It may have ended before its last step, by `train.max_hours` or `train.stop_at`. A scheduler
     that repeats the command must not continue it.
     """
-    with JournalReader(session) as record:
-        if record.state() != "finished":
+    with JournalReader(session) as reader:
+        if reader.state() != "finished":
             return False
-        step, reason = record.last_step(), record.meta().message
+        step, reason = reader.last_step(), reader.meta().message
     if any(item.partition("=")[0].split(".")[0].strip() == "train" for item in overrides):
         total = config_file.override(session.config(), overrides).train.steps
         if step < total:
@@ -254,9 +254,9 @@ def _watch(session: SessionFolder, start: StartOptions) -> None:
     new = is_new(session, start)
     start_engine(session, start, timeout=0.0)
     code = view.open_screen(session.folder.parent, session)
-    with JournalReader(session) as record:
-        errors = [e.payload for e in record.events() if isinstance(e.payload, ErrorEvent)]
-        trained = record.last_step() > start.from_step
+    with JournalReader(session) as reader:
+        errors = [e.payload for e in reader.events() if isinstance(e.payload, ErrorEvent)]
+        trained = reader.last_step() > start.from_step
     if new and errors and errors[-1].user_input and not trained and not session.is_live():
         shutil.rmtree(session.folder, ignore_errors=True)
         raise UserInputError(errors[-1].text)

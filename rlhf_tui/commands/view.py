@@ -88,8 +88,8 @@ def replay(root: Path, name: str, speed: float, from_step: int) -> None:
     from engine.journal.reader import JournalReader  # noqa: PLC0415 - the start of attach is short
     from rlhf_tui.state.replay.player import ReplayOptions  # noqa: PLC0415
 
-    with JournalReader(session) as record:
-        last, attempts = record.last_step(), record.attempts()
+    with JournalReader(session) as reader:
+        last, attempts = reader.last_step(), reader.attempts()
     if not attempts:
         raise UserInputError(f"session '{name}' has recorded nothing yet; wait for its first step")
     if from_step > last:

@@ -42,14 +42,14 @@ def read_comparison(session: SessionFolder, other: SessionFolder) -> Comparison:
         RlhfError: its journal or a configuration cannot be read.
     """
     changed = config_file.changes(session.config(), other.config())
-    with JournalReader(other) as record:
-        step = record.last_step()
+    with JournalReader(other) as reader:
+        step = reader.last_step()
         return Comparison(
             name=other.name,
-            state=record.state(),
+            state=reader.state(),
             step=step,
-            headlines=read_headlines(record, step),
-            held_out=read_held_out(record, step),
+            headlines=read_headlines(reader, step),
+            held_out=read_held_out(reader, step),
             settings=[Setting(key, mine, theirs) for key, (mine, theirs) in changed.items()],
-            curves={curve.name: curve for curve in read_curves(record, read_agreement(record))},
+            curves={curve.name: curve for curve in read_curves(reader, read_agreement(reader))},
         )

@@ -70,32 +70,32 @@ class Curve(Struct, frozen=True):
         return metrics.describe(self.name).is_set
 
 
-def read_curves(record: JournalReader, agreement: Agreement) -> list[Curve]:
+def read_curves(reader: JournalReader, agreement: Agreement) -> list[Curve]:
     """Reads the curves of a session's current timeline and of its abandoned branches.
 
     Args:
-        record: the session's journal.
+        reader: the session's journal.
         agreement: of its scores with the judgements; its curve is the last one.
     """
-    known = record.metric_names()
+    known = reader.metric_names()
     sources = [name for name in known if name.startswith(SOURCES)][:MOST_SOURCES]
     names = [name for name in CURVES if name in known] + sources
-    recorded = record.downsampled(names, SPANS)
-    several = len(record.attempts()) > 1
+    recorded = reader.downsampled(names, SPANS)
+    several = len(reader.attempts()) > 1
     curves = []
     for name in names:
         points = [(step, v) for step, v in recorded.get(name, []) if v is not None]
         if points:
-            branches = _branches(record, name) if several else []
+            branches = _branches(reader, name) if several else []
             curves.append(Curve(name, points, branches))
     if agreement.points:
         curves.append(Curve(metrics.AGREEMENT, downsampled(agreement.curve)))
     return curves
 
 
-def _branches(record: JournalReader, name: str) -> list[list[Point]]:
+def _branches(reader: JournalReader, name: str) -> list[list[Point]]:
     found: dict[int, list[Point]] = {}
-    for attempt, step, value in record.past_series(name):
+    for attempt, step, value in reader.past_series(name):
         if value is not None:
             found.setdefault(attempt, []).append((step, value))
     return [downsampled(points) for points in list(found.values())[-MOST_BRANCHES:]]

@@ -79,19 +79,19 @@ def read_report(
     """
     config = session.config()
     comparison = read_comparison(session, other) if other is not None else None
-    with JournalReader(session) as record:
-        state, meta, attempts = record.state(), record.meta(), record.attempts()
-        step, newest = record.last_step(), record.metrics(last=1)
-        origin = record.fork_origin()
+    with JournalReader(session) as reader:
+        state, meta, attempts = reader.state(), reader.meta(), reader.attempts()
+        step, newest = reader.last_step(), reader.metrics(last=1)
+        origin = reader.fork_origin()
         markers = timeline(
-            record.events(),
-            record.commands(),
+            reader.events(),
+            reader.commands(),
             attempts,
-            reached=reached_steps(record),
+            reached=reached_steps(reader),
             crashed_at=step if state == "crashed" else None,
         )
-        agreement = read_agreement(record)
-        curves = read_curves(record, agreement)
+        agreement = read_agreement(reader)
+        curves = read_curves(reader, agreement)
         return Report(
             name=session.name,
             made=now(),
@@ -103,34 +103,34 @@ def read_report(
             forked_from=(origin.session, origin.step) if origin is not None else None,
             first_time=attempts[0].started if attempts else None,
             last_time=newest[0].time if newest else None,
-            headlines=read_headlines(record, step),
-            held_out=read_held_out(record, step),
+            headlines=read_headlines(reader, step),
+            held_out=read_held_out(reader, step),
             best_metric=config.train.best_metric,
             settings=settings_of_run(config),
             curves=comparison.overlaid(curves) if comparison is not None else curves,
             markers=markers,
-            interventions=read_interventions(record, markers),
-            samples=read_samples(record),
+            interventions=read_interventions(reader, markers),
+            samples=read_samples(reader),
             agreement=agreement,
-            checkpoints=_checkpoints(record, config.train.best_metric),
+            checkpoints=_checkpoints(reader, config.train.best_metric),
             comparison=comparison,
         )
 
 
-def reached_steps(record: JournalReader) -> dict[int, int]:
+def reached_steps(reader: JournalReader) -> dict[int, int]:
     """Attempt → its last step on an abandoned branch."""
     reached: dict[int, int] = {}
-    for attempt, step, _ in record.past_series(SCORE):
+    for attempt, step, _ in reader.past_series(SCORE):
         reached[attempt] = max(reached.get(attempt, 0), step)
     return reached
 
 
-def _checkpoints(record: JournalReader, metric: str) -> list[ReportCheckpoint]:
-    rows = record.checkpoints(("complete", "superseded", "removed"))
+def _checkpoints(reader: JournalReader, metric: str) -> list[ReportCheckpoint]:
+    rows = reader.checkpoints(("complete", "superseded", "removed"))
     values = {
-        row.step: dict(record.series(metric, row.step - 1, row.step)).get(row.step) for row in rows
+        row.step: dict(reader.series(metric, row.step - 1, row.step)).get(row.step) for row in rows
     }
-    best = record.best_checkpoint(metric)
+    best = reader.best_checkpoint(metric)
     return [
         ReportCheckpoint(
             row,

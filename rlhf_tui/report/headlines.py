@@ -35,22 +35,22 @@ class Headline(Struct, frozen=True):
     """Of the two values; None for means of :data:`STEPS_AVERAGED` steps."""
 
 
-def read_headlines(record: JournalReader, last_step: int) -> list[Headline]:
+def read_headlines(reader: JournalReader, last_step: int) -> list[Headline]:
     """The headlines of training, for the metrics that the run has."""
-    found = [_headline(record, name, last_step) for name in HEADLINES]
+    found = [_headline(reader, name, last_step) for name in HEADLINES]
     return [headline for headline in found if headline is not None]
 
 
-def read_held_out(record: JournalReader, last_step: int) -> list[Headline]:
+def read_held_out(reader: JournalReader, last_step: int) -> list[Headline]:
     """The headlines of the evaluation on held-out prompts; empty without one."""
-    found = [_held_out(record, name, last_step) for name in HELD_OUT]
+    found = [_held_out(reader, name, last_step) for name in HELD_OUT]
     return [headline for headline in found if headline is not None]
 
 
-def _headline(record: JournalReader, name: str, last: int) -> Headline | None:
+def _headline(reader: JournalReader, name: str, last: int) -> Headline | None:
     steps = max(1, min(STEPS_AVERAGED, last // 2))
-    first = _mean(record.series(name, 0, steps))
-    end = _mean(record.series(name, last - steps, last))
+    first = _mean(reader.series(name, 0, steps))
+    end = _mean(reader.series(name, last - steps, last))
     return None if first is None and end is None else Headline(title_of(name), first, end)
 
 
@@ -59,12 +59,12 @@ def _mean(points: list[tuple[int, float | None]]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _held_out(record: JournalReader, name: str, until: int) -> Headline | None:
-    series = record.series(name, until=until)
+def _held_out(reader: JournalReader, name: str, until: int) -> Headline | None:
+    series = reader.series(name, until=until)
     points = [(step, value) for step, value in series if value is not None]
     if not points:
         return None
     (first_step, first), (last_step, last) = points[0], points[-1]
-    widths = dict(record.series(EVAL_SCORE_CI, until=until)) if name == EVAL_SCORE else {}
+    widths = dict(reader.series(EVAL_SCORE_CI, until=until)) if name == EVAL_SCORE else {}
     both = widths.get(first_step), widths.get(last_step)
     return Headline(title_of(name), first, last, both, (first_step, last_step))

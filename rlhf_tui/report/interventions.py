@@ -38,7 +38,7 @@ class Intervention(Struct, frozen=True):
     """Notes at nearby steps, which usually give the reason."""
 
 
-def read_interventions(record: JournalReader, markers: Sequence[Marker]) -> list[Intervention]:
+def read_interventions(reader: JournalReader, markers: Sequence[Marker]) -> list[Intervention]:
     """The latest interventions, in order, with their effects."""
     commands = [m for m in markers if m.kind == "command"]
     notes = [m for m in markers if m.kind == "note"]
@@ -47,17 +47,17 @@ def read_interventions(record: JournalReader, markers: Sequence[Marker]) -> list
         Intervention(
             number,
             marker,
-            {} if marker.abandoned else _effects(record, marker.step),
+            {} if marker.abandoned else _effects(reader, marker.step),
             [n.text for n in notes if abs(n.step - marker.step) <= NOTE_STEPS],
         )
         for number, marker in enumerate(commands[first:], start=first + 1)
     ]
 
 
-def _effects(record: JournalReader, step: int) -> dict[str, Effect]:
+def _effects(reader: JournalReader, step: int) -> dict[str, Effect]:
     effects = {}
     for name in COMPARED:
-        points = record.series(name, step - STEPS_COMPARED - 1, step + STEPS_COMPARED - 1)
+        points = reader.series(name, step - STEPS_COMPARED - 1, step + STEPS_COMPARED - 1)
         before = _mean(value for at, value in points if at < step)
         after = _mean(value for at, value in points if at >= step)
         if before is not None or after is not None:

@@ -46,14 +46,14 @@ def model_card(session: SessionFolder, policy: ExportedPolicy) -> str:
         RlhfError: the journal or the configuration cannot be read.
     """
     config = session.config()
-    with JournalReader(session) as record:
-        found = read_headlines(record, policy.step)
-        held_out = read_held_out(record, policy.step)
+    with JournalReader(session) as reader:
+        found = read_headlines(reader, policy.step)
+        held_out = read_held_out(reader, policy.step)
         markers = timeline(
-            record.events(),
-            record.commands(),
-            record.attempts(),
-            reached=reached_steps(record),
+            reader.events(),
+            reader.commands(),
+            reader.attempts(),
+            reached=reached_steps(reader),
         )
     headlines = [h for h in found if h.title != title_of(STEP_TIME)]
     changes = [

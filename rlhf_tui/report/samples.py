@@ -45,22 +45,22 @@ class ReportSamples(Struct, frozen=True):
     preferences_total: int = 0
 
 
-def read_samples(record: JournalReader) -> ReportSamples:
+def read_samples(reader: JournalReader) -> ReportSamples:
     """Chooses the responses of a session's current timeline."""
-    reader = record.samples
-    held_out = _held_out(record)
+    samples = reader.samples
+    held_out = _held_out(reader)
     scored = SampleQuery(order="score", score_from=-sys.float_info.max)
     lowest = SampleQuery(order="score", descending=False, score_from=-sys.float_info.max)
-    judged = reader.page(SampleQuery(judged=True), JUDGED_READ)
-    with LabelReader(record.session) as labels:
+    judged = samples.page(SampleQuery(judged=True), JUDGED_READ)
+    with LabelReader(reader.session) as labels:
         preferences = labels.preferences()
     return ReportSamples(
         held_out=held_out,
-        through_time=[] if held_out else _through_time(record),
-        best=reader.page(scored, EXTREMES_SHOWN),
-        worst=reader.page(lowest, EXTREMES_SHOWN),
+        through_time=[] if held_out else _through_time(reader),
+        best=samples.page(scored, EXTREMES_SHOWN),
+        worst=samples.page(lowest, EXTREMES_SHOWN),
         judged=judged[:JUDGED_SHOWN],
-        judged_total=reader.count_after(SampleQuery(judged=True), 0),
+        judged_total=samples.count_after(SampleQuery(judged=True), 0),
         labels=_counts(judged),
         preferences=preferences[-PREFERENCES_SHOWN:],
         preferences_total=len(preferences),
@@ -74,11 +74,11 @@ def spread(steps: list[int], count: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
-def _held_out(record: JournalReader) -> list[list[SampleRow]]:
-    evaluated = [step for step, value in record.series(EVAL_SCORE) if value is not None]
+def _held_out(reader: JournalReader) -> list[list[SampleRow]]:
+    evaluated = [step for step, value in reader.series(EVAL_SCORE) if value is not None]
     found: dict[tuple[int, str], list[SampleRow]] = {}
     for step in spread(evaluated, STEPS_SHOWN):
-        for row in record.samples.evaluated(step):
+        for row in reader.samples.evaluated(step):
             # The index of a prompt is the same at every evaluation.
             found.setdefault((row.index, row.prompt), []).append(row)
     groups: dict[str, list[SampleRow]] = {}
@@ -87,11 +87,11 @@ def _held_out(record: JournalReader) -> list[list[SampleRow]]:
     return list(groups.values())[:PROMPTS_SHOWN]
 
 
-def _through_time(record: JournalReader) -> list[SampleRow]:
-    last = record.samples.newest_step()
+def _through_time(reader: JournalReader) -> list[SampleRow]:
+    last = reader.samples.newest_step()
     rows = []
     for step in spread(list(range(1, last + 1)), STEPS_SHOWN):
-        first = record.samples.page(SampleQuery(), 1, last_step=step)
+        first = reader.samples.page(SampleQuery(), 1, last_step=step)
         rows += [row for row in first if row not in rows]
     return rows
 

@@ -354,8 +354,8 @@ class DashboardScreen(SessionScreen):
 
 def _show_newest(session: SessionFolder, names: list[str], dialog: "PickerDialog") -> None:
     """Adds the newest values of metrics that no chart shows to a dialog; in a worker thread."""
-    with JournalReader(session) as record:
-        newest = {name: record.newest_value(name) for name in names}
+    with JournalReader(session) as reader:
+        newest = {name: reader.newest_value(name) for name in names}
     values = {name: _number(name, found[1]) for name, found in newest.items() if found}
     dialog.call_later(dialog.show_values, values)
 

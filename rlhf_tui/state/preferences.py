@@ -53,6 +53,8 @@ class Seen(Struct, kw_only=True):
     event: int
     began: float = 0.0
     """When the session began, to recognise another one in the same folder; 0 if unknown."""
+    pending: list[str] = []
+    """Ids of the commands that were pending."""
 
 
 SeenAll = dict[str, Seen]

@@ -54,14 +54,14 @@ def read_preview(session: SessionFolder, other: SessionFolder | None) -> Session
     """
     against = other.name if other is not None else ""
     try:
-        with JournalReader(session) as record:
-            alert = record.last_alert()
+        with JournalReader(session) as reader:
+            alert = reader.last_alert()
             update = SessionUpdate(
-                head=read_summary(session, record),
-                downsampled=record.downsampled(with_drawn(METRICS), SPANS),
-                names=record.metric_names(),
+                head=read_summary(session, reader),
+                downsampled=reader.downsampled(with_drawn(METRICS), SPANS),
+                names=reader.metric_names(),
                 events=[alert] if alert is not None else [],
-                samples=record.samples.newest(RESPONSES),
+                samples=reader.samples.newest(RESPONSES),
             )
     except (RlhfError, OSError) as error:
         return SessionPreview(str(session.folder), problem=str(error))

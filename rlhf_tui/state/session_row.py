@@ -109,12 +109,12 @@ def read_session_row(
         RlhfError: its journal or its configuration cannot be read.
         OSError: its folder cannot be read.
     """
-    with JournalReader(session) as record:
-        row = session_row(session, record)
+    with JournalReader(session) as reader:
+        row = session_row(session, reader)
         if ask:
             row = msgspec.structs.replace(row, size=session.disk_usage().size)
         if best and row.checkpoints:
-            found = _best_checkpoint(session, record)
+            found = _best_checkpoint(session, reader)
             row = msgspec.structs.replace(row, best_checkpoint=found)
     if not ask or row.pid is None:
         return row
@@ -138,11 +138,11 @@ def read_session_rows(sessions: Iterable[SessionFolder], *, best: bool) -> list[
         return list(threads.map(read, sessions))
 
 
-def _best_checkpoint(session: SessionFolder, record: JournalReader) -> int | None:
+def _best_checkpoint(session: SessionFolder, reader: JournalReader) -> int | None:
     # All else of a session can be read with a configuration of another version.
     with contextlib.suppress(ConfigError):
-        metric = record.meta().best_metric or session.config().train.best_metric
-        return record.best_checkpoint(metric)
+        metric = reader.meta().best_metric or session.config().train.best_metric
+        return reader.best_checkpoint(metric)
     return None
 
 
@@ -160,14 +160,14 @@ def awaited(session: SessionFolder) -> str | None:
     return None
 
 
-def session_row(session: SessionFolder, record: JournalReader) -> SessionRow:
+def session_row(session: SessionFolder, reader: JournalReader) -> SessionRow:
     """Reads the row of a session with an open reader; raises like :func:`read_session_row`."""
     session.check_config_file()  # without it the session cannot be resumed
-    meta, attempts = record.meta(), record.attempts()
-    state = record.state() if meta.state in LIVE_STATES else meta.state
-    last = record.last_row((SCORE, KL))
-    checkpoints = [c.step for c in record.checkpoints(("complete",))]
-    held_out = read_held_out(record)
+    meta, attempts = reader.meta(), reader.attempts()
+    state = reader.state() if meta.state in LIVE_STATES else meta.state
+    last = reader.last_row((SCORE, KL))
+    checkpoints = [c.step for c in reader.checkpoints(("complete",))]
+    held_out = read_held_out(reader)
     engine = session.engine() if session.is_live() else None
     metrics = last.values if last is not None else {}
     active = [attempts[-1].started] if attempts else []
@@ -208,13 +208,13 @@ def _lost_history(session: SessionFolder) -> str:
     return f"the journal of its checkpoints is missing; see {session.command('verify')}"
 
 
-def read_held_out(record: JournalReader) -> HeldOutScore | None:
+def read_held_out(reader: JournalReader) -> HeldOutScore | None:
     """Reads the result of the last evaluation; None without one. Raises JournalError."""
-    newest = record.newest_value(EVAL_SCORE)
+    newest = reader.newest_value(EVAL_SCORE)
     if newest is None:
         return None
     step, score = newest
-    interval = dict(record.series(EVAL_SCORE_CI, after=step - 1)).get(step)
+    interval = dict(reader.series(EVAL_SCORE_CI, after=step - 1)).get(step)
     return HeldOutScore(step, score, interval)
 
 

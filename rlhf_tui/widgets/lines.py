@@ -86,13 +86,6 @@ class Lines(Widget):
         if name not in self._tones:
             chosen = name.startswith(CHOSEN)
             style = style_of(self, name.removeprefix(CHOSEN), chosen=chosen)
-            if chosen:
-                # Only the background and attributes: the text keeps its colour if it is readable.
-                style += (
-                    style_of(self, "cursor").without_color
-                    if self.app.no_color
-                    else Style(bgcolor=style_of(self, "cursor").bgcolor)
-                )
             self._tones[name] = style
         return self._tones[name]
 

@@ -34,7 +34,6 @@ TONES = {
     "tab": Tone("dim", "bar", no_color=""),
     "here": Tone("", "focus-bar", style="bold", no_color="reverse"),
     "match": Tone("background", "warn", no_color="reverse"),
-    "cursor": Tone("", "chosen", no_color="reverse"),
     "notice": Tone("", "focus-bar", no_color="reverse"),
     **{f"s{i}": Tone(f"s{i}") for i in range(1, 7)},
     # -- heat strips: with and without colours, bold is above the centre and underlined below it
@@ -75,17 +74,22 @@ def style_of(widget: Widget, name: str, *, chosen: bool = False) -> Style:
     Args:
         widget: where it is shown.
         name: a key of :data:`TONES`.
-        chosen: whether it is on the selected line, where a theme may have another text colour. The
-            style has no background of its own for that.
+        chosen: whether it is on the selected line. Text has the line's background there, and the
+            line's text colour if its own cannot be read on that; a tone with a background keeps it.
     """
     tone, style = TONES[name], widget.rich_style
     variables = widget.app.theme_variables
     if tone.colour:
         on_chosen = f"chosen-{tone.colour}"
-        colour = variables[on_chosen if chosen and on_chosen in variables else tone.colour]
+        plain = chosen and not tone.background and on_chosen in variables
+        colour = variables[on_chosen if plain else tone.colour]
         style += Style(color=Color.parse(colour).rich_color)
-    if tone.background:
-        style += Style(bgcolor=Color.parse(variables[tone.background]).rich_color)
-    no_color = widget.app.no_color and tone.no_color is not None
-    attributes = tone.no_color if no_color else tone.style
-    return style + Style.parse(attributes) if attributes else style
+    if background := tone.background or ("chosen" if chosen else ""):
+        style += Style(bgcolor=Color.parse(variables[background]).rich_color)
+    no_color = widget.app.no_color
+    attributes = tone.no_color if no_color and tone.no_color is not None else tone.style
+    if attributes:
+        style += Style.parse(attributes)
+    if chosen and no_color:  # the line is reversed, so what is reversed by itself must not be
+        style += Style(reverse=not style.reverse)
+    return style

@@ -13,8 +13,8 @@ from tests.judging import answer
 
 
 def agreement_of(session):
-    with JournalReader(session) as record:
-        return read_agreement(record)
+    with JournalReader(session) as reader:
+        return read_agreement(reader)
 
 
 def test_the_mean_over_either_kind_of_label_is_the_chance_that_the_better_one_scores_higher():

@@ -30,23 +30,23 @@ def a_second_a_call(monkeypatch):
 
 def read(session):
     """Everything that readers give of a session."""
-    with JournalReader(session) as record, LabelReader(session) as labels:
-        meta = record.meta()
-        newest = record.samples.newest(6)
+    with JournalReader(session) as reader, LabelReader(session) as labels:
+        meta = reader.meta()
+        newest = reader.samples.newest(6)
         return {
             "state": (meta.state, meta.message, meta.pause_reason),
-            "step": record.last_step(),
-            "rows": [(r.step, r.attempt, r.time, r.values[SCORE]) for r in record.metrics()],
-            "series": record.series(SCORE),
-            "downsampled": record.downsampled([SCORE], 3),
-            "past": record.past_series(SCORE),
-            "events": record.events(),
-            "commands": record.commands(),
-            "attempts": [(a.attempt, a.from_step, a.started) for a in record.attempts()],
-            "checkpoints": record.checkpoints(),
+            "step": reader.last_step(),
+            "rows": [(r.step, r.attempt, r.time, r.values[SCORE]) for r in reader.metrics()],
+            "series": reader.series(SCORE),
+            "downsampled": reader.downsampled([SCORE], 3),
+            "past": reader.past_series(SCORE),
+            "events": reader.events(),
+            "commands": reader.commands(),
+            "attempts": [(a.attempt, a.from_step, a.started) for a in reader.attempts()],
+            "checkpoints": reader.checkpoints(),
             "samples": newest,
-            "page": record.samples.page(SampleQuery(order="score"), 50),
-            "earlier": record.samples.earlier(newest[-1]) if newest else [],
+            "page": reader.samples.page(SampleQuery(order="score"), 50),
+            "earlier": reader.samples.earlier(newest[-1]) if newest else [],
             "judgements": labels.judgements(),
         }
 
@@ -81,8 +81,8 @@ def history(writer):
 
 
 def judge(session, label):
-    with JournalReader(session) as record:
-        row = record.samples.newest(1)[0]
+    with JournalReader(session) as reader:
+        row = reader.samples.newest(1)[0]
     set_label(session, row.prompt, Response.of(row), label, "ana")
 
 
@@ -151,9 +151,9 @@ def replayed_commands(session):
     changes, recording = JournalChanges([SCORE], UpdateOutput(state.take)), Recording(session)
     for offset in recording.offsets:
         there = session.at(recording.position_at(offset))
-        with JournalReader(there) as record:
-            changes.read(there, record, (), SessionUpdate())
-            yield state.commands, record.commands()
+        with JournalReader(there) as reader:
+            changes.read(there, reader, (), SessionUpdate())
+            yield state.commands, reader.commands()
 
 
 def test_a_replay_has_the_commands_of_each_moment(writer, history):
@@ -201,8 +201,8 @@ def test_a_command_is_pending_until_it_is_applied(writer):
     seen = {}
     for offset in recording.offsets:
         position = recording.position_at(offset)
-        with JournalReader(writer.session.at(position)) as record:
-            seen[position.step] = [c.status for c in record.commands()]
+        with JournalReader(writer.session.at(position)) as reader:
+            seen[position.step] = [c.status for c in reader.commands()]
     assert seen == {0: [], 1: ["queued"], 2: ["accepted"], 3: ["applied"]}
 
 
@@ -220,11 +220,29 @@ def test_the_settings_are_those_that_were_in_force(writer):
     rates = {}
     for offset in recording.offsets:
         position = recording.position_at(offset)
-        with JournalReader(writer.session.at(position)) as record:
-            rates[position.attempt, position.step] = record.meta().settings["learning_rate"]
+        with JournalReader(writer.session.at(position)) as reader:
+            rates[position.attempt, position.step] = reader.meta().settings["learning_rate"]
     assert rates == {
         (1, 0): 1e-5, (1, 1): 1e-5, (1, 2): 2e-5, (1, 3): 2e-5, (2, 1): 1e-5, (2, 2): 1e-5,
         (2, 3): 5e-5,
+    }  # fmt: skip
+
+
+def test_the_total_of_steps_is_that_which_was_in_force(writer):
+    journal = writer.journal  # its first attempt is like one of an earlier version
+    journal.begin_attempt(0, fresh=True, total_steps=2)
+    writer.steps(1, 2)
+    journal.set_meta(total_steps=4)  # the run was resumed with train.steps=4
+    journal.begin_attempt(2, fresh=False, total_steps=4)
+    writer.steps(3, 4)
+    recording = Recording(writer.session)
+    totals = {}
+    for offset in recording.offsets:
+        position = recording.position_at(offset)
+        with JournalReader(writer.session.at(position)) as reader:
+            totals[position.attempt, position.step] = reader.meta().total_steps
+    assert totals == {
+        (1, 0): 4, (2, 0): 2, (2, 1): 2, (2, 2): 2, (3, 2): 4, (3, 3): 4, (3, 4): 4,
     }  # fmt: skip
 
 
@@ -242,8 +260,8 @@ def test_after_a_crash_a_setting_changes_again_at_its_step_unless_it_was_overrid
     seen = {}
     for offset in recording.offsets:
         position = recording.position_at(offset)
-        with JournalReader(writer.session.at(position)) as record:
-            found = record.meta().settings
+        with JournalReader(writer.session.at(position)) as reader:
+            found = reader.meta().settings
         seen[position.attempt, position.step] = found["learning_rate"], found["epochs"]
     assert seen == {
         (1, 0): (1e-5, 3), (1, 1): (1e-5, 3), (1, 2): (2e-5, 3), (1, 3): (2e-5, 4),
@@ -309,8 +327,8 @@ def test_changes_are_in_the_order_in_which_they_were_applied_whatever_the_clock(
     writer.change("c2", 2, 2e-5, 5e-5, key="learning_rate")
     writer.steps(2, 3)
     writer.journal.set_meta(settings={"beta": 0.1, "learning_rate": 5e-5})
-    with JournalReader(writer.session.at(beginning)) as record:
-        assert record.meta().settings["learning_rate"] == 1e-5
+    with JournalReader(writer.session.at(beginning)) as reader:
+        assert reader.meta().settings["learning_rate"] == 1e-5
 
 
 def test_what_happened_at_a_step_stays_there_when_the_clock_was_set_back(writer, monkeypatch):

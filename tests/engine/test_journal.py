@@ -23,32 +23,32 @@ from engine.protocol.rank_messages import REWARD_CHANGED
 
 
 def scores(session):
-    with JournalReader(session) as record:
-        return dict(record.series("objective/scores"))
+    with JournalReader(session) as reader:
+        return dict(reader.series("objective/scores"))
 
 
 def test_a_step_is_read_as_it_was_written(writer):
     writer.steps(1, 2)
-    with JournalReader(writer.session) as record:
-        rows = record.metrics()
+    with JournalReader(writer.session) as reader:
+        rows = reader.metrics()
         assert [(r.step, r.attempt, r.values["lr"]) for r in rows] == [(1, 1, 1e-5), (2, 1, 1e-5)]
-        assert record.metrics(last=1) == rows[1:]
-        assert record.last_step() == 2
-        assert record.meta().settings == {"beta": 0.1}
-        samples = record.samples.newest()
+        assert reader.metrics(last=1) == rows[1:]
+        assert reader.last_step() == 2
+        assert reader.meta().settings == {"beta": 0.1}
+        samples = reader.samples.newest()
         assert [(s.step, s.index) for s in samples] == [(1, 0), (1, 1), (2, 0), (2, 1)]
         assert samples[0].parts == {"reward": 1.0}
         assert (samples[0].ended, samples[1].ended) == (True, False)
-        assert record.samples.arrays(1, 0, 1).ref_logprob == [-1.0, -2.5]
-        assert record.samples.arrays(1, 1, 1) is None
+        assert reader.samples.arrays(1, 0, 1).ref_logprob == [-1.0, -2.5]
+        assert reader.samples.arrays(1, 1, 1) is None
         # Of another attempt there are none in its place.
-        assert record.samples.arrays(1, 0, 2) is None
+        assert reader.samples.arrays(1, 0, 2) is None
 
 
 def test_rows_of_some_metrics_have_these_and_no_others(writer):
     writer.steps(1, 2, late=3.0)
-    with JournalReader(writer.session) as record:
-        rows = record.metrics(only=("late", "unheard of"))
+    with JournalReader(writer.session) as reader:
+        rows = reader.metrics(only=("late", "unheard of"))
     assert [(r.step, r.values) for r in rows] == [(1, {"late": 3.0}), (2, {"late": 3.0})]
 
 
@@ -66,16 +66,16 @@ def test_responses_of_an_earlier_version_have_no_version_of_weights(writer):
 def test_a_metric_that_begins_later_is_null_before(writer):
     writer.steps(1)
     writer.steps(2, late=3.0)
-    with JournalReader(writer.session) as record:
-        assert [r.values["late"] for r in record.metrics()] == [None, 3.0]
-        assert record.series("late") == [(2, 3.0)]
-        assert record.series("unheard of") == []
+    with JournalReader(writer.session) as reader:
+        assert [r.values["late"] for r in reader.metrics()] == [None, 3.0]
+        assert reader.series("late") == [(2, 3.0)]
+        assert reader.series("unheard of") == []
 
 
 def test_a_metric_that_a_run_never_has_is_null_in_json(writer):
     writer.steps(1)
-    with JournalReader(writer.session) as record:
-        (row,) = record.metrics()
+    with JournalReader(writer.session) as reader:
+        (row,) = reader.metrics()
     assert "loss/value_avg" not in row.values
     assert row.as_json()["loss/value_avg"] is None
     assert row.as_json()["lr"] == row.values["lr"]
@@ -93,10 +93,10 @@ def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(wri
 
     writer.steps(1, only_1=1.0)
     monkeypatch.setattr(database, "open_read_only", open_interrupted)
-    with JournalReader(writer.session) as record:
+    with JournalReader(writer.session) as reader:
         for _ in range(3):
             written = writer.journal.step
-            rows = record.metrics()
+            rows = reader.metrics()
             assert writer.journal.step >= written + 3, "steps are written between the queries"
             for row in rows:
                 assert row.values[f"only_{row.step}"] == 1.0
@@ -115,14 +115,14 @@ def test_what_is_not_finite_is_null_everywhere(writer):
     writer.journal.record_step(type("Report", (), report))
     writer.journal.record_event("alert", {"window": [1.0, math.nan], "deep": {"a": math.inf}})
     writer.order("nan", "beta", value=math.nan)
-    with JournalReader(writer.session) as record:
-        rows = [*record.metrics(), *record.samples.newest(), *record.events()]
-        everything = [*(row.as_json() for row in rows), record.meta().settings]
+    with JournalReader(writer.session) as reader:
+        rows = [*reader.metrics(), *reader.samples.newest(), *reader.events()]
+        everything = [*(row.as_json() for row in rows), reader.meta().settings]
         text = json.dumps(everything, allow_nan=False)
     assert "null" in text
     # Written without a value is not the same as never written: a replay can tell.
-    with JournalReader(writer.session) as record:
-        assert record.series("inf") == [(1, None)]
+    with JournalReader(writer.session) as reader:
+        assert reader.series("inf") == [(1, None)]
 
 
 def test_a_resume_takes_over_the_timeline_and_keeps_the_past(writer):
@@ -131,22 +131,22 @@ def test_a_resume_takes_over_the_timeline_and_keeps_the_past(writer):
     assert writer.journal.step == 1
     writer.steps(2)
     assert scores(writer.session) == {1: 1.1, 2: 2.2}
-    with JournalReader(writer.session) as record:
-        assert record.past_series("objective/scores") == [(1, 2, 2.1), (1, 3, 3.1)]
-        assert [a.from_step for a in record.attempts()] == [0, 1]
-        assert [(s.step, s.attempt) for s in record.samples.newest()] == [
+    with JournalReader(writer.session) as reader:
+        assert reader.past_series("objective/scores") == [(1, 2, 2.1), (1, 3, 3.1)]
+        assert [a.from_step for a in reader.attempts()] == [0, 1]
+        assert [(s.step, s.attempt) for s in reader.samples.newest()] == [
             (1, 1), (1, 1), (2, 2), (2, 2),
         ]  # fmt: skip
-        assert record.samples.arrays(3, 0, 1) is None
+        assert reader.samples.arrays(3, 0, 1) is None
 
 
 def test_a_timeline_can_be_replaced_again_and_again(writer):
     for _ in range(3):
         writer.steps(1, 2)
         writer.journal.begin_attempt(0, fresh=True)
-    with JournalReader(writer.session) as record:
-        assert len(record.past_series("lr")) == 6
-        assert record.metrics() == []
+    with JournalReader(writer.session) as reader:
+        assert len(reader.past_series("lr")) == 6
+        assert reader.metrics() == []
 
 
 def test_the_next_attempt_is_told_where_the_last_one_computed(writer):
@@ -164,13 +164,13 @@ def test_checkpoints_after_a_resume_belong_to_the_past(writer):
     writer.checkpoint(2)
     writer.checkpoint(4)
     writer.journal.begin_attempt(2, fresh=False)
-    with JournalReader(writer.session) as record:
-        assert [c.step for c in record.checkpoints(("complete",))] == [2]
-        assert [c.step for c in record.checkpoints()] == [2, 4]
+    with JournalReader(writer.session) as reader:
+        assert [c.step for c in reader.checkpoints(("complete",))] == [2]
+        assert [c.step for c in reader.checkpoints()] == [2, 4]
     writer.journal.record_checkpoint(4, 1000, math.nan, math.nan)
     writer.journal.complete_checkpoint(4, removed=[2])
-    with JournalReader(writer.session) as record:
-        assert [(c.step, c.attempt) for c in record.checkpoints(("complete",))] == [(4, 2)]
+    with JournalReader(writer.session) as reader:
+        assert [(c.step, c.attempt) for c in reader.checkpoints(("complete",))] == [(4, 2)]
 
 
 def test_the_best_checkpoint_is_the_newest_of_those_with_the_highest_value(writer):
@@ -178,10 +178,10 @@ def test_the_best_checkpoint_is_the_newest_of_those_with_the_highest_value(write
         writer.steps(step, aim=value)
     for step in (1, 2, 3, 5):
         writer.checkpoint(step)
-    with JournalReader(writer.session) as record:
-        assert record.best_checkpoint("aim") == 3
-        assert record.best_checkpoint("lr") == 5
-        assert record.best_checkpoint("none") is None
+    with JournalReader(writer.session) as reader:
+        assert reader.best_checkpoint("aim") == 3
+        assert reader.best_checkpoint("lr") == 5
+        assert reader.best_checkpoint("none") is None
 
 
 def test_the_best_checkpoint_is_one_of_the_reward_in_force(writer):
@@ -190,17 +190,17 @@ def test_the_best_checkpoint_is_one_of_the_reward_in_force(writer):
             writer.journal.record_event("alert", {"rule": REWARD_CHANGED, "text": ""}, 1)
         writer.steps(step, **{SCORE: value, "aim": value})
         writer.checkpoint(step)
-    with JournalReader(writer.session) as record:
-        assert [record.best_checkpoint(name) for name in (SCORE, "aim")] == [3, 1]
+    with JournalReader(writer.session) as reader:
+        assert [reader.best_checkpoint(name) for name in (SCORE, "aim")] == [3, 1]
 
 
 def test_a_checkpoint_that_is_resumed_from_is_complete_although_no_rank_reported_it(writer):
     writer.journal.record_checkpoint(2, 1000, 1.0, 2.0)
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
-    with JournalReader(writer.session) as record:
-        assert [c.step for c in record.checkpoints(("complete",))] == [4]
-        (told,) = [e for e in record.events() if e.kind == "checkpoint"]
+    with JournalReader(writer.session) as reader:
+        assert [c.step for c in reader.checkpoints(("complete",))] == [4]
+        (told,) = [e for e in reader.events() if e.kind == "checkpoint"]
         assert (told.step, told.payload.score) == (4, 1.5)
 
 
@@ -210,9 +210,9 @@ def test_an_engine_has_died_though_the_next_one_has_its_process_id_and_host(writ
     another = write_in(writer.session)
     another.journal.begin_attempt(0, fresh=False)
     another.journal.close()
-    with JournalReader(writer.session) as record:
-        begun = [e.payload for e in record.events() if e.kind == "attempt"]
-        attempts = {row.attempt: row for row in record.attempts()}
+    with JournalReader(writer.session) as reader:
+        begun = [e.payload for e in reader.events() if e.kind == "attempt"]
+        attempts = {row.attempt: row for row in reader.attempts()}
     assert attempts[1].pid == attempts[2].pid == attempts[3].pid
     assert [engine_died_before(each, attempts) for each in begun] == [False, False, True]
 
@@ -223,8 +223,8 @@ def test_one_folder_is_one_checkpoint_although_its_rank_died_before_reporting_it
     writer.journal.begin_attempt(2, fresh=True)
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
-    with JournalReader(writer.session) as record:
-        assert [(c.step, c.attempt) for c in record.checkpoints()] == [(2, 1), (4, 2)]
+    with JournalReader(writer.session) as reader:
+        assert [(c.step, c.attempt) for c in reader.checkpoints()] == [(2, 1), (4, 2)]
 
 
 def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(writer):
@@ -256,9 +256,9 @@ def test_a_clock_that_is_set_back_changes_no_order(writer):
     changed = [c.changes[0].new for c in writer.journal.commands.changes_after(4)]
     assert changed == [0.111, 0.333]
     assert [changes[0].new for changes in writer.journal.commands.undoable(5)] == [0.111, 0.333]
-    with JournalReader(writer.session) as record:
-        assert [c.id for c in record.commands()] == ["a", "b", "first", "second"]
-        assert record.last_reference_probe("p").response == "second"
+    with JournalReader(writer.session) as reader:
+        assert [c.id for c in reader.commands()] == ["a", "b", "first", "second"]
+        assert reader.last_reference_probe("p").response == "second"
 
 
 def test_an_old_journals_commands_keep_the_order_of_their_events(tmp_path):
@@ -369,9 +369,9 @@ def test_what_an_engine_left_open_is_rejected_by_the_next(writer):
 def test_a_commands_event_carries_its_whole_life(writer):
     writer.change("a", 2, 0.1, 0.2)
     writer.journal.commands.record("n", "note", {"text": "look"}, "me")
-    with JournalReader(writer.session) as record:
-        events = record.events()
-        assert record.events(after=events[-2].event) == events[-1:]
+    with JournalReader(writer.session) as reader:
+        events = reader.events()
+        assert reader.events(after=events[-2].event) == events[-1:]
     event = next(e for e in events if e.kind == "command")
     assert (event.command.status, event.command.applied_step) == ("applied", 2)
     assert (event.command.changes[0].old, event.command.changes[0].new) == (0.1, 0.2)
@@ -386,8 +386,8 @@ def test_an_event_of_another_version_is_printed_whole_and_known_as_far_as_it_can
     writer.journal.record_event("alert", more)
     writer.journal.record_event("unheard of", {"x": 1})
     writer.journal.record_event("checkpoint", {"size": "of another form"})
-    with JournalReader(writer.session) as record:
-        alert, unknown, other = record.events()[-3:]
+    with JournalReader(writer.session) as reader:
+        alert, unknown, other = reader.events()[-3:]
     assert alert.payload == AlertEvent(rule="kl", text="high")
     assert alert.as_json().items() >= more.items()
     assert (unknown.payload, unknown.as_json()["x"]) == (None, 1)
@@ -406,12 +406,12 @@ def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
     child = make_session("child")
     copy_until(writer.session, child, 2)
     assert scores(child) == {1: 1.1, 2: 2.1}
-    with JournalReader(child) as record:
-        assert {c.id for c in record.commands()} == {"early"}
-        assert [c.step for c in record.checkpoints()] == [2]
-        assert [e.command.id for e in record.events() if e.kind == "command"] == ["early"]
-        assert {s.step for s in record.samples.newest()} == {1, 2}
-        assert (record.meta().state, record.meta().total_steps) == ("starting", 0)
+    with JournalReader(child) as reader:
+        assert {c.id for c in reader.commands()} == {"early"}
+        assert [c.step for c in reader.checkpoints()] == [2]
+        assert [e.command.id for e in reader.events() if e.kind == "command"] == ["early"]
+        assert {s.step for s in reader.samples.newest()} == {1, 2}
+        assert (reader.meta().state, reader.meta().total_steps) == ("starting", 0)
     # The source is as it was.
     assert scores(writer.session) == {1: 1.1, 2: 2.1, 3: 3.1}
 
@@ -427,21 +427,21 @@ def test_a_fork_has_no_events_of_what_its_source_went_through_after_the_checkpoi
     writer.journal.begin_attempt(2, fresh=False)
     child = make_session("child")
     copy_until(writer.session, child, 2)
-    with JournalReader(child) as record:
-        assert [e.kind for e in record.events()] == ["attempt", "checkpoint", "note"]
+    with JournalReader(child) as reader:
+        assert [e.kind for e in reader.events()] == ["attempt", "checkpoint", "note"]
 
 
 def test_samples_are_searched_and_ordered(writer):
     writer.steps(1, 2, 3)
-    with JournalReader(writer.session) as record:
-        page = record.samples.page(SampleQuery(order="score", descending=False), limit=3)
+    with JournalReader(writer.session) as reader:
+        page = reader.samples.page(SampleQuery(order="score", descending=False), limit=3)
         assert [s.score for s in page] == [1.0, 1.0, 2.0]
-        found = record.samples.page(SampleQuery(text="ANSWER 2"), limit=10)
+        found = reader.samples.page(SampleQuery(text="ANSWER 2"), limit=10)
         assert {s.step for s in found} == {2}
-        assert len(record.samples.page(SampleQuery(cut_off=True), limit=10)) == 3
-        assert len(record.samples.page(SampleQuery(score_from=2, score_to=2), limit=10)) == 2
+        assert len(reader.samples.page(SampleQuery(cut_off=True), limit=10)) == 3
+        assert len(reader.samples.page(SampleQuery(score_from=2, score_to=2), limit=10)) == 2
         evil = SampleQuery(order="score; DROP TABLE samples", text="%'\"")
-        assert record.samples.page(evil, limit=1) == []
+        assert reader.samples.page(evil, limit=1) == []
 
 
 def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step_0(writer):

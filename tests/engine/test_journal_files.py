@@ -18,15 +18,15 @@ DATA = Path(__file__).parent / "data"
 
 
 def scores(session):
-    with JournalReader(session) as record:
-        return dict(record.series("objective/scores"))
+    with JournalReader(session) as reader:
+        return dict(reader.series("objective/scores"))
 
 
 def test_a_session_that_never_began_reads_as_empty(make_session):
-    with JournalReader(make_session("new")) as record:
-        assert record.metrics() == record.events() == record.attempts() == []
-        assert record.last_step() == 0
-        assert record.state() == "crashed"
+    with JournalReader(make_session("new")) as reader:
+        assert reader.metrics() == reader.events() == reader.attempts() == []
+        assert reader.last_step() == 0
+        assert reader.state() == "crashed"
 
 
 def test_a_journal_of_a_newer_version_is_refused_by_reader_and_writer(writer):
@@ -81,13 +81,13 @@ def old(tmp_path, make_session):
 
 def test_an_old_journal_is_read(old):
     assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
-    with JournalReader(old) as record:
-        assert [a.from_step for a in record.attempts()] == [0, 1]
-        assert record.commands()[0].changes[0].new == 0.2
-        assert record.samples.newest()[-1].response == "answer 3.1"
-        assert record.samples.arrays(3, 0, 2).tokens == ["a", "b"]
-        assert [c.step for c in record.checkpoints()] == [1, 3]
-        assert record.past_series("objective/scores") == [(1, 2, 2.1)]
+    with JournalReader(old) as reader:
+        assert [a.from_step for a in reader.attempts()] == [0, 1]
+        assert reader.commands()[0].changes[0].new == 0.2
+        assert reader.samples.newest()[-1].response == "answer 3.1"
+        assert reader.samples.arrays(3, 0, 2).tokens == ["a", "b"]
+        assert [c.step for c in reader.checkpoints()] == [1, 3]
+        assert reader.past_series("objective/scores") == [(1, 2, 2.1)]
 
 
 def test_an_old_journal_is_migrated_and_continued(old):

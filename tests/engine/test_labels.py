@@ -74,10 +74,10 @@ def test_after_a_roll_back_the_same_step_has_another_response(writer):
     writer.journal.begin_attempt(1, fresh=True)
     writer.steps(2)
     set_label(writer.session, "prompt 0", answer(2, attempt=2), "good", "ana")
-    with JournalReader(writer.session) as record:
-        rows = with_judgements(writer.session, record.samples.newest())
-        (found,) = record.samples.page(SampleQuery(judged=True), 10)
-        (left,) = [r for r in record.samples.earlier(found) if r.attempt == 1 and r.step == 2]
+    with JournalReader(writer.session) as reader:
+        rows = with_judgements(writer.session, reader.samples.newest())
+        (found,) = reader.samples.page(SampleQuery(judged=True), 10)
+        (left,) = [r for r in reader.samples.earlier(found) if r.attempt == 1 and r.step == 2]
     assert [r.label for r in rows] == [None, None, "good", None]
     assert (found.step, found.attempt, found.label) == (2, 2, "good")
     assert left.label == "bad"
@@ -85,16 +85,16 @@ def test_after_a_roll_back_the_same_step_has_another_response(writer):
 
 def test_a_page_has_the_judgements_and_can_be_narrowed_to_them(writer):
     writer.steps(1, 2, 3)
-    with JournalReader(writer.session) as record:
-        everything = record.samples.page(SampleQuery(), 10)
+    with JournalReader(writer.session) as reader:
+        everything = reader.samples.page(SampleQuery(), 10)
         assert {r.judgement for r in everything} == {None}
-        assert record.samples.page(SampleQuery(labels="good"), 10) == []
+        assert reader.samples.page(SampleQuery(labels="good"), 10) == []
         for step, label in ((1, "good"), (2, "bad"), (3, "hack")):
             set_label(writer.session, "prompt 0", answer(step), label, "ana")
         set_note(writer.session, "prompt 1", answer(3, 1), "look at this", "ben")
 
         def steps(**asked):
-            rows = record.samples.page(SampleQuery(descending=False, **asked), 10)
+            rows = reader.samples.page(SampleQuery(descending=False, **asked), 10)
             return [(r.step, r.index) for r in rows]
 
         assert steps(labels="good") == [(1, 0)]
@@ -102,7 +102,7 @@ def test_a_page_has_the_judgements_and_can_be_narrowed_to_them(writer):
         assert steps(judged=True) == [(1, 0), (2, 0), (3, 0), (3, 1)]
         assert steps(judged=False) == [(1, 1), (2, 1)]
         assert steps(judged=True, text="answer 3.1") == [(3, 1)]
-        (noted,) = record.samples.page(SampleQuery(text="answer 3.1"), 10)
+        (noted,) = reader.samples.page(SampleQuery(text="answer 3.1"), 10)
         assert (noted.label, noted.note, noted.judgement.who) == (None, "look at this", "ben")
 
 
@@ -110,15 +110,15 @@ def test_earlier_responses_are_those_to_the_same_prompt_newest_first(writer):
     writer.steps(1, 2, 3)
     writer.journal.begin_attempt(1, fresh=True)
     writer.steps(2, 3, 4)
-    with JournalReader(writer.session) as record:
-        newest = record.samples.page(SampleQuery(), 1)[0]
-        found = [(r.attempt, r.step, r.prompt) for r in record.samples.earlier(newest)]
+    with JournalReader(writer.session) as reader:
+        newest = reader.samples.page(SampleQuery(), 1)[0]
+        found = [(r.attempt, r.step, r.prompt) for r in reader.samples.earlier(newest)]
         assert found == [
             (2, 3, "prompt 0"), (2, 2, "prompt 0"), (1, 3, "prompt 0"), (1, 2, "prompt 0"),
             (1, 1, "prompt 0"),
         ]  # fmt: skip
-        (oldest,) = record.samples.page(SampleQuery(descending=False), 1)
-        assert record.samples.earlier(oldest) == []
+        (oldest,) = reader.samples.page(SampleQuery(descending=False), 1)
+        assert reader.samples.earlier(oldest) == []
 
 
 def test_the_reference_s_response_is_that_of_the_last_probe_that_was_carried_out(writer):
@@ -134,7 +134,7 @@ def test_the_reference_s_response_is_that_of_the_last_probe_that_was_carried_out
     probe("b", "a prompt", "again")
     probe("c", "a prompt", None)
     probe("d", "another", "other words")
-    with JournalReader(writer.session) as record:
+    with JournalReader(writer.session) as reader:
         again = ProbeResponse(response="again", step=5)
-        assert record.last_reference_probe("a prompt") == again
-        assert record.last_reference_probe("never asked") is None
+        assert reader.last_reference_probe("a prompt") == again
+        assert reader.last_reference_probe("never asked") is None

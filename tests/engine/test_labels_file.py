@@ -76,8 +76,8 @@ def test_a_client_that_is_killed_in_the_middle_of_a_change_leaves_the_earlier_st
     kill_a_client()
     assert {note[:9] for _, note in judgements(session).values()} == {"as it was"}
     kill_a_client()
-    with JournalReader(session) as record:
-        rows = record.samples.page(SampleQuery(judged=True), 10)
+    with JournalReader(session) as reader:
+        rows = reader.samples.page(SampleQuery(judged=True), 10)
     assert {row.note[:9] for row in rows} == {"as it was"}
 
 

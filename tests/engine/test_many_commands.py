@@ -43,9 +43,9 @@ def opened(session) -> Iterator[tuple[JournalReader, sqlite3.Connection]]:
     """A reader, and its connection."""
     views = views_of(session, journal_views)
     database = ReadOnlyDatabase(session.journal_file, schema.JOURNAL, views)
-    with JournalReader(session, database) as record:
+    with JournalReader(session, database) as reader:
         assert database.connection is not None
-        yield record, database.connection
+        yield reader, database.connection
 
 
 def test_recording_a_command_costs_the_same_after_many(tmp_path):
@@ -62,8 +62,8 @@ def test_a_look_at_a_new_command_costs_the_same_after_many(writer):
     for number in range(1, 301):
         steer(writer.journal.commands, number)
         if number in (1, 300):
-            with opened(writer.session) as (record, db):
-                costs.append(cost(db, lambda record=record: record.events(last=1)))
+            with opened(writer.session) as (reader, db):
+                costs.append(cost(db, lambda reader=reader: reader.events(last=1)))
     assert costs[1] < 2 * costs[0]
 
 
@@ -76,6 +76,6 @@ def test_a_replay_of_twice_as_many_commands_costs_about_twice_as_much(writer, re
         if number in (200, 400):
             recording = Recording(writer.session)
             past = writer.session.at(recording.position_at(recording.duration))
-            with opened(past) as (record, db):
-                costs.append(cost(db, lambda record=record: read(record)))
+            with opened(past) as (reader, db):
+                costs.append(cost(db, lambda reader=reader: read(reader)))
     assert costs[1] < 3 * costs[0]

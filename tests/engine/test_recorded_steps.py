@@ -54,16 +54,16 @@ def take(engine, first, *values, settings=None, **metrics):
 def start_again(engine, run, step):
     """What a supervisor does when ranks start from a checkpoint."""
     run.journal.begin_attempt(step, fresh=False)
-    with JournalReader(run.session) as record:
-        engine.supervisor.rank_messages.guardrails = rebuild(record, run.session.config(), step)
+    with JournalReader(run.session) as reader:
+        engine.supervisor.rank_messages.guardrails = rebuild(reader, run.session.config(), step)
 
 
 def recorded(run):
     """Rule and step of each alert of the current timeline, and whether evaluation agrees."""
-    with JournalReader(run.session) as record:
+    with JournalReader(run.session) as reader:
         config = run.session.config()
-        again = [(alert.rule, alert.step) for alert in evaluate(record, config.guardrails, config)]
-        raised = record.raised_alerts()
+        again = [(alert.rule, alert.step) for alert in evaluate(reader, config.guardrails, config)]
+        raised = reader.raised_alerts()
     assert again == [(rule, step) for step in sorted(raised) for rule in sorted(raised[step])]
     return again
 
@@ -197,11 +197,11 @@ async def test_steps_evaluated_again_show_their_worst_samples_and_never_hold_all
         )
         engine.receive(report)
     config = run.session.config()
-    with JournalReader(run.session) as record:
-        (first,) = (e.as_json() for e in record.events() if e.kind == "alert")
+    with JournalReader(run.session) as reader:
+        (first,) = (e.as_json() for e in reader.events() if e.kind == "alert")
         tracemalloc.start()
         try:
-            (again,) = evaluate(record, config.guardrails, config)
+            (again,) = evaluate(reader, config.guardrails, config)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
@@ -233,9 +233,9 @@ async def test_a_rule_that_is_new_raises_its_first_alert_although_it_has_held_fo
     run.journal.begin_attempt(3, fresh=False)
     new = Rule(name="new", metric="reward/m", above=0.0)
     config = run.session.config()
-    with JournalReader(run.session) as record:
+    with JournalReader(run.session) as reader:
         config.guardrails.rules.append(new)
-        rails = rebuild(record, config, 3)
+        rails = rebuild(reader, config, 3)
     (alert,) = rails.check(4, {"reward/m": 1.0}, {"target": 6.0})
     assert (alert.rule, alert.count) == ("new", 1)
 
@@ -322,8 +322,8 @@ async def test_a_multiple_of_the_learning_rate_is_one_of_the_setting_whatever_th
     take(Engine(run), 1, 1)
     rule = Rule(name="r", metric=LEARNING_RATE, above=0.9, of="learning_rate")
     config = config_file.override(run.session.config(), ["train.learning_rate=2e-5"])
-    with JournalReader(run.session) as record:
-        alerts = evaluate(record, GuardrailConfig(defaults=False, rules=[rule]), config)
+    with JournalReader(run.session) as reader:
+        alerts = evaluate(reader, GuardrailConfig(defaults=False, rules=[rule]), config)
         assert list(alerts) == []
 
 
@@ -333,7 +333,7 @@ async def test_steps_that_cannot_be_read_do_not_end_a_run(run):
     with contextlib.closing(connection), connection:
         connection.execute("INSERT INTO events SELECT 99, 0.0, 1, 1, 'alert', '{'")
     await begun(run)
-    with JournalReader(run.session) as record:
-        alert = record.last_alert()
+    with JournalReader(run.session) as reader:
+        alert = reader.last_alert()
     assert alert is not None
     assert "guard rails begin without the steps before" in alert.data

@@ -157,8 +157,8 @@ def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journ
     # An attempt that fails before its first save starts again from there.
     assert last_checkpoint(without_journal) == 8
     assert new.journal.timeline() == [8]
-    with JournalReader(without_journal) as record:
-        assert [(c.step, c.score) for c in record.checkpoints()] == [(8, 0.5)]
+    with JournalReader(without_journal) as reader:
+        assert [(c.step, c.score) for c in reader.checkpoints()] == [(8, 0.5)]
     assert adopted_checkpoint(without_journal, 8) is None
     new.journal.close()
 
@@ -262,8 +262,8 @@ def test_a_fork_of_an_archive_that_nobody_can_write_in(make_session, write_in, m
 
     monkeypatch.setattr(sqlite3, "connect", without_writing)
     child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
-    with JournalReader(child) as record:
-        assert record.last_step() == 2
+    with JournalReader(child) as reader:
+        assert reader.last_step() == 2
 
 
 def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
@@ -286,8 +286,8 @@ def test_a_fork_has_its_checkpoint_once_if_several_attempts_saved_that_step(writ
     writer.steps(1, 2)
     writer.checkpoint(2)
     child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
-    with JournalReader(child) as record:
-        assert [(c.step, c.attempt) for c in record.checkpoints()] == [(2, 3)]
+    with JournalReader(child) as reader:
+        assert [(c.step, c.attempt) for c in reader.checkpoints()] == [(2, 3)]
 
 
 def test_a_fork_can_begin_with_an_averaged_policy_and_remembers_that_it_did(writer):

@@ -116,8 +116,8 @@ async def test_a_stop_at_once_and_a_roll_back_under_way_both_take_effect(engine,
     assert await engine.supervisor.run() == 0
     assert engine.state == "stopped"
     assert not engine.supervisor.ranks.token  # none were started
-    with JournalReader(writer.session) as record:
-        assert record.attempts()[-1].from_step == record.last_step() == 2
+    with JournalReader(writer.session) as reader:
+        assert reader.attempts()[-1].from_step == reader.last_step() == 2
 
 
 async def test_a_roll_back_is_rejected_after_a_stop_at_once(engine, writer):

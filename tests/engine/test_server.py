@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
+import socket
 
 import msgspec
 import pytest
@@ -79,6 +81,56 @@ def test_a_malformed_frame_closes_its_connection_and_logs_no_traceback(tmp_path,
     for record in caplog.records:
         assert record.getMessage().startswith("a connection was closed: not a ")
         assert record.exc_info is None
+
+
+async def logged_while_no_file_can_be_opened(folder, caplog, lines):
+    """What the server logs until it has logged so many lines and then accepts a client."""
+    listener, path = sockets.listen(folder)
+    server = Server()
+    await server.start(listener, None, None, None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as client:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            client.connect(str(path))
+            while len(caplog.records) < lines:  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        client.sendall(frames.encode(ClientHello(who="me")))
+        assert await asyncio.to_thread(client.recv, 1), "the client is admitted"
+    server.close()
+    return list(caplog.records)
+
+
+async def test_that_no_connection_can_be_accepted_is_one_line_of_the_log(tmp_path, caplog):
+    async with asyncio.timeout(DEADLINE):
+        (record,) = await logged_while_no_file_can_be_opened(tmp_path, caplog, 1)
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("cannot accept connections: Too many open files; ")
+    assert f"prlimit --pid {os.getpid()}" in record.getMessage()
+    assert record.exc_info is None
+
+
+async def test_that_line_is_repeated_after_an_interval(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(server_module, "ACCEPT_LOG_INTERVAL", 0.5)  # asyncio tries each second
+    async with asyncio.timeout(DEADLINE):
+        records = await logged_while_no_file_can_be_opened(tmp_path, caplog, 2)
+    assert len({record.getMessage() for record in records}) == 1
+
+
+async def test_other_errors_that_asyncio_catches_are_logged_with_their_traceback(tmp_path, caplog):
+    listener, _ = sockets.listen(tmp_path)
+    server = Server()
+    await server.start(listener, None, None, None)
+    asyncio.get_running_loop().call_soon(int, "no number")
+    async with asyncio.timeout(DEADLINE):
+        while not caplog.records:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.01)
+    server.close()
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert isinstance(record.exc_info[1], ValueError)
 
 
 class Requests:

@@ -212,13 +212,13 @@ def test_nothing_of_another_users_session_is_run(planted, owner, tmp_path):
     ):
         with pytest.raises(SessionError, match=f"'{session.name}' belongs to .* copy the folder"):
             use()
-    with JournalReader(session_folder.find(session.folder.parent, session.name)) as record:
-        assert record.last_step() == 2
+    with JournalReader(session_folder.find(session.folder.parent, session.name)) as reader:
+        assert reader.last_step() == 2
 
 
 def test_another_users_session_can_be_read_and_not_steered(another_user):
-    with JournalReader(session_folder.find(another_user.folder.parent, "run")) as record:
-        assert record.last_step() == 2
+    with JournalReader(session_folder.find(another_user.folder.parent, "run")) as reader:
+        assert reader.last_step() == 2
     with pytest.raises(SessionError, match="belongs to user root"):
         Client(another_user, "me")
 
@@ -312,18 +312,18 @@ def test_an_engine_on_another_host_is_named(make_session):
 @pytest.mark.parametrize("state", LIVE_STATES)
 def test_a_session_that_says_it_lives_and_does_not_has_crashed(writer, state):
     writer.journal.set_meta(state=state)
-    with JournalReader(writer.session) as record:
-        assert record.state() == "crashed"
+    with JournalReader(writer.session) as reader:
+        assert reader.state() == "crashed"
         held = writer.session.acquire()
-        assert record.state() == state
+        assert reader.state() == state
         held.release()
 
 
 @pytest.mark.parametrize("state", ENDED_STATES)
 def test_a_session_that_has_ended_says_so_whoever_holds_it(writer, state):
     writer.journal.set_meta(state=state)
-    with JournalReader(writer.session) as record:
-        assert record.state() == state
+    with JournalReader(writer.session) as reader:
+        assert reader.state() == state
 
 
 def test_starts_at_once_without_a_name_get_different_ones(tmp_path, monkeypatch):

@@ -74,6 +74,18 @@ async def test_a_stop_at_once_ends_ranks_whose_process_is_still_being_started(en
     assert await engine.supervisor.ranks.wait() == -signal.SIGKILL
 
 
+async def test_an_attempt_is_recorded_with_the_steps_that_the_run_is_to_have(engine, writer):
+    attempt = asyncio.create_task(engine.supervisor.run_attempt(StartOptions()))
+    async with asyncio.timeout(60):
+        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0)
+    engine.send(Stop(now=True))
+    await attempt
+    with JournalReader(writer.session) as reader:
+        begun = [e.payload for e in reader.events() if e.kind == "attempt"]
+    assert begun[-1].total_steps == writer.session.config().train.steps > 0
+
+
 @pytest.mark.parametrize("commands", [[Pause()], [Pause(), Unpause()]])
 async def test_a_pause_carried_out_before_a_stop_does_not_hide_the_stop(engine, commands):
     replies = [engine.send(command) for command in commands]
@@ -223,8 +235,8 @@ async def test_an_id_sent_again_with_another_command_does_not_report_the_first_o
 async def test_a_rejected_note_is_a_rejected_command_and_no_note(engine, writer):
     assert engine.send(Note(text=" ")).status == "rejected"
     assert engine.send(Note(text="look")).status == "applied"
-    with JournalReader(writer.session) as record:
-        events = [e for e in record.events() if e.kind in ("note", "command")]
+    with JournalReader(writer.session) as reader:
+        events = [e for e in reader.events() if e.kind in ("note", "command")]
     assert [(e.kind, getattr(e.payload, "text", None)) for e in events] == [
         ("command", None),
         ("note", "look"),
@@ -418,6 +430,6 @@ async def test_a_run_warns_of_its_own_gpus_that_others_fill(
     engine = Engine(writer)
     await engine.supervisor.run()
     assert found == asked
-    with JournalReader(writer.session) as record:
-        alerts = [e.as_json()["text"] for e in record.events() if e.kind == "alert"]
+    with JournalReader(writer.session) as reader:
+        alerts = [e.as_json()["text"] for e in reader.events() if e.kind == "alert"]
     assert alerts == ["GPU 4 already holds 9.0 GB"] * len(asked)

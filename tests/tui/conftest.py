@@ -198,8 +198,8 @@ def freeze(session: SessionFolder) -> None:
 
 def judge(session: SessionFolder) -> None:
     """What two people think of some answers to the last step's prompt."""
-    with JournalReader(session) as record:
-        rows = {r.index: r for r in record.samples.page(SampleQuery(), 8)}
+    with JournalReader(session) as reader:
+        rows = {r.index: r for r in reader.samples.page(SampleQuery(), 8)}
     prompt, of = rows[0].prompt, {i: Response.of(row) for i, row in rows.items()}
     for index, label in ((1, "good"), (2, "bad"), (3, "hack")):
         set_label(session, prompt, of[index], label, "ana on pts/1")

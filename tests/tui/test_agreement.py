@@ -39,8 +39,8 @@ STEPS = 24
 def session(session_maker, tmp_path):
     """A session whose labels agree with the scores up to step 12, and contradict them after it."""
     session = session_maker(tmp_path / "sessions", "judged", STEPS)
-    with JournalReader(session) as record:
-        rows = record.samples.newest()
+    with JournalReader(session) as reader:
+        rows = reader.samples.newest()
     by_step = {}
     for row in rows:
         by_step.setdefault(row.step, []).append(row)

@@ -259,8 +259,8 @@ def test_note_prints_what_was_noted_and_at_which_step(session_maker, tmp_path):
     arguments = ["note", "mine", "looks\x1b[31m good", "--sessions", str(tmp_path / "s")]
     result = CliRunner().invoke(cli, arguments)
     assert result.output == "noted at step 3: looks␛ good\n"
-    with JournalReader(session) as record:
-        assert record.events(1)[0].step == 3
+    with JournalReader(session) as reader:
+        assert reader.events(1)[0].step == 3
 
 
 def test_a_scheduler_that_repeats_a_finished_run_does_not_train_it_on(session_maker, tmp_path):

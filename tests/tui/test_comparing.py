@@ -43,8 +43,8 @@ def pairs(session):
 
 
 def rows(session, count):
-    with JournalReader(session) as record:
-        return record.samples.page(SampleQuery(), count)
+    with JournalReader(session) as reader:
+        return reader.samples.page(SampleQuery(), count)
 
 
 async def test_d_goes_from_nothing_to_an_earlier_one_to_the_reference_and_back(

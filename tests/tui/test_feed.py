@@ -204,8 +204,8 @@ def reading(session):
     """A state, a writer of its journal, and a function that reads what is new in it."""
     state, journal = SessionState(session.name), JournalWriter(session)
     changes = JournalChanges(NAMES, UpdateOutput(state.take))
-    with JournalReader(session) as record:
-        yield state, journal, lambda: changes.read(session, record, (), SessionUpdate())
+    with JournalReader(session) as reader:
+        yield state, journal, lambda: changes.read(session, reader, (), SessionUpdate())
     journal.close()
 
 

@@ -196,8 +196,8 @@ def test_intervals_are_bars_that_fit_the_scale_unless_there_is_no_room_between_t
 
 
 def test_an_outline_keeps_the_evaluation_before_the_first_step(folder):
-    with JournalReader(SessionFolder(folder / "evaluated")) as record:
-        found = record.downsampled(["eval/score", "objective/scores"], 10)
+    with JournalReader(SessionFolder(folder / "evaluated")) as reader:
+        found = reader.downsampled(["eval/score", "objective/scores"], 10)
     assert found["eval/score"][0] == (0, pytest.approx(-0.5))
     assert found["eval/score"][-1][0] == 60
     assert found["objective/scores"][0][0] == 1
@@ -241,8 +241,8 @@ async def test_held_out_responses_are_not_judged_and_keep_the_labels_of_training
     running, until, tmp_path
 ):
     session = make_evaluated(tmp_path / "sessions", 20)
-    with JournalReader(session) as record:
-        (trained,) = [r for r in record.samples.newest() if (r.step, r.index) == (20, 0)]
+    with JournalReader(session) as reader:
+        (trained,) = [r for r in reader.samples.newest() if (r.step, r.index) == (20, 0)]
     set_label(session, trained.prompt, Response.of(trained), "good", "ana on pts/1")
     app = RlhfApp(session.folder.parent, "evaluated", now=lambda: NOW, follow=False)
     async with running(app) as pilot:

@@ -22,8 +22,8 @@ from tests.tui.screen import cells, notices
 
 
 def newest(session):
-    with JournalReader(session) as record:
-        return record.samples.page(SampleQuery(), 1)[0]
+    with JournalReader(session) as reader:
+        return reader.samples.page(SampleQuery(), 1)[0]
 
 
 def shown(app):

@@ -81,8 +81,8 @@ async def cancel_roll_back(app, pilot, until):
 
 def shown_samples(app):
     """What the journal holds of the answers in the table, from the top."""
-    with JournalReader(app.session) as record:
-        rows = {key_of(row): row for row in record.samples.newest()}
+    with JournalReader(app.session) as reader:
+        rows = {key_of(row): row for row in reader.samples.newest()}
     return [rows[key] for key in app.screen.query_one(Table).keys]
 
 
@@ -207,8 +207,8 @@ async def test_roll_back_lists_the_settings_that_it_changes(judged, engine, runn
 
 
 def in_force(session):
-    with JournalReader(session) as record:
-        return record.meta().settings
+    with JournalReader(session) as reader:
+        return reader.meta().settings
 
 
 async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(

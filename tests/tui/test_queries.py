@@ -9,28 +9,28 @@ from rlhf_tui.screens.parts.sample_filter import check_filter, parse_filter
 
 
 @pytest.fixture
-def record(root):
-    with JournalReader(SessionFolder(root / "frozen")) as record:
-        yield record
+def reader(root):
+    with JournalReader(SessionFolder(root / "frozen")) as reader:
+        yield reader
 
 
-def test_a_left_timeline_is_read_by_attempt(record):
-    rows = record.past_series("objective/scores")
+def test_a_left_timeline_is_read_by_attempt(reader):
+    rows = reader.past_series("objective/scores")
     assert [(attempt, step) for attempt, step, _ in rows] == [(1, s) for s in range(101, 118)]
 
 
 @pytest.mark.parametrize("order", ["step", "score", "kl", "length"])
-def test_a_page_is_sorted_and_the_next_one_follows(record, order):
+def test_a_page_is_sorted_and_the_next_one_follows(reader, order):
     rows = []
     for page in range(3):
-        rows += record.samples.page(SampleQuery(order=order, descending=False), 50, 50 * page)
+        rows += reader.samples.page(SampleQuery(order=order, descending=False), 50, 50 * page)
     assert len({(r.step, r.index) for r in rows}) == 150
     assert [getattr(r, order) for r in rows] == sorted(getattr(r, order) for r in rows)
 
 
-def test_bounds_and_words_narrow_a_page(record):
+def test_bounds_and_words_narrow_a_page(reader):
     query = parse_filter("score>1.5 kl<=8 LOVED cut", SampleQuery())
-    rows = record.samples.page(query, 500)
+    rows = reader.samples.page(query, 500)
     assert rows
     for row in rows:
         assert row.score >= 1.5
@@ -39,8 +39,8 @@ def test_bounds_and_words_narrow_a_page(record):
         assert not row.ended
 
 
-def test_a_column_that_is_none_of_ours_is_not_sorted_by(record):
-    rows = record.samples.page(SampleQuery(order="step; DROP TABLE samples"), 3)
+def test_a_column_that_is_none_of_ours_is_not_sorted_by(reader):
+    rows = reader.samples.page(SampleQuery(order="step; DROP TABLE samples"), 3)
     assert [r.step for r in rows] == [200, 200, 200]
 
 
@@ -74,9 +74,9 @@ def test_conditions_and_words_are_accepted_as_a_filter(text):
 
 
 @pytest.mark.parametrize("spans", [7, 500])
-def test_an_outline_has_the_extremes_and_the_newest_value(record, spans):
-    points = record.series("objective/scores")
-    downsampled = record.downsampled(["objective/scores", "no such metric"], spans)
+def test_an_outline_has_the_extremes_and_the_newest_value(reader, spans):
+    points = reader.series("objective/scores")
+    downsampled = reader.downsampled(["objective/scores", "no such metric"], spans)
     assert list(downsampled) == ["objective/scores"]
     drawn = downsampled["objective/scores"]
     steps, values = zip(*drawn, strict=True)
@@ -86,8 +86,8 @@ def test_an_outline_has_the_extremes_and_the_newest_value(record, spans):
     assert min(values) == pytest.approx(min(v for _, v in points))
 
 
-def test_an_outline_of_a_short_run_is_its_curve(record):
+def test_an_outline_of_a_short_run_is_its_curve(reader):
     names = ["objective/scores"]
-    downsampled, curve = record.downsampled(names, 500)[names[0]], record.series(names[0])
+    downsampled, curve = reader.downsampled(names, 500)[names[0]], reader.series(names[0])
     assert [s for s, _ in downsampled] == [s for s, _ in curve]
     assert [v for _, v in downsampled] == pytest.approx([v for _, v in curve])

@@ -112,14 +112,14 @@ def is_running(pid):
 
 def seen(session):
     """What readers give of a session."""
-    with JournalReader(session) as record:
+    with JournalReader(session) as reader:
         return {
-            "meta": record.meta(),
-            "series": record.series(SCORE, after=195),
-            "events": record.events(),
-            "commands": record.commands(),
-            "checkpoints": record.checkpoints(),
-            "samples": record.samples.page(SampleQuery(), 50),
+            "meta": reader.meta(),
+            "series": reader.series(SCORE, after=195),
+            "events": reader.events(),
+            "commands": reader.commands(),
+            "checkpoints": reader.checkpoints(),
+            "samples": reader.samples.page(SampleQuery(), 50),
         }
 
 
@@ -175,9 +175,9 @@ def test_a_copy_reads_as_the_session_does(root, copied):
 
 def test_of_a_long_run_the_tail_is_copied(root, copied):
     copy, _ = copied(SessionFolder(root / "frozen"), tail=50)
-    with JournalReader(copy) as record:
-        assert [step for step, _ in record.series(SCORE)] == list(range(151, 201))
-        assert record.last_step() == 200
+    with JournalReader(copy) as reader:
+        assert [step for step, _ in reader.series(SCORE)] == list(range(151, 201))
+        assert reader.last_step() == 200
 
 
 def test_a_copy_follows_new_steps_and_roll_backs(session_maker, tmp_path, copied):
@@ -186,15 +186,15 @@ def test_a_copy_follows_new_steps_and_roll_backs(session_maker, tmp_path, copied
     journal = JournalWriter(session)
     journal.begin_attempt(10, fresh=True)
     update()
-    with JournalReader(copy) as record:
-        assert record.last_step() == 10
-        assert len(record.past_series(SCORE)) == 10
+    with JournalReader(copy) as reader:
+        assert reader.last_step() == 10
+        assert len(reader.past_series(SCORE)) == 10
     report = StepReport(step=11, metrics={SCORE: 5.0}, samples=[], settings={"beta": 0.05})
     journal.record_step(report)
     update()
     assert seen(copy) == seen(session)
-    with JournalReader(copy) as record:
-        assert record.series(SCORE, after=10) == [(11, 5.0)]
+    with JournalReader(copy) as reader:
+        assert reader.series(SCORE, after=10) == [(11, 5.0)]
     journal.close()
 
 
@@ -207,8 +207,8 @@ def test_of_a_run_without_a_step_the_evaluation_before_it_is_copied(tmp_path, co
     journal.begin_attempt(0, fresh=False)
     journal.record_evaluation(0, {EVAL_SCORE: 0.5}, [])
     update()
-    with JournalReader(copy) as record:
-        assert record.series(EVAL_SCORE) == [(0, 0.5)]
+    with JournalReader(copy) as reader:
+        assert reader.series(EVAL_SCORE) == [(0, 0.5)]
     journal.close()
 
 

@@ -95,8 +95,8 @@ def test_each_intervention_has_the_means_before_and_after_and_its_number_in_the_
 ):
     first, second = report.interventions
     assert (first.number, first.marker.step, second.number) == (1, 63, 2)
-    with JournalReader(SessionFolder(root / "frozen")) as record:
-        values = dict(record.series("objective/kl"))
+    with JournalReader(SessionFolder(root / "frozen")) as reader:
+        values = dict(reader.series("objective/kl"))
     effect = first.effects["objective/kl"]
     assert effect.before == pytest.approx(sum(values[s] for s in range(53, 63)) / 10)
     assert effect.after == pytest.approx(sum(values[s] for s in range(63, 73)) / 10)
@@ -176,9 +176,9 @@ def test_a_session_of_an_earlier_version_that_was_killed_has_a_report(tmp_path):
 
 def test_the_start_and_the_end_of_a_short_run_are_its_halves(tmp_path):
     shutil.copy(OLD / "finished" / "journal.db", tmp_path)
-    with JournalReader(SessionFolder(tmp_path)) as record:
-        curve = record.series(SCORE)
-        score = read_headlines(record, len(curve))[0]
+    with JournalReader(SessionFolder(tmp_path)) as reader:
+        curve = reader.series(SCORE)
+        score = read_headlines(reader, len(curve))[0]
     values = [value for _, value in curve]
     assert len(values) == 6
     assert (score.first, score.last) == pytest.approx((fmean(values[:3]), fmean(values[3:])))
@@ -208,8 +208,8 @@ def hostile(tmp_path_factory):
     journal.set_meta(state="failed", message=HOSTILE)
     journal.record_event("error", {"text": HOSTILE})
     journal.close()
-    with JournalReader(session) as record:
-        rows = record.samples.page(SampleQuery(), 3)
+    with JournalReader(session) as reader:
+        rows = reader.samples.page(SampleQuery(), 3)
     set_label(session, HOSTILE, Response.of(rows[0]), "hack", HOSTILE)
     set_note(session, HOSTILE, Response.of(rows[0]), HOSTILE, HOSTILE)
     other = msgspec.structs.replace(Response.of(rows[1]), response="another")
@@ -302,8 +302,8 @@ def test_a_run_of_100_000_steps_with_long_texts_is_a_small_page(tmp_path):
             "INSERT INTO metrics (name, step, value) SELECT names.id, steps.step, "
             "(steps.step * 7919 % 1000) / 1000.0 FROM names CROSS JOIN steps WHERE step > 1"
         )
-    with JournalReader(session) as record:
-        rows = record.samples.page(SampleQuery(), 30)
+    with JournalReader(session) as reader:
+        rows = reader.samples.page(SampleQuery(), 30)
     for row in rows:
         set_label(session, row.prompt, Response.of(row), "good", text)
         set_note(session, row.prompt, Response.of(row), text, text)

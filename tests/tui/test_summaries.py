@@ -7,12 +7,10 @@ import pytest
 from rich.cells import cell_len
 
 from engine.config.settings import SettingChange
-from engine.journal.rows import AlertEvent, CheckpointEvent, EventRow, decode_payload
+from engine.journal.rows import EventRow, decode_payload
 from engine.protocol.rank_messages import WAIT_FOR, Phase
-from rlhf_tui.app.digest import digest
 from rlhf_tui.screens.modes import MODES
 from rlhf_tui.state.feeds.updates import SessionUpdate
-from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.runs.listing import spark
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
@@ -167,81 +165,6 @@ def test_an_update_of_the_reference_is_marked_on_the_charts():
     state.take(SessionUpdate(events=[update]))
     (marker,) = [m for m in state.markers() if m.step == 40]
     assert marker.text == "reference: 60% policy"
-
-
-def test_a_digest_lists_what_has_happened_since_the_last_visit():
-    state = make_state()
-    payload = AlertEvent(rule="kl", text="KL is high")
-    alert = EventRow(event=9, time=900.0, attempt=1, step=40, kind="alert", payload=payload)
-    state.take(SessionUpdate(events=[alert]))
-    rows = digest(state, Seen(time=500.0, step=20, event=3))
-    shown = "\n".join("".join(p for p, _ in row) for row in rows)
-    assert "steps 20 → 50" in shown
-    assert "KL is high" in shown
-    assert "8m20s" in shown
-
-
-def test_a_digest_has_what_is_new_although_the_clock_was_set_back():
-    state = make_state()  # its clock shows 1,000
-
-    def alert(event, time, text):
-        payload = AlertEvent(rule="kl", text=text)
-        return EventRow(event=event, time=time, attempt=1, step=40, kind="alert", payload=payload)
-
-    state.take(
-        SessionUpdate(events=[alert(8, 5000.0, "it was seen"), alert(9, 900.0, "it is new")])
-    )
-    rows = digest(state, Seen(time=4990.0, step=20, event=8))
-    shown = ["".join(p for p, _ in row) for row in rows]
-    assert shown[0] == "the run is running"
-    assert [line for line in shown if "it is new" in line or "it was seen" in line] == [
-        "    40 ! kl: it is new"
-    ]
-
-
-def test_an_alert_is_in_the_digest_however_many_checkpoints_followed():
-    state = make_state()
-    alert = AlertEvent(rule="kl", text="KL is high")
-    rows = [EventRow(event=9, time=600.0, attempt=1, step=21, kind="alert", payload=alert)]
-    for step in range(22, 40):
-        saved = CheckpointEvent(score=1.0, kl=2.0)
-        event = EventRow(
-            event=step, time=600.0 + step, attempt=1, step=step, kind="checkpoint", payload=saved
-        )
-        rows.append(event)
-    state.take(SessionUpdate(events=rows))
-    shown = [
-        "".join(p for p, _ in row) for row in digest(state, Seen(time=500.0, step=20, event=3))
-    ]
-    assert any("KL is high" in line for line in shown)
-    assert sum("▲ checkpoint" in line for line in shown) == 1
-    assert "       and 17 earlier checkpoints" in shown
-
-
-def test_a_digest_has_the_values_of_beta_and_the_means_of_what_is_measured():
-    state = make_state()
-    curves = {"objective/scores": [(s, float(s)) for s in range(1, 51)]}
-    curves["objective/kl_coef"] = [(s, 0.1 if s < 45 else 0.3) for s in range(1, 51)]
-    state.take(SessionUpdate(curves=curves))
-    rows = digest(state, Seen(time=500.0, step=40, event=3))
-    shown = ["".join(p for p, _ in row) for row in rows]
-    assert "  score 35.500 → 45.500" in shown
-    assert "  beta  0.100 → 0.300" in shown
-
-
-def test_there_is_no_digest_of_a_session_that_had_the_folder_before():
-    state = make_state()
-    started = EventRow(event=1, time=600.0, attempt=1, step=0, kind="started", payload=None)
-    state.take(SessionUpdate(events=[started]))
-    assert digest(state, Seen(time=500.0, step=90, event=3, began=400.0)) == []
-    assert digest(state, Seen(time=500.0, step=20, event=1, began=600.0))
-    assert digest(state, Seen(time=500.0, step=20, event=1))  # as earlier versions saved it
-
-
-def test_there_is_no_digest_for_who_was_not_away():
-    state = make_state()
-    assert digest(state, Seen(time=990.0, step=20, event=3)) == []
-    assert digest(state, Seen(time=100.0, step=50, event=3)) == []
 
 
 def test_a_sparkline_rises_with_its_values():

@@ -89,6 +89,32 @@ async def test_a_colour_that_cannot_be_read_on_the_selected_row_is_not_used_ther
         assert table.tone(f"{CHOSEN}bad").color == table.tone("bad").color
 
 
+@pytest.mark.parametrize("theme", THEME_NAMES)
+@pytest.mark.parametrize("term", ["xterm-256color", "xterm-16color"])
+async def test_a_match_on_the_selected_row_is_marked_as_on_any_other(
+    make_app, running, monkeypatch, term, theme
+):
+    monkeypatch.delenv("COLORTERM", raising=False)
+    monkeypatch.setenv("TERM", term)
+    app = make_app()
+    app.theme = theme
+    async with running(app):
+        table = app.screen.query(Lines).first()
+        assert table.tone(f"{CHOSEN}match") == table.tone("match")
+        assert table.tone(CHOSEN).bgcolor != table.tone("match").bgcolor
+
+
+async def test_without_colours_a_match_stands_out_from_the_selected_row(
+    make_app, running, monkeypatch
+):
+    monkeypatch.setenv("NO_COLOR", "1")
+    app = make_app()
+    async with running(app):
+        table = app.screen.query(Lines).first()
+        assert table.tone(CHOSEN).reverse
+        assert not table.tone(f"{CHOSEN}match").reverse
+
+
 def test_a_terminal_s_palette_is_its_own(make_app, monkeypatch):
     monkeypatch.delenv("COLORTERM", raising=False)
     grounds = []

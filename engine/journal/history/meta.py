@@ -8,11 +8,12 @@ from engine.config.settings import SettingChange
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.json_values import decoded
-from engine.journal.rows import SessionMeta, StateEvent, decode_payload
+from engine.journal.rows import AttemptEvent, SessionMeta, StateEvent, decode_payload
 from engine.metrics import BETA
 from engine.session.position import Position
 
 LAST_STATE = "SELECT data FROM events WHERE kind = 'state' ORDER BY id DESC LIMIT 1"
+LAST_ATTEMPT = "SELECT data FROM events WHERE kind = 'attempt' ORDER BY id DESC LIMIT 1"
 STEP_OF_ATTEMPT = "SELECT 1 FROM steps WHERE attempt = ? ORDER BY step DESC LIMIT 1"
 FIRST_CHANGES = """
 SELECT value FROM (
@@ -60,9 +61,13 @@ def read_meta_at(database: ReadOnlyDatabase, position: Position, now: SessionMet
     if event.state == "starting" and database.rows(STEP_OF_ATTEMPT, (position.attempt,)):
         event = StateEvent("running")  # the event of that may be missing
     paused = event.state == "paused"
+    attempts = database.rows(LAST_ATTEMPT)
+    begun = decode_payload("attempt", attempts[0][0]) if attempts else None
+    total_steps = begun.total_steps if isinstance(begun, AttemptEvent) else 0
     return msgspec.structs.replace(
         now,
         state=event.state,
+        total_steps=total_steps or now.total_steps,
         settings=None if now.settings is None else _settings(database, position, now),
         message="" if paused else event.text,
         pause_reason=(event.text or None) if paused else None,

@@ -18,15 +18,15 @@ from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 
 
-def read_agreement(record: JournalReader) -> Agreement:
+def read_agreement(reader: JournalReader) -> Agreement:
     """Compares the judgements of the current timeline with the recorded scores.
 
     Raises:
         JournalError: the judgements cannot be read.
     """
-    changes = record.reward_changes()
+    changes = reader.reward_changes()
     # A reader of its own: the file of judgements may have been replaced since the other was opened.
-    with SampleReader(record.session) as samples, LabelReader(record.session) as labels:
+    with SampleReader(reader.session) as samples, LabelReader(reader.session) as labels:
         rows, preferences = samples.judged(), labels.preferences()
     scored = [s for row in rows if not row.left and (s := _scored(row, changes)) is not None]
     parts: dict[int, list[JudgedScore]] = {}

@@ -127,8 +127,8 @@ def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None
     """Evaluate guard rails on the steps of a session."""
     session = existing(root, name)
     config = _rules(rules) if rules else session.config().guardrails
-    with JournalReader(session) as record:
-        found = evaluate(record, config, session.config())
+    with JournalReader(session) as reader:
+        found = evaluate(reader, config, session.config())
         alerts = [alert.as_data() | {"step": alert.step} for alert in found]
     if as_json:
         # The round trip turns values that are not finite into null, as in the journal.

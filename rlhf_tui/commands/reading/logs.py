@@ -35,9 +35,9 @@ def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
     States, commands, alerts, crashes, checkpoints and notes.
     --json prints all fields of the events, with ids, values and samples.
     """
-    with JournalReader(existing(root, name)) as record:
-        rows, attempts = record.events(last), record.attempts()
-        crashed = record.state() == "crashed"
+    with JournalReader(existing(root, name)) as reader:
+        rows, attempts = reader.events(last), reader.attempts()
+        crashed = reader.state() == "crashed"
     if as_json:
         print_json_rows(r.as_json() for r in rows)
         return

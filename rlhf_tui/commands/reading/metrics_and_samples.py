@@ -64,8 +64,8 @@ def metrics(
     --format and --json print every metric.
     """
     form = "json" if as_json else form
-    with JournalReader(existing(root, name)) as record:
-        found = record.iter_metrics(last, None if form or output else {*COLUMNS, *HELD_OUT})
+    with JournalReader(existing(root, name)) as reader:
+        found = reader.iter_metrics(last, None if form or output else {*COLUMNS, *HELD_OUT})
     if printed_rows((r.as_json() for r in found), form, output, STEP_FIELDS):
         return
     rows = list(found)

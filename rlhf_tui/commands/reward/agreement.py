@@ -31,8 +31,8 @@ STEPS_SHOWN = 20
 def agreement(root: Path, name: str, as_json: bool) -> None:
     """Show how far the scores of a session agree with its judgements."""
     session = existing(root, name)
-    with JournalReader(session) as record:
-        found = read_agreement(record)
+    with JournalReader(session) as reader:
+        found = read_agreement(reader)
     if as_json:
         print_json(_as_json(found))
         return

@@ -285,11 +285,11 @@ class SampleComparison:
 
 def _read_others(session: SessionFolder, row: SampleRow, kind: str, *, ask: bool) -> ComparisonRead:
     """Reads the journal, in a worker thread."""
-    with JournalReader(session) as record, LabelReader(session) as labels:
+    with JournalReader(session) as reader, LabelReader(session) as labels:
         others: list[Other] = []
         if kind == "earlier":
-            others += record.samples.earlier(row)
-        elif (found := record.last_reference_probe(row.prompt)) is not None:
+            others += reader.samples.earlier(row)
+        elif (found := reader.last_reference_probe(row.prompt)) is not None:
             others.append(found)
         return ComparisonRead(key_of(row), kind, others, labels.preferences(row.prompt), ask=ask)
 

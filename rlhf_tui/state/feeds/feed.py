@@ -72,7 +72,7 @@ class Feed:
         self._refused = ""
         self._live_changed = False
         self._unread = True
-        self._record: JournalReader | None = None
+        self._reader: JournalReader | None = None
         self._file: tuple[int, int] | None = None
 
     def start(self) -> None:
@@ -112,7 +112,7 @@ class Feed:
             if self._take_unread() or began >= read + IDLE:
                 self._read_once()
                 read = began
-            elif self._record is not None:
+            elif self._reader is not None:
                 self._output.post(self._live_state())
             self._wake.wait(IDLE)
             self._wake.clear()
@@ -127,9 +127,9 @@ class Feed:
     def _read_once(self) -> None:
         try:
             self._open()
-            if self._record is not None:
+            if self._reader is not None:
                 labels = file_signature(self._session.labels_file)
-                self._changes.read(self._session, self._record, labels, self._live_state())
+                self._changes.read(self._session, self._reader, labels, self._live_state())
         except (RlhfError, OSError) as error:
             self._output.report(str(error))
             self._close()
@@ -139,7 +139,7 @@ class Feed:
     def _open(self) -> None:
         """Opens the journal, which may be new, replaced or deleted."""
         found = file_id(self._session.journal_file)
-        if found == self._file and self._record is not None:
+        if found == self._file and self._reader is not None:
             return
         replaced = self._file is not None
         self._close()
@@ -154,7 +154,7 @@ class Feed:
                 raise FileNotFoundError(f"the journal is gone: {self._session.journal_file}")
             self._send_head_of_new()
             return
-        self._record = JournalReader(self._session)
+        self._reader = JournalReader(self._session)
         self._file = found
         if replaced:
             self._output.post(SessionUpdate(reset=True))
@@ -168,9 +168,9 @@ class Feed:
         self._output.post(SessionUpdate(head=head))
 
     def _close(self) -> None:
-        if self._record is not None:
-            self._record.close()
-        self._record = None
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
         self._changes.reset()
 
     # -- messages of the engine ----------------------------------------------------------------

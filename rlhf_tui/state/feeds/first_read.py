@@ -18,9 +18,9 @@ PATIENCE = 0.1
 """Seconds that the first frame waits for a slow disk."""
 
 
-def read_summary(session: SessionFolder, record: JournalReader) -> SessionSummary:
+def read_summary(session: SessionFolder, reader: JournalReader) -> SessionSummary:
     """Returns the summary of a session. Raises JournalError."""
-    meta, attempts = record.meta(), record.attempts()
+    meta, attempts = reader.meta(), reader.attempts()
     if (position := session.position) is None:
         live = session.is_live()
         engine = session.engine() if live else None
@@ -29,8 +29,8 @@ def read_summary(session: SessionFolder, record: JournalReader) -> SessionSummar
         live = position.live
         pid, host = (attempts[-1].pid, attempts[-1].host) if live and attempts else (None, None)
     return SessionSummary(
-        state=meta.state if live else record.state(),
-        step=record.last_step(),
+        state=meta.state if live else reader.state(),
+        step=reader.last_step(),
         total_steps=meta.total_steps,
         settings=meta.settings or {},
         message=meta.message,
@@ -55,11 +55,11 @@ class FirstRead:
 
     def _read(self) -> None:
         try:
-            with JournalReader(self.session) as record:
-                if record.attempts():
-                    head = read_summary(self.session, record)
+            with JournalReader(self.session) as reader:
+                if reader.attempts():
+                    head = read_summary(self.session, reader)
                     self._update = SessionUpdate(
-                        head=head, downsampled=record.downsampled(self._names, SPANS)
+                        head=head, downsampled=reader.downsampled(self._names, SPANS)
                     )
         except (RlhfError, OSError):
             return

@@ -76,7 +76,7 @@ class JournalChanges:
     def read(
         self,
         session: SessionFolder,
-        record: JournalReader,
+        reader: JournalReader,
         labels: FileSignature,
         live: SessionUpdate,
     ) -> None:
@@ -84,12 +84,12 @@ class JournalChanges:
 
         Args:
             session: the session.
-            record: the reader of its journal.
+            reader: the reader of its journal.
             labels: changes whenever somebody labels a response.
             live: changes that are not in the journal; posted with the first part.
         """
         first = self.head is None
-        head = read_summary(session, record)
+        head = read_summary(session, reader)
         reset = self.head is not None and (
             len(head.attempts) != self._attempts or head.step < self.head.step
         )
@@ -103,31 +103,31 @@ class JournalChanges:
         # Clients write this file, so the engine sends no message.
         if labels != self._labels:
             self._labels = labels
-            agreement = _agreement(record)
+            agreement = _agreement(reader)
             update = msgspec.structs.replace(update, labels=labels, agreement=agreement)
-        events = record.events(last=EVENTS_READ, after=self._event)
+        events = reader.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1].event
             update = msgspec.structs.replace(update, events=newest_events(events))
         # Every new command and checkpoint has an event, so that a step alone changes neither.
         replayed = advanced and session.position is not None
         if events or replayed or self._ended < max(self._commands, default=0):
-            update = self._with_lists(update, session, record)
+            update = self._with_lists(update, session, reader)
         if advanced or events:
-            update = self._with_names(update, record)
+            update = self._with_names(update, reader)
         self._output.post(update)
         branch = session.position is not None and session.position.current
         if (first or reset) and head.step > LONG and not branch:  # there they take longer
-            self._output.post(SessionUpdate(downsampled=record.downsampled(self._wanted, SPANS)))
-        self._read_curves(record, at_once=not (first or reset))
+            self._output.post(SessionUpdate(downsampled=reader.downsampled(self._wanted, SPANS)))
+        self._read_curves(reader, at_once=not (first or reset))
         if advanced and head.step != self._samples_step:
             self._samples_step = head.step
-            self._output.post(SessionUpdate(samples=record.samples.newest(SAMPLES_SHOWN)))
+            self._output.post(SessionUpdate(samples=reader.samples.newest(SAMPLES_SHOWN)))
 
     def _with_lists(
-        self, update: SessionUpdate, session: SessionFolder, record: JournalReader
+        self, update: SessionUpdate, session: SessionFolder, reader: JournalReader
     ) -> SessionUpdate:
-        commands, checkpoints = self._read_commands(session, record), record.checkpoints()
+        commands, checkpoints = self._read_commands(session, reader), reader.checkpoints()
         if commands != self._commands:
             self._commands = commands
             update = msgspec.structs.replace(update, commands=list(commands.values()))
@@ -137,7 +137,7 @@ class JournalChanges:
         return update
 
     def _read_commands(
-        self, session: SessionFolder, record: JournalReader
+        self, session: SessionFolder, reader: JournalReader
     ) -> dict[int, CommandRow]:
         """All commands; ended ones are read again only if other commands may have changed them.
 
@@ -146,25 +146,25 @@ class JournalChanges:
         one is missing.
         """
         known = {n: c for n, c in self._commands.items() if n <= self._ended}
-        new = record.numbered_commands(max(known, default=0))
+        new = reader.numbered_commands(max(known, default=0))
         first = min((c.applied_step for c in new.values() if c.applied_step), default=None)
         overrides = first is not None and any((c.applied_step or 0) > first for c in known.values())
         read = len(known) + len(new)
-        if overrides or (session.position is not None and read != record.command_count()):
-            known, new = {}, record.numbered_commands()
+        if overrides or (session.position is not None and read != reader.command_count()):
+            known, new = {}, reader.numbered_commands()
         commands = known | new
         unfinished = [number for number, command in commands.items() if command.ended is None]
         self._ended = min(unfinished) - 1 if unfinished else max(commands, default=0)
         return commands
 
-    def _with_names(self, update: SessionUpdate, record: JournalReader) -> SessionUpdate:
-        names = record.metric_names()
+    def _with_names(self, update: SessionUpdate, reader: JournalReader) -> SessionUpdate:
+        names = reader.metric_names()
         if names != self._names:
             self._names = names
             update = msgspec.structs.replace(update, names=names)
         return update
 
-    def _read_curves(self, record: JournalReader, *, at_once: bool) -> None:
+    def _read_curves(self, reader: JournalReader, *, at_once: bool) -> None:
         with self._lock:
             wanted = list(self._wanted)
         curves: dict[str, list[tuple[int, float | None]]] = {}
@@ -172,13 +172,13 @@ class JournalChanges:
         for name in wanted:
             if self._output.stopped.is_set():
                 return
-            points = record.series(name, after=self._at.get(name, -1))
+            points = reader.series(name, after=self._at.get(name, -1))
             if points:
                 self._at[name] = points[-1][0]
                 curves[name] = points
             if self._attempts > 1 and name not in self._past:
                 self._past.add(name)
-                if rows := record.past_series(name):
+                if rows := reader.past_series(name):
                     past[name] = rows
             if not at_once:
                 self._output.post(SessionUpdate(curves=curves, past=past))
@@ -186,9 +186,9 @@ class JournalChanges:
         self._output.post(SessionUpdate(curves=curves, past=past))
 
 
-def _agreement(record: JournalReader) -> Agreement:
+def _agreement(reader: JournalReader) -> Agreement:
     """Agreement with the judgements. A damaged labels.db does not hide the rest of a session."""
     try:
-        return read_agreement(record)
+        return read_agreement(reader)
     except JournalError as error:
         return Agreement(problem=str(error))

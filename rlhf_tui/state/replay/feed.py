@@ -134,8 +134,8 @@ class ReplayFeed:
         recording = Recording(self._session)
         if not len(recording):
             raise JournalError(f"'{self._session.name}' has recorded nothing yet to replay")
-        with JournalReader(self._session) as record:
-            self.markers = _placed(record, recording)
+        with JournalReader(self._session) as reader:
+            self.markers = _placed(reader, recording)
         self._player.load(recording.duration, recording.offset_of_step(self._from_step))
         self._recording = recording
         whole = recording.duration or 1.0
@@ -163,24 +163,24 @@ class ReplayFeed:
             self._changes.reset()
             self._output.post(SessionUpdate(reset=True))
         session = self._session.at(position)
-        with JournalReader(session) as record, LabelReader(session) as labels:
-            live = self._live_state(record, offset)
-            self._changes.read(session, record, (labels.count(),), live)
+        with JournalReader(session) as reader, LabelReader(session) as labels:
+            live = self._live_state(reader, offset)
+            self._changes.read(session, reader, (labels.count(),), live)
 
-    def _live_state(self, record: JournalReader, offset: float) -> SessionUpdate:
+    def _live_state(self, reader: JournalReader, offset: float) -> SessionUpdate:
         """The live data that an engine would have sent."""
-        position = record.session.position
+        position = reader.session.position
         if position is None or not position.live:
             return SessionUpdate(phases=[], connected=False)
         return SessionUpdate(
-            phases=self._phases(record, offset),
-            telemetry=_fresh(record.last_telemetry(), position.time),
+            phases=self._phases(reader, offset),
+            telemetry=_fresh(reader.last_telemetry(), position.time),
             connected=True,
         )
 
-    def _phases(self, record: JournalReader, offset: float) -> list[Phase]:
+    def _phases(self, reader: JournalReader, offset: float) -> list[Phase]:
         """The phase at an offset: a step's phases lie at the end of the time it took."""
-        state = record.meta().state
+        state = reader.meta().state
         if self._recording is None or state in WITHOUT_PHASES or state not in LIVE_STATES:
             return []
         found = self._recording.next_step(offset)
@@ -199,17 +199,17 @@ class ReplayFeed:
     def _seconds_of(self, step: int) -> dict[str, float]:
         """The seconds of each phase of a step, in order."""
         if self._phase_times[0] != step:
-            with JournalReader(self._session) as record:
-                times = {n: dict(record.series(phase_time(n), step - 1, step)) for n in PHASES}
+            with JournalReader(self._session) as reader:
+                times = {n: dict(reader.series(phase_time(n), step - 1, step)) for n in PHASES}
             seconds = {n: value for n, of in times.items() if (value := of.get(step))}
             self._phase_times = step, seconds
         return self._phase_times[1]
 
 
-def _placed(record: JournalReader, recording: Recording) -> tuple[PlacedMarker, ...]:
+def _placed(reader: JournalReader, recording: Recording) -> tuple[PlacedMarker, ...]:
     markers = timeline(
-        record.events(), record.commands(), record.attempts(), reached={},
-        crashed_at=record.last_step() if record.state() == "crashed" else None,
+        reader.events(), reader.commands(), reader.attempts(), reached={},
+        crashed_at=reader.last_step() if reader.state() == "crashed" else None,
     )  # fmt: skip
     placed = [
         PlacedMarker(_offset_of(marker, recording), marker)

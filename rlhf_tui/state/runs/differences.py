@@ -20,8 +20,8 @@ def configuration_of(session: SessionFolder) -> dict[str, Any]:
     from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
 
     flat = config_file.to_flat(session.config())
-    with JournalReader(session) as record:
-        settings = record.meta().settings or {}
+    with JournalReader(session) as reader:
+        settings = reader.meta().settings or {}
     return flat | {LIVE_SETTINGS[k]: v for k, v in settings.items() if k in LIVE_SETTINGS}
 
 

@@ -46,11 +46,11 @@ def listed_session(session: SessionFolder, metric: str) -> ListedSession:
         metric: the metric whose last and newest values are listed.
     """
     try:
-        with JournalReader(session) as record:
-            row = session_row(session, record)
-            points = record.series(metric, after=max(row.step - SPARK_STEPS, 0))
-            names = record.metric_names()
-            attempts = record.attempts()
+        with JournalReader(session) as reader:
+            row = session_row(session, reader)
+            points = reader.series(metric, after=max(row.step - SPARK_STEPS, 0))
+            names = reader.metric_names()
+            attempts = reader.attempts()
     except (RlhfError, OSError) as error:
         return ListedSession(row=unreadable_row(session, error))
     values = [value for _, value in points if value is not None]

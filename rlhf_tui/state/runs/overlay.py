@@ -65,9 +65,9 @@ class Overlay(Struct, frozen=True):
 def read_overlay(session: SessionFolder, names: Iterable[str]) -> Overlay:
     """Reads the downsampled curves and the clocks of a run. Call it in a thread."""
     try:
-        with JournalReader(session) as record:
-            downsampled = record.downsampled(names, SPANS)
-            clocks = _clocks(record)
+        with JournalReader(session) as reader:
+            downsampled = reader.downsampled(names, SPANS)
+            clocks = _clocks(reader)
     except (RlhfError, OSError) as error:
         return Overlay(session.name, problem=str(error))
     return Overlay(session.name, {n: Series(points) for n, points in downsampled.items()}, clocks)
@@ -75,13 +75,13 @@ def read_overlay(session: SessionFolder, names: Iterable[str]) -> Overlay:
 
 def read_clocks(session: SessionFolder) -> dict[str, RunClock]:
     """Reads the clocks of the open run. Raises JournalError."""
-    with JournalReader(session) as record:
-        return _clocks(record)
+    with JournalReader(session) as reader:
+        return _clocks(reader)
 
 
-def _clocks(record: JournalReader) -> dict[str, RunClock]:
+def _clocks(reader: JournalReader) -> dict[str, RunClock]:
     return {
-        alignment: RunClock(record.cumulated(metric, SPANS, summed=summed))
+        alignment: RunClock(reader.cumulated(metric, SPANS, summed=summed))
         for alignment, (metric, summed) in CLOCKS.items()
     }
 
