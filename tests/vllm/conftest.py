@@ -71,7 +71,7 @@ class Engine:
 
 
 START_MESSAGE = Start(
-    model=str(starter.FOLDER / "policy"), dtype="float32", max_tokens=160, max_responses=64,
+    model=str(starter.FOLDER / "policy"), dtype="float32", max_tokens=240, max_responses=64,
     cache_bytes=64 << 20,
 )  # fmt: skip
 

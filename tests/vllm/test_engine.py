@@ -67,9 +67,12 @@ def request(prompts, uniforms, tokenizer, version, temperature=1.0):
     )  # fmt: skip
 
 
-def native(model, prompts, uniforms, tokenizer, temperature=1.0):
+def native(model, prompts, uniforms, tokenizer, temperature=1.0, limits=None):
     criteria = StopCriteria([tokenizer.eos_token_id], [], tokenizer)
-    return generate(model, batch_prompts(prompts, 1, 0), uniforms, temperature, criteria, tokenizer)
+    return generate(
+        model, batch_prompts(prompts, 1, 0), uniforms, temperature, criteria, tokenizer,
+        limits=limits,
+    )  # fmt: skip
 
 
 def table(data, kind, rollout):
@@ -108,6 +111,32 @@ def test_what_is_cached_of_a_prompt_does_not_outlive_the_weights(engine, prompts
         theirs = native(model, long, uniforms, tokenizer)
         logprobs = table(ours.logprobs, torch.float32, theirs)
         assert torch.allclose(logprobs * theirs.mask, theirs.logprobs * theirs.mask, atol=1e-3)
+
+
+def test_a_later_turn_reads_what_precedes_it_from_the_cache(engine, prompts, tokenizer):
+    model = changed_model(6)
+    engine.ask(update(engine, model, 55))
+    words = [i for p in prompts for i in p.ids]
+    prompts = [Prompt((words[k:] * 9)[:140], "", {}) for k in range(ROWS)]  # a block is cached
+    first = engine.ask(request(prompts, sampling_uniforms(0, 55, ROWS, LIMIT), tokenizer, 55))
+    ids = torch.frombuffer(bytearray(first.ids), dtype=torch.int32).view(ROWS, -1).tolist()
+    reply = tokenizer(" What about the music, and what about the actors?")["input_ids"]
+    continued = [
+        Prompt(p.ids + row[:n] + reply, "", {})
+        for p, row, n in zip(prompts, ids, first.lengths, strict=True)
+    ][1::2]  # fewer of them go on
+    limits = [1 + 5 * i % LIMIT for i in range(len(continued))]
+    uniforms = sampling_uniforms(1, 55, len(continued), LIMIT)
+    ours = engine.ask(
+        msgspec.structs.replace(
+            request(continued, uniforms, tokenizer, 55), limits=limits, later_turn=True
+        )
+    )
+    theirs = native(model, continued, uniforms, tokenizer, limits=torch.tensor(limits))
+    assert ours.lengths == theirs.lengths.tolist()
+    assert torch.equal(table(ours.ids, torch.int32, theirs).long(), theirs.ids)
+    logprobs = table(ours.logprobs, torch.float32, theirs)
+    assert torch.allclose(logprobs, theirs.logprobs, atol=1e-4)
 
 
 def test_the_same_request_has_the_same_bits_again(engine, prompts, tokenizer):

@@ -110,6 +110,9 @@ class Generate(Message, frozen=True, tag="generate"):
     eos: list[int]
     look: bool
     """Whether the client checks the text for stop strings during generation."""
+    later_turn: bool = False
+    """Whether these prompts continue responses of the request before. The prefix cache is then
+    kept; otherwise it is emptied, so that results depend on no earlier request."""
 
 
 class Progress(Message, frozen=True, tag="progress"):

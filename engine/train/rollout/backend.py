@@ -69,8 +69,8 @@ class RolloutBackend(Protocol):
                 are the only source of randomness, so that a resumed run samples the same tokens.
             temperature: > 0.
             per_prompt: number of adjacent rows with the same prompt.
-            limits: maximum number of new tokens of each response, at most T; (B,) int64 on the
-                host. None: T for all.
+            limits: for later turns, which continue the responses of the call before: maximum
+                number of new tokens of each, at most T; (B,) int64 on the host. None: T for all.
             report: call it regularly with (tokens done, T).
         """
 

@@ -175,7 +175,8 @@ class VllmBackend:
             )  # fmt: skip
         self._finish_pending(report)
         work = self._gather(batch, uniforms, limits)
-        request = self._request(work, temperature)
+        # Only later turns of responses have limits of their own.
+        request = self._request(work, temperature, later_turn=limits is not None)
         replies: dict[int, Generated] = {}
 
         def attempt() -> str:
@@ -234,7 +235,7 @@ class VllmBackend:
         before = parts[: distinct.index(gathered[ranks.rank])]
         return _Work(batch, uniforms.shape[1], parts, sum(len(p.prompts) for p in before))
 
-    def _request(self, work: _Work, temperature: float) -> Generate:
+    def _request(self, work: _Work, temperature: float, *, later_turn: bool = False) -> Generate:
         """The request for all ranks' prompts."""
         criteria = self._context.stop_criteria
         return Generate(
@@ -247,6 +248,7 @@ class VllmBackend:
             sampling=self._context.config.rollout.sampling,
             eos=criteria.eos_ids(torch.device("cpu")).tolist(),
             look=criteria.has_strings,
+            later_turn=later_turn,
         )
 
     def distribute(self, work: _Work, replies: dict[int, Generated]) -> Rollout:

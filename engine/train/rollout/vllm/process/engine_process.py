@@ -188,8 +188,9 @@ class Engine:
                 entropies=b"", seconds=0.0,
             )  # fmt: skip
         self._sleep.before_generate()
-        # Cache contents depend on earlier batches and would affect the results by rounding.
-        self._llm.reset_prefix_cache()
+        if not request.later_turn:
+            # What is cached depends on earlier batches and would change results by rounding.
+            self._llm.reset_prefix_cache()
         self._llm.collective_rpc(
             "begin_batch", args=(request.uniforms, limit, request.temperature, request.sampling)
         )
