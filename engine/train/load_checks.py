@@ -139,7 +139,8 @@ def check_response_length(run: Run) -> None:
 def check_replies(run: Run) -> None:
     """Checks that the chat template can render an environment's reply. Raises UserInputError."""
     if run.environments is not None:
-        ReplyTokens(run.config, run.tokenizer)(run.prompts.for_step(1)[0], "A reply", last=-1)
+        reply = [{"role": run.config.environment.role, "content": "A reply"}]
+        ReplyTokens(run.config, run.tokenizer)(run.prompts.for_step(1)[0], reply, last=-1)
 
 
 def check_vocabularies(policy: int, reference: int) -> None:

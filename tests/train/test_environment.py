@@ -255,8 +255,31 @@ def test_a_reply_in_a_conversation_is_a_message_of_the_chat_template(make_run, r
     )
     prompt = run.prompts.for_step(1)[0]
     assert prompt.messages is not None
-    tokens = ReplyTokens(run.config, run.tokenizer)(prompt, " Colder! ", last=5)
+    reply = [{"role": role, "content": " Colder! "}]
+    tokens = ReplyTokens(run.config, run.tokenizer)(prompt, reply, last=5)
     assert run.tokenizer.decode(tokens) == f"<end><{role}>Colder!<end><assistant>"
+
+
+def test_a_reply_can_be_several_messages(make_run, tmp_path):
+    (tmp_path / "two_tools.py").write_text(
+        "class TwoTools:\n"
+        "    said = False\n"
+        "    def reply(self, text):\n"
+        "        if self.said:\n"
+        "            return None\n"
+        "        self.said = True\n"
+        "        return [{'role': 'tool', 'content': '4'}, {'role': 'tool', 'content': '5'}]\n"
+    )
+    run, _ = make_run(
+        "environment.factory=two_tools:TwoTools", f"environment.path={tmp_path}", STOPS,
+        "environment.max_tokens=60", f"data.chat_template='{CHAT}'", "data.chat=true",
+    )  # fmt: skip
+    rollout = respond(run)
+    for text, turns in zip(rollout.texts, rollout.conversation.turns, strict=True):
+        ((start, end),) = turns.replies
+        assert text[start:end] == "<end><tool>4<end><tool>5<end><assistant>"
+        roles = [message["role"] for message in turns.messages]
+        assert (roles, turns.count) == (["assistant", "tool", "tool", "assistant"], 2)
 
 
 def test_the_token_that_ends_a_message_is_not_repeated(make_run, tokenizer):
@@ -265,8 +288,9 @@ def test_the_token_that_ends_a_message_is_not_repeated(make_run, tokenizer):
     prompt = run.prompts.for_step(1)[0]
     encode = ReplyTokens(run.config, run.tokenizer)
     end = tokenizer.eos_token_id
-    assert encode(prompt, "No", last=5)[0] == end
-    assert encode(prompt, "No", last=end) == encode(prompt, "No", last=5)[1:]
+    reply = [{"role": "user", "content": "No"}]
+    assert encode(prompt, reply, last=5)[0] == end
+    assert encode(prompt, reply, last=end) == encode(prompt, reply, last=5)[1:]
 
 
 def test_a_template_that_drops_turns_is_refused_before_the_first_step(make_run):
@@ -298,7 +322,11 @@ def test_ranks_without_a_response_of_their_own_generate_one_that_is_not_used(mak
 WRONG = {
     "raises": ("def reply(self, text):\n        raise ValueError('no game')", "no game"),
     "exits": ("def reply(self, text):\n        raise SystemExit(3)", "SystemExit"),
-    "returns a number": ("def reply(self, text):\n        return 3", "int instead of text or None"),
+    "returns a number": ("def reply(self, text):\n        return 3", "reply returned 3, not text"),
+    "returns half a message": (
+        "def reply(self, text):\n        return [{'role': 'tool'}]",
+        "not text, a list of messages with role and content",
+    ),
     "cannot reply": ("def answer(self, text):\n        return None", "no method reply"),
     "needs a column": (
         "def __init__(self, secret): ...\n    def reply(self, text): ...",

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.schema import RunConfig
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed
-from engine.train.environment.environments import Environments
+from engine.train.environment.environments import Environments, Reply
 from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.environment.response import Response, rollout_of
 from engine.train.rollout.backend import SamplingOptions
@@ -125,14 +125,16 @@ class Dialogue:
             if self._goes_on(response, reply, last=number == self._config.max_turns)
         }
 
-    def _goes_on(self, response: Response, reply: str | None, *, last: bool) -> bool:
+    def _goes_on(self, response: Response, reply: Reply, *, last: bool) -> bool:
         """Appends a reply unless the response ends here; `last` is at the limit of turns."""
         if reply is None or not response.ended:
             return False
+        if isinstance(reply, str):
+            reply = [{"role": self._config.role, "content": reply}]
         ids = self._tokens(response.prompt, reply, response.ids[-1])
         fits = response.reply_tokens + len(ids) <= self._config.max_tokens
         if last or not fits or not self._left(response):
             response.ended = False  # the environment would have gone on
             return False
-        response.add_reply(ids, self._config.role, reply)
+        response.add_reply(ids, reply)
         return True

@@ -18,6 +18,8 @@ from engine.train.rewards.source import RewardCallError
 from engine.train.user_function import UserFunction, forks_ended
 
 T = TypeVar("T")
+Reply = str | list[dict[str, str]] | None
+"""Text, chat messages, or the end of the response."""
 
 
 class Environments:
@@ -26,7 +28,7 @@ class Environments:
     A user's factory makes one for each response. It is called with those columns of the prompt's
     row that it takes, and with `prompt` (text, or chat messages) and `seed` (an int of the
     response). The environment's method `reply` gets each turn of the policy, the last one included,
-    and returns text, or None to end the response.
+    and returns text, chat messages (if the prompt is a conversation), or None to end the response.
 
     All ranks must call its methods together. The user's code runs on rank 0, which has the rows.
     """
@@ -66,7 +68,7 @@ class Environments:
 
     def replies(
         self, environments: Sequence[Any], turns: Sequence[str], step: int, number: int
-    ) -> list[str | None]:
+    ) -> list[Reply]:
         """Passes a turn to each environment; returns the replies on every rank.
 
         Args:
@@ -76,22 +78,20 @@ class Environments:
             number: of the turn, from 1; for errors.
 
         Raises:
-            RewardCallError: an environment raised, or did not return text or None; on all ranks.
+            RewardCallError: an environment raised, or returned something else than a reply; on all
+                ranks.
         """
-        found: list[str | None] = []
+        found: list[Reply] = []
 
-        def reply(i: int) -> str | None:
-            said = environments[i].reply(turns[i])
-            if said is not None and not isinstance(said, str):
-                raise TypeError(f"reply returned {type(said).__name__} instead of text or None")
-            return said
+        def reply(i: int) -> Reply:
+            return checked_reply(environments[i].reply(turns[i]))
 
         def run() -> None:
             found.extend(self._each(reply, range(len(turns)), lambda i: shown(turns[i])))
 
         self._on_rank_0(f"at turn {number} of step {step}", run)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(found))
-        return msgspec.msgpack.decode(data, type=list[str | None])
+        return msgspec.msgpack.decode(data, type=list[Reply])
 
     def _each(
         self, call: Callable[[int], T], indices: Sequence[int], quoted: Callable[[int], str]
@@ -130,6 +130,25 @@ class Environments:
         message = shortened(" ".join(error_text(error).split()), SHOWN_MESSAGE)
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[-1:])
         return f"environment '{self._name}' {when}: {type(error).__name__}: {message}{notes}"
+
+
+def checked_reply(value: Any) -> Reply:
+    """Returns what `reply` of an environment returned, as it may be used. Raises TypeError."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        texts = [
+            isinstance(message, dict)
+            and message.keys() == {"role", "content"}
+            and all(isinstance(text, str) for text in message.values())
+            for message in value
+        ]
+        if all(texts):
+            return [dict(message) for message in value]
+    raise TypeError(
+        f"reply returned {shortened(repr(value), SHOWN_MESSAGE)}, not text, a list of messages "
+        "with role and content, or None"
+    )
 
 
 class _Failed(msgspec.Struct, frozen=True):

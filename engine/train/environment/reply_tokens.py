@@ -16,20 +16,19 @@ class ReplyTokens:
     """Turns replies into tokens that continue a response."""
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._role = config.environment.role
         self._template_arguments = config.data.template_arguments or {}
         self._tokenizer = tokenizer
 
-    def __call__(self, prompt: Prompt, reply: str, last: int) -> list[int]:
+    def __call__(self, prompt: Prompt, reply: list[dict[str, str]], last: int) -> list[int]:
         """Returns the tokens from the end of the policy's turn to the beginning of its next one.
 
-        Plain text is continued by the reply as it is. A conversation is continued as its chat
-        template does it: the end of the policy's message, the reply as a message, and the beginning
-        of the policy's next message.
+        Plain text is continued by the text of the reply. A conversation is continued as its chat
+        template does it: the end of the policy's message, the messages of the reply, and the
+        beginning of the policy's next message.
 
         Args:
             prompt: what the response began with.
-            reply: the environment's text.
+            reply: the environment's messages.
             last: the last token that the policy sampled. If it is the one that ends a message, it
                 is not repeated.
 
@@ -37,12 +36,9 @@ class ReplyTokens:
             UserInputError: the template cannot render such a conversation.
         """
         if prompt.messages is None:
-            return tokenise_texts(self._tokenizer, [reply], special=False)[0]
-        messages = [
-            *prompt.messages,
-            {"role": "assistant", "content": TURN},
-            {"role": self._role, "content": reply},
-        ]
+            text = "".join(message["content"] for message in reply)
+            return tokenise_texts(self._tokenizer, [text], special=False)[0]
+        messages = [*prompt.messages, {"role": "assistant", "content": TURN}, *reply]
         text = render_chat(
             self._tokenizer, messages, "environment.role", add_generation_prompt=True,
             **self._template_arguments,

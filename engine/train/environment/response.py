@@ -69,11 +69,11 @@ class Response:
         self.messages.append({"role": "assistant", "content": _decoded(tokenizer, ids)})
         return str(tokenizer.decode(ids[:-1] if self.eos else ids))
 
-    def add_reply(self, ids: list[int], role: str, text: str) -> None:
-        """Appends a reply of the environment: its tokens, its role and its text."""
+    def add_reply(self, ids: list[int], messages: list[dict[str, str]]) -> None:
+        """Appends a reply of the environment: its tokens and its messages."""
         self.replies.append((len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
-        self.messages.append({"role": role, "content": text})
+        self.messages += messages
 
 
 def rollout_of(
