@@ -20,7 +20,7 @@ from engine.config.sections.ppo import ADVANTAGES, KLConfig, PPOConfig
 from engine.monitoring.channels.webhook import FORMATS
 from engine.monitoring.guardrails import DEFAULT_RULES
 from engine.monitoring.notify import CHANNELS
-from examples import word_problems
+from examples import calculator, editor, word_problems
 from rlhf_tui.app.steering import BINDINGS as STEERING
 from rlhf_tui.cli import MODULES
 from scripts import man_page, metrics_page
@@ -173,6 +173,31 @@ def test_the_reward_of_the_word_problems_tells_right_from_wrong(tmp_path):
     given = ["#### 1200"] * len(texts)
     assert word_problems.correct(completions=texts, answer=given) == [1, 1, 1, 0, 0]
     assert word_problems.well_formed(completions=texts) == [1, 0, 0, 0, 0]
+
+
+def test_the_calculator_of_the_example_computes_calls_and_says_what_is_wrong():
+    environment = calculator.Calculator()
+    assert environment.well_called() is None
+    assert environment.reply("6 * 7 is <calc>6 * 7</calc>") == "42"
+    assert environment.reply("<calc>-(1 + 2) / 4</calc>") == "-0.75"
+    for wrong in ("9 ** 9", "print(1)", "1 / 0", "a", "", "1e308 * 10 - ", "(" * 300, "\0"):
+        assert environment.reply(f"<calc>{wrong}</calc>").startswith("error: "), wrong
+    assert environment.reply("#### 42") is None
+    assert environment.well_called() == 0.2
+
+
+def test_the_editor_of_the_example_scores_the_points_that_are_as_asked():
+    begun = editor.Editor(seed=3)
+    asked = [begun.reply(text) for text in ("A film.", " it is not good.", " it is great.")]
+    assert asked[2] is None
+    wanted = [text == editor.BEGINNINGS[True] for text in asked[:2]]
+    assert begun.as_asked() == wanted[1] / 2  # the first one has words of both kinds
+    assert editor.is_point(" it is Great fun.", good=True)
+    assert not editor.is_point(" it is not great.", good=True)
+    assert editor.is_point(" it never works.", good=False)
+    assert {editor.Editor(seed).reply("A film.") for seed in range(9)} == {
+        *editor.BEGINNINGS.values()
+    }
 
 
 @pytest.mark.parametrize("protocol", ["json", "yaml"])
