@@ -123,6 +123,7 @@ def load_run(
 
     begin_stage("prompts")
     tokenizer = _load_tokenizer(config, source, saved, ranks)
+    config, environments = _load_environments(config, ranks)
     prompts, held_out_prompts = _load_prompts(
         config, tokenizer, ranks, lambda part: announce(begin.from_step, f"load prompts: {part}")
     )
@@ -138,9 +139,6 @@ def load_run(
     context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
     rewards = _load_scores(config, context)
     held_out = _load_held_out(context, config, held_out_prompts, rewards)
-    environments = (
-        None if config.environment.factory is None else Environments(config.environment, ranks)
-    )
     begin_stage("policy")
     policy = _load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)
@@ -182,6 +180,20 @@ def _load_tokenizer(
     if saved is not None and not (saved / POLICY / "tokenizer_config.json").is_file():
         source = starter.resolve(config.model.policy)
     return load_policy_tokenizer(config, source, ranks)
+
+
+def _load_environments(
+    config: RunConfig, ranks: RankGroup
+) -> tuple[RunConfig, Environments | None]:
+    """Returns what replies to the policy, and a configuration that tells templates about tools."""
+    if not config.environment.replies:
+        return config, None
+    environments = Environments(config.environment, ranks)
+    if not (schemas := environments.tool_schemas()):
+        return config, environments
+    arguments = (config.data.template_arguments or {}) | {"tools": schemas}
+    data = msgspec.structs.replace(config.data, template_arguments=arguments)
+    return msgspec.structs.replace(config, data=data), environments
 
 
 def _load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:

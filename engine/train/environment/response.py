@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.train.data.prompts import Prompt, PromptBatch
+from engine.train.environment.tools import ToolUse
 from engine.train.rollout.conversation import Conversation, Turns
 from engine.train.rollout.rollout import Rollout
 
@@ -81,8 +82,17 @@ def rollout_of(
     batch: PromptBatch,
     tokenizer: PreTrainedTokenizerBase,
     environment_seconds: float,
+    tool_use: ToolUse | None,
 ) -> Rollout:
-    """Builds the rollout of finished responses, on the batch's device."""
+    """Builds the rollout of finished responses, on the batch's device.
+
+    Args:
+        responses: B of them.
+        batch: their prompts.
+        tokenizer: the policy's.
+        environment_seconds: how long the ranks waited for environments.
+        tool_use: None without tools.
+    """
     device = batch.ids.device
     count, width = len(responses), max(len(r.positions) for r in responses)
     floats = torch.zeros(3, count, width)
@@ -113,6 +123,8 @@ def rollout_of(
             positions=_padded([r.positions for r in responses]).to(device),
             turns=[Turns(r.messages, _spans(tokenizer, r), r.environment) for r in responses],
             environment_seconds=environment_seconds,
+            tool_calls=None if tool_use is None else tool_use.calls,
+            failed_calls=0 if tool_use is None else len(tool_use.problems),
         ),
     )
 

@@ -41,12 +41,17 @@ class Conversation:
     turns: list[Turns]
     environment_seconds: float = 0.0
     """How long all ranks waited for environments."""
+    tool_calls: int | None = None
+    """Number of tool calls in the responses, on rank 0; None without tools."""
+    failed_calls: int = 0
+    """How many of them failed."""
 
     def select(self, rows: Tensor) -> "Conversation":
         """Selects responses by indices on the host; S and T stay the same."""
         return Conversation(
             self.ids[rows], self.lengths[rows], self.positions[rows],
-            [self.turns[i] for i in rows.tolist()], self.environment_seconds,
+            [self.turns[i] for i in rows.tolist()], self.environment_seconds, self.tool_calls,
+            self.failed_calls,
         )  # fmt: skip
 
     def replaced(self, rows: Tensor, other: "Conversation", other_rows: Tensor) -> "Conversation":
@@ -60,6 +65,8 @@ class Conversation:
             replaced_rows(self.positions, rows, other.positions, other_rows),
             turns,
             self.environment_seconds + other.environment_seconds,
+            self.tool_calls,
+            self.failed_calls,
         )
 
 
