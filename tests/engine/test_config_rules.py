@@ -355,7 +355,7 @@ REFUSED = {
     ),
     "turns without an environment": (["environment.max_turns=3"], r"need environment\.factory"),
     "a tool that is no function": (["environment.tools=['a.py']"], "or a name, not 'a.py'"),
-    "a tool of no environment": (["environment.tools=[look]"], r"'look' needs environment\.factory"),
+    "a tool of no environment": (["environment.tools=[look]"], r"'look' needs environment\.fac"),
     "tools twice": (
         ["environment.tools=['a:b']", "data.template_arguments={tools: []}"], "give either",
     ),
