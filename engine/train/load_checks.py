@@ -158,8 +158,13 @@ def check_replies(run: Run) -> None:
                 "was trained to call them, or give data.chat_template"
             )
     for role in {"tool"} if environment.tools else {environment.role}:
-        reply = [{"role": role, "content": "A reply"}]
-        ReplyTokens(run.config, run.tokenizer)(prompt, reply, last=-1)
+        reply = [{"role": role, "name": "tool", "content": "A reply"}]
+        tokens = ReplyTokens(run.config, run.tokenizer)(prompt, reply, last=-1)
+        if reply[0]["content"] not in run.tokenizer.decode(tokens):
+            raise UserInputError(
+                f"environment: the chat template does not show messages of the role {role}; use "
+                "environment.role: user without tools, another model, or data.chat_template"
+            )
 
 
 def check_vocabularies(policy: int, reference: int) -> None:

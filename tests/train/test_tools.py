@@ -73,6 +73,16 @@ def test_what_is_wrong_with_a_call_is_told_to_the_policy(text, says):
     assert len(answers.problems) == 1
 
 
+def test_calls_are_also_read_in_the_notation_of_functions_and_parameters():
+    found = tools("arithmetic:add")
+    written = "<function=add>\n{}\n</function>"
+    given = "<parameter=a>\n1\n</parameter>\n<parameter=b>\n20\n</parameter>"
+    assert results(found, f"<tool_call>\n{written.format(given)}\n</tool_call>") == ["21"]
+    said = "<function=say><parameter=text>\n1\n\n2\n</parameter></function>"
+    (one,) = found.calls(f"<tool_call>{said}</tool_call>")
+    assert one.arguments == {"text": "1\n\n2"}
+
+
 def test_parameters_are_another_word_for_arguments():
     found = tools("arithmetic:add", call_pattern=r"^(\{.*\})$")
     assert results(found, '{"name": "add", "parameters": {"a": 1, "b": 1}}') == ["2"]
@@ -120,6 +130,12 @@ def test_tools_need_conversations_and_a_template_that_tells_about_them(make_run)
     silent = CHAT.replace("{% if tools %}<tools>{{ tools[0].function.name }}{% endif %}", "")
     with pytest.raises(UserInputError, match="says nothing about tools"):
         make_run(*CHATTING, f"data.chat_template='{silent}'")
+
+
+def test_a_template_that_drops_results_is_refused(make_run):
+    forgetful = CHAT.replace("in messages %}", "in messages if m.role != 'tool' %}")
+    with pytest.raises(UserInputError, match="does not show messages of the role tool"):
+        make_run(*CHATTING, f'data.chat_template="{forgetful}"')
 
 
 def test_other_ranks_need_no_modules():

@@ -15,7 +15,10 @@ from engine.errors import UserInputError, error_text, first_line, shortened
 from engine.train.user_function import UserFunction
 
 CALL = r"(?s)<tool_call>\s*(.*?)\s*</tool_call>"
-"""How Qwen, SmolLM3, Hermes and others write a call; the group is `{"name": …, "arguments": …}`."""
+"""How Qwen, SmolLM3, Hermes, Nemotron and others enclose a call."""
+FUNCTION = re.compile(r"(?s)<function=([^>]*)>(.*?)(?:</function>|$)")
+PARAMETER = re.compile(r"(?s)<parameter=([^>]*)>\n?(.*?)\n?</parameter>")
+"""How Qwen 3.5 and Nemotron 3 write a call; older models write `{"name": …, "arguments": …}`."""
 ARGUMENTS = ("arguments", "parameters")
 """The key that holds the arguments; Llama writes the latter."""
 LONGEST_ERROR = 500
@@ -125,7 +128,20 @@ class Tools:
 
     def calls(self, text: str) -> list[ToolCall]:
         """Finds the calls in a turn of the policy; none if the turn is an answer."""
-        return [_parsed(match.group(1)) for match in self._pattern.finditer(text)]
+        return [self._parsed(match.group(1)) for match in self._pattern.finditer(text)]
+
+    def _parsed(self, text: str) -> ToolCall:
+        """Reads a call in one of the two notations."""
+        if (written := FUNCTION.match(text)) is None:
+            return parsed_json(text)
+        name, found = written.group(1), PARAMETER.findall(written.group(2))
+        types = {
+            key: kind.get("type")
+            for schema in self.schemas
+            if schema["function"]["name"] == name
+            for key, kind in schema["function"]["parameters"]["properties"].items()
+        }
+        return ToolCall(name, {key: _typed(value, types.get(key)) for key, value in found})
 
     def answers(self, calls: Sequence[ToolCall], environment: Any) -> ToolAnswers:
         """Runs calls, one after the other."""
@@ -157,8 +173,18 @@ class Tools:
         return result if isinstance(result, str) else json.dumps(result, default=str)
 
 
-def _parsed(text: str) -> ToolCall:
-    """Reads a call in JSON."""
+def _typed(text: str, kind: Any) -> Any:
+    """A parameter's value as its type in the schema says; text stays as it is."""
+    if kind == "string":
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def parsed_json(text: str) -> ToolCall:
+    """Reads a call that is written in JSON."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError) as error:
