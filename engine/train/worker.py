@@ -6,6 +6,7 @@ reports. A rank never outlives its supervisor.
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -33,6 +34,7 @@ from engine.errors import (
 )
 from engine.examined import examined
 from engine.launch.environment import LAUNCH_VARIABLE
+from engine.metrics import EVAL_SOURCE
 from engine.protocol.rank_messages import (
     RESTART_REASONS,
     REWARD_FAILED,
@@ -198,7 +200,7 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
             link.send(EvaluationReport(baseline.metrics, recorded(baseline.samples)))
             for recorder in recorders:
                 recorder.step(0, baseline.metrics, baseline.samples)
-        missing = Evaluation() if begin.unevaluated and run.held_out is not None else None
+        missing = incomplete_evaluation(run, begin)
         while boundary.before_step():
             if missing is not None:
                 make_up(boundary, run, link, recorders, missing)
@@ -288,6 +290,26 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
                 return Evaluation()
         else:
             return evaluation
+
+
+def incomplete_evaluation(run: Run, begin: Begin) -> Evaluation | None:
+    """The evaluation that the journal has of the step that a run starts from, if it lacks a part.
+
+    It can lack all of it, or sources of `eval.rewards` that failed. :func:`make_up` does nothing at
+    a step without an evaluation.
+
+    Returns:
+        None if nothing is to be made up for; an evaluation whose metrics have no values otherwise.
+    """
+    if run.held_out is None:
+        return None
+    if begin.unevaluated:
+        return Evaluation()
+    sources = run.held_out.rewards.names if run.held_out.rewards is not None else []
+    expected = {EVAL_SOURCE.replace("NAME", name) for name in sources}
+    if not begin.recorded or expected <= set(begin.recorded):
+        return None
+    return Evaluation(dict.fromkeys(begin.recorded, math.nan))
 
 
 def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError | None]:
