@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sqlite3
 
 import pytest
 
@@ -351,13 +352,18 @@ async def test_without_a_checkpoint_no_key_for_one_is_shown_and_it_says_why(
         await until(pilot, lambda: "no checkpoint yet" in notices(app))
 
 
-async def test_the_keys_of_checkpoints_are_those_of_the_selected_one(checkpoints, until):
-    async with checkpoints() as (app, pilot):
-        footer = app.screen.query_one(KeyFooter)
-        shown = {}
-        for key in app.screen.query_one(Table).keys:
-            await until(pilot, lambda key=key: app.screen.query_one(Table).key == key)
-            shown[key] = "roll back" in footer.text()
-            await pilot.press("j")
-        statuses = {(c.step, c.attempt): c.status for c in app.state.checkpoints}
-        assert shown == {key: statuses[key] == "complete" for key in statuses}
+async def test_the_keys_of_checkpoints_are_those_of_the_selected_one(
+    session_maker, running, tmp_path, until
+):
+    session = session_maker(tmp_path, "run", 100)
+    with contextlib.closing(sqlite3.connect(session.journal_file)) as db, db:
+        db.execute("UPDATE checkpoints SET status = 'superseded' WHERE step = 50")
+    app = RlhfApp(tmp_path, "run", follow=False)
+    async with running(app) as pilot:
+        await pilot.press("4")
+        table, footer = app.screen.query_one(Table), app.screen.query_one(KeyFooter)
+        await until(pilot, lambda: table.key == (100, 1) and "roll back" in footer.text())
+        await pilot.press("j")
+        await until(pilot, lambda: table.key == (50, 1) and "roll back" not in footer.text())
+        await pilot.press("r")
+        await until(pilot, lambda: notices(app) == ["this checkpoint is of an abandoned branch"])
