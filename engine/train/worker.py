@@ -55,7 +55,7 @@ from engine.train.evaluation.evaluate import (
     evaluate_if_due,
     recorded,
 )
-from engine.train.link import Link
+from engine.train.link import Link, SupervisorEndedError
 from engine.train.load import load_run
 from engine.train.models import memory_check
 from engine.train.models.language_model import parameter_count
@@ -102,6 +102,9 @@ def main() -> None:
         if not ranks.is_lead:  # rank 0 logs for all
             logging.getLogger().setLevel(logging.WARNING)
         reason = train(session, link, ranks)
+    except SupervisorEndedError as error:  # there is nobody to report to, and nothing is wrong here
+        log.error("rank %d ends: %s", link.rank, error)  # noqa: TRY400 - one line
+        exit_now(1)
     except LinkError:
         raise
     except Exception as error:
