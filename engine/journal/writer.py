@@ -68,6 +68,8 @@ class JournalWriter:
         self._events = EventLog(self._db)
         self._began = False
         """Whether the current attempt is of this process."""
+        self._earlier_attempts = self._events.attempt
+        """Number of the last attempt of other processes."""
         self.commands = CommandLog(self._db, self._events)
 
     def begin_serving(self) -> None:
@@ -263,6 +265,15 @@ class JournalWriter:
         )
         return rows.fetchone() is not None
 
+    def recorded_metrics(self, step: int) -> list[str]:
+        """The metrics of a step of the current timeline that this process recorded, else none."""
+        rows = self._db.execute(
+            "SELECT n.name FROM steps s JOIN metrics m ON m.step = s.step "
+            "JOIN names n ON n.id = m.name WHERE s.step = ? AND s.attempt > ?",
+            (step, self._earlier_attempts),
+        )
+        return [name for (name,) in rows]
+
     def placed(self) -> Placed | None:
         """How the models were placed in the last attempt that loaded them; None before that."""
         row = self._db.execute(
@@ -279,6 +290,16 @@ class JournalWriter:
         """Steps of the checkpoints of the current timeline."""
         query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"
         return [row[0] for row in self._db.execute(query)]
+
+    def best_values(self, metric: str) -> dict[int, float]:
+        """A metric by the step of the current timeline's checkpoints, where it is known."""
+        values = self._db.execute(
+            "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
+            "AND value IS NOT NULL AND step IN "
+            "(SELECT step FROM checkpoints WHERE status IN ('complete', 'written'))",
+            (metric,),
+        )
+        return dict(values.fetchall())
 
     # -- rows of an attempt ---------------------------------------------------------------
 

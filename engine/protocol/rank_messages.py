@@ -269,8 +269,14 @@ class Begin(Message, frozen=True, tag="begin"):
     """Start with the checkpoint's averaged policy instead of the policy (`fork --ema`)."""
     unevaluated: bool = False
     """Whether the journal has that step without an evaluation; one that was due is made up for."""
+    recorded: list[str] = []
+    """Metrics of that step in the journal, if this engine has recorded it, so with the same
+    configuration; otherwise empty. What an evaluation lacks is made up for."""
     checkpoints: list[int] = []
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
+    best: dict[int, float] = {}
+    """`train.best_metric` of these steps in the journal, where they have it. A checkpoint whose
+    evaluation was made up for after it was saved does not have it."""
     placed: "Placed | None" = None
     """How the last attempt that loaded had placed the models; None before the first."""
     paused: bool = False
