@@ -7,6 +7,7 @@ is not in the journal; the next attempt overwrites them.
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import time
@@ -438,7 +439,8 @@ def on_network(folder: Path) -> bool:
     mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())  # of any names
     for line in mounts.rstrip("\n").split("\n"):
         before, _, after = line.partition(" - ")
-        mount = before.split()[4].replace("\\040", " ")
+        # Of white space and backslashes in a path, some are written as octal numbers: \040.
+        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])
         inside = path == mount or path.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= longest:
             longest, kind = len(mount), after.split()[0]
