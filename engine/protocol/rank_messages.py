@@ -77,11 +77,17 @@ class Sample(Struct, frozen=True, kw_only=True):
     """Score of each reward source."""
     weights_version: int | None = None
     """The step whose update produced the weights that sampled it; None if unknown."""
+    replies: list[tuple[int, int]] | None = None
+    """Start and end of each reply of the environment in the response, in characters; None without
+    an environment."""
     arrays: "TokenArrays | None" = None
 
 
 class TokenArrays(Struct, frozen=True, kw_only=True):
-    """Values per token of a response; every list has the length of the response."""
+    """Values per token of a response; each list of these has the length of the response.
+
+    The tokens are those that the policy sampled, without the replies of an environment.
+    """
 
     tokens: list[str]
     token_ids: list[int]
@@ -90,6 +96,8 @@ class TokenArrays(Struct, frozen=True, kw_only=True):
     advantage: list[float]
     value: list[float]
     """Empty without a value function."""
+    before_replies: list[int] = []
+    """For each reply of the environment, the number of tokens before it."""
 
 
 class RankTimes(Struct, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """A response while its turns are generated, and the rollout of finished responses."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +41,11 @@ class Response:
     def reply_tokens(self) -> int:
         """Number of tokens that the environment wrote."""
         return len(self.ids) - len(self.positions)
+
+    @property
+    def before_replies(self) -> list[int]:
+        """For each reply, the number of tokens that the policy had sampled before it."""
+        return [bisect_left(self.positions, start) for start, _ in self.replies]
 
     @property
     def next_prompt(self) -> Prompt:
@@ -121,7 +127,10 @@ def rollout_of(
             ids=_padded([r.ids for r in responses]).to(device),
             lengths=numbers([len(r.ids) for r in responses]),
             positions=_padded([r.positions for r in responses]).to(device),
-            turns=[Turns(r.messages, _spans(tokenizer, r), r.environment) for r in responses],
+            turns=[
+                Turns(r.messages, _spans(tokenizer, r), r.environment, r.before_replies)
+                for r in responses
+            ],
             environment_seconds=environment_seconds,
             tool_calls=None if tool_use is None else tool_use.calls,
             failed_calls=0 if tool_use is None else len(tool_use.problems),

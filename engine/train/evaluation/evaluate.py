@@ -27,6 +27,7 @@ from engine.train.experience.scoring import scores_for_training
 from engine.train.ppo import masked
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.metrics import distinct_2
+from engine.train.reports.samples import replies_of
 from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.source import RewardCallError, RewardInputs
 from engine.train.rollout.backend import GREEDY_TEMPERATURE, SamplingOptions
@@ -281,6 +282,7 @@ def _samples(parts: list[_Scored]) -> list[Sample]:
                     length=int(rollout.lengths[i]),
                     ended=bool(rollout.ended[i]),
                     parts={name: scores[i] for name, scores in part.parts.items()},
+                    replies=replies_of(rollout, i),
                 )
             )
     return samples
@@ -291,9 +293,10 @@ def recorded(samples: list[Sample]) -> list[Sample]:
 
     They have :data:`RECORDED_BYTES`, and the first :data:`RECORDED_TOKENS` have their arrays.
     """
-    # A hundred for the numbers of each.
+    # A hundred for the numbers of each, and ten for those of a reply.
     sizes = itertools.accumulate(
-        len(s.prompt.encode()) + len(s.response.encode()) + 100 for s in samples
+        len(s.prompt.encode()) + len(s.response.encode()) + 100 + 10 * len(s.replies or ())
+        for s in samples
     )
     tokens = itertools.accumulate(s.length if s.arrays is not None else 0 for s in samples)
     return [

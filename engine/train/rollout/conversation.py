@@ -5,7 +5,7 @@ tokens (advantages, losses, the KL) needs no other mask, and the last token of a
 the first one of the next. The replies of an environment are context, as the prompt is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ class Turns:
     """Start and end of each reply in the text of the response, in characters."""
     environment: Any = None
     """What replied: an object of the user's; None on ranks other than 0."""
+    before_replies: list[int] = field(default_factory=list)
+    """For each reply, the number of tokens that the policy had sampled before it."""
 
     @property
     def count(self) -> int:

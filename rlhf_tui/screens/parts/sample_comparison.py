@@ -178,9 +178,7 @@ class SampleComparison:
             return
         if not self._others:
             title = "REFERENCE" if self._kind == "reference" else "OTHERS"
-            view.compare(
-                ComparisonTarget(self._kind, title, row.response, missing=self._why_missing(row))
-            )
+            view.compare(ComparisonTarget(self._kind, title, row, missing=self._why_missing(row)))
             return
         other = self._others[self._index]
         if isinstance(other, ProbeResponse):
@@ -193,7 +191,7 @@ class SampleComparison:
         better, who = self._preferred(row.response, other.response)
         view.compare(
             ComparisonTarget(
-                self._kind, title, row.response, other, better=better, who=who,
+                self._kind, title, row, other, better=better, who=who,
                 judged=not row.held_out,
             )
         )  # fmt: skip
