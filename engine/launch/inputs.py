@@ -42,7 +42,9 @@ def check_inputs(config: RunConfig) -> None:
             check_function(f"{key}.function", source.function, config.reward.path)
     environment = config.environment
     if environment.factory is not None:
-        check_function("environment.factory", environment.factory, environment.path)
+        check_function(
+            "environment.factory", environment.factory, environment.path, "class or function"
+        )
     for key, name in models.items():
         folder = Path(name or "")
         if key == "model.policy" and config.model.gguf_file is not None:

@@ -61,6 +61,7 @@ from engine.train.rollout.backend import BACKENDS, RolloutBackend
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Announce, Run
+from engine.train.user_function import UserFunction
 
 log = logging.getLogger("engine")
 
@@ -135,12 +136,12 @@ def load_run(
     )
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
-    context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
+    factory = _load_environment(config, ranks)
+    context = LoadContext(
+        config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host, environment=factory
+    )
     rewards = _load_scores(config, context)
     held_out = _load_held_out(context, config, held_out_prompts, rewards)
-    environments = (
-        None if config.environment.factory is None else Environments(config.environment, ranks)
-    )
     begin_stage("policy")
     policy = _load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)
@@ -163,7 +164,8 @@ def load_run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
-        held_out=held_out, models=models, memory=memory, environments=environments,
+        held_out=held_out, models=models, memory=memory,
+        environments=Environments(config, ranks, factory) if config.environment.factory else None,
         ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
@@ -182,6 +184,14 @@ def _load_tokenizer(
     if saved is not None and not (saved / POLICY / "tokenizer_config.json").is_file():
         source = starter.resolve(config.model.policy)
     return load_policy_tokenizer(config, source, ranks)
+
+
+def _load_environment(config: RunConfig, ranks: RankGroup) -> UserFunction | None:
+    """Imports what makes the environments, on rank 0; None without any. Raises UserInputError."""
+    environment = config.environment
+    if environment.factory is None or not ranks.is_lead:
+        return None
+    return UserFunction(environment.factory, environment.path, "environment.factory")
 
 
 def _load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:

@@ -1,13 +1,14 @@
 """Makes the environments of a step's responses and passes them the policy's turns, on rank 0."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
 
-from engine.config.sections.environment import EnvironmentConfig
+from engine.config.schema import RunConfig
 from engine.errors import error_text, shortened, traceback_text
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
@@ -33,13 +34,20 @@ class Environments:
     All ranks must call its methods together. The user's code runs on rank 0, which has the rows.
     """
 
-    def __init__(self, config: EnvironmentConfig, ranks: RankGroup) -> None:
-        """Imports the factory on rank 0. Raises UserInputError."""
-        self._config, self._ranks = config, ranks
-        self._name = str(config.factory)
-        self._factory: UserFunction | None = None
-        if ranks.is_lead:
-            self._factory = UserFunction(self._name, config.path, "environment.factory")
+    def __init__(self, config: RunConfig, ranks: RankGroup, factory: UserFunction | None) -> None:
+        """Stores the arguments.
+
+        Args:
+            config: the run's.
+            ranks: all ranks.
+            factory: the user's; None on ranks other than 0.
+        """
+        self._config, self._ranks, self._factory = config.environment, ranks, factory
+        self._name = str(config.environment.factory)
+        sources = (*config.reward.sources(), *config.eval.rewards)
+        scores = [source.environment for source in sources if source.environment is not None]
+        self._methods = ("reply", *scores)
+        """Those that are called."""
 
     def make(self, prompts: Sequence[Prompt], seeds: Sequence[int], step: int) -> list[Any]:
         """Makes an environment for each prompt; returns None for each on ranks other than 0.
@@ -54,8 +62,8 @@ class Environments:
             prompt = prompts[i]
             text = prompt.text if prompt.messages is None else copy.deepcopy(prompt.messages)
             made = factory.call({"seed": seeds[i]} | copy.deepcopy(prompt.row) | {"prompt": text})
-            if not callable(getattr(made, "reply", None)):
-                raise TypeError(f"it made {type(made).__name__}, which has no method reply")
+            for method in self._methods:
+                _check_method(made, method)
             return made
 
         made: list[Any] = [None] * len(prompts)
@@ -132,10 +140,29 @@ class Environments:
         return f"environment '{self._name}' {when}: {type(error).__name__}: {message}{notes}"
 
 
+def _check_method(environment: object, name: str) -> None:
+    """Raises TypeError unless an environment has a method that can be called in a thread."""
+    kind = type(environment).__name__
+    if inspect.iscoroutine(environment):
+        environment.close()  # otherwise Python warns that it was never awaited
+    method = getattr(environment, name, None)
+    if not callable(method):
+        raise TypeError(f"it made {kind}, which has no method {name}")
+    if inspect.iscoroutinefunction(method):
+        raise TypeError(f"{kind}.{name} must not be async: it is called in a thread of its own")
+
+
 def checked_reply(value: Any) -> Reply:
-    """Returns what `reply` of an environment returned, as it may be used. Raises TypeError."""
-    if value is None or isinstance(value, str):
-        return value
+    """Returns what `reply` of an environment returned, as it may be used.
+
+    Raises:
+        TypeError: it is no reply.
+        UnicodeError: its text has characters that no text has, such as half of a surrogate pair.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _plain(value)
     if isinstance(value, list) and value:
         texts = [
             isinstance(message, dict)
@@ -144,11 +171,17 @@ def checked_reply(value: Any) -> Reply:
             for message in value
         ]
         if all(texts):
-            return [dict(message) for message in value]
+            return [{key: _plain(text) for key, text in message.items()} for message in value]
     raise TypeError(
         f"reply returned {shortened(repr(value), SHOWN_MESSAGE)}, not text, a list of messages "
         "with role and content, or None"
     )
+
+
+def _plain(text: str) -> str:
+    """Returns a text without a subclass. Raises UnicodeError if it cannot be encoded."""
+    text.encode()
+    return str.__str__(text)
 
 
 class _Failed(msgspec.Struct, frozen=True):
