@@ -42,7 +42,9 @@ def check_inputs(config: RunConfig) -> None:
             check_function(f"{key}.function", source.function, config.reward.path)
     environment = config.environment
     if environment.factory is not None:
-        check_function("environment.factory", environment.factory, environment.path)
+        check_function(
+            "environment.factory", environment.factory, environment.path, "class or function"
+        )
     for i, tool in enumerate(environment.tools):
         if ":" in tool:
             check_function(f"environment.tools[{i}]", tool, environment.path)

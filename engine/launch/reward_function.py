@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 
 
-def check_function(key: str, function: str, folder: str | None) -> None:
+def check_function(key: str, function: str, folder: str | None, what: str = "function") -> None:
     """Checks that a module exists, and a function in it if its file is one of the user's folders.
 
     The rank that calls the function imports it, and says whatever else is wrong.
@@ -20,6 +20,7 @@ def check_function(key: str, function: str, folder: str | None) -> None:
         key: of the function in the configuration, for errors.
         function: `module:function`.
         folder: searched for the module before the working directory; None for no other.
+        what: it may be, for errors.
 
     Raises:
         ConfigError: there is no such module, or its file cannot define such a function.
@@ -40,7 +41,7 @@ def check_function(key: str, function: str, folder: str | None) -> None:
     if names is not None and name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean '{module}:{near[0]}'?" if near else ""
-        raise ConfigError(f"{key}: {spec.origin} has no function '{name}'{hint}")
+        raise ConfigError(f"{key}: {spec.origin} has no {what} '{name}'{hint}")
 
 
 def _own_module(module: str, folders: list[str]) -> ModuleSpec | None:

@@ -136,7 +136,14 @@ def load_run(
     )
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
-    context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
+    context = LoadContext(
+        config.reward,
+        tokenizer.get_vocab(),
+        ranks,
+        strategy,
+        on_host=on_host,
+        environment=None if environments is None else environments.factory,
+    )
     rewards = _load_scores(config, context)
     held_out = _load_held_out(context, config, held_out_prompts, rewards)
     begin_stage("policy")
@@ -161,7 +168,8 @@ def load_run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
-        held_out=held_out, models=models, memory=memory, environments=environments,
+        held_out=held_out, models=models, memory=memory,
+        environments=environments,
         ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
@@ -188,7 +196,7 @@ def _load_environments(
     """Returns what replies to the policy, and a configuration that tells templates about tools."""
     if not config.environment.replies:
         return config, None
-    environments = Environments(config.environment, ranks)
+    environments = Environments(config, ranks)
     if not (schemas := environments.tool_schemas()):
         return config, environments
     arguments = (config.data.template_arguments or {}) | {"tools": schemas}

@@ -107,9 +107,7 @@ class UserFunction:
         Raises: TypeError: it takes others; or whatever it raises.
         """
         if absent := [name for name in self._required if name not in arguments]:
-            raise TypeError(
-                f"the function takes '{absent[0]}', which is not one of {', '.join(arguments)}"
-            )
+            raise TypeError(f"it takes '{absent[0]}', which is not one of {', '.join(arguments)}")
         if not self._accepts_any:
             arguments = {k: v for k, v in arguments.items() if k in self._accepted}
         return self._function(**arguments)

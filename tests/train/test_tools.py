@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from engine import starter
+from engine.config import file as config_file
 from engine.config.sections.environment import EnvironmentConfig
 from engine.errors import UserInputError
 from engine.train.environment.environments import Environments
@@ -146,5 +148,6 @@ def test_other_ranks_need_no_modules():
             assert data == b"[]"
             return b'[{"type": "function"}]'
 
-    other = EnvironmentConfig(tools=["nowhere:at_all"])
+    overrides = ["environment.tools=['nowhere:at_all']"]
+    other = config_file.load(starter.FOLDER / "demo.yaml", overrides)
     assert Environments(other, OtherRank()).tool_schemas() == [{"type": "function"}]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.config.sections.environment import EnvironmentConfig
+from engine.config.schema import RunConfig
 from engine.errors import error_text, shortened, traceback_text
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
@@ -39,16 +40,22 @@ class Environments:
     All ranks must call its methods together. The user's code runs on rank 0, which has the rows.
     """
 
-    def __init__(self, config: EnvironmentConfig, ranks: RankGroup) -> None:
+    def __init__(self, config: RunConfig, ranks: RankGroup) -> None:
         """Imports the factory and the tools on rank 0. Raises UserInputError."""
-        self._config, self._ranks = config, ranks
-        self._name = config.factory or ", ".join(config.tools)
-        self._factory: UserFunction | None = None
+        self._config, self._ranks = config.environment, ranks
+        self._name = self._config.factory or ", ".join(self._config.tools)
+        sources = (*config.reward.sources(), *config.eval.rewards)
+        scores = [source.environment for source in sources if source.environment is not None]
+        self._methods = (*([] if self._config.tools else ["reply"]), *scores)
+        """Those that an environment must have."""
+        self.factory: UserFunction | None = None
+        """What makes the environments; None on ranks other than 0, or if there are only tools."""
         self._tools: Tools | None = None
         if ranks.is_lead:
-            if config.factory is not None:
-                self._factory = UserFunction(config.factory, config.path, "environment.factory")
-            self._tools = Tools(config, self._factory.function if self._factory else None)
+            name, path = self._config.factory, self._config.path
+            if name is not None:
+                self.factory = UserFunction(name, path, "environment.factory")
+            self._tools = Tools(self._config, self.factory.function if self.factory else None)
         self._tool_use = ToolUse()
         """On rank 0, of the responses that are being generated."""
 
@@ -63,7 +70,7 @@ class Environments:
 
         Raises: RewardCallError: the factory raised; on all ranks.
         """
-        factory, self._tool_use = self._factory, ToolUse()
+        factory, self._tool_use = self.factory, ToolUse()
 
         def make(i: int) -> Any:
             if factory is None:
@@ -71,8 +78,8 @@ class Environments:
             prompt = prompts[i]
             text = prompt.text if prompt.messages is None else copy.deepcopy(prompt.messages)
             made = factory.call({"seed": seeds[i]} | copy.deepcopy(prompt.row) | {"prompt": text})
-            if not self._config.tools and not callable(getattr(made, "reply", None)):
-                raise TypeError(f"it made {type(made).__name__}, which has no method reply")
+            for method in self._methods:
+                _check_method(made, method)
             return made
 
         made: list[Any] = [None] * len(prompts)
@@ -156,7 +163,7 @@ class Environments:
         if self._ranks.is_lead:
             try:
                 with contextlib.ExitStack() as stack:
-                    for module in (self._factory, self._tools):
+                    for module in (self.factory, self._tools):
                         if module is not None:
                             stack.enter_context(module.running())
                     run()
@@ -174,10 +181,29 @@ class Environments:
         return f"environment '{self._name}' {when}: {type(error).__name__}: {message}{notes}"
 
 
+def _check_method(environment: object, name: str) -> None:
+    """Raises TypeError unless an environment has a method that can be called in a thread."""
+    kind = type(environment).__name__
+    if inspect.iscoroutine(environment):
+        environment.close()  # otherwise Python warns that it was never awaited
+    method = getattr(environment, name, None)
+    if not callable(method):
+        raise TypeError(f"it made {kind}, which has no method {name}")
+    if inspect.iscoroutinefunction(method):
+        raise TypeError(f"{kind}.{name} must not be async: it is called in a thread of its own")
+
+
 def checked_reply(value: Any) -> Reply:
-    """Returns what `reply` of an environment returned, as it may be used. Raises TypeError."""
-    if value is None or isinstance(value, str):
-        return value
+    """Returns what `reply` of an environment returned, as it may be used.
+
+    Raises:
+        TypeError: it is no reply.
+        UnicodeError: its text has characters that no text has, such as half of a surrogate pair.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _plain(value)
     if isinstance(value, list) and value:
         texts = [
             isinstance(message, dict)
@@ -186,11 +212,17 @@ def checked_reply(value: Any) -> Reply:
             for message in value
         ]
         if all(texts):
-            return [dict(message) for message in value]
+            return [{key: _plain(text) for key, text in message.items()} for message in value]
     raise TypeError(
         f"reply returned {shortened(repr(value), SHOWN_MESSAGE)}, not text, a list of messages "
         "with role and content, or None"
     )
+
+
+def _plain(text: str) -> str:
+    """Returns a text without a subclass. Raises UnicodeError if it cannot be encoded."""
+    text.encode()
+    return str.__str__(text)
 
 
 class _Failed(msgspec.Struct, frozen=True):

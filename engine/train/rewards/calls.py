@@ -7,6 +7,7 @@ import torch
 
 from engine.errors import LinkError, RewardError, error_text, shortened, traceback_text
 from engine.progress import ReportProgress
+from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import (
     IncompleteScoresError,
@@ -74,7 +75,8 @@ class SourceCall:
             ) from error  # fmt: skip
         # sys.exit() in a reward function must not end the rank silently.
         except (Exception, SystemExit) as error:
-            raise RewardCallError(_describe(name, error, part), traceback_text(error)) from error
+            text = _describe(name, error, part, of_completions=type(self._reward) is FunctionReward)
+            raise RewardCallError(text, traceback_text(error)) from error
         self._scores |= zip(rows, scores, strict=True)
         # Includes scores from earlier calls in which other responses failed.
         return validate_scores(name, [self._scores[i] for i in range(count)], self._inputs)
@@ -86,11 +88,16 @@ def retry_delays(retries: int) -> Iterator[float]:
         yield min(FIRST_DELAY * 2**attempt, MAX_DELAY)
 
 
-def _describe(name: str, error: BaseException, inputs: RewardInputs) -> str:
-    """Describes an error in one line: source, step, exception and, if known, the response."""
+def _describe(
+    name: str, error: BaseException, inputs: RewardInputs, *, of_completions: bool
+) -> str:
+    """Describes an error in one line: source, step, exception and, if known, the response.
+
+    `of_completions` is whether the source is called with completions.
+    """
     text = f"reward '{name}' at step {inputs.step}: {_exception_text(error)}"
     conversations = inputs.batch.prompts[0].messages is not None
-    if conversations and isinstance(error, TypeError | AttributeError):
+    if of_completions and conversations and isinstance(error, TypeError | AttributeError):
         text += "; of conversations, each completion is a list of messages"
     index = _response_in_hand(error, inputs)
     if index is None:

@@ -1,11 +1,10 @@
 """Reward source: a method of the response's environment."""
 
-import inspect
-
 from engine.config.sections.reward import RewardSource
+from engine.errors import UserInputError
 from engine.progress import ReportProgress
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
-from engine.train.user_function import forks_ended
+from engine.train.user_function import UserFunction
 
 
 class EnvironmentReward:
@@ -14,32 +13,38 @@ class EnvironmentReward:
     The method returns a float, or None for a response it does not score.
     """
 
-    def __init__(self, method: str) -> None:
-        self._method = method
+    def __init__(self, method: str, factory: UserFunction) -> None:
+        """Stores the arguments; `factory` is what makes the environments."""
+        self._method, self._factory = method, factory
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """Calls the methods one after the other; see :class:`Reward`.
 
-        Raises: TypeError: an environment has no such method; or whatever a method raises.
+        Raises: TypeError: there are no environments; or whatever a method raises.
         """
         if inputs.turns is None:
             raise TypeError("these responses have no environment, as those of a probe")
-        with forks_ended():
-            scores = [self._score(turns.environment) for turns in inputs.turns]
+        with self._factory.running():
+            scores = [
+                self._score(turns.environment, text)
+                for turns, text in zip(inputs.turns, inputs.texts, strict=True)
+            ]
         report(len(inputs), len(inputs))
         return scores
 
-    def _score(self, environment: object) -> float | None:
-        method = getattr(environment, self._method, None)
-        if not callable(method) or inspect.iscoroutinefunction(method):
-            raise TypeError(f"{type(environment).__name__} has no method {self._method}")
-        score: float | None = method()
+    def _score(self, environment: object, response: str) -> float | None:
+        """Scores a response.
+
+        Its text is here for the description of an error, which looks for it in the traceback.
+        """
+        score: float | None = getattr(environment, self._method)()
         return score
 
 
 def _load(source: RewardSource, context: LoadContext) -> EnvironmentReward:
-    del context
-    return EnvironmentReward(source.value)
+    if context.environment is None:
+        raise UserInputError(f"{context.key}.environment needs environment.factory")
+    return EnvironmentReward(source.value, context.environment)
 
 
 KIND = SourceKind(runs_on=RunsOn.RANK_0, load=_load, default_name=lambda value: value)

@@ -19,6 +19,7 @@ from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rollout.conversation import Turns
 from engine.train.rollout.rollout import Rollout
+from engine.train.user_function import UserFunction
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class LoadContext:
     """How models are placed on the ranks: `ddp` or `fsdp`."""
     on_host: bool = False
     """Whether frozen models are moved to the device only while they are used."""
+    environment: UserFunction | None = None
+    """What makes the environments; None without any, and on ranks other than 0."""
     key: str = "reward"
     """The source's configuration key for error messages, such as `eval.rewards[0]`."""
 
