@@ -1,6 +1,7 @@
 """The policy calls tools in its turns."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,17 @@ def test_a_method_of_the_environment_is_called_on_that_of_the_response():
         "you have looked 1 times", "you have looked 2 times",
     ]  # fmt: skip
     assert results(found, call("look"), other) == ["you have looked 1 times"]
+
+
+def test_the_tool_of_the_example_says_what_it_takes_and_computes():
+    path = str(Path(__file__).parents[2] / "examples")
+    found = Tools(EnvironmentConfig(tools=["calculator:calculate"], path=path), None)
+    (schema,) = found.schemas
+    assert schema["function"]["parameters"]["required"] == ["formula"]
+    text = call("calculate", formula="(12 + 3) * 7") + call("calculate", formula="os.getcwd()")
+    right, wrong = results(found, text)
+    assert right == "105"
+    assert wrong.startswith("error: ValueError: not arithmetic")
 
 
 @pytest.mark.parametrize(
