@@ -63,7 +63,7 @@ class Environments:
         """What the chat template tells the policy about each tool; a collective."""
         schemas = self._tools.schemas if self._tools is not None else []
         data = self._ranks.broadcast_bytes(msgspec.json.encode(schemas))
-        return msgspec.json.decode(data, type=list[dict[str, Any]])
+        return msgspec.json.decode(data, type=examined(list[dict[str, Any]]))
 
     def make(self, prompts: Sequence[Prompt], seeds: Sequence[int], step: int) -> list[Any]:
         """Makes an environment for each prompt; returns None for each on ranks other than 0.
@@ -123,7 +123,7 @@ class Environments:
 
         self._on_rank_0(f"at turn {number} of step {step}", run)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(found))
-        return msgspec.msgpack.decode(data, type=list[Reply])
+        return msgspec.msgpack.decode(data, type=examined(list[Reply]))
 
     def take_tool_use(self, step: int) -> ToolUse | None:
         """Returns the use of tools since :meth:`make`; logs the first problem.
