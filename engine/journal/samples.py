@@ -232,8 +232,8 @@ class SampleReader:
         return found
 
     def replies_of_judged(self) -> dict[Response, list[tuple[int, int]]]:
-        """The replies of an environment in the responses of :meth:`judged`, where there are any."""
-        return {Response.of(row): row.replies for row in self.judged() if row.replies}
+        """The replies in the responses of :meth:`judged` that had an environment."""
+        return {Response.of(row): row.replies for row in self.judged() if row.replies is not None}
 
     def _attach_labels(self) -> bool:
         """Attaches `labels.db` once it exists; returns whether it is attached."""

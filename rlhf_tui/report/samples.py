@@ -44,7 +44,7 @@ class ReportSamples(Struct, frozen=True):
     preferences: list[Preference] = msgspec.field(default_factory=list)
     preferences_total: int = 0
     replies: dict[Response, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
-    """The replies in judged and compared responses, where there are any."""
+    """The replies in judged and compared responses that had an environment."""
 
 
 def read_samples(record: JournalReader) -> ReportSamples:

@@ -253,7 +253,8 @@ def has_replies(report: Report) -> bool:
     """Whether any response of the report has replies."""
     samples = report.samples
     groups = (*samples.held_out, samples.through_time, samples.best, samples.worst, samples.judged)
-    return bool(samples.replies) or any(row.replies for rows in groups for row in rows)
+    shown = any(row.replies for rows in groups for row in rows)
+    return shown or any(samples.replies.values())
 
 
 def sample_heading(row: SampleRow) -> str:
