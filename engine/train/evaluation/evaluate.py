@@ -27,7 +27,6 @@ from engine.train.experience.scoring import scores_for_training
 from engine.train.ppo import masked
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.metrics import distinct_2
-from engine.train.reports.samples import replies_of
 from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.source import RewardCallError, RewardInputs
 from engine.train.rollout.backend import GREEDY_TEMPERATURE, SamplingOptions
@@ -282,7 +281,7 @@ def _samples(parts: list[_Scored]) -> list[Sample]:
                     length=int(rollout.lengths[i]),
                     ended=bool(rollout.ended[i]),
                     parts={name: scores[i] for name, scores in part.parts.items()},
-                    replies=replies_of(rollout, i),
+                    replies=rollout.replies(i),
                 )
             )
     return samples

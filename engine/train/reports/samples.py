@@ -47,16 +47,11 @@ def kept_samples(
             ended=bool(ended[i]),
             parts={k: v[i] for k, v in parts.items()},
             weights_version=versions[i],
-            replies=replies_of(rollout, i),
+            replies=rollout.replies(i),
             arrays=arrays[i] if i < len(arrays) else None,
         )
         for i in range(min(log.samples, len(scores)))
     ]
-
-
-def replies_of(rollout: Rollout, row: int) -> list[tuple[int, int]] | None:
-    """Start and end of each reply in the text of a response; None without an environment."""
-    return None if rollout.conversation is None else rollout.conversation.turns[row].replies
 
 
 def _token_arrays(
