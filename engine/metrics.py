@@ -261,6 +261,12 @@ METRICS = (
     Metric("environment/turns", "turns",
            "mean number of turns of the policy in a response (with `environment.factory` only, as "
            "the others of `environment`)", title="turns"),
+    Metric("environment/tool_calls", "calls",
+           "mean number of tool calls in a response (with `environment.tools` only)",
+           title="tool calls"),
+    Metric("environment/failed_calls", "fraction of calls",
+           "tool calls that ended in an error, which the policy was told (with "
+           "`environment.tools` only)", title="failed tool calls"),
     Metric("environment/reply_tokens", "tokens",
            "mean number of tokens in a response that the environment wrote", title="reply tokens"),
     Metric(

@@ -1,7 +1,9 @@
-"""A calculator for a chat model that solves word problems: an environment of tools.
+"""A calculator for a chat model that solves word problems, in two ways.
 
-A message of the policy that ends in ``<calc>12 * 7</calc>`` gets the result as a reply. A message
-without such a call ends the response.
+``calculate`` is a tool (tools.yaml): the model calls it as it was trained to call tools. With the
+environment ``Calculator`` (calculator.yaml), a message that ends in ``<calc>12 * 7</calc>`` gets
+the result as a reply, also from a model that knows no tools. A message without a call ends the
+response.
 """
 
 import ast
@@ -18,6 +20,15 @@ OPERATIONS: dict[type[ast.operator], Callable[[float, float], float]] = {
 }
 
 
+def calculate(formula: str) -> str:
+    """Computes a formula.
+
+    Args:
+        formula: Numbers, + - * / and parentheses, such as (12 + 3) * 7.
+    """
+    return f"{value(ast.parse(formula.strip(), mode='eval').body):.10g}"
+
+
 class Calculator:
     """The environment of one response."""
 
@@ -30,13 +41,13 @@ class Calculator:
         if not calls:
             return None
         try:
-            result = value(ast.parse(calls[-1].strip(), mode="eval").body)
+            result = calculate(calls[-1])
         except (SyntaxError, ValueError, ArithmeticError, RecursionError):
             # The policy reads this and can correct itself; an exception would pause the run.
             self._wrong += 1
             return "error: only numbers, + - * / and parentheses"
         self._right += 1
-        return f"{result:.10g}"
+        return result
 
     def well_called(self) -> float | None:
         """The share of calls that could be computed; None, which adds nothing, without any."""

@@ -35,7 +35,7 @@ def write_output(path: Path, data: bytes | Iterable[bytes]) -> int:
     if path.exists() and not path.is_file():
         with path.open("wb") as output:
             return sum(map(output.write, parts))
-    file = path.resolve()
+    file = Path(os.path.realpath(path))  # of a loop of links it is the link, which is replaced
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         part.unlink(missing_ok=True)  # of a killed process with the same id

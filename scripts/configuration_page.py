@@ -1,14 +1,17 @@
 """Writes docs/configuration.md from engine/config/schema.py and the sections beside it.
 
 Run ``python -m scripts.configuration_page``. Each section becomes a table of its keys with their
-types, defaults and docstrings. A test compares the page with the code.
+types, defaults and docstrings. A comment `# -- title ---` in the class of a section begins a group:
+the keys below it get a table with that title. A test compares the page with the code.
 """
 
 import ast
+import bisect
 import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from engine import metrics
 from engine.config import schema, sections
@@ -49,6 +52,8 @@ description says after *Default:* what then applies.
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
 they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) are far outside the useful range.
 """
+GROUP = re.compile(r"    # -- (.+?) -+")
+"""The comment that begins a group of keys, a line by itself."""
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
 LIST_ITEMS = {
     "A data set of `data.prompts`": "PromptSource",
@@ -106,17 +111,47 @@ def _bound(text: str) -> str:
 def page() -> str:
     """The text of the page."""
     files = [Path(schema.__file__), *Path(sections.__path__[0]).glob("*.py")]
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
-    classes = {n.name: n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}
+    classes = {c.node.name: c for file in files for c in _classes(file)}
     seed = "| `seed` | whole number ≥ 0 | `0` | Seed of every random choice. |"
     parts = [HEAD.replace("FIXED", _fixed()), f"{COLUMNS}\n{seed}"]
-    for node in classes["RunConfig"].body:
+    for node in classes["RunConfig"].node.body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in classes:
             section = classes[ast.unparse(node.annotation)]
             name = ast.unparse(node.target)
             parts.append(_table(f"`{name}`", section, f"{name}.", classes))
     parts += [_table(title, classes[name], "", classes) for title, name in LIST_ITEMS.items()]
     return "\n\n".join(parts) + "\n"
+
+
+class _Class(NamedTuple):
+    node: ast.ClassDef
+    groups: dict[int, str]
+    """Line of the comment that begins a group → its title."""
+
+    def parts(self) -> list[tuple[str, list[ast.stmt]]]:
+        """The title and the statements of each group; those before the first have no title."""
+        starts = [0, *self.groups]
+        parts: list[list[ast.stmt]] = [[] for _ in starts]
+        for statement in self.node.body:
+            parts[bisect.bisect(starts, statement.lineno) - 1].append(statement)
+        return list(zip(["", *self.groups.values()], parts, strict=True))
+
+
+def _classes(file: Path) -> list[_Class]:
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    return [
+        _Class(
+            node,
+            {
+                number: found[1]
+                for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                if (found := GROUP.fullmatch(lines[number - 1]))
+            },
+        )
+        for node in nodes
+    ]
 
 
 def _fixed() -> str:
@@ -129,23 +164,37 @@ def _fixed() -> str:
     return textwrap.fill(", ".join(names[:-1]) + f" and {names[-1]}", 70)
 
 
-def _table(title: str, section: ast.ClassDef, prefix: str, classes: dict[str, ast.ClassDef]) -> str:
-    head = f"## {title}\n\n{ast.get_docstring(section)}\n\n{COLUMNS}"
-    return "\n".join([head, *_rows(section, prefix, classes)])
+def _table(title: str, section: _Class, prefix: str, classes: dict[str, _Class]) -> str:
+    """The heading of a section and its table, or the tables of its groups."""
+    text = f"## {title}\n\n{ast.get_docstring(section.node)}"
+    before = _inherited_rows(section, prefix, classes)
+    for group, statements in section.parts():
+        rows, before = before + _rows(statements, prefix, classes), []
+        if rows:
+            heading = f"\n\n### {group[0].upper()}{group[1:]}" if group else ""
+            text += "\n".join([f"{heading}\n\n{COLUMNS}", *rows])
+    return text
 
 
-def _rows(section: ast.ClassDef, prefix: str, classes: dict[str, ast.ClassDef]) -> list[str]:
-    """The rows of a section's keys, those of its base class first.
+def _inherited_rows(section: _Class, prefix: str, classes: dict[str, _Class]) -> list[str]:
+    """The rows of the keys of its base class."""
+    bases = [classes[ast.unparse(b)] for b in section.node.bases if ast.unparse(b) in classes]
+    return [row for base in bases for row in _all_rows(base, prefix, classes)]
 
-    The rows of a nested section take its place.
-    """
-    bases = [classes[ast.unparse(base)] for base in section.bases if ast.unparse(base) in classes]
-    rows = [row for base in bases for row in _rows(base, prefix, classes)]
-    for node, after in zip(section.body, [*section.body[1:], None], strict=True):
+
+def _all_rows(section: _Class, prefix: str, classes: dict[str, _Class]) -> list[str]:
+    own = _rows(section.node.body, prefix, classes)
+    return _inherited_rows(section, prefix, classes) + own
+
+
+def _rows(statements: list[ast.stmt], prefix: str, classes: dict[str, _Class]) -> list[str]:
+    """The rows of keys; those of a nested section take its place."""
+    rows = []
+    for node, after in zip(statements, [*statements[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
             key = prefix + ast.unparse(node.target)
             if (inner := classes.get(ast.unparse(node.annotation))) is not None:
-                rows += _rows(inner, f"{key}.", classes)
+                rows += _all_rows(inner, f"{key}.", classes)
                 continue
             mark = " ⇄" if key in LIVE_SETTINGS.values() else ""
             values = ast.unparse(node.annotation)

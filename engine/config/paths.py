@@ -52,7 +52,9 @@ def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
         if reward.get("path") is None and any(source.get("function") for source in sources):
             reward["path"] = str(folder)
     for environment in _dicts_at(tree, "environment"):
-        if environment.get("path") is None and environment.get("factory"):
+        if environment.get("path") is None and (
+            environment.get("factory") or environment.get("tools")
+        ):
             environment["path"] = str(folder)
 
 

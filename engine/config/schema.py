@@ -54,7 +54,7 @@ class RunConfig(Section, frozen=True):
     @property
     def reply_tokens(self) -> int:
         """Most tokens in a response that an environment wrote; 0 without one."""
-        return 0 if self.environment.factory is None else self.environment.max_tokens
+        return self.environment.max_tokens if self.environment.replies else 0
 
     @property
     def linear_value(self) -> bool:

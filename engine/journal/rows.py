@@ -13,6 +13,7 @@ from msgspec import Struct
 from engine.config.settings import SettingChange
 from engine.examined import examined
 from engine.journal.json_values import Json, decoded
+from engine.journal.turns import Turn, turns_of
 from engine.metrics import CONTRACT
 
 
@@ -338,6 +339,9 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     weights_version: int | None = None
     """The step whose update produced the weights that sampled it; None if unknown, as in sessions
     of earlier versions."""
+    replies: list[tuple[int, int]] | None = None
+    """Start and end of each reply of the environment in the response, in characters; None without
+    an environment, and in sessions of earlier versions."""
     judgement: Judgement | None = None
     """None if there is no judgement, or if it was not read."""
     left: bool = False
@@ -345,6 +349,11 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     held_out: bool = False
     """Whether it is a response to a held-out prompt. It can have the attempt, step and index of a
     training response, so it has no judgement."""
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The response in parts: the policy's turns and the replies between them."""
+        return turns_of(self.response, self.replies)
 
     @property
     def label(self) -> str | None:

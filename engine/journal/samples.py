@@ -122,9 +122,7 @@ class SampleReader:
     @property
     def _columns(self) -> str:
         """SAMPLE_COLUMNS, with replacements for those that an older file lacks."""
-        if self._db.version >= schema.WEIGHTS_ARE_KNOWN:
-            return schema.SAMPLE_COLUMNS
-        return schema.SAMPLE_COLUMNS.replace("weights_version", "NULL AS weights_version")
+        return schema.sample_columns(self._db.version, missing=", NULL AS {}")
 
     @property
     def _keeps_evaluated(self) -> bool:
@@ -272,7 +270,10 @@ def _table(*, held_out: bool) -> str:
 
 def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False) -> SampleRow:
     """Builds a row from `SAMPLE_COLUMNS`, optionally followed by label, note, who and time."""
-    step, index, attempt, prompt, response, score, kl, length, ended, parts, version, *judged = row
+    (
+        step, index, attempt, prompt, response, score, kl, length, ended, parts, version, replies,
+        *judged,
+    ) = row  # fmt: skip
     judgement = None
     if judged and judged[2] is not None:
         label, note, who, time = judged
@@ -281,6 +282,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
         step=step, index=index, attempt=attempt, prompt=prompt, response=response, score=score,
         kl=kl, length=length, ended=bool(ended), parts=decoded(parts, dict[str, float | None]),
         weights_version=version,
+        replies=None if replies is None else decoded(replies, list[tuple[int, int]]),
         judgement=judgement, left=left, held_out=held_out,
     )  # fmt: skip
 

@@ -114,17 +114,42 @@ SAMPLES: list[str] = [
     ALTER TABLE evaluated ADD COLUMN weights_version INTEGER;
     ALTER TABLE evaluated_past ADD COLUMN weights_version INTEGER;
     """,
+    # Start and end of each reply of the environment in the response, as JSON; NULL without one.
+    """
+    ALTER TABLE samples ADD COLUMN replies TEXT;
+    ALTER TABLE samples_past ADD COLUMN replies TEXT;
+    ALTER TABLE evaluated ADD COLUMN replies TEXT;
+    ALTER TABLE evaluated_past ADD COLUMN replies TEXT;
+    """,
 ]
 
 EVALUATED_ARE_KEPT = 2
 """The version of samples.db from which it holds the responses to held-out prompts."""
-WEIGHTS_ARE_KNOWN = 3
-"""The version of samples.db from which a response has the version of its weights."""
+ADDED_COLUMNS = {"weights_version": 3, "replies": 4}
+"""Each column that was added to the tables of responses, and the version of samples.db since which
+they have it."""
 
 SAMPLE_COLUMNS = (
-    "step, idx, attempt, prompt, response, score, kl, length, ended, parts, weights_version"
+    "step, idx, attempt, prompt, response, score, kl, length, ended, parts, weights_version, "
+    "replies"
 )
 """The columns that both tables of responses have, with and without `_past`."""
+
+
+def sample_columns(version: int, missing: str = "") -> str:
+    """SAMPLE_COLUMNS in a samples.db of a version.
+
+    Args:
+        version: its number of migrations.
+        missing: what takes the place of a column that it lacks, such as `, NULL AS {}`; by default
+            nothing.
+    """
+    columns = SAMPLE_COLUMNS
+    for name, since in ADDED_COLUMNS.items():
+        if version < since:
+            columns = columns.replace(f", {name}", missing.format(name))
+    return columns
+
 
 LABELS: list[str] = [
     """

@@ -7,6 +7,7 @@ is not in the journal; the next attempt overwrites them.
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import time
@@ -68,6 +69,8 @@ class JournalWriter:
         self._events = EventLog(self._db)
         self._began = False
         """Whether the current attempt is of this process."""
+        self._earlier_attempts = self._events.attempt
+        """Number of the last attempt of other processes."""
         self.commands = CommandLog(self._db, self._events)
 
     def begin_serving(self) -> None:
@@ -263,6 +266,15 @@ class JournalWriter:
         )
         return rows.fetchone() is not None
 
+    def recorded_metrics(self, step: int) -> list[str]:
+        """The metrics of a step of the current timeline that this process recorded, else none."""
+        rows = self._db.execute(
+            "SELECT n.name FROM steps s JOIN metrics m ON m.step = s.step "
+            "JOIN names n ON n.id = m.name WHERE s.step = ? AND s.attempt > ?",
+            (step, self._earlier_attempts),
+        )
+        return [name for (name,) in rows]
+
     def placed(self) -> Placed | None:
         """How the models were placed in the last attempt that loaded them; None before that."""
         row = self._db.execute(
@@ -279,6 +291,16 @@ class JournalWriter:
         """Steps of the checkpoints of the current timeline."""
         query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"
         return [row[0] for row in self._db.execute(query)]
+
+    def best_values(self, metric: str) -> dict[int, float]:
+        """A metric by the step of the current timeline's checkpoints, where it is known."""
+        values = self._db.execute(
+            "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
+            "AND value IS NOT NULL AND step IN "
+            "(SELECT step FROM checkpoints WHERE status IN ('complete', 'written'))",
+            (metric,),
+        )
+        return dict(values.fetchall())
 
     # -- rows of an attempt ---------------------------------------------------------------
 
@@ -324,10 +346,11 @@ class JournalWriter:
     def _sample(self, table: str, step: int, sample: Sample) -> None:
         self._samples.execute(
             f"INSERT OR REPLACE INTO {table} "  # noqa: S608 - one of two names
-            f"({schema.SAMPLE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"({schema.SAMPLE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (step, sample.index, self.attempt, sample.prompt, sample.response,
              finite(sample.score), finite(sample.kl), sample.length, sample.ended,
-             json.dumps(finite(sample.parts)), sample.weights_version),
+             json.dumps(finite(sample.parts)), sample.weights_version,
+             None if sample.replies is None else json.dumps(sample.replies)),
         )  # fmt: skip
         if sample.arrays is not None:
             self._samples.execute(
@@ -417,7 +440,8 @@ def on_network(folder: Path) -> bool:
     mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())  # of any names
     for line in mounts.rstrip("\n").split("\n"):
         before, _, after = line.partition(" - ")
-        mount = before.split()[4].replace("\\040", " ")
+        # Of white space and backslashes in a path, some are written as octal numbers: \040.
+        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])
         inside = path == mount or path.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= longest:
             longest, kind = len(mount), after.split()[0]

@@ -45,6 +45,9 @@ def check_inputs(config: RunConfig) -> None:
         check_function(
             "environment.factory", environment.factory, environment.path, "class or function"
         )
+    for i, tool in enumerate(environment.tools):
+        if ":" in tool:
+            check_function(f"environment.tools[{i}]", tool, environment.path)
     for key, name in models.items():
         folder = Path(name or "")
         if key == "model.policy" and config.model.gguf_file is not None:

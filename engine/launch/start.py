@@ -202,7 +202,9 @@ def fork(
     except (OSError, sqlite3.Error, JournalError) as error:
         shutil.rmtree(child.folder, ignore_errors=True)
         _check_step(session, from_step)  # a live run may have removed it meanwhile
-        raise SessionError(f"cannot copy {session.name} to {name}: {error}") from error
+        # An error of `copytree` lists those of all files.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise SessionError(f"cannot copy {session.name} to {name}: {reason}") from error
     changes = _setting_changes(overrides, new, _settings_at(session, old, from_step))
     return child, StartOptions(
         from_step=from_step,

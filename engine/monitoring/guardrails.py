@@ -252,6 +252,7 @@ def sample_evidence(metric: str, samples: list[Sample]) -> list[dict[str, Any]]:
     return [
         {"index": s.index, "prompt": s.prompt, "response": s.response,
          "score": s.score, "kl": s.kl, "length": s.length}
+        | ({"replies": s.replies} if s.replies else {})
         for s in worst_samples(metric, samples)
     ]  # fmt: skip
 

@@ -222,5 +222,5 @@ def _as_reported(row: SampleRow) -> Sample:
         index=row.index, prompt=row.prompt, response=row.response,
         score=math.nan if row.score is None else row.score,
         kl=math.nan if row.kl is None else row.kl,
-        length=row.length, ended=row.ended, parts=row.parts,
+        length=row.length, ended=row.ended, parts=row.parts, replies=row.replies,
     )  # fmt: skip

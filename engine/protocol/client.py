@@ -76,15 +76,16 @@ class Client:
             raise NoSuchSessionError(
                 f"the engine of '{session.name}' is just starting or ending: try again"
             )
-        if engine.host != socket.gethostname():
-            raise NoSuchSessionError(
-                f"the engine of '{session.name}' runs on {engine.host}: send commands from there"
-            )
         try:
             self._sock = sockets.connect(Path(engine.socket), self._timeout)
             self._send(ClientHello(who=self._who))
             welcome = self._receive()
         except OSError as error:
+            if engine.host != socket.gethostname():  # not before: this machine may have a new name
+                raise NoSuchSessionError(
+                    f"the engine of '{session.name}' runs on {engine.host}: send commands from "
+                    "there"
+                ) from error
             raise LinkError(f"the engine of '{session.name}' does not reply: {error}") from error
         if isinstance(welcome, Welcome) and welcome.refused:
             raise RefusedByEngineError(

@@ -77,11 +77,17 @@ class Sample(Struct, frozen=True, kw_only=True):
     """Score of each reward source."""
     weights_version: int | None = None
     """The step whose update produced the weights that sampled it; None if unknown."""
+    replies: list[tuple[int, int]] | None = None
+    """Start and end of each reply of the environment in the response, in characters; None without
+    an environment."""
     arrays: "TokenArrays | None" = None
 
 
 class TokenArrays(Struct, frozen=True, kw_only=True):
-    """Values per token of a response; every list has the length of the response."""
+    """Values per token of a response; each list of these has the length of the response.
+
+    The tokens are those that the policy sampled, without the replies of an environment.
+    """
 
     tokens: list[str]
     token_ids: list[int]
@@ -90,6 +96,8 @@ class TokenArrays(Struct, frozen=True, kw_only=True):
     advantage: list[float]
     value: list[float]
     """Empty without a value function."""
+    before_replies: list[int] = []
+    """For each reply of the environment, the number of tokens before it."""
 
 
 class RankTimes(Struct, frozen=True, kw_only=True):
@@ -269,8 +277,14 @@ class Begin(Message, frozen=True, tag="begin"):
     """Start with the checkpoint's averaged policy instead of the policy (`fork --ema`)."""
     unevaluated: bool = False
     """Whether the journal has that step without an evaluation; one that was due is made up for."""
+    recorded: list[str] = []
+    """Metrics of that step in the journal, if this engine has recorded it, so with the same
+    configuration; otherwise empty. What an evaluation lacks is made up for."""
     checkpoints: list[int] = []
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
+    best: dict[int, float] = {}
+    """`train.best_metric` of these steps in the journal, where they have it. A checkpoint whose
+    evaluation was made up for after it was saved does not have it."""
     placed: "Placed | None" = None
     """How the last attempt that loaded had placed the models; None before the first."""
     paused: bool = False

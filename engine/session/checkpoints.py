@@ -3,6 +3,7 @@
 The ranks read the rest of their contents.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -108,10 +109,13 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Syncs a file or a folder to disk. Raises OSError."""
+    """Syncs a file or a folder to disk, if the file system can. Raises OSError."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(fd)
 

@@ -82,6 +82,7 @@ class RankMessageHandler:
         ranks: RankProcesses,
         watchdog: Watchdog,
         guardrails: Guardrails,
+        best_metric: str,
         on_alert: Callable[[Alert], Parts],
         on_error: Callable[[Exception], None],
     ) -> None:
@@ -95,6 +96,7 @@ class RankMessageHandler:
             ranks: the processes.
             watchdog: notified of every message.
             guardrails: evaluated on every step.
+            best_metric: `train.best_metric`.
             on_alert: called with each alert of a guard rail; returns what is left to do.
             on_error: called with an error of this process; it ends the run.
         """
@@ -106,6 +108,7 @@ class RankMessageHandler:
         self._watchdog = watchdog
         self.guardrails = guardrails
         """Replaced by the supervisor when ranks start again."""
+        self._best_metric = best_metric
         self._on_alert = on_alert
         self._on_error = on_error
         self._settings_of_step: tuple[int, dict[str, Any]] = 0, {}
@@ -213,7 +216,9 @@ class RankMessageHandler:
                 reseed=journal.reseeded(step),
                 average=journal.forked_from_average(step),
                 unevaluated=journal.lacks_evaluation(step),
+                recorded=journal.recorded_metrics(step),
                 checkpoints=journal.timeline(),
+                best=journal.best_values(self._best_metric),
                 placed=journal.placed(),
                 paused=self._state.paused,
                 repeat=[self._without_invalid(c) for c in journal.commands.changes_after(step)],

@@ -117,6 +117,7 @@ class Supervisor:
             ranks=self.ranks,
             watchdog=self.watchdog,
             guardrails=Guardrails(config.guardrails, judges_of(config)),
+            best_metric=config.train.best_metric,
             on_alert=self.commands.on_alert,
             on_error=self.abort,
         )

@@ -167,7 +167,9 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
         memory=max(first[PEAK_MEMORY], second[PEAK_MEMORY]),
         planned_memory=None if planned is None else planned.peak / 1e9,
         warnings=warnings,
-        samples=[CheckedSample(s.prompt, s.response, s.score) for s in samples[:PROMPTS]],
+        samples=[
+            CheckedSample(s.prompt, s.response, s.score, s.replies) for s in samples[:PROMPTS]
+        ],
     )
 
 

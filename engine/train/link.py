@@ -26,6 +26,10 @@ PROGRESS_INTERVAL = 0.2
 """Minimum seconds between progress messages of a phase; the TUI does not refresh faster."""
 
 
+class SupervisorEndedError(LinkError):
+    """The connection to the supervisor has ended: the engine was killed."""
+
+
 class Link:
     """A connection to the supervisor, open until the process ends."""
 
@@ -61,7 +65,7 @@ class Link:
         that all ranks can run the same code.
 
         Raises:
-            LinkError: the connection is broken.
+            SupervisorEndedError: the connection has ended.
         """
         sent_by_all = isinstance(message, RankHello | Phase | Failed)
         if self._sock is None or (self.rank != 0 and not sent_by_all):
@@ -70,7 +74,7 @@ class Link:
             with self._lock:
                 self._sock.sendall(frames.encode(message))
         except OSError as error:
-            raise LinkError(f"the connection to the supervisor is broken: {error}") from error
+            raise SupervisorEndedError(f"the supervisor has ended: {error}") from error
 
     def wait_for_begin(self) -> Begin:
         """Blocks until the supervisor sends the step to start from. Raises LinkError."""
@@ -132,7 +136,7 @@ class Link:
     @staticmethod
     def _checked(message: M | None) -> M:
         if message is None:
-            raise LinkError("the supervisor closed the connection")
+            raise SupervisorEndedError("the supervisor has ended")
         return message
 
     def _read(self, sock: socket.socket) -> None:

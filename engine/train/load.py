@@ -61,7 +61,6 @@ from engine.train.rollout.backend import BACKENDS, RolloutBackend
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Announce, Run
-from engine.train.user_function import UserFunction
 
 log = logging.getLogger("engine")
 
@@ -124,6 +123,7 @@ def load_run(
 
     begin_stage("prompts")
     tokenizer = _load_tokenizer(config, source, saved, ranks)
+    config, environments = _load_environments(config, ranks)
     prompts, held_out_prompts = _load_prompts(
         config, tokenizer, ranks, lambda part: announce(begin.from_step, f"load prompts: {part}")
     )
@@ -136,9 +136,13 @@ def load_run(
     )
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
-    factory = _load_environment(config, ranks)
     context = LoadContext(
-        config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host, environment=factory
+        config.reward,
+        tokenizer.get_vocab(),
+        ranks,
+        strategy,
+        on_host=on_host,
+        environment=None if environments is None else environments.factory,
     )
     rewards = _load_scores(config, context)
     held_out = _load_held_out(context, config, held_out_prompts, rewards)
@@ -165,7 +169,7 @@ def load_run(
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         held_out=held_out, models=models, memory=memory,
-        environments=Environments(config, ranks, factory) if config.environment.factory else None,
+        environments=environments,
         ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
@@ -186,12 +190,18 @@ def _load_tokenizer(
     return load_policy_tokenizer(config, source, ranks)
 
 
-def _load_environment(config: RunConfig, ranks: RankGroup) -> UserFunction | None:
-    """Imports what makes the environments, on rank 0; None without any. Raises UserInputError."""
-    environment = config.environment
-    if environment.factory is None or not ranks.is_lead:
-        return None
-    return UserFunction(environment.factory, environment.path, "environment.factory")
+def _load_environments(
+    config: RunConfig, ranks: RankGroup
+) -> tuple[RunConfig, Environments | None]:
+    """Returns what replies to the policy, and a configuration that tells templates about tools."""
+    if not config.environment.replies:
+        return config, None
+    environments = Environments(config, ranks)
+    if not (schemas := environments.tool_schemas()):
+        return config, environments
+    arguments = (config.data.template_arguments or {}) | {"tools": schemas}
+    data = msgspec.structs.replace(config.data, template_arguments=arguments)
+    return msgspec.structs.replace(config, data=data), environments
 
 
 def _load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:

@@ -9,6 +9,7 @@ from engine.config.sections.reward import RewardConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Placed
 from engine.train.checkpoints.folder import TrainingState
+from engine.train.data.chat_template import render_chat
 from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.models.language_model import (
     AdapterFreePolicy,
@@ -137,10 +138,33 @@ def check_response_length(run: Run) -> None:
 
 
 def check_replies(run: Run) -> None:
-    """Checks that the chat template can render an environment's reply. Raises UserInputError."""
-    if run.environments is not None:
-        reply = [{"role": run.config.environment.role, "content": "A reply"}]
-        ReplyTokens(run.config, run.tokenizer)(run.prompts.for_step(1)[0], reply, last=-1)
+    """Checks that the chat template renders replies and tools. Raises UserInputError."""
+    if run.environments is None:
+        return
+    environment, prompt = run.config.environment, run.prompts.for_step(1)[0]
+    if environment.tools:
+        if prompt.messages is None:
+            raise UserInputError(
+                "environment.tools needs conversations, whose template tells the policy about "
+                "them: set data.chat: true"
+            )
+        without = (run.config.data.template_arguments or {}) | {"tools": None}
+        text = render_chat(
+            run.tokenizer, prompt.messages, "data", add_generation_prompt=True, **without
+        )
+        if text == prompt.text:
+            raise UserInputError(
+                "environment.tools: the chat template says nothing about tools; use a model that "
+                "was trained to call them, or give data.chat_template"
+            )
+    for role in {"tool"} if environment.tools else {environment.role}:
+        reply = [{"role": role, "name": "tool", "content": "A reply"}]
+        tokens = ReplyTokens(run.config, run.tokenizer)(prompt, reply, last=-1)
+        if reply[0]["content"] not in run.tokenizer.decode(tokens):
+            raise UserInputError(
+                f"environment: the chat template does not show messages of the role {role}; use "
+                "environment.role: user without tools, another model, or data.chat_template"
+            )
 
 
 def check_vocabularies(policy: int, reference: int) -> None:

@@ -70,6 +70,11 @@ class UserFunction:
             p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC
         ]
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        return self._function
+
     def _file_signature(self) -> FileSignature:
         """Returns the signature of the module's file; () if there is no file."""
         file = getattr(self._module, "__file__", None)  # none for a module that is built in

@@ -6,6 +6,7 @@ reports. A rank never outlives its supervisor.
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -33,6 +34,7 @@ from engine.errors import (
 )
 from engine.examined import examined
 from engine.launch.environment import LAUNCH_VARIABLE
+from engine.metrics import EVAL_SOURCE
 from engine.protocol.rank_messages import (
     RESTART_REASONS,
     REWARD_FAILED,
@@ -53,7 +55,7 @@ from engine.train.evaluation.evaluate import (
     evaluate_if_due,
     recorded,
 )
-from engine.train.link import Link
+from engine.train.link import Link, SupervisorEndedError
 from engine.train.load import load_run
 from engine.train.models import memory_check
 from engine.train.models.language_model import parameter_count
@@ -100,6 +102,9 @@ def main() -> None:
         if not ranks.is_lead:  # rank 0 logs for all
             logging.getLogger().setLevel(logging.WARNING)
         reason = train(session, link, ranks)
+    except SupervisorEndedError as error:  # there is nobody to report to, and nothing is wrong here
+        log.error("rank %d ends: %s", link.rank, error)  # noqa: TRY400 - one line
+        exit_now(1)
     except LinkError:
         raise
     except Exception as error:
@@ -198,7 +203,7 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
             link.send(EvaluationReport(baseline.metrics, recorded(baseline.samples)))
             for recorder in recorders:
                 recorder.step(0, baseline.metrics, baseline.samples)
-        missing = Evaluation() if begin.unevaluated and run.held_out is not None else None
+        missing = incomplete_evaluation(run, begin)
         while boundary.before_step():
             if missing is not None:
                 make_up(boundary, run, link, recorders, missing)
@@ -288,6 +293,26 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
                 return Evaluation()
         else:
             return evaluation
+
+
+def incomplete_evaluation(run: Run, begin: Begin) -> Evaluation | None:
+    """The evaluation that the journal has of the step that a run starts from, if it lacks a part.
+
+    It can lack all of it, or sources of `eval.rewards` that failed. :func:`make_up` does nothing at
+    a step without an evaluation.
+
+    Returns:
+        None if nothing is to be made up for; an evaluation whose metrics have no values otherwise.
+    """
+    if run.held_out is None:
+        return None
+    if begin.unevaluated:
+        return Evaluation()
+    sources = run.held_out.rewards.names if run.held_out.rewards is not None else []
+    expected = {EVAL_SOURCE.replace("NAME", name) for name in sources}
+    if not begin.recorded or expected <= set(begin.recorded):
+        return None
+    return Evaluation(dict.fromkeys(begin.recorded, math.nan))
 
 
 def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError | None]:

@@ -1,6 +1,7 @@
 """The command that exports parts of a session: its policy, samples or preferences."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def _export_policy(
     config = session.config()
     adapted = config.lora.rank is not None
     try:
-        with written_whole(target.resolve()) as folder:
+        with written_whole(Path(os.path.realpath(target))) as folder:
             if adapted and merged:
                 _merge(session, step, part, folder, target)
             else:

@@ -1,6 +1,7 @@
 """Options, arguments and output that commands share."""
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -43,6 +44,11 @@ def _folder(context: click.Context, _option: click.Parameter, value: Path) -> Pa
             f"--sessions: the path is too long (at most {NAME_MAX} bytes a name and {PATH_MAX} in "
             f"all): {str(value)[:40]}…"
         )
+    try:
+        value.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserInputError(f"--sessions: {value} is a loop of symbolic links") from error
     return value
 
 

@@ -15,6 +15,7 @@ from rlhf_tui.state.session_state import RECENT, SessionState
 from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.cursor import MEASURED
+from rlhf_tui.widgets.samples.turns import response_rows
 from rlhf_tui.widgets.wrap import wrap
 
 KINDS = {
@@ -34,6 +35,7 @@ class EvidenceSample(Struct, frozen=True, kw_only=True):
     score: float | None = None
     kl: float | None = None
     length: int | None = None
+    replies: list[tuple[int, int]] = []
 
 
 class Evidence(Struct, frozen=True, kw_only=True):
@@ -124,7 +126,7 @@ class EventDialog(TextDialog):
             numbers += f"  {fmt.plural(sample.length, 'token')}" if sample.length else ""
             rows += [[], [(f"response {sample.index}  ", "accent"), (numbers, "dim")]]
             rows += self._wrapped(sample.prompt, "dim")
-            rows += self._wrapped(sample.response, "")
+            rows += response_rows(sample.response, sample.replies, self.width)
         return rows
 
     def _block(self, title: str, text: str) -> list[Row]:

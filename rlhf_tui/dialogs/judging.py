@@ -23,6 +23,7 @@ from rlhf_tui.dialogs.judging_queue import POOL, Decision, JudgingQueue
 from rlhf_tui.state.label_writer import LabelWriter
 from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
 from rlhf_tui.widgets.samples.judgement import LABEL_MARKS
+from rlhf_tui.widgets.samples.turns import heading, response_rows
 from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.wrap import wrap, wrap_row
 
@@ -277,6 +278,8 @@ class JudgingDialog(Dialog[None]):
             help_text = f" {done}: esc closes it, J opens the next one; {samples}"
             return list(wrap_row([(help_text, "dim")], width))
         facts = f"step {row.step}  #{row.index}  {fmt.plural(row.length, 'token')}"
+        if row.replies is not None:
+            facts += f"  {fmt.plural(len(row.replies) + 1, 'turn')}"
         head: list[Piece] = [(facts, "dim")]
         if not row.ended:
             head.append(("  ✂ cut off", "warn"))
@@ -284,5 +287,5 @@ class JudgingDialog(Dialog[None]):
         if row.note:
             rows += [[(line, "key")] for line in wrap(f"✎ {row.note}", width)]
         rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(row.prompt, width))]
-        rows += [[], [("RESPONSE", "dim")], *([(line, "")] for line in wrap(row.response, width))]
+        rows += [[], heading(row.replies), *response_rows(row.response, row.replies, width)]
         return [[(" ", ""), *line] for line in rows]

@@ -13,7 +13,7 @@ from engine.metrics import SCORE, describe, title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.state.messages import HeaderSelected, RowSelected
+from rlhf_tui.state.messages import HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.table import Column, Table
 
@@ -122,21 +122,31 @@ class CheckpointsScreen(SessionScreen):
             hint += [("; ", "dim"), ("c", "key"), (" saves one after the current step", "dim")]
         return [[(" no checkpoint yet", "dim")], hint]
 
-    def _selected(self) -> CheckpointRow | None:
-        key = self.query_one(Table).key
-        found = next(
-            (c for c in self.context.state.checkpoints if (c.step, c.attempt) == key), None
-        )
+    # -- keys ----------------------------------------------------------------------------------
+
+    def why_disabled(self, action: str) -> str:
+        """Why the selected checkpoint does not allow an action."""
+        if reason := super().why_disabled(action):
+            return reason
+        if action not in self.WRITES:
+            return ""
+        found = self._highlighted()
         if found is None:
-            self.context.say("no checkpoint selected")
-        elif found.status != "complete":
-            self.context.say("this checkpoint belongs to an abandoned branch", "warning")
-            return None
-        return found
+            return self.context.state.unread or "no checkpoint yet"
+        return "" if found.status == "complete" else "this checkpoint is of an abandoned branch"
+
+    def on_row_highlighted(self, message: RowHighlighted) -> None:
+        """Shows the keys that can act on the checkpoint."""
+        self.refresh_keys()
+
+    def _highlighted(self) -> CheckpointRow | None:
+        """The checkpoint under the cursor."""
+        key = self.query_one(Table).key
+        return next((c for c in self.context.state.checkpoints if (c.step, c.attempt) == key), None)
 
     def action_roll_back(self) -> None:
         """Rolls back: by a command to the engine, or by a resume if none runs."""
-        found, target = self._selected(), self.steering_target()
+        found, target = self._highlighted(), self.steering_target()
         if found is None or target is None:
             return
         name, step = target.name, found.step
@@ -154,12 +164,12 @@ class CheckpointsScreen(SessionScreen):
 
     def action_fork(self) -> None:
         """Forks a session from the checkpoint."""
-        if (found := self._selected()) is not None:
+        if (found := self._highlighted()) is not None:
             self.context.engines.ask_fork(self.context.state.name, found.step)
 
     def action_export(self) -> None:
         """Exports the policy as a model folder."""
-        if (found := self._selected()) is None:
+        if (found := self._highlighted()) is None:
             return
         name, step = self.context.state.name, found.step
         target = str(Path.cwd() / f"{name}-step-{step}")
@@ -177,7 +187,8 @@ class CheckpointsScreen(SessionScreen):
 
     @on(RowSelected)
     def _enter(self) -> None:
-        self.context.say("r rolls back to it, f forks from it, E exports its policy")
+        reason = self.why_disabled("roll_back")
+        self.context.say(reason or "r rolls back to it, f forks from it, E exports its policy")
 
 
 def _cells(c: CheckpointRow, best: str, last: bool) -> list[Piece]:

@@ -56,6 +56,15 @@ def test_every_key_stands_on_the_page_and_is_explained():
         assert len(row.rstrip(" |").rsplit("|", 1)[1].strip()) > 3, row
 
 
+def test_every_key_of_ppo_stands_in_the_table_of_a_group():
+    (section,) = re.findall(r"^## `ppo`\n(.*?)^## ", page(), re.DOTALL | re.MULTILINE)
+    before, *groups = re.split(r"^### ", section, flags=re.MULTILINE)
+    assert "| `ppo." not in before
+    rows = [len(re.findall(r"^\| `ppo\.", group, re.MULTILINE)) for group in groups]
+    assert sum(rows) == len(PPOConfig.__struct_fields__)
+    assert min(rows) > 0
+
+
 @pytest.mark.parametrize(
     ("section", "key"),
     [

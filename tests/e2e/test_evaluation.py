@@ -68,6 +68,38 @@ def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab,
     assert [r.prompt for r in responses] == ["The sound"]
 
 
+WATCHED = """
+from pathlib import Path
+
+def watch(prompts, trainer_state, **_):
+    if trainer_state.global_step == 2 and not Path(__file__).with_name("up").exists():
+        raise ValueError("no scores for these")
+    return [float(trainer_state.global_step)] * len(prompts)
+"""
+
+
+@pytest.mark.slow
+def test_after_ranks_restart_a_watched_source_is_made_up_for_and_its_checkpoint_kept(lab):
+    keys = ("eval.holdout=4", "eval.every=2", "reward.retries=0",
+            "eval.rewards=[{function: 'watched:watch', name: judge}]",
+            "train.best_metric=eval/reward/judge",
+            "train.save_every=2", "train.keep_last=1", "train.keep_best=1")  # fmt: skip
+    run = lab.run("watched", *keys, steps=6)
+    # Later checkpoints are worse: the one whose evaluation was made up for must be kept.
+    (run.gate / "watched.py").write_text(WATCHED.replace("float(", "-float("))
+    run.start()
+    run.wait_for("paused")
+    run.wait_saved(2)
+    run.rank().kill()
+    until(lambda: len(run.events("ready")) == 2 and run.state == "paused", "another pause")
+    (run.gate / "up").touch()
+    assert run.command("unpause")["status"] == "applied"
+    run.finish()
+    with run.reader() as reader:
+        assert dict(reader.series("eval/reward/judge")) == {0: 0.0, 2: -2.0, 4: -4.0, 6: -6.0}
+        assert [c.step for c in reader.checkpoints()] == [2, 6]
+
+
 def test_an_evaluation_whose_judge_is_down_says_that_it_waits_and_keeps_the_rest(old, tmp_path):
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text('{"prompt": "The lamp"}\n{"prompt": "A night"}\n')

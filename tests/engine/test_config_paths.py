@@ -8,7 +8,7 @@ from engine.config import file as config_file
 from engine.config.paths import path_keys
 from engine.config.schema import RunConfig
 
-SCORE = ("revision", "label", "function", "service", "judge")
+SCORE = ("revision", "label", "function", "service", "judge", "environment")
 JUDGING = (
     "http.token_env",
     "http.label_column",
@@ -20,6 +20,7 @@ OTHER_TEXTS = {
     "model.revision", "model.gguf_file", "model.reference_revision", "lora.targets[]",
     *(f"{source}.{key}" for source in SOURCES for key in (*SCORE, *JUDGING)),
     "reward.mix[].name", "eval.rewards[].name", "eval.column", "eval.split",
+    "environment.factory", "environment.tools[]", "environment.call_pattern",
     "rollout.rendezvous", "rollout.stop[]", "launch.rendezvous",
     "train.stop_at.metric", "train.best_metric", "train.save_before_deadline",
     "log.trackers[]", "log.project",

@@ -354,6 +354,14 @@ REFUSED = {
         r"eval\.rewards\[0\]\.environment needs environment\.factory",
     ),
     "turns without an environment": (["environment.max_turns=3"], r"need environment\.factory"),
+    "a tool that is no function": (["environment.tools=['a.py']"], "or a name, not 'a.py'"),
+    "a tool of no environment": (["environment.tools=[look]"], r"'look' needs environment\.fac"),
+    "tools twice": (
+        ["environment.tools=['a:b']", "data.template_arguments={tools: []}"], "give either",
+    ),
+    "a pattern without a group": (
+        ["environment.tools=['a:b']", "environment.call_pattern=x"], "needs one group",
+    ),
     "an environment that is no name": (
         ["environment.factory=game.py"], "must be written module:name",
     ),

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from contextlib import closing
 
+import msgspec
 import pytest
 
 from engine.config.settings import SettingChange
@@ -15,11 +16,12 @@ from engine.errors import JournalError
 from engine.journal import database, schema
 from engine.journal.database import open_read_only
 from engine.journal.fork import copy_until
+from engine.journal.history.recording import Recording
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, MetricRow, engine_died_before
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.metrics import SCORE
-from engine.protocol.rank_messages import REWARD_CHANGED
+from engine.protocol.rank_messages import REWARD_CHANGED, StepReport
 
 
 def scores(session):
@@ -52,15 +54,38 @@ def test_rows_of_some_metrics_have_these_and_no_others(writer):
     assert [(r.step, r.values) for r in rows] == [(1, {"late": 3.0}), (2, {"late": 3.0})]
 
 
-def test_responses_of_an_earlier_version_have_no_version_of_weights(writer):
+@pytest.mark.parametrize("version", range(1, len(schema.SAMPLES)))
+def test_responses_of_an_earlier_version_lack_what_it_did_not_record(writer, version):
     writer.steps(1)
     writer.session.samples_file.unlink()
     with closing(sqlite3.connect(writer.session.samples_file)) as old:
-        schema.migrate(old, schema.SAMPLES[:2], writer.session.samples_file)
-        old.execute("INSERT INTO samples VALUES (1, 0, 1, 'p', 'r', 1, 1, 1, 1, '{}')")
+        schema.migrate(old, schema.SAMPLES[:version], writer.session.samples_file)
+        old.execute(
+            "INSERT INTO samples (step, idx, attempt, prompt, response, length, ended, parts) "
+            "VALUES (1, 0, 1, 'p', 'r', 1, 1, '{}')"
+        )
         old.commit()
+    recording = Recording(writer.session)
+    past = writer.session.at(recording.position_at(recording.duration))
+    for session in (writer.session, past):
+        with SampleReader(session) as samples:
+            (row,) = samples.newest()
+        assert (row.response, row.weights_version, row.replies) == ("r", None, None)
+
+
+@pytest.mark.parametrize("replies", [None, [], [(3, 9), (12, 12)]])
+def test_the_replies_of_an_environment_are_read_as_they_were_written(writer, replies):
+    row = writer.sample(1, 0, replies=replies)
+    report = StepReport(step=1, metrics={}, settings={}, samples=[row], evaluated=[row])
+    writer.journal.record_step(report)
     with SampleReader(writer.session) as samples:
-        assert [(s.response, s.weights_version) for s in samples.newest()] == [("r", None)]
+        (training,), (held_out,) = samples.newest(), samples.evaluated()
+    assert training.replies == held_out.replies == replies
+    writer.journal.begin_attempt(0, fresh=True)  # abandons the step
+    with SampleReader(writer.session) as samples:
+        assert not samples.newest()
+        earlier = samples.earlier(msgspec.structs.replace(training, attempt=2))
+    assert [each.replies for each in earlier] == [replies]
 
 
 def test_a_metric_that_begins_later_is_null_before(writer):

@@ -3,12 +3,14 @@
 import os
 import shutil
 import sqlite3
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from engine.errors import JournalError
 from engine.journal import schema
+from engine.journal import writer as journal_writer
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader
 from engine.journal.writer import JournalWriter, on_network
@@ -148,6 +150,22 @@ def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, wr
 
 def test_a_local_folder_is_not_taken_for_a_network_one(tmp_path):
     assert not on_network(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a b", "a\tb", "a\nb", "a\\b", "a\u00a0b", "日本"])
+def test_a_mounted_network_file_system_is_known_whatever_its_path(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(journal_writer, "NETWORK_FILE_SYSTEMS", {"tmpfs"})
+    mount = tmp_path / name
+    mount.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mount], check=False)
+    if mounted.returncode:
+        pytest.skip("only root can mount")
+    try:
+        assert on_network(mount)
+        assert on_network(mount / "sessions")
+        assert not on_network(tmp_path / f"{name}c")
+    finally:
+        subprocess.run(["umount", mount], check=True)
 
 
 def test_the_samples_up_to_a_checkpoint_are_on_disk_before_it_counts(writer, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import threading
 
 import pytest
@@ -69,6 +70,19 @@ def ctl(live):
         )
 
     return run
+
+
+def test_an_engine_is_reached_though_its_machine_has_another_name_by_now(ctl, live, monkeypatch):
+    listener, path = sockets.listen(live.folder)
+    live.write_engine(str(path), "1")
+    monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+    engine = threading.Thread(target=end_after_a_command, args=(listener,))
+    engine.start()
+    done = ctl("stop")
+    engine.join()
+    listener.close()
+    assert done.exit_code == 0, done.output
+    assert "runs on" in str(ctl("stop").exception)
 
 
 def test_a_stop_that_ends_the_engine_at_once_is_accepted_all_the_same(ctl, live):

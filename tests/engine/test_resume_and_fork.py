@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import sqlite3
 
@@ -244,6 +245,24 @@ def test_a_checkpoint_that_a_live_run_removes_while_it_is_copied_is_told(writer,
     with pytest.raises(NoSuchSessionError, match=r"no checkpoint of step 2 \(it has: none yet\)"):
         fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
     assert [f.name for f in writer.session.folder.parent.iterdir()] == ["run"]
+
+
+def test_a_fork_without_room_for_the_files_of_tensorboard_names_the_first_one(writer):
+    session = writer.session
+    writer.checkpoint(2)
+    session.tensorboard.mkdir()
+    for name in ("events-1", "events-2"):
+        (session.tensorboard / name).write_bytes(bytes(1_000_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        with pytest.raises(SessionError) as caught:
+            fork(session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).startswith("cannot copy run to child: [Errno 27] File too large: ")
+    assert str(caught.value).count("tb/events-") == 2  # from one path to the other
+    assert [folder.name for folder in session.folder.parent.iterdir()] == ["run"]
 
 
 def test_a_fork_of_an_archive_that_nobody_can_write_in(make_session, write_in, monkeypatch):

@@ -31,6 +31,7 @@ from engine.launch.start import fork, resume
 from engine.protocol.client import Client
 from engine.session import folder as session_folder
 from engine.session import registry
+from engine.session.checkpoints import sync
 from engine.session.states import ENDED_STATES, LIVE_STATES
 from engine.session.temporary_folders import LOCK, TemporaryFolder, written_whole
 
@@ -145,6 +146,12 @@ def test_a_folder_that_is_written_whole_is_not_there_after_a_kill(tmp_path):
         (part / "config.json").write_text("{}")
         assert not out.exists()
     assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_a_file_system_that_cannot_sync_a_folder_fails_no_save():
+    sync(Path("/proc/self"))  # of such a one
+    with pytest.raises(FileNotFoundError):
+        sync(Path("/proc/self/none"))
 
 
 def test_no_umask_opens_a_session_or_its_folder_to_others(tmp_path):

@@ -285,6 +285,26 @@ async def test_ranks_begin_paused_unless_the_pause_would_have_ended_by_itself(en
     assert not engine.shared.paused
 
 
+async def test_ranks_are_told_what_this_engine_has_recorded_of_their_step(
+    engine, writer, write_in, tmp_path
+):
+    writer.steps(1, 2, **{"eval/score": 0.5})
+    engine.shared.attempt = Attempt(StartOptions(from_step=1))
+    assert set((await begin_of(engine, tmp_path)).recorded) == {
+        "objective/scores", "lr", "eval/score",
+    }  # fmt: skip
+    with closing(write_in(writer.session).journal) as other:
+        assert other.recorded_metrics(1) == [], "the evaluation of another engine may differ"
+
+
+async def test_ranks_are_told_the_best_metric_of_each_checkpoint(engine, writer, tmp_path):
+    writer.steps(1, 2, 3)
+    for step in (1, 3):
+        writer.checkpoint(step)
+    begin = await begin_of(engine, tmp_path)
+    assert begin.best == {1: 1.1, 3: 3.1}
+
+
 async def test_values_that_an_earlier_version_accepted_are_not_repeated(engine, writer, tmp_path):
     for number, (step, old, new) in enumerate(((2, 4, 10**19), (3, 10**19, 4), (4, 4, 6))):
         writer.change(str(number), step, old, new, key="epochs")

@@ -56,6 +56,8 @@ def values(kind):
         return st.lists(values(arguments[0]), max_size=2)
     if origin is dict:
         return st.dictionaries(*map(values, arguments), max_size=2)
+    if origin is tuple:
+        return st.tuples(*map(values, arguments))
     hints = get_type_hints(kind)
     return st.builds(kind, **{k: values(hints[k]) for k in kind.__struct_fields__})
 

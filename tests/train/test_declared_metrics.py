@@ -1,13 +1,12 @@
 """The metrics of a step are those that engine/metrics.py declares."""
 
-from pathlib import Path
-
 from engine import metrics
 from engine.protocol.rank_messages import Begin
 from engine.train.boundary import Boundary
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.link import Link
 from engine.train.step import train_step
+from tests.train.arithmetic import CHATTING
 
 EVERYTHING = (
     "ppo.entropy_coef=0.01",
@@ -40,12 +39,8 @@ def test_a_step_returns_every_declared_metric_and_no_other(make_run):
     boundary.after_step(1, found, 0.1)
     boundary.close()
     # No estimator has every metric, no value function, and an environment excludes others.
-    folder = Path(__file__).parent
-    environment = (
-        f"environment={{factory: 'repeating:Repeating', path: '{folder}', max_tokens: 40}}"
-    )
-    for overrides in ("ppo.advantage=remax", "model.value=reward_model", environment):
-        other, _ = make_run(overrides)
+    for overrides in (["ppo.advantage=remax"], ["model.value=reward_model"], CHATTING):
+        other, _ = make_run(*overrides)
         found |= train_step(other, 1)[0]
     undeclared = {name for name in found if metrics.declaration(name) is None}
     assert not undeclared, "declare them in engine/metrics.py"

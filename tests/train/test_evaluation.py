@@ -25,7 +25,7 @@ from engine.train.evaluation.evaluate import (
 from engine.train.link import Link
 from engine.train.rewards.source import RewardCallError
 from engine.train.step import train_step
-from engine.train.worker import evaluate_or_skip, make_up, step_report
+from engine.train.worker import evaluate_or_skip, incomplete_evaluation, make_up, step_report
 
 EVALUATED = ("eval.every=1", "eval.holdout=6", "eval.per_prompt=2", "data.shuffle=true")
 
@@ -240,6 +240,27 @@ def test_only_the_metric_of_a_watched_source_that_failed_is_made_up_for(
         report = supervisor.wait_for(EvaluationReport)
     assert report.metrics == {"eval/reward/fails": 1.0}
     assert {s.parts["fails"] for s in report.samples} == {1.0}
+
+
+def test_after_a_restart_the_metric_of_a_watched_source_that_failed_is_made_up_for(
+    watched_run, supervisor, link, tmp_path
+):
+    before, _ = evaluate_or_skip(watched_run, 1)
+    sys.modules["watched_for_test"].works_again.append(True)
+    begin = Begin(attempt=2, from_step=0, recorded=["objective/kl", *before.metrics])
+    missing = incomplete_evaluation(watched_run, begin)
+    session = create(tmp_path, "session", watched_run.config)
+    with closing(Boundary(session, watched_run, begin, link)) as boundary:
+        make_up(boundary, watched_run, link, [], missing)
+        report = supervisor.wait_for(EvaluationReport)
+    assert report.metrics == {"eval/reward/fails": 1.0}
+
+
+def test_nothing_is_made_up_for_of_a_whole_evaluation_or_of_one_of_another_engine(watched_run):
+    sources = ["eval/reward/fails", "eval/reward/works"]
+    for known in (["eval/score", *sources], []):
+        begin = Begin(attempt=2, from_step=0, recorded=known)
+        assert incomplete_evaluation(watched_run, begin) is None
 
 
 def test_a_watched_source_that_failed_is_not_called_again_in_the_evaluation(watched_run):

@@ -1,5 +1,6 @@
 """Background saves: what a step boundary waits for, and what it does not."""
 
+import contextlib
 import shutil
 import socket
 import time
@@ -53,6 +54,35 @@ def until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def save_three(run, boundary, supervisor, made_up):
+    """Saves three steps of which the first is best by an evaluation; returns what is removed."""
+    train = replace(run.config.train, best_metric="eval/score", keep_best=1)
+    run.config = replace(run.config, train=train)
+    supervisor.may_confirm.set()
+    boundary.checkpoints.save()
+    if made_up:
+        boundary.evaluated({"eval/score": 5.0})
+    for step in (2, 3):
+        boundary.after_step(step, METRICS | {"eval/score": 1.0}, 0.1)
+        boundary.checkpoints.save()
+    until(lambda: len(supervisor.of(CheckpointComplete)) == 3)
+    return [step for message in supervisor.of(CheckpointComplete) for step in message.removed]
+
+
+def test_a_checkpoint_is_the_best_one_by_an_evaluation_that_was_made_up_for_later(trained):
+    run, _, boundary, supervisor = trained
+    assert save_three(run, boundary, supervisor, made_up=True) == [2]
+
+
+def test_after_a_restart_it_is_still_the_best_one(trained, link):
+    run, session, first, supervisor = trained
+    first.close()
+    begin = Begin(attempt=2, from_step=0, best={1: 5.0})
+    with contextlib.closing(Boundary(session, run, begin, link)) as boundary:
+        boundary.after_step(1, dict(METRICS), 0.1)
+        assert save_three(run, boundary, supervisor, made_up=False) == [2]
 
 
 def test_the_next_step_begins_before_the_checkpoint_is_complete(trained):

@@ -227,6 +227,55 @@ def root(frozen_folder) -> Path:
     return frozen_folder
 
 
+def conversation(index: int, turns: list[str], replies: list[str]) -> Sample:
+    """A sample whose turns have replies between them, each word being a token."""
+    response, spans = turns[0], []
+    for reply, turn in zip(replies, turns[1:], strict=True):
+        spans.append((len(response), len(response + reply)))
+        response += reply + turn
+    words = [[f" {word}" for word in turn.split()] for turn in turns]
+    tokens = [word for turn in words for word in turn]
+    values = [0.25 * (i % 5) for i in range(len(tokens))]
+    arrays = TokenArrays(
+        tokens=tokens, token_ids=list(range(len(tokens))), logprob=[-v for v in values],
+        ref_logprob=[-2 * v for v in values], advantage=values, value=values,
+        before_replies=[sum(map(len, words[:i])) for i in range(1, len(words))],
+    )  # fmt: skip
+    return Sample(
+        index=index, prompt="I watched this one with", response=response, replies=spans,
+        score=0.5 * index, kl=1.0, length=len(tokens), ended=True, arrays=arrays,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def talk(tmp_path_factory) -> SessionFolder:
+    """A session with an environment: two steps of responses of three turns, two and one."""
+    session = create(tmp_path_factory.mktemp("talk") / "sessions", "talk", config_of())
+    journal = JournalWriter(session)
+    journal.begin_attempt(0, fresh=False)
+    settings = _dict(session)
+    journal.set_meta(total_steps=2, state="running", message="", settings=settings)
+    replies = ["\nWhy?\n", " And the actors?"]
+    for step, first in ((1, " The plot is slow."), (2, " The plot is thin.")):
+        samples = [
+            conversation(0, [first, " It has no end.", " I left early."], replies),
+            conversation(1, [" a friend.", " It was warm."], replies[:1]),
+            conversation(2, [" some doubts."], []),
+        ]
+        metrics = metrics_of(step, random.Random(step), 0.05)  # noqa: S311 - no secret
+        journal.record_step(
+            StepReport(
+                step=step, metrics=metrics, samples=samples, settings=settings, evaluated=samples
+            )
+        )
+    journal.set_meta(state="finished")
+    journal.record_event("state", {"state": "finished", "text": ""})
+    journal.close()
+    session.log_file.write_text("")
+    freeze(session)
+    return session
+
+
 @pytest.fixture
 def make_app(root, monkeypatch):
     """The app on the frozen session, its clock stopped, in the shell's folder of sessions."""

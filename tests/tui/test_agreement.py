@@ -161,6 +161,7 @@ REWARDS = (
     {"function": "rewards:score"},
     {"service": "http://localhost:1/score", "protocol": "openrlhf", "http": {"label_column": "a"}},
     {"judge": "http://localhost:1/v1", "judging": {"model": "judge", "scale": [1, 10]}},
+    {"environment": "solved"},
     {"mix": [{"model": "starter:reward"}, {"function": "rewards:score", "weight": 0.5}]},
 )
 
@@ -178,6 +179,8 @@ def test_the_next_command_can_be_pasted_and_names_the_trained_model(
     monkeypatch.chdir(tmp_path / "elsewhere")
     out = str(tmp_path / "rewards, new: #2")
     tree = config_file.to_tree(session.config())
+    if "environment" in reward:
+        tree |= {"environment": {"factory": "games:Game"}}
     config = config_file.from_mapping(tree | {"reward": reward}, tmp_path)
     held_out = HeldOutAgreement(judgements=5, agreement=0.8, low=0.6, high=0.9)
     result = TrainedReward(

@@ -394,6 +394,8 @@ def run_in_shell(root, line):
         ("$R samples frozen --last 9000 > /dev/full", 1, b"cannot write the output: No space left"),
         ("$R ls >&- <&-", 0, b""),
         ("$R ls --sessions $(printf '%5000s' | tr ' ' x)", 2, b"the path is too long"),
+        ("cd $(mktemp -d); ln -s x x; $R ls --sessions x", 2, b"x is a loop of symbolic links"),
+        ("cd $(mktemp -d); ln -s x x; $R metrics frozen --format csv -o x", 0, b""),
         ("$R note frozen $'bad \\xff'", 2, b"TEXT is not valid UTF-8"),
         ("$R ctl frozen probe $'bad \\xff'", 2, b"TEXT is not valid UTF-8"),
     ],

@@ -252,6 +252,20 @@ async def test_the_reference_is_asked_by_d_not_by_selecting_a_response(samples, 
         assert len(engine) == 2
 
 
+async def test_the_reference_is_asked_though_others_are_read_again_meanwhile(
+    samples, engine, until
+):
+    """As when the list of responses or a label is read right after the key."""
+    async with samples() as (app, pilot):
+        screen = app.screen
+        for _ in range(2):
+            screen.comparison.next_kind()
+        screen.comparison.read_again()
+        screen.comparison.select(screen.selected())
+        await until(pilot, lambda: "reference says" in pane(app))
+        assert len(engine) == 1
+
+
 async def test_what_somebody_else_has_asked_meanwhile_is_not_asked_again(
     samples, judged, engine, until
 ):

@@ -98,7 +98,9 @@ def answer(response):
 
 
 def held(one, other, **given):
-    return ComparisonTarget("earlier", "OTHER, step 3 #1 (1/1)", one, answer(other), **given)
+    return ComparisonTarget(
+        "earlier", "OTHER, step 3 #1 (1/1)", answer(one), answer(other), **given
+    )
 
 
 def test_responses_are_side_by_side_where_there_is_room_and_below_each_other_elsewhere():

@@ -127,13 +127,13 @@ async def test_no_screen_shows_anything_raw(make_app, root, tmp_path, until):
         assert not RAW.search(shown(app).replace("\n", ""))
 
 
-@given(text=hostile)
+@given(text=hostile, replies=st.lists(st.tuples(st.integers(-2, 40), st.integers(-2, 40))))
 @settings(max_examples=40, deadline=None)
-def test_any_prompt_and_response_can_be_read(text):
-    row = sample(1, prompt=text, response=text, parts={text: 1.0, "b": None})
+def test_any_prompt_and_response_can_be_read(text, replies):
+    row = sample(1, prompt=text, response=text, parts={text: 1.0, "b": None}, replies=replies)
     assert body(row, None, "text", 40)
     row = replace(row, judgement=Judgement(label="good", note=text, who=text, time=0.0))
-    other = replace(row, response=text[::-1])
-    beside = ComparisonTarget("earlier", text, text, other, better="this", who=text)
+    other = replace(row, response=text[::-1], replies=None)
+    beside = ComparisonTarget("earlier", text, row, other, better="this", who=text)
     for width in (40, 120):
         assert comparison(row, beside, width)

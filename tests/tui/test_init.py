@@ -17,8 +17,11 @@ from rlhf_tui.commands import init as init_module
 from rlhf_tui.commands.init import init
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NO_RECIPES = {"gdpo", "hub", "operating", "own_reward", "smollm2", "word_problems"}
-"""Examples of models and rewards, or of a way to train that needs several rewards."""
+NO_RECIPES = {
+    "calculator", "editor", "gdpo", "hub", "operating", "own_reward", "smollm2", "tools",
+    "word_problems",
+}  # fmt: skip
+"""Examples of models, rewards and environments, or of a way to train with several rewards."""
 
 
 def write(*arguments):

@@ -110,6 +110,19 @@ async def test_what_no_longer_fits_the_filter_stays_until_the_list_is_read_again
         await until(pilot, lambda: table.count() == 1)
 
 
+async def test_a_filter_by_a_label_that_no_response_has_says_how_to_search_for_the_word(
+    samples, until
+):
+    async with samples() as (app, pilot):
+        table = app.screen.query_one(Table)
+        await pilot.press("slash", *"good", "enter")
+        await until(pilot, lambda: table.count() == 0)
+        assert table.text().splitlines()[-2:] == [
+            " no response matches 'good'; esc removes the filter",
+            ' good is a keyword; to search for a word, quote it: "good"',
+        ]
+
+
 async def test_read_only_nothing_is_judged_and_a_notice_says_so(samples, judged, until):
     async with samples(read_only=True) as (app, pilot):
         for key in ("plus", "minus", "exclamation_mark", "W"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sqlite3
 
 import pytest
 
@@ -14,9 +15,11 @@ from rlhf_tui.dialogs.base import ChoiceDialog, Dialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.form import FormDialog
 from rlhf_tui.screens import log
 from rlhf_tui.state.messages import CommandResult
+from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
 from rlhf_tui.widgets.table import Table
+from tests.tui.screen import notices
 
 
 @pytest.fixture
@@ -333,3 +336,34 @@ async def test_the_log_says_when_it_shows_only_the_end(
         await pilot.press("5")
         about = app.screen.query_one("#about")
         await until(pilot, lambda: about.text().startswith(count), about.text())
+
+
+async def test_without_a_checkpoint_no_key_for_one_is_shown_and_it_says_why(
+    session_maker, running, tmp_path, until
+):
+    session_maker(tmp_path, "short", 3)
+    app = RlhfApp(tmp_path, "short", follow=False)
+    async with running(app) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: "no checkpoint yet" in app.screen.query_one(Table).text())
+        footer = app.screen.query_one(KeyFooter)
+        assert "roll back" not in footer.text()
+        await pilot.press("r")
+        await until(pilot, lambda: "no checkpoint yet" in notices(app))
+
+
+async def test_the_keys_of_checkpoints_are_those_of_the_selected_one(
+    session_maker, running, tmp_path, until
+):
+    session = session_maker(tmp_path, "run", 100)
+    with contextlib.closing(sqlite3.connect(session.journal_file)) as db, db:
+        db.execute("UPDATE checkpoints SET status = 'superseded' WHERE step = 50")
+    app = RlhfApp(tmp_path, "run", follow=False)
+    async with running(app) as pilot:
+        await pilot.press("4")
+        table, footer = app.screen.query_one(Table), app.screen.query_one(KeyFooter)
+        await until(pilot, lambda: table.key == (100, 1) and "roll back" in footer.text())
+        await pilot.press("j")
+        await until(pilot, lambda: table.key == (50, 1) and "roll back" not in footer.text())
+        await pilot.press("r")
+        await until(pilot, lambda: notices(app) == ["this checkpoint is of an abandoned branch"])

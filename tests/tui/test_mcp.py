@@ -123,6 +123,12 @@ async def test_samples_come_in_the_order_that_is_asked_for(root):
     assert scores == sorted(scores)
 
 
+async def test_samples_of_several_turns_name_the_replies(talk):
+    async with client(talk.folder.parent) as connection:
+        rows = (await result(connection, "samples", session=talk.name, count=3))["samples"]
+    assert [row["replies"] for row in rows] == [["\nWhy?\n", " And the actors?"], ["\nWhy?\n"], []]
+
+
 def test_texts_of_models_are_sanitised_and_cut_wherever_they_stand():
     from rlhf_tui.commands.integration import mcp_server  # noqa: PLC0415 - as above
 

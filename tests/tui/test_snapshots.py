@@ -54,6 +54,21 @@ def test_a_screen_looks_as_it_did(
     assert snap_compare(app, terminal_size=size, run_before=settle)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("keys", ["z", "zv", "zd"], ids=["text", "tokens", "beside"])
+def test_a_response_of_several_turns_looks_as_it_did(
+    snap_compare, make_app, talk, keys, size, until
+):
+    app = make_app("talk", root=talk.folder.parent)
+
+    async def settle(pilot):
+        await read(app, pilot, until)
+        await pilot.press("3", *keys)
+        await drawn(app, pilot, until)
+
+    assert snap_compare(app, terminal_size=size, run_before=settle)
+
+
 @pytest.mark.parametrize("theme", ["light", "contrast"])
 def test_a_theme_looks_as_it_did(snap_compare, make_app, theme, until):
     app = make_app()

@@ -70,6 +70,8 @@ FITTED_VALUE_LAM = 0.9
 class PPOConfig(Section, frozen=True):
     """The PPO objective and its optimisation."""
 
+    # -- advantages and baselines ------------------------------------------------------------------
+
     advantage: Literal[
         "gae",
         "reward",
@@ -90,6 +92,34 @@ class PPOConfig(Section, frozen=True):
     gradient up to there, which takes another forward pass; `reinforce_plus_plus` uses the rewards
     from each token on, whitened over the batch; `remax` uses them less the score of a greedy
     response to the prompt, which it generates in addition."""
+    gamma: Fraction = 1.0
+    """Discount γ (gae, optimal_token_baseline, reinforce_plus_plus and remax)."""
+    lam: Fraction | None = None
+    """λ of generalised advantage estimation (gae only). Default: 0.95; 0.9 with `model.value:
+    reward_model`, which predicts returns better."""
+    lam_value: Fraction | None = None
+    """λ of the returns that the value function learns (gae only); VC-PPO and VAPO use 1. Default:
+    `lam`; 0.95 if that is not set, with `model.value: reward_model`."""
+    lam_alpha: Positive | None = None
+    """α of the length-adaptive λ, which replaces `lam` by 1 - 1 / (α · length) for each response
+    (gae only; 0 at least). VAPO uses 0.05, for responses of thousands of tokens. Default: `lam` for
+    all lengths."""
+    baseline: Literal["none", "batch", "running"] = "batch"
+    """Subtracted from the reward with `advantage: reward`: nothing, the mean of the batch, or the
+    running mean over steps."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What the difference to the group's mean, or the lead, is divided by (grpo, grpo_passk): the
+    standard deviation of the prompt's responses, that of the batch, or nothing (Dr. GRPO)."""
+    whiten: bool | None = None
+    """Whiten advantages over the global batch. Default: on for gae and reinforce_plus_plus, off
+    otherwise."""
+    whiten_scale: bool = True
+    """Whether whitening divides by the deviation; false only subtracts the mean."""
+    whiten_rewards: bool = False
+    """Divide token rewards by their standard deviation (gae only)."""
+
+    # -- batches, epochs and gradients -------------------------------------------------------------
+
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Passes over the rollout of a step. More epochs learn more from each response and move the
     policy further, until too many tokens are clipped (`policy/clipfrac_avg`)."""
@@ -101,6 +131,14 @@ class PPOConfig(Section, frozen=True):
     """`tokens`: a pass computes more than `micro_batch_size` responses where they are short, as
     many as have no more tokens, with padding, than `micro_batch_size` of the greatest length. That
     takes no more memory and fewer passes. Affects speed, not the result."""
+    stop_kl: Positive | None = None
+    """Ends the updates of a step when the approximate KL to the rollout's policy, in nats per
+    token, exceeds this. `policy/approxkl_avg` has the usual values. Default: never."""
+    max_grad_norm: Positive = 1.0
+    """Clips the norm of the gradient to this."""
+
+    # -- policy loss and clipping ------------------------------------------------------------------
+
     policy_loss: Literal[
         "clipped", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "dro"
     ] = "clipped"
@@ -113,6 +151,29 @@ class PPOConfig(Section, frozen=True):
     `dppo_kl` have no gradient where the probability of a token has moved too far, by its difference
     (`clip_range: 0.15` is verl's) or its KL (0.05); `dro` has a squared penalty instead of a
     ratio."""
+    clip_range: Annotated[float, Meta(ge=1e-9, le=1)] = 0.2
+    """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
+    1 ± ε. 1: no lower bound. With `policy_loss: gmpo` the bound of the ratio's logarithm, with
+    `dppo_tv` and `dppo_kl` that of the divergence."""
+    clip_range_high: Annotated[float, Meta(ge=1e-9, le=1e6)] | None = None
+    """ε of the upper bound; `clip_range` is then only that of the lower one (DAPO's clip-higher;
+    its paper uses 0.28). Default: `clip_range`."""
+    dual_clip: Annotated[float, Meta(gt=1, le=1e6)] | None = None
+    """Bounds the loss of a token whose advantage is negative to this multiple of -advantage
+    (dual-clip PPO; 3 is usual). Default: no bound."""
+    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
+    """The probability ratio of a token: its own, that of the whole response, or the geometric mean
+    over the response's tokens (GSPO, whose paper clips to 1 - 3e-4 and 1 + 4e-4)."""
+    loss_aggregation: Literal["token", "sequence", "sequence_sum", "sequence_sum_constant"] = (
+        "token"
+    )
+    """How a minibatch's token losses are combined: `token` is their mean, `sequence` the mean over
+    responses of their means (GRPO), `sequence_sum` the mean over responses of their sums (LUSPO),
+    `sequence_sum_constant` the same divided by `rollout.max_new_tokens` (Dr. GRPO). Gradients of
+    `sequence_sum` are as many times larger, which matters for `max_grad_norm`."""
+
+    # -- parameters of single policy losses --------------------------------------------------------
+
     sapo_temperature: Positive = 1.0
     """How fast the gradient fades with `policy_loss: sapo`, if the advantage is positive."""
     sapo_temperature_negative: Positive = 1.05
@@ -132,16 +193,36 @@ class PPOConfig(Section, frozen=True):
     dro_beta: Positive | None = None
     """Weight of the penalty of `policy_loss: dro`, which needs it: this times half the squared log
     ratio is added to a token's loss."""
-    clip_range: Annotated[float, Meta(ge=1e-9, le=1)] = 0.2
-    """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
-    1 ± ε. 1: no lower bound. With `policy_loss: gmpo` the bound of the ratio's logarithm, with
-    `dppo_tv` and `dppo_kl` that of the divergence."""
-    clip_range_high: Annotated[float, Meta(ge=1e-9, le=1e6)] | None = None
-    """ε of the upper bound; `clip_range` is then only that of the lower one (DAPO's clip-higher;
-    its paper uses 0.28). Default: `clip_range`."""
-    dual_clip: Annotated[float, Meta(gt=1, le=1e6)] | None = None
-    """Bounds the loss of a token whose advantage is negative to this multiple of -advantage
-    (dual-clip PPO; 3 is usual). Default: no bound."""
+
+    # -- tokens and responses left out or held back ------------------------------------------------
+
+    mask_truncated: bool = False
+    """Sets the advantages of responses that were cut off to 0, so that the policy learns nothing
+    from their scores (DAPO's overlong filtering). A KL or an entropy in the loss still counts
+    them."""
+    top_entropy: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of a step's tokens that the policy loss trains on: those at which the policy was least
+    certain, by the entropy of the distribution they were sampled from (0.2 in "Beyond the 80/20
+    rule"). The other advantages are 0; a KL or an entropy in the loss counts all tokens."""
+    off_policy_mask: Positive | None = None
+    """Leaves tokens of negative advantage out of the policy loss in a response that the policy
+    has moved away from by more than this, in nats per token since it was sampled (DeepSeek-V3.2;
+    TRL's documentation starts at 0.5). Default: none."""
+    clip_cov: Fraction = 0.0
+    """Share of a step's tokens that are left out of the policy loss, against a falling entropy:
+    drawn from those whose covariance of advantage and log probability is in `clip_cov_range`
+    (Clip-Cov; its paper uses 0.0002). 0: none."""
+    clip_cov_range: tuple[Bounded, Bounded] = (1.0, 5.0)
+    """Lowest and highest covariance of tokens that `clip_cov` leaves out."""
+    kl_cov: Fraction = 0.0
+    """Share of a step's tokens, those of the highest covariance, that are held back by a penalty on
+    the change of their log probability (KL-Cov; its paper uses 0.0002 to 0.002, and does not clip
+    ratios: `clip_range: 1`, `clip_range_high: 1e6`). 0: none."""
+    kl_cov_coef: Coefficient = 1.0
+    """Weight of that penalty in a token's loss."""
+
+    # -- entropy -----------------------------------------------------------------------------------
+
     entropy_coef: Coefficient = 0.0
     """Weight of the entropy bonus: this times the mean entropy is subtracted from the loss. Usual
     values are 0.001 to 0.01."""
@@ -155,36 +236,35 @@ class PPOConfig(Section, frozen=True):
     """Lower limit of the adapted weight."""
     entropy_coef_max: Positive = 1.0
     """Upper limit of the adapted weight."""
-    loss_aggregation: Literal["token", "sequence", "sequence_sum", "sequence_sum_constant"] = (
-        "token"
-    )
-    """How a minibatch's token losses are combined: `token` is their mean, `sequence` the mean over
-    responses of their means (GRPO), `sequence_sum` the mean over responses of their sums (LUSPO),
-    `sequence_sum_constant` the same divided by `rollout.max_new_tokens` (Dr. GRPO). Gradients of
-    `sequence_sum` are as many times larger, which matters for `max_grad_norm`."""
-    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
-    """The probability ratio of a token: its own, that of the whole response, or the geometric mean
-    over the response's tokens (GSPO, whose paper clips to 1 - 3e-4 and 1 + 4e-4)."""
-    mask_truncated: bool = False
-    """Sets the advantages of responses that were cut off to 0, so that the policy learns nothing
-    from their scores (DAPO's overlong filtering). A KL or an entropy in the loss still counts
-    them."""
-    top_entropy: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    """Share of a step's tokens that the policy loss trains on: those at which the policy was least
-    certain, by the entropy of the distribution they were sampled from (0.2 in "Beyond the 80/20
-    rule"). The other advantages are 0; a KL or an entropy in the loss counts all tokens."""
-    clip_cov: Fraction = 0.0
-    """Share of a step's tokens that are left out of the policy loss, against a falling entropy:
-    drawn from those whose covariance of advantage and log probability is in `clip_cov_range`
-    (Clip-Cov; its paper uses 0.0002). 0: none."""
-    clip_cov_range: tuple[Bounded, Bounded] = (1.0, 5.0)
-    """Lowest and highest covariance of tokens that `clip_cov` leaves out."""
-    kl_cov: Fraction = 0.0
-    """Share of a step's tokens, those of the highest covariance, that are held back by a penalty on
-    the change of their log probability (KL-Cov; its paper uses 0.0002 to 0.002, and does not clip
-    ratios: `clip_range: 1`, `clip_range_high: 1e6`). 0: none."""
-    kl_cov_coef: Coefficient = 1.0
-    """Weight of that penalty in a token's loss."""
+
+    # -- value function ----------------------------------------------------------------------------
+
+    value_coef: Coefficient = 0.1
+    """Weight of the value loss."""
+    value_head_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] | None = None
+    """Learning rate of the value head, as a multiple of `train.learning_rate`. Default: 10, because
+    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher;
+    `value_rate` with `value_init: reward_model`."""
+    value_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
+    """Learning rate of the value function's own transformer (`model.value: separate`), as a
+    multiple of `train.learning_rate`. Policies of a billion parameters are often trained with 10
+    or so."""
+    value_init: Literal["zero", "reward_model"] = "zero"
+    """Where the value function starts: a head of zeros on the policy's transformer, or transformer
+    and head of the reward model (`model.value: separate` only; the reward model must read the
+    policy's tokens)."""
+    value_clip: Positive | None = None
+    """Clips the value to that of the rollout ± this; 0.2 is usual with normalised scores. Default:
+    no clipping."""
+    value_warmup: Whole = 0
+    """Number of first steps that train the value function only (value pretraining, VC-PPO)."""
+    value_max_grad_norm: Positive | None = None
+    """Clips the norm of the gradient of a separate value function (`model.value: separate`) to
+    this, and `max_grad_norm` then is for the policy alone. Default: `max_grad_norm` is for the
+    gradient of both together."""
+
+    # -- corrections for another rollout engine ----------------------------------------------------
+
     rollout_correction: Literal[
         "none", "truncate", "mask", "sequence_truncate", "sequence_mask", "sequence_mean_mask"
     ] = "none"
@@ -221,63 +301,6 @@ class PPOConfig(Section, frozen=True):
     rollout_rejection_limit: Positive | None = None
     """The limit of `rollout_rejection`, in nats, which it needs. verl suggests 0.01 for
     `sequence_mean_k3`."""
-    off_policy_mask: Positive | None = None
-    """Leaves tokens of negative advantage out of the policy loss in a response that the policy
-    has moved away from by more than this, in nats per token since it was sampled (DeepSeek-V3.2;
-    TRL's documentation starts at 0.5). Default: none."""
-    gamma: Fraction = 1.0
-    """Discount γ (gae, optimal_token_baseline, reinforce_plus_plus and remax)."""
-    lam: Fraction | None = None
-    """λ of generalised advantage estimation (gae only). Default: 0.95; 0.9 with `model.value:
-    reward_model`, which predicts returns better."""
-    lam_value: Fraction | None = None
-    """λ of the returns that the value function learns (gae only); VC-PPO and VAPO use 1. Default:
-    `lam`; 0.95 if that is not set, with `model.value: reward_model`."""
-    lam_alpha: Positive | None = None
-    """α of the length-adaptive λ, which replaces `lam` by 1 - 1 / (α · length) for each response
-    (gae only; 0 at least). VAPO uses 0.05, for responses of thousands of tokens. Default: `lam` for
-    all lengths."""
-    baseline: Literal["none", "batch", "running"] = "batch"
-    """Subtracted from the reward with `advantage: reward`: nothing, the mean of the batch, or the
-    running mean over steps."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What the difference to the group's mean, or the lead, is divided by (grpo, grpo_passk): the
-    standard deviation of the prompt's responses, that of the batch, or nothing (Dr. GRPO)."""
-    whiten: bool | None = None
-    """Whiten advantages over the global batch. Default: on for gae and reinforce_plus_plus, off
-    otherwise."""
-    whiten_scale: bool = True
-    """Whether whitening divides by the deviation; false only subtracts the mean."""
-    whiten_rewards: bool = False
-    """Divide token rewards by their standard deviation (gae only)."""
-    value_coef: Coefficient = 0.1
-    """Weight of the value loss."""
-    value_head_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] | None = None
-    """Learning rate of the value head, as a multiple of `train.learning_rate`. Default: 10, because
-    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher;
-    `value_rate` with `value_init: reward_model`."""
-    value_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
-    """Learning rate of the value function's own transformer (`model.value: separate`), as a
-    multiple of `train.learning_rate`. Policies of a billion parameters are often trained with 10
-    or so."""
-    value_init: Literal["zero", "reward_model"] = "zero"
-    """Where the value function starts: a head of zeros on the policy's transformer, or transformer
-    and head of the reward model (`model.value: separate` only; the reward model must read the
-    policy's tokens)."""
-    value_clip: Positive | None = None
-    """Clips the value to that of the rollout ± this; 0.2 is usual with normalised scores. Default:
-    no clipping."""
-    value_warmup: Whole = 0
-    """Number of first steps that train the value function only (value pretraining, VC-PPO)."""
-    stop_kl: Positive | None = None
-    """Ends the updates of a step when the approximate KL to the rollout's policy, in nats per
-    token, exceeds this. `policy/approxkl_avg` has the usual values. Default: never."""
-    max_grad_norm: Positive = 1.0
-    """Clips the norm of the gradient to this."""
-    value_max_grad_norm: Positive | None = None
-    """Clips the norm of the gradient of a separate value function (`model.value: separate`) to
-    this, and `max_grad_norm` then is for the policy alone. Default: `max_grad_norm` is for the
-    gradient of both together."""
 
     @property
     def traits(self) -> AdvantageTraits:

@@ -81,9 +81,7 @@ def journal_views(position: Position, version: int) -> list[str]:
 def sample_views(position: Position, version: int) -> list[str]:
     """The statements that create the views over samples.db."""
     tables = ["samples"] + ["evaluated"] * (version >= schema.EVALUATED_ARE_KEPT)
-    columns = schema.SAMPLE_COLUMNS
-    if version < schema.WEIGHTS_ARE_KNOWN:
-        columns = columns.removesuffix(", weights_version")
+    columns = schema.sample_columns(version)
     views = [
         view
         for table in tables

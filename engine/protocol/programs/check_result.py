@@ -9,6 +9,8 @@ class CheckedSample(Struct, frozen=True):
     prompt: str
     response: str
     score: float
+    replies: list[tuple[int, int]] | None = None
+    """As in :class:`~engine.protocol.rank_messages.Sample`."""
 
 
 class TimedStep(Struct, frozen=True):

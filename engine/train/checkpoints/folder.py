@@ -217,8 +217,8 @@ def read_state(folder: Path) -> SavedState:
     return content.state
 
 
-def read_best(folder: Path, metric: str, scored_by: str) -> float:
-    """Reads the value that `train.keep_best` compares; -∞ if the checkpoint does not have it.
+def read_best(folder: Path, metric: str, scored_by: str, recorded: float | None = None) -> float:
+    """Reads the value that `train.keep_best` compares; -∞ if there is none.
 
     Each checkpoint has the mean score, and the `train.best_metric` configured when it was saved.
 
@@ -226,6 +226,7 @@ def read_best(folder: Path, metric: str, scored_by: str) -> float:
         folder: the folder of the checkpoint.
         metric: the metric to compare by.
         scored_by: the reward in force; scores of another one are not comparable.
+        recorded: the metric of that step in the journal, for a checkpoint that does not have it.
     """
     content = _read_file(folder)
     if metric in SCORES and content.state.scored_by not in ("", scored_by):
@@ -233,7 +234,7 @@ def read_best(folder: Path, metric: str, scored_by: str) -> float:
     best = content.best
     if best is None or best.metric != metric:
         best = MetricValue(metric, content.score if metric == SCORE else None)
-    return best.rank
+    return (best if best.value is not None else MetricValue(metric, recorded)).rank
 
 
 def read_optimiser(folder: Path) -> str:

@@ -68,6 +68,8 @@ class CheckpointManager:
         """Steps of the checkpoints on this branch of the run, including removed ones."""
         self._score = self._kl = math.nan
         self._best: MetricValue | None = None
+        self._recorded = dict(begin.best)
+        """`train.best_metric` by step, also of evaluations that a checkpoint does not have."""
         self._seconds = 0.0
         """Seconds that saving has blocked training since the last step."""
         self._longest_save = 0.0
@@ -91,12 +93,13 @@ class CheckpointManager:
     def evaluated(self, metrics: dict[str, float]) -> None:
         """Adds an evaluation to the metrics of the finished step, for its checkpoint.
 
-        A checkpoint that is saved already stays as it is: until a second one were complete, the
-        step would have none.
+        A checkpoint that is saved already stays as it is, because until a second one were complete,
+        the step would have none. It is compared with others by this evaluation all the same.
         """
         best = self._run.config.train.best_metric
         if best in metrics:
             self._best = MetricValue(best, metrics[best])
+            self._recorded[self._run.state.step] = metrics[best]
 
     def seconds_to_save(self) -> float:
         """Estimates the duration of :meth:`save` from the longest save so far; 0 before the first.
@@ -210,7 +213,9 @@ class CheckpointManager:
         for step, folder in complete_checkpoints(self._folder).items():
             if step in self._branch and step < saved_step:
                 with contextlib.suppress(CheckpointError):
-                    scores[step] = checkpoint_folder.read_best(folder, train.best_metric, scored_by)
+                    scores[step] = checkpoint_folder.read_best(
+                        folder, train.best_metric, scored_by, self._recorded.get(step)
+                    )
         self._branch.add(saved_step)
         return checkpoint_folder.to_remove(scores, train.keep_last, train.keep_best)
 

@@ -72,7 +72,10 @@ class Dialogue:
             going_on = self._add(turn, going_on, number)
             if not going_on:
                 break
-        return rollout_of(responses, batch.to(turn.ids.device), self._tokenizer, self._seconds)
+        return rollout_of(
+            responses, batch.to(turn.ids.device), self._tokenizer, self._seconds,
+            self._environments.take_tool_use(self._step),
+        )  # fmt: skip
 
     def _begun(self, prompts: list[Prompt]) -> list[Response]:
         options, started = self._options, time.perf_counter()

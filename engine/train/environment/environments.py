@@ -1,7 +1,9 @@
 """Makes the environments of a step's responses and passes them the policy's turns, on rank 0."""
 
+import contextlib
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -13,10 +15,13 @@ from engine.errors import error_text, shortened, traceback_text
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
+from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.calls import SHOWN_MESSAGE
 from engine.train.rewards.scores import shown
 from engine.train.rewards.source import RewardCallError
 from engine.train.user_function import UserFunction, forks_ended
+
+log = logging.getLogger("engine")
 
 T = TypeVar("T")
 Reply = str | list[dict[str, str]] | None
@@ -30,31 +35,42 @@ class Environments:
     row that it takes, and with `prompt` (text, or chat messages) and `seed` (an int of the
     response). The environment's method `reply` gets each turn of the policy, the last one included,
     and returns text, chat messages (if the prompt is a conversation), or None to end the response.
+    A turn that calls tools is answered with their results instead.
 
     All ranks must call its methods together. The user's code runs on rank 0, which has the rows.
     """
 
-    def __init__(self, config: RunConfig, ranks: RankGroup, factory: UserFunction | None) -> None:
-        """Stores the arguments.
-
-        Args:
-            config: the run's.
-            ranks: all ranks.
-            factory: the user's; None on ranks other than 0.
-        """
-        self._config, self._ranks, self._factory = config.environment, ranks, factory
-        self._name = str(config.environment.factory)
+    def __init__(self, config: RunConfig, ranks: RankGroup) -> None:
+        """Imports the factory and the tools on rank 0. Raises UserInputError."""
+        self._config, self._ranks = config.environment, ranks
+        self._name = self._config.factory or ", ".join(self._config.tools)
         sources = (*config.reward.sources(), *config.eval.rewards)
         scores = [source.environment for source in sources if source.environment is not None]
-        self._methods = ("reply", *scores)
-        """Those that are called."""
+        self._methods = (*([] if self._config.tools else ["reply"]), *scores)
+        """Those that an environment must have."""
+        self.factory: UserFunction | None = None
+        """What makes the environments; None on ranks other than 0, or if there are only tools."""
+        self._tools: Tools | None = None
+        if ranks.is_lead:
+            name, path = self._config.factory, self._config.path
+            if name is not None:
+                self.factory = UserFunction(name, path, "environment.factory")
+            self._tools = Tools(self._config, self.factory.function if self.factory else None)
+        self._tool_use = ToolUse()
+        """On rank 0, of the responses that are being generated."""
+
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        """What the chat template tells the policy about each tool; a collective."""
+        schemas = self._tools.schemas if self._tools is not None else []
+        data = self._ranks.broadcast_bytes(msgspec.json.encode(schemas))
+        return msgspec.json.decode(data, type=examined(list[dict[str, Any]]))
 
     def make(self, prompts: Sequence[Prompt], seeds: Sequence[int], step: int) -> list[Any]:
         """Makes an environment for each prompt; returns None for each on ranks other than 0.
 
         Raises: RewardCallError: the factory raised; on all ranks.
         """
-        factory = self._factory
+        factory, self._tool_use = self.factory, ToolUse()
 
         def make(i: int) -> Any:
             if factory is None:
@@ -91,15 +107,37 @@ class Environments:
         """
         found: list[Reply] = []
 
-        def reply(i: int) -> Reply:
-            return checked_reply(environments[i].reply(turns[i]))
+        def reply(i: int) -> Reply | ToolAnswers:
+            if self._tools is not None and (calls := self._tools.calls(turns[i])):
+                return self._tools.answers(calls, environments[i])
+            method = getattr(environments[i], "reply", None)
+            return None if method is None else checked_reply(method(turns[i]))
 
         def run() -> None:
-            found.extend(self._each(reply, range(len(turns)), lambda i: shown(turns[i])))
+            for reply_or_answers in self._each(reply, range(len(turns)), lambda i: shown(turns[i])):
+                if isinstance(reply_or_answers, ToolAnswers):
+                    self._tool_use.add(reply_or_answers)
+                    found.append(reply_or_answers.messages)
+                else:
+                    found.append(reply_or_answers)
 
         self._on_rank_0(f"at turn {number} of step {step}", run)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(found))
-        return msgspec.msgpack.decode(data, type=list[Reply])
+        return msgspec.msgpack.decode(data, type=examined(list[Reply]))
+
+    def take_tool_use(self, step: int) -> ToolUse | None:
+        """Returns the use of tools since :meth:`make`; logs the first problem.
+
+        Returns: None without tools; counts nothing on ranks other than 0.
+        """
+        if not self._config.tools:
+            return None
+        if problems := self._tool_use.problems:
+            log.warning(
+                "%d of %d tool calls of step %d failed; the first: %s",
+                len(problems), self._tool_use.calls, step, " ".join(problems[0].split()),
+            )  # fmt: skip
+        return self._tool_use
 
     def _each(
         self, call: Callable[[int], T], indices: Sequence[int], quoted: Callable[[int], str]
@@ -122,9 +160,12 @@ class Environments:
     def _on_rank_0(self, when: str, run: Callable[[], None]) -> None:
         """Runs the user's code on rank 0; raises its error on every rank."""
         failed = _Failed()
-        if self._factory is not None:
+        if self._ranks.is_lead:
             try:
-                with self._factory.running():
+                with contextlib.ExitStack() as stack:
+                    for module in (self.factory, self._tools):
+                        if module is not None:
+                            stack.enter_context(module.running())
                     run()
             # sys.exit() in the user's code must not end the rank silently.
             except (Exception, SystemExit) as error:

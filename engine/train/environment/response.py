@@ -1,5 +1,6 @@
 """A response while its turns are generated, and the rollout of finished responses."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.train.data.prompts import Prompt, PromptBatch
+from engine.train.environment.tools import ToolUse
 from engine.train.rollout.conversation import Conversation, Turns
 from engine.train.rollout.rollout import Rollout
 
@@ -39,6 +41,11 @@ class Response:
     def reply_tokens(self) -> int:
         """Number of tokens that the environment wrote."""
         return len(self.ids) - len(self.positions)
+
+    @property
+    def before_replies(self) -> list[int]:
+        """For each reply, the number of tokens that the policy had sampled before it."""
+        return [bisect_left(self.positions, start) for start, _ in self.replies]
 
     @property
     def next_prompt(self) -> Prompt:
@@ -81,8 +88,17 @@ def rollout_of(
     batch: PromptBatch,
     tokenizer: PreTrainedTokenizerBase,
     environment_seconds: float,
+    tool_use: ToolUse | None,
 ) -> Rollout:
-    """Builds the rollout of finished responses, on the batch's device."""
+    """Builds the rollout of finished responses, on the batch's device.
+
+    Args:
+        responses: B of them.
+        batch: their prompts.
+        tokenizer: the policy's.
+        environment_seconds: how long the ranks waited for environments.
+        tool_use: None without tools.
+    """
     device = batch.ids.device
     count, width = len(responses), max(len(r.positions) for r in responses)
     floats = torch.zeros(3, count, width)
@@ -111,8 +127,13 @@ def rollout_of(
             ids=_padded([r.ids for r in responses]).to(device),
             lengths=numbers([len(r.ids) for r in responses]),
             positions=_padded([r.positions for r in responses]).to(device),
-            turns=[Turns(r.messages, _spans(tokenizer, r), r.environment) for r in responses],
+            turns=[
+                Turns(r.messages, _spans(tokenizer, r), r.environment, r.before_replies)
+                for r in responses
+            ],
             environment_seconds=environment_seconds,
+            tool_calls=None if tool_use is None else tool_use.calls,
+            failed_calls=0 if tool_use is None else len(tool_use.problems),
         ),
     )
 

@@ -281,6 +281,7 @@ def _samples(parts: list[_Scored]) -> list[Sample]:
                     length=int(rollout.lengths[i]),
                     ended=bool(rollout.ended[i]),
                     parts={name: scores[i] for name, scores in part.parts.items()},
+                    replies=rollout.replies(i),
                 )
             )
     return samples
@@ -291,9 +292,10 @@ def recorded(samples: list[Sample]) -> list[Sample]:
 
     They have :data:`RECORDED_BYTES`, and the first :data:`RECORDED_TOKENS` have their arrays.
     """
-    # A hundred for the numbers of each.
+    # A hundred for the numbers of each, and ten for those of a reply.
     sizes = itertools.accumulate(
-        len(s.prompt.encode()) + len(s.response.encode()) + 100 for s in samples
+        len(s.prompt.encode()) + len(s.response.encode()) + 100 + 10 * len(s.replies or ())
+        for s in samples
     )
     tokens = itertools.accumulate(s.length if s.arrays is not None else 0 for s in samples)
     return [

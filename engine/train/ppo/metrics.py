@@ -162,12 +162,17 @@ def source_metrics(parts: dict[str, list[float | None]]) -> dict[str, float]:
 
 def conversation_metrics(conversation: Conversation, rollout: Rollout) -> dict[str, float]:
     """Counts the turns and the replies of an environment, and the time that these took."""
-    replied = conversation.lengths - rollout.lengths
-    return {
-        "environment/turns": sum(t.count for t in conversation.turns) / len(conversation.turns),
+    replied, count = conversation.lengths - rollout.lengths, len(conversation.turns)
+    metrics = {
+        "environment/turns": sum(t.count for t in conversation.turns) / count,
         "environment/reply_tokens": float(replied.double().mean()),
         "time/environment": conversation.environment_seconds,
     }
+    if (calls := conversation.tool_calls) is not None:
+        metrics["environment/tool_calls"] = calls / count
+        if calls:
+            metrics["environment/failed_calls"] = conversation.failed_calls / calls
+    return metrics
 
 
 def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> dict[str, float]:

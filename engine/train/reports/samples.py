@@ -47,6 +47,7 @@ def kept_samples(
             ended=bool(ended[i]),
             parts={k: v[i] for k, v in parts.items()},
             weights_version=versions[i],
+            replies=rollout.replies(i),
             arrays=arrays[i] if i < len(arrays) else None,
         )
         for i in range(min(log.samples, len(scores)))
@@ -67,7 +68,9 @@ def _token_arrays(
     floats = torch.stack([x[:count] for x in columns], 1).tolist()
     lengths = rollout.host_lengths[1].tolist()
     kept = []
-    for ids, n, rows in zip(rollout.ids[:count].tolist(), lengths, floats, strict=False):
+    turns = rollout.conversation.turns if rollout.conversation is not None else None
+    of_rows = zip(rollout.ids[:count].tolist(), lengths, floats, strict=False)
+    for i, (ids, n, rows) in enumerate(of_rows):
         logprob, ref_logprob, advantage, *value = (row[:n] for row in rows)
         kept.append(
             TokenArrays(
@@ -77,6 +80,7 @@ def _token_arrays(
                 ref_logprob=ref_logprob,
                 advantage=advantage,
                 value=value[0] if value else [],
+                before_replies=turns[i].before_replies if turns is not None else [],
             )
         )
     return kept

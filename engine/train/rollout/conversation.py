@@ -5,7 +5,7 @@ tokens (advantages, losses, the KL) needs no other mask, and the last token of a
 the first one of the next. The replies of an environment are context, as the prompt is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ class Turns:
     """Start and end of each reply in the text of the response, in characters."""
     environment: Any = None
     """What replied: an object of the user's; None on ranks other than 0."""
+    before_replies: list[int] = field(default_factory=list)
+    """For each reply, the number of tokens that the policy had sampled before it."""
 
     @property
     def count(self) -> int:
@@ -41,12 +43,17 @@ class Conversation:
     turns: list[Turns]
     environment_seconds: float = 0.0
     """How long all ranks waited for environments."""
+    tool_calls: int | None = None
+    """Number of tool calls in the responses, on rank 0; None without tools."""
+    failed_calls: int = 0
+    """How many of them failed."""
 
     def select(self, rows: Tensor) -> "Conversation":
         """Selects responses by indices on the host; S and T stay the same."""
         return Conversation(
             self.ids[rows], self.lengths[rows], self.positions[rows],
-            [self.turns[i] for i in rows.tolist()], self.environment_seconds,
+            [self.turns[i] for i in rows.tolist()], self.environment_seconds, self.tool_calls,
+            self.failed_calls,
         )  # fmt: skip
 
     def replaced(self, rows: Tensor, other: "Conversation", other_rows: Tensor) -> "Conversation":
@@ -60,6 +67,8 @@ class Conversation:
             replaced_rows(self.positions, rows, other.positions, other_rows),
             turns,
             self.environment_seconds + other.environment_seconds,
+            self.tool_calls,
+            self.failed_calls,
         )
 
 

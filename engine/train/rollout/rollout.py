@@ -67,6 +67,10 @@ class Rollout:
         """True on response tokens; (B, T) bool."""
         return response_mask(self.lengths, self.ids.shape[1])
 
+    def replies(self, row: int) -> list[tuple[int, int]] | None:
+        """Start and end of each reply in the text of a response; None without an environment."""
+        return None if self.conversation is None else self.conversation.turns[row].replies
+
     def select(self, rows: Tensor) -> "Rollout":
         """Selects responses by indices on the host; P and T stay the same."""
         return Rollout(

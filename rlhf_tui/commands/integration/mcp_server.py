@@ -21,6 +21,7 @@ from engine.api import Session
 from engine.errors import RlhfError, SessionNameError
 from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
+from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleQuery
 from engine.metrics import METRICS
 from engine.protocol.commands import (
@@ -245,11 +246,12 @@ class ReadingTools:
     ) -> Json:
         """Read responses of the policy with prompt, score, KL and what operators judged of them.
 
-        By default the newest ones; with order the highest or the lowest.
+        By default the newest ones; with order the highest or the lowest. In runs with an
+        environment, replies are the parts of the response that it wrote, not the policy.
         """
         query = SampleQuery(order=order, descending=not lowest_first, text=text)
         rows = Session(_find(self._root, session).folder).samples(count, query=query)
-        return {"samples": [row.as_json() for row in rows]}
+        return {"samples": [_sample(row) for row in rows]}
 
     def events(self, session: Name, count: Rows = 30) -> Json:
         """Read the log of a run, oldest first: states, commands with who sent them, alerts, notes,
@@ -260,6 +262,12 @@ class ReadingTools:
             crashed = reader.state() == "crashed"
         lines = event_lines(rows, attempts, crashed=crashed)
         return {"events": [one_line(line.columns) for line in lines]}
+
+
+def _sample(row: SampleRow) -> Json:
+    """A sample with the texts of its replies; positions would not fit the presentable response."""
+    replies = None if row.replies is None else [t.text for t in row.turns if t.is_reply]
+    return row.as_json() | {"replies": replies}
 
 
 def _shown_points(values: Sequence[float], most: int) -> list[int]:

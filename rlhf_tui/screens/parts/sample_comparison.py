@@ -48,13 +48,10 @@ class ComparisonRead(Message):
     """The responses a sample can be compared with, and the preferences between such pairs."""
 
     def __init__(
-        self, key: Key, kind: str, others: list[Other],
-        preferences: list[Preference], *, ask: bool,
-    ) -> None:  # fmt: skip
+        self, key: Key, kind: str, others: list[Other], preferences: list[Preference]
+    ) -> None:
         super().__init__()
         self.key, self.kind, self.others, self.preferences = key, kind, others, preferences
-        self.ask = ask
-        """Whether to ask the reference if it has no response to the prompt yet."""
 
 
 class SampleComparison:
@@ -88,6 +85,9 @@ class SampleComparison:
         """The sample that the others were read for."""
         self._known = False
         """Whether the others of the selected sample are read."""
+        self._ask_reference = False
+        """Whether to ask the reference if the next reading finds no response of it. A reading may
+        be replaced by another one, such as one for labels that have changed."""
         self._probed: set[str] = set()
         """Prompts whose probe has no reply yet."""
 
@@ -125,10 +125,12 @@ class SampleComparison:
     def select(self, row: SampleRow | None, *, ask: bool = False) -> None:
         """Compares another sample; `ask`: asks the reference if it has no response yet."""
         self._others, self._preferences, self._index, self._known = [], [], 0, False
-        self._shown = key_of(row) if row is not None else None
+        key = key_of(row) if row is not None else None
+        self._ask_reference = ask or (self._ask_reference and key == self._shown)
+        self._shown = key
         self._show()
         if row is not None and self._kind:
-            self._read(row, ask=ask)
+            self._read(row)
 
     def read_again(self) -> None:
         """Reads the other responses again: their labels may have changed."""
@@ -136,10 +138,10 @@ class SampleComparison:
         if row is not None and self._kind:
             self._read(row)
 
-    def _read(self, row: SampleRow, *, ask: bool = False) -> None:
+    def _read(self, row: SampleRow) -> None:
         session = self._context.session
         if session is not None:
-            read = functools.partial(_read_others, session, row, self._kind, ask=ask)
+            read = functools.partial(_read_others, session, row, self._kind)
             self._screen.read_in_thread("comparison", read)
 
     def take(self, message: ComparisonRead) -> None:
@@ -156,7 +158,8 @@ class SampleComparison:
             # The next key may judge the pair that is shown: it stays, whatever was probed since.
             self._others = [shown, *self._others] if shown is not None else self._others
             self._index = 0
-        if message.ask and self._kind == "reference" and not self._others and self._may_ask(row):
+        ask, self._ask_reference = self._ask_reference, False
+        if ask and self._kind == "reference" and not self._others and self._may_ask(row):
             self._ask(row.prompt)
         self._show()
 
@@ -175,9 +178,7 @@ class SampleComparison:
             return
         if not self._others:
             title = "REFERENCE" if self._kind == "reference" else "OTHERS"
-            view.compare(
-                ComparisonTarget(self._kind, title, row.response, missing=self._why_missing(row))
-            )
+            view.compare(ComparisonTarget(self._kind, title, row, missing=self._why_missing(row)))
             return
         other = self._others[self._index]
         if isinstance(other, ProbeResponse):
@@ -190,7 +191,7 @@ class SampleComparison:
         better, who = self._preferred(row.response, other.response)
         view.compare(
             ComparisonTarget(
-                self._kind, title, row.response, other, better=better, who=who,
+                self._kind, title, row, other, better=better, who=who,
                 judged=not row.held_out,
             )
         )  # fmt: skip
@@ -283,7 +284,7 @@ class SampleComparison:
         return "", ""
 
 
-def _read_others(session: SessionFolder, row: SampleRow, kind: str, *, ask: bool) -> ComparisonRead:
+def _read_others(session: SessionFolder, row: SampleRow, kind: str) -> ComparisonRead:
     """Reads the journal, in a worker thread."""
     with JournalReader(session) as reader, LabelReader(session) as labels:
         others: list[Other] = []
@@ -291,7 +292,7 @@ def _read_others(session: SessionFolder, row: SampleRow, kind: str, *, ask: bool
             others += reader.samples.earlier(row)
         elif (found := reader.last_reference_probe(row.prompt)) is not None:
             others.append(found)
-        return ComparisonRead(key_of(row), kind, others, labels.preferences(row.prompt), ask=ask)
+        return ComparisonRead(key_of(row), kind, others, labels.preferences(row.prompt))
 
 
 def _pair(preference: Preference) -> set[str]:

@@ -67,3 +67,10 @@ def parse_filter(text: str, query: SampleQuery) -> SampleQuery:
         judged=next((LABEL_WORDS[w] for w in keywords if w in LABEL_WORDS), None),
         **bounds,
     )
+
+
+def keywords(query: SampleQuery) -> list[str]:
+    """The keywords of a filter: words that are not searched for."""
+    words = ["cut"] if query.cut_off else []
+    words += query.labels.split()
+    return words + [word for word, judged in LABEL_WORDS.items() if judged is query.judged]

@@ -1,6 +1,7 @@
 """The line above the list of samples, and the text in place of an empty list."""
 
 from engine.journal.samples import SampleQuery
+from rlhf_tui.screens.parts.sample_filter import keywords
 from rlhf_tui.screens.parts.sample_list import ORDER_TITLES, PAGE, SampleList
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Piece, Row, row_width
@@ -101,7 +102,14 @@ def not_shown_yet(samples: SampleList, *, live: bool) -> Row:
 def empty_list(samples: SampleList, state: SessionState) -> list[Row]:
     """Why the list is empty."""
     if samples.filter:
-        return [[(f" no response matches '{samples.filter}'; esc removes the filter", "dim")]]
+        rows: list[Row] = [
+            [(f" no response matches '{samples.filter}'; esc removes the filter", "dim")]
+        ]
+        if words := keywords(samples.query):
+            verb = "is a keyword" if len(words) == 1 else "are keywords"
+            text = f" {' and '.join(words)} {verb}; to search for a word, quote it: "
+            rows.append([(text, "dim"), (f'"{words[0]}"', "key")])
+        return rows
     if samples.query.held_out:
         return [[(" no held-out responses yet; E shows the training responses", "dim")]]
     if not state.head.step:

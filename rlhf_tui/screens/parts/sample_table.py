@@ -5,6 +5,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Piece
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes
 from rlhf_tui.widgets.samples.judgement import mark
+from rlhf_tui.widgets.samples.turns import on_one_line
 from rlhf_tui.widgets.table import Column, Table
 
 
@@ -44,7 +45,7 @@ def cells_of(row: SampleRow, affixes: CommonAffixes) -> list[Piece]:
         ("" if row.ended else "✂", "warn"),
         mark(row),
         (affixes.removed_from(row.prompt), "dim"),
-        (row.response.strip(), ""),
+        ("".join(text for text, _ in on_one_line(row.response, row.replies)), ""),
     ]
 
 

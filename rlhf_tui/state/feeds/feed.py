@@ -162,7 +162,8 @@ class Feed:
     def _send_head_of_new(self) -> None:
         """Posts the summary of a session whose engine has written nothing yet, or never will."""
         written = self._session.config_file.stat().st_mtime
-        starting = self._session.is_live() or time.time() - written < APPEARS
+        # The clock may have been set back since, or be that of another machine.
+        starting = self._session.is_live() or abs(time.time() - written) < APPEARS
         state = "starting" if starting else "crashed"
         head = SessionSummary(state, 0, 0, {}, "", [], None, None)
         self._output.post(SessionUpdate(head=head))

@@ -10,6 +10,7 @@ from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.panel import Panel, heading
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
+from rlhf_tui.widgets.samples.turns import on_one_line
 
 
 class LatestSamplesPanel(Panel):
@@ -58,5 +59,5 @@ def _response(sample: SampleRow, width: int, affixes: CommonAffixes) -> Row:
         (" ", ""),
         (prompt, "dim"),
         ("│", "dim"),
-        (sample.response.strip(), ""),
+        *on_one_line(sample.response, sample.replies),
     ]

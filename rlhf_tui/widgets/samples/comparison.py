@@ -7,8 +7,15 @@ from msgspec import Struct
 from engine.journal.rows import ProbeResponse, SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Row, flowed, justified, row_width
-from rlhf_tui.widgets.samples.diff import MAX_WORDS, WordDiff, diff_words, marked_lines
+from rlhf_tui.widgets.samples.diff import MAX_WORDS, WordDiff, diff_words
 from rlhf_tui.widgets.samples.judgement import judgement_rows
+from rlhf_tui.widgets.samples.turns import (
+    LEGEND,
+    Replies,
+    marked_response_rows,
+    own_text,
+    response_rows,
+)
 from rlhf_tui.widgets.wrap import wrap
 
 SIDE_BY_SIDE = 100
@@ -23,8 +30,8 @@ class ComparisonTarget(Struct, frozen=True, dict=True):
     """`earlier` or `reference`."""
     title: str
     """The heading of the other response."""
-    mine: str
-    """The text of the response that is compared."""
+    mine: SampleRow
+    """The response that is compared."""
     row: SampleRow | ProbeResponse | None = None
     """The other response; None if there is none."""
     missing: str = ""
@@ -38,8 +45,14 @@ class ComparisonTarget(Struct, frozen=True, dict=True):
 
     @functools.cached_property
     def diff(self) -> WordDiff:
-        """The words that only one of the responses has."""
-        return diff_words(self.mine, self.row.response if self.row else "")
+        """The policy's words that only one of the responses has."""
+        theirs = own_text(self.row.response, replies_of(self.row)) if self.row else ""
+        return diff_words(own_text(self.mine.response, self.mine.replies), theirs)
+
+
+def replies_of(row: SampleRow | ProbeResponse | None) -> Replies:
+    """The replies in a response; that to a probe has none."""
+    return row.replies if isinstance(row, SampleRow) else None
 
 
 def comparison(sample: SampleRow, target: ComparisonTarget, width: int) -> list[Row]:
@@ -48,7 +61,7 @@ def comparison(sample: SampleRow, target: ComparisonTarget, width: int) -> list[
     half = (width - len(GAP)) // 2 if wide else width
     left = _head(f"THIS, step {sample.step} #{sample.index}", sample, target, "this", half)
     if target.row is None:
-        rows = [*left, *([(line, "")] for line in wrap(sample.response, half)), []]
+        rows = [*left, *response_rows(sample.response, sample.replies, half), []]
         rows += [
             [(target.title, "strong")],
             *([(line, "warn")] for line in wrap(target.missing, width)),
@@ -59,8 +72,11 @@ def comparison(sample: SampleRow, target: ComparisonTarget, width: int) -> list[
             height = max(len(left), len(right))
             left += [[]] * (height - len(left))
             right += [[]] * (height - len(right))
-        left += marked_lines(sample.response, target.diff.mine, "mine", half)
-        right += marked_lines(target.row.response, target.diff.theirs, "theirs", half)
+        other, diff = target.row, target.diff
+        left += marked_response_rows(sample.response, sample.replies, diff.mine, "mine", half)
+        right += marked_response_rows(
+            other.response, replies_of(other), diff.theirs, "theirs", half
+        )
         rows = _side_by_side(left, right, half) if wide else [*left, [], *right]
     rows += [[], *_legend(target, width), []]
     prompt = [[(line, "dim")] for line in wrap(sample.prompt, width)]
@@ -73,6 +89,8 @@ def _head(
     numbers = [f"score {fmt.number(row.score, 2)}", f"{row.length} tokens"]
     if (which, target.kind) != ("other", "reference"):  # the reference has no KL to itself
         numbers.insert(1, f"KL {fmt.number(row.kl, 1)}")
+    if (replies := replies_of(row)) is not None:
+        numbers.append(fmt.plural(len(replies) + 1, "turn"))
     heading: Row = [(title, "strong")]
     values: Row = [("  ".join(numbers), "dim")]
     one_line = row_width(heading) + row_width(values) < width
@@ -111,9 +129,12 @@ def _legend(target: ComparisonTarget, width: int) -> list[Row]:
         ("only in this", "mine"), ("  ", ""), ("only in other", "theirs"),
         (f"  {fmt.plural(target.diff.common, 'word')} in common", "dim"),
     ]  # fmt: skip
-    rows = [*flowed(keys, width, "  "), legend]
-    if row_width(rows[0]) + row_width(legend) + 3 <= width:
-        rows = [[*rows[0], ("   ", ""), *legend]]
+    replies: list[Row] = [[LEGEND]] if target.mine.replies or replies_of(target.row) else []
+    rows, legends = flowed(keys, width, "  "), flowed([legend, *replies], width, "  ")
+    if len(legends) == 1 and row_width(rows[0]) + row_width(legends[0]) + 3 <= width:
+        rows = [[*rows[0], ("   ", ""), *legends[0]]]
+    else:
+        rows += legends
     if target.diff.cut:
         rows.append([(f"only the first {MAX_WORDS:,} words are compared", "warn")])
     return rows

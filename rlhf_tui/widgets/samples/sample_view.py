@@ -13,6 +13,15 @@ from rlhf_tui.widgets.lines import Piece, Row, flowed
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.heat import UNDEFINED, HeatScale
 from rlhf_tui.widgets.samples.judgement import judgement_rows, key_of
+from rlhf_tui.widgets.samples.turns import (
+    INDENT,
+    LEGEND,
+    MARK,
+    heading,
+    reply_rows,
+    reply_texts,
+    response_rows,
+)
 from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
@@ -121,6 +130,8 @@ def body(
         [("length ", "dim"), (str(s.length), "strong")],
         [("ended", "dim") if s.ended else ("✂ cut off", "warn")],
     ]
+    if s.replies is not None:
+        numbers.insert(3, [("turns ", "dim"), (str(len(s.replies) + 1), "strong")])
     if s.weights_version is not None and s.weights_version < s.step - 1:
         numbers.append([("weights of step ", "dim"), (str(s.weights_version), "strong")])
     rows = [*flowed(numbers, width), *judgement_rows(s.judgement, width)]
@@ -129,11 +140,11 @@ def body(
         rows += flowed(parts, width)
     rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s.prompt, width)), []]
     if mode != VIEWS[0] and arrays is not None:
-        return [*rows, *token_rows(arrays, mode, width)]
+        return [*rows, *token_rows(arrays, mode, width, reply_texts(s.response, s.replies))]
     if mode != VIEWS[0] and kept is not None:
         rows += [[(line, "warn")] for line in wrap(_not_kept(s, kept), width)]
         rows.append([])
-    return [*rows, [("RESPONSE", "dim")], *([(line, "")] for line in wrap(s.response, width))]
+    return [*rows, heading(s.replies), *response_rows(s.response, s.replies, width)]
 
 
 def _not_kept(sample: SampleRow, kept: Sequence[int]) -> str:
@@ -165,33 +176,36 @@ def values_of(arrays: TokenArrays, mode: str) -> list[float]:
             return arrays.value
 
 
-def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
+def token_rows(
+    arrays: TokenArrays, mode: str, width: int, replies: Sequence[str] = ()
+) -> list[Row]:
     """The response with its tokens coloured by value, then the tokens with the largest values.
 
-    Values that are not finite come before the largest.
+    Values that are not finite come before the largest. The texts of `replies` are shown between the
+    tokens, without values.
     """
     values = values_of(arrays, mode)
     if not values:
         return [[(f"{mode}: not measured in this run", "warn")]]
     scale = HeatScale.of(values, centred=mode in CENTRED)
     title = f"RESPONSE, {mode} of each token{UNITS.get(mode, '')}"
-    rows: list[Row] = [[(title, "dim")], *scale.legend(width)]
-    line: list[Piece] = []
-    used = 0
-    for token, value in zip(arrays.tokens, values, strict=True):
-        text = sanitise(token).replace("\t", " ")
-        pieces = text.split("\n")
-        for i, piece in enumerate(pieces):
-            shown = piece + ("␤" if i < len(pieces) - 1 else "")
-            if used + cell_len(shown) > width:
-                rows.append(line)
-                line, used = [], 0
-            line.append((shown, scale.tone(value)))
-            used += cell_len(shown)
-            if i < len(pieces) - 1:
-                rows.append(line)
-                line, used = [], 0
-    rows += [line, [], [(EXTREMES.get(mode, f"largest {mode}"), "dim")]]
+    legend = scale.legend(width)
+    if replies:
+        legend = flowed([*legend, [LEGEND]], width)
+    rows: list[Row] = [[(title, "dim")], *legend]
+    # The tokens are the policy's, in all turns.
+    ends = [*arrays.before_replies[: len(replies)], len(values)]
+    start = 0
+    for number, end in enumerate(ends):
+        if number:
+            rows += reply_rows(replies[number - 1], width)
+        tokens = list(zip(arrays.tokens[start:end], values[start:end], strict=True))
+        if replies:
+            rows += [[INDENT, *line] for line in _token_lines(tokens, scale, width - len(MARK))]
+        else:
+            rows += _token_lines(tokens, scale, width)
+        start = end
+    rows += [[], [(EXTREMES.get(mode, f"largest {mode}"), "dim")]]
     order = sorted(range(len(values)), key=lambda i: _order(values[i], scale))[:12]
     for i in order:
         rows.append(
@@ -203,6 +217,28 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
             ]
         )
     return rows
+
+
+def _token_lines(
+    tokens: Sequence[tuple[str, float]], scale: HeatScale, width: int
+) -> list[list[Piece]]:
+    """Tokens in the tones of their values, in lines of at most `width` cells if they fit."""
+    lines: list[list[Piece]] = []
+    line: list[Piece] = []
+    used = 0
+    for token, value in tokens:
+        pieces = sanitise(token).replace("\t", " ").split("\n")
+        for i, piece in enumerate(pieces):
+            shown = piece + ("␤" if i < len(pieces) - 1 else "")
+            if used + cell_len(shown) > width:
+                lines.append(line)
+                line, used = [], 0
+            line.append((shown, scale.tone(value)))
+            used += cell_len(shown)
+            if i < len(pieces) - 1:
+                lines.append(line)
+                line, used = [], 0
+    return [*lines, line] if line else lines
 
 
 def _order(value: float, scale: HeatScale) -> float:

@@ -1,0 +1,199 @@
+"""Tools: functions of the user's that the policy calls in its turns."""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils.chat_template_utils import get_json_schema
+
+from engine.config.sections.environment import EnvironmentConfig
+from engine.errors import UserInputError, error_text, first_line, shortened
+from engine.train.user_function import UserFunction
+
+CALL = r"(?s)<tool_call>\s*(.*?)\s*</tool_call>"
+"""How Qwen, SmolLM3, Hermes, Nemotron and others enclose a call."""
+FUNCTION = re.compile(r"(?s)<function=([^>]*)>(.*?)(?:</function>|$)")
+PARAMETER = re.compile(r"(?s)<parameter=([^>]*)>\n?(.*?)\n?</parameter>")
+"""How Qwen 3.5 and Nemotron 3 write a call; older models write `{"name": …, "arguments": …}`."""
+ARGUMENTS = ("arguments", "parameters")
+"""The key that holds the arguments; Llama writes the latter."""
+LONGEST_ERROR = 500
+"""Most characters of an error that the policy reads."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call in a turn of the policy."""
+
+    name: str = ""
+    arguments: dict[str, Any] | None = None
+    problem: str = ""
+    """Why it cannot be run, if it is not even written correctly."""
+
+
+@dataclass(frozen=True)
+class ToolAnswers:
+    """The results of the calls of a turn."""
+
+    messages: list[dict[str, str]]
+    """Of the role `tool`, one for each call."""
+    problems: list[str]
+    """What went wrong, with the tool's name: one for each call that failed."""
+
+
+@dataclass
+class ToolUse:
+    """Counts the calls of some responses."""
+
+    calls: int = 0
+    problems: list[str] = field(default_factory=list)
+    """What went wrong, in the order of the calls."""
+
+    def add(self, answers: ToolAnswers) -> None:
+        """Counts the calls of a turn."""
+        self.calls += len(answers.messages)
+        self.problems += answers.problems
+
+
+class ToolCallError(Exception):
+    """The policy wrote a call that cannot be run."""
+
+
+class Tools:
+    """The tools of a run.
+
+    A tool is a function of a module, or a method of the response's environment. What goes wrong in
+    a call is told to the policy as its result, since the call may be the reason.
+    """
+
+    def __init__(self, config: EnvironmentConfig, factory: Any) -> None:
+        """Imports the functions and makes their schemas.
+
+        Args:
+            config: names the tools.
+            factory: of the environments, whose methods can be tools; None without one.
+
+        Raises:
+            UserInputError: a function cannot be imported, or has no docstring or type hints that
+                say what it takes.
+        """
+        self._pattern = re.compile(config.call_pattern or CALL)
+        self._modules: list[UserFunction] = []
+        self._functions: dict[str, Callable[..., Any] | None] = {}
+        """By name; None for a method of the environment."""
+        self.schemas: list[dict[str, Any]] = []
+        """What the chat template tells the policy about each tool."""
+        for i, source in enumerate(config.tools):
+            self._add(source, config.path, factory, f"environment.tools[{i}]")
+
+    def _add(self, source: str, path: str | None, factory: Any, key: str) -> None:
+        described: Any
+        called: Callable[..., Any] | None = None
+        if ":" in source:
+            module = UserFunction(source, path, key)
+            self._modules.append(module)
+            described = called = module.function
+        else:
+            described = getattr(factory, source, None)
+            if not callable(described):
+                raise UserInputError(f"{key}: environment.factory has no method {source}")
+        if inspect.iscoroutinefunction(described):
+            raise UserInputError(
+                f"{key}: '{source}' is a coroutine function; tools are called in threads"
+            )
+        try:
+            schema = get_json_schema(described)
+        except Exception as error:  # what a docstring or a hint can be is for transformers to say
+            raise UserInputError(
+                f"{key}: {first_line(error)} (a tool needs type hints, and a docstring that "
+                "describes it and each argument under Args:)"
+            ) from error
+        name = schema["function"]["name"]
+        if name in self._functions:
+            raise UserInputError(f"{key}: there is another tool with the name {name}")
+        self._functions[name] = called
+        self.schemas.append(schema)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Context manager in which the functions run; see :meth:`UserFunction.running`."""
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(module.running())
+            yield
+
+    def calls(self, text: str) -> list[ToolCall]:
+        """Finds the calls in a turn of the policy; none if the turn is an answer."""
+        return [self._parsed(match.group(1)) for match in self._pattern.finditer(text)]
+
+    def _parsed(self, text: str) -> ToolCall:
+        """Reads a call in one of the two notations."""
+        if (written := FUNCTION.match(text)) is None:
+            return parsed_json(text)
+        name, found = written.group(1), PARAMETER.findall(written.group(2))
+        types = {
+            key: kind.get("type")
+            for schema in self.schemas
+            if schema["function"]["name"] == name
+            for key, kind in schema["function"]["parameters"]["properties"].items()
+        }
+        return ToolCall(name, {key: _typed(value, types.get(key)) for key, value in found})
+
+    def answers(self, calls: Sequence[ToolCall], environment: Any) -> ToolAnswers:
+        """Runs calls, one after the other."""
+        results, problems = [], []
+        for call in calls:
+            try:
+                results.append(self._result(call, environment))
+            except Exception as error:  # the policy may be the reason, so it is told
+                text = error_text(error)
+                if not isinstance(error, ToolCallError):
+                    text = f"{type(error).__name__}: {text}"
+                problems.append(f"{call.name}: {shortened(text, LONGEST_ERROR)}")
+                results.append(f"error: {shortened(text, LONGEST_ERROR)}")
+        messages = [
+            {"role": "tool", "name": call.name, "content": result}
+            for call, result in zip(calls, results, strict=True)
+        ]
+        return ToolAnswers(messages, problems)
+
+    def _result(self, call: ToolCall, environment: Any) -> str:
+        if call.problem:
+            raise ToolCallError(call.problem)
+        if call.name not in self._functions:
+            known = ", ".join(self._functions)
+            name = shortened(call.name, 80)
+            raise ToolCallError(f"there is no tool {name!r}; the tools are {known}")
+        function = self._functions[call.name] or getattr(environment, call.name)
+        result = function(**(call.arguments or {}))
+        return result if isinstance(result, str) else json.dumps(result, default=str)
+
+
+def _typed(text: str, kind: Any) -> Any:
+    """A parameter's value as its type in the schema says; text stays as it is."""
+    if kind == "string":
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def parsed_json(text: str) -> ToolCall:
+    """Reads a call that is written in JSON."""
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ToolCall(problem=f"the call is not JSON: {shortened(str(error), LONGEST_ERROR)}")
+    name = call.get("name") if isinstance(call, dict) else None
+    if not isinstance(name, str):
+        return ToolCall(problem="the call is no object with a name and arguments")
+    given = [call[key] for key in ARGUMENTS if key in call]
+    arguments = given[0] if given else {}
+    if not isinstance(arguments, dict):
+        return ToolCall(name, problem="the arguments are no object")
+    return ToolCall(name, arguments)

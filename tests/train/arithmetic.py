@@ -1,0 +1,47 @@
+"""Tools for tests, and the keys of a run that has one."""
+
+from pathlib import Path
+
+FOLDER = str(Path(__file__).parent)
+CHAT = (
+    "{% if tools %}<tools>{{ tools[0].function.name }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHATTING = (
+    f"data.chat_template='{CHAT}'", "data.chat=true", f"environment.path={FOLDER}",
+    "environment.max_tokens=120", "environment.tools=['arithmetic:add']",
+    # The starter has never seen a call: each of its turns is taken for one.
+    "environment.call_pattern='(?s)^(.*)$'", 'rollout.stop=[" a", "the", " is", " and"]',
+)  # fmt: skip
+
+
+def add(a: int, b: int) -> int:
+    """
+    Adds two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a + b
+
+
+def untyped(a):
+    """Has no type hints."""
+
+
+class Game:
+    """An environment with a tool of its own."""
+
+    def __init__(self):
+        self.looked = 0
+
+    def look(self) -> str:
+        """Looks around."""
+        self.looked += 1
+        return f"you have looked {self.looked} times"
+
+    def solved(self):
+        """A score."""
+        return float(self.looked > 0)
