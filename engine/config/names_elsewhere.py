@@ -25,6 +25,12 @@ _NAMES = {
     "rollout.dynamic": "dynamic_filtering_enable",
     "rollout.dynamic_range": "dynamic_filtering_range",
     "rollout.engine": "use_vllm",
+    "environment.factory": (
+        "environment_factory rollout_func tools agent_func_path interaction_config_path "
+        "tool_config_path agent_loop_config_path multi_turn"
+    ),
+    "environment.max_turns": "max_tool_calling_iterations max_assistant_turns max_user_turns",
+    "environment.max_tokens": "max_tool_response_length",
     "ppo.advantage": "adv_estimator advantage_estimator",
     "ppo.epochs": "num_ppo_epochs ppo_epochs num_iterations max_epochs",
     "ppo.minibatches": "num_mini_batches steps_per_generation ppo_mini_batch_size",

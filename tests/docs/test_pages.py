@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -207,6 +209,62 @@ def test_the_editor_of_the_example_scores_the_points_that_are_as_asked():
     assert {editor.Editor(seed).reply("A film.") for seed in range(9)} == {
         *editor.BEGINNINGS.values()
     }
+
+
+def blocks(page, language):
+    """The blocks of code of a page."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_example_of_the_page_of_environments_is_a_game_that_can_be_won():
+    (source,), (row,), (yaml_text,) = (
+        blocks("environments.md", language) for language in ("python", "json", "yaml")
+    )
+    check_config(msgspec.convert(yaml.safe_load(yaml_text), RunConfig))
+    names = {}
+    exec(source, names)  # noqa: S102 - ours
+    number = json.loads(row)["number"]
+    game = names["Guess"](number=number)
+    assert game.reply("no idea") == game.reply(f"I say {number - 1}") == "It is higher."
+    assert game.reply(f"{number + 1}!") == "It is lower."
+    assert game.reply(str(number)) is None
+    assert game.score() == 1 / 4
+    assert names["Guess"](number=number).score() == 0
+
+
+def test_an_environment_of_trl_can_be_used_as_its_page_says(monkeypatch):
+    class Environment:
+        def reset(self, **columns):
+            self.number, self.guesses = columns["number"], 0
+
+        def guess(self, number):
+            self.guesses += 1
+            return "right" if number == self.number else "wrong"
+
+        def get_reward(self):
+            return 1 / self.guesses
+
+    module = types.ModuleType("my_environment")
+    module.MyEnvironment = Environment
+    monkeypatch.setitem(sys.modules, "my_environment", module)
+    names = {}
+    (source,) = (text for text in blocks("from-trl.md", "python") if "class Adapted" in text)
+    exec(source, names)  # noqa: S102 - ours
+    (yaml_text,) = (text for text in blocks("from-trl.md", "yaml") if "Adapted" in text)
+    check_config(msgspec.convert(yaml.safe_load(yaml_text) | {"model": {"policy": "m"}}, RunConfig))
+    adapted = names["Adapted"](prompt="Guess", seed=1, number=5)
+
+    def call(name, **arguments):
+        return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+    two = adapted.reply(f"Hm. {call('guess', number=4)} {call('guess', number=5)}")
+    assert two == [{"role": "tool", "content": text} for text in ("wrong", "right")]
+    for wrong in (call("reset"), call("guess", digit=4), "<tool_call>[</tool_call>"):
+        (message,) = adapted.reply(wrong)
+        assert message["content"].startswith("error: ")
+    assert adapted.reply("It is 5.") is None
+    assert adapted.get_reward() == 1 / 2
 
 
 @pytest.mark.parametrize("protocol", ["json", "yaml"])
