@@ -66,7 +66,7 @@ def read_samples(reader: JournalReader) -> ReportSamples:
         labels=_counts(judged),
         preferences=preferences[-PREFERENCES_SHOWN:],
         preferences_total=len(preferences),
-        replies=reader.replies_of_judged() if preferences else {},
+        replies=samples.replies_of_judged() if preferences else {},
     )
 
 
