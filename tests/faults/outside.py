@@ -306,14 +306,12 @@ def few_files_supervisor(run: FaultRun) -> None:
 
 
 def few_files_rank(run: FaultRun) -> None:
-    """The rank cannot open another file while it is to save."""
+    """The rank cannot open another file: it pauses for the reward, or cannot save."""
     run.start()
     run.wait_for_step(4)
     rank = run.ranks()[0]
     with limited(rank, psutil.RLIMIT_NOFILE, rank.num_fds()):
-        until(
-            lambda: "cannot write the checkpoint" in alerts(run) or run.is_over(), "a notice", WAIT
-        )
+        until(lambda: "Too many open files" in alerts(run) or run.is_over(), "a notice", WAIT)
 
 
 def few_processes(run: FaultRun) -> None:
