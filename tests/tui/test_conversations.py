@@ -131,7 +131,7 @@ def toned(rows, tone):
     return [piece for row in rows for piece, found in row if found == tone]
 
 
-@pytest.mark.parametrize("width", [60, 120])
+@pytest.mark.parametrize("width", [43, 60, 120])
 def test_only_the_words_of_the_policy_are_compared(width):
     one = conversation()
     other = conversation(reply=" It has no actors.", last=" It has no story.", index=1)
@@ -144,6 +144,7 @@ def test_only_the_words_of_the_policy_are_compared(width):
     assert any("│ It has no actors." in line for line in lines)
     assert "".join(lines).count("2 turns") == 2
     assert any("│ reply" in line for line in lines)
+    assert all(cell_len(line) <= width for line in lines if "OTHER" not in line)
 
 
 def test_a_conversation_is_compared_with_the_reference_of_one_turn():
