@@ -212,6 +212,20 @@ async def test_the_screen_shows_replies_as_text_and_between_tokens(talking, runn
             assert "\n │ And the actors?\n    I left early." in view.text()
 
 
+@pytest.mark.parametrize(("name", "shown"), [("talk", True), ("frozen", False)])
+async def test_the_list_has_the_number_of_turns_only_with_an_environment(
+    make_app, root, talk, running, until, name, shown
+):
+    app = make_app(name, root=talk.folder.parent if name == "talk" else root)
+    async with running(app, (80, 24)) as pilot:
+        await pilot.press("3")
+        table = app.screen.query_one(Table)
+        await until(pilot, table.count)
+        header, first = table.text().splitlines()[:2]
+        assert ("turns" in header) == shown
+        assert not shown or first.split()[:6] == ["2", "0", "0.00", "1.0", "11", "3"]
+
+
 async def test_the_list_finds_words_of_replies(talking, running, until):
     async with running(talking) as pilot:
         await pilot.press("3")
