@@ -30,7 +30,7 @@ from rlhf_tui.screens.parts.sample_list import (
     SampleList,
 )
 from rlhf_tui.screens.parts.sample_query_line import empty_list, not_shown_yet, query_line
-from rlhf_tui.screens.parts.sample_table import cells_of, samples_table
+from rlhf_tui.screens.parts.sample_table import SamplesTable, cells_of, samples_table
 from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, justified, row_width
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
@@ -154,6 +154,7 @@ class SamplesScreen(SessionScreen):
             key = next(iter(samples.rows), None)
         affixes = self._common_affixes()
         rows = [(k, cells_of(row, affixes)) for k, row in samples.rows.items()]
+        self.query_one(SamplesTable).show_turns(samples.rows.values())
         empty = empty_list(samples, self.context.state)
         table.set_rows(rows, empty, key=key, lost=0)
         self.rows_read()

@@ -41,6 +41,8 @@ class Column:
         self.right, self.flexible = right, flexible
         self.share, self.most = share, most
         self.least = least
+        self.has_values = True
+        """Set it to False to hide the column."""
 
 
 class Table(ScrollList):
@@ -169,7 +171,7 @@ class Table(ScrollList):
 
     def _widths(self, width: int) -> list[tuple[Column, int]]:
         """The columns that are shown, with their cells."""
-        shown = [c for c in self.columns if width >= c.least]
+        shown = [c for c in self.columns if c.has_values and width >= c.least]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
         shares = sum(c.share for c in shown if c.flexible)
         found = []

@@ -14,7 +14,13 @@ from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
 from engine.monitoring.conditions import CONDITIONS
 from engine.monitoring.divergence import judges_of
-from engine.monitoring.guardrails import DEFAULT_RULES, Alert, Guardrails, worst_samples
+from engine.monitoring.guardrails import (
+    DEFAULT_RULES,
+    Alert,
+    Guardrails,
+    sample_evidence,
+    worst_samples,
+)
 from engine.protocol.rank_messages import Sample
 from engine.supervisor.command_handler import ACTIONS
 
@@ -223,6 +229,13 @@ def test_the_samples_are_those_that_explain_the_metric():
     assert [s.index for s in worst_samples("objective/kl", samples)] == [0, 1, 2, 3, 4]
     assert [s.index for s in worst_samples("tokens/response_len_mean", samples)] == [7, 6, 5, 4, 3]
     assert [s.index for s in worst_samples("objective/scores", samples)] == [0, 1, 2, 3, 4]
+
+
+def test_the_samples_of_an_alert_tell_where_replies_are():
+    samples = [msgspec.structs.replace(sample(i), replies=r) for i, r in enumerate([[(1, 2)], []])]
+    one, other = sample_evidence("objective/scores", samples)
+    assert one["replies"] == [(1, 2)]
+    assert "replies" not in other
 
 
 def test_a_replay_raises_the_same_alerts():

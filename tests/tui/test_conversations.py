@@ -131,7 +131,7 @@ def toned(rows, tone):
     return [piece for row in rows for piece, found in row if found == tone]
 
 
-@pytest.mark.parametrize("width", [60, 120])
+@pytest.mark.parametrize("width", [43, 60, 120])
 def test_only_the_words_of_the_policy_are_compared(width):
     one = conversation()
     other = conversation(reply=" It has no actors.", last=" It has no story.", index=1)
@@ -144,6 +144,7 @@ def test_only_the_words_of_the_policy_are_compared(width):
     assert any("│ It has no actors." in line for line in lines)
     assert "".join(lines).count("2 turns") == 2
     assert any("│ reply" in line for line in lines)
+    assert all(cell_len(line) <= width for line in lines if "OTHER" not in line)
 
 
 def test_a_conversation_is_compared_with_the_reference_of_one_turn():
@@ -209,6 +210,20 @@ async def test_the_screen_shows_replies_as_text_and_between_tokens(talking, runn
             await pilot.press("v")
             assert view.mode == mode
             assert "\n │ And the actors?\n    I left early." in view.text()
+
+
+@pytest.mark.parametrize(("name", "shown"), [("talk", True), ("frozen", False)])
+async def test_the_list_has_the_number_of_turns_only_with_an_environment(
+    make_app, root, talk, running, until, name, shown
+):
+    app = make_app(name, root=talk.folder.parent if name == "talk" else root)
+    async with running(app, (80, 24)) as pilot:
+        await pilot.press("3")
+        table = app.screen.query_one(Table)
+        await until(pilot, table.count)
+        header, first = table.text().splitlines()[:2]
+        assert ("turns" in header) == shown
+        assert not shown or first.split()[:6] == ["2", "0", "0.00", "1.0", "11", "3"]
 
 
 async def test_the_list_finds_words_of_replies(talking, running, until):

@@ -125,12 +125,14 @@ def _legend(target: ComparisonTarget, width: int) -> list[Row]:
         *([oldest] if target.kind == "earlier" and not target.judged else []),
         cycle,
     ]
-    legend: Row = [
-        ("only in this", "mine"), ("  ", ""), ("only in other", "theirs"),
-        (f"  {fmt.plural(target.diff.common, 'word')} in common", "dim"),
-    ]  # fmt: skip
-    replies: list[Row] = [[LEGEND]] if target.mine.replies or replies_of(target.row) else []
-    rows, legends = flowed(keys, width, "  "), flowed([legend, *replies], width, "  ")
+    legend: list[Row] = [
+        [("only in this", "mine")],
+        [("only in other", "theirs")],
+        [(f"{fmt.plural(target.diff.common, 'word')} in common", "dim")],
+    ]
+    if target.mine.replies or replies_of(target.row):
+        legend.append([LEGEND])
+    rows, legends = flowed(keys, width, "  "), flowed(legend, width, "  ")
     if len(legends) == 1 and row_width(rows[0]) + row_width(legends[0]) + 3 <= width:
         rows = [[*rows[0], ("   ", ""), *legends[0]]]
     else:
