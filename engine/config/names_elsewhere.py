@@ -26,9 +26,10 @@ _NAMES = {
     "rollout.dynamic_range": "dynamic_filtering_range",
     "rollout.engine": "use_vllm",
     "environment.factory": (
-        "environment_factory rollout_func tools agent_func_path interaction_config_path "
-        "tool_config_path agent_loop_config_path multi_turn"
+        "environment_factory rollout_func agent_func_path interaction_config_path "
+        "agent_loop_config_path multi_turn"
     ),
+    "environment.tools": "tools tool_config_path",
     "environment.max_turns": "max_tool_calling_iterations max_assistant_turns max_user_turns",
     "environment.max_tokens": "max_tool_response_length",
     "ppo.advantage": "adv_estimator advantage_estimator",
