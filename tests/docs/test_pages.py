@@ -218,10 +218,13 @@ def blocks(page, language):
 
 
 def test_the_example_of_the_page_of_environments_is_a_game_that_can_be_won():
-    source, row, yaml_text = (
-        blocks("environments.md", language)[0] for language in ("python", "json", "yaml")
+    (source,), (row,), (yaml_text, tools) = (
+        blocks("environments.md", language) for language in ("python", "json", "yaml")
     )
-    check_config(msgspec.convert(yaml.safe_load(yaml_text), RunConfig))
+    whole = yaml.safe_load(yaml_text)
+    part = {"model": whole["model"], "reward": {"function": "m:f"}} | yaml.safe_load(tools)
+    for tree in (whole, part):
+        check_config(msgspec.convert(tree, RunConfig))
     names = {}
     exec(source, names)  # noqa: S102 - ours
     number = json.loads(row)["number"]
@@ -240,7 +243,7 @@ def test_an_environment_of_trl_can_be_used_as_its_page_says(monkeypatch):
 
         def guess(self, number):
             self.guesses += 1
-            return number == self.number
+            return "right" if number == self.number else "wrong"
 
         def get_reward(self):
             return 1 / self.guesses
@@ -252,11 +255,12 @@ def test_an_environment_of_trl_can_be_used_as_its_page_says(monkeypatch):
     (source,) = (text for text in blocks("from-trl.md", "python") if "class Adapted" in text)
     exec(source, names)  # noqa: S102 - ours
     (yaml_text,) = (text for text in blocks("from-trl.md", "yaml") if "Adapted" in text)
-    check_config(msgspec.convert(yaml.safe_load(yaml_text) | {"model": {"policy": "m"}}, RunConfig))
+    config = msgspec.convert(yaml.safe_load(yaml_text) | {"model": {"policy": "m"}}, RunConfig)
+    check_config(config)
     adapted = names["Adapted"](prompt="Guess", seed=1, number=5)
-
-    assert [adapted.guess(number) for number in (4, 5)] == [False, True]
-    assert adapted.get_reward() == 1 / 2
+    tools = [getattr(adapted, name) for name in config.environment.tools]
+    assert [tool(number=n) for tool in tools for n in (4, 5)] == ["wrong", "right"]
+    assert getattr(adapted, config.reward.environment)() == 1 / 2
 
 
 @pytest.mark.parametrize("protocol", ["json", "yaml"])

@@ -88,6 +88,23 @@ def test_what_is_wrong_with_a_call_is_told_to_the_policy(text, says):
     assert len(answers.problems) == 1
 
 
+@pytest.mark.parametrize("half", ["name", "argument", "result"])
+def test_half_a_character_in_a_call_or_a_result_does_not_end_the_rank(half, tmp_path):
+    (tmp_path / "halves.py").write_text(
+        'def echo(code: int) -> str:\n    """Echoes.\n\n    Args:\n        code: It.\n    """\n'
+        "    return chr(code)\n"
+    )
+    found = Tools(EnvironmentConfig(tools=["halves:echo"], path=str(tmp_path)), None)
+    text = {
+        "name": r'{"name": "\ud83d"}',
+        "argument": r'{"name": "echo", "arguments": {"\ud83d": 1}}',
+        "result": r'{"name": "echo", "arguments": {"code": 55357}}',
+    }[half]
+    answers = found.answers(found.calls(f"<tool_call>{text}</tool_call>"), None)
+    sent = msgspec.msgpack.encode([answers.messages, answers.problems])
+    assert b"ud83d" in sent
+
+
 def test_calls_are_also_read_in_the_notation_of_functions_and_parameters():
     found = tools("arithmetic:add")
     written = "<function=add>\n{}\n</function>"

@@ -170,10 +170,10 @@ class Tools:
                 problems.append(f"{call.name}: {shortened(text, LONGEST_ERROR)}")
                 results.append(f"error: {shortened(text, LONGEST_ERROR)}")
         messages = [
-            {"role": "tool", "name": call.name, "content": result}
+            {"role": "tool", "name": encodable(call.name), "content": encodable(result)}
             for call, result in zip(calls, results, strict=True)
         ]
-        return ToolAnswers(messages, problems)
+        return ToolAnswers(messages, [encodable(problem) for problem in problems])
 
     def _result(self, call: ToolCall, environment: Any) -> str:
         if call.problem:
@@ -207,6 +207,11 @@ def _typed(text: str, kind: Any) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def encodable(text: str) -> str:
+    """Returns a text without subclass; halves of surrogate pairs, as JSON may have, are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def parsed_json(text: str) -> ToolCall:
