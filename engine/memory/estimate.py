@@ -27,6 +27,9 @@ QUANTISED = {"none": 0.0, "nf4": 0.5625}
 """Bytes per 4-bit weight, including scales of blocks of 64; 0 for weights in `model.dtype`."""
 SAMPLING = 6
 """float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sampling.sample`."""
+SCORES = 3
+"""float32 tensors (n, heads, L, L) alive at once where attention has no fused kernel: measured 2 to
+4, depending on the architecture."""
 LAZY = 80_000_000
 """Bytes of torch's code and buffers that a CPU rank first uses in its first step."""
 LAZY_BFLOAT16 = 80_000_000
@@ -312,7 +315,8 @@ def kept_for_backward(
     In float32 a layer keeps 6·H (each norm's input, normalised input and output), 4·A
     (queries, expanded keys and values, output) and 4·I of a gated MLP (gate, its activation, up,
     their product). Under autocast the norms stay float32, and each product keeps a bfloat16 copy of
-    its input. If there is a mask, each layer converts it, L×L per row.
+    its input. If there is a mask, each layer converts it, L×L per row. Without a fused kernel a
+    layer keeps the float32 softmax of its scores, a bfloat16 copy, and what a soft cap returns.
 
     Args:
         shape: the model's shape.
@@ -327,6 +331,8 @@ def kept_for_backward(
     one_layer = tokens * layer
     if shape.needs_mask(length):
         one_layer += rows * length**2 * width
+    of_score = MASTER + (width if width != MASTER else 0) + (width if shape.capped_scores else 0)
+    one_layer += rows * length**2 * shape.score_heads * of_score
     outside = 3 * MASTER * h * tokens
     if checkpointing:
         return shape.layers * tokens * MASTER * h + one_layer + outside
@@ -336,8 +342,10 @@ def kept_for_backward(
 def forward_activations(shape: Shape, rows: int, length: int, width: int, *, masked: bool) -> int:
     """Bytes of a forward pass without gradients: the residual stream and one layer's tensors.
 
-    With a mask also its L×L per row, as bool and in the compute dtype.
+    With a mask also its L×L per row, as bool and in the compute dtype. Without a fused kernel also
+    :data:`SCORES` of L×L per row and head.
     """
     h, a, i = shape.hidden, shape.attention, shape.intermediate
     mask = rows * length**2 * (1 + width) if masked else 0
-    return rows * length * (2 * MASTER * h + width * max(h + 3 * i, 2 * h + 6 * a)) + mask
+    scores = SCORES * MASTER * rows * length**2 * shape.score_heads
+    return rows * length * (2 * MASTER * h + width * max(h + 3 * i, 2 * h + 6 * a)) + mask + scores

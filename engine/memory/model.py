@@ -48,7 +48,12 @@ class Shape(Struct, frozen=True, kw_only=True):
 
     Times the rank, this is the number of LoRA parameters."""
     window: int | None = None
-    """Positions that a token attends to in layers with a sliding window; None if there are none."""
+    """Positions that a token attends to in layers with a sliding window or chunks, 1 if the model
+    makes a mask in any case; None if it needs none."""
+    score_heads: int = 0
+    """Heads whose attention scores, L×L per row, are in memory; 0 with a fused kernel."""
+    capped_scores: bool = False
+    """Whether these scores have a soft cap."""
 
     def needs_mask(self, length: int) -> bool:
         """Whether causal attention over `length` positions without padding needs a mask."""

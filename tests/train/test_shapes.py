@@ -8,7 +8,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
     GPT2Config,
+    GPTJConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -21,6 +26,7 @@ from engine.memory.estimate import estimate, kept_for_backward
 from engine.memory.model import Layout
 from engine.protocol.rank_messages import Placed
 from engine.train.models.memory_check import check_memory, facts
+from engine.train.models.read_pretrained import ReadOptions
 from engine.train.models.shapes import describe_models, models_of, shape_of
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -35,6 +41,17 @@ CONFIGS = {
     "mistral with a window": MistralConfig(num_hidden_layers=3, sliding_window=32, **GROUPED),
     "gpt2": GPT2Config(n_embd=64, n_inner=160, n_layer=3, n_head=4, vocab_size=128, **SPECIAL),
 }
+UNFUSED = {
+    "bloom": BloomConfig(n_layer=3, n_head=4, hidden_size=64, vocab_size=128, **SPECIAL),
+    "gemma2": Gemma2Config(num_hidden_layers=3, head_dim=16, **GROUPED),
+    "gptj": GPTJConfig(n_embd=64, n_layer=3, n_head=4, rotary_dim=8, vocab_size=128, **SPECIAL),
+    "falcon": FalconConfig(num_hidden_layers=3, **SIZES, **SPECIAL),
+    "llama4": Llama4TextConfig(
+        num_hidden_layers=4, head_dim=16, intermediate_size_mlp=160, num_local_experts=2,
+        attention_chunk_size=32, **GROUPED,
+    ),
+}  # fmt: skip
+"""Models with tensors of length × length although nothing is padded."""
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
@@ -84,6 +101,34 @@ def test_the_activation_formula_matches_what_autograd_saves(config, dtype, off, 
     if dtype == "bfloat16":  # the formula leaves out autocast's copies of the weights
         formula += width * (shape.layers * shape.largest_layer + shape.hidden * shape.vocabulary)
     assert formula == pytest.approx(kept, rel=off)
+
+
+def of_length_squared(bytes_at):
+    """The coefficient of L² in a quadratic function of the length."""
+    step = 64
+    one, two, three = (bytes_at(n * step) for n in (1, 2, 3))
+    return (three - 2 * two + one) / (2 * step**2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", UNFUSED)
+def test_tensors_of_length_times_length_are_counted_as_autograd_saves_them(kind, dtype, tmp_path):
+    config, width = UNFUSED[kind], 4 if dtype == "float32" else 2
+    shape = shape_from(config, tmp_path)
+    kept = of_length_squared(lambda length: autograd_keeps(config, dtype, 2, length))
+    formula = of_length_squared(
+        lambda length: kept_for_backward(shape, 2, length, width, checkpointing=False)
+    )
+    # Llama 4 has chunks in three of four layers; a Falcon keeps no bfloat16 copy.
+    assert kept * 0.95 <= formula <= kept * 2.3
+
+
+def test_eager_attention_is_counted_if_it_is_configured(tmp_path):
+    shape_from(CONFIGS["llama"], tmp_path)
+    name, kind = str(tmp_path), AutoModelForCausalLM
+    eager = shape_of(name, "model.policy", kind, ReadOptions(attn_implementation="eager"))
+    fused = shape_of(name, "model.policy", kind)
+    assert (eager.score_heads, fused.score_heads) == (4, 0)
 
 
 def autograd_keeps(config, dtype, rows, length):

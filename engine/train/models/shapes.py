@@ -105,19 +105,21 @@ def shape_of(name: str, key: str, kind: Any, read: ReadOptions = NO_OPTIONS) -> 
         config = read_pretrained(AutoConfig, starter.resolve(name), key, "configuration", read)
         with torch.device("meta"):
             model = kind.from_config(config, trust_remote_code=read.trust_remote_code)
-        return _shape(model, config.get_text_config())
+        return _shape(model, config.get_text_config(), eager=read.attn_implementation == "eager")
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         # The type of the error depends on the architecture.
         text = f"{key}: cannot determine the shape of '{name}': {first_line(error)}"
         raise UserInputError(text) from error
 
 
-def _shape(model: Any, config: Any) -> Shape:
+def _shape(model: Any, config: Any, *, eager: bool = False) -> Shape:
     layers = transformer_layers(model, config.num_hidden_layers)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings()
     tied = head is None or head.weight is model.get_input_embeddings().weight
+    # transformers falls back to eager for architectures that it supports no other attention for.
+    eager = eager or model.config.get_text_config()._attn_implementation == "eager"
     return Shape(
         parameters=_count(model),
         head=0 if tied else _count(head),
@@ -135,8 +137,23 @@ def _shape(model: Any, config: Any) -> Shape:
             if isinstance(m, nn.Linear | Conv1D)
         ),
         linear=_linear(layers),
-        window=getattr(config, "sliding_window", None),
+        window=_window(config),
+        score_heads=heads if eager or _shares_keys_without_kernel(config) else 0,
+        capped_scores=getattr(config, "attn_logit_softcapping", None) is not None,
     )
+
+
+def _window(config: Any) -> int | None:
+    if config.model_type == "falcon":
+        return 1  # transformers always makes its mask
+    names = ("sliding_window", "attention_chunk_size")
+    return next((int(w) for w in (getattr(config, n, None) for n in names) if w), None)
+
+
+def _shares_keys_without_kernel(config: Any) -> bool:
+    """Whether it is a Falcon with one key for all heads, for which no fused kernel is used."""
+    one_key = getattr(config, "multi_query", False) and not config.new_decoder_architecture
+    return config.model_type == "falcon" and bool(one_key)
 
 
 def transformer_layers(model: nn.Module, count: int) -> list[nn.Module]:
