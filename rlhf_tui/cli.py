@@ -170,6 +170,8 @@ def _discard_output() -> None:
 def _one_sentence(error: OSError | sqlite3.Error) -> str:
     if isinstance(error, sqlite3.Error):
         return f"cannot use the session's files: {error}"
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return "the current folder has been deleted: change to another one"
     if error.filename is None:  # stdout, stderr or a file that was open already
         return f"cannot write the output: {error.strerror or error}"
     return f"{error.strerror}: {os.fsdecode(error.filename)}"

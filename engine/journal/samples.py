@@ -11,7 +11,7 @@ from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
 from engine.journal.history.views import sample_views, views_of
 from engine.journal.json_values import decoded
-from engine.journal.judgements.labels import LabelReader, attach
+from engine.journal.judgements.labels import LabelReader, Response, attach
 from engine.journal.rows import Judgement, SampleRow
 from engine.protocol.rank_messages import TokenArrays
 from engine.session.folder import SessionFolder
@@ -230,6 +230,10 @@ class SampleReader:
             )
             found += [_sample(row, left=left) for row in rows]
         return found
+
+    def replies_of_judged(self) -> dict[Response, list[tuple[int, int]]]:
+        """The replies in the responses of :meth:`judged` that had an environment."""
+        return {Response.of(row): row.replies for row in self.judged() if row.replies is not None}
 
     def _attach_labels(self) -> bool:
         """Attaches `labels.db` once it exists; returns whether it is attached."""

@@ -156,6 +156,17 @@ def _torch_builds() -> dict[str, str]:
     return dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE))
 
 
+def leave_deleted_folder(folder: Path) -> None:
+    """Makes `folder` the current folder if that of this process has been deleted.
+
+    Call it before ranks are started: MKL cannot load its libraries in a deleted folder.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        os.chdir(folder)
+
+
 def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:
     """The command that starts the ranks of one machine; `count` is their number.
 

@@ -20,7 +20,11 @@ from engine.errors import JournalError
 from engine.journal.command_log import OF_START
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter, is_busy
-from engine.launch.environment import ranks_per_node, torch_is_built_for_gpus
+from engine.launch.environment import (
+    leave_deleted_folder,
+    ranks_per_node,
+    torch_is_built_for_gpus,
+)
 from engine.launch.secret import needs_secret, secret_of_run
 from engine.launch.start_checkpoints import adopted_checkpoint
 from engine.launch.start_options import StartOptions
@@ -196,6 +200,7 @@ class Supervisor:
         self.watchdog.ranks_starting()
         self.rank_messages.guardrails = await self._guardrails(start.from_step)
         self._announce_machines(start.from_step)
+        leave_deleted_folder(self._session.folder)
         await self.ranks.start(await self.rollout.start())
         if state.stop_now or state.next is not None:  # asked before the process existed
             self.ranks.kill()

@@ -49,7 +49,8 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
             )  # fmt: skip
             rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
     elif steps < 0:
-        rows.append([(f"rolled back: step {seen.step} → {state.head.step}", "warn")])
+        # By a roll back, or because the run was resumed after a crash.
+        rows.append([(f"back to step {state.head.step}, from step {seen.step}", "warn")])
     if commands:
         rows += [[], *commands]
     since = [m for m in state.markers() if m.after > seen.event]

@@ -9,10 +9,11 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.examined import examined
+from engine.journal.turns import turns_of
 from engine.launch.environment import ranks_per_node
 from engine.launch.inputs import check_inputs
 from engine.launch.rollout.engine import check_rollout_engine
-from engine.protocol.programs.check_result import CheckResult, TimedStep
+from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
 from engine.verification.verify import Contents
 from engine.verification.verify import verify as verify_session
 from rlhf_tui import format as fmt
@@ -64,9 +65,8 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         say(line)
     for sample in result.samples:
         say("")
-        say("prompt    ", one_line(sample.prompt, LONGEST_TEXT))
-        response = one_line(sample.response, LONGEST_TEXT)
-        say("response  ", f"{response}  ({fmt.number(sample.score)})")
+        for line in sample_lines(sample):
+            say(line)
 
 
 def report(config: RunConfig, result: CheckResult) -> list[str]:
@@ -107,6 +107,16 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
         f"the run   {fmt.plural(steps, 'step')} of {batch} responses on "
         f"{fmt.plural(ranks, 'rank')}: about {fmt.duration(steps * seconds)}",
     ]
+
+
+def sample_lines(sample: CheckedSample) -> list[str]:
+    """The lines of a response with its prompt; each reply of an environment is on its own line."""
+    lines = [f"prompt    {one_line(sample.prompt, LONGEST_TEXT)}"]
+    for turn in turns_of(sample.response, sample.replies):
+        name = "reply" if turn.is_reply else "response"
+        lines.append(f"{name:<8}  {one_line(turn.text, LONGEST_TEXT)}")
+    lines[-1] += f"  ({fmt.number(sample.score)})"
+    return lines
 
 
 def step_estimate(tried: TimedStep, larger: TimedStep | None, responses: float) -> float:

@@ -1,5 +1,6 @@
 """Options, arguments and output that commands share."""
 
+import contextlib
 import difflib
 import errno
 import json
@@ -39,7 +40,10 @@ def _folder(context: click.Context, _option: click.Parameter, value: Path) -> Pa
     ):
         value = outer.params["root"]
     longest = max((len(os.fsencode(part)) for part in value.parts), default=0)
-    if longest > NAME_MAX or len(os.fsencode(value.absolute())) > PATH_MAX:
+    length = len(os.fsencode(value))
+    with contextlib.suppress(FileNotFoundError):  # the current folder is gone
+        length = len(os.fsencode(value.absolute()))
+    if longest > NAME_MAX or length > PATH_MAX:
         raise UserInputError(
             f"--sessions: the path is too long (at most {NAME_MAX} bytes a name and {PATH_MAX} in "
             f"all): {str(value)[:40]}…"

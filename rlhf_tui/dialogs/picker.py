@@ -117,12 +117,12 @@ class PickerDialog(Dialog[str]):
     def on_mount(self) -> None:
         """Fills the list and gives the focus to the search field."""
         self.set_focus(self.query_one("#search"))
-        self._fill("")
+        self._fill()
 
     def on_input_changed(self, event: "Input.Changed") -> None:
-        """Filters the list by what is typed."""
-        self._query = event.value
-        self._fill(event.value)
+        """Filters the list by what is typed; the cursor goes to the line that fits best."""
+        before, self._query = self._searched, event.value
+        self._fill(first=self._searched != before)
 
     def show_values(self, values: Mapping[str, str]) -> None:
         """Sets the values of options by their keys, such as those that are read meanwhile."""
@@ -131,11 +131,16 @@ class PickerDialog(Dialog[str]):
             for option in self.options
         ]
         if self.is_mounted:
-            self._fill(self._query)
+            self._fill()
 
-    def _fill(self, query: str) -> None:
-        if self.assigns:
-            query = query.partition("=")[0].strip()
+    @property
+    def _searched(self) -> str:
+        """What is typed, without a value."""
+        return self._query.partition("=")[0].strip() if self.assigns else self._query
+
+    def _fill(self, *, first: bool = False) -> None:
+        """Shows the options that fit what is typed; `first` selects the first one."""
+        query = self._searched
         shown = fitting(query, self.options)
         similar = [] if shown else similar_to(query, self.options)
         self._shown = shown = shown or similar
@@ -153,7 +158,8 @@ class PickerDialog(Dialog[str]):
                     ],
                 )
             )
-        self.query_one(Table).set_rows(rows, empty=[[(" no match", "dim")]])
+        key = rows[0][0] if rows and first else None
+        self.query_one(Table).set_rows(rows, empty=[[(" no match", "dim")]], key=key)
         keys = "enter select · esc cancel"
         self.query_one("#keys", MessageLine).say(
             [[("no match; these names are similar", "warn"), (f" · {keys}", "dim")]]
@@ -191,7 +197,7 @@ class PickerDialog(Dialog[str]):
             self.marked = [group for group in without if group]
         else:
             self.marked += [[key] for key in keys if key not in marked]
-        self._fill(self._query)
+        self._fill()
 
     def _toggle(self, *, join: bool) -> None:
         key = self.query_one(Table).key
@@ -204,7 +210,7 @@ class PickerDialog(Dialog[str]):
             self.marked[-1].append(key)
         else:
             self.marked.append([key])
-        self._fill(self._query)
+        self._fill()
 
     def on_input_submitted(self) -> None:
         """Selects the line of the cursor: enter in the search field."""

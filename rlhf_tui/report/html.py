@@ -133,7 +133,7 @@ def _configuration(report: Report) -> str:
 
 def _samples(report: Report) -> str:
     samples = report.samples
-    parts = []
+    parts = [f'<p class="dim">{sections.REPLIES}</p>'] if sections.has_replies(report) else []
     if samples.held_out:
         parts.append("<h3>Held-out prompts over time</h3>")
         parts += [_group(rows) for rows in samples.held_out]
@@ -150,7 +150,7 @@ def _titled(title: str, rows: Sequence[SampleRow]) -> list[str]:
 def _group(rows: Sequence[SampleRow]) -> str:
     """The responses to one prompt, which is shown once."""
     responses = "".join(
-        f"<p>{text(sample_heading(row))}</p><pre>{_long(row.response)}</pre>" for row in rows
+        f"<p>{text(sample_heading(row))}</p>{_response(row.response, row.replies)}" for row in rows
     )
     return f'<div class="sample"><pre class="prompt">{_long(rows[0].prompt)}</pre>{responses}</div>'
 
@@ -159,7 +159,17 @@ def sample(row: SampleRow) -> str:
     """One prompt and its response."""
     return (
         f'<div class="sample"><p>{text(sample_heading(row))}</p>'
-        f'<pre class="prompt">{_long(row.prompt)}</pre><pre>{_long(row.response)}</pre></div>'
+        f'<pre class="prompt">{_long(row.prompt)}</pre>{_response(row.response, row.replies)}</div>'
+    )
+
+
+def _response(response: str, replies: Sequence[tuple[int, int]] | None) -> str:
+    """A response, each reply of an environment in a block of its own."""
+    return "".join(
+        f'<pre class="reply">{text(turn.text.strip())}</pre>'
+        if turn.is_reply
+        else f"<pre>{text(turn.text)}</pre>"
+        for turn in sections.cut_turns(response, replies)
     )
 
 
@@ -178,11 +188,12 @@ def _judgements(report: Report) -> str:
     parts += _titled("Latest judged responses", samples.judged)
     if samples.preferences:
         parts.append("<h3>Latest preferences</h3>")
+    replies = samples.replies
     for pair in samples.preferences:
         parts.append(
             f'<div class="sample"><p>by {text(sections.judge(pair.who))}</p>'
             f'<pre class="prompt">{_long(pair.prompt)}</pre><p>chosen</p>'
-            f"<pre>{_long(pair.chosen.response)}</pre><p>rejected</p>"
-            f"<pre>{_long(pair.rejected.response)}</pre></div>"
+            f"{_response(pair.chosen.response, replies.get(pair.chosen))}<p>rejected</p>"
+            f"{_response(pair.rejected.response, replies.get(pair.rejected))}</div>"
         )
     return "\n".join(parts)

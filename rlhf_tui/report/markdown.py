@@ -51,6 +51,16 @@ def fenced(value: str) -> str:
     return f"{fence}text\n{shown}\n{fence}\n"
 
 
+def response(value: str, replies: Sequence[tuple[int, int]] | None) -> str:
+    """A response as blocks, each reply of an environment in a quotation."""
+    return "\n".join(
+        re.sub("^", "> ", fenced(turn.text.strip()).rstrip("\n"), flags=re.MULTILINE) + "\n"
+        if turn.is_reply
+        else fenced(turn.text)
+        for turn in sections.cut_turns(value, replies)
+    )
+
+
 def table(data: TableData) -> str:
     """A table of pipes; empty without rows."""
     if not data.rows:
@@ -123,13 +133,13 @@ def _configuration(report: Report) -> str:
 
 def _samples(report: Report) -> str:
     samples = report.samples
-    parts = []
+    parts = [f"{sections.REPLIES}\n"] if sections.has_replies(report) else []
     if samples.held_out:
         parts.append("### Held-out prompts over time\n")
     for rows in samples.held_out:
         parts += ["Prompt:\n", fenced(rows[0].prompt)]
         for row in rows:
-            parts += [f"{text(sample_heading(row))}\n", fenced(row.response)]
+            parts += [f"{text(sample_heading(row))}\n", response(row.response, row.replies)]
     parts += _titled("Through time", samples.through_time)
     parts += _titled("Highest scores", samples.best)
     parts += _titled("Lowest scores", samples.worst)
@@ -139,7 +149,10 @@ def _samples(report: Report) -> str:
 def _titled(title: str, rows: Sequence[SampleRow]) -> list[str]:
     parts = [f"### {title}\n"] if rows else []
     for row in rows:
-        parts += [f"{text(sample_heading(row))}\n", fenced(row.prompt), fenced(row.response)]
+        parts += [
+            f"{text(sample_heading(row))}\n", fenced(row.prompt),
+            response(row.response, row.replies),
+        ]  # fmt: skip
     return parts
 
 
@@ -154,8 +167,9 @@ def _judgements(report: Report) -> str:
     parts += _titled("Latest judged responses", samples.judged)
     if samples.preferences:
         parts.append("### Latest preferences\n")
+    replies = samples.replies
     for pair in samples.preferences:
         parts += [f"by {text(sections.judge(pair.who))}\n", fenced(pair.prompt), "chosen:\n",
-                  fenced(pair.chosen.response), "rejected:\n",
-                  fenced(pair.rejected.response)]  # fmt: skip
+                  response(pair.chosen.response, replies.get(pair.chosen)), "rejected:\n",
+                  response(pair.rejected.response, replies.get(pair.rejected))]  # fmt: skip
     return "\n".join(parts)

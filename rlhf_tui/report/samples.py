@@ -5,7 +5,7 @@ import sys
 import msgspec
 from msgspec import Struct
 
-from engine.journal.judgements.labels import LABELS, LabelReader, Preference
+from engine.journal.judgements.labels import LABELS, LabelReader, Preference, Response
 from engine.journal.reader import JournalReader
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleQuery
@@ -43,6 +43,8 @@ class ReportSamples(Struct, frozen=True):
     labels: list[LabelCount] = msgspec.field(default_factory=list)
     preferences: list[Preference] = msgspec.field(default_factory=list)
     preferences_total: int = 0
+    replies: dict[Response, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
+    """The replies in judged and compared responses that had an environment."""
 
 
 def read_samples(reader: JournalReader) -> ReportSamples:
@@ -64,6 +66,7 @@ def read_samples(reader: JournalReader) -> ReportSamples:
         labels=_counts(judged),
         preferences=preferences[-PREFERENCES_SHOWN:],
         preferences_total=len(preferences),
+        replies=samples.replies_of_judged() if preferences else {},
     )
 
 

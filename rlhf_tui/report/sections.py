@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from engine.agreement import Agreement, interval
 from engine.journal.rows import SampleRow
+from engine.journal.turns import Turn, turns_of
 from engine.metrics import SCORE, title_of
 from rlhf_tui.format import clock, duration, number, plural, size, with_interval
 from rlhf_tui.report.data import Report
@@ -24,6 +25,7 @@ LONGEST_TEXT = 1200
 """Characters of a prompt or a response. With these limits a page stays below 3 MB, whatever a
 session holds."""
 EFFECTS = "Metrics: mean over the ten steps before it → over the ten steps from it on."
+REPLIES = "What the environment replied is set apart from the policy's words by a line on its left."
 WORDS = {
     "attempt": "start", "command": "intervention", "alert": "alert", "note": "note",
     "crash": "failure", "end": "end",
@@ -54,6 +56,15 @@ def cut(text: str, longest: int) -> str:
     if len(text) <= longest:
         return text
     return f"{text[:longest]}… ({len(text) - longest:,} more characters)"
+
+
+def cut_turns(response: str, replies: Sequence[tuple[int, int]] | None) -> list[Turn]:
+    """The turns of a response that is cut to :data:`LONGEST_TEXT`, without empty ones."""
+    kept = response[:LONGEST_TEXT]
+    turns = [turn for turn in turns_of(kept, replies) if turn.text] or [Turn("", False)]
+    text, is_reply = turns[-1]
+    left_out = cut(response, LONGEST_TEXT).removeprefix(kept)
+    return [*turns[:-1], Turn(text + left_out, is_reply)]
 
 
 def _state(state: str, reason: str) -> str:
@@ -238,12 +249,22 @@ def labels(report: Report) -> TableData:
     return TableData(["label", "responses", "mean score"], rows)
 
 
+def has_replies(report: Report) -> bool:
+    """Whether any response of the report has replies."""
+    samples = report.samples
+    groups = (*samples.held_out, samples.through_time, samples.best, samples.worst, samples.judged)
+    shown = any(row.replies for rows in groups for row in rows)
+    return shown or any(samples.replies.values())
+
+
 def sample_heading(row: SampleRow) -> str:
     """`step 40 #3 · score 1.2 · KL 7.1 · 31 tokens · good: well put (ana)`."""
     parts = [
         f"step {row.step:,} #{row.index}", f"score {number(row.score)}",
         f"KL {number(row.kl, 2)}", plural(row.length, "token"),
     ]  # fmt: skip
+    if row.replies is not None:
+        parts.append(plural(len(row.replies) + 1, "turn"))
     if not row.ended:
         parts.append("cut off")
     if row.judgement is not None:

@@ -51,6 +51,7 @@ svg { display: block; width: 100%; height: auto; }
 .sample p { margin: .4em 0 0; color: var(--dim); font-size: .9em; }
 pre { margin: .2em 0 0; white-space: pre-wrap; font: 13px/1.45 ui-monospace, monospace; }
 pre.prompt { color: var(--dim); }
+pre.reply { color: var(--dim); border-left: 3px solid var(--dim); padding-left: .7em; }
 summary { cursor: pointer; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .tick { fill: var(--dim); font: 11px sans-serif; }

@@ -218,13 +218,10 @@ def blocks(page, language):
 
 
 def test_the_example_of_the_page_of_environments_is_a_game_that_can_be_won():
-    (source,), (row,), (yaml_text, tools) = (
-        blocks("environments.md", language) for language in ("python", "json", "yaml")
+    source, row, yaml_text = (
+        blocks("environments.md", language)[0] for language in ("python", "json", "yaml")
     )
-    whole = yaml.safe_load(yaml_text)
-    part = {"model": whole["model"], "reward": {"function": "m:f"}} | yaml.safe_load(tools)
-    for tree in (whole, part):
-        check_config(msgspec.convert(tree, RunConfig))
+    check_config(msgspec.convert(yaml.safe_load(yaml_text), RunConfig))
     names = {}
     exec(source, names)  # noqa: S102 - ours
     number = json.loads(row)["number"]
@@ -243,7 +240,7 @@ def test_an_environment_of_trl_can_be_used_as_its_page_says(monkeypatch):
 
         def guess(self, number):
             self.guesses += 1
-            return "right" if number == self.number else "wrong"
+            return number == self.number
 
         def get_reward(self):
             return 1 / self.guesses
@@ -255,12 +252,11 @@ def test_an_environment_of_trl_can_be_used_as_its_page_says(monkeypatch):
     (source,) = (text for text in blocks("from-trl.md", "python") if "class Adapted" in text)
     exec(source, names)  # noqa: S102 - ours
     (yaml_text,) = (text for text in blocks("from-trl.md", "yaml") if "Adapted" in text)
-    config = msgspec.convert(yaml.safe_load(yaml_text) | {"model": {"policy": "m"}}, RunConfig)
-    check_config(config)
+    check_config(msgspec.convert(yaml.safe_load(yaml_text) | {"model": {"policy": "m"}}, RunConfig))
     adapted = names["Adapted"](prompt="Guess", seed=1, number=5)
-    tools = [getattr(adapted, name) for name in config.environment.tools]
-    assert [tool(number=n) for tool in tools for n in (4, 5)] == ["wrong", "right"]
-    assert getattr(adapted, config.reward.environment)() == 1 / 2
+
+    assert [adapted.guess(number) for number in (4, 5)] == [False, True]
+    assert adapted.get_reward() == 1 / 2
 
 
 @pytest.mark.parametrize("protocol", ["json", "yaml"])

@@ -20,7 +20,7 @@ PHASES = ("load policy", "generate", "score", "reference", "optimise", "checkpoi
 
 
 @pytest.fixture(scope="module")
-def pair(lab, wait_until):
+def pair(lab, wait_until, tmp_path_factory):
     """8 steps on two ranks, with a pause after the fifth that is longer than both time-outs.
 
     The reward function raises in step 7, until the run has paused for it. Inside step 9 one of the
@@ -30,7 +30,10 @@ def pair(lab, wait_until):
     run = lab.run("pair", *TWO, *limits, "reward.retries=1", steps=9)
     run.hold(5, 9)
     run.score_at(7, "raise no service")
+    run.temporary = tmp_path_factory.mktemp("temporary")
+    lab.environment["TMPDIR"] = str(run.temporary)
     run.start()
+    del lab.environment["TMPDIR"]
     run.wait_at(5)
     run.beta = run.ctl("beta", "0.2", "--id", "to-0.2")
     run.ctl("pause")
@@ -124,6 +127,10 @@ def test_one_rank_that_is_killed_ends_all_and_is_named(pair):
     assert "rank 1" in error["text"]
     assert "SIGKILL" in error["text"]
     assert pair.step == 8
+
+
+def test_a_run_leaves_nothing_in_the_temporary_folder(pair):
+    assert not list(pair.temporary.iterdir())
 
 
 def test_a_run_on_one_machine_listens_on_loopback_only(pair):

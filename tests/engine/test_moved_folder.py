@@ -1,4 +1,4 @@
-"""A session's folder that is moved, deleted or replaced while its engine runs."""
+"""Folders that are moved, deleted or replaced while an engine runs."""
 
 import asyncio
 import shutil
@@ -114,3 +114,19 @@ async def test_an_engine_leaves_the_files_of_the_session_in_its_place(started, m
     assert other.engine().socket == "/a/socket"
     assert registry.live_sessions() == [other]
     held.release()
+
+
+async def test_ranks_restart_in_the_sessions_folder_if_that_of_the_command_is_deleted(
+    make_session, tmp_path, monkeypatch
+):
+    """In a deleted one, MKL cannot load its libraries."""
+    folder, found = tmp_path / "started-here", tmp_path / "found"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    command = ["sh", "-c", f"pwd -P >> {found}; rm -rf {folder}; exit 1"]
+    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: command)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    session = make_session("run", "launch.max_restarts=1")
+    assert await supervise(session, StartOptions()) == 1
+    expected = [str(path.resolve()) for path in (folder, session.folder)]
+    assert found.read_text().splitlines() == expected

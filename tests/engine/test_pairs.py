@@ -16,6 +16,8 @@ from engine.journal.judgements.labels import (
     set_label,
 )
 from engine.journal.judgements.preference_pairs import preference_pairs
+from engine.journal.samples import SampleReader
+from engine.protocol.rank_messages import StepReport
 from tests.judging import answer, judgements
 
 FROM_REFERENCE = Response(response="the reference's")
@@ -61,6 +63,24 @@ def test_pairs_come_from_preferences_and_from_labels(session):
     assert (first.chosen_step, first.rejected_step) == (None, 1)
     assert (second.chosen_attempt, second.chosen_step, second.chosen_index) == (1, 2, 0)
     assert {r.prompt for r in rows} == {"p"}
+
+
+def test_a_pair_tells_where_the_replies_of_an_environment_are(writer):
+    given = [[(2, 4)], [], None, [(3, 5), (7, 9)]]
+    samples = [writer.sample(1, i, prompt="p", replies=spans) for i, spans in enumerate(given)]
+    writer.journal.record_step(StepReport(step=1, metrics={}, samples=samples, settings={}))
+    with SampleReader(writer.session) as reader:
+        one, turn, without, other = map(Response.of, reader.of_step(1))
+    prefer(writer.session, "p", one, turn, "ana")
+    prefer(writer.session, "p", without, FROM_REFERENCE, "ana")
+    set_label(writer.session, "p", other, "good", "ana")
+    set_label(writer.session, "p", one, "bad", "ana")
+    expected = [([(2, 4)], []), (None, None), (given[3], [(2, 4)])]
+    rows = preference_pairs(writer.session)
+    assert [(r.chosen_replies, r.rejected_replies) for r in rows] == expected
+    writer.session.samples_file.unlink()
+    rows = preference_pairs(writer.session)
+    assert [(r.chosen_replies, r.rejected_replies) for r in rows] == [(None, None)] * 3
 
 
 def test_no_pair_is_there_twice_and_preferences_count_before_labels(session):

@@ -43,6 +43,13 @@ PLAIN = {
 }  # fmt: skip
 
 
+CONTAINERS = {
+    list: lambda of: st.lists(of, max_size=2),
+    dict: lambda key, of: st.dictionaries(key, of, max_size=2),
+    tuple: st.tuples,
+}
+
+
 def values(kind):
     """Anything of a type, as messages use them."""
     if kind in PLAIN:
@@ -52,12 +59,8 @@ def values(kind):
         return st.sampled_from(arguments)
     if origin in (Union, UnionType):
         return st.one_of(*map(values, arguments))
-    if origin is list:
-        return st.lists(values(arguments[0]), max_size=2)
-    if origin is dict:
-        return st.dictionaries(*map(values, arguments), max_size=2)
-    if origin is tuple:
-        return st.tuples(*map(values, arguments))
+    if origin in CONTAINERS:
+        return CONTAINERS[origin](*map(values, arguments))
     hints = get_type_hints(kind)
     return st.builds(kind, **{k: values(hints[k]) for k in kind.__struct_fields__})
 

@@ -27,6 +27,31 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def collect(item: str) -> list[str]:
+    """
+    Puts a text into a list.
+
+    Args:
+        item: The text.
+    """
+    return [item]
+
+
+def echo(text: str) -> str:
+    """
+    Says a text again.
+
+    Args:
+        text: The text.
+    """
+    return text
+
+
+def leave() -> None:
+    """Ends the program."""
+    raise SystemExit(3)
+
+
 def untyped(a):
     """Has no type hints."""
 

@@ -37,7 +37,7 @@ def run_agent(tmp_path, monkeypatch):
             rdzv_handler=StoreRendezvous("", 1, 60.0, first=True, secret=""),
             local_addr="127.0.0.1",
         )  # fmt: skip
-        agent = agents.Agent(spec)
+        agent = agents.Agent(spec, tmp_path / "torch")
         return agent, agent.run()
 
     yield run

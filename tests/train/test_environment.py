@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.errors import CommandRejectedError, UserInputError
+from engine.train.check import check
 from engine.train.environment.dialogue import Dialogue
 from engine.train.environment.environments import checked_reply
 from engine.train.environment.reply_tokens import ReplyTokens
@@ -477,6 +478,14 @@ def test_samples_tell_where_the_replies_are(make_run, tokenizer):
         texts = [sample.response[a:b] for a, b in sample.replies]
         assert texts == [Repeating.QUESTION] * len(texts)
     assert any(sample.replies for sample in held_out)
+
+
+def test_check_tells_where_the_replies_are(make_run):
+    run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
+    found = check(run.config).samples
+    texts = [s.response[a:b] for s in found for a, b in s.replies]
+    assert texts == [Repeating.QUESTION] * len(texts)
+    assert len(found) == 2
 
 
 def test_samples_without_an_environment_have_no_replies(make_run):

@@ -443,6 +443,19 @@ def test_the_chunks_of_logits_change_neither_gradient_nor_sums(other, trained, m
         assert getattr(again, name) == pytest.approx(value, rel=close, abs=close), name
 
 
+@pytest.mark.parametrize("most", [1, 1 << 25], ids=["in chunks", "at once"])
+def test_logits_are_only_made_for_tokens_of_responses(most, monkeypatch):
+    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", most * VOCABULARY)
+    policy = make_policy("shared")
+    minibatch = make_minibatch(policy, left=2, right=3)
+    hidden = []
+    layer = policy.lm.get_output_embeddings()
+    layer.register_forward_pre_hook(lambda _layer, inputs: hidden.append(inputs[0]))
+    fast(policy, minibatch, run_config(micro_batch_size=len(PROMPTS)))
+    score_tokens(policy, minibatch[0], 1.0, MicroBatchLimit(len(PROMPTS)))
+    assert [x.shape[:-1].numel() for x in hidden] == [sum(RESPONSES)] * 2
+
+
 def test_logits_are_made_at_once_where_it_is_unknown_what_a_model_does_to_them():
     lm = LlamaForCausalLM(LLAMA)
     compute = lm.forward

@@ -16,7 +16,9 @@ from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import RlhfError, UserInputError
 from engine.progress import report_nothing
 from engine.protocol.programs.reward_training import JudgedText, RewardTrainingRequest
+from engine.train.data.load_prompts import load_prompts
 from engine.train.data.prompts import Prompt, batch_prompts
+from engine.train.models.pretrained import load_policy_tokenizer
 from engine.train.reward_training.evaluate import calibrate, held_out_agreement
 from engine.train.reward_training.fit import best_threshold
 from engine.train.reward_training.inputs import judged_inputs
@@ -208,6 +210,23 @@ def test_the_end_of_a_response_is_a_token_unless_it_was_cut_off_or_stopped_by_a_
     assert ends == [True, False, False]
     assert inputs.prompts[0] == Prompt(tokenizer("The film")["input_ids"], "The film", {})
     assert "1 of 1 judged prompts are not in its data" in inputs.notes[0]
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize("factory", ["null", "module:Game"])
+def test_markup_between_the_turns_of_a_chat_is_missing_and_is_told(factory):
+    overrides = [f"data.chat_template='{CHAT}'", "data.chat=true", f"environment.factory={factory}"]
+    config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
+    tokenizer = load_policy_tokenizer(config, starter.resolve("starter:policy"), SINGLE_RANK)
+    prompt = load_prompts(config.data, tokenizer, per_step=1, seed=config.seed).for_step(1)[0]
+    response = JudgedText(session=0, prompt=prompt.text, response="It is. No And?")
+    inputs = judged_inputs(request(config=config, responses=[response]), SINGLE_RANK)
+    assert inputs.prompts[0].messages
+    assert ["without the chat template's markup" in note for note in inputs.notes] == (
+        [True] if factory != "null" else []
+    )
 
 
 def test_a_split_that_leaves_nothing_to_train_on_says_what_to_lower():

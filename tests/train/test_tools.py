@@ -11,7 +11,7 @@ from engine.config import file as config_file
 from engine.config.sections.environment import EnvironmentConfig
 from engine.errors import UserInputError
 from engine.train.environment.environments import Environments
-from engine.train.environment.tools import Tools
+from engine.train.environment.tools import ToolCall, Tools
 from engine.train.experience.generation import generate_rollout
 from engine.train.step import train_step
 from tests.train.arithmetic import CHAT, CHATTING, FOLDER, Game
@@ -113,6 +113,44 @@ def test_calls_are_also_read_in_the_notation_of_functions_and_parameters():
     said = "<function=say><parameter=text>\n1\n\n2\n</parameter></function>"
     (one,) = found.calls(f"<tool_call>{said}</tool_call>")
     assert one.arguments == {"text": "1\n\n2"}
+
+
+def test_a_call_that_is_only_thought_of_is_not_run():
+    found = tools("arithmetic:add")
+    thought = f"<think>I could {call('add', a=1, b=1)}</think>"
+    assert found.calls(f"{thought}Done.") == []
+    assert results(found, f"{thought}{call('add', a=2, b=2)}") == ["4"]
+    assert found.calls(f"Hm. <think>{call('add', a=1, b=1)}") == []
+
+
+@pytest.mark.parametrize("text", ["<tool_call>" + "\n" * 100_000, "<tool_call>" * 100_000])
+def test_a_call_that_is_never_closed_does_not_occupy_the_rank(text):
+    """A regular expression would look for its end for years."""
+    assert tools("arithmetic:add").calls(text) == []
+
+
+def test_what_tools_answer_can_be_sent_to_the_other_ranks():
+    class Text(str):
+        pass
+
+    found = tools("arithmetic:echo")
+    for said in (Text("a"), "\ud83d"):
+        answers = found.answers([ToolCall("echo", {"text": said})], None)
+        assert msgspec.msgpack.encode(answers.messages)
+    unknown = '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'
+    (message,) = found.answers(found.calls(unknown), None).messages
+    assert message["name"] == r"\ud83d"
+    assert msgspec.msgpack.encode(message)
+
+
+def test_results_that_are_no_text_are_written_as_json_in_the_letters_of_their_language():
+    found = tools("arithmetic:collect")
+    assert results(found, call("collect", item="é漢")) == ['["é漢"]']
+
+
+def test_a_tool_that_exits_tells_the_policy_and_does_not_end_the_run():
+    found = tools("arithmetic:leave")
+    assert results(found, call("leave")) == ["error: SystemExit: 3"]
 
 
 def test_parameters_are_another_word_for_arguments():

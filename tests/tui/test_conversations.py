@@ -1,11 +1,15 @@
 """Responses of several turns: the environment's replies are told apart from the policy's words."""
 
 import pytest
+from click.testing import CliRunner
 from rich.cells import cell_len
 
 from engine.journal.rows import ProbeResponse
 from engine.journal.writer import JournalWriter
+from engine.protocol.programs.check_result import CheckedSample
 from engine.protocol.rank_messages import TokenArrays
+from rlhf_tui.cli import cli
+from rlhf_tui.commands.check import sample_lines
 from rlhf_tui.dialogs.event import EventDialog
 from rlhf_tui.dialogs.judging import JudgingDialog, ResponseText
 from rlhf_tui.screens.parts.sample_table import cells_of
@@ -158,6 +162,34 @@ def test_on_one_line_a_reply_is_between_marks():
     state.take(SessionUpdate(samples=[row]))
     pieces = LatestSamplesPanel(state).rows(100, 5)[1]
     assert (" │Why is\nthat?│ ", "dim") in pieces
+
+
+def test_the_command_line_prints_each_turn_on_a_line_of_its_own(talk):
+    arguments = ["samples", talk.name, "--sessions", str(talk.folder.parent), "--last", "3"]
+    assert CliRunner().invoke(cli, arguments).output.splitlines() == [
+        "step 2 #0  score 0.000  KL 1.00  3 turns",
+        "  I watched this one with│ The plot is thin.",
+        "  reply │␤Why?␤",
+        "  policy│ It has no end.",
+        "  reply │ And the actors?",
+        "  policy│ I left early.",
+        "step 2 #1  score 0.500  KL 1.00  2 turns",
+        "  I watched this one with│ a friend.",
+        "  reply │␤Why?␤",
+        "  policy│ It was warm.",
+        "step 2 #2  score 1.000  KL 1.00  1 turn",
+        "  I watched this one with│ some doubts.",
+    ]
+
+
+def test_check_prints_each_turn_on_a_line_of_its_own():
+    checked = CheckedSample("It was", " dull.\nreply  x Why? So.", 0.5, [(15, 20)])
+    assert sample_lines(checked) == [
+        "prompt    It was",
+        "response   dull.␤reply  x",
+        "reply      Why?",
+        "response   So.  (0.500)",
+    ]
 
 
 @pytest.fixture

@@ -87,6 +87,11 @@ def test_a_digest_has_the_values_of_beta_and_the_means_of_what_is_measured():
     assert "  beta  0.100 → 0.300" in shown
 
 
+def test_a_run_that_goes_on_from_an_earlier_step_need_not_have_been_rolled_back():
+    shown = lines(make_state(), Seen(time=500.0, step=60, event=3))  # as after a crash
+    assert "back to step 50, from step 60" in shown
+
+
 def test_there_is_no_digest_of_a_session_that_had_the_folder_before():
     state = make_state()
     started = EventRow(event=1, time=600.0, attempt=1, step=0, kind="started", payload=None)

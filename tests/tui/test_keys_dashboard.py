@@ -8,6 +8,7 @@ from engine.journal.reader import JournalReader
 from rlhf_tui.dialogs.picker import PickerDialog
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.grid import ChartGrid
+from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.table import Table
 
 
@@ -261,3 +262,20 @@ async def test_v_turns_the_panels_of_a_narrow_terminal(make_app, running):
             )
             await pilot.press("v")
         assert shown == [{"timeline"}, {"latest"}, {"machine"}]
+
+
+async def test_the_title_of_what_has_the_focus_is_marked_although_the_run_stands_still(
+    make_app, running, until
+):
+    app = make_app()
+    async with running(app) as pilot:
+        timeline = app.screen.query_one(TimelinePanel)
+
+        def titles():
+            charts = [chart.text().splitlines()[0] for chart in app.screen.query(Chart)]
+            return [*charts, timeline.render_line(0).text]
+
+        for key, place in (("j", 1), ("j", 2), ("tab", 4), ("shift+tab", 2)):
+            await pilot.press(key)
+            expected = [i == place for i in range(5)]
+            await until(pilot, lambda e=expected: [t.startswith("▸") for t in titles()] == e, key)

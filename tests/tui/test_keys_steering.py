@@ -136,6 +136,9 @@ async def test_undo_and_checkpoint_are_one_key(make_app, engine, key, command, r
         await until(pilot, lambda: engine == [command])
 
 
+HIGH = "clip_range_high"
+
+
 async def test_e_sets_any_setting(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:
@@ -164,6 +167,23 @@ async def test_e_takes_the_value_with_the_name_as_the_command_line_does(
         assert app.screen.query_one("#field").value == "1e-4"
         await pilot.press("enter")
         await until(pilot, lambda: engine == [steering.SetSetting(key="learning_rate", value=1e-4)])
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [((*"clip", "enter", *"0.3"), "clip_range"), ((*"clip", "down", *"=0.3", "enter"), HIGH)],
+)
+async def test_enter_takes_the_setting_that_fits_best_or_the_one_that_was_moved_to(
+    make_app, engine, running, until, keys, key
+):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("e")
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await pilot.press(*keys)
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await pilot.press("enter")
+        await until(pilot, lambda: engine == [steering.SetSetting(key=key, value=0.3)])
 
 
 @pytest.mark.usefixtures("engine")

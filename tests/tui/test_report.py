@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from engine.journal.judgements.labels import Response, prefer, set_label, set_note
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
+from engine.journal.turns import Turn
 from engine.journal.writer import JournalWriter
 from engine.metrics import AGREEMENT, SCORE
 from engine.protocol.rank_messages import Sample, StepReport
@@ -27,6 +28,7 @@ from rlhf_tui.report.curves import SPANS, Curve
 from rlhf_tui.report.data import read_report
 from rlhf_tui.report.headlines import read_headlines
 from rlhf_tui.report.samples import spread
+from rlhf_tui.report.sections import cut_turns
 from rlhf_tui.report.settings import settings_of_run
 from rlhf_tui.report.svg import Mark, chart, moving_mean, tick_label, ticks
 from rlhf_tui.state.runs.listing import spark
@@ -141,6 +143,42 @@ def said(response, **given):
     values = {"index": 0, "prompt": "a prompt", "response": response, "score": 1.0, "kl": 0.0,
               "length": 2, "ended": True}  # fmt: skip
     return Sample(**(values | given))
+
+
+def test_replies_of_an_environment_are_set_apart(talk, tmp_path):
+    session = SessionFolder(shutil.copytree(talk.folder, tmp_path / "talk"))
+    with JournalReader(session) as record:
+        one, other = record.samples.of_step(2)[:2]
+    prefer(session, one.prompt, Response.of(one), Response.of(other), "ana")
+    report = read_report(session, lambda: NOW)
+    page = html.page(report)
+    assert (
+        '<pre> The plot is thin.</pre><pre class="reply">Why?</pre><pre> It has no end.</pre>'
+        '<pre class="reply">And the actors?</pre><pre> I left early.</pre><p>rejected</p>'
+    ) in page
+    assert "· 11 tokens · 3 turns" in page
+    Page(page)
+    shown = markdown.page(report)
+    assert "\n```text\n The plot is thin.\n```\n\n> ```text\n> Why?\n> ```\n\n```text\n" in shown
+    for text in (page, shown):
+        assert "What the environment replied is set apart" in text
+
+
+def test_a_run_without_an_environment_names_none(report):
+    page = html.page(report)
+    assert "environment" not in page[page.index('id="samples"') : page.index('id="judgements"')]
+    assert '<pre class="reply">' not in page
+    assert "\n> " not in markdown.page(report)
+
+
+def test_a_long_conversation_is_cut_and_says_so():
+    text = "a" * 1190 + "b" * 100 + "c"
+    assert cut_turns(text, [(1190, 1290)]) == [
+        Turn("a" * 1190, False), Turn("b" * 10 + "… (91 more characters)", True),
+    ]  # fmt: skip
+    assert cut_turns(text, [(1210, 1290)]) == [
+        Turn("a" * 1190 + "b" * 10 + "… (91 more characters)", False)
+    ]
 
 
 def test_another_run_is_put_beside_it(root, session_maker, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from engine.config.settings import SettingChange, Settings
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.state.feeds.updates import SessionUpdate
+from rlhf_tui.widgets.lines import plain_text
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from tests.tui.panels import FIRST, SETTINGS, command, make_state, text
 
@@ -35,7 +36,8 @@ def test_the_next_beta_is_the_controller_s():
 def test_the_next_beta_is_unknown_without_the_batch_size_of_the_configuration():
     state = make_state(kl=6.6)
     state.batch_size = None
-    assert "next    unknown: config.yaml is not read" in text(SteeringPanel(state))
+    rows = [row for row in SteeringPanel(state).rows(39, 20) if row[0][0].strip() == "next"]
+    assert plain_text(rows, 39) == " next    config.yaml is not read", "it is whole at 80 columns"
 
 
 def test_a_saturated_controller_says_so():

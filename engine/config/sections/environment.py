@@ -19,7 +19,8 @@ class EnvironmentConfig(Section, frozen=True):
     results. Without `factory` and `tools`, a response is one turn."""
     call_pattern: str | None = None
     """Regular expression that finds a tool call; its group is the JSON with `name` and `arguments`
-    (or `parameters`). Default: `<tool_call>…</tool_call>`, as Qwen and others write it."""
+    (or `parameters`). Default: `<tool_call>…</tool_call>`, as Qwen and others write it. Calls
+    within `<think>…</think>` are not run."""
     path: PathOrName | None = None
     """Folder from which modules are imported. Default: the folder of the configuration file."""
     max_turns: Annotated[int, Meta(ge=1, le=1000)] = 8

@@ -1,16 +1,18 @@
 """The export of preferences: pairs of a chosen and a rejected response to the same prompt.
 
 The columns `prompt`, `chosen` and `rejected` are those that trainers such as TRL's DPO read.
-Further columns hold the operator, the time and the origin of each response.
+Further columns hold the operator, the time, and the origin of each response and of its parts.
 """
 
 import msgspec
 
 from engine.errors import SessionError
 from engine.journal.judgements.labels import JudgedResponse, LabelReader, Response
+from engine.journal.samples import SampleReader
 from engine.session.folder import SessionFolder
 
 WORSE = ("bad", "hack")
+_Replies = dict[Response, list[tuple[int, int]]]
 
 
 class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +32,10 @@ class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
     rejected_attempt: int | None
     rejected_step: int | None
     rejected_index: int | None
+    chosen_replies: list[tuple[int, int]] | None
+    """Start and end of each reply of an environment in the response, in characters. None without an
+    environment, for a response of the reference, or if the response is not recorded any more."""
+    rejected_replies: list[tuple[int, int]] | None
 
 
 def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
@@ -41,14 +47,16 @@ def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
 
     Raises:
         SessionError: there is no pair; the message explains how to make one.
-        JournalError: the judgements cannot be read.
+        JournalError: the judgements or the responses cannot be read.
     """
-    with LabelReader(session) as labels:
+    with LabelReader(session) as labels, SampleReader(session) as samples:
         preferences, judged = labels.preferences(), list(labels.judgements().values())
+        replies = samples.replies_of_judged()
     rows = [
-        (p.order, _pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time)) for p in preferences
+        (p.order, _pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time, replies))
+        for p in preferences
     ]
-    rows += _labelled(judged)
+    rows += _labelled(judged, replies)
     if not rows:
         raise SessionError(_no_pairs(session, judged))
     unique: dict[tuple[str, frozenset[str]], tuple[float, PreferencePair]] = {}
@@ -57,7 +65,9 @@ def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
     return [row for _, row in sorted(unique.values(), key=lambda r: r[0])]
 
 
-def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, PreferencePair]]:
+def _labelled(
+    judged: list[JudgedResponse], replies: _Replies
+) -> list[tuple[float, PreferencePair]]:
     """The pairs that follow from labels, each with the order of its later label."""
     worse: dict[str, list[JudgedResponse]] = {}
     for response in judged:
@@ -69,7 +79,7 @@ def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, PreferencePair]
             _pair(
                 "labels", good.prompt, good.response, bad.response,
                 " and ".join(dict.fromkeys((good.judgement.who, bad.judgement.who))),
-                max(good, bad, key=lambda j: j.order).judgement.time,
+                max(good, bad, key=lambda j: j.order).judgement.time, replies,
             ),
         )
         for good in judged
@@ -80,13 +90,20 @@ def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, PreferencePair]
 
 
 def _pair(
-    source: str, prompt: str, chosen: Response, rejected: Response, who: str, time: float
+    source: str,
+    prompt: str,
+    chosen: Response,
+    rejected: Response,
+    who: str,
+    time: float,
+    replies: _Replies,
 ) -> PreferencePair:
     return PreferencePair(
         prompt=prompt, chosen=chosen.response, rejected=rejected.response, source=source,
         who=who, time=time, chosen_attempt=chosen.attempt, chosen_step=chosen.step,
         chosen_index=chosen.index, rejected_attempt=rejected.attempt,
         rejected_step=rejected.step, rejected_index=rejected.index,
+        chosen_replies=replies.get(chosen), rejected_replies=replies.get(rejected),
     )  # fmt: skip
 
 

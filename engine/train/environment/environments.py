@@ -15,6 +15,7 @@ from engine.errors import error_text, shortened, traceback_text
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
+from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.calls import SHOWN_MESSAGE
 from engine.train.rewards.scores import shown
@@ -203,7 +204,7 @@ def checked_reply(value: Any) -> Reply:
     if value is None:
         return None
     if isinstance(value, str):
-        return _plain(value)
+        return plain_text(value)
     if isinstance(value, list) and value:
         texts = [
             isinstance(message, dict)
@@ -212,17 +213,11 @@ def checked_reply(value: Any) -> Reply:
             for message in value
         ]
         if all(texts):
-            return [{key: _plain(text) for key, text in message.items()} for message in value]
+            return [{key: plain_text(text) for key, text in message.items()} for message in value]
     raise TypeError(
         f"reply returned {shortened(repr(value), SHOWN_MESSAGE)}, not text, a list of messages "
         "with role and content, or None"
     )
-
-
-def _plain(text: str) -> str:
-    """Returns a text without a subclass. Raises UnicodeError if it cannot be encoded."""
-    text.encode()
-    return str.__str__(text)
 
 
 class _Failed(msgspec.Struct, frozen=True):

@@ -12,10 +12,13 @@ from transformers.utils.chat_template_utils import get_json_schema
 
 from engine.config.sections.environment import EnvironmentConfig
 from engine.errors import UserInputError, error_text, first_line, shortened
+from engine.train.environment.plain_text import plain_text
 from engine.train.user_function import UserFunction
 
-CALL = r"(?s)<tool_call>\s*(.*?)\s*</tool_call>"
+CALL = ("<tool_call>", "</tool_call>")
 """How Qwen, SmolLM3, Hermes, Nemotron and others enclose a call."""
+THOUGHT = ("<think>", "</think>")
+"""How these and others enclose what the policy thinks before it says something."""
 FUNCTION = re.compile(r"(?s)<function=([^>]*)>(.*?)(?:</function>|$)")
 PARAMETER = re.compile(r"(?s)<parameter=([^>]*)>\n?(.*?)\n?</parameter>")
 """How Qwen 3.5 and Nemotron 3 write a call; older models write `{"name": …, "arguments": …}`."""
@@ -23,6 +26,8 @@ ARGUMENTS = ("arguments", "parameters")
 """The key that holds the arguments; Llama writes the latter."""
 LONGEST_ERROR = 500
 """Most characters of an error that the policy reads."""
+LONGEST_NAME = 200
+"""Most characters of the name of a tool."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Tools:
             UserInputError: a function cannot be imported, or has no docstring or type hints that
                 say what it takes.
         """
-        self._pattern = re.compile(config.call_pattern or CALL)
+        self._pattern = re.compile(config.call_pattern) if config.call_pattern else None
         self._modules: list[UserFunction] = []
         self._functions: dict[str, Callable[..., Any] | None] = {}
         """By name; None for a method of the environment."""
@@ -127,14 +132,22 @@ class Tools:
             yield
 
     def calls(self, text: str) -> list[ToolCall]:
-        """Finds the calls in a turn of the policy; none if the turn is an answer."""
-        return [self._parsed(match.group(1)) for match in self._pattern.finditer(text)]
+        """Finds the calls in a turn of the policy; none if the turn is an answer.
+
+        A call that the policy only thinks about is none.
+        """
+        said = text.rpartition(THOUGHT[1])[2].partition(THOUGHT[0])[0]
+        if self._pattern is None:
+            found = enclosed(said)
+        else:
+            found = [match.group(1) or "" for match in self._pattern.finditer(said)]
+        return [self._parsed(call.strip()) for call in found]
 
     def _parsed(self, text: str) -> ToolCall:
         """Reads a call in one of the two notations."""
         if (written := FUNCTION.match(text)) is None:
             return parsed_json(text)
-        name, found = written.group(1), PARAMETER.findall(written.group(2))
+        name, found = shortened(written.group(1), LONGEST_NAME), PARAMETER.findall(written.group(2))
         types = {
             key: kind.get("type")
             for schema in self.schemas
@@ -149,7 +162,8 @@ class Tools:
         for call in calls:
             try:
                 results.append(self._result(call, environment))
-            except Exception as error:  # the policy may be the reason, so it is told
+            # The policy may be the reason, also of an exit() in code that it wrote: it is told.
+            except (Exception, SystemExit) as error:
                 text = error_text(error)
                 if not isinstance(error, ToolCallError):
                     text = f"{type(error).__name__}: {text}"
@@ -166,11 +180,23 @@ class Tools:
             raise ToolCallError(call.problem)
         if call.name not in self._functions:
             known = ", ".join(self._functions)
-            name = shortened(call.name, 80)
-            raise ToolCallError(f"there is no tool {name!r}; the tools are {known}")
+            raise ToolCallError(f"there is no tool '{call.name}'; the tools are {known}")
         function = self._functions[call.name] or getattr(environment, call.name)
         result = function(**(call.arguments or {}))
-        return result if isinstance(result, str) else json.dumps(result, default=str)
+        if not isinstance(result, str):
+            result = json.dumps(result, ensure_ascii=False, default=str)
+        return plain_text(result)
+
+
+def enclosed(text: str) -> list[str]:
+    """The texts that :data:`CALL` encloses.
+
+    Takes time in proportion to the text. A regular expression does not: it looks for the end of
+    each call that is never closed, and holds the rank meanwhile.
+    """
+    begin, end = CALL
+    parts = text.split(end)[:-1]
+    return [part.partition(begin)[2] for part in parts if begin in part]
 
 
 def _typed(text: str, kind: Any) -> Any:
@@ -197,6 +223,7 @@ def parsed_json(text: str) -> ToolCall:
     name = call.get("name") if isinstance(call, dict) else None
     if not isinstance(name, str):
         return ToolCall(problem="the call is no object with a name and arguments")
+    name = shortened(name.encode(errors="backslashreplace").decode(), LONGEST_NAME)
     given = [call[key] for key in ARGUMENTS if key in call]
     arguments = given[0] if given else {}
     if not isinstance(arguments, dict):

@@ -28,7 +28,7 @@ class HiddenReader(Protocol):
         """Whether to read the hidden states instead of returning this many logits."""
 
     def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Computes from the output layer's input, (n, k, H), inside the forward pass."""
+        """Computes from the output layer's input, (…, H), inside the forward pass."""
 
 
 def cache_name(parameters: Container[str]) -> str:
@@ -76,8 +76,8 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.value_head.bias)
         head.register_forward_pre_hook(self._select_hidden)
         self._read_at: Tensor | None = None
-        """Positions of the next forward pass of the language model; None: all that reach the
-        output layer."""
+        """Positions of the next forward pass of the language model, (N,) int64; None: all that
+        reach the output layer."""
         self._shared_value = value == "shared"
         self._hidden: Tensor | None = None
         """The output layer's input, for a shared value head."""
@@ -146,7 +146,8 @@ class LanguageModel(nn.Module):
             tokens: (n, L) int64.
             attention_mask: (n, L), or (n, past + L) with a cache; 0 for left padding. With
                 `positions` it may also be (n, 1, L, places of the cache) bool.
-            keep: the last k positions, or the indices of the positions, (n, k) int64.
+            keep: the last k positions of each row; or N positions of any rows, different from each
+                other, as indices into n·L, (N,) int64. The results then have one row, of N columns.
             cache: a transformers cache, which this call extends.
             want: `both`, `logits` or `values`.
             detach_trunk: do not propagate the value's gradient to a shared trunk.
@@ -170,7 +171,7 @@ class LanguageModel(nn.Module):
         logits: Tensor | tuple[Tensor, ...] | None = None
         values = None
         separate = self.value_trunk is not None
-        count = keep if isinstance(keep, int) else keep.shape[1]
+        count = len(tokens) * keep if isinstance(keep, int) else len(keep)
         if want != "values" or not separate:
             inputs_of_lm = {
                 "input_ids": tokens, self._cache_name: cache, "use_cache": cache is not None,
@@ -178,7 +179,7 @@ class LanguageModel(nn.Module):
             }  # fmt: skip
             self._read_at = None if isinstance(keep, int) else keep
             try:
-                if read is not None and self._is_read(read, len(tokens) * count):
+                if read is not None and self._is_read(read, count):
                     with self.output.reading(partial(read, self.output)) as results:
                         self.lm(**inputs_of_lm)
                     logits = results[0]
@@ -214,8 +215,8 @@ class LanguageModel(nn.Module):
 
 
 def hidden_at(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Selects positions (n, k) int64 of each row of hidden states (n, L, H): (n, k, H)."""
-    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+    """Selects N positions, indices into n·L, of hidden states (n, L, H): (1, N, H)."""
+    return hidden.flatten(0, 1).index_select(0, positions).unsqueeze(0)
 
 
 class AdapterFreePolicy:

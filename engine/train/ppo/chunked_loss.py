@@ -69,9 +69,9 @@ def chunked_logprobs(
 
 
 LossOfTokens = Callable[[slice | None, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""Called with a chunk of the tokens in row-major order (None for all of them), their
-log-probabilities, (tokens of the chunk,) float32, and their entropies if requested. Returns the sum
-of their losses, a scalar with gradient, and other sums, (k,) float64."""
+"""Called with a chunk of the tokens (None for all of them), their log-probabilities, (tokens of the
+chunk,) float32, and their entropies if requested. Returns the sum of their losses, a scalar with
+gradient, and other sums, (k,) float64."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Computes log-probabilities and values of a rollout by full forward passes without a cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,10 @@ from engine.train.rollout.rollout import Rollout
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """Outputs of one forward pass for the response tokens of n rows; (n, t') float32 each."""
+    """Outputs of one forward pass for the response tokens of n rows; (n, t') float32 each.
+
+    They are 0 beyond a response's length.
+    """
 
     logprobs: Tensor
     """log π at the temperature; zeros with `want="values"`."""
@@ -40,12 +44,49 @@ class TokenOutputs:
         return self.logprobs.shape[1]
 
 
+LossOfRows = Callable[[Tensor | None, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""A :data:`LossOfTokens` that is called with indices of the chunk's tokens in (n, t'), (c,) int64;
+or with None and tensors of (n, t')."""
+
+
+@dataclass(frozen=True)
+class RealTokens:
+    """Converts between (n, t') and the N response tokens alone, without what pads shorter ones."""
+
+    index: Tensor
+    """Their indices in n·t', ascending; (N,) int64."""
+    rows: int
+    width: int
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Selects them: (n, t') → (N,)."""
+        return x.flatten().index_select(0, self.index)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Puts N numbers at their places: (n, t'), 0 elsewhere."""
+        padded = x.new_zeros(self.rows * self.width)
+        return padded.index_copy(0, self.index, x.flatten()).view(self.rows, self.width)
+
+    def packed_loss(self, loss: LossOfRows) -> LossOfTokens:
+        """Returns the same loss as a function of the N tokens."""
+
+        def of_tokens(
+            part: slice | None, logprobs: Tensor, entropies: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            if part is not None:
+                return loss(self.index[part], logprobs, entropies)
+            padded = None if entropies is None else self.unpack(entropies)
+            return loss(None, self.unpack(logprobs), padded)
+
+        return of_tokens
+
+
 @dataclass(frozen=True)
 class RolloutReader:
     """Computes log-probabilities or a loss of response tokens from hidden states, in chunks."""
 
     responses: Tensor
-    """(n, t') int64."""
+    """(1, N) int64."""
     temperature: float
     entropies: bool
     loss: LossOfTokens | None
@@ -76,7 +117,7 @@ def rollout_forward(
     want: str = "both",
     detach_trunk: bool = False,
     entropies: bool = False,
-    loss: LossOfTokens | None = None,
+    loss: LossOfRows | None = None,
     separable: bool = True,
 ) -> TokenOutputs:
     """Computes log-probabilities and values of some rows' response tokens in one forward pass.
@@ -85,7 +126,8 @@ def rollout_forward(
     attends to that padding, so attention needs no mask: one of (n, L, L) would exclude the fastest
     kernels, and would be the largest tensor for responses of thousands of tokens. The logits and
     the value of token t are the outputs at the position before it, so the last token is not part of
-    the input.
+    the input. They are not computed for padding: with a large vocabulary the output layer is half
+    of the work.
 
     Args:
         model: the policy, the reference, or the policy wrapped for training.
@@ -101,30 +143,35 @@ def rollout_forward(
     """
     length = int(rollout.host_lengths[:, rows].sum(0).max()) - 1
     width = int(rollout.host_lengths[1, rows].max())
-    rows = rows.to(rollout.ids.device)
-    responses = rollout.ids[rows, :width]
-    mask = response_mask(rollout.lengths[rows], width)
-    read_at = (rollout.positions(rows, width) - 1).clamp(max=length - 1)
+    index = response_mask(rollout.host_lengths[1, rows], width).flatten().nonzero().squeeze(1)
+    both = torch.cat([rows, index]).to(rollout.ids.device)  # one copy
+    rows, real = both[: len(rows)], RealTokens(both[len(rows) :], len(rows), width)
+    responses = real.pack(rollout.ids[rows, :width])[None]
+    read_at = rollout.positions(rows, width) - 1
     tokens = rollout.sequences(rows, length)
     no_padding = torch.ones_like(tokens)
-    # Log-probabilities of padding are multiplied by 0. They must be finite, and the model may
-    # forbid token 0 (a logit of -∞), so padding is scored as a token that the model has sampled.
-    responses = torch.where(mask, responses, responses[:, :1])
-    read = RolloutReader(responses, temperature, entropies, loss, separable)
+    starts = torch.arange(0, len(rows) * length, length, device=rows.device)
+    read_at = real.pack(read_at + starts[:, None])
+    loss_of_tokens = None if loss is None else real.packed_loss(loss)
+    read = RolloutReader(responses, temperature, entropies, loss_of_tokens, separable)
     found, values = model(
         tokens, no_padding, read_at, want=want, detach_trunk=detach_trunk, read=read
     )
+    values = None if values is None else real.unpack(values)
+    nothing = torch.zeros(real.rows, real.width, device=rows.device)
     if found is None or want == "values":
-        return TokenOutputs(torch.zeros(responses.shape, device=responses.device), values, None)
-    if isinstance(found, tuple):
-        if loss is None:
-            return TokenOutputs(found[0], values, found[1] if entropies else None)
-        nothing = torch.zeros(responses.shape, device=responses.device)
+        return TokenOutputs(nothing, values, None)
+    if isinstance(found, tuple) and loss is not None:
         return TokenOutputs(nothing, values, None, (found[0], found[1]))
-    if entropies:
+    if isinstance(found, tuple):
+        logprobs, entropy = found if entropies else (found[0], None)
+    elif entropies:
         logprobs, entropy = token_logprobs_and_entropies(found, responses, temperature)
-        return TokenOutputs(logprobs, values, entropy)
-    return TokenOutputs(token_logprobs(found, responses, temperature), values, None)
+    else:
+        logprobs, entropy = token_logprobs(found, responses, temperature), None
+    return TokenOutputs(
+        real.unpack(logprobs), values, None if entropy is None else real.unpack(entropy)
+    )
 
 
 @dataclass(frozen=True)
@@ -158,13 +205,13 @@ def micro_batches(rollout: Rollout, rows: Tensor, limit: MicroBatchLimit) -> lis
     most_tokens = limit.size * (longest_context + longest_response)
     most_response_tokens = limit.size * longest_response  # logits are computed for these alone
     counts: list[int] = []
-    count = width = response_width = 0
+    count = width = responses = 0
     for context, response in rollout.host_lengths[:, rows].T.tolist():
         count += 1
-        width, response_width = max(width, context + response), max(response_width, response)
-        if count * width > most_tokens or count * response_width > most_response_tokens:
+        width, responses = max(width, context + response), responses + response
+        if count * width > most_tokens or responses > most_response_tokens:
             counts.append(count - 1)
-            count, width, response_width = 1, context + response, response
+            count, width, responses = 1, context + response, response
     return list(rows.split([*counts, count]))
 
 

@@ -303,11 +303,11 @@ class PolicyInputs:
             ),
         )
 
-    def part(self, tokens: slice) -> "PolicyInputs":
-        """Selects a chunk of the tokens in row-major order, each as a row of its own: (c, 1)."""
+    def part(self, tokens: Tensor) -> "PolicyInputs":
+        """Selects tokens by their indices in n·t', (c,), each as a row of its own: (c, 1)."""
 
         def column(x: Tensor) -> Tensor:
-            return x.reshape(-1, 1)[tokens]
+            return x.reshape(-1, 1).index_select(0, tokens)
 
         ref, sampled, weights = self.ref_logprobs, self.rollout_logprobs, self.weights
         held_back = self.held_back
@@ -327,11 +327,11 @@ class PolicyInputs:
 def _policy_loss_of_tokens(
     inputs: PolicyInputs,
     config: RunConfig,
-    tokens: slice | None,
+    tokens: Tensor | None,
     logprobs: Tensor,
     entropies: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`_policy_loss` as a :data:`LossOfTokens`; its sums in the order of `POLICY_SUMS`."""
+    """:func:`_policy_loss` as a :data:`LossOfRows`; its sums in the order of `POLICY_SUMS`."""
     inputs = inputs if tokens is None else inputs.part(tokens)
     shape = inputs.mask.shape
     loss, sums = _policy_loss(

@@ -50,6 +50,12 @@ def judged_inputs(request: RewardTrainingRequest, ranks: RankGroup) -> JudgedInp
         found, note = _find_prompts(config, tokenizers[number], wanted)
         known.append(found)
         notes += [f"session '{name}': {note}"] if note else []
+        chat = any(prompt.messages is not None for prompt in found.values())
+        if config.environment.factory is not None and chat:
+            notes.append(
+                f"session '{name}': the turns of a response are read without the chat template's "
+                "markup between them, which is not recorded"
+            )
     for response in request.responses:
         tokenizer = tokenizers[response.session]
         text = response.prompt

@@ -54,17 +54,23 @@ class EncodedResponses:
             "its end-of-sequence token"
         )
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """The arguments of a forward pass: n rows, right-padded to the longest, (n, T) int64."""
+    def batch(
+        self, rows: Sequence[int], device: torch.device, *, mask: bool = True
+    ) -> dict[str, Tensor]:
+        """The arguments of a forward pass: n rows, right-padded to the longest, (n, T) int64.
+
+        `mask=False` leaves out the attention mask.
+        """
         width = max(len(self.sequences[i]) for i in rows)
         ids = torch.full((len(rows), width), self.pad_of(rows))
-        mask, kinds = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
+        real, kinds = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
         for k, i in enumerate(rows):
             ids[k, : len(self.sequences[i])] = torch.tensor(self.sequences[i])
-            mask[k, : len(self.sequences[i])] = 1
+            real[k, : len(self.sequences[i])] = 1
             if self.types is not None:
                 kinds[k, : len(self.types[i])] = torch.tensor(self.types[i])
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        inputs = {"input_ids": ids.to(device)}
+        inputs |= {"attention_mask": real.to(device)} if mask else {}
         return inputs if self.types is None else inputs | {"token_type_ids": kinds.to(device)}
 
 
@@ -130,6 +136,13 @@ class RewardEncoding:
         sequences = [list(e["input_ids"]) for e in encoded]
         types = [list(e["token_type_ids"]) for e in encoded if self._pair and "token_type_ids" in e]
         return self._encoded(sequences, types or None)  # also None on a rank without responses
+
+    def random_rows(self, lengths: Sequence[int]) -> EncodedResponses:
+        """Returns rows of random tokens, the same in each call."""
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randint(self._vocabulary, (n,), generator=generator) for n in lengths]
+        used = [[(t + (t == self._pad)) % self._vocabulary for t in r.tolist()] for r in rows]
+        return self._encoded([row[: self._limit] for row in used], None)
 
     def _encoded(
         self, sequences: list[list[int]], types: list[list[int]] | None

@@ -29,6 +29,7 @@ from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions
 from engine.train.models.shapes import transformer_layers
 from engine.train.models.stored_weights import share_stored
 from engine.train.rewards.encoding import RewardEncoding
+from engine.train.rewards.padding import reads_padding
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.token_states import TokenStates
 
@@ -82,14 +83,20 @@ class RewardModel:
         self._encoding = RewardEncoding(
             tokenizer, model, policy_vocabulary, max_tokens=config.max_tokens, pair=pair
         )
+        self._needs_mask = True
         self._recorded: TokenStates | None = None
         """Receives the hidden states of scored responses inside :meth:`recorded_states`."""
 
     def place(self, ranks: RankGroup, *, on_host: bool) -> None:
-        """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`."""
+        """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`.
+
+        Also determines whether the model needs an attention mask.
+        """
         sharding.place_model(self._model, ranks, self._strategy, on_host=on_host)
         use_cpu_layers(self._model, ranks)
         sharding.offload_between_uses(self._model, ranks, self._strategy, on_host=on_host)
+        with sharding.materialised(self._model):
+            self._needs_mask = reads_padding(self._model, self._encoding, self._label, self._device)
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """Computes the chosen logit for each response, in batches of similar lengths."""
@@ -136,7 +143,7 @@ class RewardModel:
         states: dict[int, Tensor] = {}
         for first in range(0, len(order), self._size):
             rows = order[first : first + self._size]
-            batch = encoded.batch(rows, self._device)
+            batch = encoded.batch(rows, self._device, mask=self._needs_mask)
             self._model.config.pad_token_id = encoded.pad_of(rows)
             if self._recorded is None:
                 logits = self._model(**batch).logits

@@ -13,6 +13,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,6 +39,7 @@ from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.store_server import StoreServer
 from engine.protocol.machines.store_messages import SetKeys
 from engine.protocol.rank_messages import JOIN_INFO_KEY, Failed, JoinInfo
+from engine.session.temporary_folders import TemporaryFolder
 from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link
 from engine.train.torchrun.rendezvous import StoreRendezvous
@@ -57,8 +59,8 @@ def main() -> None:
     count = int(sys.argv[2])
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(launch, count)))
     try:
-        with serve_store(launch, folder, count):
-            agent = Agent(worker_spec(launch, count, folder))
+        with serve_store(launch, folder, count), contextlib.closing(torch_folder()) as temporary:
+            agent = Agent(worker_spec(launch, count, folder), temporary.path)
             result = agent.run()
     except UserInputError as error:
         Link(0).send(Failed(rank=0, text=str(error), user_input=True))
@@ -82,11 +84,12 @@ class Agent(LocalElasticAgent):
     itself, but one in a long reward function does not.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, temporary: Path) -> None:
+        """Starts nothing yet; torch creates folders for each rank in `temporary`."""
         # torchrun would forward a scheduler's SIGTERM to the ranks. The supervisor handles it: it
         # finishes and saves the step first. See :mod:`engine.launch.rank`.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        super().__init__(spec, DefaultLogsSpecs())
+        super().__init__(spec, DefaultLogsSpecs(str(temporary)))
         self.failed: list[int] = []
         """Exit codes of the ranks that failed before the others were ended; -N for signal N."""
 
@@ -108,6 +111,15 @@ class Agent(LocalElasticAgent):
             # torch would also notice ranks that fail from now on.
             return RunResult(state=WorkerState.HEALTHY)
         return super()._monitor_workers(worker_group)
+
+
+def torch_folder() -> TemporaryFolder:
+    """The folder for torch's agent, which would leave one behind.
+
+    On one machine it is in the folder that the supervisor removes, however the agent ends.
+    """
+    kind, _, address = os.environ[STORE_VARIABLE].partition(":")
+    return TemporaryFolder(Path(address).parent if kind == "file" else None)
 
 
 def exit_code(pid: int) -> int | None:

@@ -26,6 +26,7 @@ from engine.examined import examined
 from engine.launch.environment import (
     JOINED_VARIABLE,
     STORE_VARIABLE,
+    leave_deleted_folder,
     rank_command,
     rank_environment,
     ranks_per_node,
@@ -218,6 +219,7 @@ def run_agent(
         found.store.request(AddToKey(key=COMING_KEY, amount=1))
     except LinkError:  # the run has ended or starts again
         return 1
+    leave_deleted_folder(Path(found.info.folder))
     process = subprocess.Popen(  # noqa: S603 - our own module
         rank_command(launch, found.info.folder, count),
         env=rank_environment(launch) | variables,

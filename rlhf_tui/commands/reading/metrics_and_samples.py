@@ -104,7 +104,11 @@ def samples(
     for row in rows:
         score, kl = fmt.number(row.score), fmt.number(row.kl, 2)
         label = f"  {row.label}" if row.label else ""
-        say(f"step {row.step} #{row.index}  score {score}  KL {kl}{label}")
-        say(f"  {one_line(row.prompt)}│{one_line(row.response)}")
+        turns = "" if row.replies is None else f"  {fmt.plural(len(row.replies) + 1, 'turn')}"
+        say(f"step {row.step} #{row.index}  score {score}  KL {kl}{turns}{label}")
+        first, *rest = row.turns
+        say(f"  {one_line(row.prompt)}│{one_line(first.text)}")
+        for turn in rest:
+            say(f"  {'reply ' if turn.is_reply else 'policy'}│{one_line(turn.text)}")
         if row.note:
             say(f"  note: {one_line(row.note)}")

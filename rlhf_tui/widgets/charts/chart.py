@@ -261,11 +261,11 @@ class Chart(Widget, can_focus=True):
 
     def on_focus(self) -> None:
         """Marks the title."""
-        self.update()
+        self.call_next(self.update)  # `has_focus` is set after this
 
     def on_blur(self) -> None:
         """Removes the mark of the title."""
-        self.update()
+        self.call_next(self.update)
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
         """Moves the crosshair to the pointer."""

@@ -100,14 +100,14 @@ class SteeringPanel(Panel):
         kl = self.state.series(metrics.KL).last
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
-            reason = "unknown: the last step has no KL"
+            reason = "the last step has no KL"
             if self.state.steps_unread:
                 reason = "reading …"
             elif not self.state.head.step:
                 reason = "after the first step"
             return [*row, (reason, "dim")]
         if batch_size is None:
-            return [*row, ("unknown: config.yaml is not read", "dim")]
+            return [*row, ("config.yaml is not read", "dim")]
         if now.controller == "fixed":
             adaptive = next_beta(
                 msgspec.structs.replace(now, controller="adaptive"), kl, batch_size
