@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, CpmAntConfig, CpmAntForCausalLM
 
 from engine import starter
 from engine.config import file as config_file
-from engine.errors import RlhfError
+from engine.errors import RlhfError, UserInputError
 from engine.session.folder import create
 from engine.train.checkpoints.policy_folder import policy_files
 from engine.train.experience.generation import generate_rollout
@@ -74,6 +75,17 @@ def test_a_model_whose_log_probabilities_are_not_numbers_is_refused(make_run, tm
         run.policy.lm.lm_head.weight[5] = math.nan
     with pytest.raises(RlhfError, match="differ by nan nats"):
         train_step(run, 1)
+
+
+def test_a_model_that_cannot_generate_with_a_cache_is_refused(make_run, tmp_path):
+    shape = CpmAntConfig(
+        vocab_size=4096, hidden_size=16, num_attention_heads=2, dim_head=8, dim_ff=32,
+        num_hidden_layers=1, prompt_length=4,
+    )  # fmt: skip
+    CpmAntForCausalLM(shape).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(starter.resolve("starter:policy")).save_pretrained(tmp_path)
+    with pytest.raises(UserInputError, match=r"model\.policy: CpmAnt.* choose another model"):
+        make_run(f"model.policy={tmp_path}")
 
 
 def test_a_router_that_is_noisy_in_training_mode_is_refused_where_that_is_used(make_run, tmp_path):

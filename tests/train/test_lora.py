@@ -10,7 +10,14 @@ import sys
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from engine import starter
 from engine.config import file as config_file
@@ -301,6 +308,21 @@ def test_a_target_that_is_not_a_linear_layer_is_an_error_that_lists_the_layers(m
         f"lora.targets: LlamaForCausalLM has no linear layer '{target}'; it has: "
         "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
     )
+
+
+def test_a_router_that_computes_more_than_a_product_has_no_adapter():
+    shape = PhimoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, pad_token_id=None,
+    )  # fmt: skip
+    model = PhimoeForCausalLM(shape).eval()
+    tokens = torch.ones(1, 4, dtype=torch.int64)
+    before = model(input_ids=tokens).logits
+    with pytest.raises(UserInputError, match=r"no linear layer 'router'; it has: q_proj, k_proj"):
+        lora.add_adapters(model, LoRAConfig(rank=2, alpha=2, targets=["router"]), seed=0, base="b")
+    lora.add_adapters(model, LoRAConfig(rank=2, alpha=2), seed=0, base="b")
+    assert len(lora.adapted_layers(model)) == 4
+    torch.testing.assert_close(model(input_ids=tokens).logits, before)
 
 
 @pytest.mark.parametrize("targets", [[], ["c_attn"]])

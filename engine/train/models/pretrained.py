@@ -249,6 +249,11 @@ def read_model(
 
 
 def _check_usable(lm: PreTrainedModel, key: str) -> None:
+    if lm.config.model_type == "cpmant":  # also fails in transformers' own `generate`
+        raise UserInputError(
+            f"{key}: {type(lm).__name__} cannot be used, it cannot generate with a key-value "
+            "cache: choose another model"
+        )
     parameters = inspect.signature(lm.forward).parameters
     for needed in (cache_name(parameters), "logits_to_keep"):
         if needed not in parameters:
