@@ -322,6 +322,15 @@ def test_ranks_without_a_response_of_their_own_generate_one_that_is_not_used(mak
     assert torch.equal(many.logprobs, one.logprobs)
 
 
+def test_a_rank_that_waits_for_environments_says_so_after_each_of_them(make_run):
+    """Otherwise it would be taken for one that hangs."""
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    done = []
+    rollout = generate_rollout(run, 1, lambda *progress: done.append(progress))
+    heard = [len(turns.environment.heard) for turns in rollout.conversation.turns]
+    assert sum(now == total for now, total in done) >= len(heard) + sum(heard)
+
+
 WRONG = {
     "raises": ("def reply(self, text):\n        raise ValueError('no game')", "no game"),
     "exits": ("def reply(self, text):\n        raise SystemExit(3)", "SystemExit"),

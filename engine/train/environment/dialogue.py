@@ -7,6 +7,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
+from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed
 from engine.train.environment.environments import Environments, Reply
@@ -34,6 +35,7 @@ class Dialogue:
         ranks: int,
         options: SamplingOptions,
         step: int,
+        report: ReportProgress = report_nothing,
     ) -> None:
         """Stores the arguments.
 
@@ -45,7 +47,10 @@ class Dialogue:
             options: of the whole responses. `max_new_tokens` limits the tokens of the policy in all
                 turns together.
             step: for errors.
+            report: called with (tokens, tokens) of a turn after each of its replies, so that a rank
+                that waits for environments is not silent.
         """
+        self._report = report
         self._config = config.environment
         self._environments = environments
         self._tokens = ReplyTokens(config, tokenizer)
@@ -54,6 +59,8 @@ class Dialogue:
         self._options = options
         self._step = step
         self._seconds = 0.0
+        self._most = options.max_new_tokens
+        """The most tokens of the present turn."""
 
     def generate(self, prompts: list[Prompt], generate: Generate) -> Rollout:
         """Generates whole responses; all ranks must call it.
@@ -82,7 +89,7 @@ class Dialogue:
         seeds = [
             derived_seed(options.seed, "environment", options.step, i) for i in range(len(prompts))
         ]
-        environments = self._environments.make(prompts, seeds, self._step)
+        environments = self._environments.make(prompts, seeds, self._step, self._waits)
         self._seconds += time.perf_counter() - started
         return [Response(p, e) for p, e in zip(prompts, environments, strict=True)]
 
@@ -100,7 +107,11 @@ class Dialogue:
             rows=tuple(rows),
             limits=tuple(self._left(responses[row]) for row in rows),
         )
+        self._most = options.max_new_tokens
         return generate([responses[row].next_prompt for row in rows], options)
+
+    def _waits(self) -> None:
+        self._report(self._most, self._most)
 
     def _left(self, response: Response) -> int:
         """How many tokens the policy may still sample in a response."""
@@ -120,7 +131,7 @@ class Dialogue:
         ]
         environments = [response.environment for response in responses.values()]
         started = time.perf_counter()
-        replies = self._environments.replies(environments, texts, self._step, number)
+        replies = self._environments.replies(environments, texts, self._step, number, self._waits)
         self._seconds += time.perf_counter() - started
         return {
             row: response

@@ -4,14 +4,14 @@ import contextlib
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
 
 from engine.config.schema import RunConfig
-from engine.errors import error_text, shortened, traceback_text
+from engine.errors import LinkError, error_text, shortened, traceback_text
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
@@ -66,8 +66,20 @@ class Environments:
         data = self._ranks.broadcast_bytes(msgspec.json.encode(schemas))
         return msgspec.json.decode(data, type=examined(list[dict[str, Any]]))
 
-    def make(self, prompts: Sequence[Prompt], seeds: Sequence[int], step: int) -> list[Any]:
+    def make(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        step: int,
+        made_one: Callable[[], None],
+    ) -> list[Any]:
         """Makes an environment for each prompt; returns None for each on ranks other than 0.
+
+        Args:
+            prompts: n of them.
+            seeds: one for each.
+            step: for errors.
+            made_one: called on rank 0 after each environment.
 
         Raises: RewardCallError: the factory raised; on all ranks.
         """
@@ -86,13 +98,20 @@ class Environments:
         made: list[Any] = [None] * len(prompts)
 
         def run() -> None:
-            made[:] = self._each(make, range(len(prompts)), lambda i: shown(prompts[i].text))
+            made[:] = self._each(
+                make, range(len(prompts)), lambda i: shown(prompts[i].text), made_one
+            )
 
         self._on_rank_0(f"at step {step}", run)
         return made
 
     def replies(
-        self, environments: Sequence[Any], turns: Sequence[str], step: int, number: int
+        self,
+        environments: Sequence[Any],
+        turns: Sequence[str],
+        step: int,
+        number: int,
+        replied: Callable[[], None],
     ) -> list[Reply]:
         """Passes a turn to each environment; returns the replies on every rank.
 
@@ -101,6 +120,7 @@ class Environments:
             turns: the policy's n texts.
             step: for errors.
             number: of the turn, from 1; for errors.
+            replied: called on rank 0 after each reply.
 
         Raises:
             RewardCallError: an environment raised, or returned something else than a reply; on all
@@ -115,7 +135,8 @@ class Environments:
             return None if method is None else checked_reply(method(turns[i]))
 
         def run() -> None:
-            for reply_or_answers in self._each(reply, range(len(turns)), lambda i: shown(turns[i])):
+            replies = self._each(reply, range(len(turns)), lambda i: shown(turns[i]), replied)
+            for reply_or_answers in replies:
                 if isinstance(reply_or_answers, ToolAnswers):
                     self._tool_use.add(reply_or_answers)
                     found.append(reply_or_answers.messages)
@@ -141,9 +162,17 @@ class Environments:
         return self._tool_use
 
     def _each(
-        self, call: Callable[[int], T], indices: Sequence[int], quoted: Callable[[int], str]
+        self,
+        call: Callable[[int], T],
+        indices: Sequence[int],
+        quoted: Callable[[int], str],
+        called_one: Callable[[], None],
     ) -> list[T]:
-        """Calls something for each index, in threads; raises the first error in their order."""
+        """Calls something for each index, in threads; raises the first error in their order.
+
+        Calls `called_one` after each, in this thread.
+        """
+        results: list[T] = []
 
         def called(i: int) -> T:
             with forks_ended():
@@ -153,10 +182,17 @@ class Environments:
                     error.add_note(f"called with {quoted(i)}")
                     raise
 
-        if self._config.concurrency == 1:
-            return [called(i) for i in indices]
-        with ThreadPoolExecutor(self._config.concurrency, "environment") as pool:
-            return list(pool.map(called, indices))
+        with contextlib.ExitStack() as stack:
+            calls: Iterator[T]
+            if self._config.concurrency == 1:
+                calls = map(called, indices)
+            else:
+                pool = ThreadPoolExecutor(self._config.concurrency, "environment")
+                calls = stack.enter_context(pool).map(called, indices)
+            for result in calls:
+                results.append(result)
+                called_one()
+        return results
 
     def _on_rank_0(self, when: str, run: Callable[[], None]) -> None:
         """Runs the user's code on rank 0; raises its error on every rank."""
@@ -168,6 +204,8 @@ class Environments:
                         if module is not None:
                             stack.enter_context(module.running())
                     run()
+            except LinkError:  # the supervisor is gone
+                raise
             # sys.exit() in the user's code must not end the rank silently.
             except (Exception, SystemExit) as error:
                 failed = _Failed(self._described(error, when), traceback_text(error))

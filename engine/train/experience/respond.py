@@ -28,7 +28,7 @@ def respond(
         prompts: the prompts of the whole batch, the same on every rank.
         options: seed, step, temperature and lengths. `max_new_tokens` limits the tokens of the
             policy in all turns together.
-        report: called with (tokens done, total), for each turn anew.
+        report: called with (tokens done, total), for each turn anew, and after each reply.
         step: for errors of an environment; default: that of the options.
 
     Raises:
@@ -45,6 +45,6 @@ def respond(
         return generate(prompts, options)
     dialogue = Dialogue(
         run.config, run.environments, run.tokenizer, run.ranks.size, options,
-        options.step if step is None else step,
+        options.step if step is None else step, report,
     )  # fmt: skip
     return dialogue.generate(prompts, generate)
