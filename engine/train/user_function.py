@@ -3,12 +3,13 @@
 import contextlib
 import importlib
 import inspect
+import io
 import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -155,6 +156,23 @@ def _restored_torch_settings() -> Iterator[None]:
                 change(value)
 
 
+class _LogFile(io.FileIO):
+    """The rank's log. What cannot be written, as on a full disk, is lost: it fails no step."""
+
+    def write(self, data: Any) -> int:
+        """Writes bytes, as many as it can; returns their number, or that of all if it failed."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _log_stream(fd: int) -> TextIO:
+    """Text in UTF-8, written line by line to a descriptor that stays open."""
+    file = io.BufferedWriter(_LogFile(fd, "w", closefd=False))
+    return io.TextIOWrapper(file, "utf-8", "backslashreplace", line_buffering=True)
+
+
 @contextlib.contextmanager
 def _own_streams() -> Iterator[None]:
     """Context manager with separate standard output and error objects for the same files.
@@ -162,10 +180,7 @@ def _own_streams() -> Iterator[None]:
     The function may close them, and even the file descriptors, while the rank's log needs its own.
     The objects are not closed here, because handlers of the function's loggers may keep them.
     """
-    out, error = (
-        os.fdopen(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-        for fd in (1, 2)
-    )
+    out, error = _log_stream(1), _log_stream(2)
     copies = [os.dup(fd) for fd in (1, 2)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:

@@ -73,6 +73,10 @@ def module(tmp_path, monkeypatch):
         "    sys.stdout.close()\n"
         "    sys.stderr.close()\n"
         "    return [0.0] * len(completions)\n"
+        "def prints(completions, **kwargs):\n"
+        "    print('scoring ' * 10_000)\n"
+        "    print('scored', end='')\n"
+        "    return [0.0] * len(completions)\n"
         "def closes_files(completions, **kwargs):\n"
         "    import os\n"
         "    print('scoring', end='')\n"
@@ -180,6 +184,18 @@ def test_a_function_may_close_standard_output_and_error(
         stream.write("the rank goes on\n")
         stream.flush()
     assert capfd.readouterr() == (said * 2 + "the rank goes on\n", "the rank goes on\n")
+
+
+def test_a_function_may_print_while_the_log_s_disk_is_full(module, inputs):
+    """The journal waits for room, and the run goes on; it does not pause for the reward."""
+    reward, before = function_reward(module, "prints"), os.dup(1)
+    with Path("/dev/full").open("w") as full:
+        os.dup2(full.fileno(), 1)
+        try:
+            assert reward(inputs, report_nothing) == [0.0] * 3
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
 
 
 def test_what_a_function_changes_of_its_arguments_is_its_own(module, inputs):
