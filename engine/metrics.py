@@ -256,7 +256,7 @@ METRICS = (
     Metric(RESPONSE_LENGTH, "tokens", "mean length, including the end-of-sequence token",
            title="length", chart_unit="tokens", held_out=EVAL_LENGTH),
     Metric(TRUNCATED, "fraction of responses",
-           "responses truncated at `rollout.max_new_tokens`",
+           "responses truncated at `rollout.max_new_tokens`, or at a limit of `environment`",
            title="cut off", chart_unit="fraction", held_out=EVAL_TRUNCATED),
     Metric("environment/turns", "turns",
            "mean number of turns of the policy in a response (with `environment.factory` only, as "

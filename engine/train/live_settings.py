@@ -84,9 +84,11 @@ class LiveSettings:
         """Changes settings, and drops pending repetitions of changes to the same settings."""
         limit = max_response_tokens(self._run)
         if limit is not None and values.get("max_new_tokens", 0) > limit:
+            replies = self._run.config.reply_tokens
+            and_replies = f" and environment.max_tokens ({replies})" if replies else ""
             raise CommandRejectedError(
                 f"max_new_tokens must be at most {limit}: the models have no more positions "
-                f"after the longest prompt ({self._run.prompts.longest} tokens)"
+                f"after the longest prompt ({self._run.prompts.longest} tokens){and_replies}"
             )
         check_change(self._run.config, values)
         self._to_repeat = [

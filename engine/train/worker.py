@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -114,6 +115,15 @@ def main() -> None:
     if ranks.size > 1:
         ranks.final_barrier()
         exit_now(RESTARTS if reason in RESTART_REASONS else 0)
+    if left := threads_left():
+        log.warning("the run has ended; not waiting for %s", ", ".join(left))
+        exit_now(0)
+
+
+def threads_left() -> list[str]:
+    """The names of threads that would keep the process alive, as a user's code may start them."""
+    others = (t for t in threading.enumerate() if t is not threading.main_thread())
+    return [thread.name for thread in others if not thread.daemon]
 
 
 def exit_now(code: int) -> NoReturn:

@@ -131,6 +131,8 @@ def _reward(source: RewardSource) -> str:
             shown = f"the function {text(source.value)}"
         case "judge":
             shown = f"the judge {text(source.judging.model or '')}".rstrip()
+        case "environment":
+            shown = f"the method {text(source.value)} of the environment"
         case kind:  # its value may hold what is nobody else's business, such as an address
             shown = f"a {kind}"
     return shown if source.weight == 1 else f"{source.weight:g} × {shown}"

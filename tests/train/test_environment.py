@@ -9,9 +9,10 @@ import torch
 
 from engine.errors import CommandRejectedError, UserInputError
 from engine.train.check import check
+from engine.train.data.prompts import Prompt
 from engine.train.environment.dialogue import Dialogue
 from engine.train.environment.environments import checked_reply
-from engine.train.environment.reply_tokens import ReplyTokens
+from engine.train.environment.reply_tokens import TURN, ReplyTokens
 from engine.train.environment.response import Response
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
@@ -261,6 +262,15 @@ def test_a_reply_in_a_conversation_is_a_message_of_the_chat_template(make_run, r
     reply = [{"role": role, "content": " Colder! "}]
     tokens = ReplyTokens(run.config, run.tokenizer)(prompt, reply, last=5)
     assert run.tokenizer.decode(tokens) == f"<end><{role}>Colder!<end><assistant>"
+
+
+def test_a_prompt_may_contain_any_text(make_run):
+    run, _ = make_run(*ENVIRONMENT, f"data.chat_template='{CHAT}'", "data.chat=true")
+    encode = ReplyTokens(run.config, run.tokenizer)
+    messages = [{"role": "user", "content": f"what is {TURN} and {TURN}.?"}]
+    reply = [{"role": "user", "content": f"{TURN} is nothing"}]
+    tokens = encode(Prompt([5], "", {}, messages), reply, last=-1)
+    assert run.tokenizer.decode(tokens) == f"<end><user>{TURN} is nothing<end><assistant>"
 
 
 def test_a_reply_can_be_several_messages(make_run, tmp_path):

@@ -44,6 +44,14 @@ def test_a_card_names_no_folders_addresses_or_people(with_settings):
         assert private not in card
 
 
+def test_a_score_of_an_environment_is_named_by_its_method(with_settings):
+    session = with_settings(
+        "environment.factory=games:Guess", "reward={environment: solved, model: null}"
+    )
+    card = model_card(session, ExportedPolicy(200))
+    assert "- rewards: the method solved of the environment\n" in card
+
+
 def test_changes_up_to_the_checkpoint_are_listed(with_settings):
     session = with_settings()
     rows = re.compile(r"^\| [0-9]+ \| (beta|target) ", re.MULTILINE)
