@@ -8,7 +8,6 @@ import sqlite3
 import time
 from contextlib import closing
 
-import msgspec
 import pytest
 
 from engine.config.settings import SettingChange
@@ -21,7 +20,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, MetricRow, engine_died_before
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.metrics import SCORE
-from engine.protocol.rank_messages import REWARD_CHANGED, StepReport
+from engine.protocol.rank_messages import REWARD_CHANGED
 
 
 def scores(session):
@@ -71,21 +70,6 @@ def test_responses_of_an_earlier_version_lack_what_it_did_not_record(writer, ver
         with SampleReader(session) as samples:
             (row,) = samples.newest()
         assert (row.response, row.weights_version, row.replies) == ("r", None, None)
-
-
-@pytest.mark.parametrize("replies", [None, [], [(3, 9), (12, 12)]])
-def test_the_replies_of_an_environment_are_read_as_they_were_written(writer, replies):
-    row = writer.sample(1, 0, replies=replies)
-    report = StepReport(step=1, metrics={}, settings={}, samples=[row], evaluated=[row])
-    writer.journal.record_step(report)
-    with SampleReader(writer.session) as samples:
-        (training,), (held_out,) = samples.newest(), samples.evaluated()
-    assert training.replies == held_out.replies == replies
-    writer.journal.begin_attempt(0, fresh=True)  # abandons the step
-    with SampleReader(writer.session) as samples:
-        assert not samples.newest()
-        earlier = samples.earlier(msgspec.structs.replace(training, attempt=2))
-    assert [each.replies for each in earlier] == [replies]
 
 
 def test_a_metric_that_begins_later_is_null_before(writer):

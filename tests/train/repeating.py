@@ -1,4 +1,8 @@
-"""An environment for tests: asks the same question a number of times."""
+"""An environment for tests, which asks the same question a number of times, and runs with it."""
+
+from pathlib import Path
+
+from engine.train.experience.generation import generate_rollout
 
 
 class Repeating:
@@ -25,3 +29,26 @@ class Repeating:
     def letters(self):
         """Another score."""
         return sum(map(len, self.heard)) / 10
+
+
+ENVIRONMENT = (
+    "environment.factory=repeating:Repeating",
+    f"environment.path={Path(__file__).parent}",
+    "environment.max_tokens=40",
+)
+STOPS = 'rollout.stop=[" a", "the", " is", " and"]'
+"""The starter rarely ends a response by itself before ten tokens."""
+SCORED = ("reward.model=null", "reward.environment=letters")
+
+
+def respond(run, step=1):
+    return generate_rollout(run, step, lambda _done, _total: None)
+
+
+def conversations(rollout):
+    """For each response the tokens after the prompt, and which of them the policy sampled."""
+    found = rollout.conversation
+    for i, (length, count) in enumerate(
+        zip(found.lengths.tolist(), rollout.lengths.tolist(), strict=True)
+    ):
+        yield found.ids[i, :length].tolist(), found.positions[i, :count].tolist()

@@ -1,51 +1,24 @@
 """Responses of several turns: an environment replies to the policy."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from engine.errors import CommandRejectedError, UserInputError
 from engine.train.check import check
-from engine.train.data.prompts import Prompt
 from engine.train.environment.dialogue import Dialogue
-from engine.train.environment.environments import checked_reply
-from engine.train.environment.reply_tokens import TURN, ReplyTokens
 from engine.train.environment.response import Response
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.reports.probe import answer_probe
-from engine.train.rewards.source import RewardCallError, RewardInputs
+from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import generate_responses
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import max_response_tokens, max_sequence_tokens
 from engine.train.step import train_step
-from tests.train.repeating import Repeating
-
-ENVIRONMENT = (
-    "environment.factory=repeating:Repeating",
-    f"environment.path={Path(__file__).parent}",
-    "environment.max_tokens=40",
-)
-STOPS = 'rollout.stop=[" a", "the", " is", " and"]'
-"""The starter rarely ends a response by itself before ten tokens."""
-SCORED = ("reward.model=null", "reward.environment=letters")
-
-
-def respond(run, step=1):
-    return generate_rollout(run, step, lambda _done, _total: None)
-
-
-def conversations(rollout):
-    """For each response the tokens after the prompt, and which of them the policy sampled."""
-    found = rollout.conversation
-    for i, (length, count) in enumerate(
-        zip(found.lengths.tolist(), rollout.lengths.tolist(), strict=True)
-    ):
-        yield found.ids[i, :length].tolist(), found.positions[i, :count].tolist()
+from tests.train.repeating import ENVIRONMENT, SCORED, STOPS, Repeating, conversations, respond
 
 
 def test_a_response_is_the_turns_of_the_policy_with_replies_between_them(make_run, tokenizer):
@@ -246,72 +219,6 @@ def test_dynamic_sampling_replaces_whole_conversations(make_run):
     assert sequence == other.batch.prompts[1].ids + given[1][0]
 
 
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content.strip() }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.mark.parametrize("role", ["user", "tool"])
-def test_a_reply_in_a_conversation_is_a_message_of_the_chat_template(make_run, role):
-    run, _ = make_run(
-        *ENVIRONMENT, f"data.chat_template='{CHAT}'", "data.chat=true", f"environment.role={role}"
-    )
-    prompt = run.prompts.for_step(1)[0]
-    assert prompt.messages is not None
-    reply = [{"role": role, "content": " Colder! "}]
-    tokens = ReplyTokens(run.config, run.tokenizer)(prompt, reply, last=5)
-    assert run.tokenizer.decode(tokens) == f"<end><{role}>Colder!<end><assistant>"
-
-
-def test_a_prompt_may_contain_any_text(make_run):
-    run, _ = make_run(*ENVIRONMENT, f"data.chat_template='{CHAT}'", "data.chat=true")
-    encode = ReplyTokens(run.config, run.tokenizer)
-    messages = [{"role": "user", "content": f"what is {TURN} and {TURN}.?"}]
-    reply = [{"role": "user", "content": f"{TURN} is nothing"}]
-    tokens = encode(Prompt([5], "", {}, messages), reply, last=-1)
-    assert run.tokenizer.decode(tokens) == f"<end><user>{TURN} is nothing<end><assistant>"
-
-
-def test_a_reply_can_be_several_messages(make_run, tmp_path):
-    (tmp_path / "two_tools.py").write_text(
-        "class TwoTools:\n"
-        "    said = False\n"
-        "    def reply(self, text):\n"
-        "        if self.said:\n"
-        "            return None\n"
-        "        self.said = True\n"
-        "        return [{'role': 'tool', 'content': '4'}, {'role': 'tool', 'content': '5'}]\n"
-    )
-    run, _ = make_run(
-        "environment.factory=two_tools:TwoTools", f"environment.path={tmp_path}", STOPS,
-        "environment.max_tokens=60", f"data.chat_template='{CHAT}'", "data.chat=true",
-    )  # fmt: skip
-    rollout = respond(run)
-    for text, turns in zip(rollout.texts, rollout.conversation.turns, strict=True):
-        ((start, end),) = turns.replies
-        assert text[start:end] == "<end><tool>4<end><tool>5<end><assistant>"
-        roles = [message["role"] for message in turns.messages]
-        assert (roles, turns.count) == (["assistant", "tool", "tool", "assistant"], 2)
-
-
-def test_the_token_that_ends_a_message_is_not_repeated(make_run, tokenizer):
-    template = CHAT.replace("<end>", tokenizer.eos_token)
-    run, _ = make_run(*ENVIRONMENT, f"data.chat_template='{template}'", "data.chat=true")
-    prompt = run.prompts.for_step(1)[0]
-    encode = ReplyTokens(run.config, run.tokenizer)
-    end = tokenizer.eos_token_id
-    reply = [{"role": "user", "content": "No"}]
-    assert encode(prompt, reply, last=5)[0] == end
-    assert encode(prompt, reply, last=end) == encode(prompt, reply, last=5)[1:]
-
-
-def test_a_template_that_drops_turns_is_refused_before_the_first_step(make_run):
-    template = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(UserInputError, match="does not show the policy's turns"):
-        make_run(*ENVIRONMENT, f'data.chat_template="{template}"', "data.chat=true")
-
-
 def test_ranks_without_a_response_of_their_own_generate_one_that_is_not_used(make_run):
     run, _ = make_run(*ENVIRONMENT, STOPS)
     prompts, options = run.prompts.for_step(1), sampling_options(run, 1)
@@ -339,114 +246,6 @@ def test_a_rank_that_waits_for_environments_says_so_after_each_of_them(make_run)
     rollout = generate_rollout(run, 1, lambda *progress: done.append(progress))
     heard = [len(turns.environment.heard) for turns in rollout.conversation.turns]
     assert sum(now == total for now, total in done) >= len(heard) + sum(heard)
-
-
-WRONG = {
-    "raises": ("def reply(self, text):\n        raise ValueError('no game')", "no game"),
-    "exits": ("def reply(self, text):\n        raise SystemExit(3)", "SystemExit"),
-    "returns a number": ("def reply(self, text):\n        return 3", "reply returned 3, not text"),
-    "returns half a message": (
-        "def reply(self, text):\n        return [{'role': 'tool'}]",
-        "not text, a list of messages with role and content",
-    ),
-    "returns half a character": (
-        "def reply(self, text):\n        return '\\ud83d'",
-        "UnicodeEncodeError",
-    ),
-    "is async": (
-        "async def reply(self, text): ...",
-        r"Wrong\.reply must not be async: it is called in a thread of its own",
-    ),
-    "cannot reply": ("def answer(self, text):\n        return None", "no method reply"),
-    "needs a column": (
-        "def __init__(self, secret): ...\n    def reply(self, text): ...",
-        "takes 'secret'",
-    ),
-}
-
-
-@pytest.mark.parametrize("concurrency", [1, 8])
-@pytest.mark.parametrize("case", list(WRONG))
-def test_an_environment_that_fails_is_told_in_one_line(make_run, tmp_path, case, concurrency):
-    body, expected = WRONG[case]
-    name = f"wrong_{case.replace(' ', '_')}_{concurrency}"
-    (tmp_path / f"{name}.py").write_text(f"class Wrong:\n    {body}\n")
-    run, _ = make_run(
-        f"environment.factory={name}:Wrong", f"environment.path={tmp_path}",
-        f"environment.concurrency={concurrency}", "environment.max_tokens=8",
-    )  # fmt: skip
-    with pytest.raises(RewardCallError, match=expected) as raised:
-        respond(run)
-    text = str(raised.value)
-    assert text.startswith(f"environment '{name}:Wrong' at ")
-    assert "\n" not in text
-    (tmp_path / f"{name}.py").write_text(
-        "class Wrong:\n    def reply(self, text):\n        return None\n"
-    )
-    assert len(respond(run).texts) == run.config.rollout.batch_size  # the file is read again
-
-
-def test_a_reply_can_be_of_a_subclass_of_text():
-    class Shout(str):
-        def __str__(self):
-            return "no"
-
-    said = checked_reply(Shout("Hey"))
-    assert (said, type(said)) == ("Hey", str)
-
-
-SCORING = """
-class Scoring:
-    def reply(self, text):
-        return None
-
-    def score(self):
-        {body}
-"""
-
-
-def scoring_run(make_run, folder, name, body, *overrides):
-    """A run whose environments only give a score, and the file that their class is in."""
-    file = folder / f"{name}.py"
-    file.write_text(SCORING.format(body=body))
-    run, _ = make_run(
-        f"environment.factory={name}:Scoring", f"environment.path={folder}",
-        "environment.max_tokens=8", "reward.model=null", "reward.environment=score",
-        "reward.retries=0", *overrides,
-    )  # fmt: skip
-    return run, file
-
-
-@pytest.mark.parametrize("chat", [False, True])
-def test_a_score_that_fails_is_told_with_its_response(make_run, tmp_path, chat):
-    as_chat = (f"data.chat_template='{CHAT}'", "data.chat=true") if chat else ()
-    run, file = scoring_run(
-        make_run, tmp_path, f"failing_{chat}", "raise TypeError('no score')", *as_chat
-    )
-    with pytest.raises(RewardCallError) as raised:
-        train_step(run, 1)
-    text = str(raised.value)
-    assert text.startswith("reward 'score' at step 1: TypeError: no score (response 0, prompt: ")
-    assert "\n" not in text
-    file.write_text(SCORING.format(body="return 1.0  # corrected"))
-    metrics, _ = train_step(run, 1)  # the file is read again
-    assert metrics["objective/scores"] == 1
-
-
-def test_an_environment_without_the_method_of_the_score_fails_before_the_first_turn(
-    make_run, tmp_path
-):
-    run, _ = scoring_run(make_run, tmp_path, "scoreless", "return 1.0", "reward.environment=points")
-    with pytest.raises(RewardCallError, match="it made Scoring, which has no method points"):
-        respond(run)
-
-
-def test_a_score_that_closes_the_streams_leaves_them_to_the_rank(make_run, tmp_path):
-    run, _ = scoring_run(
-        make_run, tmp_path, "closing", "import sys; sys.stdout.close(); return 1.0"
-    )
-    train_step(run, 1)
-    assert not sys.stdout.closed
 
 
 def test_an_evaluation_has_conversations_too(make_run):

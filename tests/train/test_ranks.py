@@ -28,6 +28,7 @@ from engine.train.ppo.chunked_loss import MOST_LOGITS
 from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step
 from tests.train.ranks.launch import run_ranks
+from tests.train.repeating import ENVIRONMENT, STOPS
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
 STEP = (
@@ -36,10 +37,6 @@ STEP = (
     "launch.device=cpu", "log.tensorboard=false",
 )  # fmt: skip
 """Minibatches of 5 rows, micro-batches of 2: one rank has two micro-batches, the other one."""
-ENVIRONMENT = (
-    "environment.factory=repeating:Repeating", f"environment.path={Path(__file__).parent}",
-    "environment.max_tokens=40", 'rollout.stop=[" a", "the", " is", " and"]',
-)  # fmt: skip
 VARIANTS = {
     "gae": ("ppo.advantage=gae",),
     "gae, separate value trunk": ("ppo.advantage=gae", "model.value=separate"),
@@ -51,6 +48,7 @@ VARIANTS = {
     ),
     "gae, an environment, averaged policy": (
         *ENVIRONMENT,
+        STOPS,
         "ppo.micro_batch_by=tokens",
         "train.ema.decay=0.5",
         "eval={every: 1, holdout: 4, max_new_tokens: 8}",

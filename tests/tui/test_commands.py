@@ -13,7 +13,6 @@ import sys
 
 import click
 import pytest
-from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from engine import starter
@@ -455,20 +454,6 @@ def test_a_test_message_without_a_channel_says_how_to_name_one(tmp_path):
     done = notify_test(tmp_path / "s")
     assert "has no notification channel: set notify.command" in str(done.exception)
     assert done.exception.exit_code == 2
-
-
-def test_a_shell_completes_commands_and_names_of_sessions(root, monkeypatch):
-    monkeypatch.setenv("RLHF_TUI_SESSIONS", str(root))
-    completion = ShellComplete(cli, {}, "rlhf-tui", "_RLHF_TUI_COMPLETE")
-    assert "status" in [c.value for c in completion.get_completions([], "sta")]
-    for words in (["status"], ["reward", "train"], ["reward", "agreement"]):
-        assert [c.value for c in completion.get_completions(words, "fro")] == ["frozen"]
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_script_of_a_shell_asks_by_the_variable_that_the_program_reads(shell):
-    script = CliRunner().invoke(cli, ["completion", shell]).output
-    assert f"_RLHF_TUI_COMPLETE={shell}_complete" in script
 
 
 def test_ls_says_why_a_session_cannot_be_read_beside_the_others(session_maker, tmp_path):

@@ -1,0 +1,118 @@
+"""Environments that fail, and scores of theirs."""
+
+import sys
+
+import pytest
+
+from engine.train.environment.environments import checked_reply
+from engine.train.rewards.source import RewardCallError
+from engine.train.step import train_step
+from tests.train.arithmetic import CHAT
+from tests.train.repeating import respond
+
+WRONG = {
+    "raises": ("def reply(self, text):\n        raise ValueError('no game')", "no game"),
+    "exits": ("def reply(self, text):\n        raise SystemExit(3)", "SystemExit"),
+    "returns a number": ("def reply(self, text):\n        return 3", "reply returned 3, not text"),
+    "returns half a message": (
+        "def reply(self, text):\n        return [{'role': 'tool'}]",
+        "not text, a list of messages with role and content",
+    ),
+    "returns half a character": (
+        "def reply(self, text):\n        return '\\ud83d'",
+        "UnicodeEncodeError",
+    ),
+    "is async": (
+        "async def reply(self, text): ...",
+        r"Wrong\.reply must not be async: it is called in a thread of its own",
+    ),
+    "cannot reply": ("def answer(self, text):\n        return None", "no method reply"),
+    "needs a column": (
+        "def __init__(self, secret): ...\n    def reply(self, text): ...",
+        "takes 'secret'",
+    ),
+}
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("case", list(WRONG))
+def test_an_environment_that_fails_is_told_in_one_line(make_run, tmp_path, case, concurrency):
+    body, expected = WRONG[case]
+    name = f"wrong_{case.replace(' ', '_')}_{concurrency}"
+    (tmp_path / f"{name}.py").write_text(f"class Wrong:\n    {body}\n")
+    run, _ = make_run(
+        f"environment.factory={name}:Wrong", f"environment.path={tmp_path}",
+        f"environment.concurrency={concurrency}", "environment.max_tokens=8",
+    )  # fmt: skip
+    with pytest.raises(RewardCallError, match=expected) as raised:
+        respond(run)
+    text = str(raised.value)
+    assert text.startswith(f"environment '{name}:Wrong' at ")
+    assert "\n" not in text
+    (tmp_path / f"{name}.py").write_text(
+        "class Wrong:\n    def reply(self, text):\n        return None\n"
+    )
+    assert len(respond(run).texts) == run.config.rollout.batch_size  # the file is read again
+
+
+def test_a_reply_can_be_of_a_subclass_of_text():
+    class Shout(str):
+        def __str__(self):
+            return "no"
+
+    said = checked_reply(Shout("Hey"))
+    assert (said, type(said)) == ("Hey", str)
+
+
+SCORING = """
+class Scoring:
+    def reply(self, text):
+        return None
+
+    def score(self):
+        {body}
+"""
+
+
+def scoring_run(make_run, folder, name, body, *overrides):
+    """A run whose environments only give a score, and the file that their class is in."""
+    file = folder / f"{name}.py"
+    file.write_text(SCORING.format(body=body))
+    run, _ = make_run(
+        f"environment.factory={name}:Scoring", f"environment.path={folder}",
+        "environment.max_tokens=8", "reward.model=null", "reward.environment=score",
+        "reward.retries=0", *overrides,
+    )  # fmt: skip
+    return run, file
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_score_that_fails_is_told_with_its_response(make_run, tmp_path, chat):
+    as_chat = (f"data.chat_template='{CHAT}'", "data.chat=true") if chat else ()
+    run, file = scoring_run(
+        make_run, tmp_path, f"failing_{chat}", "raise TypeError('no score')", *as_chat
+    )
+    with pytest.raises(RewardCallError) as raised:
+        train_step(run, 1)
+    text = str(raised.value)
+    assert text.startswith("reward 'score' at step 1: TypeError: no score (response 0, prompt: ")
+    assert "\n" not in text
+    file.write_text(SCORING.format(body="return 1.0  # corrected"))
+    metrics, _ = train_step(run, 1)  # the file is read again
+    assert metrics["objective/scores"] == 1
+
+
+def test_an_environment_without_the_method_of_the_score_fails_before_the_first_turn(
+    make_run, tmp_path
+):
+    run, _ = scoring_run(make_run, tmp_path, "scoreless", "return 1.0", "reward.environment=points")
+    with pytest.raises(RewardCallError, match="it made Scoring, which has no method points"):
+        respond(run)
+
+
+def test_a_score_that_closes_the_streams_leaves_them_to_the_rank(make_run, tmp_path):
+    run, _ = scoring_run(
+        make_run, tmp_path, "closing", "import sys; sys.stdout.close(); return 1.0"
+    )
+    train_step(run, 1)
+    assert not sys.stdout.closed

@@ -1,0 +1,21 @@
+"""Completion of commands by the shell."""
+
+import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+
+from rlhf_tui.cli import cli
+
+
+def test_a_shell_completes_commands_and_names_of_sessions(root, monkeypatch):
+    monkeypatch.setenv("RLHF_TUI_SESSIONS", str(root))
+    completion = ShellComplete(cli, {}, "rlhf-tui", "_RLHF_TUI_COMPLETE")
+    assert "status" in [c.value for c in completion.get_completions([], "sta")]
+    for words in (["status"], ["reward", "train"], ["reward", "agreement"]):
+        assert [c.value for c in completion.get_completions(words, "fro")] == ["frozen"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_a_shell_asks_by_the_variable_that_the_program_reads(shell):
+    script = CliRunner().invoke(cli, ["completion", shell]).output
+    assert f"_RLHF_TUI_COMPLETE={shell}_complete" in script
