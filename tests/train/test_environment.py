@@ -1,6 +1,7 @@
 """Responses of several turns: an environment replies to the policy."""
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from engine.errors import CommandRejectedError, UserInputError
+from engine.train.environment import environments
 from engine.train.environment.dialogue import Dialogue
 from engine.train.environment.environments import checked_reply
 from engine.train.environment.reply_tokens import ReplyTokens
@@ -328,6 +330,42 @@ def test_a_rank_that_waits_for_environments_says_so_after_each_of_them(make_run)
     rollout = generate_rollout(run, 1, lambda *progress: done.append(progress))
     heard = [len(turns.environment.heard) for turns in rollout.conversation.turns]
     assert sum(now == total for now, total in done) >= len(heard) + sum(heard)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_an_environment_that_takes_long_is_told_while_it_is_waited_for(
+    make_run, tmp_path, monkeypatch, concurrency
+):
+    name = f"waiting_{concurrency}"
+    (tmp_path / f"{name}.py").write_text(
+        "import threading\n"
+        "told = threading.Event()\n"
+        "class Waiting:\n"
+        "    def reply(self, text):\n"
+        "        assert told.wait(60)\n"
+    )
+    run, _ = make_run(
+        f"environment.factory={name}:Waiting", f"environment.path={tmp_path}",
+        f"environment.concurrency={concurrency}", "environment.max_tokens=8",
+    )  # fmt: skip
+    monkeypatch.setattr(environments, "LONG_CALL", 0.1)
+    records = []
+
+    class Telling(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+            sys.modules[name].told.set()
+
+    handler = Telling()
+    logging.getLogger("engine").addHandler(handler)
+    try:
+        respond(run)
+    finally:
+        logging.getLogger("engine").removeHandler(handler)
+    (text,) = records
+    assert text.startswith(
+        f"environment '{name}:Waiting' at turn 1 of step 1 takes more than 0 s (called with '"
+    )
 
 
 WRONG = {
