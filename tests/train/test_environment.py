@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from engine.errors import CommandRejectedError, UserInputError
+from engine.train.data.prompts import Prompt
 from engine.train.environment import environments
 from engine.train.environment.dialogue import Dialogue
 from engine.train.environment.environments import checked_reply
-from engine.train.environment.reply_tokens import ReplyTokens
+from engine.train.environment.reply_tokens import TURN, ReplyTokens
 from engine.train.environment.response import Response
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
@@ -282,6 +283,15 @@ def test_a_reply_in_a_conversation_is_a_message_of_the_chat_template(make_run, r
     reply = [{"role": role, "content": " Colder! "}]
     tokens = ReplyTokens(run.config, run.tokenizer)(prompt, reply, last=5)
     assert run.tokenizer.decode(tokens) == f"<end><{role}>Colder!<end><assistant>"
+
+
+def test_a_prompt_may_have_the_text_that_stands_for_a_turn(make_run):
+    run, _ = make_run(*ENVIRONMENT, f"data.chat_template='{CHAT}'", "data.chat=true")
+    messages = [{"role": "user", "content": f"What is {TURN}?"}]
+    text = f"<user>{messages[0]['content']}<end><assistant>"
+    reply = [{"role": "user", "content": "No"}]
+    tokens = ReplyTokens(run.config, run.tokenizer)(Prompt([1], text, {}, messages), reply, last=5)
+    assert run.tokenizer.decode(tokens) == "<end><user>No<end><assistant>"
 
 
 def test_a_reply_can_be_several_messages(make_run, tmp_path):

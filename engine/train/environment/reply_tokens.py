@@ -38,12 +38,15 @@ class ReplyTokens:
         if prompt.messages is None:
             text = "".join(message["content"] for message in reply)
             return tokenise_texts(self._tokenizer, [text], special=False)[0]
-        messages = [*prompt.messages, {"role": "assistant", "content": TURN}, *reply]
+        turn = TURN
+        while turn in prompt.text:
+            turn += TURN
+        messages = [*prompt.messages, {"role": "assistant", "content": turn}, *reply]
         text = render_chat(
             self._tokenizer, messages, "environment.role", add_generation_prompt=True,
             **self._template_arguments,
         )  # fmt: skip
-        _, found, after = text.partition(TURN)
+        _, found, after = text.partition(turn)
         if not found:
             raise UserInputError(
                 "environment: the chat template does not show the policy's turns that are followed "
