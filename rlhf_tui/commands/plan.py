@@ -112,9 +112,11 @@ def _head(config: RunConfig, models: Models) -> str:
     policy = f"{millions:,.{0 if millions >= 10 else 1}f} M parameters"
     kind = "GPU" if models.device == "cuda" else "host"
     longest = "prompts of" if models.exact_prompts else "prompts of at most"
+    replies = f", replies of {config.reply_tokens}" if config.reply_tokens else ""
     return (
         f"{kind} memory of each rank, GB: {policy}, {config.model.dtype},\n"
         f"{longest} {models.prompt_tokens} tokens, responses of {config.rollout.max_new_tokens}"
+        f"{replies}"
     )
 
 

@@ -66,6 +66,14 @@ def test_the_strategies_stand_side_by_side_on_80_columns(lab):
     assert "the run fits" in done.stdout
 
 
+def test_the_replies_of_an_environment_are_named(lab):
+    keys = ("environment.factory=json:JSONDecoder", "environment.max_tokens=40")
+    options = [word for key in (*keys, "launch.device=cpu") for word in ("-o", key)]
+    done = lab.cli("plan", DEMO, *options)
+    assert done.returncode == 0, done.stderr
+    assert "responses of 32, replies of 40" in done.stdout
+
+
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_is_reported_with_changes_that_help(lab, huge):
     options = ("-o", f"model.policy={huge}", "-o", "launch.device=cpu")

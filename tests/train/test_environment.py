@@ -195,6 +195,26 @@ def test_a_reward_function_of_a_chat_gets_the_messages_of_both(make_run):
     assert inputs.messages(row) is not inputs.turns[row].messages  # the function may change them
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_judge_reads_the_turns_without_the_markup_between_them(make_run, chat):
+    # Not a special token, which no text of a response has.
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    as_chat = (f"data.chat_template='{template}'", "data.chat=true") if chat else ()
+    run, _ = make_run(*ENVIRONMENT, STOPS, *as_chat)
+    inputs = RewardInputs.of(respond(run), 1)
+    assert max(turns.count for turns in inputs.turns) > 1
+    for i, turns in enumerate(inputs.turns):
+        first, *others = [message["content"] for message in turns.messages]
+        if not chat:
+            assert inputs.plain(i) == inputs.texts[i]
+        elif not others:
+            assert inputs.plain(i) == first
+        else:
+            text = inputs.plain(i)
+            assert text.startswith(f"assistant: {first}\n\nuser: {Repeating.QUESTION}")
+            assert "[assistant]" not in text
+
+
 def test_a_reward_model_reads_the_tokens_of_the_whole_conversation(make_run):
     run, _ = make_run(*ENVIRONMENT, STOPS)
     inputs = RewardInputs.of(respond(run), 1)

@@ -1,9 +1,11 @@
 """Environments that fail, and scores of theirs."""
 
+import logging
 import sys
 
 import pytest
 
+from engine.train.environment import environments
 from engine.train.environment.environments import checked_reply
 from engine.train.rewards.source import RewardCallError
 from engine.train.step import train_step
@@ -116,3 +118,39 @@ def test_a_score_that_closes_the_streams_leaves_them_to_the_rank(make_run, tmp_p
     )
     train_step(run, 1)
     assert not sys.stdout.closed
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_an_environment_that_takes_long_is_told_while_it_is_waited_for(
+    make_run, tmp_path, monkeypatch, concurrency
+):
+    name = f"waiting_{concurrency}"
+    (tmp_path / f"{name}.py").write_text(
+        "import threading\n"
+        "told = threading.Event()\n"
+        "class Waiting:\n"
+        "    def reply(self, text):\n"
+        "        assert told.wait(60)\n"
+    )
+    run, _ = make_run(
+        f"environment.factory={name}:Waiting", f"environment.path={tmp_path}",
+        f"environment.concurrency={concurrency}", "environment.max_tokens=8",
+    )  # fmt: skip
+    monkeypatch.setattr(environments, "LONG_CALL", 0.1)
+    records = []
+
+    class Telling(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+            sys.modules[name].told.set()
+
+    handler = Telling()
+    logging.getLogger("engine").addHandler(handler)
+    try:
+        respond(run)
+    finally:
+        logging.getLogger("engine").removeHandler(handler)
+    (text,) = records
+    assert text.startswith(
+        f"environment '{name}:Waiting' at turn 1 of step 1 takes more than 0 s (called with '"
+    )

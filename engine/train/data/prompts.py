@@ -1,5 +1,6 @@
 """A prompt, and batches of prompts."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,12 @@ class Prompt:
             return self.text
         if len(self.messages) == 1:
             return self.messages[0]["content"]
-        return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+        return plain_conversation(self.messages)
+
+
+def plain_conversation(messages: Sequence[Mapping[str, str]]) -> str:
+    """Messages as text, each after its role, without the markup of a chat template."""
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 @dataclass(frozen=True)

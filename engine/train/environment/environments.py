@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -23,6 +24,9 @@ from engine.train.rewards.source import RewardCallError
 from engine.train.user_function import UserFunction, forks_ended
 
 log = logging.getLogger("engine")
+
+LONG_CALL = 60.0
+"""Seconds after which the log tells of a call that has not returned."""
 
 T = TypeVar("T")
 Reply = str | list[dict[str, str]] | None
@@ -96,13 +100,14 @@ class Environments:
             return made
 
         made: list[Any] = [None] * len(prompts)
+        when = f"at step {step}"
 
         def run() -> None:
             made[:] = self._each(
-                make, range(len(prompts)), lambda i: shown(prompts[i].text), made_one
+                make, range(len(prompts)), lambda i: shown(prompts[i].text), made_one, when
             )
 
-        self._on_rank_0(f"at step {step}", run)
+        self._on_rank_0(when, run)
         return made
 
     def replies(
@@ -127,6 +132,7 @@ class Environments:
                 ranks.
         """
         found: list[Reply] = []
+        when = f"at turn {number} of step {step}"
 
         def reply(i: int) -> Reply | ToolAnswers:
             if self._tools is not None and (calls := self._tools.calls(turns[i])):
@@ -135,7 +141,7 @@ class Environments:
             return None if method is None else checked_reply(method(turns[i]))
 
         def run() -> None:
-            replies = self._each(reply, range(len(turns)), lambda i: shown(turns[i]), replied)
+            replies = self._each(reply, range(len(turns)), lambda i: shown(turns[i]), replied, when)
             for reply_or_answers in replies:
                 if isinstance(reply_or_answers, ToolAnswers):
                     self._tool_use.add(reply_or_answers)
@@ -143,7 +149,7 @@ class Environments:
                 else:
                     found.append(reply_or_answers)
 
-        self._on_rank_0(f"at turn {number} of step {step}", run)
+        self._on_rank_0(when, run)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(found))
         return msgspec.msgpack.decode(data, type=examined(list[Reply]))
 
@@ -167,20 +173,34 @@ class Environments:
         indices: Sequence[int],
         quoted: Callable[[int], str],
         called_one: Callable[[], None],
+        when: str,
     ) -> list[T]:
         """Calls something for each index, in threads; raises the first error in their order.
 
-        Calls `called_one` after each, in this thread.
+        Calls `called_one` after each, in this thread. Logs the first call that takes long.
         """
         results: list[T] = []
+        told = threading.Lock()
+
+        def tell(i: int) -> None:
+            if told.acquire(blocking=False):
+                log.warning(
+                    "environment '%s' %s takes more than %.0f s (called with %s)",
+                    self._name, when, LONG_CALL, quoted(i),
+                )  # fmt: skip
 
         def called(i: int) -> T:
+            timer = threading.Timer(LONG_CALL, tell, (i,))
+            timer.daemon = True
+            timer.start()
             with forks_ended():
                 try:
                     return call(i)
                 except Exception as error:
                     error.add_note(f"called with {quoted(i)}")
                     raise
+                finally:
+                    timer.cancel()
 
         with contextlib.ExitStack() as stack:
             calls: Iterator[T]

@@ -73,8 +73,8 @@ class JudgeReward:
             IncompleteScoresError: some requests failed, or some replies have no number.
         """
         tasks = [
-            self._task(fill_template(self._config.template or TEMPLATE, prompt, text))
-            for prompt, text in zip(inputs.batch.prompts, inputs.texts, strict=True)
+            self._task(fill_template(self._config.template or TEMPLATE, prompt, inputs.plain(i)))
+            for i, prompt in enumerate(inputs.batch.prompts)
         ]
         results, errors = self._endpoint.run_all(tasks, lambda done: report(done, len(inputs)))
         scores = {i: part[0] for i, part in results.items()}

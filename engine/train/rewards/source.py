@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.errors import RlhfError
 from engine.progress import ReportProgress
-from engine.train.data.prompts import PromptBatch
+from engine.train.data.prompts import PromptBatch, plain_conversation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rollout.conversation import Turns
 from engine.train.rollout.rollout import Rollout
@@ -71,6 +71,13 @@ class RewardInputs:
         if self.turns is None:
             return [{"role": "assistant", "content": self.texts[index]}]
         return [dict(message) for message in self.turns[index].messages]
+
+    def plain(self, index: int) -> str:
+        """A response as text, without the markup of a chat template between its turns."""
+        if self.turns is None or self.batch.prompts[index].messages is None:
+            return self.texts[index]
+        messages = self.turns[index].messages
+        return messages[0]["content"] if len(messages) == 1 else plain_conversation(messages)
 
 
 class Reward(Protocol):

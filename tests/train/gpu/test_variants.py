@@ -1,5 +1,7 @@
 """Every variant of a step runs on a GPU: no operator over two devices, and the CPU's numbers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ SMALLEST = (
     "ppo.micro_batch_size=2",
     "launch.device=cpu",
 )
+REPEATING = Path(__file__).parent.parent
 IN_CHUNKS = 20_000
 """Logits at a time: a few tokens."""
 VARIANTS = {
@@ -70,6 +73,11 @@ VARIANTS = {
     "two responses at once, micro-batches by tokens": [
         "rollout.at_once=2", "rollout.max_new_tokens=12", "ppo.micro_batch_by=tokens",
     ],
+    "an environment, two responses to each prompt": [
+        "environment.factory=repeating:Repeating", f"environment.path={REPEATING}",
+        "environment.max_tokens=40", "rollout.stop=[' the', 'e']", "rollout.per_prompt=2",
+        "rollout.max_new_tokens=12", "eval={every: 1, holdout: 2}",
+    ],
 }  # fmt: skip
 
 
@@ -83,6 +91,7 @@ VARIANTS = {
         "grpo, entropy bonus, KL in the loss",
         "remax, averaged policy, evaluation",
         "two responses at once, micro-batches by tokens",
+        "an environment, two responses to each prompt",
     ),
 )
 def test_a_step_on_a_gpu_has_the_numbers_of_the_cpu(
