@@ -11,7 +11,8 @@ from engine.config import file as config_file
 from engine.config.sections.environment import EnvironmentConfig
 from engine.errors import UserInputError
 from engine.train.environment.environments import Environments
-from engine.train.environment.tools import ToolCall, Tools
+from engine.train.environment.tool_calls import ToolCall
+from engine.train.environment.tools import Tools
 from engine.train.experience.generation import generate_rollout
 from engine.train.step import train_step
 from tests.train.arithmetic import CHAT, CHATTING, FOLDER, Game

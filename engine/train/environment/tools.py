@@ -12,32 +12,12 @@ from transformers.utils.chat_template_utils import get_json_schema
 
 from engine.config.sections.environment import EnvironmentConfig
 from engine.errors import UserInputError, error_text, first_line, shortened
-from engine.train.environment.plain_text import plain_text
+from engine.train.environment.plain_text import encodable, plain_text
+from engine.train.environment.tool_calls import ToolCall, find_calls
 from engine.train.user_function import UserFunction
 
-CALL = ("<tool_call>", "</tool_call>")
-"""How Qwen, SmolLM3, Hermes, Nemotron and others enclose a call."""
-THOUGHT = ("<think>", "</think>")
-"""How these and others enclose what the policy thinks before it says something."""
-FUNCTION = re.compile(r"(?s)<function=([^>]*)>(.*?)(?:</function>|$)")
-PARAMETER = re.compile(r"(?s)<parameter=([^>]*)>\n?(.*?)\n?</parameter>")
-"""How Qwen 3.5 and Nemotron 3 write a call; older models write `{"name": …, "arguments": …}`."""
-ARGUMENTS = ("arguments", "parameters")
-"""The key that holds the arguments; Llama writes the latter."""
 LONGEST_ERROR = 500
 """Most characters of an error that the policy reads."""
-LONGEST_NAME = 200
-"""Most characters of the name of a tool."""
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call in a turn of the policy."""
-
-    name: str = ""
-    arguments: dict[str, Any] | None = None
-    problem: str = ""
-    """Why it cannot be run, if it is not even written correctly."""
 
 
 @dataclass(frozen=True)
@@ -132,29 +112,8 @@ class Tools:
             yield
 
     def calls(self, text: str) -> list[ToolCall]:
-        """Finds the calls in a turn of the policy; none if the turn is an answer.
-
-        A call that the policy only thinks about is none.
-        """
-        said = text.rpartition(THOUGHT[1])[2].partition(THOUGHT[0])[0]
-        if self._pattern is None:
-            found = enclosed(said)
-        else:
-            found = [match.group(1) or "" for match in self._pattern.finditer(said)]
-        return [self._parsed(call.strip()) for call in found]
-
-    def _parsed(self, text: str) -> ToolCall:
-        """Reads a call in one of the two notations."""
-        if (written := FUNCTION.match(text)) is None:
-            return parsed_json(text)
-        name, found = shortened(written.group(1), LONGEST_NAME), PARAMETER.findall(written.group(2))
-        types = {
-            key: kind.get("type")
-            for schema in self.schemas
-            if schema["function"]["name"] == name
-            for key, kind in schema["function"]["parameters"]["properties"].items()
-        }
-        return ToolCall(name, {key: _typed(value, types.get(key)) for key, value in found})
+        """Finds the calls in a turn of the policy; none if the turn is an answer."""
+        return find_calls(text, self._pattern, self.schemas)
 
     def answers(self, calls: Sequence[ToolCall], environment: Any) -> ToolAnswers:
         """Runs calls, one after the other."""
@@ -187,46 +146,3 @@ class Tools:
         if not isinstance(result, str):
             result = json.dumps(result, ensure_ascii=False, default=str)
         return plain_text(result)
-
-
-def enclosed(text: str) -> list[str]:
-    """The texts that :data:`CALL` encloses.
-
-    Takes time in proportion to the text. A regular expression does not: it looks for the end of
-    each call that is never closed, and holds the rank meanwhile.
-    """
-    begin, end = CALL
-    parts = text.split(end)[:-1]
-    return [part.partition(begin)[2] for part in parts if begin in part]
-
-
-def _typed(text: str, kind: Any) -> Any:
-    """A parameter's value as its type in the schema says; text stays as it is."""
-    if kind == "string":
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def encodable(text: str) -> str:
-    """Returns a text without subclass; halves of surrogate pairs, as JSON may have, are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def parsed_json(text: str) -> ToolCall:
-    """Reads a call that is written in JSON."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ToolCall(problem=f"the call is not JSON: {shortened(str(error), LONGEST_ERROR)}")
-    name = call.get("name") if isinstance(call, dict) else None
-    if not isinstance(name, str):
-        return ToolCall(problem="the call is no object with a name and arguments")
-    name = shortened(name.encode(errors="backslashreplace").decode(), LONGEST_NAME)
-    given = [call[key] for key in ARGUMENTS if key in call]
-    arguments = given[0] if given else {}
-    if not isinstance(arguments, dict):
-        return ToolCall(name, problem="the arguments are no object")
-    return ToolCall(name, arguments)
