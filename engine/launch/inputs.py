@@ -8,7 +8,7 @@ from engine.config.rules.models import check_quantiser_installed
 from engine.config.rules.trackers import check_trackers_installed
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
-from engine.launch.reward_function import check_function
+from engine.launch.function_lookup import check_function
 
 
 def check_inputs(config: RunConfig) -> None:

@@ -1,9 +1,9 @@
-"""A reward function is looked for before a run starts, without importing its module."""
+"""A user's function is looked for before a run starts, without importing its module."""
 
 import pytest
 
 from engine.errors import ConfigError
-from engine.launch.reward_function import check_function
+from engine.launch.function_lookup import check_function
 
 
 @pytest.fixture

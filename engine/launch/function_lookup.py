@@ -1,4 +1,4 @@
-"""Looks for a reward function without importing its module, which may be slow or have effects."""
+"""Looks for a user's function without importing its module, which may be slow or have effects."""
 
 import ast
 import difflib
