@@ -94,6 +94,7 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
         f"step      {fmt.plural(result.responses, 'response')} of "
         f"{result.response_tokens:.0f} tokens (at most {config.rollout.max_new_tokens}) to 2 "
         f"prompts of at most {fmt.plural(result.prompt_tokens, 'token')}",
+        *turn_lines(result),
         f"{start}; sampled log-probabilities are those of a full pass",
         f"score     {fmt.number(result.score)}" + (f" ({parts})" if parts else ""),
         f"memory    {result.memory:.2f} GB for this step"
@@ -107,6 +108,18 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
         f"the run   {fmt.plural(steps, 'step')} of {batch} responses on "
         f"{fmt.plural(ranks, 'rank')}: about {fmt.duration(steps * seconds)}",
     ]
+
+
+def turn_lines(result: CheckResult) -> list[str]:
+    """The line about turns and tool calls of a run with an environment."""
+    if result.turns is None:
+        return []
+    line = f"turns     {result.turns:.1f} in a response"
+    if result.tool_calls is not None:
+        line += f", {result.tool_calls:.1f} tool calls"
+    if result.failed_calls is not None:
+        line += f", {100 * result.failed_calls:.0f} % of them failed"
+    return [line]
 
 
 def sample_lines(sample: CheckedSample) -> list[str]:

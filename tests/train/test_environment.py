@@ -316,9 +316,12 @@ def test_samples_tell_where_the_replies_are(make_run):
     assert any(sample.replies for sample in held_out)
 
 
-def test_check_tells_where_the_replies_are(make_run):
+def test_check_tells_where_the_replies_are_and_counts_turns(make_run):
     run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
-    found = check(run.config).samples
+    result = check(run.config)
+    found = result.samples
+    assert result.turns == sum(1 + len(sample.replies) for sample in found) / len(found)
+    assert result.tool_calls is None
     texts = [s.response[a:b] for s in found for a, b in s.replies]
     assert texts == [Repeating.QUESTION] * len(texts)
     assert len(found) == 2

@@ -38,6 +38,12 @@ class CheckResult(Struct, frozen=True, kw_only=True):
     """Tokens of the longer of the two prompts."""
     response_tokens: float
     """Mean tokens of a response."""
+    turns: float | None = None
+    """Mean turns of the policy in a response; None without an environment."""
+    tool_calls: float | None = None
+    """Mean tool calls in a response; None without tools."""
+    failed_calls: float | None = None
+    """The fraction of them that failed; None without any."""
     ratio: float | None
     """Mean probability ratio before the first update, which must be 1; None without an update."""
     kl: float
