@@ -47,7 +47,7 @@ class ToolAnswers:
     messages: list[dict[str, str]]
     """Of the role `tool`, one for each call."""
     problems: list[str]
-    """What went wrong, with the tool's name: one for each call that failed."""
+    """What went wrong, with the tool's name if it was given: one for each call that failed."""
 
 
 @dataclass
@@ -167,8 +167,9 @@ class Tools:
                 text = error_text(error)
                 if not isinstance(error, ToolCallError):
                     text = f"{type(error).__name__}: {text}"
-                problems.append(f"{call.name}: {shortened(text, LONGEST_ERROR)}")
-                results.append(f"error: {shortened(text, LONGEST_ERROR)}")
+                text = shortened(text, LONGEST_ERROR)
+                problems.append(f"{call.name}: {text}" if call.name else text)
+                results.append(f"error: {text}")
         messages = [
             {"role": "tool", "name": call.name, "content": result}
             for call, result in zip(calls, results, strict=True)
