@@ -12,6 +12,7 @@ from engine.train.environment.response import Response
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
+from engine.train.ppo.metrics import distinct_2
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import generate_responses
@@ -155,6 +156,17 @@ def test_a_step_trains_on_the_scores_of_environments(make_run):
     assert samples[0].score == pytest.approx(
         sum(len(m) for m in samples[0].response.split(Repeating.QUESTION)) / 10
     )
+
+
+def test_the_replies_do_not_count_as_repetitions_of_the_policy(make_run):
+    run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS, "eval={every: 1, holdout: 4}")
+    rollout = respond(run)
+    turns = [m["content"] for found in rollout.conversation.turns for m in found.messages[::2]]
+    assert any(Repeating.QUESTION in text for text in rollout.texts)
+    metrics, _ = train_step(run, 1)
+    assert metrics["text/distinct_2"] == distinct_2(turns) != distinct_2(rollout.texts)
+    held_out = evaluate(run, run.held_out, 1)
+    assert held_out.metrics["eval/distinct_2"] != distinct_2([s.response for s in held_out.samples])
 
 
 def test_an_environment_gets_special_tokens_but_not_the_one_that_ends_the_turn(make_run, tokenizer):

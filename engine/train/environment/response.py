@@ -28,6 +28,8 @@ class Response:
     floats: list[Tensor] = field(default_factory=list)
     """For each turn, (3, n) float32: log-probabilities, entropies and values."""
     messages: list[dict[str, str]] = field(default_factory=list)
+    sampled: list[str] = field(default_factory=list)
+    """The texts of the policy's turns."""
     replies: list[tuple[int, int]] = field(default_factory=list)
     """Start and end of each reply, as indices of :attr:`ids`."""
     eos: bool = False
@@ -73,7 +75,8 @@ class Response:
         self.eos, self.ended = bool(turn.eos[row]), bool(turn.ended[row])
         if turn.versions is not None:
             self.version = int(turn.versions[row])
-        self.messages.append({"role": "assistant", "content": _decoded(tokenizer, ids)})
+        self.sampled.append(_decoded(tokenizer, ids))
+        self.messages.append({"role": "assistant", "content": self.sampled[-1]})
         return str(tokenizer.decode(ids[:-1] if self.eos else ids))
 
     def add_reply(self, ids: list[int], messages: list[dict[str, str]]) -> None:
@@ -128,7 +131,7 @@ def rollout_of(
             lengths=numbers([len(r.ids) for r in responses]),
             positions=_padded([r.positions for r in responses]).to(device),
             turns=[
-                Turns(r.messages, _spans(tokenizer, r), r.environment, r.before_replies)
+                Turns(r.messages, _spans(tokenizer, r), r.environment, r.before_replies, r.sampled)
                 for r in responses
             ],
             environment_seconds=environment_seconds,

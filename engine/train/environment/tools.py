@@ -27,7 +27,7 @@ class ToolAnswers:
     messages: list[dict[str, str]]
     """Of the role `tool`, one for each call."""
     problems: list[str]
-    """What went wrong, with the tool's name: one for each call that failed."""
+    """What went wrong, with the tool's name if it was given: one for each call that failed."""
 
 
 @dataclass

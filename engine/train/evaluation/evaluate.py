@@ -220,7 +220,7 @@ def _summarise(
         names.EVAL_LENGTH: _mean(lengths),
         names.EVAL_TRUNCATED: 1 - _mean(ended),
     }
-    if (distinct := distinct_2([t for p in parts for t in p.rollout.texts])) is not None:
+    if (distinct := distinct_2([t for p in parts for t in p.rollout.sampled_texts])) is not None:
         metrics[names.EVAL_DISTINCT_2] = distinct
     if per_prompt > 1:
         metrics[names.EVAL_BEST_SCORE] = _mean(

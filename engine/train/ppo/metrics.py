@@ -72,7 +72,7 @@ def step_metrics(
     metrics = dict(zip(tensors, numbers, strict=True))
     metrics["tokens/truncated_frac"] /= len(scores)
     metrics["objective/kl_coef"] = beta
-    if (distinct := distinct_2(rollout.texts)) is not None:
+    if (distinct := distinct_2(rollout.sampled_texts)) is not None:
         metrics[DISTINCT_2] = distinct
     if config.kl.estimator != "k1":
         estimates = KL_ESTIMATORS[config.kl.estimator]((old - ref_logprobs) * mask) * mask

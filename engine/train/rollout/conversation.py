@@ -24,6 +24,9 @@ class Turns:
     before_replies: list[int] = field(default_factory=list)
     """For each reply, the number of tokens that the policy had sampled before it."""
 
+    sampled: list[str] = field(default_factory=list)
+    """The texts of the policy's turns."""
+
     @property
     def count(self) -> int:
         """Number of turns of the policy."""

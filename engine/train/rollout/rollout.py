@@ -67,6 +67,13 @@ class Rollout:
         """True on response tokens; (B, T) bool."""
         return response_mask(self.lengths, self.ids.shape[1])
 
+    @property
+    def sampled_texts(self) -> list[str]:
+        """The texts that the policy sampled: one for each turn."""
+        if self.conversation is None:
+            return self.texts
+        return [text for turns in self.conversation.turns for text in turns.sampled]
+
     def replies(self, row: int) -> list[tuple[int, int]] | None:
         """Start and end of each reply in the text of a response; None without an environment."""
         return None if self.conversation is None else self.conversation.turns[row].replies
