@@ -57,6 +57,28 @@ def test_an_environment_that_fails_is_told_in_one_line(make_run, tmp_path, case,
     assert len(respond(run).texts) == run.config.rollout.batch_size  # the file is read again
 
 
+def test_a_reply_that_the_template_cannot_render_pauses_the_run(make_run, tmp_path):
+    """So that the environment can be corrected; its file is read again."""
+    refusing = (
+        '{% if messages[-1].role == "system" %}{{ raise_exception("system comes first") }}'
+        "{% endif %}" + CHAT
+    )
+    file = tmp_path / "commanding.py"
+    text = (
+        "class Commanding:\n    def reply(self, text):\n"
+        "        return [{'role': 'system', 'content': 'Go on'}]\n"
+    )
+    file.write_text(text)
+    run, _ = make_run(
+        "environment.factory=commanding:Commanding", f"environment.path={tmp_path}",
+        "environment.max_tokens=60", f"data.chat_template='{refusing}'", "data.chat=true",
+    )  # fmt: skip
+    with pytest.raises(RewardCallError, match=r"at turn 1 of step 1: .*system comes first"):
+        respond(run)
+    file.write_text(text.replace("system", "user") + "# corrected\n")
+    assert len(respond(run).texts) == run.config.rollout.batch_size
+
+
 def test_a_reply_can_be_of_a_subclass_of_text():
     class Shout(str):
         def __str__(self):

@@ -66,8 +66,7 @@ class Dialogue:
         """Generates whole responses; all ranks must call it.
 
         Raises:
-            RewardCallError: an environment raised.
-            UserInputError: the chat template cannot render a reply.
+            RewardCallError: an environment raised, or the chat template cannot render its reply.
         """
         batch = batch_prompts(prompts, self._options.per_prompt, self._tokenizer.eos_token_id or 0)
         turn = generate(prompts, self._options)
@@ -129,9 +128,12 @@ class Dialogue:
             response.add_turn(host, i, self._tokenizer)
             for i, response in enumerate(responses.values())
         ]
-        environments = [response.environment for response in responses.values()]
+        going_on = list(responses.values())
         started = time.perf_counter()
-        replies = self._environments.replies(environments, texts, self._step, number, self._waits)
+        replies = self._environments.replies(
+            [response.environment for response in going_on], texts, self._step, number,
+            self._waits, lambda i, reply: self._reply_tokens(going_on[i], reply),
+        )  # fmt: skip
         self._seconds += time.perf_counter() - started
         return {
             row: response
@@ -143,12 +145,21 @@ class Dialogue:
         """Appends a reply unless the response ends here; `last` is at the limit of turns."""
         if reply is None or not response.ended:
             return False
-        if isinstance(reply, str):
-            reply = [{"role": self._config.role, "content": reply}]
-        ids = self._tokens(response.prompt, reply, response.ids[-1])
+        ids = self._reply_tokens(response, reply)
         fits = response.reply_tokens + len(ids) <= self._config.max_tokens
         if last or not fits or not self._left(response):
             response.ended = False  # the environment would have gone on
             return False
-        response.add_reply(ids, reply)
+        response.add_reply(ids, self._messages(reply))
         return True
+
+    def _reply_tokens(self, response: Response, reply: Reply) -> list[int]:
+        """Returns what follows the last turn. Raises UserInputError if it cannot be rendered."""
+        if reply is None:
+            return []
+        return self._tokens(response.prompt, self._messages(reply), response.ids[-1])
+
+    def _messages(self, reply: str | list[dict[str, str]]) -> list[dict[str, str]]:
+        if isinstance(reply, str):
+            return [{"role": self._config.role, "content": reply}]
+        return reply

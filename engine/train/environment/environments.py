@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine.config.schema import RunConfig
-from engine.errors import LinkError, error_text, shortened, traceback_text
+from engine.errors import LinkError, UserInputError, error_text, shortened, traceback_text
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
@@ -117,6 +117,7 @@ class Environments:
         step: int,
         number: int,
         replied: Callable[[], None],
+        check: Callable[[int, Reply], object],
     ) -> list[Reply]:
         """Passes a turn to each environment; returns the replies on every rank.
 
@@ -126,10 +127,12 @@ class Environments:
             step: for errors.
             number: of the turn, from 1; for errors.
             replied: called on rank 0 after each reply.
+            check: called on rank 0 with the index and the reply of each environment; raises
+                UserInputError if the reply cannot be used.
 
         Raises:
-            RewardCallError: an environment raised, or returned something else than a reply; on all
-                ranks.
+            RewardCallError: an environment raised, or returned something else than a reply, or one
+                that cannot be used; on all ranks.
         """
         found: list[Reply] = []
         when = f"at turn {number} of step {step}"
@@ -148,6 +151,12 @@ class Environments:
                     found.append(reply_or_answers.messages)
                 else:
                     found.append(reply_or_answers)
+            for i, one in enumerate(found):
+                try:
+                    check(i, one)
+                except UserInputError as error:
+                    error.add_note(f"called with {shown(turns[i])}")
+                    raise
 
         self._on_rank_0(when, run)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(found))

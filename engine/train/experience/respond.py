@@ -32,8 +32,7 @@ def respond(
         step: for errors of an environment; default: that of the options.
 
     Raises:
-        RewardCallError: an environment raised.
-        UserInputError: the chat template cannot render a reply.
+        RewardCallError: an environment raised, or the chat template cannot render its reply.
     """
 
     def generate(prompts: list[Prompt], options: SamplingOptions) -> Rollout:
