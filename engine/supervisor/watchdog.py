@@ -23,6 +23,9 @@ CHECK_INTERVAL = 5.0
 """Seconds between checks."""
 CHECKS_PER_ROW = 6
 """The journal keeps the telemetry of one in this many checks."""
+CHECKS_OF_FOLDER = 6
+"""In so many checks one after the other, the session's folder must be missing before the run ends:
+a network file system that is mounted again is away for a moment."""
 GPU_TIMEOUT = 10.0
 """Seconds that a check waits for the GPUs' driver. Opening it takes seconds on some machines."""
 
@@ -99,11 +102,12 @@ class Watchdog:
             on_silence: called with a rank that counts as hung, and its seconds of silence.
             on_alert: called with each condition that begins to hold; its action is `notify`.
         """
-        checks, problem = 0, ""
+        checks, missing, problem = 0, 0, ""
         while True:
             now = time.monotonic()
             self.check_silence(on_silence, now)  # first: it needs neither the disk nor the journal
-            if not self._journal.is_in_place():
+            missing = 0 if self._journal.is_in_place() else missing + 1
+            if missing >= CHECKS_OF_FOLDER:
                 self._ranks.kill()  # the end of the attempt says why
             try:
                 gpus = await self._read_gpus()

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from engine.journal.reader import JournalReader
+from engine.journal.writer import JournalWriter
 from engine.launch.start_options import StartOptions
 from engine.protocol.rank_messages import CheckpointWritten, Ended
 from engine.session import registry
@@ -93,6 +94,26 @@ async def test_an_engine_ends_when_its_folder_is_moved(started):
     assert not moved.is_live()
     with JournalReader(moved) as reader:
         assert reader.state() == "failed"
+
+
+async def test_an_engine_outlives_a_folder_that_is_away_for_a_moment(started, monkeypatch):
+    """As that of a network file system which is mounted again."""
+    session, task = started
+    seen = []
+    in_place = JournalWriter.is_in_place
+
+    def counted(journal):
+        seen.append(in_place(journal))
+        if seen.count(False) == 1 and not seen[-1]:
+            moved.folder.rename(session.folder)
+        return seen[-1]
+
+    monkeypatch.setattr(JournalWriter, "is_in_place", counted)
+    moved = move(session)
+    await until(lambda: seen[-3:] == [True] * 3)
+    assert False in seen
+    assert not task.done()
+    assert psutil.Process().children()
 
 
 async def test_an_engine_ends_when_its_folder_is_deleted(started):
