@@ -19,6 +19,14 @@ from engine.supervisor.serve import supervise
 from tests.engine.supervised import until
 
 
+RANK = ["sleep", "307"]
+
+
+def rank_runs():
+    """Whether the rank has been started; other tests may have left other processes."""
+    return any(RANK[1] in child.cmdline() for child in psutil.Process().children())
+
+
 def move(session):
     """Moves the folder of a session; returns the session at its new place."""
     return SessionFolder(session.folder.rename(session.folder.with_name("moved")))
@@ -76,11 +84,11 @@ async def test_a_checkpoint_in_a_folder_that_has_replaced_the_sessions_does_not_
 async def started(make_session, tmp_path, monkeypatch):
     """A session whose engine has started a rank that trains nothing, and the engine's task."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: ["sleep", "300"])
+    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: RANK)
     monkeypatch.setattr(watchdog_module, "CHECK_INTERVAL", 0.01)
     session = make_session()
     task = asyncio.create_task(supervise(session, StartOptions()))
-    await until(lambda: psutil.Process().children())
+    await until(rank_runs)
     yield session, task
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -113,7 +121,7 @@ async def test_an_engine_outlives_a_folder_that_is_away_for_a_moment(started, mo
     await until(lambda: seen[-3:] == [True] * 3)
     assert False in seen
     assert not task.done()
-    assert psutil.Process().children()
+    assert rank_runs()
 
 
 async def test_an_engine_ends_when_its_folder_is_deleted(started):
