@@ -1,6 +1,7 @@
 """Folders that are moved, deleted or replaced while an engine runs."""
 
 import asyncio
+import contextlib
 import shutil
 import signal
 
@@ -18,13 +19,16 @@ from engine.supervisor.processes import rank_processes
 from engine.supervisor.serve import supervise
 from tests.engine.supervised import until
 
-
 RANK = ["sleep", "307"]
 
 
 def rank_runs():
     """Whether the rank has been started; other tests may have left other processes."""
-    return any(RANK[1] in child.cmdline() for child in psutil.Process().children())
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if RANK[1] in child.cmdline():
+                return True
+    return False
 
 
 def move(session):
