@@ -126,8 +126,8 @@ def rollout_forward(
     attends to that padding, so attention needs no mask: one of (n, L, L) would exclude the fastest
     kernels, and would be the largest tensor for responses of thousands of tokens. The logits and
     the value of token t are the outputs at the position before it, so the last token is not part of
-    the input. They are not computed for padding: with a large vocabulary the output layer is half
-    of the work.
+    the input. They are not computed for padding, which would take as much of the output layer's
+    time as other tokens.
 
     Args:
         model: the policy, the reference, or the policy wrapped for training.
