@@ -57,6 +57,21 @@ def test_the_folder_is_its_owners_alone(tmp_path):
     assert stat.S_IMODE((tmp_path / "tb").stat().st_mode) == 0o700
 
 
+def test_replies_of_an_environment_are_marked(tmp_path):
+    sample = Sample(
+        index=0, prompt="p", response="one, why? two, so? three", score=1.0, kl=0.5, length=9,
+        ended=True, replies=[(4, 10), (14, 19)],
+    )  # fmt: skip
+    events = EventFiles(tmp_path, 0, unexpected)
+    events.step(1, {}, [sample])
+    events.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    (tag,) = found.Tags()["tensors"]
+    (text,) = found.Tensors(tag)[0].tensor_proto.string_val
+    assert "| one,│ why? │two,│ so? │three |" in text.decode()
+
+
 def test_responses_are_written_as_escaped_text(events_of_two_attempts):
     tag = next(t for t in events_of_two_attempts.Tags()["tensors"] if t.startswith("samples"))
     text = events_of_two_attempts.Tensors(tag)[0].tensor_proto.string_val[0].decode()

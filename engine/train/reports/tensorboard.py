@@ -124,6 +124,14 @@ def _report_exception(
         previous(raised)
 
 
+def _with_marks(sample: Sample) -> str:
+    """The response, with each reply of an environment between marks."""
+    text = sample.response
+    for start, end in reversed(sample.replies or ()):
+        text = f"{text[:start]}│{text[start:end]}│{text[end:]}"
+    return text
+
+
 def _table(samples: list[Sample]) -> str:
     """Returns a Markdown table. Text is escaped, because the viewer renders HTML in it."""
 
@@ -131,6 +139,7 @@ def _table(samples: list[Sample]) -> str:
         return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
 
     rows = [
-        f"| {s.score:.3f} | {s.kl:.3f} | {cell(s.prompt)} | {cell(s.response)} |" for s in samples
+        f"| {s.score:.3f} | {s.kl:.3f} | {cell(s.prompt)} | {cell(_with_marks(s))} |"
+        for s in samples
     ]
     return "\n".join(["| score | KL | prompt | response |", "|---|---|---|---|", *rows])
