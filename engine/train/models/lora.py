@@ -55,14 +55,12 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
             raise UserInputError(
                 f"lora.targets: {type(lm).__name__} has no linear layer '{target}'; it has: {found}"
             )
-    not_plain = [
-        n for n, m in lm.named_modules() if isinstance(m, LINEAR) and not _is_plain_linear(m)
-    ]
+    routers = [n for n, m in lm.named_modules() if isinstance(m, LINEAR) and _is_router(m)]
     adapters = LoraConfig(
         r=config.rank or 0,
         lora_alpha=config.alpha or 0,
         target_modules=config.targets or "all-linear",
-        exclude_modules=not_plain or None,
+        exclude_modules=routers or None,
         lora_dropout=0.0,  # old and new log-probabilities must come from the same function
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
         task_type="CAUSAL_LM",
@@ -80,14 +78,18 @@ def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
     """The layers that can have adapters, by name: all linear layers except the output layer.
 
     The output layer often shares its weight with the embedding, which a merge would also change.
-    Subclasses that compute something else, such as a router, cannot have them either.
+    Nor can routers of experts that are subclasses of linear layers: they return more than a tensor.
     """
     head = lm.get_output_embeddings() if isinstance(lm, PreTrainedModel) else None
-    return {n: m for n, m in lm.named_modules() if _is_plain_linear(m) and m is not head}
+    return {
+        n: m
+        for n, m in lm.named_modules()
+        if isinstance(m, LINEAR) and not _is_router(m) and m is not head
+    }
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    return any(type(module).forward is kind.forward for kind in LINEAR)
+def _is_router(module: nn.Module) -> bool:
+    return "router" in type(module).__name__.lower()
 
 
 def base_layers(lm: nn.Module) -> dict[str, nn.Module]:
