@@ -7,8 +7,8 @@ import torch
 
 from engine.errors import CommandRejectedError, UserInputError
 from engine.train.check import check
-from engine.train.environment.dialogue import Dialogue
 from engine.train.environment.response import Response
+from engine.train.environment.turn_loop import TurnLoop
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
@@ -135,7 +135,7 @@ def test_no_turn_is_longer_than_what_is_left_of_its_response(make_run):
         return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
 
     options = sampling_options(run, 1)
-    rollout = Dialogue(run.config, run.environments, run.tokenizer, 1, options, 1).generate(
+    rollout = TurnLoop(run.config, run.environments, run.tokenizer, 1, options, 1).generate(
         run.prompts.for_step(1), generate
     )
     question = 4  # tokens
@@ -261,7 +261,7 @@ def test_ranks_without_a_response_of_their_own_generate_one_that_is_not_used(mak
         return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
 
     one, many = (
-        Dialogue(run.config, run.environments, run.tokenizer, ranks, options, 1).generate(
+        TurnLoop(run.config, run.environments, run.tokenizer, ranks, options, 1).generate(
             prompts, generate
         )
         for ranks in (1, len(prompts))

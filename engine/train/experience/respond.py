@@ -2,7 +2,7 @@
 
 from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt
-from engine.train.environment.dialogue import Dialogue
+from engine.train.environment.turn_loop import TurnLoop
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import Rollout
@@ -42,8 +42,8 @@ def respond(
 
     if run.environments is None:
         return generate(prompts, options)
-    dialogue = Dialogue(
+    turns = TurnLoop(
         run.config, run.environments, run.tokenizer, run.ranks.size, options,
         options.step if step is None else step, report,
     )  # fmt: skip
-    return dialogue.generate(prompts, generate)
+    return turns.generate(prompts, generate)

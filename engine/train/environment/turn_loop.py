@@ -20,7 +20,7 @@ Generate = Callable[[list[Prompt], SamplingOptions], Rollout]
 """Generates one turn of the policy in response to prompts, on every rank."""
 
 
-class Dialogue:
+class TurnLoop:
     """The responses to a batch of prompts, which all have an environment.
 
     Each turn generates text for all responses that go on, as responses to everything before it. So
