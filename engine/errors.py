@@ -48,7 +48,7 @@ def error_text(error: BaseException) -> str:
         text = str(error)
     except Exception as problem:
         text = f"(its message cannot be shown: {type(problem).__name__})"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return encodable(text)
 
 
 def traceback_text(error: BaseException) -> str:
@@ -56,9 +56,14 @@ def traceback_text(error: BaseException) -> str:
 
     A long one, such as of a message with a whole reply in it, is cut in the middle.
     """
-    text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
+    text = encodable("".join(traceback.format_exception(error)))
     half = MAX_TRACEBACK // 2
     return text if len(text) <= MAX_TRACEBACK else f"{text[:half]}\n…\n{text[-half:]}"
+
+
+def encodable(text: str) -> str:
+    """Returns a text without subclass; halves of surrogate pairs, as JSON may have, are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def first_line(error: BaseException) -> str:

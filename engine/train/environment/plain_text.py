@@ -9,8 +9,3 @@ def plain_text(text: str) -> str:
     """
     text.encode()
     return str.__str__(text)
-
-
-def encodable(text: str) -> str:
-    """Returns a text without subclass; halves of surrogate pairs, as JSON may have, are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import shortened
-from engine.train.environment.plain_text import encodable
+from engine.errors import encodable, shortened
 
 CALL = ("<tool_call>", "</tool_call>")
 """How Qwen, SmolLM3, Hermes, Nemotron and others enclose a call."""

@@ -11,8 +11,8 @@ from typing import Any
 from transformers.utils.chat_template_utils import get_json_schema
 
 from engine.config.sections.environment import EnvironmentConfig
-from engine.errors import UserInputError, error_text, first_line, shortened
-from engine.train.environment.plain_text import encodable, plain_text
+from engine.errors import UserInputError, encodable, error_text, first_line, shortened
+from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tool_calls import ToolCall, find_calls
 from engine.train.user_function import UserFunction
 

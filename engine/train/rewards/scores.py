@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from engine.errors import RewardError, shortened
+from engine.errors import RewardError, encodable, shortened
 from engine.train.rewards.source import RewardInputs
 
 LARGEST_SCORE = 3.4028234663852886e38
@@ -67,5 +67,4 @@ def _shown_score(value: Any) -> str:
         text = "a huge integer"
     except Exception as error:
         text = f"{type(value).__name__} (its repr raises {type(error).__name__})"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return shortened(text, SHOWN_SCORE)
+    return shortened(encodable(text), SHOWN_SCORE)
