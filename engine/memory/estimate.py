@@ -186,6 +186,7 @@ class _Estimator:
             "logits": sampling * MASTER * rows * policy.vocabulary,
             "gathered": self._gathered(policy, self._compute),
             "casts": self._casts(),
+            "copies": self._copies(),
         }
 
     def _scoring(self) -> dict[str, int]:
@@ -296,6 +297,14 @@ class _Estimator:
         if self._config.model.float32_logits:
             used -= _output_layer(self._policy)
         return self._compute * (used + self._trunk)
+
+    def _copies(self) -> int:
+        """Trained weights in another order while responses are generated.
+
+        Only some processors need them; counted on every CPU.
+        """
+        on_cpu = self._models.device == "cpu" and self._compute == MASTER
+        return MASTER * self._policy.in_linear if on_cpu and not self._frozen else 0
 
     def _widened(self, shape: Shape) -> int:
         """The float32 copy of an output layer in bfloat16."""

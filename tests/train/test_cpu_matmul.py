@@ -15,7 +15,9 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.models import cpu_matmul
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.cpu_matmul import layer_output
+from engine.train.models.language_model import fingerprint
 from engine.train.ppo.logprobs import CHUNK, token_logprobs
+from engine.train.rollout.native.transposed_weights import WORTHWHILE, transposed_weights
 
 MAKING = {"aten::zeros_like", "aten::fill_", "aten::embedding_dense_backward", "aten::add"}
 """Operators by which autograd would make and add a gradient of an embedding."""
@@ -119,6 +121,64 @@ def test_a_layer_of_other_sizes_than_blocks_has_the_same_result(monkeypatch):
 
 
 @needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_layer_read_in_transposed_order_has_the_same_result_and_gradient(onednn, bias):
+    torch.manual_seed(0)
+    plain = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    quick = copy.deepcopy(plain)
+    use_cpu_layers(quick, SINGLE_RANK)
+    assert quick.weight.t().is_contiguous()
+    inputs = [torch.ones(3, 24, requires_grad=True) for _ in range(2)]
+    outputs = [layer(x) for layer, x in zip((plain, quick), inputs, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-5)
+
+
+def test_trained_weights_and_embeddings_keep_their_order(onednn):
+    model = small_model()
+    use_cpu_layers(model, SINGLE_RANK)
+    assert all(p.is_contiguous() for p in model.parameters())
+    model.requires_grad_(False)
+    use_cpu_layers(model, SINGLE_RANK)
+    assert model.get_input_embeddings().weight.is_contiguous()
+
+
+@needs_onednn
+def test_layers_with_weights_in_transposed_order_have_the_same_results(onednn):
+    model = small_model().eval()
+    use_cpu_layers(model, SINGLE_RANK)
+    weights, tokens = list(model.parameters()), torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        before = model(tokens).logits
+        with transposed_weights(list(model.model.layers), WORTHWHILE):
+            assert model.model.layers[1].mlp.up_proj.weight.t().is_contiguous()
+            torch.testing.assert_close(model(tokens).logits, before, rtol=0, atol=1e-5)
+    assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+
+
+def test_after_an_error_layers_have_their_own_weights(onednn):
+    model = small_model()
+    weights = list(model.parameters())
+    with pytest.raises(KeyError), transposed_weights(list(model.model.layers), WORTHWHILE):
+        assert any(a is not b for a, b in zip(model.parameters(), weights, strict=True))
+        raise KeyError
+    assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "half"), [(WORTHWHILE - 1, False), (WORTHWHILE, True)])
+def test_weights_are_not_copied_for_short_responses_or_for_products_of_bfloat16(
+    onednn, tokens, half
+):
+    model = small_model()
+    weights = list(model.parameters())
+    blocks = list(model.model.layers)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), transposed_weights(blocks, tokens):
+        assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+
+
+@needs_onednn
 def test_other_dtypes_than_float32_do_not_use_onednn(onednn):
     layer = nn.Linear(8, 8)
     use_cpu_layers(layer, SINGLE_RANK)
@@ -216,7 +276,8 @@ def test_rows_computed_in_several_chunks_are_the_same_as_one_by_one():
         assert float(alone) == float(together[0, t])
 
 
-def test_a_file_backed_model_computes_the_same():
+def test_a_file_backed_model_computes_the_same(monkeypatch):
+    monkeypatch.setattr(cpu_matmul, "ONEDNN_IS_QUICKER", False)
     model = small_model().eval().requires_grad_(False)
     tokens = torch.arange(12).view(2, 6)
     before = model(input_ids=tokens).logits
@@ -226,6 +287,18 @@ def test_a_file_backed_model_computes_the_same():
         drop_pages(model)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert not any(p.data_ptr() % 64 for p in model.parameters())
+
+
+@needs_onednn
+def test_a_file_backed_model_in_transposed_order_has_the_same_weights_and_results(onednn):
+    plain = small_model().eval().requires_grad_(False)
+    quick = copy.deepcopy(plain)
+    back_by_file(quick)
+    assert quick.model.layers[0].mlp.up_proj.weight.t().is_contiguous()
+    assert fingerprint(quick) == fingerprint(plain)
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(quick(tokens).logits, plain(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_without_disk_space_for_the_file_the_model_stays_in_memory(monkeypatch):

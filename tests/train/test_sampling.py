@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed, permutation, sampling_uniforms
+from engine.train.models import cpu_matmul
 from engine.train.models.language_model import LanguageModel
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
+from engine.train.rollout.native import transposed_weights
 from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.decoder import EXACT, Schedule
 from engine.train.rollout.rollout import left_mask
@@ -299,6 +301,15 @@ def test_generation_and_a_full_forward_pass_agree(model, respond, eos, temperatu
             logprobs, values = score_tokens(model, rollout, temperature, MicroBatchLimit(size))
             torch.testing.assert_close(logprobs, rollout.logprobs * rollout.mask, rtol=0, atol=1e-4)
             torch.testing.assert_close(values, rollout.values * rollout.mask, rtol=0, atol=1e-4)
+
+
+def test_weights_in_transposed_order_change_no_response(monkeypatch, model, respond):
+    before, weights = respond(eos=EOS), list(model.parameters())
+    monkeypatch.setattr(cpu_matmul, "ONEDNN_IS_QUICKER", True)
+    monkeypatch.setattr(transposed_weights, "WORTHWHILE", 1)
+    rollout = respond(eos=EOS)
+    assert all(same_response(before, i, rollout, i) for i in range(8))
+    assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
 
 
 def test_generated_tokens_values_and_entropies_are_those_of_one_row_alone(model, respond):

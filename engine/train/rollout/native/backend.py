@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.sections.rollout import RolloutConfig
 from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import PromptBatch
-from engine.train.distributed.sharding import with_materialised_model
+from engine.train.distributed.sharding import blocks, with_materialised_model
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.native.compiled_layers import CompiledLayers
 from engine.train.rollout.native.decoder import Decoder, Schedule, schedule_for
 from engine.train.rollout.native.slots import Responses
+from engine.train.rollout.native.transposed_weights import transposed_weights
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.stop_criteria import StopCriteria
 
@@ -112,6 +113,7 @@ def generate(
     with (
         model.autocast(device.type),  # casts weights once for the whole rollout
         compiled.used_by(model, device) as is_compiled,
+        transposed_weights([] if is_compiled else blocks(model.lm), responses.limit),
     ):
         decoder = Decoder(
             model, responses, stop_criteria, schedule or schedule_for(device), report,
