@@ -362,6 +362,9 @@ REFUSED = {
     "a pattern without a group": (
         ["environment.tools=['a:b']", "environment.call_pattern=x"], "needs one group",
     ),
+    "a pattern without tools": (
+        ["environment.factory=a:B", "environment.call_pattern=(x)"], r"needs environment\.tools",
+    ),
     "an environment that is no name": (
         ["environment.factory=game.py"], "must be written module:name",
     ),

@@ -184,6 +184,17 @@ def test_an_environment_gets_special_tokens_but_not_the_one_that_ends_the_turn(m
         ]
 
 
+def test_without_tools_an_environment_gets_a_turn_that_is_written_like_a_call(make_run):
+    run, _ = make_run(*ENVIRONMENT)
+    call = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
+    (environment,) = run.environments.make(run.prompts.for_step(1)[:1], [2], 1, lambda: None)
+    replies = run.environments.replies(
+        [environment], [call], 1, 1, lambda: None, lambda _i, _reply: None
+    )
+    assert environment.heard == [call]
+    assert replies == [Repeating.QUESTION]
+
+
 def test_a_reward_function_gets_the_environments(make_run, tmp_path):
     (tmp_path / "counting.py").write_text(
         "def count(environments, completions):\n"

@@ -72,6 +72,25 @@ def test_without_a_prompt_that_is_not_trained_on_the_start_is_refused(make_run, 
         make_run(f"data.prompts={same}", f"eval.prompts={same}", "eval.every=1")
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"prompt": "held out"}', "data.system needs conversations, and row 1 of "),
+        ('{"question": "held out"}', "eval.column: no column 'prompt' in "),
+    ],
+)
+def test_a_problem_of_the_prompts_to_evaluate_is_told_with_a_key_that_there_is(
+    make_run, write_prompts, text, key
+):
+    trained = write_prompts("chat.jsonl", '{"prompt": [{"role": "user", "content": "so"}]}')
+    other = write_prompts("held.jsonl", text)
+    with pytest.raises(UserInputError, match=f"^{key}"):
+        make_run(
+            f"data.prompts={trained}", "data.system=Be brief.",
+            "data.chat_template='{{ messages }}'", f"eval.prompts={other}", "eval.every=1",
+        )  # fmt: skip
+
+
 def test_an_evaluation_repeats_bit_for_bit_and_leaves_no_trace(make_run, assert_same_step):
     run, _ = make_run(*EVALUATED)
     again, _ = make_run(*EVALUATED)

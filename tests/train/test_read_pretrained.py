@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, dynamic_module_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    dynamic_module_utils,
+)
 
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
@@ -18,6 +22,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.pretrained import load_lm, load_tokenizer
 from engine.train.models.read_pretrained import ReadOptions, read_pretrained
+from tests.train.architectures import write_model
 
 RANKS = RankGroup(LaunchConfig(device="cpu"))
 
@@ -117,6 +122,14 @@ def test_a_tokenizer_that_cannot_be_used_is_one_sentence(folder, damage):
     except UserInputError as error:
         assert str(error).startswith("model.policy: ")
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flash_attention_2"])
+def test_attention_that_a_model_cannot_be_computed_with_is_not_its_folders_fault(tmp_path, kind):
+    folder = write_model(tmp_path, "bloom")  # adds a bias to its scores
+    read = ReadOptions(attn_implementation=kind)
+    with pytest.raises(UserInputError, match=f"^model.attn_implementation: .* with {kind}, leave"):
+        read_pretrained(AutoModelForCausalLM, str(folder), "model.policy", read=read)
 
 
 def test_a_language_model_is_no_reward_model(folder):

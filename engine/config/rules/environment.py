@@ -25,6 +25,11 @@ def check_environment(config: RunConfig) -> None:
         )
     if environment.tools:
         _check_tools(config)
+    elif environment.call_pattern is not None:
+        raise ConfigError(
+            "environment.call_pattern needs environment.tools: without them, environment.factory "
+            "gets every turn, also one with a call"
+        )
     if not environment.replies:
         if replace(environment, path=None) != EnvironmentConfig():
             raise ConfigError(

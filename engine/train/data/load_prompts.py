@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ log = logging.getLogger("engine")
 CACHED_BYTES = 2_000_000
 """Size of a data set from which on its tokens are cached: some ten thousand prompts, which take a
 second to tokenise."""
+
+KEY_OF_A_SET = re.compile(r"^data\.(prompts|column|split)\b")
+"""The keys of `data` that `eval` has as well, at the beginning of an error."""
 
 BeginPart = Callable[[str], ReportProgress]
 """Called with the name of a part of loading; returns the function that takes its progress."""
@@ -119,7 +123,7 @@ def load_sets(
     except UserInputError as error:
         if key == "data" or isinstance(error, CacheWriteError):
             raise
-        raise UserInputError(str(error).replace("data.", f"{key}.", 1)) from error
+        raise UserInputError(KEY_OF_A_SET.sub(rf"{key}.\1", str(error))) from error
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,14 @@ class Environments:
         self.factory: UserFunction | None = None
         """What makes the environments; None on ranks other than 0, or if there are only tools."""
         self._tools: Tools | None = None
+        """None on ranks other than 0, or without tools: `reply` then gets every turn, also one that
+        is written like a call."""
         if ranks.is_lead:
             name, path = self._config.factory, self._config.path
             if name is not None:
                 self.factory = UserFunction(name, path, "environment.factory")
-            self._tools = Tools(self._config, self.factory.function if self.factory else None)
+            if self._config.tools:
+                self._tools = Tools(self._config, self.factory.function if self.factory else None)
         self._tool_use = ToolUse()
         """On rank 0, of the responses that are being generated."""
 

@@ -4,6 +4,7 @@ All reads go through :func:`read_pretrained`: custom code runs only if the user 
 is loaded, and any problem is reported to the user in one sentence.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from engine.errors import UserInputError, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """File extensions of weights stored in pickles."""
+ABOUT_ATTENTION = re.compile(r"(?i)flash.?attention|flash_attn|attention implementation")
+"""In transformers' errors about `attn_implementation`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ def read_pretrained(
     except (UserInputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if read.attn_implementation is not None and _is_about_attention(error):
+            raise UserInputError(
+                f"model.attn_implementation: '{source}' cannot be loaded with "
+                f"{read.attn_implementation}, leave the key out for another: {first_line(error)}"
+            ) from error
         if read.gguf_file is not None:
             raise UserInputError(_explain_gguf(source, read.gguf_file, error)) from error
         raise UserInputError(_explain(source, key, what, error)) from error
@@ -121,6 +129,11 @@ def _read_model(
 def _is_of_head(name: str, base: str) -> bool:
     """Whether a weight belongs to a head: it is outside the base model, or in its pooler."""
     return not name.startswith(f"{base}.") or ".pooler." in name
+
+
+def _is_about_attention(error: Exception) -> bool:
+    """Whether an error says that a way to compute attention is not installed or not supported."""
+    return ABOUT_ATTENTION.search(str(error)) is not None
 
 
 def _explain_gguf(source: str, name: str, error: Exception) -> str:
