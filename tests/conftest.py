@@ -49,3 +49,9 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    """Has what was left out freed at exit: triton prints a list of what is left."""
+    if "triton" in sys.modules:
+        gc.unfreeze()

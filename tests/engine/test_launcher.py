@@ -58,6 +58,24 @@ def test_what_writes_a_log_prints_utf_8_in_any_locale(monkeypatch, environment):
     assert printed.stdout == "\u2192 \\ud800\n".encode()
 
 
+def test_triton_finds_nothing_left_when_a_rank_exits(tmp_path):
+    (tmp_path / "triton.py").write_text(
+        "import os\n"
+        "class Type:\n"
+        "    def __del__(self): os.write(1, b'freed')\n"
+        "in_a_cycle = Type()\n"
+        "in_a_cycle.itself = in_a_cycle\n"
+    )
+    (tmp_path / "program.py").write_text("import triton\ndef main(): pass\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, "-m", "engine.launch.rank", "program"], cwd=tmp_path,
+        env=rank_environment(LaunchConfig()) | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE, timeout=120, check=True,
+    )  # fmt: skip
+    assert ended.stdout == b"freed"
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_ranks_end_if_their_parent_dies_while_they_load(tmp_path, count):
     another = {PARENT_VARIABLE: "1", STORE_VARIABLE: "tcp:127.0.0.1:1", JOINED_VARIABLE: "1"}

@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from datetime import timedelta
+from typing import cast
 
 import msgspec
 import torch
@@ -102,8 +103,8 @@ class RankGroup:
                 # the first collective, long after the start.
                 device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else None,
             )
-            self.group = dist.new_group(backend="gloo", timeout=timeout)
-            self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
+            self.group = _new_gloo_group(timeout)
+            self.checkpoint_group = _new_gloo_group(timeout)
         elif problem:
             raise UserInputError(problem)
         self.device: torch.device = PartialState(cpu=not on_gpu).device
@@ -219,6 +220,12 @@ def _store() -> Store:
 def _has_machines() -> bool:
     """Whether the run is one of several machines, although only this one may have joined."""
     return os.environ.get(STORE_VARIABLE, "").startswith("tcp:")
+
+
+def _new_gloo_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Creates a group of all ranks. All must call it in the same order."""
+    # torch 2.15's types allow for a rank that is not in the group.
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def _find_gpu(launch: LaunchConfig) -> tuple[bool, str, str]:

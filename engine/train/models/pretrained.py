@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -388,9 +387,11 @@ def _disable_dropout_of_config(config: PretrainedConfig) -> None:
 
 def _checkpoint_activations(policy: LanguageModel) -> None:
     """Enables activation checkpointing, which takes effect in training mode only."""
-    with warnings.catch_warnings():
-        # transformers 5.23 renames this method; earlier versions do not know the new name.
-        warnings.simplefilter("ignore", FutureWarning)
-        for part in (policy.lm, policy.value_trunk):
-            if isinstance(part, PreTrainedModel):
-                part.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = {"use_reentrant": False}
+    for part in (policy.lm, policy.value_trunk):
+        if not isinstance(part, PreTrainedModel):
+            continue
+        if hasattr(part, "activation_checkpointing_enable"):  # since transformers 5.23
+            part.activation_checkpointing_enable(settings)
+        else:
+            part.gradient_checkpointing_enable(settings)

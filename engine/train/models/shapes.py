@@ -151,7 +151,10 @@ def _window(config: Any) -> int | None:
 
 
 def _shares_keys_without_kernel(config: Any) -> bool:
-    """Whether it is a Falcon with one key for all heads, for which no fused kernel is used."""
+    """Whether it is a Falcon with one key for all heads, for which no fused kernel may be used.
+
+    None is before torch 2.15, which uses one on a CPU; the estimate is then too high.
+    """
     one_key = getattr(config, "multi_query", False) and not config.new_decoder_architecture
     return config.model_type == "falcon" and bool(one_key)
 
