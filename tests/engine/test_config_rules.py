@@ -108,7 +108,10 @@ def test_adapters_without_a_rank_are_refused(key):
         (["eval.holdout=4", "eval.prompts=a.jsonl"], "not both"),
         (["eval.rewards=[{weight: 1}]"], r"eval\.rewards\[0\] needs exactly one"),
         (["train.best_metric=eval/score"], r"eval\.every"),
-        (["train.best_metric=eval/scores", "eval.every=5", "eval.holdout=4"], "no metric"),
+        (
+            ["train.best_metric=eval/scores", "eval.every=5", "eval.holdout=4"],
+            r"no metric .* \(did you mean 'eval/score'\?\)",
+        ),
         (
             ["train.best_metric=eval/score", "eval.every=3", "eval.holdout=4"],
             r"multiple of eval\.every",
