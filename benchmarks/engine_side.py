@@ -12,7 +12,6 @@ from pathlib import Path
 from benchmarks.side import Child
 from benchmarks.task import Task
 from engine.config import file as config_file
-from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
@@ -47,11 +46,7 @@ def load(folder: Path, sessions: Path, overrides: list[str]) -> Run:
     config = config_file.load(file, overrides)
     session = create(sessions, "run", config)
     ranks = RankGroup(config.launch)
-    return load_run(session, config, Begin(attempt=1, from_step=0), ranks, _silent)
-
-
-def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
-    return report_nothing
+    return load_run(session, config, Begin(attempt=1, from_step=0), ranks)
 
 
 def main() -> None:

@@ -197,7 +197,7 @@ def load_starter_run(sessions: Path, seed: int, steps: int, settings: list[str])
     config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
     session = create(sessions, "run", config)
     begin = Begin(attempt=1, from_step=0)
-    run = load_run(session, config, begin, RankGroup(config.launch), _silent)
+    run = load_run(session, config, begin, RankGroup(config.launch))
     fit_scales(run, config)
     return run
 
@@ -217,10 +217,6 @@ def format_curves(seeds: list[list[float]]) -> str:
     means = (statistics.mean(values) for values in zip(*seeds, strict=True))
     ends = ", ".join(f"{curve[-1]:.3f}" for curve in seeds)
     return " ".join(f"{mean:7.3f}" for mean in means) + f"  ({ends})"
-
-
-def _silent(_step: int, _name: str, *_progress: int) -> Any:
-    return lambda _done, _total: None
 
 
 if __name__ == "__main__":

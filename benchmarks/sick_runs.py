@@ -32,7 +32,6 @@ from engine.config.settings import change_settings, settings_of
 from engine.kl import next_beta
 from engine.metrics import KL
 from engine.monitoring.divergence import judges_of
-from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
@@ -181,13 +180,9 @@ def _load(job: Job, kind: Kind, sessions: Path) -> Run:
     config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
     session = create(sessions, "run", config)
     ranks = RankGroup(config.launch)
-    run = load_run(session, config, Begin(attempt=1, from_step=0), ranks, _silent)
+    run = load_run(session, config, Begin(attempt=1, from_step=0), ranks)
     fit_scales(run, config)
     return run
-
-
-def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
-    return report_nothing
 
 
 def break_eos(folder: Path) -> None:

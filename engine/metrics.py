@@ -5,7 +5,8 @@ docs/metrics.md use these declarations. To add a metric, declare it in :data:`ME
 it in `engine/train`; a test compares the two.
 """
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -384,6 +385,12 @@ def declaration(name: str) -> Metric | None:
         if name.startswith(pattern.removesuffix("NAME")):
             return _BY_NAME[pattern]
     return _BY_NAME.get(name)
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The metric that a wrong name seems to mean, such as `objective/kl` for `kl`; None if none."""
+    close = [metric for metric in known if metric.rpartition("/")[2] == name]
+    return next(iter(close or difflib.get_close_matches(name, known, n=1)), None)
 
 
 def describe(name: str) -> Metric:

@@ -40,6 +40,20 @@ def chosen_gpus(chosen: Sequence[int]) -> list[str]:
 
 
 @contextmanager
+def _nvml() -> Iterator[bool]:
+    """Context manager that opens NVML; yields whether there is a driver that answers."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@contextmanager
 def gpu_handles(chosen: Sequence[int] = ()) -> Iterator[list[object]]:
     """Context manager that opens NVML and yields handles of GPUs for the queries of pynvml.
 
@@ -52,15 +66,8 @@ def gpu_handles(chosen: Sequence[int] = ()) -> Iterator[list[object]]:
         The handles, without GPUs that do not exist or do not answer; empty if there is no driver.
         If a GPU is divided (MIG), only one: that of the first part, all that CUDA uses.
     """
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield []
-        return
-    try:
-        yield _handles(chosen)
-    finally:
-        pynvml.nvmlShutdown()
+    with _nvml() as opened:
+        yield _handles(chosen) if opened else []
 
 
 def _handles(chosen: Sequence[int]) -> list[object]:
@@ -138,17 +145,11 @@ def driver_problem() -> str:
 
 def silent_gpus() -> list[str]:
     """A line for each GPU that the driver has and that does not answer, with NVML's reason."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
     found = []
-    try:
-        for index in range(_count()):
+    with _nvml() as opened:
+        for index in range(_count() if opened else 0):
             try:
                 pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
             except pynvml.NVMLError as error:
                 found.append(f"GPU {index} does not answer: {error}")
-    finally:
-        pynvml.nvmlShutdown()
     return found

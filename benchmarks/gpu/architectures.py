@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.gpu.decoding import equal_rows, respond
 from benchmarks.gpu.findings import Finding, Target
-from benchmarks.gpu.numerics import no_progress, score, starter_run
+from benchmarks.gpu.numerics import score, starter_run
 from engine.train.experience.generation import generate_rollout
 from engine.train.rollout.native.decoder import EXACT, GRAPHED
 from engine.train.step import train_step
@@ -38,7 +38,7 @@ def start_of(kind: str, target: Target) -> Iterator[Finding]:
                 f"of {kind} in slots and in the plain loop",
                 respond(run, rows, tokens, GRAPHED), respond(run, rows, tokens, EXACT), share=0.95,
             )  # fmt: skip
-        rollout = generate_rollout(run, 1, no_progress)
+        rollout = generate_rollout(run, 1)
         gap = float((score(run, rollout) - rollout.logprobs)[rollout.mask].abs().mean())
         metrics, _ = train_step(run, 1, recorded=rollout)
         kl, ratio = metrics["objective/kl"], metrics["val/ratio"]

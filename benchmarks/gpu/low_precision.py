@@ -29,7 +29,7 @@ def eight_bit_moments(target: Target) -> Iterator[Finding]:
     before = weights(plain)
     recorded: list[tuple[Rollout, float]] = []
     for step in range(1, steps + 1):
-        rollout = generate_rollout(plain, step, no_progress)
+        rollout = generate_rollout(plain, step)
         metrics, _ = train_step(plain, step, recorded=rollout)
         recorded.append((rollout, metrics[GRADIENT_NORM]))
     eight = starter_run(target, target.device, "model.dtype=float32", "train.optimiser=adamw_8bit")
@@ -60,7 +60,7 @@ def four_bit_weights(target: Target) -> Iterator[Finding]:
     size = sum(layer.packed.nbytes + layer.scales.nbytes for layer in layers)
     count = sum(layer.in_features * layer.out_features for layer in layers)
     yield below("QLoRA: bytes a weight", size / count, 0.57)
-    first = generate_rollout(run, 1, no_progress)
+    first = generate_rollout(run, 1)
     gap = float((score(run, first) - first.logprobs)[first.mask].abs().mean())
     yield below("QLoRA: mean gap of generating and scoring", gap, 0.02, " nats a token")
     metrics, _ = train_step(run, 1, recorded=first)
@@ -85,7 +85,3 @@ def weights(run: Run) -> Tensor:
 def moment_bytes(run: Run) -> int:
     """Bytes of the optimiser's state."""
     return sum(t.nbytes for state in run.optimiser.state.values() for t in state.values())
-
-
-def no_progress(_done: int, _total: int) -> None:
-    """Reports nothing."""

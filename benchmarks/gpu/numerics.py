@@ -12,7 +12,6 @@ from benchmarks.gpu.findings import Finding, Target, below
 from engine import starter
 from engine.config import file as config_file
 from engine.metrics import GRADIENT_NORM
-from engine.progress import ReportProgress
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
@@ -44,17 +43,9 @@ def starter_run(target: Target, device: torch.device, *overrides: str) -> Run:
     session = create(sessions, f"run-{number}", config)
     ranks = RankGroup(config.launch)
     ranks.device = device
-    run = load_run(session, config, Begin(attempt=1, from_step=0), ranks, _silent)
+    run = load_run(session, config, Begin(attempt=1, from_step=0), ranks)
     fit_scales(run, config)
     return run
-
-
-def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
-    return no_progress
-
-
-def no_progress(_done: int, _total: int) -> None:
-    """Reports nothing."""
 
 
 def moved(rollout: Rollout, device: torch.device) -> Rollout:
@@ -70,7 +61,7 @@ def moved(rollout: Rollout, device: torch.device) -> Rollout:
 def recorded_step(target: Target) -> Iterator[Finding]:
     """A step on a recorded rollout has the CPU's numbers, in float32."""
     on_cpu = starter_run(target, torch.device("cpu"), "model.dtype=float32")
-    rollout = generate_rollout(on_cpu, 1, no_progress)
+    rollout = generate_rollout(on_cpu, 1)
     expected, _ = train_step(on_cpu, 1, recorded=rollout)
     on_gpu = starter_run(target, target.device, "model.dtype=float32")
     devices = {p.device.type for p in on_gpu.policy.parameters()}
@@ -95,7 +86,7 @@ def score(run: Run, rollout: Rollout) -> Tensor:
 def bfloat16_gap(target: Target) -> Iterator[Finding]:
     """In bfloat16 the log-probabilities while generating are near those of a full forward pass."""
     run = starter_run(target, target.device, "model.dtype=bfloat16")
-    rollout = generate_rollout(run, 1, no_progress)
+    rollout = generate_rollout(run, 1)
     gap = (score(run, rollout) - rollout.logprobs)[rollout.mask]
     mean = float(gap.abs().mean())
     yield below("bfloat16: mean gap of generating and scoring", mean, 0.02, " nats a token")
@@ -137,12 +128,12 @@ def fused_kernels(target: Target) -> Iterator[Finding]:
         yield Finding("fused kernels", True, "not installed, so not checked")
         return
     run = starter_run(target, target.device, "model.dtype=float32")
-    rollout = generate_rollout(run, 1, no_progress)
+    rollout = generate_rollout(run, 1)
     expected = score(run, rollout)
     fused = starter_run(target, target.device, "model.dtype=float32", "model.kernels=liger")
     gap = float((score(fused, rollout) - expected).abs().max())
     yield below("log-probabilities with fused kernels and without", gap, 1e-3, " nats")
-    generated = generate_rollout(fused, 1, no_progress)
+    generated = generate_rollout(fused, 1)
     gap = float((score(fused, generated) - generated.logprobs * generated.mask).abs().max())
     yield below("fused kernels: generating and scoring", gap, 1e-4, " nats")
     metrics, _ = train_step(fused, 1, recorded=rollout)

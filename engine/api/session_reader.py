@@ -4,7 +4,6 @@ Every read opens the journal again, so a session may be used from several thread
 and after it.
 """
 
-import difflib
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from engine.errors import NoSuchSessionError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.journal.samples import SampleQuery, SampleReader, with_judgements
-from engine.metrics import METRICS
+from engine.metrics import METRICS, nearest
 from engine.session import folder as session_folder
 
 
@@ -210,8 +209,6 @@ def _check_metric(name: str, recorded: list[str]) -> None:
     declared = [metric.name for metric in METRICS]
     if name in recorded or name in declared or not recorded:
         return
-    known = [*declared, *recorded]
-    close = [m for m in known if m.rpartition("/")[2] == name]  # kl: objective/kl
-    close = close or difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else f"; it has {', '.join(recorded)}"
-    raise UserInputError(f"there is no metric '{name}'{hint}")
+    near = nearest(name, [*declared, *recorded])
+    hint = f"did you mean '{near}'?" if near else f"it has {', '.join(recorded)}"
+    raise UserInputError(f"there is no metric '{name}'; {hint}")

@@ -37,10 +37,9 @@ from engine.metrics import SCORES
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import REWARD_CHANGED
 from engine.session.folder import SessionFolder
+from engine.session.position import NO_LIMIT
 from engine.session.states import LIVE_STATES
 
-LAST_STEP = 2**62
-"""Above every step."""
 VALUE_AT = """
 SELECT value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step
 """
@@ -194,7 +193,7 @@ class JournalReader:
         return self._db.rows(
             "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
             "AND step > ? AND step <= ? ORDER BY step",
-            (name, after, LAST_STEP if until is None else until),
+            (name, after, NO_LIMIT if until is None else until),
         )
 
     def last_finite(self, name: str, count: int, after: int, until: int) -> list[tuple[int, float]]:

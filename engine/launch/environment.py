@@ -14,23 +14,27 @@ from engine.launch.parent_death import PARENT_VARIABLE
 from engine.monitoring.telemetry import gpu_count
 from engine.nvml import chosen_gpus
 
+# What a rank reads from its environment. Others are PARENT_VARIABLE of engine.launch.parent_death
+# and, with several machines, SECRET_VARIABLE of engine.launch.secret.
 TOKEN_VARIABLE = "RLHF_TUI_LINK_TOKEN"  # noqa: S105 - the name of a variable
+"""With which a rank proves to its supervisor that it is one."""
 SOCKET_VARIABLE = "RLHF_TUI_LINK_SOCKET"
+"""The path of its supervisor's socket."""
 NICE_VARIABLE = "RLHF_TUI_NICE"
+"""Its niceness on a CPU."""
 STORE_VARIABLE = "RLHF_TUI_STORE"
+"""The rendezvous of the ranks: `file:PATH` or `tcp:HOST:PORT`."""
 LAUNCH_VARIABLE = "RLHF_TUI_LAUNCH"
+"""The configuration's `launch` section as JSON."""
 JOINED_VARIABLE = "RLHF_TUI_JOINED"
+"""Set if its machine joined the run."""
+# On the first machine only, and not for native rollouts:
 ROLLOUT_SOCKET_VARIABLE = "RLHF_TUI_ROLLOUT_SOCKET"
+"""The socket of the rollout engine; see :func:`rollout_socket_variable`."""
 ROLLOUT_FOLDER_VARIABLE = "RLHF_TUI_ROLLOUT_FOLDER"
+"""The folder in shared memory in which the rollout engine is given weights."""
 ROLLOUT_DISK_VARIABLE = "RLHF_TUI_ROLLOUT_DISK"
-"""What a rank reads from its environment, in this order: its token; the path of its supervisor's
-socket; its niceness on a CPU; the rendezvous of the ranks (`file:PATH` or `tcp:HOST:PORT`); the
-configuration's `launch` section as JSON; whether its machine joined the run; the socket of the
-rollout engine (see :func:`rollout_socket_variable`), the folder in shared memory in which it is
-given weights, and one on a disk for those that do not fit there (on the first machine only, and not
-for native rollouts).
-:data:`~engine.launch.parent_death.PARENT_VARIABLE` is another one, and with several machines
-:data:`~engine.launch.secret.SECRET_VARIABLE`."""
+"""A folder on a disk for weights that do not fit there."""
 
 
 def rollout_socket_variable(engine: int) -> str:

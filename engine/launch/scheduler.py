@@ -81,9 +81,14 @@ def _skypilot(environment: Mapping[str, str]) -> Placement:
 def _torchrun(environment: Mapping[str, str]) -> Placement:
     """The arguments of torchrun as variables (PET_*), such as those of Kubeflow's trainers.
 
-    PET_MASTER_ADDR and PET_MASTER_PORT, or PET_RDZV_ENDPOINT as `HOST:PORT`.
+    PET_MASTER_ADDR and PET_MASTER_PORT, or PET_RDZV_ENDPOINT as `HOST` or `HOST:PORT`.
     """
-    host, _, port = environment.get("PET_RDZV_ENDPOINT", "").rpartition(":")
+    variable = "PET_RDZV_ENDPOINT"
+    endpoint = environment.get(variable, "")
+    host, colon, port = endpoint.rpartition(":")
+    if not colon or endpoint.endswith("]"):  # an IPv6 address alone
+        host, port = endpoint, ""
+    host = host.strip("[]")
     first = environment.get("PET_MASTER_ADDR") or environment.get("MASTER_ADDR") or host or None
     text = environment.get("PET_NNODES", "1")
     if not text.isdigit():
@@ -95,7 +100,7 @@ def _torchrun(environment: Mapping[str, str]) -> Placement:
         machine=_number(environment, "PET_NODE_RANK", 0),
         machines=int(text),
         first=first,
-        port=_port(environment, "PET_MASTER_PORT") or _port({"PORT": port}, "PORT"),
+        port=_port(environment, "PET_MASTER_PORT") or _port({variable: port}, variable),
     )
 
 

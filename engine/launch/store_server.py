@@ -17,7 +17,7 @@ from typing import assert_never
 import msgspec
 
 from engine.errors import LinkError
-from engine.protocol.machines.authentication import AuthenticatedConnection, accept
+from engine.protocol.machines.authentication import AuthenticatedConnection, accept, split_address
 from engine.protocol.machines.store_messages import (
     AddToKey,
     AppendToKey,
@@ -210,8 +210,7 @@ class StoreServer:
 
 def listen_at(address: str) -> socket.socket:
     """Opens a listening socket at `HOST:PORT`, see :class:`StoreServer`. Raises OSError."""
-    name, _, number = address.rpartition(":")
-    host, port = name.strip("[]"), int(number)
+    host, port = split_address(address)
     family: socket.AddressFamily | None = None
     with contextlib.suppress(ValueError):
         version = ipaddress.ip_address(host).version

@@ -5,7 +5,7 @@ estimate and :mod:`engine.memory.advice` compares it with :mod:`engine.memory.ca
 are in bytes.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -21,6 +21,8 @@ and, unlike larger blocks, stay with the allocator (`engine.launch.environment`)
 piece costs a few kernel launches."""
 WHAT_IF_RANK = 16
 """The LoRA rank of the planner's comparison if the configuration names none."""
+
+Strategy = Literal["one", "ddp", "fsdp"]
 
 
 class Shape(Struct, frozen=True, kw_only=True):
@@ -78,7 +80,7 @@ class Models(Struct, frozen=True, kw_only=True):
 class Layout(Struct, frozen=True, kw_only=True):
     """How the work is divided among ranks."""
 
-    strategy: Literal["one", "ddp", "fsdp"] = "one"
+    strategy: Strategy = "one"
     ranks: int = 1
     lora_rank: int | None = None
     """None if every weight is trained."""
@@ -127,19 +129,14 @@ class Estimate(Struct, frozen=True, kw_only=True):
 
 def layouts(config: RunConfig, ranks: int) -> list[Layout]:
     """The layouts to compare: one rank, ddp and fsdp, each with full training and with LoRA."""
-    lora = lora_rank(config) or WHAT_IF_RANK
+    lora = config.lora.rank or WHAT_IF_RANK
     full = [Layout(), *(Layout(strategy=s, ranks=ranks) for s in ("ddp", "fsdp"))]
     return [*full, *(replace(layout, lora_rank=lora) for layout in full)]
 
 
 def configured(config: RunConfig, ranks: int) -> Layout:
     """The configured layout; the strategy `auto` counts as ddp."""
-    strategy: Any = "fsdp" if config.parallel.strategy == "fsdp" else "ddp"
-    return Layout(
-        strategy=strategy if ranks > 1 else "one", ranks=ranks, lora_rank=lora_rank(config)
-    )
-
-
-def lora_rank(config: RunConfig) -> int | None:
-    """`lora.rank`; None if the run does not use LoRA."""
-    return config.lora.rank
+    strategy: Strategy = "one"
+    if ranks > 1:
+        strategy = "fsdp" if config.parallel.strategy == "fsdp" else "ddp"
+    return Layout(strategy=strategy, ranks=ranks, lora_rank=config.lora.rank)

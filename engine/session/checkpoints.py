@@ -82,11 +82,8 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if sha256(path) != expected:
                 return f"{name} does not match its hash"
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # not readable; not JSON; a name with NUL
+    # Not readable; not JSON, or a name with NUL; nested too deep.
+    except (OSError, ValueError, RecursionError) as error:
         return f"{STATE}: {error}"
     return None
 

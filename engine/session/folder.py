@@ -1,7 +1,6 @@
 """The folder of a session: its name, its files and its engine."""
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -10,7 +9,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -253,13 +252,8 @@ class SessionFolder:
 
     def write_engine(self, socket_path: str, version: str) -> None:
         """Writes engine.json for this process."""
-        info: dict[str, Any] = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "socket": socket_path,
-            "version": version,
-        }
-        write_atomically(self.engine_file, json.dumps(info) + "\n")
+        info = EngineInfo(os.getpid(), socket.gethostname(), socket_path, version)
+        write_atomically(self.engine_file, msgspec.json.encode(info).decode() + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -21,7 +21,6 @@ from engine.memory.advice import shortage
 from engine.memory.estimate import estimate
 from engine.memory.model import Estimate, configured
 from engine.metrics import PEAK_MEMORY, PHASES, STEP_TIME, phase_time
-from engine.progress import ReportProgress, report_nothing
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
 from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
@@ -74,7 +73,7 @@ def check(config: RunConfig) -> CheckResult:
         session = create(folder.path, "check", small)
         begin = Begin(attempt=1, from_step=0)
         run = load_run(
-            session, small, begin, ranks, _report, lambda _rule, text: warnings.append(text)
+            session, small, begin, ranks, notify=lambda _rule, text: warnings.append(text)
         )
         fit_scales(run, small)
         warnings += [*suggested_value(config, run), *setup_notes(config, run)]
@@ -227,10 +226,6 @@ def _time_larger(
         warnings.append(f"{responses} responses could not be tried at once: {reason}")
         return None
     return TimedStep(responses, step[STEP_TIME])
-
-
-def _report(_step: int, _phase: str, *_progress: int) -> ReportProgress:
-    return report_nothing
 
 
 if __name__ == "__main__":

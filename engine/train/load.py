@@ -60,7 +60,7 @@ from engine.train.rollout.ahead import rollout_ahead
 from engine.train.rollout.backend import BACKENDS, RolloutBackend
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
-from engine.train.run import Announce, Run
+from engine.train.run import Announce, Run, announce_nothing
 
 log = logging.getLogger("engine")
 
@@ -77,7 +77,7 @@ def load_run(
     config: RunConfig,
     begin: Begin,
     ranks: RankGroup,
-    announce: Announce,
+    announce: Announce = announce_nothing,
     notify: Callable[[str, str], None] = lambda _rule, _text: None,
 ) -> Run:
     """Loads everything that a step needs; all ranks must call it.

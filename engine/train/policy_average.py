@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from engine.config.sections.train import EMAConfig
 from engine.train.checkpoints.host_copy import shard_like
 from engine.train.checkpoints.policy_folder import policy_tensors
+from engine.train.distributed.sharding import local_tensor
 from engine.train.models.language_model import LanguageModel
 
 
@@ -84,7 +84,4 @@ class PolicyAverage:
 
 def _local_tensors(policy: LanguageModel) -> dict[str, Tensor]:
     """Returns the policy's weights, or this rank's shards of them, without copying."""
-    return {
-        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in policy_tensors(policy).items()
-    }
+    return {name: local_tensor(tensor) for name, tensor in policy_tensors(policy).items()}

@@ -14,7 +14,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import Settings
 from engine.examined import examined
 from engine.memory.model import Estimate, Models
-from engine.progress import ReportProgress
+from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.data.prompt_order import Prompts
@@ -43,6 +43,11 @@ class PhaseTimes:
 
 Announce = Callable[..., ReportProgress]
 """Called with a step, a phase name and, if known, (done, total)."""
+
+
+def announce_nothing(_step: int, _phase: str, *_progress: int) -> ReportProgress:
+    """An :data:`Announce` for a run that nobody watches."""
+    return report_nothing
 
 
 @dataclass

@@ -11,7 +11,7 @@ from engine.verification.finding import Finding, listed, note, problem
 
 def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator[Finding]:
     """Reads every file of every complete checkpoint, and compares with the journal."""
-    rows = reader.checkpoints(("complete", "written", "superseded", "abandoned", "replaced"))
+    rows = _all(reader)
     on_disk = complete_checkpoints(session.checkpoints)
     for step, folder in on_disk.items():
         damage = find_damage(folder)

@@ -3,7 +3,6 @@
 import struct
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import pairwise
 from pathlib import Path
 
 from engine.errors import JournalError
@@ -105,8 +104,3 @@ def _add(order: str, data: bytes, sums: tuple[int, int]) -> tuple[int, int]:
         first = (first + a + second) & 0xFFFFFFFF
         second = (second + b + first) & 0xFFFFFFFF
     return first, second
-
-
-def missing_numbers(numbers: list[int]) -> list[int]:
-    """The numbers missing from an ascending sequence, between its first and last."""
-    return [n for a, b in pairwise(numbers) for n in range(a + 1, b)]

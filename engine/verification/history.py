@@ -1,6 +1,7 @@
 """Checks steps and commands in the journal: no gaps, no duplicates, every command ended."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from engine.journal import schema
 from engine.journal.command_log import OF_START
@@ -9,7 +10,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CommandRow
 from engine.protocol.commands import COMMANDS, Command, Note, Probe, SettingCommand, Undo
 from engine.session.states import ENDED_STATES
-from engine.verification.databases import RESTORE, missing_numbers
+from engine.verification.databases import RESTORE
 from engine.verification.finding import Finding, listed, note, problem
 
 UNFINISHED = ("queued", "accepted")
@@ -25,7 +26,7 @@ def check_steps(database: ReadOnlyDatabase, attempts: list[AttemptRow]) -> Itera
     rows: list[tuple[int, int]] = database.rows("SELECT step, attempt FROM steps ORDER BY step")
     steps = [step for step, _ in rows]
     first = attempts[0].from_step + 1 if attempts else 1
-    missing = missing_numbers([first - 1, *steps])
+    missing = [n for a, b in pairwise([first - 1, *steps]) for n in range(a + 1, b)]
     if missing:
         yield problem("steps", f"the journal has no row for steps {listed(missing)}", RESTORE)
     known = {attempt.attempt for attempt in attempts}
@@ -83,9 +84,12 @@ def check_commands(
     silent = [c.id for c in commands if c.id not in announced and not c.id.startswith(OF_START)]
     if silent:
         yield problem("commands", f"commands have no event: {listed(silent)}", RESTORE)
-    numbered = reader.commands() if _is_numbered(database) else []
-    without = [c.id for c in numbered if c.status == "applied" and c.applied_step is None]
-    without += [c.id for c in commands if c.status == "applied" and _has_no_effect(c)]
+    numbered = database.version >= schema.COMMANDS_ARE_NUMBERED
+    without = [
+        c.id
+        for c in commands
+        if c.status == "applied" and (_has_no_effect(c) or (numbered and c.applied_step is None))
+    ]
     if without:
         yield problem("commands", f"applied commands have no effect: {listed(without)}", RESTORE)
     unexplained = [c.id for c in commands if c.status == "rejected" and not c.reason]
@@ -101,10 +105,6 @@ def check_commands(
             f"the run has ended, and commands were neither applied nor rejected: {listed(waiting)}"
         )
         yield problem("commands", text, f"{resume} rejects them")
-
-
-def _is_numbered(database: ReadOnlyDatabase) -> bool:
-    return database.version >= schema.COMMANDS_ARE_NUMBERED
 
 
 def _has_no_effect(command: CommandRow) -> bool:

@@ -1,6 +1,5 @@
 """Values and combinations of keys: what is taken, and what is refused with which reason."""
 
-import math
 from typing import get_args, get_type_hints
 
 import msgspec
@@ -13,11 +12,7 @@ from engine.errors import ConfigError
 from tests.engine.demo_config import demo
 
 JUDGE = ("reward.model=null", "reward.judge='http://h/v1'", "reward.judging.model=m")
-
-
 GROUPED = ("reward.model=null", "reward.mix=[{model: a, normalise: group}, {function: 'm:f'}]")
-
-
 SERVICE = ("reward.model=null", "reward.service='http://h/score'")
 
 
@@ -108,7 +103,10 @@ def test_adapters_without_a_rank_are_refused(key):
         (["eval.holdout=4", "eval.prompts=a.jsonl"], "not both"),
         (["eval.rewards=[{weight: 1}]"], r"eval\.rewards\[0\] needs exactly one"),
         (["train.best_metric=eval/score"], r"eval\.every"),
-        (["train.best_metric=eval/scores", "eval.every=5", "eval.holdout=4"], "no metric"),
+        (
+            ["train.best_metric=eval/scores", "eval.every=5", "eval.holdout=4"],
+            r"no metric .* \(did you mean 'eval/score'\?\)",
+        ),
         (
             ["train.best_metric=eval/score", "eval.every=3", "eval.holdout=4"],
             r"multiple of eval\.every",
@@ -132,8 +130,6 @@ LEAST = {
     "reward.clip": 0.01, "reward.missing_eos_penalty": 0, "train.max_hours": 0.001,
     "launch.silence": 1, "log.samples": 0, "train.ema.decay": 0.01,
 }  # fmt: skip
-
-
 MOST = {
     "kl.beta": 100, "kl.target": 10_000, "kl.horizon": 1e9, "kl.beta_min": 1, "kl.beta_max": 1e4,
     "train.learning_rate": 1, "train.save_every": 10**9, "train.steps": 10**7,
@@ -210,10 +206,9 @@ def test_what_an_estimator_declares_fills_in_the_keys_left_out(name):
 def test_nothing_that_is_not_finite_gets_through():
     flat = config_file.to_flat(demo())
     for key in (k for k, v in flat.items() if isinstance(v, float)):
-        for word, value in ((".inf", math.inf), ("-.inf", -math.inf), (".nan", math.nan)):
+        for word in (".inf", "-.inf", ".nan"):
             with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
                 demo(f"{key}={word}")
-            assert not math.isfinite(value)
 
 
 REFUSED = {

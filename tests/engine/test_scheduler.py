@@ -19,6 +19,7 @@ PET = {
     "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "job-master-0",
     "PET_MASTER_PORT": "23456", "PET_NPROC_PER_NODE": "8",
 }  # fmt: skip
+RENDEZVOUS = {"PET_NNODES": "2", "PET_NODE_RANK": "1"}
 GENERIC = {"MASTER_ADDR": "node-a", "MASTER_PORT": "1234", "NODE_RANK": "1", "NNODES": "2"}
 
 
@@ -43,8 +44,14 @@ def place(scheduler_name, first, **others):
         (PET, place("torchrun", "job-master-0", port=23456)),
         (PET | {"JOB_COMPLETION_INDEX": "1"}, place("torchrun", "job-master-0", port=23456)),
         (
-            {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_RDZV_ENDPOINT": "a:29400"},
+            RENDEZVOUS | {"PET_RDZV_ENDPOINT": "a:29400"},
             place("torchrun", "a", port=29400),
+        ),
+        (RENDEZVOUS | {"PET_RDZV_ENDPOINT": "a"}, place("torchrun", "a")),
+        (RENDEZVOUS | {"PET_RDZV_ENDPOINT": "[fd00::1]"}, place("torchrun", "fd00::1")),
+        (
+            RENDEZVOUS | {"PET_RDZV_ENDPOINT": "[fd00::1]:29400"},
+            place("torchrun", "fd00::1", port=29400),
         ),
         (GENERIC, place("MASTER_ADDR", "node-a", port=1234)),
         (
@@ -72,6 +79,7 @@ def test_each_scheduler_says_which_machine_this_is(environment, expected):
         (SLURM | {"SLURM_LOCALID": "3"}, "not the only task"),
         (PET | {"PET_NNODES": "1:4"}, "fixed number of machines"),
         ({"PET_NNODES": "2"}, "PET_NODE_RANK"),
+        (RENDEZVOUS | {"PET_RDZV_ENDPOINT": "a:b"}, "PET_RDZV_ENDPOINT must be a number"),
         (GENERIC | {"LOCAL_RANK": "0"}, "a process of torchrun"),
         (GENERIC | {"NODE_RANK": "one"}, "NODE_RANK must be a number"),
         (GENERIC | {"MASTER_PORT": "0"}, "must be a port"),

@@ -37,10 +37,6 @@ SMALL = (
 )
 
 
-def no_report(_step, _name, *_progress):
-    return lambda _done, _total: None
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     """The starter policy's. Tests must not change it."""
@@ -79,7 +75,7 @@ def make_run(tmp_path, half_models):
         begin_at = begin or Begin(attempt=1, from_step=0)
         ranks = RankGroup(loaded.launch)
         ranks.device = device or ranks.device
-        run = load_run(session, loaded, begin_at, ranks, no_report)
+        run = load_run(session, loaded, begin_at, ranks)
         fit_scales(run, loaded)
         return run, session
 

@@ -42,7 +42,7 @@ SCORED = ("reward.model=null", "reward.environment=letters")
 
 
 def respond(run, step=1):
-    return generate_rollout(run, step, lambda _done, _total: None)
+    return generate_rollout(run, step)
 
 
 def conversations(rollout):

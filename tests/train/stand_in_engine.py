@@ -41,10 +41,6 @@ Fault = Callable[[Any], Any]
 ConnectionError to end the connection."""
 
 
-def no_report(_done, _total):
-    """For a caller that shows no progress."""
-
-
 class StandInEngine:
     """Serves one process of an engine after the other on the engine's socket."""
 

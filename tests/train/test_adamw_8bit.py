@@ -135,9 +135,7 @@ def loaded(run, session, *overrides):
     told = []
     config = config_file.override(session.config(), overrides)
     begin = Begin(attempt=2, from_step=1)
-    again = load_run(
-        session, config, begin, run.ranks, lambda *_: lambda *_: None, lambda *n: told.append(n)
-    )
+    again = load_run(session, config, begin, run.ranks, notify=lambda *n: told.append(n))
     return again, told
 
 

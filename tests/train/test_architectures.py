@@ -100,7 +100,7 @@ def test_ended_responses_leave_a_batch_of_a_model_with_recurrent_states(make_run
     folder = write_model(tmp_path / "hybrid", "qwen3_5_text")
     stops = ("rollout.stop=[' the', 'e', 'a']", "rollout.per_prompt=2")
     run, _ = make_run(*overrides(folder), *stops)
-    rollout = generate_rollout(run, 1, lambda *_: None)
+    rollout = generate_rollout(run, 1)
     assert len(set(rollout.lengths.tolist())) > 1
     scored, _ = score_tokens(run.policy, rollout, 1.0, MicroBatchLimit(4), want="logits")
     assert (scored - rollout.logprobs)[rollout.mask].abs().max() < 1e-4
@@ -128,7 +128,7 @@ def test_two_ranks_compute_the_step_of_one(make_run, tmp_path):
         keys = (*overrides(write_model(tmp_path / kind, kind)), "log.tensorboard=false",
                 "launch.device=cpu", "ppo.micro_batch_size=2")  # fmt: skip
         run, _ = make_run(*keys)
-        rollout = generate_rollout(run, 1, lambda _done, _total: None)
+        rollout = generate_rollout(run, 1)
         (tmp_path / f"{kind}.pickle").write_bytes(pickle.dumps(rollout))
         expected[kind], _ = train_step(run, 1, rollout)
         for strategy in ("ddp", "fsdp"):

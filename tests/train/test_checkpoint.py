@@ -70,14 +70,10 @@ def to_train(make_run):
     return run, session
 
 
-def no_report(_step, _name, *_progress):
-    return lambda _done, _total: None
-
-
 def resumed(session, **fields):
     config = session.config()
     begin = Begin(attempt=2, from_step=1, **fields)
-    return load_run(session, config, begin, RankGroup(config.launch), no_report)
+    return load_run(session, config, begin, RankGroup(config.launch))
 
 
 def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, assert_same_step):
@@ -94,9 +90,7 @@ def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, 
     run.state.step = 2
     save(run, session)
     begin = Begin(attempt=2, from_step=2)
-    again = load_run(
-        session, session.config(), begin, RankGroup(session.config().launch), no_report
-    )
+    again = load_run(session, session.config(), begin, RankGroup(session.config().launch))
     assert fingerprint(again.reference) == run.state.reference
     for continued in (run, again):  # the second update, which the checkpoint does not have
         update_reference(continued)
@@ -148,14 +142,14 @@ def test_a_normalisation_can_be_turned_on_and_off_by_a_resume(trained, make_run)
     on = ("reward.normalise=reference", "reward.normalise_samples=8")
     config = config_file.override(session.config(), on)
     begin, ranks = Begin(attempt=2, from_step=1), RankGroup(config.launch)
-    again = load_run(session, config, begin, ranks, no_report)
+    again = load_run(session, config, begin, ranks)
     fit_scales(again, config)
     new, _ = make_run(*on)
     scale = (again.state.reward_mean, again.state.reward_std)
     assert scale == (new.state.reward_mean, new.state.reward_std)
     assert scale != (0.0, 1.0)
     save(again, session)
-    off = load_run(session, session.config(), begin, ranks, no_report)
+    off = load_run(session, session.config(), begin, ranks)
     fit_scales(off, session.config())
     assert (off.state.reward_mean, off.state.reward_std) == (0.0, 1.0)
 
@@ -170,7 +164,7 @@ def test_another_reward_is_reported_and_its_scales_are_measured_again(make_run):
     begin, ranks, notices = Begin(attempt=2, from_step=1), RankGroup(config.launch), []
 
     def load():
-        return load_run(session, config, begin, ranks, no_report, lambda *n: notices.append(n))
+        return load_run(session, config, begin, ranks, notify=lambda *n: notices.append(n))
 
     again = load()
     assert [rule for rule, _ in notices] == ["reward_changed"]

@@ -91,8 +91,8 @@ def test_a_step_with_replacements_is_the_same_when_it_is_taken_again(make_run):
 
 def test_replaced_rows_keep_their_log_probabilities_whatever_the_padding(make_run):
     run, _ = make_run("rollout.per_prompt=2")
-    one = generate_rollout(run, 1, lambda *_: None)
-    two = generate_rollout(run, 2, lambda *_: None)
+    one = generate_rollout(run, 1)
+    two = generate_rollout(run, 2)
     rows, others = torch.tensor([2, 3]), torch.tensor([6, 7])
     merged = replace_rows(one, rows, two, others)
     assert merged.texts == one.texts[:2] + two.texts[6:] + one.texts[4:]

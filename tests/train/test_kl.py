@@ -84,34 +84,18 @@ def test_the_kl_of_a_response_is_the_sum_over_its_tokens(batch):
 
 @modest
 @given(responses(), BETAS)
-def test_every_token_has_its_kl_penalty_and_the_last_one_the_score(batch, beta):
+def test_every_token_has_its_kl_penalty_the_last_one_the_score_and_those_beyond_it_nothing(
+    batch, beta
+):
     lengths, scores, logprobs, ref, _ = batch
     got = advantages.token_rewards(scores, masked_gaps(logprobs, ref, lengths), lengths, beta)
+    want = torch.zeros_like(ref)
     for i, n in enumerate(lengths.tolist()):
         for t in range(n):
-            want = -beta * (float(logprobs[i, t]) - float(ref[i, t]))
-            if t == n - 1:
-                want += float(scores[i])
-            assert abs(float(got[i, t]) - want) <= 1e-5
-
-
-@modest
-@given(responses(), BETAS)
-def test_rewards_beyond_the_length_are_zero(batch, beta):
-    lengths, scores, logprobs, ref, _ = batch
-    got = advantages.token_rewards(scores, masked_gaps(logprobs, ref, lengths), lengths, beta)
-    beyond = ~masked.response_mask(lengths, ref.shape[1])
-    assert not got[beyond].any()
-
-
-@modest
-@given(responses())
-def test_with_beta_zero_the_rewards_are_the_scores(batch):
-    lengths, scores, logprobs, ref, _ = batch
-    got = advantages.token_rewards(scores, masked_gaps(logprobs, ref, lengths), lengths, 0.0)
-    want = torch.zeros_like(logprobs)
-    want[torch.arange(len(lengths)), lengths - 1] = scores
-    assert torch.equal(got, want)
+            want[i, t] = -beta * (float(logprobs[i, t]) - float(ref[i, t]))
+        want[i, n - 1] += float(scores[i])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert not got[~masked.response_mask(lengths, ref.shape[1])].any()
 
 
 @modest

@@ -25,7 +25,7 @@ WIDTH, MAX_TOKENS = 4, 6
 
 
 def rollout_of(run):
-    return generate_rollout(run, 1, lambda _done, _total: None)
+    return generate_rollout(run, 1)
 
 
 def recorded(run, rollout):

@@ -70,13 +70,9 @@ def take_step(run, step=1):
     return metrics
 
 
-def no_report(_step, _name, *_progress):
-    return lambda _done, _total: None
-
-
 def resumed(session):
     begin = Begin(attempt=2, from_step=1)
-    return load_run(session, session.config(), begin, SINGLE_RANK, no_report)
+    return load_run(session, session.config(), begin, SINGLE_RANK)
 
 
 def text(seed=0):

@@ -1,9 +1,4 @@
-"""The learning-rate schedule, and a minibatch's gradient compared with a loss written as loops.
-
-The model is a Llama of two layers with random float32 weights. Tolerances are 1e-4 of a gradient
-tensor's largest entry, and 1e-4 of a sum: the two computations differ only in the order of float32
-additions.
-"""
+"""A minibatch's gradient compared with a loss written as loops over its tokens."""
 
 import dataclasses
 import math
@@ -11,96 +6,28 @@ import math
 import msgspec
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GraniteConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    PhiConfig,
-)
 
-from engine.config.schema import RunConfig
-from engine.config.sections.launch import LaunchConfig
-from engine.config.sections.model import DataConfig, ModelConfig
-from engine.config.sections.ppo import KLConfig, PPOConfig
-from engine.config.sections.reward import RewardConfig
-from engine.config.sections.rollout import RolloutConfig
-from engine.config.sections.train import TrainConfig
-from engine.train.data.prompts import PromptBatch
-from engine.train.distributed.ranks import RankGroup
-from engine.train.models.language_model import LanguageModel
-from engine.train.models.output_layer import OutputLayer
+from engine.config.sections.ppo import KLConfig
 from engine.train.ppo import chunked_loss, optimise
-from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
 from engine.train.ppo.update_stats import LossSums
-from engine.train.rollout.rollout import Rollout
-
-SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
-VOCABULARY = 32
-SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0,
-}  # fmt: skip
-LLAMA = LlamaConfig(**SHAPE)
-PROMPTS, RESPONSES = [3, 1, 6, 4, 2, 6, 5], [4, 5, 1, 7, 1, 3, 7]
-ALL = torch.arange(len(PROMPTS))
-K2 = {"estimator": "k2", "place": "loss"}
-K3 = {"estimator": "k3", "place": "loss"}
-
-
-def run_config(temperature=1.0, kl=None, **of_ppo):
-    return RunConfig(
-        model=ModelConfig(policy="p"),
-        data=DataConfig(prompts="d"),
-        reward=RewardConfig(function="m:f"),
-        rollout=RolloutConfig(temperature=temperature, max_new_tokens=9),
-        kl=kl or KLConfig(),
-        ppo=PPOConfig(**of_ppo),
-        train=TrainConfig(learning_rate=2e-3),
-    )
-
-
-def make_policy(value):
-    torch.manual_seed(3)
-    policy = LanguageModel(LlamaForCausalLM(LLAMA), value)
-    if value == "separate":
-        policy.value_trunk = LlamaModel(LLAMA)
-    if value is not None:
-        torch.nn.init.normal_(policy.value_head.weight, std=0.5)
-    return policy.eval()
-
-
-def make_minibatch(policy, left=0, right=0, filler=0):
-    """A rollout and targets close to the policy's, with extra padding filled with `filler`."""
-    generator = torch.Generator().manual_seed(8)
-    n, p, t = len(PROMPTS), max(PROMPTS) + left, max(RESPONSES) + right
-    lengths = torch.tensor(RESPONSES)
-    mask = torch.arange(t)[None] < lengths[:, None]
-    prompts = torch.full((n, p), filler)
-    ids = torch.full((n, t), filler)
-    tables = [torch.full((n, t), float(filler)) for _ in range(5)]
-    for i in range(n):  # row by row, so that padding does not change the random numbers
-        prompts[i, p - PROMPTS[i] :] = torch.randint(32, (PROMPTS[i],), generator=generator)
-        ids[i, : RESPONSES[i]] = torch.randint(32, (RESPONSES[i],), generator=generator)
-        for table in tables:
-            table[i, : RESPONSES[i]] = torch.randn(RESPONSES[i], generator=generator)
-    batch, cut = PromptBatch([], prompts, torch.tensor(PROMPTS)), torch.zeros(n, dtype=torch.bool)
-    texts = [""] * n
-    rollout = Rollout(batch, ids, lengths, cut, cut, tables[0], tables[0], tables[1], texts)
-    with torch.no_grad():
-        logprobs, values = score_tokens(policy, rollout, 1.0, MicroBatchLimit(n))
-    old = torch.where(mask, logprobs + 0.4 * tables[0], tables[0])
-    ref = torch.where(mask, logprobs + 0.4 * tables[4], tables[4])
-    if policy.value_head is None:
-        return rollout, Targets(old, tables[1], ref_logprobs=ref)
-    old_values = torch.where(mask, values + 0.4 * tables[2], tables[2])
-    return rollout, Targets(old, tables[1], old_values, tables[3], ref_logprobs=ref)
+from tests.train.minibatch import (
+    ALL,
+    K2,
+    K3,
+    PROMPTS,
+    RESPONSES,
+    SINGLE_RANK,
+    VOCABULARY,
+    assert_same,
+    fast,
+    few_logits,
+    gradients,
+    make_minibatch,
+    make_policy,
+    run_config,
+)
 
 
 def slow_outputs(policy, rollout, i, temperature):
@@ -220,104 +147,72 @@ def slow_sums(policy, rollout, targets, rows, config):
     return loss / sums.tokens, sums
 
 
-def gradients(policy):
-    found = {k: p.grad for k, p in policy.named_parameters() if p.grad is not None}
-    policy.zero_grad(set_to_none=True)
-    return found
-
-
-def fast(policy, minibatch, config, rows=ALL, warming_up=False):
-    sums = backward(SINGLE_RANK, policy, *minibatch, rows, config, warming_up)
-    return gradients(policy), sums
-
-
-def few_logits(_layer, _inputs, logits):
-    assert logits.numel() <= 5 * VOCABULARY
-
-
-def assert_same(got, want):
-    for name in {*got[0], *want[0]}:
-        a, b = (g[0].get(name, torch.zeros(1)) for g in (got, want))
-        atol = 1e-4 * float(b.abs().max()) + 1e-7
-        torch.testing.assert_close(a.expand(b.shape), b, rtol=0, atol=atol, msg=name)
-    for name, value in vars(want[1]).items():
-        assert float(getattr(got[1], name)) == pytest.approx(float(value), rel=1e-4), name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Synchronising two threads costs far more than multiplying 16 × 16 matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+CASES = {
+    "defaults": {},
+    "sequence ratio": {"ratio": "sequence", "clip_range": 0.3, "value_clip": 0.2},
+    "temperature": {"value_clip": 0.3, "value_coef": 2.0, "temperature": 0.7},
+    "clip-higher and dual clip": {"clip_range": 0.1, "clip_range_high": 0.5, "dual_clip": 1.2},
+    "sequence mean, entropy": {
+        "loss_aggregation": "sequence",
+        "entropy_coef": 0.3,
+        "temperature": 0.7,
+    },
+    "constant divisor, k2": {
+        "loss_aggregation": "sequence_sum_constant",
+        "kl": KLConfig(beta=0.5, **K2),
+    },
+    "sequence mean, k3, entropy": {
+        "loss_aggregation": "sequence",
+        "kl": KLConfig(beta=0.5, **K3),
+        "entropy_coef": 0.1,
+    },
+    "k3": {"kl": KLConfig(beta=0.5, **K3), "ratio": "sequence"},
+    "weighted k3, mean ratio": {
+        "kl": KLConfig(beta=0.5, **K3, importance_weighted=True),
+        "ratio": "sequence_mean",
+    },
+    "weighted k2": {"kl": KLConfig(beta=0.5, **K2, importance_weighted=True)},
+    "absolute log ratio": {"kl": KLConfig(beta=0.5, estimator="abs", place="loss")},
+    "mean ratio": {"ratio": "sequence_mean", "loss_aggregation": "sequence", "clip_range": 0.02},
+    "cispo": {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
+    "cispo, sequence ratio": {
+        "policy_loss": "cispo",
+        "ratio": "sequence",
+        "clip_range": 0.5,
+        "clip_range_high": 0.2,
+    },
+    "sapo": {"policy_loss": "sapo", "sapo_temperature": 2.0, "sapo_temperature_negative": 3.0},
+    "vespo": {"policy_loss": "vespo", "ratio": "sequence", "loss_aggregation": "sequence"},
+    "gmpo": {"policy_loss": "gmpo", "ratio": "sequence_mean", "clip_range": 0.3},
+    "gmpo, clip-higher, sequence mean, entropy": {
+        "policy_loss": "gmpo",
+        "ratio": "sequence_mean",
+        "clip_range": 0.2,
+        "clip_range_high": 0.4,
+        "loss_aggregation": "sequence",
+        "entropy_coef": 0.1,
+    },
+    "dppo_tv": {"policy_loss": "dppo_tv", "clip_range": 0.01, "clip_range_high": 0.02},
+    "dppo_kl": {"policy_loss": "dppo_kl", "clip_range": 0.004, "dppo_ratio_cap": 1.2},
+    "dro": {"policy_loss": "dro", "dro_beta": 0.7, "loss_aggregation": "sequence"},
+    "mean ratio, sum": {
+        "ratio": "sequence_mean",
+        "clip_range": 0.02,
+        "loss_aggregation": "sequence_sum",
+    },
+    "kl_cov, sequence mean": {"kl_cov": 0.1, "kl_cov_coef": 0.7, "loss_aggregation": "sequence"},
+    "off-policy mask, k3": {"off_policy_mask": 3.5, "kl": KLConfig(beta=0.5, **K3)},
+    "off-policy mask, cispo, sequence mean": {
+        "off_policy_mask": 3.5,
+        "policy_loss": "cispo",
+        "loss_aggregation": "sequence",
+    },
+}
+"""Keys of `ppo`, with the temperature and the section `kl`."""
 
 
 @pytest.mark.parametrize("value", ["shared", "separate", None])
-@pytest.mark.parametrize(
-    "of_ppo",
-    [
-        {},
-        {"ratio": "sequence", "clip_range": 0.3, "value_clip": 0.2},
-        {"value_clip": 0.3, "value_coef": 2.0, "temperature": 0.7},
-        {"clip_range": 0.1, "clip_range_high": 0.5, "dual_clip": 1.2},
-        {"loss_aggregation": "sequence", "entropy_coef": 0.3, "temperature": 0.7},
-        {"loss_aggregation": "sequence_sum_constant", "kl": KLConfig(beta=0.5, **K2)},
-        {"loss_aggregation": "sequence", "kl": KLConfig(beta=0.5, **K3), "entropy_coef": 0.1},
-        {"kl": KLConfig(beta=0.5, **K3), "ratio": "sequence"},
-        {"kl": KLConfig(beta=0.5, **K3, importance_weighted=True), "ratio": "sequence_mean"},
-        {"kl": KLConfig(beta=0.5, **K2, importance_weighted=True)},
-        {"kl": KLConfig(beta=0.5, estimator="abs", place="loss")},
-        {"ratio": "sequence_mean", "loss_aggregation": "sequence", "clip_range": 0.02},
-        {"policy_loss": "cispo", "clip_range": 0.1, "clip_range_high": 0.3},
-        {"policy_loss": "cispo", "ratio": "sequence", "clip_range": 0.5, "clip_range_high": 0.2},
-        {"policy_loss": "sapo", "sapo_temperature": 2.0, "sapo_temperature_negative": 3.0},
-        {"policy_loss": "vespo", "ratio": "sequence", "loss_aggregation": "sequence"},
-        {"policy_loss": "gmpo", "ratio": "sequence_mean", "clip_range": 0.3},
-        {
-            "policy_loss": "gmpo",
-            "ratio": "sequence_mean",
-            "clip_range": 0.2,
-            "clip_range_high": 0.4,
-            "loss_aggregation": "sequence",
-            "entropy_coef": 0.1,
-        },
-        {"policy_loss": "dppo_tv", "clip_range": 0.01, "clip_range_high": 0.02},
-        {"policy_loss": "dppo_kl", "clip_range": 0.004, "dppo_ratio_cap": 1.2},
-        {"policy_loss": "dro", "dro_beta": 0.7, "loss_aggregation": "sequence"},
-        {"ratio": "sequence_mean", "clip_range": 0.02, "loss_aggregation": "sequence_sum"},
-        {"kl_cov": 0.1, "kl_cov_coef": 0.7, "loss_aggregation": "sequence"},
-        {"off_policy_mask": 3.5, "kl": KLConfig(beta=0.5, **K3)},
-        {"off_policy_mask": 3.5, "policy_loss": "cispo", "loss_aggregation": "sequence"},
-    ],
-    ids=[
-        "defaults",
-        "sequence ratio",
-        "temperature",
-        "clip-higher and dual clip",
-        "sequence mean, entropy",
-        "constant divisor, k2",
-        "sequence mean, k3, entropy",
-        "k3",
-        "weighted k3, mean ratio",
-        "weighted k2",
-        "absolute log ratio",
-        "mean ratio",
-        "cispo",
-        "cispo, sequence ratio",
-        "sapo",
-        "vespo",
-        "gmpo",
-        "gmpo, clip-higher, sequence mean, entropy",
-        "dppo_tv",
-        "dppo_kl",
-        "dro",
-        "mean ratio, sum",
-        "kl_cov, sequence mean",
-        "off-policy mask, k3",
-        "off-policy mask, cispo, sequence mean",
-    ],
-)
+@pytest.mark.parametrize("of_ppo", CASES.values(), ids=CASES)
 def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):
     policy, config = make_policy(value), run_config(**of_ppo)
     minibatch = make_minibatch(policy)
@@ -342,139 +237,6 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
     monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
     policy.lm.lm_head.register_forward_hook(few_logits)
     assert_same(fast(policy, minibatch, config, rows), want)
-
-
-@pytest.mark.parametrize(
-    "of_ppo",
-    [
-        {"ratio": "token"},
-        {"ratio": "sequence"},
-        {"ratio": "sequence_mean"},
-        {"loss_aggregation": "sequence", "entropy_coef": 0.3, "kl": KLConfig(**K3)},
-        {"loss_aggregation": "sequence_sum_constant", "dual_clip": 1.5},
-    ],
-    ids=[
-        "token ratio",
-        "sequence ratio",
-        "mean ratio",
-        "sequence mean, entropy, k3",
-        "constant divisor",
-    ],
-)
-@pytest.mark.parametrize("value", ["shared", "separate"])
-def test_micro_batches_change_neither_gradient_nor_sums(of_ppo, value):
-    policy = make_policy(value)
-    minibatch = make_minibatch(policy)
-    whole, *parts = [
-        fast(
-            policy,
-            minibatch,
-            run_config(**of_ppo, value_clip=0.2, micro_batch_size=size, micro_batch_by=by),
-        )
-        for size, by in [
-            *((size, "responses") for size in (7, 1, 2, 3, 16)),
-            *((size, "tokens") for size in (1, 2)),
-        ]
-    ]
-    for part in parts:
-        assert_same(part, whole)
-
-
-class AttentionMasks(TorchDispatchMode):
-    """Collects whether attention was called with a mask."""
-
-    def __init__(self):
-        super().__init__()
-        self.given = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = str(function)
-        if "dot_product" in name and "backward" not in name:
-            self.given.append(kwargs.get("attn_mask") is not None)
-        return function(*args, **kwargs)
-
-
-def test_attention_needs_no_mask_though_lengths_differ():
-    policy = make_policy("separate")
-    minibatch = make_minibatch(policy)
-    with AttentionMasks() as masks:
-        fast(policy, minibatch, run_config(micro_batch_size=3))
-    assert masks.given
-    assert not any(masks.given)
-
-
-CAPPED = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0}
-SCALED = {"logits_scaling": 0.3, "tie_word_embeddings": True}
-OTHERS = {
-    "a soft cap": (Gemma2Config(**SHAPE, **CAPPED), {}),
-    "a factor, tied embeddings": (GraniteConfig(**SHAPE, **SCALED), {}),
-    "a bias": (PhiConfig(**SHAPE), {}),
-    "bfloat16": (LLAMA, {"compute": torch.bfloat16}),
-    "bfloat16 but for the logits": (LLAMA, {"compute": torch.bfloat16}),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("trained", [True, False], ids=["trained", "adapters"])
-def test_the_chunks_of_logits_change_neither_gradient_nor_sums(other, trained, monkeypatch):
-    (shape, named), float32 = OTHERS[other], other == "bfloat16 but for the logits"
-    torch.manual_seed(3)
-    policy = LanguageModel(AutoModelForCausalLM.from_config(shape), "shared", **named).eval()
-    if float32:
-        policy.output.use_float32()
-    policy.lm.get_output_embeddings().weight.requires_grad_(trained)
-    config = run_config(entropy_coef=0.1, micro_batch_size=7, temperature=0.7)
-    minibatch = make_minibatch(policy)
-    whole, sums = fast(policy, minibatch, config)
-    logprobs, _ = score_tokens(policy, minibatch[0], 0.7, MicroBatchLimit(7))
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
-    policy.lm.get_output_embeddings().register_forward_hook(few_logits)
-    again, _ = score_tokens(policy, minibatch[0], 0.7, MicroBatchLimit(7))
-    close = 1e-5 if not named or float32 else 3e-2
-    torch.testing.assert_close(again, logprobs, rtol=0, atol=close)
-    close = 1e-5 if not named else 3e-2
-    parts, again = fast(policy, minibatch, config)
-    assert parts.keys() == whole.keys()
-    for name, gradient in whole.items():
-        atol = close * max(1.0, float(gradient.abs().max()))
-        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=atol, msg=name)
-    for name, value in vars(sums).items():
-        assert getattr(again, name) == pytest.approx(value, rel=close, abs=close), name
-
-
-@pytest.mark.parametrize("most", [1, 1 << 25], ids=["in chunks", "at once"])
-def test_logits_are_only_made_for_tokens_of_responses(most, monkeypatch):
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", most * VOCABULARY)
-    policy = make_policy("shared")
-    minibatch = make_minibatch(policy, left=2, right=3)
-    hidden = []
-    layer = policy.lm.get_output_embeddings()
-    layer.register_forward_pre_hook(lambda _layer, inputs: hidden.append(inputs[0]))
-    fast(policy, minibatch, run_config(micro_batch_size=len(PROMPTS)))
-    score_tokens(policy, minibatch[0], 1.0, MicroBatchLimit(len(PROMPTS)))
-    assert [x.shape[:-1].numel() for x in hidden] == [sum(RESPONSES)] * 2
-
-
-def test_logits_are_made_at_once_where_it_is_unknown_what_a_model_does_to_them():
-    lm = LlamaForCausalLM(LLAMA)
-    compute = lm.forward
-
-    def forward(**inputs):
-        found = compute(**inputs)
-        found.logits = found.logits**3
-        return found
-
-    lm.forward = forward
-    assert OutputLayer(lm, torch.float32).after is None
-
-
-@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 5)])
-@pytest.mark.parametrize("filler", [0, 7])
-def test_padding_changes_neither_gradient_nor_sums(left, right, filler):
-    policy, config = make_policy("separate"), run_config(value_clip=0.2, micro_batch_size=3)
-    bare = fast(policy, make_minibatch(policy), config)
-    assert_same(fast(policy, make_minibatch(policy, left, right, filler), config), bare)
 
 
 def test_a_minibatchs_gradient_is_the_token_weighted_mean_over_its_parts():

@@ -42,7 +42,7 @@ def save(run, session):
 
 def resumed(session, config, step):
     begin = Begin(attempt=2, from_step=step)
-    return load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
+    return load_run(session, config, begin, RankGroup(config.launch))
 
 
 @pytest.mark.parametrize("kind", some_of(KINDS, "adapters and a separate value trunk"))
@@ -98,7 +98,7 @@ def test_a_checkpoint_has_the_average_as_a_model_and_a_fork_can_begin_with_it(ma
     run.state.step = 1
     lm = AutoModelForCausalLM.from_pretrained(save(run, session) / "policy-ema")
     begin, config = Begin(attempt=2, from_step=1, average=True), session.config()
-    forked = load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
+    forked = load_run(session, config, begin, RankGroup(config.launch))
     average = run.average.tensors(run.policy)
     for name, weight in lm.named_parameters():
         assert torch.equal(weight, average[name]), name

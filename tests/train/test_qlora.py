@@ -105,10 +105,7 @@ def test_the_next_step_of_a_resumed_run_is_bitwise_equal(trained, assert_same_st
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
     saved = read_unsharded(folder / "training")
     assert saved and not any("packed" in name for name in saved), "the frozen weights are saved"
-    again = load_run(
-        session, session.config(), Begin(attempt=2, from_step=1), SINGLE_RANK,
-        lambda *_: lambda *_: None,
-    )  # fmt: skip
+    again = load_run(session, session.config(), Begin(attempt=2, from_step=1), SINGLE_RANK)
     assert_same_step(run, again, 2)
 
 

@@ -157,7 +157,7 @@ def config_of(strategy, variant, models):
 def one_process(session):
     config = session.config()
     begin = Begin(attempt=1, from_step=0)
-    run = load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
+    run = load_run(session, config, begin, RankGroup(config.launch))
     fit_scales(run, config)
     return run
 
@@ -209,7 +209,7 @@ def record(folder, name, config):
     """A rollout of a policy after one step, so that neither the KL nor the log-ratio is 0."""
     run = one_process(create(folder, name, config))
     train_step(run, 1)
-    rollout = generate_rollout(run, 2, lambda _done, _total: None)
+    rollout = generate_rollout(run, 2)
     assert len(set(rollout.lengths.tolist())) > 2, "the responses must differ in length"
     if (conversation := rollout.conversation) is not None:  # rank 1 cannot import its objects
         turns = [replace(turns, environment=None) for turns in conversation.turns]

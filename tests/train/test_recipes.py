@@ -66,7 +66,7 @@ def test_a_recipe_takes_twenty_steps_and_resumes_bit_for_bit(name, make_run, ass
     assert isinstance(outcome, Saved)
     mark_complete(outcome.folder)
     begin = Begin(attempt=2, from_step=STEPS)
-    again = load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
+    again = load_run(session, config, begin, RankGroup(config.launch))
     for resumed in (run, again):  # an update falls due before the next step
         update_reference(resumed)
     assert_same_step(run, again, STEPS + 1)

@@ -10,13 +10,13 @@ import torch
 
 from engine.config.settings import change_settings
 from engine.errors import RlhfError
+from engine.progress import report_nothing
 from engine.protocol.rollout.messages import Generate
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.experience.generation import generate_rollout
 from engine.train.experience.rollout_check import check_weights
 from engine.train.rewards.source import RewardCallError
 from engine.train.step import train_step
-from tests.train.stand_in_engine import no_report
 
 AHEAD = (
     "rollout.engine=vllm", "rollout.ahead=1", "ppo.rollout_correction=truncate",
@@ -60,7 +60,7 @@ def test_each_step_but_the_first_trains_on_responses_of_the_weights_before_the_l
 ):
     run, _ = make_run(*AHEAD)
     native, _ = make_run("train.learning_rate=1e-3")
-    expected = generate_rollout(native, 2, no_report)  # with the weights of the beginning
+    expected = generate_rollout(native, 2)  # with the weights of the beginning
     first, second, third = steps(run, 3)
     assert second[1] == expected.texts[: len(second[1])]
     assert [m["rollout/version_lag"] for m, _, _ in (first, second, third)] == [0, 1, 1]
@@ -73,7 +73,7 @@ def test_responses_of_other_settings_than_those_of_the_step_are_dropped(make_run
     run, _ = make_run(*AHEAD)
     steps(run, 1)
     run.config = change_settings(run.config, {"temperature": 0.5})
-    rollout = generate_rollout(run, 2, no_report)
+    rollout = generate_rollout(run, 2)
     ((metrics, responses, _),) = steps(run, 1, first=2)
     assert metrics["rollout/version_lag"] == 0
     assert responses == rollout.texts[: len(responses)]
@@ -157,7 +157,7 @@ def test_prompts_that_are_drawn_again_are_of_the_present_weights(make_run, engin
     steps(run, 1)
     scores, original = [], run.rewards
 
-    def the_first_prompt_is_constant(inputs, report=no_report, **_options):
+    def the_first_prompt_is_constant(inputs, report=report_nothing, **_options):
         total, parts = original(inputs, report)
         if not scores:
             total[:2] = 0.0
@@ -172,7 +172,7 @@ def test_prompts_that_are_drawn_again_are_of_the_present_weights(make_run, engin
 
 def test_a_run_does_not_train_on_responses_of_still_older_weights(make_run, engine):
     run, _ = make_run(*AHEAD)
-    rollout = generate_rollout(run, 1, no_report)
+    rollout = generate_rollout(run, 1)
     logprobs = rollout.logprobs
     check_weights(run, 2, rollout, logprobs - 1)  # a gap is to be expected
     with pytest.raises(RlhfError, match="weights that are 2 updates old"):

@@ -95,7 +95,7 @@ def test_rejected_tokens_are_those_whose_divergence_is_above_the_limit(over, est
 @pytest.mark.parametrize("kind", ["none", "truncate"])
 def test_rejected_tokens_have_no_weight_and_the_others_keep_theirs(shared_run, kind):
     run, _ = shared_run()
-    rollout = generate_rollout(run, 1, lambda _done, _total: None)
+    rollout = generate_rollout(run, 1)
     old = rollout.logprobs.clone()
     rollout.logprobs[:, 0] -= 0.5
     plain = PPOConfig(rollout_correction=kind)
@@ -137,7 +137,7 @@ def test_a_step_is_corrected_by_what_sampled_it(make_run):
     for kind in ("none", "truncate", "mask"):
         run, _ = make_run(f"ppo.rollout_correction={kind}", "ppo.epochs=1", "ppo.minibatches=1")
         run.backend = dataclasses.replace(run.backend, separate=True)
-        rollout = generate_rollout(run, 1, lambda _done, _total: None)
+        rollout = generate_rollout(run, 1)
         rollout.logprobs[:, 0] -= 1.0  # e > 2: the first token of each response is beyond the cap
         metrics, _ = train_step(run, 1, recorded=rollout)
         losses[kind] = metrics["loss/policy_avg"]
@@ -154,7 +154,7 @@ def test_a_step_is_corrected_by_what_sampled_it(make_run):
 
 def test_the_weights_of_a_step_are_normalised_if_configured(shared_run):
     run, _ = shared_run()
-    rollout = generate_rollout(run, 1, lambda _done, _total: None)
+    rollout = generate_rollout(run, 1)
     old = rollout.logprobs.clone()
     rollout.logprobs[:, 0] -= 1.0
     for normalise in (False, True):

@@ -43,7 +43,6 @@ from engine.train.rollout.vllm.updates import (
 )
 from engine.train.rollout.vllm.weights import file_size, folder_with_room
 from engine.train.step import train_step
-from tests.train.stand_in_engine import no_report
 from tests.train.weights_file import write_weights
 
 VLLM = "rollout.engine=vllm"
@@ -111,8 +110,8 @@ def test_an_evaluation_of_averaged_weights_is_generated_with_these(make_run, eng
 def test_a_response_ends_at_a_stop_string_and_the_engine_stops_generating_it(make_run, engine):
     run, _ = make_run(VLLM, "rollout.stop=[a, e]", "rollout.max_new_tokens=12")
     native, _ = make_run("rollout.stop=[a, e]", "rollout.max_new_tokens=12")
-    ours = generate_rollout(run, 1, no_report)
-    theirs = generate_rollout(native, 1, no_report)
+    ours = generate_rollout(run, 1)
+    theirs = generate_rollout(native, 1)
     assert torch.equal(ours.ids, theirs.ids)
     assert torch.equal(ours.lengths, theirs.lengths)
     assert torch.equal(ours.ended, theirs.ended)
@@ -121,7 +120,7 @@ def test_a_response_ends_at_a_stop_string_and_the_engine_stops_generating_it(mak
 
 def test_log_pi_old_is_the_trainers_own_whatever_the_engine_reports(make_run, engine):
     run, _ = make_run(VLLM)
-    rollout = generate_rollout(run, 1, no_report)
+    rollout = generate_rollout(run, 1)
     right, values = old_policy_outputs(run, rollout, rollout.rows)
     rollout.logprobs = rollout.logprobs - 1
     again, _ = old_policy_outputs(run, rollout, rollout.rows)
@@ -176,7 +175,7 @@ def test_a_batch_in_several_requests_has_the_same_responses(make_run, engine, mo
     native, _ = make_run("rollout.stop=[a, e]")
     said = []
     rollout = generate_rollout(run, 1, lambda done, total: said.append((done, total)))
-    assert torch.equal(rollout.ids, generate_rollout(native, 1, no_report).ids)
+    assert torch.equal(rollout.ids, generate_rollout(native, 1).ids)
     assert engine.messages.count("Generate") == 8
     assert said == sorted(said)
 
@@ -239,7 +238,7 @@ def test_of_two_engines_only_the_one_that_ends_is_replaced_and_asked_again(
     native, _ = make_run()
     second_engine.faults = iter([dies_at(LoadWeights), dies_at(Generate)])
     run, _ = make_run(*TWO, *options)
-    rollout, expected = (generate_rollout(r, 1, no_report) for r in (run, native))
+    rollout, expected = (generate_rollout(r, 1) for r in (run, native))
     assert torch.equal(rollout.ids, expected.ids)
     assert (engine.engines, second_engine.engines) == (1, 3)
     assert engine.messages == ["Start", "LoadWeights", "Generate"]
@@ -263,7 +262,7 @@ def test_an_engine_that_ends_is_replaced_and_the_step_is_the_same(make_run, engi
     native, _ = make_run()
     engine.faults = iter([dies_at(Start), dies_at(LoadWeights), dies_at(Generate)])
     run, _ = make_run(VLLM)
-    rollout, expected = (generate_rollout(r, 1, no_report) for r in (run, native))
+    rollout, expected = (generate_rollout(r, 1) for r in (run, native))
     assert torch.equal(rollout.ids, expected.ids)
     assert engine.engines == 4
     assert engine.messages.count("LoadWeights") == 3
@@ -288,7 +287,7 @@ def test_an_engine_that_does_not_hold_what_was_sent_is_not_used(make_run, engine
     run, _ = make_run(VLLM)
     assert engine.engines == 4
     assert engine.messages.count("Generate") == 0
-    assert len(generate_rollout(run, 1, no_report).texts) == 8
+    assert len(generate_rollout(run, 1).texts) == 8
 
 
 def test_a_run_ends_when_engine_after_engine_fails(make_run, engine):
@@ -307,7 +306,7 @@ def test_an_environment_without_vllm_is_the_users_to_mend(make_run, engine):
 
 def test_a_run_does_not_train_on_responses_of_older_weights(make_run, engine):
     run, _ = make_run(VLLM)
-    rollout = generate_rollout(run, 2, no_report)
+    rollout = generate_rollout(run, 2)
     assert version_lag(rollout, 2) == 0
     old, _ = old_policy_outputs(run, rollout, rollout.rows)
     with pytest.raises(RlhfError, match="weights that are 1 updates old"):
@@ -331,7 +330,7 @@ def test_a_longer_response_than_the_engine_was_built_for_gets_a_larger_engine(ma
     run, _ = make_run(VLLM)
     native, _ = make_run("rollout.max_new_tokens=60")
     run.config = native.config
-    rollout, expected = (generate_rollout(r, 1, no_report) for r in (run, native))
+    rollout, expected = (generate_rollout(r, 1) for r in (run, native))
     assert torch.equal(rollout.ids, expected.ids)
     assert engine.engines == 2
 

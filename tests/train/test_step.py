@@ -9,7 +9,6 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
 from engine.errors import RlhfError, UserInputError
-from engine.progress import report_nothing
 from engine.train.experience.generation import generate_rollout
 from engine.train.experience.model_outputs import squared_probabilities
 from engine.train.experience.rollout_check import check_first_rollout
@@ -385,7 +384,7 @@ def test_recomputed_activations_are_not_saved_for_the_backward_pass(make_run):
 
 
 def rollout_of(run):
-    return generate_rollout(run, 1, report_nothing)
+    return generate_rollout(run, 1)
 
 
 def optimise_once(run, poison=1.0):

@@ -95,7 +95,7 @@ def test_a_step_moves_the_policy_as_trl_s_trainer_does(
     new_tokens, ended, make_run, tmp_path, monkeypatch
 ):
     run, _ = make_run(config=run_config(new_tokens))
-    rollout = generate_rollout(run, 1, lambda _done, _total: None)
+    rollout = generate_rollout(run, 1)
     assert bool(rollout.ended.any()) == ended
     orders = [
         permutation(run.state.sampling_seed, "minibatches", (1, epoch), RESPONSES).numpy()

@@ -178,7 +178,7 @@ def test_a_tool_that_cannot_be_described_is_refused(names, factory, says):
 def test_the_policy_is_told_about_tools_and_gets_their_results(make_run):
     run, _ = make_run(*CHATTING)
     assert run.prompts.for_step(1)[0].text.startswith("<tools>add<")
-    rollout = generate_rollout(run, 1, lambda _done, _total: None)
+    rollout = generate_rollout(run, 1)
     assert max(turns.count for turns in rollout.conversation.turns) > 1
     for text, turns in zip(rollout.texts, rollout.conversation.turns, strict=True):
         for start, end in turns.replies:

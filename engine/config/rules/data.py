@@ -3,14 +3,27 @@
 from engine.config.sections.model import MIXTURE_CYCLE, DataConfig
 from engine.errors import ConfigError
 
+CALLED_WITH = {
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "messages",
+}  # fmt: skip
+"""Arguments of `apply_chat_template` that are no variables of a template."""
+
 
 def check_data(data: DataConfig) -> None:
-    """Checks the limits of length and the weights of several data sets. Raises ConfigError."""
+    """Checks the data sets, the limits of length and the template's variables.
+
+    Raises:
+        ConfigError: keys contradict each other; the message names them and a remedy.
+    """
     if data.min_prompt_tokens > data.max_prompt_tokens:
         raise ConfigError(
             f"data.min_prompt_tokens ({data.min_prompt_tokens}) must not exceed "
             f"data.max_prompt_tokens ({data.max_prompt_tokens})"
         )
+    if taken := CALLED_WITH & (data.template_arguments or {}).keys():
+        raise ConfigError(f"data.template_arguments cannot contain {min(taken)}")
     sources = data.sources
     if not sources:
         raise ConfigError("data.prompts is an empty list: name a file or a data set")

@@ -3,7 +3,7 @@
 from engine.config.rules.reward import check_source
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
-from engine.metrics import declaration
+from engine.metrics import METRICS, declaration, nearest
 
 
 def check_evaluation(config: RunConfig) -> None:
@@ -34,13 +34,20 @@ def check_evaluation(config: RunConfig) -> None:
             raise ConfigError(
                 f"{key} is {metric}, which needs train.ema.decay: there is no average"
             )
-        if declaration(metric) is None:
-            raise ConfigError(
-                f"{key}: there is no metric '{metric}'; docs/metrics.md lists all of them"
-            )
+        check_metric(key, metric)
     every = evaluation.every
     if train.best_metric.startswith("eval/") and train.save_every % every:
         raise ConfigError(
             f"train.best_metric is {train.best_metric}, so train.save_every ({train.save_every}) "
             f"must be a multiple of eval.every ({every}): each checkpoint needs its value"
+        )
+
+
+def check_metric(key: str, name: str) -> None:
+    """Checks that there is a metric of this name; `key` names it. Raises ConfigError."""
+    if declaration(name) is None:
+        near = nearest(name, [metric.name for metric in METRICS])
+        hint = f" (did you mean '{near}'?)" if near else ""
+        raise ConfigError(
+            f"{key}: there is no metric '{name}'{hint}; docs/metrics.md lists all of them"
         )

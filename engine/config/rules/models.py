@@ -1,4 +1,4 @@
-"""Rules for the sections `model` and `data`."""
+"""Rules of the sections `model` and `lora`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,16 +7,9 @@ from engine.config.schema import RunConfig
 from engine.config.sections.model import LoRAConfig
 from engine.errors import ConfigError
 
-CALLED_WITH = {
-    "conversation", "chat_template", "add_generation_prompt", "continue_final_message",
-    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "messages",
-}  # fmt: skip
-"""Arguments of `apply_chat_template` that are no variables of a template."""
-
 
 def check_models(config: RunConfig) -> None:
-    """Checks which models are read and how, and how prompts are rendered for them.
+    """Checks which models are read, how, and what adapters they get.
 
     Raises:
         ConfigError: keys contradict each other; the message names them and a remedy.
@@ -42,8 +35,11 @@ def check_models(config: RunConfig) -> None:
             "model.float32_logits has no effect with model.dtype: float32, in which everything is "
             "computed in float32: leave it out"
         )
+    if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
+        raise ConfigError(
+            "lora.alpha and lora.targets need lora.rank: without a rank there are no adapters"
+        )
     _check_quantised(config)
-    _check_chat(config)
 
 
 def check_quantiser_installed(lora: LoRAConfig) -> None:
@@ -75,9 +71,3 @@ def _check_quantised(config: RunConfig) -> None:
             f"{key} cannot be combined with rollout.engine: {config.rollout.engine}, to which "
             "packed weights cannot be sent; use native"
         )
-
-
-def _check_chat(config: RunConfig) -> None:
-    arguments = config.data.template_arguments or {}
-    if taken := CALLED_WITH & arguments.keys():
-        raise ConfigError(f"data.template_arguments cannot contain {min(taken)}")

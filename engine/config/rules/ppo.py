@@ -3,6 +3,7 @@
 from engine.config.schema import RunConfig
 from engine.config.sections.ppo import LOSSES_BY_RATIO, POLICY_LOSS_RATIOS, PPOConfig
 from engine.errors import ConfigError
+from engine.kl import horizon_for, largest_change
 
 
 def check_ppo(config: RunConfig) -> None:
@@ -219,8 +220,8 @@ def _check_controller(config: RunConfig) -> None:
     kl, rollout = config.kl, config.rollout
     if not kl.beta_min < kl.beta_max:
         raise ConfigError(f"kl.beta_min ({kl.beta_min}) must be below kl.beta_max ({kl.beta_max})")
-    if kl.controller == "adaptive" and 0.2 * rollout.batch_size / kl.horizon >= 1:
+    if kl.controller == "adaptive" and largest_change(kl.horizon, rollout.batch_size) >= 1:
         raise ConfigError(
             f"kl.horizon ({kl.horizon:g}) is too small for rollout.batch_size "
-            f"({rollout.batch_size}): it must exceed {0.2 * rollout.batch_size:g}"
+            f"({rollout.batch_size}): it must exceed {horizon_for(1, rollout.batch_size):g}"
         )

@@ -66,7 +66,7 @@ def _check_source_options(source: RewardSource, where: str) -> None:
     if source.http.label_column is not None and source.protocol != "openrlhf":
         raise ConfigError(f"{where}.http.label_column needs {where}.protocol: openrlhf")
     name = source.http.token_env
-    if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+    if name is not None and not names_a_variable(name):
         # The value is not repeated: it may be a token.
         raise ConfigError(
             f"{where}.http.token_env must be the name of an environment variable, such as "
@@ -119,3 +119,8 @@ def names_a_function(text: str) -> bool:
     """Whether a text is written `module:name`."""
     module, _, function = text.partition(":")
     return all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
+
+
+def names_a_variable(text: str) -> bool:
+    """Whether a text can be the name of an environment variable."""
+    return text.isascii() and text.isidentifier()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from engine.config.deadline import deadline
 from engine.config.rules.data import check_data
 from engine.config.rules.environment import check_environment
 from engine.config.rules.evaluation import check_evaluation
@@ -13,6 +12,7 @@ from engine.config.rules.reward import check_reward
 from engine.config.rules.rollout import check_rollout
 from engine.config.rules.supervision import check_guardrails, check_notify
 from engine.config.rules.trackers import check_trackers
+from engine.config.rules.train import check_train
 from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
 from engine.errors import CommandRejectedError, ConfigError
@@ -26,18 +26,7 @@ def check_config(config: RunConfig) -> None:
     """
     check_reward(config.reward)
     check_ppo(config)
-    if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
-        raise ConfigError(
-            "lora.alpha and lora.targets need lora.rank: without a rank there are no adapters"
-        )
-    if config.train.ema.offload and config.train.ema.decay is None:
-        raise ConfigError("train.ema.offload needs train.ema.decay: without it there is no average")
-    if config.train.final_rate and config.train.schedule == "constant":
-        raise ConfigError(
-            "train.final_rate needs train.schedule: linear or cosine: a constant rate does not "
-            "decay"
-        )
-    deadline(config.train, {})
+    check_train(config.train)
     check_guardrails(config.guardrails)
     check_data(config.data)
     check_trackers(config.log)

@@ -1,11 +1,12 @@
 """Rules of the sections `guardrails` and `notify`."""
 
-import difflib
 import re
 from functools import cache
 from types import NoneType
 from typing import get_args, get_type_hints
 
+from engine.config.rules.evaluation import check_metric
+from engine.config.rules.reward import names_a_variable
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import (
     RULE_CONDITIONS,
@@ -16,7 +17,6 @@ from engine.config.sections.supervision import (
 )
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
-from engine.metrics import METRICS, declaration
 
 LEAST_IN_LINE = 4
 """Steps below which a line through them says next to nothing of its slope's error."""
@@ -48,7 +48,7 @@ def check_notify(notify: NotifyConfig) -> None:
 def _check_webhook(webhook: Webhook, where: str) -> None:
     for key in ("url_variable", "token_variable"):
         name = getattr(webhook, key)
-        if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        if name is not None and not names_a_variable(name):
             # The value is not repeated: it may be the secret itself.
             raise ConfigError(
                 f"{where}.{key} must be the name of an environment variable: export the secret "
@@ -92,19 +92,8 @@ def check_guardrails(guardrails: GuardrailConfig) -> None:
         if rule.name in names:
             raise ConfigError(f"{where} is there twice, and only the last would count: rename one")
         names.add(rule.name)
-        if rule.metric != "*" and declaration(rule.metric) is None:
-            raise ConfigError(
-                f"{where}: there is no metric '{rule.metric}'{_nearest_metric(rule.metric)}; "
-                "docs/metrics.md lists all of them"
-            )
-
-
-def _nearest_metric(name: str) -> str:
-    """` (did you mean 'objective/kl'?)`, or nothing if no metric is similar."""
-    known = [metric.name for metric in METRICS]
-    close = [m for m in known if m.rpartition("/")[2] == name]
-    close = close or difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+        if rule.metric != "*":
+            check_metric(where, rule.metric)
 
 
 def check_rule(rule: Rule) -> None:

@@ -1,8 +1,8 @@
 """Rules of `log.trackers`: their names, and whether their packages are installed."""
 
-import re
 from importlib.util import find_spec
 
+from engine.config.rules.reward import names_a_function
 from engine.config.sections.supervision import LogConfig
 from engine.errors import ConfigError
 
@@ -18,14 +18,12 @@ TRACKER_PACKAGES = {
     "tensorboard": "tensorboard",
 }
 """Tracker, by accelerate's name → the package that it needs."""
-OWN_TRACKER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-"""`module:Class`: a tracker of the user's."""
 
 
 def check_trackers(log: LogConfig) -> None:
     """Checks the names of the trackers. Raises ConfigError."""
     for i, name in enumerate(log.trackers):
-        if name not in TRACKER_PACKAGES and not OWN_TRACKER.fullmatch(name):
+        if name not in TRACKER_PACKAGES and not names_a_function(name):
             known = ", ".join(TRACKER_PACKAGES)
             raise ConfigError(
                 f"log.trackers[{i}] must be one of {known}, or module:Class for a tracker of your "

@@ -35,7 +35,7 @@ from engine.launch.rollout.received_files import ReceivedFiles
 from engine.launch.secret import SECRET_VARIABLE, read_secret
 from engine.protocol import frames, sockets
 from engine.protocol.frames import Message
-from engine.protocol.machines.authentication import AuthenticatedConnection, connect
+from engine.protocol.machines.authentication import LOST_AFTER, AuthenticatedConnection, connect
 from engine.protocol.rollout.join_messages import (
     FilePart,
     Joined,
@@ -51,10 +51,6 @@ from engine.session.temporary_folders import TemporaryFolder
 
 RETRY = 2.0
 """Seconds between two attempts to reach the first machine."""
-CONNECT_TIMEOUT = 10.0
-"""Seconds for a connection to be accepted."""
-LOST_AFTER = 60
-"""Seconds without any sign of the first machine after which it counts as lost."""
 DONE, INVALID, TIMED_OUT = 0, 2, 4
 """Exit codes, as of `rlhf-tui join`."""
 
@@ -114,7 +110,6 @@ def find_run(
         UserInputError: there is no usable secret, or this machine cannot take part.
         LinkError: there was no run in time.
     """
-    host, _, port = address.rpartition(":")
     deadline = time.monotonic() + wait
     problem = ""
     while time.monotonic() < deadline:
@@ -127,8 +122,7 @@ def find_run(
             problem = f"there is no file {file}: the run has ended or not started"
         else:
             try:
-                target = (host.strip("[]"), int(port))
-                machine = connect(target, rollout_secret(secret), CONNECT_TIMEOUT)
+                machine = connect(address, rollout_secret(secret))
                 return machine, offer(machine, joined_before=joined)
             except RunOverError:
                 if joined:
@@ -154,7 +148,7 @@ def offer(machine: AuthenticatedConnection, *, joined_before: bool) -> RolloutJo
         LinkError: it runs a different version.
     """
     try:
-        machine.notice_loss(LOST_AFTER)
+        machine.notice_loss()
         joined = Joined(machine=os.uname().nodename, joined_before=joined_before)
         machine.send(msgspec.msgpack.encode(joined))
         return accepted(decode_to_joined(machine.receive(LOST_AFTER)))

@@ -33,8 +33,6 @@ MOST_HANDSHAKES = 16
 """Maximum number of simultaneous handshakes; other machines wait."""
 OFFER_TIMEOUT = 10.0
 """Seconds for an authenticated machine to send its offer."""
-LOST_AFTER = 60
-"""Seconds without any sign of a machine after which it counts as lost."""
 END_TIMEOUT = 3.0
 """Seconds for machines to learn that the run is over. One that has lost its connection tries again
 at once, or within two seconds."""
@@ -138,7 +136,7 @@ def _let_join(sock: socket.socket, secret: bytes) -> tuple[AuthenticatedConnecti
     """
     machine = accept(sock, secret)
     try:
-        machine.notice_loss(LOST_AFTER)
+        machine.notice_loss()
         offer: Joined = decode_joined(machine.receive(OFFER_TIMEOUT))
         _check_version(machine, offer)
     except BaseException:

@@ -23,11 +23,11 @@ import msgspec
 from engine.errors import LinkError, first_line
 from engine.launch.environment import LOG_ENCODING, clean_environment
 from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
-from engine.launch.rollout.port import LOST_AFTER, wait_for_machine
+from engine.launch.rollout.port import wait_for_machine
 from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol import frames
 from engine.protocol.frames import Message
-from engine.protocol.machines.authentication import AuthenticatedConnection
+from engine.protocol.machines.authentication import LOST_AFTER, AuthenticatedConnection
 from engine.protocol.rollout.join_messages import (
     PART,
     WEIGHTS,

@@ -22,6 +22,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from engine.config.sections.supervision import Webhook
+from engine.errors import shortened
 from engine.monitoring.channels.message import Notification, NotificationError, one_line
 from engine.tls import https_hint, tls_problem
 
@@ -112,10 +113,12 @@ class WebhookChannel:
 
 
 def _as_json(url: str, content: Any, token: str = "") -> Post:
-    headers = {"Content-Type": "application/json"}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
+    headers = {"Content-Type": "application/json"} | _authorization(token)
     return Post(url, msgspec.json.encode(content), headers)
+
+
+def _authorization(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def generic(message: Notification, url: str, token: str, _webhook: Webhook) -> Post:
@@ -142,9 +145,8 @@ def ntfy(message: Notification, url: str, token: str, _webhook: Webhook) -> Post
             "priority": NTFY_PRIORITIES[message.level],
         }
     )
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     joint = "&" if urlsplit(url).query else "?"
-    return Post(f"{url}{joint}{query}", _text(message).encode(), headers)
+    return Post(f"{url}{joint}{query}", _text(message).encode(), _authorization(token))
 
 
 def telegram(message: Notification, url: str, token: str, webhook: Webhook) -> Post:
@@ -164,8 +166,7 @@ FORMATS: dict[str, Callable[[Notification, str, str, Webhook], Post]] = {
 
 
 def _text(message: Notification) -> str:
-    text = message.title
-    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…"
+    return shortened(message.title, LONGEST_TEXT)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

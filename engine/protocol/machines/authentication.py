@@ -26,8 +26,12 @@ CHALLENGE = 32
 """Bytes of a challenge."""
 PROOF = 32
 """Bytes of an HMAC."""
+CONNECT_TIMEOUT = 10.0
+"""Seconds for a connection to be accepted."""
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that the other side has to prove that it knows the secret."""
+LOST_AFTER = 60
+"""Seconds without any sign of a machine that generates, or of its run, after which it is lost."""
 
 
 class AuthenticatedConnection:
@@ -69,13 +73,13 @@ class AuthenticatedConnection:
         """The file descriptor, to wait for the next frame; frames are not read ahead."""
         return self._socket.fileno()
 
-    def notice_loss(self, seconds: int) -> None:
-        """Makes the connection fail when the other machine's kernel is silent for so long."""
+    def notice_loss(self) -> None:
+        """Makes it fail when the other machine's kernel is silent for :data:`LOST_AFTER`."""
         for option, value in (
-            (socket.TCP_KEEPIDLE, seconds // 2),
-            (socket.TCP_KEEPINTVL, max(1, seconds // 10)),
+            (socket.TCP_KEEPIDLE, LOST_AFTER // 2),
+            (socket.TCP_KEEPINTVL, LOST_AFTER // 10),
             (socket.TCP_KEEPCNT, 5),
-            (socket.TCP_USER_TIMEOUT, 1000 * seconds),
+            (socket.TCP_USER_TIMEOUT, 1000 * LOST_AFTER),
         ):
             self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
@@ -92,20 +96,25 @@ class AuthenticatedConnection:
         self.close()
 
 
-def connect(address: tuple[str, int], secret: bytes, timeout: float) -> AuthenticatedConnection:
+def split_address(address: str) -> tuple[str, int]:
+    """The host and the port of `HOST:PORT`; an IPv6 address is in brackets there."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def connect(address: str, secret: bytes) -> AuthenticatedConnection:
     """Connects to a server that calls :func:`accept`.
 
     Args:
-        address: host and port.
+        address: `HOST:PORT`.
         secret: of the run.
-        timeout: seconds until the server must have accepted the connection.
 
     Raises:
         OSError: the server cannot be reached, or has closed the connection.
         AuthenticationError: the server does not know the secret.
         LinkError: it is no server of this protocol.
     """
-    sock = socket.create_connection(address, timeout)
+    sock = socket.create_connection(split_address(address), CONNECT_TIMEOUT)
     try:
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT
         ours = os.urandom(CHALLENGE)

@@ -15,8 +15,8 @@ from engine.protocol.machines.store_messages import (
     decode_reply,
 )
 
-CONNECT_TIMEOUT = 10.0
-"""Seconds for a connection to be accepted."""
+PATIENCE = 30.0
+"""Seconds to keep trying to connect."""
 REPLY_TIMEOUT = 60.0
 """Seconds without a reply after which the first machine counts as gone."""
 WAIT_PART = 20.0
@@ -33,7 +33,7 @@ class StoreClient:
     another store may already listen at its address.
     """
 
-    def __init__(self, address: str, secret: bytes, patience: float = 30.0) -> None:
+    def __init__(self, address: str, secret: bytes, patience: float = PATIENCE) -> None:
         """Connects.
 
         Args:
@@ -45,21 +45,11 @@ class StoreClient:
             LinkError: the store cannot be reached.
             AuthenticationError: it has a different secret.
         """
-        host, _, port = address.rpartition(":")
-        self._host, self._port, self._secret = host.strip("[]"), int(port), secret
+        self._address, self._secret = address, secret
         # Not a connection for each thread: threads of torch are new ones to Python at every call.
         self._idle: deque[AuthenticatedConnection] = deque()
         self._broken = ""
-        deadline = time.monotonic() + patience
-        while not self._idle:
-            try:
-                self._idle.append(self._connect())
-            except AuthenticationError:
-                raise
-            except (OSError, LinkError) as error:
-                if time.monotonic() > deadline:
-                    raise LinkError(f"cannot reach the run at {address}: {error}") from error
-                time.sleep(RETRY)
+        self._idle.append(self._connect(patience))
 
     def request(self, message: StoreRequest, seconds: float = 0.0) -> StoreReply:
         """Sends a request and waits for its reply.
@@ -74,7 +64,7 @@ class StoreClient:
         if self._broken:
             raise LinkError(self._broken)
         try:
-            connection = self._take()
+            connection = self._idle_connection()
             connection.send(msgspec.msgpack.encode(message))
             reply = decode_reply(connection.receive(REPLY_TIMEOUT + seconds))
             self._idle.append(connection)
@@ -110,24 +100,21 @@ class StoreClient:
         except LinkError:
             return False
 
-    def _take(self) -> AuthenticatedConnection:
+    def _idle_connection(self) -> AuthenticatedConnection:
         try:
             return self._idle.pop()
         except IndexError:
-            return self._connect_again()
+            return self._connect(PATIENCE)
 
-    def _connect_again(self) -> AuthenticatedConnection:
-        """Opens another connection. A busy server may turn clients away for a while."""
-        deadline = time.monotonic() + 3 * CONNECT_TIMEOUT
+    def _connect(self, patience: float) -> AuthenticatedConnection:
+        """Opens a connection. The server may not listen yet, or turn clients away while busy."""
+        deadline = time.monotonic() + patience
         while True:
             try:
-                return self._connect()
+                return connect(self._address, self._secret)
             except AuthenticationError:
                 raise
-            except (OSError, LinkError):
+            except (OSError, LinkError) as error:
                 if time.monotonic() > deadline:
-                    raise
+                    raise LinkError(f"cannot reach the run at {self._address}: {error}") from error
                 time.sleep(RETRY)
-
-    def _connect(self) -> AuthenticatedConnection:
-        return connect((self._host, self._port), self._secret, CONNECT_TIMEOUT)

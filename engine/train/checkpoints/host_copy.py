@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from engine.train.distributed.sharding import local_tensor
+
 log = logging.getLogger("engine")
 
 
@@ -29,7 +31,7 @@ class HostCopies:
         copies: dict[str, Tensor] = {}
         devices: set[torch.device] = set()
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = local_tensor(tensor)
             if local.device.type == "cpu":
                 host = local.detach().clone(memory_format=torch.contiguous_format)
             else:

@@ -56,8 +56,7 @@ def merge(session: SessionFolder, step: int, part: str, target: Path) -> None:
     source = starter.resolve(config.model.policy)
     read = policy_options(config, source)
     lm = load_lm(source, "model.policy", ranks, compute_dtype(config), read)
-    if config.lora.quantise != "none":
-        quantise(lm, config.lora)
+    quantise(lm, config.lora)
     if fingerprint(LanguageModel(lm)) != state.base:
         raise CheckpointError(
             "the model under the adapters is not the one this run was started with: "

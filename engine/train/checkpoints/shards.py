@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from engine.errors import CheckpointError
 from engine.train.checkpoints.folder import read_optimiser
 from engine.train.distributed.exchange import fail_together
-from engine.train.distributed.sharding import zeros_by_rows
+from engine.train.distributed.sharding import local_tensor, zeros_by_rows
 from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.models.quantised_linear import QuantisedLinear
 from engine.train.ppo.adamw_8bit import SCALE, block_size, scale_shape
@@ -91,7 +91,7 @@ def share(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[s
 
 def local_bytes(tensors: dict[str, Tensor]) -> int:
     """Bytes of the tensors on this rank, counting only its shards of a DTensor."""
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
+    return sum(local_tensor(tensor).nbytes for tensor in tensors.values())
 
 
 def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:

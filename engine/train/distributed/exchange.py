@@ -13,7 +13,8 @@ from engine.errors import CheckpointError, error_text
 def all_gather_bytes(data: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
     """Gathers bytes from all ranks, in rank order; lengths may differ. A collective.
 
-    Args: data: this rank's bytes.
+    Args:
+        data: this rank's bytes.
         group: a gloo group of all ranks; None for one rank.
     """
     if group is None:

@@ -263,6 +263,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, without copying; any other tensor unchanged."""
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local
+
+
 def zeros_by_rows(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Float32 zeros for a tensor with as many rows, sharded by rows like it if it is sharded."""
     if not isinstance(like, DTensor):

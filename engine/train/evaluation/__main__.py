@@ -16,7 +16,6 @@ from transformers.utils.logging import disable_progress_bar
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError
 from engine.examined import examined
-from engine.progress import ReportProgress, report_nothing
 from engine.protocol.programs.result import NoticeHandler, print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import SessionFolder
@@ -38,7 +37,7 @@ def _evaluated(session: SessionFolder, config: RunConfig, step: int) -> dict[str
     # No supervisor keeps rollout engines of their own here.
     config = msgspec.structs.replace(config, rollout=config.rollout.in_process())
     ranks = RankGroup(config.launch)
-    run = load_run(session, config, Begin(attempt=1, from_step=step), ranks, _report)
+    run = load_run(session, config, Begin(attempt=1, from_step=step), ranks)
     if run.held_out is None:
         raise TypeError("the configuration has no evaluation; the caller must check that")
     try:
@@ -52,10 +51,6 @@ def _evaluated(session: SessionFolder, config: RunConfig, step: int) -> dict[str
         "samples": msgspec.to_builtins(evaluation.samples),
         "failed": {name: str(error) for name, error in evaluation.failed.items()},
     }
-
-
-def _report(_step: int, _phase: str, *_progress: int) -> ReportProgress:
-    return report_nothing
 
 
 if __name__ == "__main__":

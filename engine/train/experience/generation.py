@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from engine.progress import ReportProgress
+from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt
 from engine.train.experience.respond import respond
 from engine.train.rollout.backend import SamplingOptions
@@ -39,7 +39,7 @@ def begin_next_rollout(run: Run, step: int) -> None:
         run.ahead.begin(run.prompts.for_step(step + 1), options, report)
 
 
-def generate_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
+def generate_rollout(run: Run, step: int, report: ReportProgress = report_nothing) -> Rollout:
     """Generates the policy's responses to the prompts of a step, on every rank."""
     prompts, options = run.prompts.for_step(step), sampling_options(run, step)
     return respond(run, run.policy, prompts, options, report)

@@ -84,7 +84,7 @@ def load_policy(
             lora.add_adapters(lm, config.lora, seed=config.seed, base=base)
             if source != base and ranks.is_lead:
                 lora.load_adapters(lm, Path(source))
-            _quantise(lm, config)
+            quantise(lm, config.lora)
         policy = LanguageModel(lm, value, compute_dtype(config))
         if value_model is not None:
             policy.value_trunk, policy.value_head = value_model
@@ -92,7 +92,7 @@ def load_policy(
             trunk = _load_trunk(base, lm, ranks, dtype, read, sharded=sharded)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
-                _quantise(trunk, config)
+                quantise(trunk, config.lora)
             policy.value_trunk = trunk
     policy.cast_experts()
     if config.parallel.activation_checkpointing:
@@ -352,11 +352,6 @@ def copy_weights(module: nn.Module) -> Any:
     for parameter in module.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return module
-
-
-def _quantise(lm: PreTrainedModel, config: RunConfig) -> None:
-    if config.lora.quantise != "none":
-        quantise(lm, config.lora)
 
 
 def _disable_dropout(module: LanguageModel) -> LanguageModel:

@@ -37,11 +37,13 @@ def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
 
     Args:
         lm: the model, with adapters or without; changed in place.
-        config: with `quantise` set.
+        config: without `quantise` nothing is done.
 
     Raises:
         UserInputError: bitsandbytes is not installed, or cannot be used here.
     """
+    if config.quantise == "none":
+        return
     check_quantiser_installed(config)
     try:
         with torch.device("cpu"):  # another rank builds models on the meta device

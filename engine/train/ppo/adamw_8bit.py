@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from engine.train.distributed.sharding import zeros_by_rows
+from engine.train.distributed.sharding import local_tensor, zeros_by_rows
 
 BLOCK = 256
 """Largest block size. The largest power of two up to this that divides a row is used."""
@@ -80,21 +79,21 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state |= new_state(parameter)
         state["step"] += 1
         rates = _Rates.of(group, int(state["step"]))
-        weight, gradient = _local(parameter), _local(parameter.grad)
-        moments = [_local(state[name]) for name in MOMENTS]
+        weight, gradient = local_tensor(parameter), local_tensor(gradient)
+        moments = [local_tensor(state[name]) for name in MOMENTS]
         if not block_size(parameter.shape):
             _update_(weight, gradient, moments, rates)
         elif weight.numel():  # of a small sharded weight, some ranks have no rows
-            scales = [_local(state[name + SCALE]) for name in MOMENTS]
+            scales = [local_tensor(state[name + SCALE]) for name in MOMENTS]
             _update_packed_(weight, gradient, moments, scales, rates)
 
 
@@ -252,9 +251,3 @@ def _update_(weight: Tensor, gradient: Tensor, moments: list[Tensor], rates: _Ra
     average_square.mul_(rates.beta2).addcmul_(gradient, gradient, value=1 - rates.beta2)
     size = average_square.sqrt().div_(rates.deviation_scale).add_(rates.eps)
     weight.addcdiv_(average, size, value=-rates.step_size)
-
-
-def _local(tensor: Any) -> Tensor:
-    """Returns this rank's part of a tensor, without copying."""
-    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.config.sections.ppo import PPOConfig
+from engine.train.ppo.masked import response_means
 
 LOG_RATIO_LIMIT = 20.0
 """Bound on |log ρ|. It keeps exp finite; a ratio of e^20 gets the update skipped anyway."""
@@ -33,11 +34,10 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, kind: str) -
     of the response's token ratios.
     """
     difference = (logprobs - old_logprobs) * mask
-    if kind != "token":
-        total = difference.sum(1, keepdim=True)
-        if kind == "sequence_mean":
-            total = total / mask.sum(1, keepdim=True).clamp(min=1)
-        difference = total * mask
+    if kind == "sequence":
+        difference = difference.sum(1, keepdim=True) * mask
+    elif kind == "sequence_mean":
+        difference = response_means(difference, mask) * mask
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
@@ -57,8 +57,7 @@ def off_policy(
         mask: the response tokens.
         limit: in nats per token.
     """
-    distance = ((rollout_logprobs - logprobs) * mask).sum(1, keepdim=True)
-    distance = distance / mask.sum(1, keepdim=True).clamp(min=1)
+    distance = response_means(rollout_logprobs - logprobs, mask)
     return (distance > limit) & (advantages < 0) & mask
 
 
@@ -140,7 +139,7 @@ def gmpo(x: TokenInputs) -> TokenLosses:
     own = log_ratio(x.logprobs, x.old_logprobs, x.mask, "token")
     low, high = own.clamp(min=-x.config.clip_range), own.clamp(max=upper_clip_range(x.config))
     bounded = torch.where(x.advantages > 0, high, torch.where(x.advantages < 0, low, own))
-    mean = (bounded * x.mask).sum(1, keepdim=True) / x.mask.sum(1, keepdim=True).clamp(min=1)
+    mean = response_means(bounded, x.mask)
     return TokenLosses(-x.advantages * mean.exp(), bounded != own, own.exp())
 
 

@@ -19,6 +19,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
+def response_means(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of x (B, T) over each row of the mask (B, T), 0 if that is empty; (B, 1)."""
+    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
     """The variance of x (B, T) over the mask (B, T), divided by its size; a scalar."""
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

@@ -53,12 +53,10 @@ def correction(
     low, high = config.rollout_correction_floor, config.rollout_correction_cap
     difference = (old_logprobs - rollout_logprobs) * mask
     bounded_by = difference
-    if kind.startswith("sequence_"):
-        bounded_by = difference.sum(1, keepdim=True) * mask
     if kind == "sequence_mean_mask":
-        bounded_by = bounded_by / mask.sum(1, keepdim=True).clamp(min=1)
-    else:
-        difference = bounded_by
+        bounded_by = masked.response_means(difference, mask) * mask
+    elif kind.startswith("sequence_"):
+        difference = bounded_by = difference.sum(1, keepdim=True) * mask
     ratio, of_bounds = difference.exp(), bounded_by.exp()
     bounded = ((of_bounds < low) | (of_bounds > high)) & mask
     if kind.endswith("mask"):
@@ -98,7 +96,7 @@ def rejected(
     found = KL_ESTIMATORS[estimator]((rollout_logprobs - old_logprobs) * mask)
     match over:
         case "sequence_mean":
-            found = found.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+            found = masked.response_means(found, mask)
         case "sequence_sum":
             found = found.sum(1, keepdim=True)
         case "sequence_max":

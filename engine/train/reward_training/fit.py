@@ -51,7 +51,8 @@ class RewardTrainer:
     ) -> None:
         """Prepares to train a model in place.
 
-        Args: base: the model.
+        Args:
+            base: the model.
             encoded: all judged responses.
             settings: with every learning setting.
         """

@@ -39,11 +39,8 @@ def main():
 
 
 def train_one_step(ranks, session, recorded, result):
-    def no_progress(_step, _name, *_progress):
-        return lambda _done, _total: None
-
     begin = Begin(attempt=1, from_step=0)
-    run = load_run(session, session.config(), begin, ranks, no_progress)
+    run = load_run(session, session.config(), begin, ranks)
     fit_scales(run, session.config())
     rollout = pickle.loads(recorded.read_bytes())  # noqa: S301 - written by the test
     metrics, _ = train_step(run, 1, rollout)
