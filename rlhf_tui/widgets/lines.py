@@ -132,6 +132,16 @@ def shorten(text: str, width: int) -> str:
     return set_cell_size(text, width - 1) + "…" if width > 0 else ""
 
 
+def shorten_middle(text: str, width: int) -> str:
+    """Like :func:`shorten`, but keeps both ends: the names of a sweep's runs differ in the last."""
+    if cell_len(text) <= width:
+        return set_cell_size(text, width)
+    end = text
+    while cell_len(end) > max(width - 1, 0) // 2:
+        end = end[1:]
+    return shorten(text, width - cell_len(end)) + end
+
+
 def row_width(row: Row) -> int:
     """Cells of a row."""
     return sum(cell_len(one_line(text)) for text, _ in row)
