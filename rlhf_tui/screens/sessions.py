@@ -269,6 +269,9 @@ class SessionsScreen(SessionScreen):
             return "no session selected; n starts a demo" if needs_row else ""
         reason = ""
         match action:
+            case "resume" | "fork" if row.state == "unreadable":
+                verify = self.context.state.command("verify", row.name)
+                reason = f"'{row.name}' cannot be read: {verify} says what is wrong"
             case "overlay" if not set(self._marked) - {row.name}:
                 reason = "no other session is marked: m marks one, M by a pattern"
             case "resume" if row.pid:

@@ -83,6 +83,13 @@ def test_the_step_is_never_cut_off_for_what_stands_beside_it(given):
         assert len(shown) <= width
 
 
+def test_the_top_line_of_a_failed_run_names_the_screen_of_the_log():
+    died = "rank 0 ended with status 3"
+    message = f"{died}; see rlhf-tui logs run --sessions {50 * 'x'}"
+    line = StatusLine(make_state(state="failed", message=message))
+    assert text(line, 80).rstrip().endswith(f"failed: {died}; see 5 Log")
+
+
 def test_a_long_name_leaves_room_for_the_screens_and_the_state():
     state = make_state()
     state.name = f"sweep-{70 * 'x'}-seed-42"
