@@ -226,7 +226,7 @@ class SessionsScreen(SessionScreen):
             lines[:1] = [line_of_marks(len(self._marked))]
         if self._reading_settings:  # some milliseconds for each session
             count = fmt.plural(len(self._rows), "session")
-            lines[:1] = [[(f"reading the settings of {count} …", "dim")]]
+            lines[:1] = [[(f" reading the settings of {count} …", "dim")]]
         self.query_one("#about", Lines).show(lines)
         self.preview.ask(self._rows.get(self._table.key or ""))
 
