@@ -67,12 +67,12 @@ class Tabs(Panel):
         shown = "waiting" if state.waiting else state.head.state
         if state.unread:
             shown = "unreadable" if state.problem else ""
-        mark = [("  ", ""), *(state_pieces(shown) if shown else []), (" ", "")]
+        mark = [*(state_pieces(shown) if shown else []), (" ", "")]
         name = one_line(state.name)
-        room = max(width - row_width(self._tabs(0)) - row_width(mark) - 1, LEAST_NAME)
+        room = max(width - row_width(self._tabs(0)) - row_width(mark) - 3, LEAST_NAME)
         if cell_len(name) > room:
             name = shorten_middle(name, room)
-        return [(name, "strong"), *mark]
+        return [(f"{name}  ", "strong"), *mark]
 
     def _names_fit(self, width: int) -> bool:
         return sum(len(mode) + 4 for mode in self.modes) <= width
