@@ -97,7 +97,7 @@ def test_a_long_name_leaves_room_for_the_screens_and_the_state():
     assert shown.startswith(" 1  2  3 Samples  4  5 ")
     assert "sweep-x" in shown and "x-seed-42  ● running" in shown
     narrow = text(Tabs(state, "samples", tuple(MODES)), 40, 1)
-    assert "3 Samples" in narrow and "42  ● running" in narrow
+    assert "3 Samples" in narrow and "sweep…  ● running" in narrow
 
 
 def test_time_left_is_reckoned_from_the_last_steps():
