@@ -139,6 +139,12 @@ async def test_long_names_are_told_apart_in_the_list_of_runs_to_overlay(
         first, second = (line.split() for line in app.screen.query_one(Table).text().splitlines())
         assert (first[-1][-3:], second[-1][-3:]) == ("x-1", "x-2")
         assert len(first[-1]) > 40
+        await pilot.press("ctrl+a", "enter")
+        await until(pilot, lambda: len(app.view.others) == 2)
+        legend = app.screen.query_one("#cursor").text().splitlines()[-1]
+        assert [word[-3:] for word in legend.split()] == [
+            "lay", "a", "x-1", "b", "x-2", "O", "ges", "it",
+        ]  # fmt: skip
 
 
 async def test_marked_runs_are_overlaid_on_the_highlighted_one(browser, running, until):
