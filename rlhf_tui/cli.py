@@ -142,7 +142,8 @@ def main() -> None:
 
 
 def in_plain_words(message: str) -> str:
-    """An error message of click without its names for numbers."""
+    """An error message of click in one line, without its names for numbers."""
+    message = message.replace("\n\t", " ")
     for name, plain in (("float", "number"), ("integer", "whole number")):
         message = re.sub(rf"not a valid {name}( range)?", f"not a {plain}", message)
     return re.sub(r"(\S+) is not in the range x>=(\S+)\.$", r"\1 is less than \2.", message)

@@ -112,6 +112,7 @@ class EndHandler:
         elif not final and self._restarts < self._config.launch.max_restarts:
             self._restart(failure)
         else:
+            log.info(failure.text)
             code = 2 if failure.user_input and not state.began else 1
             return self._set_end("failed", failure.text, code)
         return 1

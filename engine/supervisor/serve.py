@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sqlite3
-from pathlib import Path
 
 from engine import __version__
 from engine.config import file as config_file
@@ -51,6 +50,7 @@ async def supervise(
             cannot be created or written.
     """
     lock = session.acquire()
+    folder = os.open(session.folder, os.O_PATH | os.O_DIRECTORY)  # also if it is moved meanwhile
     try:
         journal = JournalWriter(session)
         try:
@@ -61,8 +61,8 @@ async def supervise(
                 journal.close()
             except sqlite3.Error as error:  # what the run has come to matters more
                 log.warning("cannot record when the attempt ended: %s", error)
-            if journal.is_in_place():
-                _remove(session.engine_file, session.secret_file)
+            for file in (session.engine_file, session.secret_file):
+                _remove(file.name, folder)
     except (OSError, sqlite3.Error) as error:
         # SQLite does not name its file, and other errors are not always of this folder.
         failed = "write in" if isinstance(error, sqlite3.Error) else "run the session in"
@@ -71,6 +71,7 @@ async def supervise(
             f"solve this, then: {session.recorded_command('resume')}"
         ) from error
     finally:
+        os.close(folder)
         lock.release()
 
 
@@ -109,7 +110,7 @@ async def _serve(
     finally:
         listener.close()
         if journal.is_in_place():
-            _remove(path)
+            _remove(str(path))
             registry.withdraw(session)
     if code == UserInputError.exit_code:  # the next resume uses the previous one
         _use(before, session, journal)
@@ -122,13 +123,17 @@ def _use(config: RunConfig, session: SessionFolder, journal: JournalWriter) -> N
     journal.set_meta(total_steps=config.train.steps, best_metric=config.train.best_metric)
 
 
-def _remove(*files: Path) -> None:
-    """Removes files of an engine that ends; only logs a failure, so as not to hide the run's."""
-    for file in files:
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:  # such as a disk that has become read-only
-            log.warning("cannot remove %s: %s", file, error.strerror)
+def _remove(file: str, folder: int | None = None) -> None:
+    """Removes a file of an engine that ends; only logs a failure, so as not to hide the run's.
+
+    With `folder`, a file descriptor, `file` is a name in that folder.
+    """
+    try:
+        os.unlink(file, dir_fd=folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # such as a disk that has become read-only
+        log.warning("cannot remove %s: %s", file, error.strerror)
 
 
 async def _run(supervisor: Supervisor, listener: socket.socket) -> int:

@@ -28,7 +28,7 @@ from rlhf_tui.app.command_tracker import CommandTracker
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
-from rlhf_tui.app.notices import show_notice
+from rlhf_tui.app.notices import Notices
 from rlhf_tui.app.sequential_keys import SequentialKeys
 from rlhf_tui.app.themes import themes_of
 from rlhf_tui.dialogs.digest import OWN_KEYS, DigestDialog
@@ -137,6 +137,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
         super().__init__()
         self.animation_level = "none"
+        self._notices = Notices(self)
         self.follower = SessionFollower(
             self, self.preferences, self.who,
             now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
@@ -255,8 +256,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- notices -------------------------------------------------------------------------------
 
     def say(self, text: str, severity: SeverityLevel = "information") -> None:
-        """Shows a notice for a few seconds, see :func:`show_notice`."""
-        show_notice(self, text, severity)
+        """Shows a notice for a few seconds, see :class:`Notices`."""
+        self._notices.show(text, severity)
 
     # -- leaving -------------------------------------------------------------------------------
 

@@ -62,6 +62,8 @@ class CommandTracker:
 
     def no_engine(self, target: SteeringTarget) -> str:
         """The notice that a run has no engine, and how to start one."""
+        if target.state == "unreadable":
+            return f"'{target.name}' cannot be read"
         resume = fmt.command("resume", target.name, root=self._root)
         return f"'{target.name}' has no engine; resume it: {resume}"
 

@@ -16,18 +16,29 @@ READ_A_SECOND = 15.0
 """Characters that are read in a second: a long notice is shown for longer."""
 
 
-def show_notice(app: App[None], text: str, severity: SeverityLevel) -> None:
-    """Shows a notice for a few seconds; nothing in it is markup.
+class Notices:
+    """Shows notices for a few seconds; nothing in them is markup."""
 
-    Information replaces the line of keys for a moment, so that it covers nothing.
-    """
-    screens = screens_of_current_mode(app)
-    screen = next(iter(screens), None)
-    if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
-        screen.query_one(KeyFooter).say(text, NOTICE)
-        return
-    toasts = [toast for top in screens[-1:] for toast in top.query("Toast")]
-    if sanitise(text) in [str(toast.render()) for toast in toasts]:
-        return  # a key that is held down says it once
-    timeout = max(SECONDS_SHOWN[severity], len(text) / READ_A_SECOND)
-    app.notify(sanitise(text), severity=severity, markup=False, timeout=timeout)
+    def __init__(self, app: App[None]) -> None:
+        self._app = app
+        self._coming: set[str] = set()
+        """The texts of boxes that are not yet drawn."""
+
+    def show(self, text: str, severity: SeverityLevel) -> None:
+        """Shows a notice, but no second one with the text of one in sight.
+
+        Information replaces the line of keys for a moment, so that it covers nothing.
+        """
+        app, text = self._app, sanitise(text)
+        screens = screens_of_current_mode(app)
+        screen = next(iter(screens), None)
+        if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
+            screen.query_one(KeyFooter).say(text, NOTICE)
+            return
+        boxes = [box for top in screens[-1:] for box in top.query("Toast")]
+        if text in self._coming or text in [str(box.render()) for box in boxes]:
+            return  # a key that is held down says it once
+        self._coming.add(text)
+        timeout = max(SECONDS_SHOWN[severity], len(text) / READ_A_SECOND)
+        app.notify(text, severity=severity, markup=False, timeout=timeout)
+        app.call_after_refresh(lambda: self._coming.discard(text))

@@ -232,9 +232,10 @@ class PaletteCommands(Provider):
 
     def _of_screen(self, mode: str) -> Iterator[PaletteCommand]:
         """The commands of another screen. They only show that screen and name the key there."""
-        number = list(MODES).index(mode) + 1
+        number, found = list(MODES).index(mode) + 1, set[str]()
         for binding in Binding.make_bindings(screen_class(mode).BINDINGS):
-            if binding.description and binding.action != "back":
+            if binding.description and binding.action not in {"back", *found}:
+                found.add(binding.action)
                 title = f"{mode.capitalize()}: {binding.description}"
                 run = partial(self._go, mode, binding)
                 yield PaletteCommand(title, described(binding, f"{number} "), run)

@@ -18,7 +18,7 @@ class UnsentError(RlhfError):
     """A test message could not be sent."""
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def notify() -> None:
     """Test the notification channels."""
 

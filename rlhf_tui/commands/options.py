@@ -141,6 +141,21 @@ def existing(root: Path, name: str) -> SessionFolder:
         raise NoSuchSessionError(f"no session '{name}' in {root}; {hint}") from None
 
 
+def check_listable(root: Path) -> None:
+    """Raises UserInputError for a file, and for a folder that this user may not list."""
+    try:
+        if root.is_file():
+            raise UserInputError(f"{root} is a file; --sessions takes a folder of sessions")
+        allowed = not root.is_dir() or os.access(root, os.R_OK | os.X_OK, effective_ids=True)
+    except PermissionError:  # of a folder above it
+        allowed = False
+    if not allowed:
+        raise UserInputError(
+            f"cannot read {root}: Permission denied; ask its owner, or choose another folder with "
+            "--sessions"
+        )
+
+
 def _similar(name: str, names: list[str]) -> list[str]:
     """At most three names that are close to `name` or contain it."""
     close = difflib.get_close_matches(name, names, n=3)

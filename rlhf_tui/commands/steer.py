@@ -156,7 +156,7 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=Verbs)
+@click.group(cls=Verbs, no_args_is_help=False)
 @name_argument
 @sessions_option
 @click.option("--wait", is_flag=True, help=WAIT)

@@ -19,12 +19,14 @@ from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
 from rlhf_tui.commands.options import (
     FiniteRange,
+    check_listable,
     colors_option,
     complete_name,
     existing,
     is_terminal,
     name_argument,
     sessions_option,
+    show_wait,
     why_no_terminal,
 )
 
@@ -137,6 +139,7 @@ def _attach_remote(text: str, folder: Path | None, *, read_only: bool, tail: int
     _need_terminal(f"ssh {address.host} rlhf-tui status {address.name}")
     arguments = ["mirror", address.name, "--tail", str(tail)]
     arguments += ["--sessions", str(folder)] if folder is not None else []
+    show_wait(f"connecting to {address.host}")
     with RemoteSession(address, arguments) as remote:
         session = SessionFolder(remote.root / remote.name)
         return open_screen(remote.root, session, read_only=read_only, origin=remote)
@@ -144,6 +147,7 @@ def _attach_remote(text: str, folder: Path | None, *, read_only: bool, tail: int
 
 def browse(root: Path) -> None:
     """Opens the session browser."""
+    check_listable(root)
     words = (["ls"], ["status", "NAME"], ["metrics", "NAME"])
     ls, status, metrics = (fmt.command(*each, root=root) for each in words)
     _need_terminal(f"{ls}, {status} or {metrics}")
@@ -218,6 +222,7 @@ def begin_listing(root: Path) -> "SessionListCache":
 
 
 def _only_live(root: Path) -> SessionFolder:
+    check_listable(root)
     sessions = all_sessions(root)
     live = [s for s in sessions if s.is_live()] or live_sessions()
     if len(live) == 1:

@@ -89,11 +89,10 @@ class PickerDialog(Dialog[str]):
         from rlhf_tui.widgets.text_input import TextInput  # noqa: PLC0415 - keeps the start quick
 
         yield TextInput(placeholder="type to search", id="search", compact=True)
-        table = Table(
-            [Column("", 4), Column("", 22, flexible=True), Column("", 10, right=True),
-             Column("", 22, least=62)],
-            id="options",
-        )  # fmt: skip
+        detail = Column("", 22, least=62)
+        detail.has_values = any(option.detail for option in self.options)
+        label = Column("", 22, flexible=True, both_ends=True)
+        table = Table([Column("", 4), label, Column("", 10, right=True), detail], id="options")
         table.with_scrollbar = True
         table.styles.height = self._height()
         yield table

@@ -50,9 +50,7 @@ class SessionScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Tabs, the status line, the screen's own widgets, the keys."""
         context = self.context
-        origin = "" if context.origin is None else context.origin.address
-        note = origin if context.steers else "read-only"
-        yield Tabs(context.state, self.MODE, tuple(MODES), note=note)
+        yield Tabs(context.state, self.MODE, tuple(MODES))
         if self.MODE != "sessions":
             status = StatusLine(context.state, id="status")
             status.read_only = not context.steers
@@ -62,7 +60,8 @@ class SessionScreen(Screen[None]):
             if context.replaying:
                 yield ReplayLine(context.state, id="replay")
         yield from self.compose_body()
-        yield KeyFooter()
+        origin = "" if context.origin is None else context.origin.address
+        yield KeyFooter(origin if context.steers else "read-only")
 
     def compose_body(self) -> ComposeResult:
         """The screen's own widgets; overridden."""

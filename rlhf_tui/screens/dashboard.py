@@ -65,7 +65,7 @@ class DashboardScreen(SessionScreen):
         Binding("o", "past", "earlier attempts on/off", show=False),
         Binding("O", "others", "overlay other sessions", show=False),
         Binding("A", "align", "align what is overlaid", show=False),
-        Binding("v", "page", "next panel", show=False),
+        Binding("v", "page", "switch the lower right panel", show=False),
         Binding("escape", "back", "back: crosshair off, whole run", show=False),
     ]
 
@@ -90,11 +90,13 @@ class DashboardScreen(SessionScreen):
                 yield LatestSamplesPanel(state, id="latest")
 
     def why_disabled(self, action: str) -> str:
-        """Only a run without an engine can be resumed."""
+        """Only a run without an engine can be resumed, and only some panels are hidden."""
         if reason := super().why_disabled(action):
             return reason
         if action == "resume" and self.context.state.live:
             return f"'{self.context.state.name}' has an engine: nothing to resume"
+        if action == "page" and not self.has_class("-narrow"):
+            return "all panels are shown already"
         return ""
 
     def action_resume(self) -> None:

@@ -226,7 +226,7 @@ class SessionsScreen(SessionScreen):
             lines[:1] = [line_of_marks(len(self._marked))]
         if self._reading_settings:  # some milliseconds for each session
             count = fmt.plural(len(self._rows), "session")
-            lines[:1] = [[(f"reading the settings of {count} …", "dim")]]
+            lines[:1] = [[(f" reading the settings of {count} …", "dim")]]
         self.query_one("#about", Lines).show(lines)
         self.preview.ask(self._rows.get(self._table.key or ""))
 
@@ -269,6 +269,9 @@ class SessionsScreen(SessionScreen):
             return "no session selected; n starts a demo" if needs_row else ""
         reason = ""
         match action:
+            case "resume" | "fork" if row.state == "unreadable":
+                verify = self.context.state.command("verify", row.name)
+                reason = f"'{row.name}' cannot be read: {verify} says what is wrong"
             case "overlay" if not set(self._marked) - {row.name}:
                 reason = "no other session is marked: m marks one, M by a pattern"
             case "resume" if row.pid:

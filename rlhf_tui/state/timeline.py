@@ -245,7 +245,9 @@ class _Timeline:
                 text = f"checkpoint, score {number(score)}, KL {number(kl, 2)}"
                 found = _marker(event, "checkpoint", text, abandoned=left)
             case AlertEvent() as alert if not self._repeats_error(alert):
-                text = f"{alert.rule}: {short_alert(alert)}"
+                text = short_alert(alert)
+                if not text.startswith(alert.rule):
+                    text = f"{alert.rule}: {text}"
                 found = _marker(event, "alert", text, abandoned=left)
             case ReferenceEvent(mix=mix):
                 text = f"reference: {mix:.0%} policy"

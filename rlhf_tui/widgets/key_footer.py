@@ -1,11 +1,12 @@
 """The footer of a screen: the keys that are available, as many as fit."""
 
+from rich.cells import cell_len
 from textual import events
 from textual.binding import Binding
 from textual.timer import Timer
 
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width, shorten
+from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width, shorten, shorten_middle
 
 NAMES = {
     "left_square_bracket": "[", "right_square_bracket": "]", "question_mark": "?", "slash": "/",
@@ -24,8 +25,10 @@ def key_name(key: str) -> str:
 class KeyFooter(Lines):
     """Shows the active bindings that have `show`, those of the screen before those of the app."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: str = "") -> None:
+        """`note` stands beside the help, such as `read-only`."""
         super().__init__(id="keys")
+        self._note = note
         self._notice = ""
         self._shown_until: Timer | None = None
         self._places: list[tuple[int, str]] = []
@@ -40,13 +43,15 @@ class KeyFooter(Lines):
         self.update()
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """One line, which always ends in `? help`."""
+        """One line, which always ends in the note and `? help`."""
         self._places = []
         if self._notice:
             text = one_line(f" {self._notice}")
             return [[(shorten(text, width), "notice")]]
         help_key: list[Piece] = [("?", "key"), (" help ", "dim")]
-        room = width - row_width(help_key)
+        note = shorten_middle(self._note, min(cell_len(self._note), width // 3))
+        right: list[Piece] = [(note, "warn"), ("  ", "")] if note else []
+        room = width - row_width(right) - row_width(help_key)
         row: list[Piece] = [(" ", "")]
         for key, description, pressed in self._shown():
             piece: list[Piece] = [(key, "key"), (f" {description}  ", "dim")]
@@ -54,8 +59,8 @@ class KeyFooter(Lines):
                 break
             row += piece
             self._places.append((row_width(row), pressed))
-        self._places += [(room, ""), (width, "question_mark")]
-        return [[*row, (" " * (room - row_width(row)), ""), *help_key]]
+        self._places += [(width - row_width(help_key), ""), (width, "question_mark")]
+        return [[*row, (" " * (room - row_width(row)), ""), *right, *help_key]]
 
     def on_click(self, event: events.Click) -> None:
         """Presses the key that was clicked."""

@@ -19,6 +19,8 @@ Piece = tuple[str, str]
 """Text and its tone, a key of :data:`~rlhf_tui.widgets.tones.TONES`."""
 Row = Sequence[Piece]
 
+LEAST_FOR_BOTH_ENDS = 10
+"""Minimum cells of a text whose middle is cut."""
 CHOSEN = "*"
 """Prefix of a tone: the same tone on the background of the selected line."""
 
@@ -130,6 +132,19 @@ def shorten(text: str, width: int) -> str:
     if cell_len(text) <= width:
         return set_cell_size(text, width)
     return set_cell_size(text, width - 1) + "…" if width > 0 else ""
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """Like :func:`shorten`, but keeps both ends: the names of a sweep's runs differ in the last.
+
+    In a few cells, neither end would tell anything: then the beginning is kept.
+    """
+    if cell_len(text) <= width or width < LEAST_FOR_BOTH_ENDS:
+        return shorten(text, width)
+    end = text
+    while cell_len(end) > max(width - 1, 0) // 2:
+        end = end[1:]
+    return shorten(text, width - cell_len(end)) + end
 
 
 def row_width(row: Row) -> int:

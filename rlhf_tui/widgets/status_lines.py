@@ -1,12 +1,14 @@
 """The two top lines of every screen: the tabs, and the status of the run."""
 
+import re
+
 from rich.cells import cell_len
 
 from engine import metrics
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import Piece, Row, justified, row_width, shorten
+from rlhf_tui.widgets.lines import Piece, Row, justified, row_width, shorten, shorten_middle
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
 STATE_MARKS = {
@@ -23,6 +25,10 @@ STATE_MARKS = {
     "unreadable": ("✗", "bad"),
 }
 """Mark and tone by state; `waiting` is one that waits for something from outside."""
+SEE_LOGS = re.compile(r"; see rlhf-tui logs .*")
+"""In the message of an engine: a command in place of a screen of this app."""
+LEAST_NAME = 6
+"""Cells that a session's name keeps in a narrow terminal."""
 
 
 def paused_text(reason: str | None, step: int) -> str:
@@ -39,40 +45,34 @@ def state_pieces(state: str) -> list[Piece]:
 class Tabs(Panel):
     """The screens with their keys, and the session's name and state."""
 
-    def __init__(
-        self, state: SessionState, here: str, modes: tuple[str, ...], *, note: str = ""
-    ) -> None:
-        """`here` is the mode of the screen, one of `modes`; `note` stands before the state."""
+    def __init__(self, state: SessionState, here: str, modes: tuple[str, ...]) -> None:
+        """`here` is the mode of the screen, one of `modes`."""
         super().__init__(state, id="tabs")
         self.here = here
         self.modes = modes
-        self.note = note
         self._room = 0
         """Cells of the tabs at the last rendering."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
-        right = self._session()
-        if self.note and not self._names_fit(width - row_width(right)):
-            # A note takes the room of names: the state's mark is enough if they fit beside it.
-            short = self._session(only_mark=True)
-            right = short if self._names_fit(width - row_width(short)) else right
+        right = self._session(width)
         self._room = width - row_width(right)
         return [justified(self._tabs(self._room), right, width)]
 
-    def _session(self, *, only_mark: bool = False) -> Row:
-        """The note, the session's name, its state."""
+    def _session(self, width: int) -> Row:
+        """The session's name, cut if it is too long, and its state."""
         state = self.state
-        note = [(f"{self.note}  ", "warn")] if self.note else []
         if not state.name:
-            return note
+            return []
         shown = "waiting" if state.waiting else state.head.state
         if state.unread:
             shown = "unreadable" if state.problem else ""
-        mark = state_pieces(shown) if shown else []
-        if only_mark:
-            mark = [(text[:1], tone) for text, tone in mark]
-        return [*note, (f"{state.name}  ", "strong"), *mark, (" ", "")]
+        mark = [*(state_pieces(shown) if shown else []), (" ", "")]
+        name = one_line(state.name)
+        room = max(width - row_width(self._tabs(0)) - row_width(mark) - 3, LEAST_NAME)
+        if cell_len(name) > room:
+            name = shorten_middle(name, room)
+        return [(f"{name}  ", "strong"), *mark]
 
     def _names_fit(self, width: int) -> bool:
         return sum(len(mode) + 4 for mode in self.modes) <= width
@@ -147,7 +147,7 @@ class StatusLine(Panel):
             waiting = (refused, "warn") if refused else ("connecting to the engine …", "dim")
         return {
             "crashed": (self._with_resume("engine died", width), "bad"),
-            "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
+            "failed": (f"failed: {SEE_LOGS.sub('; see 5 Log', first) or 'see 5 Log'}", "bad"),
             "finished": (stopped, "dim"),
             "stopped": (stopped, "dim"),
             "paused": (self._paused(width), "warn"),

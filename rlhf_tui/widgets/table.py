@@ -8,7 +8,7 @@ from textual.binding import Binding, BindingType
 
 from rlhf_tui.state.messages import HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import Piece, Row, row_width, shorten
+from rlhf_tui.widgets.lines import Piece, Row, row_width, shorten, shorten_middle
 from rlhf_tui.widgets.scroll_list import ScrollList
 
 
@@ -25,6 +25,7 @@ class Column:
         least: int = 0,
         share: int = 1,
         most: int = 0,
+        both_ends: bool = False,
     ) -> None:
         """A column.
 
@@ -36,10 +37,12 @@ class Column:
             least: width of the table in cells below which the column is hidden.
             share: share of the remaining width for a flexible column, relative to the others.
             most: maximum width of a flexible column in cells; 0 for no limit.
+            both_ends: cut text that is too long in its middle.
         """
         self.title, self.width = title, width
         self.right, self.flexible = right, flexible
         self.share, self.most = share, most
+        self.both_ends = both_ends
         self.least = least
         self.has_values = True
         """Set it to False to hide the column."""
@@ -188,12 +191,15 @@ class Table(ScrollList):
         line: list[Piece] = [(" ", gap)]
         for column, (text, tone) in zip(self.columns, cells, strict=True):
             if column in rooms:
-                line += [(fitted(text, rooms[column], right=column.right), tone), (" ", gap)]
+                room, right, both = rooms[column], column.right, column.both_ends
+                line += [(fitted(text, room, right=right, both_ends=both), tone), (" ", gap)]
         return line
 
 
-def fitted(text: str, width: int, *, right: bool = False) -> str:
+def fitted(text: str, width: int, *, right: bool = False, both_ends: bool = False) -> str:
     """Text padded or cut to exactly `width` cells."""
     text = one_line(text)
     room = width - cell_len(text)
-    return " " * room + text if right and room > 0 else shorten(text, width)
+    if right and room > 0:
+        return " " * room + text
+    return shorten_middle(text, width) if both_ends else shorten(text, width)

@@ -14,6 +14,7 @@ from engine.launch.start import fork
 from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
 from engine.session.folder import SessionFolder
+from engine.supervisor.processes import rank_processes
 from engine.supervisor.serve import supervise
 
 
@@ -30,6 +31,14 @@ def failed(make_session, write_in):
         return writer.session
 
     return make
+
+
+async def test_the_log_says_why_a_run_failed(make_session, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: ["sh", "-c", "exit 3"])
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    caplog.set_level("INFO")
+    assert await supervise(make_session("run", "launch.max_restarts=0"), StartOptions()) == 1
+    assert caplog.text.count("rank 0 ended with status 3") == 1
 
 
 @pytest.mark.parametrize("state", ["failed", "stopped", "starting"])

@@ -104,6 +104,7 @@ async def test_an_engine_ends_when_its_folder_is_moved(started):
     assert await asyncio.wait_for(task, 60) == 1
     assert not session.folder.exists()
     assert not moved.is_live()
+    assert not moved.engine_file.exists()
     with JournalReader(moved) as reader:
         assert reader.state() == "failed"
 

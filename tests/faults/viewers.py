@@ -276,7 +276,12 @@ def main() -> None:
         session = SessionFolder(options.session)
         look_on(session, options.view, options.viewers, options.apps, options.seconds)
         return
-    root = Path(tempfile.mkdtemp(prefix="viewers-"))
+    with tempfile.TemporaryDirectory(prefix="viewers-") as folder:
+        take_turns(Path(folder), options)
+
+
+def take_turns(root: Path, options: argparse.Namespace) -> None:
+    """Runs the turns in a folder."""
     whole = sum(scenario.weight for scenario in SCENARIOS)
     runs: dict[str, Watched] = {}
     try:

@@ -7,9 +7,12 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import click
 import pytest
@@ -476,9 +479,48 @@ def test_ls_says_why_a_session_cannot_be_read_beside_the_others(session_maker, t
     ],
 )
 def test_a_wrong_number_is_told_in_plain_words(arguments, words):
+    assert usage_error(arguments).endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ctl"], "Missing argument 'NAME'."),
+        (["reward"], "Missing command."),
+        (["notify"], "Missing command."),
+        (["completion"], "Choose from: bash, zsh, fish"),
+    ],
+)
+def test_a_command_without_its_arguments_is_told_in_one_line(arguments, words):
+    assert usage_error(arguments).endswith(words)
+
+
+def usage_error(arguments):
+    """The message for wrong usage."""
     result = CliRunner().invoke(cli, arguments, standalone_mode=False)
     assert isinstance(result.exception, click.UsageError)
-    assert in_plain_words(result.exception.format_message()).endswith(words)
+    message = in_plain_words(result.exception.format_message())
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("mode", [0o744, 0o711, 0o700])
+def test_a_folder_that_cannot_be_read_is_not_one_without_sessions(
+    session_maker, tmp_path, monkeypatch, mode
+):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # no live runs elsewhere
+    root = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
+    session_maker(root, "one", 1)
+    root.chmod(mode)
+    os.seteuid(65534)
+    try:
+        result = CliRunner().invoke(cli, ["ls", "--json", "--sessions", str(root)])
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(root)
+    assert f"cannot read {root}: Permission denied" in str(result.exception)
 
 
 def test_a_file_is_not_a_folder_without_sessions(tmp_path, monkeypatch):

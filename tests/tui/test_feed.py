@@ -119,6 +119,16 @@ def test_a_journal_that_is_gone_is_reported_and_its_return_is_noticed(following,
     wait(lambda: state.problem == "" and state.head.step == 20)
 
 
+def test_a_folder_that_is_moved_is_reported_with_the_screen_that_lists_the_others(
+    following, session
+):
+    state, _ = following(session)
+    wait(lambda: state.known)
+    session.folder.rename(session.folder.with_name("moved"))
+    wait(lambda: state.problem)
+    assert "1 Sessions lists what is left" in text(StatusLine(state), 80)
+
+
 def test_a_damaged_journal_is_reported(following, session):
     session.journal_file.write_bytes(random.Random(1).randbytes(8192))  # noqa: S311 - no secret
     state, _ = following(session)

@@ -10,6 +10,7 @@ from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.table import Table
+from tests.tui.screen import notices
 
 
 async def test_the_crosshair_moves(make_app, running):
@@ -262,6 +263,13 @@ async def test_v_turns_the_panels_of_a_narrow_terminal(make_app, running):
             )
             await pilot.press("v")
         assert shown == [{"timeline"}, {"latest"}, {"machine"}]
+
+
+async def test_v_says_that_a_wide_terminal_shows_all_panels(make_app, running, until):
+    app = make_app()
+    async with running(app, (120, 40)) as pilot:
+        await pilot.press("v")
+        await until(pilot, lambda: notices(app) == ["all panels are shown already"])
 
 
 async def test_the_title_of_what_has_the_focus_is_marked_although_the_run_stands_still(

@@ -172,6 +172,17 @@ async def test_nothing_of_the_line_below_is_left_beside_a_notice(browser, until)
         assert app.screen.query_one("Toast").region.right == app.size.width
 
 
+async def test_a_notice_of_keys_in_quick_succession_is_shown_once(browser, until):
+    async with browser() as (app, pilot):
+        for text in ("off", "off", "also off", "off"):
+            app.say(text, "warning")
+        await until(pilot, lambda: notices(app) == ["off", "also off"])
+        app.clear_notifications()
+        await until(pilot, lambda: not notices(app))
+        app.say("off", "warning")
+        await until(pilot, lambda: notices(app) == ["off"])
+
+
 async def test_enter_opens_a_session(browser, until):
     async with browser() as (app, pilot):
         await pilot.press("enter")

@@ -139,6 +139,18 @@ async def test_a_key_that_cannot_act_on_the_highlighted_run_says_why(
         assert notices(app) == ["'two' has no engine; resume it: rlhf-tui resume two"]
 
 
+async def test_a_run_that_cannot_be_read_is_not_offered_to_be_resumed(two_runs, tmp_path, until):
+    (tmp_path / "sessions" / "two" / "journal.db").write_bytes(b"not a database" * 99)
+    async with two_runs() as (app, pilot):
+        footer = app.screen.query_one(KeyFooter)
+        await until(pilot, lambda: "resume" not in footer.text())
+        assert "delete" in footer.text()
+        for key in ("r", "f"):
+            await pilot.press(key)
+        await until(pilot, lambda: notices(app))
+        assert notices(app) == ["'two' cannot be read: rlhf-tui verify two says what is wrong"]
+
+
 async def test_read_only_each_key_of_the_screen_says_so(two_runs, until):
     async with two_runs(read_only=True) as (app, pilot):
         assert "delete" not in app.screen.query_one(KeyFooter).text()

@@ -126,6 +126,27 @@ async def test_all_runs_that_match_are_overlaid_and_aligned(runs, running, until
         await until(pilot, lambda: not app.view.others)
 
 
+async def test_long_names_are_told_apart_in_the_list_of_runs_to_overlay(
+    session_maker, tmp_path, running, until
+):
+    root, swept = tmp_path / "sessions", f"sweep-{'x' * 70}-"
+    for name in ("base", f"{swept}1", f"{swept}2"):
+        session_maker(root, name, 1)
+    app = RlhfApp(root, "base", now=lambda: NOW, follow=False)
+    async with running(app, (80, 24)) as pilot:
+        await pilot.press("O")
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        first, second = (line.split() for line in app.screen.query_one(Table).text().splitlines())
+        assert (first[-1][-3:], second[-1][-3:]) == ("x-1", "x-2")
+        assert len(first[-1]) > 40
+        await pilot.press("ctrl+a", "enter")
+        await until(pilot, lambda: len(app.view.others) == 2)
+        legend = app.screen.query_one("#cursor").text().splitlines()[-1]
+        assert [word[-3:] for word in legend.split()] == [
+            "lay", "a", "x-1", "b", "x-2", "O", "ges", "it",
+        ]  # fmt: skip
+
+
 async def test_marked_runs_are_overlaid_on_the_highlighted_one(browser, running, until):
     make, listed = browser
     app = make()

@@ -67,6 +67,8 @@ async def test_commands_of_all_screens_are_found_by_the_words_for_them(make_app,
         for query, title in FOUND.items():
             assert title in await titles_for(app, query)
         assert commands(app)[0].title == "Help"  # enter alone runs the first one
+        titles = [command.title for command in commands(app)]
+        assert len(titles) == len(set(titles))  # also of an action with several keys
 
 
 async def test_a_command_of_another_screen_goes_there_and_names_its_key(make_app, running, until):

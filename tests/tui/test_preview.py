@@ -42,7 +42,7 @@ async def test_the_preview_shows_the_highlighted_run_and_what_differs_from_the_o
         await until(pilot, lambda: isinstance(app.screen, SessionsScreen))
         await highlight(pilot, until, app, "other")
         notes, newest = app.screen.query_one(PreviewNotes), app.screen.query_one(PreviewSamples)
-        await until(pilot, lambda: "other: settings unlike frozen" in notes.text())
+        await until(pilot, lambda: "Settings unlike frozen" in notes.text())
         assert "reward.batch_size 8 (32)" in notes.text()
         assert "no alerts" in notes.text()
         app.draw_screens(only_live=False)  # the open session was read again
@@ -52,7 +52,7 @@ async def test_the_preview_shows_the_highlighted_run_and_what_differs_from_the_o
         assert "–" not in kl.splitlines()[0]  # it has a value
 
         await highlight(pilot, until, app, "frozen")
-        await until(pilot, lambda: "frozen: settings unlike the defaults" in notes.text())
+        await until(pilot, lambda: "Settings unlike the defaults" in notes.text())
         await highlight(pilot, until, app, "torn")
         await until(pilot, lambda: "torn/journal.db" in notes.text().replace("\n", ""))
         assert "file is not a database" in " ".join(notes.text().split())
@@ -90,6 +90,10 @@ async def test_the_preview_is_beside_the_table_below_it_or_hidden_and_the_name_i
         assert line.index("finished") - line.index(cells(table, 0)[1]) < 40
         await pilot.resize_terminal(120, 40)
         await until(pilot, lambda: preview.region.y >= table.region.bottom)
-        await pilot.resize_terminal(80, 24)
+        await pilot.resize_terminal(80, 24)  # below, because the list is short
+        notes = app.screen.query_one(PreviewNotes)
+        await until(pilot, lambda: notes.text() == " no alerts" and table.size.height == 6)
+        assert app.screen.query_one(PreviewSamples).size.height > 3
+        await pilot.resize_terminal(80, 21)
         await until(pilot, lambda: not preview.display)
         assert table.size.height > 12

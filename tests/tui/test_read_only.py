@@ -23,7 +23,9 @@ async def test_a_key_that_is_off_is_not_offered_and_says_read_only(
             assert all(notice.startswith("read-only: ") for notice in notices(app))
             app.clear_notifications()
             await until(pilot, lambda: not notices(app))
-        footer = set(app.screen.query_one(KeyFooter).text().split())
+        line = app.screen.query_one(KeyFooter).text()
+        assert line.endswith("read-only  ? help")
+        footer = set(line.split())
         assert not footer & {"fork", "delete", "export", "pause", "resume", "beta", "good", "stop"}
         assert engine == []
 

@@ -116,6 +116,13 @@ def test_how_a_run_ended_is_told_once(session_maker, tmp_path, state, message, t
     assert shown.splitlines()[0] == f"ended: {status}"
 
 
+@pytest.mark.parametrize(("step", "words"), [(49, "1 step is redone"), (40, "10 steps are redone")])
+def test_a_resume_says_how_many_steps_are_redone(session_maker, tmp_path, step, words):
+    session_maker(tmp_path, "ended", 50)
+    rows = resume_form(tmp_path, "ended", step).dialog.rows
+    assert rows[0][0][0].endswith(f"its checkpoint of step {step}; {words}.")
+
+
 async def test_a_new_run_is_opened_once_its_engine_lives_and_no_other_one(starting, until):
     async with starting() as (app, pilot, make, _):
         table = app.screen.query_one(Table)

@@ -83,12 +83,21 @@ def test_the_step_is_never_cut_off_for_what_stands_beside_it(given):
         assert len(shown) <= width
 
 
-def test_the_names_of_the_screens_fit_beside_read_only_in_80_columns():
+def test_the_top_line_of_a_failed_run_names_the_screen_of_the_log():
+    died = "rank 0 ended with status 3"
+    message = f"{died}; see rlhf-tui logs run --sessions {50 * 'x'}"
+    line = StatusLine(make_state(state="failed", message=message))
+    assert text(line, 80).rstrip().endswith(f"failed: {died}; see 5 Log")
+
+
+def test_a_long_name_leaves_room_for_the_screens_and_the_state():
     state = make_state()
-    state.name = "demo"
-    shown = text(Tabs(state, "samples", tuple(MODES), note="read-only"), 80, 1)
-    assert "1 Sessions  2 Dashboard  3 Samples  4 Checkpoints  5 Log" in shown
-    assert shown.rstrip().endswith("read-only  demo  ●")
+    state.name = f"sweep-{70 * 'x'}-seed-42"
+    shown = text(Tabs(state, "samples", tuple(MODES)), 80, 1)
+    assert shown.startswith(" 1  2  3 Samples  4  5 ")
+    assert "sweep-x" in shown and "x-seed-42  ● running" in shown
+    narrow = text(Tabs(state, "samples", tuple(MODES)), 40, 1)
+    assert "3 Samples" in narrow and "sweep…  ● running" in narrow
 
 
 def test_time_left_is_reckoned_from_the_last_steps():

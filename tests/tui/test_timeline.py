@@ -205,6 +205,13 @@ def test_a_restart_is_one_entry_with_its_error():
     assert told == [error, "restarted from step 20"]
 
 
+def test_the_rule_of_an_alert_is_not_named_twice():
+    state, text = make_state(), "reward 'score' at step 6: RuntimeError: no"
+    rows = (AlertEvent(rule="reward", text=text), AlertEvent(rule="kl_high", text="KL is 7"))
+    state.take(SessionUpdate(events=events(*((1, 6, row) for row in rows))))
+    assert [m.text for m in state.timeline()] == [text, "kl_high: KL is 7"]
+
+
 def test_an_engine_that_stopped_did_not_die():
     state = make_state(attempts=attempts(0, 30))
     state.take(

@@ -44,6 +44,11 @@ def test_a_word_keeps_its_tone():
     assert ("checkpoints", "strong") in second
 
 
-@given(text=st.text("ab 界", max_size=10), width=st.integers(0, 12), right=st.booleans())
-def test_a_cell_has_its_width_whatever_its_letters(text, width, right):
-    assert row_width([(fitted(text, width, right=right), "")]) == width
+@given(
+    text=st.text("ab 界", max_size=10),
+    width=st.integers(0, 12),
+    right=st.booleans(),
+    both_ends=st.booleans(),
+)
+def test_a_cell_has_its_width_whatever_its_letters(text, width, right, both_ends):
+    assert row_width([(fitted(text, width, right=right, both_ends=both_ends), "")]) == width

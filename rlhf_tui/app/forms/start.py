@@ -155,4 +155,6 @@ def _resumed_from(row: SessionRow, step: int) -> str:
         return "There is no checkpoint: the run starts again from its models."
     if row.step <= step:
         return f"The run continues after step {step}."
-    return f"The run returns to its checkpoint of step {step}; {row.step - step} steps are redone."
+    lost = row.step - step
+    redone = "1 step is" if lost == 1 else f"{lost} steps are"
+    return f"The run returns to its checkpoint of step {step}; {redone} redone."

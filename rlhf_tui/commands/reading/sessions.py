@@ -14,12 +14,14 @@ from engine.session.registry import live_sessions
 from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
+    check_listable,
     existing,
     json_option,
     name_argument,
     print_json,
     say,
     sessions_option,
+    show_wait,
 )
 from rlhf_tui.commands.reading.event_lines import STATE_TONES
 from rlhf_tui.state.session_row import SessionRow, read_session_row, read_session_rows
@@ -36,6 +38,8 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
 
     With ADDRESS, ssh://[USER@]HOST[:PORT], lists those on another machine.
     """
+    if not address:
+        check_listable(root)
     local = [] if address else all_sessions(root.resolve())
     if address:
         given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
@@ -46,8 +50,6 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
         rows = read_session_rows([*local, *elsewhere], best=as_json)
     if as_json:
         print_json([r.as_json() for r in rows])
-    elif not rows and not address and root.is_file():
-        raise UserInputError(f"{root} is a file; --sessions takes a folder of sessions")
     elif not rows:
         demo = fmt.command("demo", root=None if address else root)
         say(f"no sessions in {address or root.absolute()}; start one with: {demo}")
@@ -71,6 +73,7 @@ def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
     if parsed.name:
         attach = fmt.command("attach", address)
         raise UserInputError(f"ls does not take a session: use {attach} to open it")
+    show_wait(f"connecting to {parsed.host}")
     output = run(parsed, "ls", "--json", *options)
     try:
         return msgspec.json.decode(output, type=examined(list[SessionRow]))
@@ -126,7 +129,8 @@ def status(root: Path, name: str, as_json: bool) -> None:
     tone = "warn" if row.waits_for else STATE_TONES.get(row.state, "")
     say(f"{row.name}: ", (said, tone), message)
     say(f"  step        {row.step} of {row.total_steps}, attempt {row.attempt}")
-    say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
+    if row.score is not None or row.kl is not None:
+        say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
     if row.held_out is not None:
         score = fmt.with_interval(row.held_out.score, row.held_out.interval)
         say(f"  held-out    {score} (step {row.held_out.step})")

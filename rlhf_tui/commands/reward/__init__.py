@@ -6,7 +6,7 @@ from rlhf_tui.commands.reward.agreement import agreement
 from rlhf_tui.commands.reward.training import train
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def reward() -> None:
     """Train a reward model on judgements; measure agreement."""
 

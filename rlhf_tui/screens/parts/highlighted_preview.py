@@ -18,7 +18,10 @@ PREVIEW_AFTER = 0.15
 BESIDE, LEAST_HEIGHT = 170, 20
 """Minimum width and height at which the preview is beside the table."""
 BELOW, LEAST_ROWS = 34, 6
-"""Minimum height at which the preview is below the table, and the table's minimum height then."""
+"""Minimum height at which the preview is below any table, and the table's minimum height then."""
+LOW = 16
+"""Lines of the screen beside the table and a preview of minimum height, which is below a table that
+leaves room for it."""
 
 
 class HighlightedPreview:
@@ -44,11 +47,14 @@ class HighlightedPreview:
         width, height = self._screen.size
         browser, table = self._screen.query_one("#browser"), self._table
         beside = bool(table.count()) and width >= BESIDE and height >= LEAST_HEIGHT
-        below = bool(table.count()) and not beside and height >= BELOW
+        rows = max(table.count() + 1, LEAST_ROWS)
+        low = height < BELOW
+        below = bool(table.count()) and not beside and (not low or height >= rows + LOW)
         browser.set_class(beside, "beside")
         browser.set_class(below, "below")
+        browser.set_class(below and low, "low")
         if below:
-            table.styles.height = min(max(table.count() + 1, LEAST_ROWS), height * 2 // 5)
+            table.styles.height = rows if low else min(rows, height * 2 // 5)
         else:
             table.styles.clear_rule("height")
 

@@ -90,7 +90,7 @@ class SessionColumns:
         # Numbers end where the curve begins.
         curve = Column(f" {title} curve"[: SPARK_WIDTH + 1], SPARK_WIDTH + 1, least=78)
         value = Column(title, max(7, min(len(title) + 1, SPARK_WIDTH)), right=True)
-        head = [Column("", 1), Column("name", 14, flexible=True)]
+        head = [Column("", 1), Column("name", 14, flexible=True, both_ends=True)]
         if not self.with_settings:
             states = max((len(s.row.state) for s in sessions), default=0)
             # As wide as at the end of the run, so that no column moves meanwhile.

@@ -17,7 +17,6 @@ from engine.protocol.client_messages import JournalAdvanced, Telemetry
 from engine.protocol.rank_messages import Phase
 from engine.session.file_signature import file_id, file_signature
 from engine.session.folder import SessionFolder
-from rlhf_tui import format as fmt
 from rlhf_tui.state.feeds.journal_changes import JournalChanges
 from rlhf_tui.state.feeds.output import Post, UpdateOutput
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
@@ -145,10 +144,9 @@ class Feed:
         self._close()
         if found is None:
             if not self._session.folder.is_dir():
-                folder = self._session.folder
-                ls = fmt.command("ls", root=folder.parent)
                 raise FileNotFoundError(
-                    f"the session's folder is gone: {folder}; see what is left with: {ls}"
+                    "the session's folder was moved or deleted; 1 Sessions lists what is left: "
+                    f"{self._session.folder}"
                 )
             if replaced:
                 raise FileNotFoundError(f"the journal is gone: {self._session.journal_file}")

@@ -1,11 +1,14 @@
 """The lines below the charts: the values at the crosshair, or the effect of an intervention."""
 
+from rich.cells import cell_len
+
 from engine import metrics
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import RECENT, SessionState
 from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker
 from rlhf_tui.state.viewport import Viewport
-from rlhf_tui.widgets.lines import Piece, Row, flowed, justified, row_width
+from rlhf_tui.text import one_line
+from rlhf_tui.widgets.lines import Piece, Row, flowed, justified, row_width, shorten_middle
 from rlhf_tui.widgets.panels.panel import Panel
 
 MEASURED = (
@@ -14,6 +17,9 @@ MEASURED = (
     (metrics.CLIP_FRACTION, "clip"),
     (metrics.RESPONSE_LENGTH, "length"),
 )
+
+LEAST_NAME = 6
+"""Cells of an overlaid session's name in the legend, if there are many."""
 
 
 class CursorPanel(Panel):
@@ -34,7 +40,7 @@ class CursorPanel(Panel):
                 if m.kind == "command" and "→" in m.text and not m.abandoned
             ]
             if self.view.others:
-                return [*_hint(), self._overlays()]
+                return [*_hint(), self._overlays(width)]
             return self._marker(changes[-1], width) if changes else _hint()
         if (selected := self.view.marker(self.state)) is not None:
             return self._marker(selected, width)
@@ -43,7 +49,7 @@ class CursorPanel(Panel):
         near = [m for m in self.state.markers() if abs(m.step - cursor) <= reach]
         if not near:
             values = self._values(cursor, width)
-            return [values[0], self._overlays()] if self.view.others else values
+            return [values[0], self._overlays(width)] if self.view.others else values
         near.sort(key=lambda m: (m.abandoned, abs(m.step - cursor), m.kind != "command"))
         return self._marker(near[0], width)
 
@@ -54,12 +60,22 @@ class CursorPanel(Panel):
         of = f"  {keys.index(marker.key) + 1} of {len(keys)}  " if several else "  "
         return [(of, "dim"), ("enter", "key"), (" open ", "dim")]
 
-    def _overlays(self) -> Row:
-        """The legend of the overlaid sessions, whose curves end in these letters."""
+    def _overlays(self, width: int) -> Row:
+        """The legend of the overlaid sessions, whose curves end in these letters.
+
+        If their names do not fit, the long ones are cut, so that more of the letters are there.
+        """
+        overlays = [(f"  {mark} ", one_line(name)) for mark, name, _ in self.view.overlays()]
         row: list[Piece] = [(" overlay", "dim")]
-        for mark, name, _ in self.view.overlays():
-            row += [(f"  {mark} ", "key"), (name, "")]
-        return [*row, ("   O", "key"), (" changes it", "dim")]
+        keys: Row = [("   O", "key"), (" changes it", "dim")]
+        room = width - row_width([*row, *keys]) - sum(cell_len(mark) for mark, _ in overlays)
+        longest = room
+        if sum(cell_len(name) for _, name in overlays) > room:
+            longest = max(room // len(overlays), LEAST_NAME)
+        for mark, name in overlays:
+            shown = name if cell_len(name) <= longest else shorten_middle(name, longest)
+            row += [(mark, "key"), (shown, "")]
+        return [*row, *keys]
 
     def _values(self, step: int, width: int) -> list[Row]:
         """The values at a step, on a second line what the first has no room for."""

@@ -65,7 +65,7 @@ class PreviewNotes(Lines):
         self.update()
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The alert in a line, the settings in as many as there is room for."""
+        """The alert in a line, the settings in as many as there is room for, if any."""
         preview = self._preview
         if not preview.folder:
             return []
@@ -74,9 +74,10 @@ class PreviewNotes(Lines):
             problem = wrap(preview.problem, width - 2)
             return [*alert, *([(f" {line}", "bad")] for line in problem)]
         other = preview.against or "the defaults"
-        rows: list[Row] = [
-            self._alert(), heading(f"{self._state.name}: settings unlike {other}", "", width)
-        ]  # fmt: skip
+        rows: list[Row] = [self._alert()]
+        if height < 3:
+            return rows
+        rows.append(heading(f"Settings unlike {other}", "", width))
         if not preview.differences:
             return [*rows, [(" none", "dim")]]
         lines = packed([_difference(d.key, d.value, d.other) for d in preview.differences], width)
