@@ -7,6 +7,7 @@ import torch
 
 from engine.errors import CommandRejectedError, UserInputError
 from engine.train.check import check
+from engine.train.environment import environments
 from engine.train.environment.response import Response
 from engine.train.environment.turn_loop import TurnLoop
 from engine.train.evaluation.evaluate import evaluate
@@ -278,6 +279,34 @@ def test_a_rank_that_waits_for_environments_says_so_after_each_of_them(make_run)
     rollout = generate_rollout(run, 1, lambda *progress: done.append(progress))
     heard = [len(turns.environment.heard) for turns in rollout.conversation.turns]
     assert sum(now == total for now, total in done) >= len(heard) + sum(heard)
+
+
+def test_the_other_ranks_are_not_silent_while_rank_0_waits_for_environments(make_run, monkeypatch):
+    monkeypatch.setattr(environments, "WAITING_INTERVAL", 0.0)
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    prompts = run.prompts.for_step(1)
+    sent = []
+
+    class Ranks:
+        def __init__(self, is_lead):
+            self.is_lead = is_lead
+
+        def broadcast_bytes(self, data):
+            if self.is_lead:
+                sent.append(data)
+                return data
+            return sent.pop(0)
+
+    reports = {True: 0, False: 0}
+    for is_lead in reports:
+
+        def waits(is_lead=is_lead):
+            reports[is_lead] += 1
+
+        rank = environments.Environments(run.config, Ranks(is_lead))
+        rank.make(prompts, list(range(len(prompts))), 1, waits)
+    assert reports[False] == reports[True] >= len(prompts)
+    assert not sent
 
 
 def test_an_evaluation_has_conversations_too(make_run):

@@ -168,10 +168,12 @@ def conversation_metrics(conversation: Conversation, rollout: Rollout) -> dict[s
         "environment/reply_tokens": float(replied.double().mean()),
         "time/environment": conversation.environment_seconds,
     }
-    if (calls := conversation.tool_calls) is not None:
+    if conversation.has_tools:
+        calls = sum(t.tool_calls for t in conversation.turns)
         metrics["environment/tool_calls"] = calls / count
         if calls:
-            metrics["environment/failed_calls"] = conversation.failed_calls / calls
+            failed = sum(t.failed_calls for t in conversation.turns)
+            metrics["environment/failed_calls"] = failed / calls
     return metrics
 
 
