@@ -384,8 +384,16 @@ class ProbeResponse(Struct, frozen=True, kw_only=True):
     """KL to the reference in nats, summed over the response."""
     length: int = 0
     """Tokens."""
+    replies: list[tuple[int, int]] | None = None
+    """Start and end of each reply of the environment in the response, in characters; None without
+    an environment."""
     step: int | None = None
     """The step of the probe, None if unknown."""
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The response in parts: the policy's turns and the replies between them."""
+        return turns_of(self.response, self.replies)
 
 
 class ProbeResult(Struct, frozen=True, kw_only=True):

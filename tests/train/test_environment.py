@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from engine.errors import CommandRejectedError, UserInputError
+from engine.errors import UserInputError
+from engine.journal.turns import turns_of
 from engine.train.check import check
 from engine.train.environment import environments
 from engine.train.environment.response import Response
@@ -317,16 +318,34 @@ def test_an_evaluation_has_conversations_too(make_run):
     assert again.metrics["eval/score"] == found.metrics["eval/score"]
 
 
-def test_a_probe_is_one_turn(make_run):
-    run, _ = make_run(*ENVIRONMENT, STOPS)
-    found = answer_probe(run, run.prompts.for_step(1)[0].text)
-    assert Repeating.QUESTION not in found["policy"]["response"]
-
-
-def test_a_probe_that_only_an_environment_can_score_is_rejected(make_run):
+def test_a_probe_is_a_conversation_with_an_environment_which_scores_it(make_run):
     run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
-    with pytest.raises(CommandRejectedError, match="no environment"):
-        answer_probe(run, run.prompts.for_step(1)[0].text)
+    found = answer_probe(run, run.prompts.for_step(1)[0].text)
+    assert found["policy"] == found["reference"]
+    assert found["policy"]["replies"]
+    text = found["policy"]["response"]
+    turns = [turn.text for turn in turns_of(text, found["policy"]["replies"])]
+    assert turns[1::2] == [Repeating.QUESTION] * (len(turns) // 2)
+    assert found["policy"]["score"] == pytest.approx(sum(map(len, turns[::2])) / 10)
+    assert found["policy"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert found == answer_probe(run, run.prompts.for_step(1)[0].text)
+
+
+def test_a_probe_on_several_ranks_generates_one_response_that_counts(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    options = dataclasses.replace(sampling_options(run, 1), per_prompt=1)
+
+    def generate(prompts, options):
+        return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
+
+    one, padded = (
+        TurnLoop(run.config, run.environments, run.tokenizer, ranks, options, 1).generate(
+            run.prompts.for_step(1)[:1], generate
+        )
+        for ranks in (1, 3)
+    )
+    assert padded.texts == one.texts
+    assert len(one.texts) == 1
 
 
 def test_positions_for_the_replies_are_kept_free(make_run):

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+from engine.errors import CommandRejectedError
 from engine.train.environment import calls
 from engine.train.environment.environments import checked_reply
+from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
 from engine.train.step import train_step
 from tests.train.arithmetic import CHAT
@@ -86,6 +88,16 @@ def test_a_reply_can_be_of_a_subclass_of_text():
 
     said = checked_reply(Shout("Hey"))
     assert (said, type(said)) == ("Hey", str)
+
+
+def test_a_probe_whose_environment_fails_is_rejected(make_run, tmp_path):
+    (tmp_path / "refusing.py").write_text(f"class Wrong:\n    {WRONG['raises'][0]}\n")
+    run, _ = make_run(
+        "environment.factory=refusing:Wrong", f"environment.path={tmp_path}",
+        "environment.max_tokens=8",
+    )  # fmt: skip
+    with pytest.raises(CommandRejectedError, match=r"a probe cannot be answered: .* no game"):
+        answer_probe(run, run.prompts.for_step(1)[0].text)
 
 
 SCORING = """

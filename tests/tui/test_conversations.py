@@ -147,11 +147,13 @@ def test_only_the_words_of_the_policy_are_compared(width):
     assert all(cell_len(line) <= width for line in lines if "OTHER" not in line)
 
 
-def test_a_conversation_is_compared_with_the_reference_of_one_turn():
-    rows = compared(conversation(), ProbeResponse(response=" It is slow.", length=3, step=2))
-    assert "".join(toned(rows, "mine")) == "It has no end.only in this"
-    assert toned(rows, "theirs") == ["only in other"]
-    assert "".join(text(rows)).count("turns") == 1
+def test_a_conversation_is_compared_with_that_of_the_reference():
+    text_of_both = " It is slow. Go on. It ends."
+    found = ProbeResponse(response=text_of_both, length=6, step=2, replies=[(12, 19)])
+    rows = compared(conversation(), found)
+    assert "│ Go on." in "".join(text(rows))
+    assert "ends." in toned(rows, "theirs")
+    assert "".join(text(rows)).count("2 turns") == 2
 
 
 def test_on_one_line_a_reply_is_between_marks():

@@ -69,7 +69,8 @@ class TurnLoop:
             RewardCallError: an environment raised, or the chat template cannot render its reply.
         """
         batch = batch_prompts(prompts, self._options.per_prompt, self._tokenizer.eos_token_id or 0)
-        turn = generate(prompts, self._options)
+        # Each rank needs a prompt; the further ones of a probe are not used.
+        turn = generate(prompts + prompts[:1] * (self._ranks - len(prompts)), self._options)
         responses = self._begun(batch.prompts)
         going_on = dict(enumerate(responses))
         for number in range(1, self._config.max_turns + 1):
