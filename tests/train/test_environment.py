@@ -21,6 +21,7 @@ from engine.train.rollout.backend import generate_responses
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import max_response_tokens, max_sequence_tokens
 from engine.train.step import train_step
+from tests.train.arithmetic import CHAT
 from tests.train.repeating import ENVIRONMENT, SCORED, STOPS, Repeating, conversations, respond
 
 
@@ -376,6 +377,23 @@ def test_samples_tell_where_the_replies_are(make_run):
     assert any(sample.replies for sample in held_out)
 
 
+def test_samples_of_conversations_have_their_messages(make_run):
+    run, _ = make_run(
+        *ENVIRONMENT, *SCORED, STOPS, f"data.chat_template='{CHAT}'", "data.chat=true",
+        "environment.max_tokens=120",
+    )  # fmt: skip
+    rollout = respond(run)
+    _, samples = train_step(run, 1)
+    for sample, prompt, turns in zip(
+        samples, rollout.batch.prompts, rollout.conversation.turns, strict=False
+    ):
+        assert sample.messages.prompt == prompt.messages
+        assert sample.messages.response == turns.messages
+    found = answer_probe(run, "Hello")["policy"]["messages"]
+    assert found["prompt"] == [{"role": "user", "content": "Hello"}]
+    assert [m["role"] for m in found["response"]][:2] in (["assistant"], ["assistant", "user"])
+
+
 def test_check_tells_where_the_replies_are_and_counts_turns(make_run):
     run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
     result = check(run.config)
@@ -391,4 +409,5 @@ def test_samples_without_an_environment_have_no_replies(make_run):
     run, _ = make_run()
     _, samples = train_step(run, 1)
     assert {sample.replies for sample in samples} == {None}
+    assert {sample.messages for sample in samples} == {None}
     assert samples[0].arrays.before_replies == []

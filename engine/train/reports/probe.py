@@ -32,7 +32,7 @@ def answer_probe(run: Run, text: str) -> dict[str, Any]:
 
     Returns:
         For each of `policy` and `reference`: `response`, `score`, `kl` (nats per response),
-        `length` (tokens) and, with an environment, `replies`, as a sample has them.
+        `length` (tokens), `replies` and `messages`, as a sample has them.
 
     Raises:
         CommandRejectedError: the prompt has no tokens or too many, an environment fails, or the
@@ -110,4 +110,6 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
         "score": float(score[0]),
         "kl": float(masked.sequence_kl(rollout.logprobs, reference, rollout.mask)[0]),
         "length": int(rollout.lengths[0]),
-    } | ({} if run.environments is None else {"replies": rollout.replies(0)})
+        "replies": rollout.replies(0),
+        "messages": msgspec.to_builtins(rollout.messages(0)),
+    }
