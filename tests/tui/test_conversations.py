@@ -20,7 +20,13 @@ from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.heat import HeatScale
-from rlhf_tui.widgets.samples.sample_view import VIEWS, SampleView, body
+from rlhf_tui.widgets.samples.sample_view import (
+    END_OF_PROMPT,
+    LONG_PROMPT,
+    VIEWS,
+    SampleView,
+    body,
+)
 from rlhf_tui.widgets.samples.turns import MARK
 from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.table import Table
@@ -100,6 +106,25 @@ def test_replies_stand_between_the_tokens_without_values(mode):
     scale = HeatScale.of([0.1] * LENGTH, centred=mode == "value")
     tones = {tone for row in (rows[at - 1], rows[at + 2]) for _, tone in row[1:]}
     assert tones == {scale.tone(0.1)}
+
+
+@pytest.mark.parametrize("mode", VIEWS[:2])
+def test_of_a_long_prompt_the_end_is_before_the_response_and_all_of_it_after(mode):
+    def shown(count):
+        prompt = "\n".join(f"line {i}" for i in range(count))
+        return text(body(conversation(prompt=prompt), arrays(), mode, 60))
+
+    lines = shown(LONG_PROMPT + 1)
+    response = next(i for i, line in enumerate(lines) if "It is slow." in line)
+    before, after = lines[:response], lines[response:]
+    assert [line for line in before if line.startswith(("line", "…"))] == [
+        f"… {LONG_PROMPT + 1 - END_OF_PROMPT} lines, see below",
+        *(f"line {i}" for i in range(LONG_PROMPT + 1 - END_OF_PROMPT, LONG_PROMPT + 1)),
+    ]
+    assert after[after.index("PROMPT") + 1 :] == [f"line {i}" for i in range(LONG_PROMPT + 1)]
+    lines = shown(LONG_PROMPT)
+    assert lines.count("PROMPT") == 1
+    assert sum(line.startswith("line") for line in lines) == LONG_PROMPT
 
 
 def test_token_values_without_positions_of_replies_are_shown_nevertheless():
