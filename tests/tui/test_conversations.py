@@ -220,6 +220,14 @@ def test_check_prints_each_turn_on_a_line_of_its_own():
     ]
 
 
+def test_check_prints_the_end_of_a_long_prompt():
+    checked = CheckedSample("tools " * 100 + "Who?", "I.", 0.5)
+    prompt = sample_lines(checked)[0]
+    assert prompt.startswith("prompt    …")
+    assert prompt.endswith("tools Who?")
+    assert len(prompt) == len("prompt    ") + 200
+
+
 @pytest.fixture
 def talking(make_app, talk):
     """The app on the session with an environment."""
