@@ -11,6 +11,7 @@ import math
 import msgspec
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -38,6 +39,7 @@ from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
 from engine.train.ppo.update_stats import LossSums
+from engine.train.rollout.conversation import Conversation
 from engine.train.rollout.rollout import Rollout
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
@@ -76,7 +78,29 @@ def make_policy(value):
     return policy.eval()
 
 
-def make_minibatch(policy, left=0, right=0, filler=0):
+def with_replies(rollout):
+    """The rollout with replies of an environment after the first, and before the last token."""
+    generator = torch.Generator().manual_seed(9)
+    places, rows = [], []
+    for i, n in enumerate(RESPONSES):
+        before = {1: 1 + i % 3} | ({n - 1: 2} if n > 2 else {}) if n > 1 else {}
+        row, own = [], []
+        for t, token in enumerate(rollout.ids[i, :n].tolist()):
+            row += torch.randint(32, (before.get(t, 0),), generator=generator).tolist()
+            own.append(len(row))
+            row.append(token)
+        places.append(torch.tensor(own))
+        rows.append(torch.tensor(row))
+    return dataclasses.replace(
+        rollout,
+        conversation=Conversation(
+            pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]),
+            pad_sequence(places, batch_first=True), [],
+        ),
+    )  # fmt: skip
+
+
+def make_minibatch(policy, left=0, right=0, filler=0, *, replies=False):
     """A rollout and targets close to the policy's, with extra padding filled with `filler`."""
     generator = torch.Generator().manual_seed(8)
     n, p, t = len(PROMPTS), max(PROMPTS) + left, max(RESPONSES) + right
@@ -93,6 +117,7 @@ def make_minibatch(policy, left=0, right=0, filler=0):
     batch, cut = PromptBatch([], prompts, torch.tensor(PROMPTS)), torch.zeros(n, dtype=torch.bool)
     texts = [""] * n
     rollout = Rollout(batch, ids, lengths, cut, cut, tables[0], tables[0], tables[1], texts)
+    rollout = with_replies(rollout) if replies else rollout
     with torch.no_grad():
         logprobs, values = score_tokens(policy, rollout, 1.0, MicroBatchLimit(n))
     old = torch.where(mask, logprobs + 0.4 * tables[0], tables[0])
@@ -107,12 +132,16 @@ def slow_outputs(policy, rollout, i, temperature):
     """[(log π, V, entropy)] of row i's tokens as scalars: one row, no padding, no cache."""
     n, p = RESPONSES[i], PROMPTS[i]
     prompt = rollout.batch.ids[i, rollout.batch.ids.shape[1] - p :]
-    ids = torch.cat([prompt, rollout.ids[i, :n]])
+    after, places = rollout.ids[i, :n], range(n)
+    if (conversation := rollout.conversation) is not None:
+        after = conversation.ids[i, : conversation.lengths[i]]
+        places = conversation.positions[i, :n].tolist()
+    ids = torch.cat([prompt, after])
     hidden = policy.lm.model(ids[None]).last_hidden_state[0]
     trunk = policy.value_trunk
     value_hidden = hidden if trunk is None else trunk(ids[None]).last_hidden_state[0]
     outputs = []
-    for t in range(n):
+    for t in places:
         logits = policy.lm.lm_head(hidden[p + t - 1]) / temperature
         top = logits.max()
         logprobs = logits - top - sum((x - top).exp() for x in logits).log()
@@ -342,6 +371,34 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
     monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
     policy.lm.lm_head.register_forward_hook(few_logits)
     assert_same(fast(policy, minibatch, config, rows), want)
+
+
+@pytest.mark.parametrize("value", ["shared", "separate", None])
+@pytest.mark.parametrize(
+    "of_ppo",
+    [
+        {"value_clip": 0.3, "micro_batch_by": "tokens"},
+        {"loss_aggregation": "sequence", "kl": KLConfig(beta=0.5, **K3), "entropy_coef": 0.1},
+        {"ratio": "sequence_mean", "clip_range": 0.02, "loss_aggregation": "sequence_sum"},
+    ],
+    ids=["by tokens", "sequence mean, k3, entropy", "mean ratio, sum"],
+)
+def test_the_gradient_of_responses_with_replies_is_that_of_the_policys_tokens(
+    value, of_ppo, monkeypatch
+):
+    policy, config = make_policy(value), run_config(**of_ppo)
+    minibatch = make_minibatch(policy, replies=True)
+    loss, sums = slow_sums(policy, *minibatch, ALL, config)
+    assert sums.tokens == sum(RESPONSES)
+    loss.backward()
+    want = gradients(policy), sums
+    for size in (1, 3, 7):
+        sized = msgspec.structs.replace(
+            config, ppo=msgspec.structs.replace(config.ppo, micro_batch_size=size)
+        )
+        assert_same(fast(policy, minibatch, sized), want)
+    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
+    assert_same(fast(policy, minibatch, config), want)
 
 
 @pytest.mark.parametrize(
