@@ -32,7 +32,7 @@ CENTRED = ("value",)
 """Views whose tones show the distance from the mean, not from 0."""
 UNITS = {"KL": ", in nats", "log-prob": ", in nats"}
 """The unit in the title of a view."""
-LONG_PROMPT, END_OF_PROMPT = 12, 6
+LONG_PROMPT, END_OF_PROMPT = 10, 4
 """A prompt of more than the first number of lines has only the second before the response."""
 
 
