@@ -14,7 +14,7 @@ from engine.train.environment.turn_loop import TurnLoop
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
-from engine.train.ppo.metrics import distinct_2
+from engine.train.ppo.metrics import conversation_metrics, distinct_2
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import generate_responses
@@ -117,8 +117,13 @@ def test_a_reply_that_does_not_fit_ends_the_response(make_run, tokenizer):
     assert max(turns.count for turns in rollout.conversation.turns) == 2
     for i, turns in enumerate(rollout.conversation.turns):
         assert turns.count < turns.environment.most_turns <= 2 or turns.count <= 2
-        if turns.environment.most_turns == 3 and turns.count == 2:
+        cut = turns.environment.most_turns == 3 and turns.count == 2
+        assert turns.reply_left_out == cut
+        if cut:
             assert not rollout.ended[i]
+    metrics = conversation_metrics(rollout.conversation, rollout)
+    left_out = [turns.reply_left_out for turns in rollout.conversation.turns]
+    assert 0 < metrics["environment/left_out_replies"] == sum(left_out) / len(left_out)
 
 
 def test_the_policy_samples_no_more_tokens_in_all_turns_than_in_one(make_run):
@@ -403,6 +408,12 @@ def test_check_tells_where_the_replies_are_and_counts_turns(make_run):
     texts = [s.response[a:b] for s in found for a, b in s.replies]
     assert texts == [Repeating.QUESTION] * len(texts)
     assert len(found) == 2
+
+
+def test_check_tells_that_replies_do_not_fit(make_run):
+    run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS, "environment.max_tokens=1")
+    (warning,) = [text for text in check(run.config).warnings if "max_tokens" in text]
+    assert "ended because a reply did not fit into environment.max_tokens (1)" in warning
 
 
 def test_samples_without_an_environment_have_no_replies(make_run):

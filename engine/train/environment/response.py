@@ -37,6 +37,8 @@ class Response:
     """Whether the last turn ended by itself; of a finished response, whether that did."""
     tool_calls: int = 0
     failed_calls: int = 0
+    reply_left_out: bool = False
+    """As in :attr:`Turns.reply_left_out`."""
     version: int = 0
     """As in :attr:`Rollout.versions`."""
 
@@ -141,6 +143,7 @@ def rollout_of(
                     r.sampled,
                     r.tool_calls,
                     r.failed_calls,
+                    r.reply_left_out,
                 )
                 for r in responses
             ],

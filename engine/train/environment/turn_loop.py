@@ -159,6 +159,7 @@ class TurnLoop:
         fits = response.reply_tokens + len(answer.ids) <= self._config.max_tokens
         if last or not fits or not self._left(response):
             response.ended = False  # the environment would have gone on
+            response.reply_left_out = not fits
             return False
         response.add_reply(answer.ids, answer.messages)
         return True

@@ -29,6 +29,8 @@ class Turns:
     """Number of tool calls in them."""
     failed_calls: int = 0
     """How many of them failed."""
+    reply_left_out: bool = False
+    """Whether the response ended because a reply did not fit into `environment.max_tokens`."""
 
     @property
     def count(self) -> int:
