@@ -22,6 +22,7 @@ NONFINITE_UPDATES = "policy/nonfinite_updates"
 RESPONSE_LENGTH = "tokens/response_len_mean"
 DISTINCT_2 = "text/distinct_2"
 TRUNCATED = "tokens/truncated_frac"
+REPLIES_LEFT_OUT = "environment/left_out_replies"
 APPROXIMATE_KL = "policy/approxkl_avg"
 EXPLAINED_VARIANCE = "val/explained_var"
 GRADIENT_NORM = "grad_norm"
@@ -270,6 +271,9 @@ METRICS = (
            "`environment.tools` only)", title="failed tool calls"),
     Metric("environment/reply_tokens", "tokens",
            "mean number of tokens in a response that the environment wrote", title="reply tokens"),
+    Metric(REPLIES_LEFT_OUT, "fraction of responses",
+           "responses that ended because a reply did not fit into `environment.max_tokens`",
+           title="replies left out"),
     Metric(
         DISTINCT_2, "fraction",
         "number of distinct pairs of adjacent words over the number of pairs, in the step's "

@@ -407,12 +407,19 @@ class JournalReader:
         Returns:
             The response, with the step of the probe; None if there was no such probe.
         """
+        return next(iter(self.reference_probes(prompt, last=1)), None)
+
+    def reference_probes(self, prompt: str, last: int | None = None) -> list[ProbeResponse]:
+        """The reference's responses to a prompt in the probes with that prompt, newest first."""
         order = "applied_seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "ended"
-        rows = self._db.rows(f"{REFERENCE_PROBES} ORDER BY {order} DESC LIMIT 1", (prompt,))
-        if not rows or rows[0][0] is None:
-            return None
-        response: ProbeResponse = decoded(rows[0][0], ProbeResponse)
-        return msgspec.structs.replace(response, step=rows[0][1])
+        rows = self._db.rows(
+            f"{REFERENCE_PROBES} ORDER BY {order} DESC LIMIT ?", (prompt, limit(last))
+        )
+        return [
+            msgspec.structs.replace(decoded(result, ProbeResponse), step=step)
+            for result, step in rows
+            if result is not None
+        ]
 
     def checkpoints(
         self, statuses: tuple[str, ...] = ("complete", "superseded")

@@ -15,6 +15,7 @@ from engine.examined import examined
 from engine.journal.json_values import Json, decoded
 from engine.journal.turns import Turn, turns_of
 from engine.metrics import CONTRACT
+from engine.protocol.rank_messages import Messages
 
 
 class SessionMeta(Struct, frozen=True, kw_only=True):
@@ -342,6 +343,9 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     replies: list[tuple[int, int]] | None = None
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment, and in sessions of earlier versions."""
+    messages: Messages | None = None
+    """Of a conversation with an environment; None for others, for responses to held-out prompts,
+    and in sessions of earlier versions."""
     judgement: Judgement | None = None
     """None if there is no judgement, or if it was not read."""
     left: bool = False
@@ -370,7 +374,7 @@ class SampleRow(Struct, frozen=True, kw_only=True):
         row: Json = {
             name: getattr(self, name)
             for name in self.__struct_fields__
-            if name not in ("judgement", "left", "held_out")
+            if name not in ("messages", "judgement", "left", "held_out")
         }
         return row | {"label": self.label, "note": self.note}
 
@@ -384,8 +388,18 @@ class ProbeResponse(Struct, frozen=True, kw_only=True):
     """KL to the reference in nats, summed over the response."""
     length: int = 0
     """Tokens."""
+    replies: list[tuple[int, int]] | None = None
+    """Start and end of each reply of the environment in the response, in characters; None without
+    an environment."""
+    messages: Messages | None = None
+    """Of a conversation with an environment; None for others."""
     step: int | None = None
     """The step of the probe, None if unknown."""
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The response in parts: the policy's turns and the replies between them."""
+        return turns_of(self.response, self.replies)
 
 
 class ProbeResult(Struct, frozen=True, kw_only=True):

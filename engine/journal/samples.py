@@ -13,7 +13,7 @@ from engine.journal.history.views import sample_views, views_of
 from engine.journal.json_values import decoded
 from engine.journal.judgements.labels import LabelReader, Response, attach
 from engine.journal.rows import Judgement, SampleRow
-from engine.protocol.rank_messages import TokenArrays
+from engine.protocol.rank_messages import Messages, TokenArrays
 from engine.session.folder import SessionFolder
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
@@ -276,7 +276,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
     """Builds a row from `SAMPLE_COLUMNS`, optionally followed by label, note, who and time."""
     (
         step, index, attempt, prompt, response, score, kl, length, ended, parts, version, replies,
-        *judged,
+        messages, *judged,
     ) = row  # fmt: skip
     judgement = None
     if judged and judged[2] is not None:
@@ -287,6 +287,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
         kl=kl, length=length, ended=bool(ended), parts=decoded(parts, dict[str, float | None]),
         weights_version=version,
         replies=None if replies is None else decoded(replies, list[tuple[int, int]]),
+        messages=None if messages is None else decoded(messages, Messages),
         judgement=judgement, left=left, held_out=held_out,
     )  # fmt: skip
 

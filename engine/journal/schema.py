@@ -121,17 +121,25 @@ SAMPLES: list[str] = [
     ALTER TABLE evaluated ADD COLUMN replies TEXT;
     ALTER TABLE evaluated_past ADD COLUMN replies TEXT;
     """,
+    # Prompt and response of a conversation with an environment as messages, as JSON; else NULL. Not
+    # of responses to held-out prompts, which are not judged.
+    """
+    ALTER TABLE samples ADD COLUMN messages TEXT;
+    ALTER TABLE samples_past ADD COLUMN messages TEXT;
+    ALTER TABLE evaluated ADD COLUMN messages TEXT;
+    ALTER TABLE evaluated_past ADD COLUMN messages TEXT;
+    """,
 ]
 
 EVALUATED_ARE_KEPT = 2
 """The version of samples.db from which it holds the responses to held-out prompts."""
-ADDED_COLUMNS = {"weights_version": 3, "replies": 4}
+ADDED_COLUMNS = {"weights_version": 3, "replies": 4, "messages": 5}
 """Each column that was added to the tables of responses, and the version of samples.db since which
 they have it."""
 
 SAMPLE_COLUMNS = (
     "step, idx, attempt, prompt, response, score, kl, length, ended, parts, weights_version, "
-    "replies"
+    "replies, messages"
 )
 """The columns that both tables of responses have, with and without `_past`."""
 

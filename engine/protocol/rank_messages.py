@@ -80,7 +80,17 @@ class Sample(Struct, frozen=True, kw_only=True):
     replies: list[tuple[int, int]] | None = None
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment."""
+    messages: "Messages | None" = None
+    """Of a conversation with an environment; None for others."""
     arrays: "TokenArrays | None" = None
+
+
+class Messages(Struct, frozen=True):
+    """A prompt and its response as chat messages, with `role` and `content`."""
+
+    prompt: list[dict[str, str]]
+    response: list[dict[str, str]]
+    """Those of the policy and of its environment."""
 
 
 class TokenArrays(Struct, frozen=True, kw_only=True):

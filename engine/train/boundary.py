@@ -156,7 +156,8 @@ class Boundary:
         if error is None:
             return
         step, reason = self._run.state.step, str(error)
-        log.error("%s", "\n".join(filter(None, [reason, error.trace])))
+        if self._run.ranks.is_lead:  # the error is that of all ranks
+            log.error("%s", "\n".join(filter(None, [reason, error.trace])))
         if self._end_reason() is not None:
             self._link.send(Notice(step=step, rule=REWARD_FAILED, text=reason))
             return

@@ -20,7 +20,7 @@ from engine.launch.environment import ranks_per_node
 from engine.memory.advice import shortage
 from engine.memory.estimate import estimate
 from engine.memory.model import Estimate, configured
-from engine.metrics import PEAK_MEMORY, PHASES, STEP_TIME, phase_time
+from engine.metrics import PEAK_MEMORY, PHASES, REPLIES_LEFT_OUT, STEP_TIME, phase_time
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
 from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
@@ -134,6 +134,11 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
         raise RlhfError(
             f"{name}: the probability ratio is {ratio:.4g} before the "
             "first update, not 1: this architecture cannot be trained safely here"
+        )
+    if left_out := first.get(REPLIES_LEFT_OUT):
+        warnings.append(
+            f"{100 * left_out:.0f} % of the responses ended because a reply did not fit into "
+            f"environment.max_tokens ({config.environment.max_tokens})"
         )
     run.state.step = 1
     run.config = replace(run.config, ppo=replace(run.config.ppo, epochs=config.ppo.epochs))

@@ -124,7 +124,10 @@ def turn_lines(result: CheckResult) -> list[str]:
 
 def sample_lines(sample: CheckedSample) -> list[str]:
     """The lines of a response with its prompt; each reply of an environment is on its own line."""
-    lines = [f"prompt    {one_line(sample.prompt, LONGEST_TEXT)}"]
+    prompt = one_line(sample.prompt)
+    if len(prompt) > LONGEST_TEXT:  # the beginning may be a description of tools
+        prompt = f"…{prompt[1 - LONGEST_TEXT :]}"
+    lines = [f"prompt    {prompt}"]
     for turn in turns_of(sample.response, sample.replies):
         name = "reply" if turn.is_reply else "response"
         lines.append(f"{name:<8}  {one_line(turn.text, LONGEST_TEXT)}")

@@ -92,8 +92,12 @@ def export(
         say(f"wrote {fmt.plural(len(rows), 'sample')} to {samples}")
     if preferences is not None:
         found = preference_pairs(session)
-        _write_lines(preferences, (msgspec.structs.asdict(pair) for pair in found))
-        say(f"wrote {fmt.plural(len(found), 'pair')} to {preferences}")
+        _write_lines(preferences, (msgspec.structs.asdict(pair) for pair in found.pairs))
+        left_out = f"; {found.left_out} left out, whose messages are not recorded"
+        say(
+            f"wrote {fmt.plural(len(found.pairs), 'pair')} to {preferences}"
+            + (left_out if found.left_out else "")
+        )
 
 
 def _export_policy(

@@ -12,6 +12,7 @@ import click
 
 from engine.config import file as config_file
 from engine.config.recipes import MICRO_BATCH, RECIPES, for_real_models
+from engine.config.sections.reward import SOURCE_KEYS
 from engine.config.yaml_comments import commented
 from engine.errors import ConfigError, UserInputError
 from engine.launch.environment import torch_is_built_for_gpus
@@ -30,6 +31,8 @@ PROMPT = "prompt"
 """The column that is used if none is given."""
 IN_ITS_PLACE = ({"chosen", "rejected"}, {"messages"})
 """Columns from which a prompt is taken if there is no such column; see docs/data.md."""
+REWARD_KEYS = tuple(f"reward.{key}=" for key in (*SOURCE_KEYS, "mix"))
+"""Beginnings of overrides with the origin of a score."""
 FUNCTION = re.compile(r"(?!starter:)[\w.]+:\w+")
 """A reward that is a Python function."""
 
@@ -61,7 +64,7 @@ def init(
     if reward_model is not None and reward_function is not None:
         raise UserInputError("give one of --reward-model and --reward-function")
     given = {"policy": policy, "prompts": prompts}
-    if reward_function is None:
+    if reward_function is None and not _name_a_reward(overrides):
         given["reward_model"] = reward_model
     answers = asked(given, overrides)
     if not any(word.startswith("data.") for word in overrides):
@@ -102,9 +105,17 @@ def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str,
     return answers
 
 
+def _name_a_reward(overrides: tuple[str, ...]) -> bool:
+    """Whether overrides say where the scores come from."""
+    return any(word.startswith(REWARD_KEYS) for word in overrides)
+
+
 def usable(name: str, overrides: tuple[str, ...], answer: str) -> str:
     """Returns the answer. Raises UsageError, upon which click asks again, if it cannot be used."""
-    tree = configuration("ppo", STARTER | {name: answer}, None, None)
+    answers = STARTER | {name: answer}
+    if _name_a_reward(overrides):
+        del answers["reward_model"]
+    tree = configuration("ppo", answers, None, None)
     try:
         check_inputs(config_file.from_mapping(tree, Path.cwd(), overrides))
     except ConfigError as error:
@@ -153,13 +164,14 @@ def configuration(
         gpu = torch_is_built_for_gpus() and gpu_count() > 0
         settings = for_real_models(settings, gpu=gpu)
     data = {"prompts": answers["prompts"]} | ({"column": column} if column else {})
-    if function is None and FUNCTION.fullmatch(answers["reward_model"]):
-        function = answers["reward_model"]
-    source = {"function": function} if function else {"model": answers["reward_model"]}
+    model = answers.get("reward_model")
+    if model is not None and FUNCTION.fullmatch(model):
+        function, model = model, None
+    source = {"function": function, "model": None if function else model}
     tree = {
         "model": {"policy": answers["policy"]} | settings.get("model", {}),
         "data": data,
-        "reward": source | settings.get("reward", {}),
+        "reward": {k: v for k, v in source.items() if v} | settings.get("reward", {}),
     }
     return tree | {k: dict(v) for k, v in settings.items() if k not in tree}
 

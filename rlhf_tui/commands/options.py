@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from engine.errors import NoSuchSessionError, UserInputError
+from engine.journal.turns import Turn
 from engine.session.command_line import SESSIONS_VARIABLE, sessions_folder
 from engine.session.folder import SessionFolder, all_sessions, find
 from engine.session.registry import live_sessions
@@ -189,6 +190,14 @@ def say(*pieces: str | tuple[str, Tone]) -> None:
         text = sanitise(text)
         words.append(click.style(text, fg=COLOURS[tone]) if coloured and tone else text)
     click.echo("".join(words))
+
+
+def say_turns(before: str, turns: Sequence[Turn]) -> None:
+    """Prints a response, each turn on a line of its own; `before` is on the line of the first."""
+    first, *rest = turns
+    say(f"  {before}{one_line(first.text)}")
+    for turn in rest:
+        say(f"  {'reply ' if turn.is_reply else 'policy'}│{one_line(turn.text)}")
 
 
 def show_wait(text: str) -> None:

@@ -15,6 +15,7 @@ from engine.config.yaml_document import parse_yaml
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.last_reply import last_reply
+from engine.journal.rows import ProbeResult
 from engine.protocol.client import Client, new_id
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import (
@@ -44,6 +45,7 @@ from rlhf_tui.commands.options import (
     name_argument,
     print_json,
     say,
+    say_turns,
     sessions_option,
     utf8_text,
 )
@@ -126,9 +128,11 @@ class CtlCall:
             say(f"applied at step {reply.step}" + (f": {one_line(done)}" if done else ""))
             if isinstance(command, Probe):
                 say(f"prompt: {one_line(command.text)}")
-            for model, result in reply.result.items():
-                score, kl = fmt.number(result["score"]), fmt.number(result["kl"])
-                say(f"{model}: score {score}, KL {kl}\n  {one_line(result['response'])}")
+            if reply.result:
+                probed = ProbeResult.of(reply.result)
+                for model, found in (("policy", probed.policy), ("reference", probed.reference)):
+                    say(f"{model}: score {fmt.number(found.score)}, KL {fmt.number(found.kl)}")
+                    say_turns("", found.turns)
 
 
 class Verbs(click.Group):

@@ -9,6 +9,7 @@ from engine.journal.rows import ProbeResult
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Dialog, MessageLine, text_width
 from rlhf_tui.widgets.lines import Row
+from rlhf_tui.widgets.samples.turns import response_rows
 from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
@@ -86,5 +87,5 @@ class ProbeDialog(TextDialog):
             if found is result.policy:  # the reference's KL to itself is a rounding error
                 numbers += f"  KL {fmt.number(found.kl, 2)}"
             rows += [[], [(f"{name}  ", "strong"), (numbers, "dim")]]
-            rows += [[(x, "")] for x in wrap(found.response, self.width)]
+            rows += response_rows(found.response, found.replies, self.width)
         return rows

@@ -4,6 +4,7 @@ import sqlite3
 import time
 from contextlib import closing
 
+import msgspec
 import pytest
 
 from engine.errors import SessionError, UserInputError
@@ -17,7 +18,7 @@ from engine.journal.judgements.labels import (
 )
 from engine.journal.judgements.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader
-from engine.protocol.rank_messages import StepReport
+from engine.protocol.rank_messages import Messages, StepReport
 from tests.judging import answer, judgements
 
 FROM_REFERENCE = Response(response="the reference's")
@@ -53,7 +54,7 @@ def test_pairs_come_from_preferences_and_from_labels(session):
     set_label(session, "p", answer(3), "bad", "ben")
     set_label(session, "p", answer(4), "hack", "ana")
     set_label(session, "q", answer(5), "bad", "ana")
-    rows = preference_pairs(session)
+    rows = preference_pairs(session).pairs
     assert [(r.source, r.chosen, r.rejected, r.who) for r in rows] == [
         ("pair", "the reference's", "answer 1.0", "ana"),
         ("labels", "answer 2.0", "answer 3.0", "ana and ben"),
@@ -76,11 +77,45 @@ def test_a_pair_tells_where_the_replies_of_an_environment_are(writer):
     set_label(writer.session, "p", other, "good", "ana")
     set_label(writer.session, "p", one, "bad", "ana")
     expected = [([(2, 4)], []), (None, None), (given[3], [(2, 4)])]
-    rows = preference_pairs(writer.session)
+    rows = preference_pairs(writer.session).pairs
     assert [(r.chosen_replies, r.rejected_replies) for r in rows] == expected
     writer.session.samples_file.unlink()
-    rows = preference_pairs(writer.session)
+    rows = preference_pairs(writer.session).pairs
     assert [(r.chosen_replies, r.rejected_replies) for r in rows] == [(None, None)] * 3
+
+
+def test_pairs_of_conversations_are_lists_of_messages(writer):
+    """TRL's conversational format; all rows of a file must have the same."""
+
+    def said(*texts):
+        roles = ["assistant", "tool"] * len(texts)
+        response = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+        return Messages(asked, response)
+
+    asked = [{"role": "user", "content": "p"}]
+    given = [said("a"), said("b", "3", "c"), None]
+    samples = [writer.sample(1, i, prompt="p", messages=one) for i, one in enumerate(given)]
+    writer.journal.record_step(StepReport(step=1, metrics={}, samples=samples, settings={}))
+    probed = said("d", "4", "e")
+    found = {"response": FROM_REFERENCE.response, "messages": msgspec.to_builtins(probed)}
+    writer.order("x", "probe", text="p")
+    writer.journal.commands.apply("x", 1, [], {"policy": {}, "reference": found})
+    with SampleReader(writer.session) as reader:
+        rows = reader.of_step(1)
+    assert [row.messages for row in rows] == given
+    assert "messages" not in rows[0].as_json()
+    one, other, without = map(Response.of, rows)
+    prefer(writer.session, "p", one, other, "ana")
+    prefer(writer.session, "p", FROM_REFERENCE, one, "ana")
+    prefer(writer.session, "p", other, without, "ana")
+    exported = preference_pairs(writer.session)
+    assert [(r.prompt, r.chosen, r.rejected) for r in exported.pairs] == [
+        (asked, given[0].response, given[1].response), (asked, probed.response, given[0].response),
+    ]  # fmt: skip
+    assert exported.left_out == 1
+    # Abandoned branches keep theirs.
+    writer.journal.begin_attempt(0, fresh=True)
+    assert preference_pairs(writer.session) == exported
 
 
 def test_no_pair_is_there_twice_and_preferences_count_before_labels(session):
@@ -89,10 +124,10 @@ def test_no_pair_is_there_twice_and_preferences_count_before_labels(session):
     # The same words once more, at other steps.
     set_label(session, "p", answer(3, response="answer 1.0"), "good", "ana")
     set_label(session, "p", answer(4, response="answer 1.0"), "bad", "ana")
-    (row,) = preference_pairs(session)
+    (row,) = preference_pairs(session).pairs
     assert (row.source, row.chosen, row.rejected) == ("labels", "answer 1.0", "answer 2.0")
     prefer(session, "p", answer(2), answer(1), "ben")
-    (row,) = preference_pairs(session)
+    (row,) = preference_pairs(session).pairs
     assert (row.source, row.chosen, row.who) == ("pair", "answer 2.0", "ben")
 
 
@@ -103,7 +138,7 @@ def test_the_later_judgement_counts_though_the_clock_was_set_back(session, monke
     set_label(session, "p", answer(3, response="answer 1.0"), "bad", "ana")
     set_label(session, "p", answer(4, response="answer 2.0"), "good", "ana")
     prefer(session, "p", answer(5), answer(6), "ana")
-    first, second = preference_pairs(session)
+    first, second = preference_pairs(session).pairs
     assert (first.chosen, first.rejected, first.time) == ("answer 2.0", "answer 1.0", 1000.0)
     assert second.source == "pair"
 

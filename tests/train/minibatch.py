@@ -1,7 +1,10 @@
 """A small policy, a minibatch for it, and the gradient and sums of its update."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from engine.config.schema import RunConfig
@@ -17,6 +20,7 @@ from engine.train.models.language_model import LanguageModel
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
+from engine.train.rollout.conversation import Conversation
 from engine.train.rollout.rollout import Rollout
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
@@ -56,7 +60,29 @@ def make_policy(value):
     return policy.eval()
 
 
-def make_minibatch(policy, left=0, right=0, filler=0):
+def with_replies(rollout):
+    """The rollout with replies of an environment after the first, and before the last token."""
+    generator = torch.Generator().manual_seed(9)
+    places, rows = [], []
+    for i, n in enumerate(RESPONSES):
+        before = {1: 1 + i % 3} | ({n - 1: 2} if n > 2 else {}) if n > 1 else {}
+        row, own = [], []
+        for t, token in enumerate(rollout.ids[i, :n].tolist()):
+            row += torch.randint(32, (before.get(t, 0),), generator=generator).tolist()
+            own.append(len(row))
+            row.append(token)
+        places.append(torch.tensor(own))
+        rows.append(torch.tensor(row))
+    return dataclasses.replace(
+        rollout,
+        conversation=Conversation(
+            pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]),
+            pad_sequence(places, batch_first=True), [],
+        ),
+    )  # fmt: skip
+
+
+def make_minibatch(policy, left=0, right=0, filler=0, *, replies=False):
     """A rollout and targets close to the policy's, with extra padding filled with `filler`."""
     generator = torch.Generator().manual_seed(8)
     n, p, t = len(PROMPTS), max(PROMPTS) + left, max(RESPONSES) + right
@@ -73,6 +99,7 @@ def make_minibatch(policy, left=0, right=0, filler=0):
     batch, cut = PromptBatch([], prompts, torch.tensor(PROMPTS)), torch.zeros(n, dtype=torch.bool)
     texts = [""] * n
     rollout = Rollout(batch, ids, lengths, cut, cut, tables[0], tables[0], tables[1], texts)
+    rollout = with_replies(rollout) if replies else rollout
     with torch.no_grad():
         logprobs, values = score_tokens(policy, rollout, 1.0, MicroBatchLimit(n))
     old = torch.where(mask, logprobs + 0.4 * tables[0], tables[0])

@@ -5,20 +5,23 @@ import dataclasses
 import pytest
 import torch
 
-from engine.errors import CommandRejectedError, UserInputError
+from engine.errors import UserInputError
+from engine.journal.turns import turns_of
 from engine.train.check import check
+from engine.train.environment import environments
 from engine.train.environment.response import Response
 from engine.train.environment.turn_loop import TurnLoop
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
-from engine.train.ppo.metrics import distinct_2
+from engine.train.ppo.metrics import conversation_metrics, distinct_2
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import generate_responses
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import max_response_tokens, max_sequence_tokens
 from engine.train.step import train_step
+from tests.train.arithmetic import CHAT
 from tests.train.repeating import ENVIRONMENT, SCORED, STOPS, Repeating, conversations, respond
 
 
@@ -114,8 +117,13 @@ def test_a_reply_that_does_not_fit_ends_the_response(make_run, tokenizer):
     assert max(turns.count for turns in rollout.conversation.turns) == 2
     for i, turns in enumerate(rollout.conversation.turns):
         assert turns.count < turns.environment.most_turns <= 2 or turns.count <= 2
-        if turns.environment.most_turns == 3 and turns.count == 2:
+        cut = turns.environment.most_turns == 3 and turns.count == 2
+        assert turns.reply_left_out == cut
+        if cut:
             assert not rollout.ended[i]
+    metrics = conversation_metrics(rollout.conversation, rollout)
+    left_out = [turns.reply_left_out for turns in rollout.conversation.turns]
+    assert 0 < metrics["environment/left_out_replies"] == sum(left_out) / len(left_out)
 
 
 def test_the_policy_samples_no_more_tokens_in_all_turns_than_in_one(make_run):
@@ -291,6 +299,34 @@ def test_a_rank_that_waits_for_environments_says_so_after_each_of_them(make_run)
     assert sum(now == total for now, total in done) >= len(heard) + sum(heard)
 
 
+def test_the_other_ranks_are_not_silent_while_rank_0_waits_for_environments(make_run, monkeypatch):
+    monkeypatch.setattr(environments, "WAITING_INTERVAL", 0.0)
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    prompts = run.prompts.for_step(1)
+    sent = []
+
+    class Ranks:
+        def __init__(self, is_lead):
+            self.is_lead = is_lead
+
+        def broadcast_bytes(self, data):
+            if self.is_lead:
+                sent.append(data)
+                return data
+            return sent.pop(0)
+
+    reports = {True: 0, False: 0}
+    for is_lead in reports:
+
+        def waits(is_lead=is_lead):
+            reports[is_lead] += 1
+
+        rank = environments.Environments(run.config, Ranks(is_lead))
+        rank.make(prompts, list(range(len(prompts))), 1, waits)
+    assert reports[False] == reports[True] >= len(prompts)
+    assert not sent
+
+
 def test_an_evaluation_has_conversations_too(make_run):
     run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS, "eval={every: 1, holdout: 4}")
     found = evaluate(run, run.held_out, 1)
@@ -299,16 +335,34 @@ def test_an_evaluation_has_conversations_too(make_run):
     assert again.metrics["eval/score"] == found.metrics["eval/score"]
 
 
-def test_a_probe_is_one_turn(make_run):
-    run, _ = make_run(*ENVIRONMENT, STOPS)
-    found = answer_probe(run, run.prompts.for_step(1)[0].text)
-    assert Repeating.QUESTION not in found["policy"]["response"]
-
-
-def test_a_probe_that_only_an_environment_can_score_is_rejected(make_run):
+def test_a_probe_is_a_conversation_with_an_environment_which_scores_it(make_run):
     run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
-    with pytest.raises(CommandRejectedError, match="no environment"):
-        answer_probe(run, run.prompts.for_step(1)[0].text)
+    found = answer_probe(run, run.prompts.for_step(1)[0].text)
+    assert found["policy"] == found["reference"]
+    assert found["policy"]["replies"]
+    text = found["policy"]["response"]
+    turns = [turn.text for turn in turns_of(text, found["policy"]["replies"])]
+    assert turns[1::2] == [Repeating.QUESTION] * (len(turns) // 2)
+    assert found["policy"]["score"] == pytest.approx(sum(map(len, turns[::2])) / 10)
+    assert found["policy"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert found == answer_probe(run, run.prompts.for_step(1)[0].text)
+
+
+def test_a_probe_on_several_ranks_generates_one_response_that_counts(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS)
+    options = dataclasses.replace(sampling_options(run, 1), per_prompt=1)
+
+    def generate(prompts, options):
+        return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
+
+    one, padded = (
+        TurnLoop(run.config, run.environments, run.tokenizer, ranks, options, 1).generate(
+            run.prompts.for_step(1)[:1], generate
+        )
+        for ranks in (1, 3)
+    )
+    assert padded.texts == one.texts
+    assert len(one.texts) == 1
 
 
 def test_positions_for_the_replies_are_kept_free(make_run):
@@ -339,6 +393,23 @@ def test_samples_tell_where_the_replies_are(make_run):
     assert any(sample.replies for sample in held_out)
 
 
+def test_samples_of_conversations_have_their_messages(make_run):
+    run, _ = make_run(
+        *ENVIRONMENT, *SCORED, STOPS, f"data.chat_template='{CHAT}'", "data.chat=true",
+        "environment.max_tokens=120",
+    )  # fmt: skip
+    rollout = respond(run)
+    _, samples = train_step(run, 1)
+    for sample, prompt, turns in zip(
+        samples, rollout.batch.prompts, rollout.conversation.turns, strict=False
+    ):
+        assert sample.messages.prompt == prompt.messages
+        assert sample.messages.response == turns.messages
+    found = answer_probe(run, "Hello")["policy"]["messages"]
+    assert found["prompt"] == [{"role": "user", "content": "Hello"}]
+    assert [m["role"] for m in found["response"]][:2] in (["assistant"], ["assistant", "user"])
+
+
 def test_check_tells_where_the_replies_are_and_counts_turns(make_run):
     run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS)
     result = check(run.config)
@@ -350,8 +421,15 @@ def test_check_tells_where_the_replies_are_and_counts_turns(make_run):
     assert len(found) == 2
 
 
+def test_check_tells_that_replies_do_not_fit(make_run):
+    run, _ = make_run(*ENVIRONMENT, *SCORED, STOPS, "environment.max_tokens=1")
+    (warning,) = [text for text in check(run.config).warnings if "max_tokens" in text]
+    assert "ended because a reply did not fit into environment.max_tokens (1)" in warning
+
+
 def test_samples_without_an_environment_have_no_replies(make_run):
     run, _ = make_run()
     _, samples = train_step(run, 1)
     assert {sample.replies for sample in samples} == {None}
+    assert {sample.messages for sample in samples} == {None}
     assert samples[0].arrays.before_replies == []

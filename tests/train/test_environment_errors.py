@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-from engine.train.environment import environments
+from engine.errors import CommandRejectedError
+from engine.train.environment import calls
 from engine.train.environment.environments import checked_reply
+from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
 from engine.train.step import train_step
 from tests.train.arithmetic import CHAT
@@ -88,6 +90,16 @@ def test_a_reply_can_be_of_a_subclass_of_text():
     assert (said, type(said)) == ("Hey", str)
 
 
+def test_a_probe_whose_environment_fails_is_rejected(make_run, tmp_path):
+    (tmp_path / "refusing.py").write_text(f"class Wrong:\n    {WRONG['raises'][0]}\n")
+    run, _ = make_run(
+        "environment.factory=refusing:Wrong", f"environment.path={tmp_path}",
+        "environment.max_tokens=8",
+    )  # fmt: skip
+    with pytest.raises(CommandRejectedError, match=r"a probe cannot be answered: .* no game"):
+        answer_probe(run, run.prompts.for_step(1)[0].text)
+
+
 SCORING = """
 class Scoring:
     def reply(self, text):
@@ -158,7 +170,7 @@ def test_an_environment_that_takes_long_is_told_while_it_is_waited_for(
         f"environment.factory={name}:Waiting", f"environment.path={tmp_path}",
         f"environment.concurrency={concurrency}", "environment.max_tokens=8",
     )  # fmt: skip
-    monkeypatch.setattr(environments, "LONG_CALL", 0.1)
+    monkeypatch.setattr(calls, "LONG_CALL", 0.1)
     records = []
 
     class Telling(logging.Handler):
@@ -174,5 +186,35 @@ def test_an_environment_that_takes_long_is_told_while_it_is_waited_for(
         logging.getLogger("engine").removeHandler(handler)
     (text,) = records
     assert text.startswith(
-        f"environment '{name}:Waiting' at turn 1 of step 1 takes more than 0 s (called with '"
+        f"environment '{name}:Waiting' at turn 1 of step 1 has not returned for 1 s (called with '"
     )
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("where", ["__init__(self)", "reply(self, text)"])
+def test_a_call_that_does_not_return_in_time_is_told_with_where_it_is(
+    make_run, tmp_path, where, concurrency
+):
+    name = f"hanging_{where[2]}_{concurrency}"
+    corrected = "class Hanging:\n    def reply(self, text):\n        return None\n"
+    (tmp_path / f"{name}.py").write_text(
+        "import threading\nend = threading.Event()\n"
+        + corrected
+        + f"    def {where}:\n        end.wait()  # here\n"
+    )
+    run, _ = make_run(
+        f"environment.factory={name}:Hanging", f"environment.path={tmp_path}",
+        f"environment.concurrency={concurrency}", "environment.max_tokens=8",
+        "environment.timeout=0.5",
+    )  # fmt: skip
+    limit = r"no return within 0\.5 s, the limit of environment\.timeout \(called with '"
+    try:
+        with pytest.raises(RewardCallError, match=limit) as raised:
+            respond(run)
+        assert str(raised.value).startswith(f"environment '{name}:Hanging' at ")
+        assert "end.wait()  # here" in raised.value.trace
+        assert "call_each" not in raised.value.trace
+    finally:
+        sys.modules[name].end.set()
+    (tmp_path / f"{name}.py").write_text(corrected)
+    assert len(respond(run).texts) == run.config.rollout.batch_size  # the file is read again

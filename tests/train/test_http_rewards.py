@@ -20,6 +20,7 @@ from engine.train.rewards.source import (
     RewardCallError,
     RewardInputs,
 )
+from engine.train.rollout.conversation import Turns
 from tests.reward_service import RewardService, lengths, reply
 from tests.train.reward_inputs import TEXTS
 
@@ -82,6 +83,20 @@ def test_a_conversation_is_sent_as_its_messages(service, mix, inputs):
     chat = RewardInputs(batch_prompts(prompts, 1, 0), inputs.ids, TEXTS, inputs.eos, 1)
     scores(mix(service=service.url, batch_size=8), chat)
     assert service.requests[0]["prompts"] == [messages] * 3
+    assert service.requests[0]["messages"] == [
+        [{"role": "assistant", "content": text}] for text in TEXTS
+    ]
+
+
+def test_a_conversation_is_sent_with_the_messages_of_its_environment(service, mix, inputs):
+    both = [{"role": "assistant", "content": "1?"}, {"role": "user", "content": "No."}]
+    prompts = [Prompt([1], "The film", {}), Prompt([1], "<user>The film", {}, both[1:])]
+    chat = RewardInputs(
+        batch_prompts(prompts, 1, 0), inputs.ids[:2], TEXTS[:2], [True, True], 1,
+        turns=[Turns([], []), Turns(both, [(2, 5)])],
+    )  # fmt: skip
+    scores(mix(service=service.url, batch_size=8), chat)
+    assert service.requests[0]["messages"] == [None, both]
 
 
 def test_a_service_may_leave_responses_without_a_score(service, mix, inputs):

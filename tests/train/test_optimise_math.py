@@ -34,12 +34,16 @@ def slow_outputs(policy, rollout, i, temperature):
     """[(log π, V, entropy)] of row i's tokens as scalars: one row, no padding, no cache."""
     n, p = RESPONSES[i], PROMPTS[i]
     prompt = rollout.batch.ids[i, rollout.batch.ids.shape[1] - p :]
-    ids = torch.cat([prompt, rollout.ids[i, :n]])
+    after, places = rollout.ids[i, :n], range(n)
+    if (conversation := rollout.conversation) is not None:
+        after = conversation.ids[i, : conversation.lengths[i]]
+        places = conversation.positions[i, :n].tolist()
+    ids = torch.cat([prompt, after])
     hidden = policy.lm.model(ids[None]).last_hidden_state[0]
     trunk = policy.value_trunk
     value_hidden = hidden if trunk is None else trunk(ids[None]).last_hidden_state[0]
     outputs = []
-    for t in range(n):
+    for t in places:
         logits = policy.lm.lm_head(hidden[p + t - 1]) / temperature
         top = logits.max()
         logprobs = logits - top - sum((x - top).exp() for x in logits).log()
@@ -237,6 +241,34 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
     monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
     policy.lm.lm_head.register_forward_hook(few_logits)
     assert_same(fast(policy, minibatch, config, rows), want)
+
+
+@pytest.mark.parametrize("value", ["shared", "separate", None])
+@pytest.mark.parametrize(
+    "of_ppo",
+    [
+        {"value_clip": 0.3, "micro_batch_by": "tokens"},
+        {"loss_aggregation": "sequence", "kl": KLConfig(beta=0.5, **K3), "entropy_coef": 0.1},
+        {"ratio": "sequence_mean", "clip_range": 0.02, "loss_aggregation": "sequence_sum"},
+    ],
+    ids=["by tokens", "sequence mean, k3, entropy", "mean ratio, sum"],
+)
+def test_the_gradient_of_responses_with_replies_is_that_of_the_policys_tokens(
+    value, of_ppo, monkeypatch
+):
+    policy, config = make_policy(value), run_config(**of_ppo)
+    minibatch = make_minibatch(policy, replies=True)
+    loss, sums = slow_sums(policy, *minibatch, ALL, config)
+    assert sums.tokens == sum(RESPONSES)
+    loss.backward()
+    want = gradients(policy), sums
+    for size in (1, 3, 7):
+        sized = msgspec.structs.replace(
+            config, ppo=msgspec.structs.replace(config.ppo, micro_batch_size=size)
+        )
+        assert_same(fast(policy, minibatch, sized), want)
+    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
+    assert_same(fast(policy, minibatch, config), want)
 
 
 def test_a_minibatchs_gradient_is_the_token_weighted_mean_over_its_parts():

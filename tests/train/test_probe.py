@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
 from engine.errors import CommandRejectedError
-from engine.train.reports.probe import answer_probe
+from engine.train.reports.probe import answer_probe, probed_prompt
+from tests.train.arithmetic import CHAT
 
 
 def test_a_probe_that_a_reward_function_cannot_score_is_rejected(make_run, tmp_path, monkeypatch):
@@ -49,3 +50,22 @@ def test_a_probe_is_rejected_that_has_too_many_tokens_for_the_positions_of_the_m
     rejects = pytest.raises(CommandRejectedError, match="1 to 54 tokens, not 55")
     with rejects if tokens > 54 else nullcontext():
         answer_probe(run, text)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_probe_of_a_run_with_conversations_is_a_message(make_run, chat):
+    run, _ = make_run(*([f"data.chat_template='{CHAT}'", "data.chat=true"] if chat else []))
+    found = probed_prompt(run, "hello there")
+    assert found.text == ("<user>hello there<end><assistant>" if chat else "hello there")
+    assert found.messages == ([{"role": "user", "content": "hello there"}] if chat else None)
+    known = run.prompts.for_step(1)[0]
+    for text in {known.text, known.plain}:
+        assert probed_prompt(run, text) == known
+    rendered = f"{run.tokenizer.bos_token}<user>hello"
+    assert probed_prompt(run, rendered).text == rendered
+
+
+def test_a_probe_with_a_held_out_prompt_has_its_tokens(make_run):
+    run, _ = make_run("eval={every: 1, holdout: 4}")
+    held_out = run.held_out.prompts[0]
+    assert probed_prompt(run, held_out.text) is held_out

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from engine import starter
 from engine.config import file as config_file
@@ -14,6 +15,8 @@ from engine.train.environment.environments import Environments
 from engine.train.environment.tool_calls import ToolCall
 from engine.train.environment.tools import Tools
 from engine.train.experience.generation import generate_rollout
+from engine.train.ppo.metrics import conversation_metrics
+from engine.train.rollout.rollout import replace_rows
 from engine.train.step import train_step
 from tests.train.arithmetic import CHAT, CHATTING, FOLDER, Game
 
@@ -186,6 +189,18 @@ def test_the_policy_is_told_about_tools_and_gets_their_results(make_run):
     metrics, _ = train_step(run, 2)
     assert metrics["environment/tool_calls"] >= 1
     assert metrics["environment/failed_calls"] == 1
+
+
+def test_the_calls_of_responses_that_were_replaced_do_not_count(make_run):
+    run, _ = make_run(*CHATTING)
+    first, other = (generate_rollout(run, n, lambda _done, _total: None) for n in (1, 2))
+    mixed = replace_rows(first, torch.tensor([0, 3]), other, torch.tensor([2, 1]))
+    metrics = conversation_metrics(mixed.conversation, mixed)
+    assert metrics["environment/tool_calls"] == metrics["environment/turns"]  # each turn is a call
+    assert (
+        metrics["environment/turns"]
+        != conversation_metrics(first.conversation, first)["environment/turns"]
+    )
 
 
 def test_the_same_environment_has_tools_and_scores(make_run):

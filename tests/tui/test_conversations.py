@@ -20,7 +20,13 @@ from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.heat import HeatScale
-from rlhf_tui.widgets.samples.sample_view import VIEWS, SampleView, body
+from rlhf_tui.widgets.samples.sample_view import (
+    END_OF_PROMPT,
+    LONG_PROMPT,
+    VIEWS,
+    SampleView,
+    body,
+)
 from rlhf_tui.widgets.samples.turns import MARK
 from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.table import Table
@@ -102,6 +108,25 @@ def test_replies_stand_between_the_tokens_without_values(mode):
     assert tones == {scale.tone(0.1)}
 
 
+@pytest.mark.parametrize("mode", VIEWS[:2])
+def test_of_a_long_prompt_the_end_is_before_the_response_and_all_of_it_after(mode):
+    def shown(count):
+        prompt = "\n".join(f"line {i}" for i in range(count))
+        return text(body(conversation(prompt=prompt), arrays(), mode, 60))
+
+    lines = shown(LONG_PROMPT + 1)
+    response = next(i for i, line in enumerate(lines) if "It is slow." in line)
+    before, after = lines[:response], lines[response:]
+    assert [line for line in before if line.startswith(("line", "…"))] == [
+        f"… {LONG_PROMPT + 1 - END_OF_PROMPT} lines, see below",
+        *(f"line {i}" for i in range(LONG_PROMPT + 1 - END_OF_PROMPT, LONG_PROMPT + 1)),
+    ]
+    assert after[after.index("PROMPT") + 1 :] == [f"line {i}" for i in range(LONG_PROMPT + 1)]
+    lines = shown(LONG_PROMPT)
+    assert lines.count("PROMPT") == 1
+    assert sum(line.startswith("line") for line in lines) == LONG_PROMPT
+
+
 def test_token_values_without_positions_of_replies_are_shown_nevertheless():
     lines = text(body(conversation(), arrays(before=99), "KL", 60))
     assert any("It is slow. It has no end." in line for line in lines)
@@ -147,11 +172,13 @@ def test_only_the_words_of_the_policy_are_compared(width):
     assert all(cell_len(line) <= width for line in lines if "OTHER" not in line)
 
 
-def test_a_conversation_is_compared_with_the_reference_of_one_turn():
-    rows = compared(conversation(), ProbeResponse(response=" It is slow.", length=3, step=2))
-    assert "".join(toned(rows, "mine")) == "It has no end.only in this"
-    assert toned(rows, "theirs") == ["only in other"]
-    assert "".join(text(rows)).count("turns") == 1
+def test_a_conversation_is_compared_with_that_of_the_reference():
+    text_of_both = " It is slow. Go on. It ends."
+    found = ProbeResponse(response=text_of_both, length=6, step=2, replies=[(12, 19)])
+    rows = compared(conversation(), found)
+    assert "│ Go on." in "".join(text(rows))
+    assert "ends." in toned(rows, "theirs")
+    assert "".join(text(rows)).count("2 turns") == 2
 
 
 def test_on_one_line_a_reply_is_between_marks():
@@ -191,6 +218,14 @@ def test_check_prints_each_turn_on_a_line_of_its_own():
         "reply      Why?",
         "response   So.  (0.500)",
     ]
+
+
+def test_check_prints_the_end_of_a_long_prompt():
+    checked = CheckedSample("tools " * 100 + "Who?", "I.", 0.5)
+    prompt = sample_lines(checked)[0]
+    assert prompt.startswith("prompt    …")
+    assert prompt.endswith("tools Who?")
+    assert len(prompt) == len("prompt    ") + 200
 
 
 @pytest.fixture

@@ -41,6 +41,18 @@ def test_the_recipes_in_the_package_are_the_examples():
         assert RECIPES[name].file.read_bytes() == path.read_bytes(), f"{name}: run make docs"
 
 
+def test_an_override_with_another_reward_takes_the_place_of_the_starter_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "game.py").write_text("class Game: ...\n")
+    file = tmp_path / "run.yaml"
+    keys = ("environment.factory=game:Game", "reward.environment=score")
+    write(file, *(word for key in keys for word in ("-o", key)))
+    reward = config_file.load(file).reward
+    assert (reward.environment, reward.model) == ("score", None)
+    for name, answer in (("prompts", "starter:prompts"), ("policy", "starter:policy")):
+        assert init_module.usable(name, keys, answer) == answer
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_is_written_is_the_recipe_with_a_comment_on_each_key(tmp_path, recipe):
     file = tmp_path / "run.yaml"

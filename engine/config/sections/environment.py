@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from engine.config.sections.base import Count, PathOrName, Section
+from engine.config.sections.base import Count, PathOrName, Seconds, Section
 
 
 class EnvironmentConfig(Section, frozen=True):
@@ -32,6 +32,9 @@ class EnvironmentConfig(Section, frozen=True):
     """Role of a reply of `factory` in a conversation, for the chat template."""
     concurrency: Annotated[int, Meta(ge=1, le=1024)] = 8
     """How many environments are called at the same time, each in a thread of its own."""
+    timeout: Seconds = 600.0
+    """Seconds that a call of `factory` or `reply`, or all tool calls of a turn, may take. Otherwise
+    the run pauses before the step and shows the call."""
 
     @property
     def replies(self) -> bool:

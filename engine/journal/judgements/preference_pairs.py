@@ -1,26 +1,31 @@
 """The export of preferences: pairs of a chosen and a rejected response to the same prompt.
 
-The columns `prompt`, `chosen` and `rejected` are those that trainers such as TRL's DPO read.
-Further columns hold the operator, the time, and the origin of each response and of its parts.
+The columns `prompt`, `chosen` and `rejected` are those that trainers such as TRL's DPO read: texts,
+or lists of messages if the responses are conversations with an environment. Further columns hold
+the operator, the time, and the origin of each response and of its parts.
 """
 
+from dataclasses import dataclass
+
 import msgspec
+from msgspec.structs import replace
 
 from engine.errors import SessionError
 from engine.journal.judgements.labels import JudgedResponse, LabelReader, Response
+from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader
+from engine.protocol.rank_messages import Messages
 from engine.session.folder import SessionFolder
 
 WORSE = ("bad", "hack")
-_Replies = dict[Response, list[tuple[int, int]]]
 
 
 class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
     """One row of an export; the fields are the columns, in order."""
 
-    prompt: str
-    chosen: str
-    rejected: str
+    prompt: str | list[dict[str, str]]
+    chosen: str | list[dict[str, str]]
+    rejected: str | list[dict[str, str]]
     source: str
     """`pair`: from a comparison of the two; `labels`: from the labels of each."""
     who: str
@@ -34,11 +39,20 @@ class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
     rejected_index: int | None
     chosen_replies: list[tuple[int, int]] | None
     """Start and end of each reply of an environment in the response, in characters. None without an
-    environment, for a response of the reference, or if the response is not recorded any more."""
+    environment, in a list of messages, and if the response is not recorded any more."""
     rejected_replies: list[tuple[int, int]] | None
 
 
-def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
+@dataclass(frozen=True)
+class ExportedPairs:
+    """The pairs of a session."""
+
+    pairs: list[PreferencePair]
+    left_out: int = 0
+    """Pairs of which only the text is recorded, while those of the others are messages."""
+
+
+def preference_pairs(session: SessionFolder) -> ExportedPairs:
     """All preference pairs of a session, each once, in the order of the judgements.
 
     A pair is either a recorded preference (`source` "pair"), or a response labelled good and one
@@ -49,25 +63,32 @@ def preference_pairs(session: SessionFolder) -> list[PreferencePair]:
         SessionError: there is no pair; the message explains how to make one.
         JournalError: the judgements or the responses cannot be read.
     """
-    with LabelReader(session) as labels, SampleReader(session) as samples:
+    with LabelReader(session) as labels:
         preferences, judged = labels.preferences(), list(labels.judgements().values())
-        replies = samples.replies_of_judged()
     rows = [
-        (p.order, _pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time, replies))
-        for p in preferences
+        (p.order, _Pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time)) for p in preferences
     ]
-    rows += _labelled(judged, replies)
+    rows += _labelled(judged)
     if not rows:
         raise SessionError(_no_pairs(session, judged))
-    unique: dict[tuple[str, frozenset[str]], tuple[float, PreferencePair]] = {}
+    unique: dict[tuple[str, frozenset[str]], tuple[float, _Pair]] = {}
     for order, row in sorted(rows, key=lambda r: (r[1].source != "pair", -r[0])):
-        unique.setdefault((row.prompt, frozenset((row.chosen, row.rejected))), (order, row))
-    return [row for _, row in sorted(unique.values(), key=lambda r: r[0])]
+        texts = frozenset((row.chosen.response, row.rejected.response))
+        unique.setdefault((row.prompt, texts), (order, row))
+    return _exported(session, [row for _, row in sorted(unique.values(), key=lambda r: r[0])])
 
 
-def _labelled(
-    judged: list[JudgedResponse], replies: _Replies
-) -> list[tuple[float, PreferencePair]]:
+@dataclass(frozen=True)
+class _Pair:
+    source: str
+    prompt: str
+    chosen: Response
+    rejected: Response
+    who: str
+    time: float
+
+
+def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, _Pair]]:
     """The pairs that follow from labels, each with the order of its later label."""
     worse: dict[str, list[JudgedResponse]] = {}
     for response in judged:
@@ -76,10 +97,10 @@ def _labelled(
     return [
         (
             max(good.order, bad.order),
-            _pair(
+            _Pair(
                 "labels", good.prompt, good.response, bad.response,
                 " and ".join(dict.fromkeys((good.judgement.who, bad.judgement.who))),
-                max(good, bad, key=lambda j: j.order).judgement.time, replies,
+                max(good, bad, key=lambda j: j.order).judgement.time,
             ),
         )
         for good in judged
@@ -89,21 +110,62 @@ def _labelled(
     ]  # fmt: skip
 
 
-def _pair(
-    source: str,
-    prompt: str,
-    chosen: Response,
-    rejected: Response,
-    who: str,
-    time: float,
-    replies: _Replies,
-) -> PreferencePair:
+@dataclass(frozen=True)
+class _Recorded:
+    """What is recorded of a response beside its text."""
+
+    replies: list[tuple[int, int]] | None = None
+    messages: Messages | None = None
+
+
+def _exported(session: SessionFolder, pairs: list[_Pair]) -> ExportedPairs:
+    """The rows of pairs; those of conversations are messages if any of the pairs has them."""
+    with SampleReader(session) as samples:
+        found = {Response.of(row): _Recorded(row.replies, row.messages) for row in samples.judged()}
+    probed = _probed(
+        session, {p.prompt for p in pairs if None in (p.chosen.attempt, p.rejected.attempt)}
+    )
+
+    def recorded(pair: _Pair, response: Response) -> _Recorded:
+        if response.attempt is None:
+            return probed.get((pair.prompt, response.response), _Recorded())
+        return found.get(response, _Recorded())
+
+    of_pairs = [(p, recorded(p, p.chosen), recorded(p, p.rejected)) for p in pairs]
+    rows = [_row(*of_pair) for of_pair in of_pairs]
+    as_messages = [
+        replace(
+            row, prompt=chosen.messages.prompt, chosen=chosen.messages.response,
+            rejected=rejected.messages.response, chosen_replies=None, rejected_replies=None,
+        )
+        for row, (_, chosen, rejected) in zip(rows, of_pairs, strict=True)
+        if chosen.messages is not None and rejected.messages is not None
+    ]  # fmt: skip
+    if as_messages:
+        return ExportedPairs(as_messages, len(rows) - len(as_messages))
+    return ExportedPairs(rows)
+
+
+def _probed(session: SessionFolder, prompts: set[str]) -> dict[tuple[str, str], _Recorded]:
+    """What is recorded of the reference's responses to probes, by prompt and response."""
+    if not prompts:
+        return {}
+    with JournalReader(session) as journal:
+        return {
+            (prompt, probe.response): _Recorded(probe.replies, probe.messages)
+            for prompt in prompts
+            for probe in journal.reference_probes(prompt)
+        }
+
+
+def _row(pair: _Pair, chosen: _Recorded, rejected: _Recorded) -> PreferencePair:
+    one, other = pair.chosen, pair.rejected
     return PreferencePair(
-        prompt=prompt, chosen=chosen.response, rejected=rejected.response, source=source,
-        who=who, time=time, chosen_attempt=chosen.attempt, chosen_step=chosen.step,
-        chosen_index=chosen.index, rejected_attempt=rejected.attempt,
-        rejected_step=rejected.step, rejected_index=rejected.index,
-        chosen_replies=replies.get(chosen), rejected_replies=replies.get(rejected),
+        prompt=pair.prompt, chosen=one.response, rejected=other.response, source=pair.source,
+        who=pair.who, time=pair.time, chosen_attempt=one.attempt, chosen_step=one.step,
+        chosen_index=one.index, rejected_attempt=other.attempt,
+        rejected_step=other.step, rejected_index=other.index,
+        chosen_replies=chosen.replies, rejected_replies=rejected.replies,
     )  # fmt: skip
 
 

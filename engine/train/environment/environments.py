@@ -4,9 +4,8 @@ import contextlib
 import copy
 import inspect
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,21 +15,37 @@ from engine.errors import LinkError, UserInputError, error_text, shortened, trac
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
+from engine.train.environment.calls import CallTimeoutError, call_each
 from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.calls import SHOWN_MESSAGE
 from engine.train.rewards.scores import shown
 from engine.train.rewards.source import RewardCallError
-from engine.train.user_function import UserFunction, forks_ended
+from engine.train.user_function import UserFunction
 
 log = logging.getLogger("engine")
 
-LONG_CALL = 60.0
-"""Seconds after which the log tells of a call that has not returned."""
+WAITING_INTERVAL = 10.0
+"""Seconds between messages to the other ranks while rank 0 waits for environments."""
 
 T = TypeVar("T")
-Reply = str | list[dict[str, str]] | None
+Messages = list[dict[str, str]]
+"""Chat messages, with `role` and `content`."""
+Reply = str | Messages | None
 """Text, chat messages, or the end of the response."""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What follows a turn of the policy."""
+
+    messages: Messages | None
+    """None: the response ends."""
+    ids: list[int] = []
+    """The tokens of the messages, and of the chat template around them."""
+    tool_calls: int = 0
+    """How many the turn had."""
+    failed_calls: int = 0
+    """How many of them failed."""
 
 
 class Environments:
@@ -78,7 +93,7 @@ class Environments:
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
         step: int,
-        made_one: Callable[[], None],
+        waits: Callable[[], None],
     ) -> list[Any]:
         """Makes an environment for each prompt; returns None for each on ranks other than 0.
 
@@ -86,7 +101,7 @@ class Environments:
             prompts: n of them.
             seeds: one for each.
             step: for errors.
-            made_one: called on rank 0 after each environment.
+            waits: called regularly, on every rank.
 
         Raises: RewardCallError: the factory raised; on all ranks.
         """
@@ -105,143 +120,135 @@ class Environments:
         made: list[Any] = [None] * len(prompts)
         when = f"at step {step}"
 
-        def run() -> None:
-            made[:] = self._each(
-                make, range(len(prompts)), lambda i: shown(prompts[i].text), made_one, when
-            )
+        def run(waits: Callable[[], None]) -> None:
+            made[:] = self._each(make, [prompt.text for prompt in prompts], waits, when)
 
-        self._on_rank_0(when, run)
+        self._on_rank_0(when, run, waits)
         return made
 
-    def replies(
+    def answers(
         self,
         environments: Sequence[Any],
         turns: Sequence[str],
         step: int,
         number: int,
-        replied: Callable[[], None],
-        check: Callable[[int, Reply], object],
-    ) -> list[Reply]:
-        """Passes a turn to each environment; returns the replies on every rank.
+        waits: Callable[[], None],
+        tokens: Callable[[int, Messages], list[int]],
+    ) -> list[Answer]:
+        """Passes a turn to each environment; returns the answers on every rank.
 
         Args:
             environments: n of them.
             turns: the policy's n texts.
             step: for errors.
             number: of the turn, from 1; for errors.
-            replied: called on rank 0 after each reply.
-            check: called on rank 0 with the index and the reply of each environment; raises
-                UserInputError if the reply cannot be used.
+            waits: called regularly, on every rank.
+            tokens: called on rank 0 with the index and the messages of each environment that
+                replies; returns their tokens, or raises UserInputError if there are none.
 
         Raises:
             RewardCallError: an environment raised, or returned something else than a reply, or one
-                that cannot be used; on all ranks.
+                that has no tokens, or did not return in time; on all ranks.
         """
-        found: list[Reply] = []
+        found: list[Answer] = []
         when = f"at turn {number} of step {step}"
 
-        def reply(i: int) -> Reply | ToolAnswers:
+        def reply(i: int) -> ToolAnswers | Messages | None:
             if self._tools is not None and (calls := self._tools.calls(turns[i])):
                 return self._tools.answers(calls, environments[i])
             method = getattr(environments[i], "reply", None)
-            return None if method is None else checked_reply(method(turns[i]))
+            return None if method is None else self._messages(method(turns[i]))
 
-        def run() -> None:
-            replies = self._each(reply, range(len(turns)), lambda i: shown(turns[i]), replied, when)
-            for reply_or_answers in replies:
-                if isinstance(reply_or_answers, ToolAnswers):
-                    self._tool_use.add(reply_or_answers)
-                    found.append(reply_or_answers.messages)
+        def run(waits: Callable[[], None]) -> None:
+            for i, replied in enumerate(self._each(reply, turns, waits, when)):
+                calls, problems = 0, 0
+                if isinstance(replied, ToolAnswers):
+                    self._tool_use.add(replied)
+                    messages: Messages | None = replied.messages
+                    calls, problems = len(replied.messages), len(replied.problems)
                 else:
-                    found.append(reply_or_answers)
-            for i, one in enumerate(found):
+                    messages = replied
                 try:
-                    check(i, one)
+                    ids = [] if messages is None else tokens(i, messages)
                 except UserInputError as error:
                     error.add_note(f"called with {shown(turns[i])}")
                     raise
+                found.append(
+                    Answer(messages=messages, ids=ids, tool_calls=calls, failed_calls=problems)
+                )
 
-        self._on_rank_0(when, run)
+        self._on_rank_0(when, run, waits)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(found))
-        return msgspec.msgpack.decode(data, type=examined(list[Reply]))
+        return msgspec.msgpack.decode(data, type=examined(list[Answer]))
 
-    def take_tool_use(self, step: int) -> ToolUse | None:
-        """Returns the use of tools since :meth:`make`; logs the first problem.
+    def _messages(self, value: Any) -> Messages | None:
+        """What `reply` returned as messages. Raises what :func:`checked_reply` raises."""
+        reply = checked_reply(value)
+        return [{"role": self._config.role, "content": reply}] if isinstance(reply, str) else reply
 
-        Returns: None without tools; counts nothing on ranks other than 0.
-        """
-        if not self._config.tools:
-            return None
+    def log_failed_calls(self, step: int) -> None:
+        """Logs the first of the tool calls that have failed since :meth:`make`, if any has."""
         if problems := self._tool_use.problems:
             log.warning(
                 "%d of %d tool calls of step %d failed; the first: %s",
                 len(problems), self._tool_use.calls, step, " ".join(problems[0].split()),
             )  # fmt: skip
-        return self._tool_use
 
     def _each(
-        self,
-        call: Callable[[int], T],
-        indices: Sequence[int],
-        quoted: Callable[[int], str],
-        called_one: Callable[[], None],
-        when: str,
+        self, call: Callable[[int], T], texts: Sequence[str], waits: Callable[[], None], when: str
     ) -> list[T]:
-        """Calls something for each index, in threads; raises the first error in their order.
+        """Calls something for the index of each text; see :func:`call_each`."""
 
-        Calls `called_one` after each, in this thread. Logs the first call that takes long.
+        def takes_long(i: int, seconds: float) -> None:
+            log.warning(
+                "environment '%s' %s has not returned for %.0f s (called with %s)",
+                self._name, when, seconds, shown(texts[i]),
+            )  # fmt: skip
+
+        return call_each(
+            call, len(texts), concurrency=self._config.concurrency, limit=self._config.timeout,
+            quoted=lambda i: shown(texts[i]), waits=waits, takes_long=takes_long,
+        )  # fmt: skip
+
+    def _on_rank_0(
+        self, when: str, run: Callable[[Callable[[], None]], None], waits: Callable[[], None]
+    ) -> None:
+        """Runs the user's code on rank 0; raises its error on every rank.
+
+        The other ranks get a message every :data:`WAITING_INTERVAL`, so that none is silent, or
+        waits in a collective, for longer.
+
+        Args:
+            when: for errors.
+            run: called on rank 0 with what it must call regularly.
+            waits: called regularly, on every rank.
         """
-        results: list[T] = []
-        told = threading.Lock()
+        failed, last = _Failed(), time.monotonic()
 
-        def tell(i: int) -> None:
-            if told.acquire(blocking=False):
-                log.warning(
-                    "environment '%s' %s takes more than %.0f s (called with %s)",
-                    self._name, when, LONG_CALL, quoted(i),
-                )  # fmt: skip
+        def waiting() -> None:
+            nonlocal last
+            waits()
+            if (now := time.monotonic()) - last >= WAITING_INTERVAL:
+                last = now
+                self._ranks.broadcast_bytes(b"")
 
-        def called(i: int) -> T:
-            timer = threading.Timer(LONG_CALL, tell, (i,))
-            timer.daemon = True
-            timer.start()
-            with forks_ended():
-                try:
-                    return call(i)
-                except Exception as error:
-                    error.add_note(f"called with {quoted(i)}")
-                    raise
-                finally:
-                    timer.cancel()
-
-        with contextlib.ExitStack() as stack:
-            calls: Iterator[T]
-            if self._config.concurrency == 1:
-                calls = map(called, indices)
-            else:
-                pool = ThreadPoolExecutor(self._config.concurrency, "environment")
-                calls = stack.enter_context(pool).map(called, indices)
-            for result in calls:
-                results.append(result)
-                called_one()
-        return results
-
-    def _on_rank_0(self, when: str, run: Callable[[], None]) -> None:
-        """Runs the user's code on rank 0; raises its error on every rank."""
-        failed = _Failed()
         if self._ranks.is_lead:
             try:
                 with contextlib.ExitStack() as stack:
                     for module in (self.factory, self._tools):
                         if module is not None:
                             stack.enter_context(module.running())
-                    run()
+                    run(waiting)
             except LinkError:  # the supervisor is gone
                 raise
             # sys.exit() in the user's code must not end the rank silently.
             except (Exception, SystemExit) as error:
-                failed = _Failed(self._described(error, when), traceback_text(error))
-        data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(failed))
+                where = (
+                    error.stack if isinstance(error, CallTimeoutError) else traceback_text(error)
+                )
+                failed = _Failed(self._described(error, when), where)
+        while not (data := self._ranks.broadcast_bytes(msgspec.msgpack.encode(failed))):
+            waits()
         failed = msgspec.msgpack.decode(data, type=examined(_Failed))
         if failed.text:
             raise RewardCallError(failed.text, failed.trace)
@@ -249,7 +256,9 @@ class Environments:
     def _described(self, error: BaseException, when: str) -> str:
         message = shortened(" ".join(error_text(error).split()), SHOWN_MESSAGE)
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[-1:])
-        return f"environment '{self._name}' {when}: {type(error).__name__}: {message}{notes}"
+        if not isinstance(error, CallTimeoutError):
+            message = f"{type(error).__name__}: {message}"
+        return f"environment '{self._name}' {when}: {message}{notes}"
 
 
 def _check_method(environment: object, name: str) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.train.data.prompts import Prompt, PromptBatch
-from engine.train.environment.tools import ToolUse
 from engine.train.rollout.conversation import Conversation, Turns
 from engine.train.rollout.rollout import Rollout
 
@@ -36,6 +35,10 @@ class Response:
     """Whether the last token is an end-of-sequence token."""
     ended: bool = False
     """Whether the last turn ended by itself; of a finished response, whether that did."""
+    tool_calls: int = 0
+    failed_calls: int = 0
+    reply_left_out: bool = False
+    """As in :attr:`Turns.reply_left_out`."""
     version: int = 0
     """As in :attr:`Rollout.versions`."""
 
@@ -91,7 +94,8 @@ def rollout_of(
     batch: PromptBatch,
     tokenizer: PreTrainedTokenizerBase,
     environment_seconds: float,
-    tool_use: ToolUse | None,
+    *,
+    has_tools: bool,
 ) -> Rollout:
     """Builds the rollout of finished responses, on the batch's device.
 
@@ -100,7 +104,7 @@ def rollout_of(
         batch: their prompts.
         tokenizer: the policy's.
         environment_seconds: how long the ranks waited for environments.
-        tool_use: None without tools.
+        has_tools: whether the policy can call tools.
     """
     device = batch.ids.device
     count, width = len(responses), max(len(r.positions) for r in responses)
@@ -131,12 +135,20 @@ def rollout_of(
             lengths=numbers([len(r.ids) for r in responses]),
             positions=_padded([r.positions for r in responses]).to(device),
             turns=[
-                Turns(r.messages, _spans(tokenizer, r), r.environment, r.before_replies, r.sampled)
+                Turns(
+                    r.messages,
+                    _spans(tokenizer, r),
+                    r.environment,
+                    r.before_replies,
+                    r.sampled,
+                    r.tool_calls,
+                    r.failed_calls,
+                    r.reply_left_out,
+                )
                 for r in responses
             ],
             environment_seconds=environment_seconds,
-            tool_calls=None if tool_use is None else tool_use.calls,
-            failed_calls=0 if tool_use is None else len(tool_use.problems),
+            has_tools=has_tools,
         ),
     )
 

@@ -10,7 +10,7 @@ from engine.config.schema import RunConfig
 from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed
-from engine.train.environment.environments import Environments, Reply
+from engine.train.environment.environments import Answer, Environments, Messages
 from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.environment.response import Response, rollout_of
 from engine.train.rollout.backend import SamplingOptions
@@ -47,8 +47,8 @@ class TurnLoop:
             options: of the whole responses. `max_new_tokens` limits the tokens of the policy in all
                 turns together.
             step: for errors.
-            report: called with (tokens, tokens) of a turn after each of its replies, so that a rank
-                that waits for environments is not silent.
+            report: called with (tokens, tokens) of a turn while environments reply, so that a rank
+                that waits for them is not silent.
         """
         self._report = report
         self._config = config.environment
@@ -69,7 +69,8 @@ class TurnLoop:
             RewardCallError: an environment raised, or the chat template cannot render its reply.
         """
         batch = batch_prompts(prompts, self._options.per_prompt, self._tokenizer.eos_token_id or 0)
-        turn = generate(prompts, self._options)
+        # Each rank needs a prompt; the further ones of a probe are not used.
+        turn = generate(prompts + prompts[:1] * (self._ranks - len(prompts)), self._options)
         responses = self._begun(batch.prompts)
         going_on = dict(enumerate(responses))
         for number in range(1, self._config.max_turns + 1):
@@ -78,9 +79,10 @@ class TurnLoop:
             going_on = self._add(turn, going_on, number)
             if not going_on:
                 break
+        self._environments.log_failed_calls(self._step)
         return rollout_of(
             responses, batch.to(turn.ids.device), self._tokenizer, self._seconds,
-            self._environments.take_tool_use(self._step),
+            has_tools=bool(self._config.tools),
         )  # fmt: skip
 
     def _begun(self, prompts: list[Prompt]) -> list[Response]:
@@ -128,38 +130,36 @@ class TurnLoop:
             response.add_turn(host, i, self._tokenizer)
             for i, response in enumerate(responses.values())
         ]
-        going_on = list(responses.values())
+        going_on, last = list(responses.values()), number == self._config.max_turns
         started = time.perf_counter()
-        replies = self._environments.replies(
+
+        def tokens(i: int, messages: Messages) -> list[int]:
+            response = going_on[i]
+            if last or not response.ended or not self._left(response):
+                return []  # the reply is not used
+            return self._tokens(response.prompt, messages, response.ids[-1])
+
+        answers = self._environments.answers(
             [response.environment for response in going_on], texts, self._step, number,
-            self._waits, lambda i, reply: self._reply_tokens(going_on[i], reply),
+            self._waits, tokens,
         )  # fmt: skip
         self._seconds += time.perf_counter() - started
         return {
             row: response
-            for (row, response), reply in zip(responses.items(), replies, strict=True)
-            if self._goes_on(response, reply, last=number == self._config.max_turns)
+            for (row, response), answer in zip(responses.items(), answers, strict=True)
+            if self._goes_on(response, answer, last=last)
         }
 
-    def _goes_on(self, response: Response, reply: Reply, *, last: bool) -> bool:
+    def _goes_on(self, response: Response, answer: Answer, *, last: bool) -> bool:
         """Appends a reply unless the response ends here; `last` is at the limit of turns."""
-        if reply is None or not response.ended:
+        response.tool_calls += answer.tool_calls
+        response.failed_calls += answer.failed_calls
+        if answer.messages is None or not response.ended:
             return False
-        ids = self._reply_tokens(response, reply)
-        fits = response.reply_tokens + len(ids) <= self._config.max_tokens
+        fits = response.reply_tokens + len(answer.ids) <= self._config.max_tokens
         if last or not fits or not self._left(response):
             response.ended = False  # the environment would have gone on
+            response.reply_left_out = not fits
             return False
-        response.add_reply(ids, self._messages(reply))
+        response.add_reply(answer.ids, answer.messages)
         return True
-
-    def _reply_tokens(self, response: Response, reply: Reply) -> list[int]:
-        """Returns what follows the last turn. Raises UserInputError if it cannot be rendered."""
-        if reply is None:
-            return []
-        return self._tokens(response.prompt, self._messages(reply), response.ids[-1])
-
-    def _messages(self, reply: str | list[dict[str, str]]) -> list[dict[str, str]]:
-        if isinstance(reply, str):
-            return [{"role": self._config.role, "content": reply}]
-        return reply

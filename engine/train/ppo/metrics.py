@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config.schema import RunConfig
-from engine.metrics import DISTINCT_2
+from engine.metrics import DISTINCT_2, REPLIES_LEFT_OUT
 from engine.protocol.rank_messages import RankTimes
 from engine.train.ppo import masked
 from engine.train.ppo.advantages import Targets, constant_groups
@@ -166,12 +166,15 @@ def conversation_metrics(conversation: Conversation, rollout: Rollout) -> dict[s
     metrics = {
         "environment/turns": sum(t.count for t in conversation.turns) / count,
         "environment/reply_tokens": float(replied.double().mean()),
+        REPLIES_LEFT_OUT: sum(t.reply_left_out for t in conversation.turns) / count,
         "time/environment": conversation.environment_seconds,
     }
-    if (calls := conversation.tool_calls) is not None:
+    if conversation.has_tools:
+        calls = sum(t.tool_calls for t in conversation.turns)
         metrics["environment/tool_calls"] = calls / count
         if calls:
-            metrics["environment/failed_calls"] = conversation.failed_calls / calls
+            failed = sum(t.failed_calls for t in conversation.turns)
+            metrics["environment/failed_calls"] = failed / calls
     return metrics
 
 

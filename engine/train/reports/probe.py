@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import msgspec
+
 from engine.errors import CommandRejectedError, RewardError
 from engine.train.data.prompts import Prompt
-from engine.train.data.tokenise import tokenise_texts
+from engine.train.data.tokenise import PromptTokenizer, tokenise_texts
 from engine.train.distributed.ranks import PeerRankError
+from engine.train.experience.respond import respond
 from engine.train.experience.scoring import scores_for_training
 from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
@@ -21,38 +24,61 @@ PROBE_SEED = 0
 def answer_probe(run: Run, text: str) -> dict[str, Any]:
     """Generates one response of each model, with its score and its KL to the reference.
 
-    All ranks must call it. It has its own random stream, so a probe does not change the run. For a
-    prompt of the run it uses the stored tokens, because tokenising the text of a rendered chat
-    template again would add a second beginning-of-sequence token.
+    All ranks must call it. It has its own random stream, so a probe does not change the run.
 
     Args:
         run: the run.
-        text: the prompt.
+        text: the prompt; see :func:`probed_prompt`.
 
     Returns:
-        For each of `policy` and `reference`: `response`, `score`, `kl` (nats per response) and
-        `length` (tokens).
+        For each of `policy` and `reference`: `response`, `score`, `kl` (nats per response),
+        `length` (tokens), `replies` and `messages`, as a sample has them.
 
     Raises:
-        CommandRejectedError: the prompt has no tokens or too many, or the rewards cannot score it,
-            for example because a reward function needs other columns of the data. Raised on all
-            ranks.
+        CommandRejectedError: the prompt has no tokens or too many, an environment fails, or the
+            rewards cannot score it, for example because a reward function needs other columns of
+            the data. Raised on all ranks.
     """
-    prompt = run.prompts.find(text) or _tokenise(run, text)
+    prompt = probed_prompt(run, text)
     return {
         "policy": _probe_model(run, run.policy, prompt),
         "reference": _probe_model(run, run.reference, prompt),
     }
 
 
-def _tokenise(run: Run, text: str) -> Prompt:
-    (ids,) = tokenise_texts(run.tokenizer, [text])
-    most, positions = run.config.data.max_prompt_tokens, max_sequence_tokens(run)
+def probed_prompt(run: Run, text: str) -> Prompt:
+    """Returns what the models respond to.
+
+    If the run's prompts are conversations, the text is a user message, unless it has special
+    tokens: then it is a rendered conversation. A prompt of the run has its other columns.
+
+    Raises: CommandRejectedError: it has no tokens or too many.
+    """
+    if (found := _known(run, text)) is not None:
+        return found
+    data, column = run.config.data, {run.config.data.column: text}
+    rendered = any(token in text for token in run.tokenizer.all_special_tokens)
+    if run.prompts.for_step(1)[0].messages is not None and not rendered:
+        as_chat = PromptTokenizer(msgspec.structs.replace(data, chat=True), run.tokenizer, "probe")
+        (row,) = as_chat.encode([text], 0).to_pylist()
+        if (found := _known(run, row["text"])) is not None:
+            return found
+        prompt = Prompt(row["ids"] or [], row["text"], column, row["messages"])
+    else:
+        prompt = Prompt(tokenise_texts(run.tokenizer, [text])[0], text, column)
+    most, positions = data.max_prompt_tokens, max_sequence_tokens(run)
     if positions is not None:
-        most = min(most, positions - run.config.rollout.max_new_tokens)
-    if not 0 < len(ids) <= most:
-        raise CommandRejectedError(f"a probe needs 1 to {most} tokens, not {len(ids)}")
-    return Prompt(ids, text, {run.config.data.column: text})
+        after = run.config.rollout.max_new_tokens + run.config.reply_tokens
+        most = min(most, positions - after)
+    if not 0 < len(prompt.ids) <= most:
+        raise CommandRejectedError(f"a probe needs 1 to {most} tokens, not {len(prompt.ids)}")
+    return prompt
+
+
+def _known(run: Run, text: str) -> Prompt | None:
+    """The prompt of the run with this text, also of those that are held out."""
+    held_out = run.held_out.prompts if run.held_out is not None else []
+    return run.prompts.find(text) or next((p for p in held_out if p.text == text), None)
 
 
 def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
@@ -64,7 +90,13 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
     )
-    rollout = generate_responses(run.backend, model, [prompt], options, run.tokenizer)
+    try:
+        if run.environments is None:
+            rollout = generate_responses(run.backend, model, [prompt], options, run.tokenizer)
+        else:
+            rollout = respond(run, model, [prompt], options, step=state.step)
+    except RewardCallError as error:
+        raise CommandRejectedError(f"a probe cannot be answered: {error}") from error
     try:
         raw, _ = run.rewards(RewardInputs.of(rollout, state.step), retry=False)
     except (RewardError, RewardCallError, PeerRankError) as error:
@@ -78,4 +110,6 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
         "score": float(score[0]),
         "kl": float(masked.sequence_kl(rollout.logprobs, reference, rollout.mask)[0]),
         "length": int(rollout.lengths[0]),
+        "replies": rollout.replies(0),
+        "messages": msgspec.to_builtins(rollout.messages(0)),
     }

@@ -48,6 +48,7 @@ def kept_samples(
             parts={k: v[i] for k, v in parts.items()},
             weights_version=versions[i],
             replies=rollout.replies(i),
+            messages=rollout.messages(i),
             arrays=arrays[i] if i < len(arrays) else None,
         )
         for i in range(min(log.samples, len(scores)))

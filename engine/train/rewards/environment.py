@@ -23,7 +23,7 @@ class EnvironmentReward:
         Raises: TypeError: there are no environments; or whatever a method raises.
         """
         if inputs.turns is None:
-            raise TypeError("these responses have no environment, as those of a probe")
+            raise TypeError("these responses have no environment")
         with self._factory.running():
             scores = [
                 self._score(turns.environment, text)

@@ -38,14 +38,17 @@ class JSONProtocol:
     def request(self, inputs: RewardInputs) -> bytes:
         """The request about B responses."""
         prompts = inputs.batch.prompts
-        return encode(
-            {
-                "prompts": [p.text if p.messages is None else p.messages for p in prompts],
-                "responses": inputs.texts,
-                "columns": {key: [p.row.get(key) for p in prompts] for key in prompts[0].row},
-                "step": inputs.step,
-            }
-        )
+        request: dict[str, object] = {
+            "prompts": [p.text if p.messages is None else p.messages for p in prompts],
+            "responses": inputs.texts,
+            "columns": {key: [p.row.get(key) for p in prompts] for key in prompts[0].row},
+            "step": inputs.step,
+        }
+        if any(p.messages is not None for p in prompts):
+            request["messages"] = [
+                None if p.messages is None else inputs.messages(i) for i, p in enumerate(prompts)
+            ]
+        return encode(request)
 
     def scores(self, endpoint: Endpoint, reply: bytes) -> Scores:
         """The scores in a reply. Raises RequestError."""

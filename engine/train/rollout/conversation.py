@@ -23,9 +23,14 @@ class Turns:
     """What replied: an object of the user's; None on ranks other than 0."""
     before_replies: list[int] = field(default_factory=list)
     """For each reply, the number of tokens that the policy had sampled before it."""
-
     sampled: list[str] = field(default_factory=list)
     """The texts of the policy's turns."""
+    tool_calls: int = 0
+    """Number of tool calls in them."""
+    failed_calls: int = 0
+    """How many of them failed."""
+    reply_left_out: bool = False
+    """Whether the response ended because a reply did not fit into `environment.max_tokens`."""
 
     @property
     def count(self) -> int:
@@ -46,17 +51,14 @@ class Conversation:
     turns: list[Turns]
     environment_seconds: float = 0.0
     """How long all ranks waited for environments."""
-    tool_calls: int | None = None
-    """Number of tool calls in the responses, on rank 0; None without tools."""
-    failed_calls: int = 0
-    """How many of them failed."""
+    has_tools: bool = False
+    """Whether the policy can call tools."""
 
     def select(self, rows: Tensor) -> "Conversation":
         """Selects responses by indices on the host; S and T stay the same."""
         return Conversation(
             self.ids[rows], self.lengths[rows], self.positions[rows],
-            [self.turns[i] for i in rows.tolist()], self.environment_seconds, self.tool_calls,
-            self.failed_calls,
+            [self.turns[i] for i in rows.tolist()], self.environment_seconds, self.has_tools,
         )  # fmt: skip
 
     def replaced(self, rows: Tensor, other: "Conversation", other_rows: Tensor) -> "Conversation":
@@ -70,8 +72,7 @@ class Conversation:
             replaced_rows(self.positions, rows, other.positions, other_rows),
             turns,
             self.environment_seconds + other.environment_seconds,
-            self.tool_calls,
-            self.failed_calls,
+            self.has_tools,
         )
 
 

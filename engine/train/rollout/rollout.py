@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from engine.protocol.rank_messages import Messages
 from engine.train.data.prompts import PromptBatch, replace_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.masked import response_mask
@@ -77,6 +78,13 @@ class Rollout:
     def replies(self, row: int) -> list[tuple[int, int]] | None:
         """Start and end of each reply in the text of a response; None without an environment."""
         return None if self.conversation is None else self.conversation.turns[row].replies
+
+    def messages(self, row: int) -> Messages | None:
+        """A response as messages; None unless it is a conversation with an environment."""
+        prompt = self.batch.prompts[row].messages
+        if self.conversation is None or prompt is None:
+            return None
+        return Messages(prompt, self.conversation.turns[row].messages)
 
     def select(self, rows: Tensor) -> "Rollout":
         """Selects responses by indices on the host; P and T stay the same."""

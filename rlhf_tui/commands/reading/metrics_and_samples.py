@@ -24,6 +24,7 @@ from rlhf_tui.commands.options import (
     last_option,
     name_argument,
     say,
+    say_turns,
     sessions_option,
 )
 from rlhf_tui.commands.reading.row_formats import format_options, printed_rows
@@ -106,9 +107,6 @@ def samples(
         label = f"  {row.label}" if row.label else ""
         turns = "" if row.replies is None else f"  {fmt.plural(len(row.replies) + 1, 'turn')}"
         say(f"step {row.step} #{row.index}  score {score}  KL {kl}{turns}{label}")
-        first, *rest = row.turns
-        say(f"  {one_line(row.prompt)}│{one_line(first.text)}")
-        for turn in rest:
-            say(f"  {'reply ' if turn.is_reply else 'policy'}│{one_line(turn.text)}")
+        say_turns(f"{one_line(row.prompt)}│", row.turns)
         if row.note:
             say(f"  note: {one_line(row.note)}")

@@ -51,8 +51,8 @@ class ComparisonTarget(Struct, frozen=True, dict=True):
 
 
 def replies_of(row: SampleRow | ProbeResponse | None) -> Replies:
-    """The replies in a response; that to a probe has none."""
-    return row.replies if isinstance(row, SampleRow) else None
+    """The replies in a response."""
+    return None if row is None else row.replies
 
 
 def comparison(sample: SampleRow, target: ComparisonTarget, width: int) -> list[Row]:

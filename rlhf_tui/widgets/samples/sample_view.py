@@ -32,6 +32,8 @@ CENTRED = ("value",)
 """Views whose tones show the distance from the mean, not from 0."""
 UNITS = {"KL": ", in nats", "log-prob": ", in nats"}
 """The unit in the title of a view."""
+LONG_PROMPT, END_OF_PROMPT = 10, 4
+"""A prompt of more than the first number of lines has only the second before the response."""
 
 
 class SampleView(ScrollText):
@@ -138,13 +140,30 @@ def body(
     if len(s.parts) > 1 or (s.parts and s.held_out):  # of which one may be of `eval.rewards`
         parts = [[(f"{name} ", "dim"), (fmt.number(value), "")] for name, value in s.parts.items()]
         rows += flowed(parts, width)
-    rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s.prompt, width)), []]
+    before, after = _prompt_rows(s.prompt, width)
+    rows += [[], *before, []]
     if mode != VIEWS[0] and arrays is not None:
-        return [*rows, *token_rows(arrays, mode, width, reply_texts(s.response, s.replies))]
+        values = token_rows(arrays, mode, width, reply_texts(s.response, s.replies))
+        return [*rows, *values, *after]
     if mode != VIEWS[0] and kept is not None:
         rows += [[(line, "warn")] for line in wrap(_not_kept(s, kept), width)]
         rows.append([])
-    return [*rows, heading(s.replies), *response_rows(s.response, s.replies, width)]
+    response = response_rows(s.response, s.replies, width)
+    return [*rows, heading(s.replies), *response, *after]
+
+
+def _prompt_rows(prompt: str, width: int) -> tuple[list[Row], list[Row]]:
+    """The prompt in lines: those before the response, and those after it.
+
+    Of a long one, such as the description of tools and a question, the end is before the response,
+    and all of it after.
+    """
+    lines: list[Row] = [[(line, "dim")] for line in wrap(prompt, width)]
+    title: Row = [("PROMPT", "dim")]
+    if len(lines) <= LONG_PROMPT:
+        return [title, *lines], []
+    start: Row = [(f"… {len(lines) - END_OF_PROMPT} lines, see below", "dim")]
+    return [title, start, *lines[-END_OF_PROMPT:]], [[], title, *lines]
 
 
 def _not_kept(sample: SampleRow, kept: Sequence[int]) -> str:
