@@ -4,11 +4,14 @@ The same coroutine runs in the foreground and in the background.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
 
 from engine import __version__
 from engine.config import file as config_file
@@ -50,19 +53,19 @@ async def supervise(
             cannot be created or written.
     """
     lock = session.acquire()
-    folder = os.open(session.folder, os.O_PATH | os.O_DIRECTORY)  # also if it is moved meanwhile
     try:
-        journal = JournalWriter(session)
-        try:
-            _check_choices(session, journal, start)
-            return await _serve(session, journal, start, observer)
-        finally:
+        with _open_folder(session.folder) as folder:
+            journal = JournalWriter(session)
             try:
-                journal.close()
-            except sqlite3.Error as error:  # what the run has come to matters more
-                log.warning("cannot record when the attempt ended: %s", error)
-            for file in (session.engine_file, session.secret_file):
-                _remove(file.name, folder)
+                _check_choices(session, journal, start)
+                return await _serve(session, journal, start, observer)
+            finally:
+                try:
+                    journal.close()
+                except sqlite3.Error as error:  # what the run has come to matters more
+                    log.warning("cannot record when the attempt ended: %s", error)
+                for file in (session.engine_file, session.secret_file):
+                    _remove(file.name, folder)
     except (OSError, sqlite3.Error) as error:
         # SQLite does not name its file, and other errors are not always of this folder.
         failed = "write in" if isinstance(error, sqlite3.Error) else "run the session in"
@@ -71,8 +74,17 @@ async def supervise(
             f"solve this, then: {session.recorded_command('resume')}"
         ) from error
     finally:
-        os.close(folder)
         lock.release()
+
+
+@contextlib.contextmanager
+def _open_folder(path: Path) -> Iterator[int]:
+    """A file descriptor of a folder: what is removed through it is in the folder, even if moved."""
+    folder = os.open(path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def _check_choices(session: SessionFolder, journal: JournalWriter, start: StartOptions) -> None:

@@ -68,12 +68,10 @@ def export(
 ) -> None:
     """Export the policy, samples or preferences of a session."""
     session = existing(root, name)
-    of_policy = merged or averaged or best or choice
-    if policy is None and ((samples is None and preferences is None) or of_policy):
-        raise UserInputError(
-            "export needs --policy DIR, --samples FILE or --preferences FILE; "
-            "--step, --merged, --ema and --best need --policy"
-        )
+    if policy is None and (merged or averaged or best or choice):
+        raise UserInputError("--step, --merged, --ema and --best need --policy DIR")
+    if policy is None and samples is None and preferences is None:
+        raise UserInputError("export needs --policy DIR, --samples FILE or --preferences FILE")
     if best and choice:
         raise UserInputError("give --step or --best, not both")
     if policy is not None:

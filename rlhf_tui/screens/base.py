@@ -31,8 +31,8 @@ class SessionScreen(Screen[None]):
     """The screen's key in :data:`~rlhf_tui.screens.modes.MODES`; set by the subclass."""
     WRITES: ClassVar[frozenset[str]] = frozenset()
     """Actions that `--read-only` removes."""
-    READ_ONLY = "read-only: nothing can be changed"
-    """The notice in place of an action of :attr:`WRITES`."""
+    READ_ONLY = "nothing can be changed"
+    """Says in the notice in place of an action of :attr:`WRITES` what is off."""
 
     LISTS: ClassVar[bool] = False
     """Whether the screen reads a list in a thread; it then calls :meth:`rows_read`."""
@@ -125,7 +125,9 @@ class SessionScreen(Screen[None]):
 
     def why_disabled(self, action: str) -> str:
         """Why an action of this screen is disabled; empty if it is enabled. May be extended."""
-        return self.READ_ONLY if self.context.read_only and action in self.WRITES else ""
+        if not self.context.read_only or action not in self.WRITES:
+            return ""
+        return f"{'a copy over ssh' if self.context.steers else 'read-only'}: {self.READ_ONLY}"
 
     def refresh_keys(self) -> None:
         """Redraws the line of keys if the enabled keys have changed."""

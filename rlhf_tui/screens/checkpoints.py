@@ -35,7 +35,7 @@ class CheckpointsScreen(SessionScreen):
 
     MODE = "checkpoints"
     WRITES = frozenset({"roll_back", "fork", "export"})
-    READ_ONLY = "read-only: checkpoints can only be listed"
+    READ_ONLY = "checkpoints can only be listed"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "roll_back", "roll back"),

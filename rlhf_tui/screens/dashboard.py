@@ -38,7 +38,7 @@ class DashboardScreen(SessionScreen):
     MODE = "dashboard"
     AUTO_FOCUS = "Chart"
     WRITES = frozenset({"resume"})
-    READ_ONLY = "read-only: nothing can be started"
+    READ_ONLY = "nothing can be started"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "cursor(-1)", "crosshair left", show=False),
         Binding("right,l", "cursor(1)", "crosshair right", show=False),

@@ -56,7 +56,7 @@ class SamplesScreen(SessionScreen):
     MODE = "samples"
     LISTS = True
     WRITES = frozenset({"label", "remark", "better", "judge"})
-    READ_ONLY = "read-only: labelling disabled"
+    READ_ONLY = "responses cannot be judged"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         *sample_labels.BINDINGS,

@@ -58,7 +58,7 @@ class SessionsScreen(SessionScreen):
     MODE = "sessions"
     LISTS = True
     WRITES = frozenset({"new", "new_from_file", "resume", "fork", "delete"})
-    READ_ONLY = "read-only: nothing can be started or deleted"
+    READ_ONLY = "nothing can be started or deleted"
     AUTO_FOCUS = "Sessions"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "new", "demo"),

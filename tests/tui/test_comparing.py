@@ -205,7 +205,7 @@ async def test_read_only_no_pair_is_judged(samples, judged, until):
         await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("y")
         await until(pilot, lambda: notices(app))
-        assert notices(app) == ["read-only: labelling disabled"]
+        assert notices(app) == ["read-only: responses cannot be judged"]
         assert not judged.labels_file.exists()
 
 

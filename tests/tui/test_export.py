@@ -19,6 +19,12 @@ def test_an_option_of_the_policy_is_refused_where_none_is_exported(session_maker
     assert not target.exists()
 
 
+def test_an_export_of_nothing_is_told_what_there_is_to_export(session_maker, tmp_path):
+    session_maker(tmp_path / "s", "mine", 3)
+    done = CliRunner().invoke(cli, ["export", "mine", "--sessions", str(tmp_path / "s")])
+    assert str(done.exception).endswith("--policy DIR, --samples FILE or --preferences FILE")
+
+
 def test_an_exported_file_replaces_another_whole(session_maker, tmp_path):
     session_maker(tmp_path / "s", "mine", 3)
     target, same = tmp_path / "rows.jsonl", tmp_path / "same.jsonl"

@@ -110,23 +110,13 @@ def test_a_replaced_journal_is_read_anew(following, session, session_maker, tmp_
     assert state.head.step == 7
 
 
-def test_a_journal_that_is_gone_is_reported_and_its_return_is_noticed(following, session, tmp_path):
+def test_a_folder_that_is_gone_is_reported_and_its_return_is_noticed(following, session, tmp_path):
     state, _ = following(session)
     wait(lambda: state.known and state.head.step == 20)
     shutil.move(session.folder, tmp_path / "away")
-    wait(lambda: "gone" in state.problem)
+    wait(lambda: "1 Sessions lists what is left" in text(StatusLine(state), 80))
     shutil.move(tmp_path / "away", session.folder)
     wait(lambda: state.problem == "" and state.head.step == 20)
-
-
-def test_a_folder_that_is_moved_is_reported_with_the_screen_that_lists_the_others(
-    following, session
-):
-    state, _ = following(session)
-    wait(lambda: state.known)
-    session.folder.rename(session.folder.with_name("moved"))
-    wait(lambda: state.problem)
-    assert "1 Sessions lists what is left" in text(StatusLine(state), 80)
 
 
 def test_a_damaged_journal_is_reported(following, session):

@@ -130,7 +130,7 @@ async def test_read_only_nothing_is_judged_and_a_notice_says_so(samples, judged,
             await until(pilot, lambda: not notices(app))
             await pilot.press(key)
             await until(pilot, lambda: notices(app))
-            assert notices(app) == ["read-only: labelling disabled"]
+            assert notices(app) == ["read-only: responses cannot be judged"]
         assert shown(app)[0] == [""] * 8 * STEPS
         assert not judged.labels_file.exists()
 

@@ -165,4 +165,4 @@ async def test_read_only_the_queue_does_not_open_and_a_notice_says_so(samples, j
     async with samples(read_only=True) as (app, pilot):
         await pilot.press("J")
         await until(pilot, lambda: notices(app))
-        assert notices(app) == ["read-only: labelling disabled"]
+        assert notices(app) == ["read-only: responses cannot be judged"]

@@ -32,7 +32,9 @@ from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import decode, encode
 from rlhf_tui.remote.source import LOG_BYTES, SessionSource
 from rlhf_tui.remote.ssh import COMMAND, Address, RemoteSession
+from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.status_lines import StatusLine
+from tests.tui.screen import notices
 
 SCORE = "objective/scores"
 DEADLINE = 60.0
@@ -333,6 +335,17 @@ async def test_the_app_says_that_the_copy_is_stale(make_app, running, until):
         assert "\x1b" not in status.text()
         origin.stale = ""
         await until(pilot, lambda: "not updated" not in status.text())
+
+
+async def test_a_key_that_is_off_on_a_copy_does_not_say_that_the_app_is_read_only(
+    make_app, running, until
+):
+    app = make_app(origin=SimpleNamespace(address="ssh://box/frozen", stale=""))
+    async with running(app) as pilot:
+        assert app.screen.query_one(KeyFooter).text().endswith("ssh://box/frozen  ? help")
+        await pilot.press("4", "r")
+        await until(pilot, lambda: notices(app))
+        assert notices(app) == ["a copy over ssh: checkpoints can only be listed"]
 
 
 def test_a_machine_without_ssh_is_reported_in_a_line(tmp_path, monkeypatch):
