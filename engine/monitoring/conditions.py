@@ -62,30 +62,12 @@ Condition = Callable[[Rule, Observation], Breach | None]
 
 def above(rule: Rule, observed: Observation) -> Breach | None:
     """The value is above the bound."""
-    if rule.above is None or observed.scale is None:
-        return None
-    value, bound = observed.value, rule.above * observed.scale
-    earlier = _lasting(rule, observed)
-    if value <= bound or not all(other > bound for other in earlier):
-        return None
-    text = f"is {value:.4g}, above {rule.above:g}{_unit(rule, observed.scale)}{_in_a_row(rule)}"
-    distance = median([*earlier, value]) - bound
-    brief = f"{value:.4g} > {bound:.4g}"
-    return Breach(text, brief, distance, abs(bound), noise=_noise(observed))
+    return _beyond(rule, observed, rule.above, "above", 1)
 
 
 def below(rule: Rule, observed: Observation) -> Breach | None:
     """The value is below the bound."""
-    if rule.below is None or observed.scale is None:
-        return None
-    value, bound = observed.value, rule.below * observed.scale
-    earlier = _lasting(rule, observed)
-    if value >= bound or not all(other < bound for other in earlier):
-        return None
-    text = f"is {value:.4g}, below {rule.below:g}{_unit(rule, observed.scale)}{_in_a_row(rule)}"
-    distance = bound - median([*earlier, value])
-    brief = f"{value:.4g} < {bound:.4g}"
-    return Breach(text, brief, distance, abs(bound), noise=_noise(observed))
+    return _beyond(rule, observed, rule.below, "below", -1)
 
 
 def predicted_above(rule: Rule, observed: Observation) -> Breach | None:
@@ -107,24 +89,12 @@ def predicted_above(rule: Rule, observed: Observation) -> Breach | None:
 
 def falls(rule: Rule, observed: Observation) -> Breach | None:
     """The value is below the window's mean by more than a fraction of that mean."""
-    if rule.falls is None or (change := _relative_change(rule, observed)) is None:
-        return None
-    share, mean = change
-    if share >= -rule.falls:
-        return None
-    brief = f"fell by {-share:.0%} to {observed.value:.4g}"
-    return Breach(f"{brief} {mean}", brief, -share - rule.falls, rule.falls)
+    return _changed(rule, observed, rule.falls, "fell", -1)
 
 
 def rises(rule: Rule, observed: Observation) -> Breach | None:
     """The value is above the window's mean by more than a fraction of that mean."""
-    if rule.rises is None or (change := _relative_change(rule, observed)) is None:
-        return None
-    share, mean = change
-    if share <= rule.rises:
-        return None
-    brief = f"rose by {share:.0%} to {observed.value:.4g}"
-    return Breach(f"{brief} {mean}", brief, share - rule.rises, rule.rises)
+    return _changed(rule, observed, rule.rises, "rose", 1)
 
 
 def drifts_up(rule: Rule, observed: Observation) -> Breach | None:
@@ -168,6 +138,22 @@ def not_finite(metrics: Mapping[str, float | None]) -> Breach | None:
     return Breach(text, text, 1.0, 1.0) if bad else None
 
 
+def _beyond(
+    rule: Rule, observed: Observation, limit: float | None, where: str, sign: int
+) -> Breach | None:
+    if limit is None or observed.scale is None:
+        return None
+    value, bound = observed.value, limit * observed.scale
+    values = [*_lasting(rule, observed), value]
+    if not all(sign * v > sign * bound for v in values):
+        return None
+    text = f"is {value:.4g}, {where} {limit:g}{_unit(rule, observed.scale)}"
+    text += f" for {rule.lasts} steps" if rule.lasts > 1 else ""
+    brief = f"{value:.4g} {'>' if sign > 0 else '<'} {bound:.4g}"
+    distance = sign * (median(values) - bound)
+    return Breach(text, brief, distance, abs(bound), noise=_noise(observed))
+
+
 def _lasting(rule: Rule, observed: Observation) -> list[float]:
     """The earlier values for which a bound must also hold; -inf and inf if there are too few."""
     if rule.lasts == 1:
@@ -182,8 +168,21 @@ def _noise(observed: Observation) -> float:
     return median(changes) if changes else 0.0
 
 
-def _in_a_row(rule: Rule) -> str:
-    return f" for {rule.lasts} steps" if rule.lasts > 1 else ""
+def _changed(
+    rule: Rule, observed: Observation, limit: float | None, verb: str, sign: int
+) -> Breach | None:
+    """The change relative to the window's mean; none before that is full, or if it is 0."""
+    if limit is None or len(observed.window) < rule.window:
+        return None
+    mean = sum(observed.window) / len(observed.window)
+    if mean == 0:
+        return None
+    share = sign * (observed.value - mean) / abs(mean)
+    if share <= limit:
+        return None
+    brief = f"{verb} by {share:.0%} to {observed.value:.4g}"
+    text = f"{brief} against its mean of the last {rule.window} steps ({mean:.4g})"
+    return Breach(text, brief, share - limit, limit)
 
 
 def _drifted(window: int, value: float, test: DriftTest | None, where: str) -> Breach | None:
@@ -200,17 +199,3 @@ def _drifted(window: int, value: float, test: DriftTest | None, where: str) -> B
 
 def _unit(rule: Rule, scale: float) -> str:
     return f" × {rule.of} ({scale:g})" if rule.of else ""
-
-
-def _relative_change(rule: Rule, observed: Observation) -> tuple[float, str] | None:
-    """The change relative to the window's mean, and that mean in words.
-
-    None before the window is full, and if the mean is 0.
-    """
-    if len(observed.window) < rule.window:
-        return None
-    mean = sum(observed.window) / len(observed.window)
-    if mean == 0:
-        return None
-    text = f"against its mean of the last {rule.window} steps ({mean:.4g})"
-    return (observed.value - mean) / abs(mean), text

@@ -5,17 +5,16 @@ client's first message is :class:`ClientHello`, and the supervisor replies with 
 :class:`CommandRequest`, :class:`StatusRequest` and :class:`Watch` follow in any order.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from msgspec import Struct
-from msgspec.msgpack import Decoder
 
 from engine.config.settings import SettingChange
 from engine.errors import LinkError
-from engine.examined import examined
 from engine.protocol.commands import AnyCommand
-from engine.protocol.frames import VERSION, Message, decode
+from engine.protocol.frames import VERSION, Message, decoder
 from engine.protocol.rank_messages import Phase
 
 
@@ -166,13 +165,12 @@ class JournalAdvanced(Message, frozen=True, tag="wake"):
 FromClient = ClientHello | CommandRequest | StatusRequest | Watch
 ToClient = Welcome | CommandReply | Status | WatchRefused | JournalAdvanced | Phase | Telemetry
 
-_from_client: Decoder[FromClient] = Decoder(examined(FromClient))
-_to_client: Decoder[ToClient] = Decoder(examined(ToClient))
+_decode_from_client: Callable[[bytes], FromClient] = decoder(FromClient, "a client's message")
 
 
 def decode_from_client(body: bytes) -> FromClient:
     """Decodes a message of a client. Raises LinkError if the body is not one."""
-    message = decode(_from_client, body, "a client's message")
+    message = _decode_from_client(body)
     if isinstance(message, CommandRequest):
         try:
             msgspec.json.encode(message.command)
@@ -182,6 +180,5 @@ def decode_from_client(body: bytes) -> FromClient:
     return message
 
 
-def decode_to_client(body: bytes) -> ToClient:
-    """Decodes a message of a supervisor to a client. Raises LinkError if the body is not one."""
-    return decode(_to_client, body, "an engine's message")
+decode_to_client: Callable[[bytes], ToClient] = decoder(ToClient, "an engine's message")
+"""Decodes a message of a supervisor to a client. Raises LinkError if the body is not one."""

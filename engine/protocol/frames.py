@@ -2,14 +2,14 @@
 
 import socket
 import struct
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from engine.errors import LinkError
-
-T = TypeVar("T")
+from engine.examined import examined
 
 VERSION = 1
 """Version of the protocol. Both sides send theirs; they must be equal."""
@@ -76,18 +76,19 @@ def _receive_exactly(sock: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
-def decode(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str) -> T:
-    """Decodes the body of a frame.
+def decoder(kind: Any, what: str) -> Callable[[bytes], Any]:
+    """Returns a function that decodes the body of a frame, and raises LinkError for any other.
 
     Args:
-        decoder: decodes the union of the expected messages.
-        body: the body of the frame.
-        what: describes the expected messages in an error, such as `a client's message`.
-
-    Raises:
-        LinkError: the body is not one of these messages.
+        kind: the expected message, or the union of those expected.
+        what: describes them in an error, such as `a client's message`.
     """
-    try:
-        return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise LinkError(f"not {what} of protocol {VERSION}: {error}") from error
+    known: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(examined(kind))
+
+    def decode(body: bytes) -> Any:
+        try:
+            return known.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise LinkError(f"not {what} of protocol {VERSION}: {error}") from error
+
+    return decode

@@ -4,17 +4,16 @@ Ranks and clients connect to the same Unix socket. The first message tells them 
 :class:`RankHello` or :class:`~engine.protocol.client_messages.ClientHello`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct, field
-from msgspec.msgpack import Decoder
 
 from engine import __version__
 from engine.config.sections.launch import LaunchConfig
 from engine.config.settings import SettingChange
-from engine.examined import examined
 from engine.protocol.commands import BoundaryCommand
-from engine.protocol.frames import VERSION, Message, decode
+from engine.protocol.frames import VERSION, Message, decoder
 
 WAIT_FOR = "wait for "
 """Prefix of the name of a phase in which the run waits for something an operator can do."""
@@ -388,15 +387,7 @@ FromRank = (
 
 ToRank = Begin | Confirm | RankCommand
 
-_from_rank: Decoder[FromRank] = Decoder(examined(FromRank))
-_to_rank: Decoder[ToRank] = Decoder(examined(ToRank))
-
-
-def decode_from_rank(body: bytes) -> FromRank:
-    """Decodes a message of a rank. Raises LinkError if the body is not one."""
-    return decode(_from_rank, body, "a rank's message")
-
-
-def decode_to_rank(body: bytes) -> ToRank:
-    """Decodes a message of a supervisor to a rank. Raises LinkError if the body is not one."""
-    return decode(_to_rank, body, "a supervisor's message")
+decode_from_rank: Callable[[bytes], FromRank] = decoder(FromRank, "a rank's message")
+"""Decodes a message of a rank. Raises LinkError if the body is not one."""
+decode_to_rank: Callable[[bytes], ToRank] = decoder(ToRank, "a supervisor's message")
+"""Decodes a message of a supervisor to a rank. Raises LinkError if the body is not one."""

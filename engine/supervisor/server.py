@@ -13,11 +13,8 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-import msgspec
-
 from engine import __version__
 from engine.errors import LinkError
-from engine.examined import examined
 from engine.protocol import frames, sockets
 from engine.protocol.client_messages import (
     ClientHello,
@@ -61,7 +58,9 @@ NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 ACCEPT_LOG_INTERVAL = 60.0
 """Seconds between two lines of the log while no connection can be accepted."""
 
-_hello = msgspec.msgpack.Decoder(examined(RankHello | ClientHello))
+_decode_hello: Callable[[bytes], RankHello | ClientHello] = frames.decoder(
+    RankHello | ClientHello, "a first message"
+)
 
 
 class Connection:
@@ -222,7 +221,7 @@ class Server:
             log.warning("refused a connection of uid %s", uid)
             return
         body = await asyncio.wait_for(receive(reader, MAX_CLIENT_FRAME), HELLO_TIMEOUT)
-        hello = frames.decode(_hello, body, "a first message")
+        hello = _decode_hello(body)
         if isinstance(hello, RankHello):
             await self._handle_rank(hello, reader, writer)
             return

@@ -72,7 +72,6 @@ def load(kind):
 
 def trainer_of(trainer, config, folder, reward, **options):
     """A trainer of TRL for the starter policy, with a batch of two groups."""
-    torch.set_num_threads(1)
     return trainer(
         model=load(AutoModelForCausalLM).float(),
         reward_funcs=reward,

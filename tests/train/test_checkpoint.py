@@ -190,7 +190,7 @@ def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):
     save(run, session)
     again = resumed(session)
     assert again.config == run.config != session.config()
-    models = models_of(run.config, run.prompts.longest, "cpu")
+    models = models_of(run.config, run.prompts.longest, run.device)
     expected = estimate(run.config, models, Layout()).phases["generate"]["KV cache"]
     assert again.memory.phases["generate"]["KV cache"] == expected
 

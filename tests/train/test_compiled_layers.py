@@ -54,15 +54,6 @@ class Failing:
         raise self._error
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More would only wait for each other on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def policy():
     torch.manual_seed(0)

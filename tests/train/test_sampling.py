@@ -262,10 +262,7 @@ def model(request):
         config = GPT2Config(**size, n_positions=32)
     policy = LanguageModel(AutoModelForCausalLM.from_config(config), "shared").eval()
     torch.nn.init.normal_(policy.value_head.weight, std=0.25)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for each other on matrices this small
-    yield policy
-    torch.set_num_threads(threads)
+    return policy
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def test_the_longest_prompt_is_exact_for_a_small_file(write_prompts, monkeypatch
 
 def test_a_run_has_the_memory_estimate_of_its_layout(make_run):
     run, _ = make_run()
-    again = estimate(run.config, models_of(run.config, run.prompts.longest, "cpu"), Layout())
+    again = estimate(run.config, models_of(run.config, run.prompts.longest, run.device), Layout())
     assert run.memory.layout == again.layout
     assert run.memory.phases["optimise"]["gradients"] == again.phases["optimise"]["gradients"]
 

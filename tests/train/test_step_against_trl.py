@@ -43,7 +43,6 @@ def run_config(new_tokens):
 
 def trained_by_trl(folder, monkeypatch, rollout, orders):
     """The policy and the value model after one iteration on a rollout."""
-    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(
         starter.resolve("starter:policy"), padding_side="left"
     )

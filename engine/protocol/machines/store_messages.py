@@ -4,10 +4,9 @@ The operations are those of torch's stores, as its process groups need them. A v
 string. Messages are those of :mod:`engine.protocol.frames`, in authenticated frames.
 """
 
-from msgspec.msgpack import Decoder
+from collections.abc import Callable
 
-from engine.examined import examined
-from engine.protocol.frames import Message, decode
+from engine.protocol.frames import Message, decoder
 
 
 class SetKeys(Message, frozen=True, tag="set"):
@@ -90,15 +89,7 @@ class StoreReply(Message, frozen=True, tag="reply"):
     """Why the request could not be carried out."""
 
 
-_request: Decoder[StoreRequest] = Decoder(examined(StoreRequest))
-_reply: Decoder[StoreReply] = Decoder(examined(StoreReply))
-
-
-def decode_request(body: bytes) -> StoreRequest:
-    """Decodes a request. Raises LinkError if the body is not one."""
-    return decode(_request, body, "a request to the store")
-
-
-def decode_reply(body: bytes) -> StoreReply:
-    """Decodes a reply. Raises LinkError if the body is not one."""
-    return decode(_reply, body, "a reply of the store")
+decode_request: Callable[[bytes], StoreRequest] = decoder(StoreRequest, "a request to the store")
+"""Decodes a request. Raises LinkError if the body is not one."""
+decode_reply: Callable[[bytes], StoreReply] = decoder(StoreReply, "a reply of the store")
+"""Decodes a reply. Raises LinkError if the body is not one."""

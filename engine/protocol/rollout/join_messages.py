@@ -8,14 +8,12 @@ its own.
 """
 
 import hmac
-
-from msgspec.msgpack import Decoder
+from collections.abc import Callable
 
 from engine import __version__
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
-from engine.examined import examined
-from engine.protocol.frames import Message, decode
+from engine.protocol.frames import Message, decoder
 from engine.protocol.rollout.messages import Continue, Generate, LoadWeights, Start
 
 PART = 4 * 1024 * 1024
@@ -66,18 +64,12 @@ ToJoined = (
     RolloutJoinInfo | JoinRefused | RunOver | FilePart | Start | LoadWeights | Generate | Continue
 )
 
-_to_joined: Decoder[ToJoined] = Decoder(examined(ToJoined))
-_joined: Decoder[Joined] = Decoder(examined(Joined))
-
-
-def decode_to_joined(body: bytes) -> ToJoined:
-    """Decodes the first machine's message. Raises LinkError."""
-    return decode(_to_joined, body, "a message to a machine that generates")
-
-
-def decode_joined(body: bytes) -> Joined:
-    """Decodes the first message of a joined machine. Raises LinkError."""
-    return decode(_joined, body, "the offer of a machine that generates")
+decode_to_joined: Callable[[bytes], ToJoined] = decoder(
+    ToJoined, "a message to a machine that generates"
+)
+"""Decodes the first machine's message. Raises LinkError."""
+decode_joined: Callable[[bytes], Joined] = decoder(Joined, "the offer of a machine that generates")
+"""Decodes the first message of a joined machine. Raises LinkError."""
 
 
 def rollout_secret(secret: str) -> bytes:

@@ -6,11 +6,11 @@ alternates :class:`LoadWeights` and :class:`Generate`. The engine reports any er
 trusted.
 """
 
-from msgspec import Struct
-from msgspec.msgpack import Decoder
+from collections.abc import Callable
 
-from engine.examined import examined
-from engine.protocol.frames import VERSION, Message, decode
+from msgspec import Struct
+
+from engine.protocol.frames import VERSION, Message, decoder
 
 Checksum = tuple[int, int]
 """Sum and sum of squares of the bit patterns of all elements, modulo 2⁶⁴."""
@@ -160,15 +160,9 @@ class EngineFailed(Message, frozen=True, tag="engine_failed"):
 ToEngine = Start | LoadWeights | Generate | Continue
 FromEngine = EngineReady | WeightsLoaded | Progress | Generated | EngineFailed
 
-_to_engine: Decoder[ToEngine] = Decoder(examined(ToEngine))
-_from_engine: Decoder[FromEngine] = Decoder(examined(FromEngine))
-
-
-def decode_to_engine(body: bytes) -> ToEngine:
-    """Decodes rank 0's message. Raises LinkError."""
-    return decode(_to_engine, body, "a message to the rollout engine")
-
-
-def decode_from_engine(body: bytes) -> FromEngine:
-    """Decodes the engine's message. Raises LinkError."""
-    return decode(_from_engine, body, "a message of the rollout engine")
+decode_to_engine: Callable[[bytes], ToEngine] = decoder(ToEngine, "a message to the rollout engine")
+"""Decodes rank 0's message. Raises LinkError."""
+decode_from_engine: Callable[[bytes], FromEngine] = decoder(
+    FromEngine, "a message of the rollout engine"
+)
+"""Decodes the engine's message. Raises LinkError."""

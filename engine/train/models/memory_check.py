@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from typing import Literal
 
 import psutil
 import torch
@@ -64,7 +63,6 @@ def _check_memory(
     placed: Placed | None,
     free: Capacity,
 ) -> tuple[str, Models | None, Estimate | None]:
-    kind: Literal["cpu", "cuda"] = "cuda" if ranks.device.type == "cuda" else "cpu"
     layout = configured(config, ranks.size)
     # Packed weights cannot be sharded.
     can_shard = config.lora.quantise == "none"
@@ -73,7 +71,7 @@ def _check_memory(
         chosen = False
         layout = replace(layout, strategy="fsdp" if placed.strategy == "fsdp" else "ddp")
     try:
-        models = models_of(config, prompt_tokens, kind)
+        models = models_of(config, prompt_tokens, ranks.device)
     except UserInputError as error:
         # An estimate must not end the run. If the model is unusable, loading it raises the error.
         log.warning("memory: not estimated: %s", error)

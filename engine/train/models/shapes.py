@@ -52,17 +52,18 @@ def describe_models(config: RunConfig) -> Models:
         source = starter.resolve(config.model.policy)
         tokenizer = load_policy_tokenizer(config, source, ranks)
         tokens, exact = load_prompts(config.data, tokenizer, per_step=1, seed=0).longest, True
-    device = "cuda" if ranks.device.type == "cuda" else "cpu"
-    return models_of(config, tokens, device, exact=exact)
+    return models_of(config, tokens, ranks.device, exact=exact)
 
 
-def models_of(config: RunConfig, prompt_tokens: int, device: str, *, exact: bool = True) -> Models:
+def models_of(
+    config: RunConfig, prompt_tokens: int, device: torch.device, *, exact: bool = True
+) -> Models:
     """Builds the planner's input; `process` is the resident memory of the calling process.
 
     Args:
         config: the configuration of the run.
         prompt_tokens: length of the longest prompt, or an upper bound.
-        device: `cpu` or `cuda`.
+        device: of the ranks.
         exact: whether `prompt_tokens` is the length rather than a bound.
 
     Raises:
@@ -85,7 +86,7 @@ def models_of(config: RunConfig, prompt_tokens: int, device: str, *, exact: bool
         prompt_tokens=prompt_tokens,
         exact_prompts=exact,
         process=psutil.Process().memory_info().rss,
-        device="cuda" if device == "cuda" else "cpu",
+        device="cuda" if device.type == "cuda" else "cpu",
     )
 
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from engine.config.sections.reward import HTTPConfig
-from engine.errors import UserInputError, error_text
+from engine.errors import UserInputError, error_text, shortened
 from engine.examined import examined
 from engine.tls import https_hint, tls_problem
 
@@ -128,7 +128,7 @@ class Endpoint:
     def shown(self, text: str) -> str:
         """A reply's text for a message: quoted, on one line, cut, without secrets."""
         text = " ".join(self.hide_secrets(text)[: 10 * SHOWN_CHARACTERS].split())
-        return repr(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…")
+        return repr(shortened(text, SHOWN_CHARACTERS))
 
     def decode(self, reply: bytes, kind: type[T]) -> T:
         """A reply as a struct. Raises RequestError."""
