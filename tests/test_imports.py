@@ -60,9 +60,8 @@ FLOORS = [
         "engine.train.checkpoints",
         "engine.train.environment",
         "engine.train.evaluation.held_out",
-        "engine.train.reward_training",
     ),
-    ("engine.train.policy_average",),
+    ("engine.train.policy_average", "engine.train.reward_training"),
     ("engine.train.run",),
     ("engine.train.experience",),
     (

@@ -101,7 +101,9 @@ def test_a_reward_that_raises_pauses_all_ranks_until_it_can_be_called(pair):
     (alert,) = [e for e in pair.events("alert") if e["rule"] == "reward"]
     assert alert["text"] == status["pause_reason"]
     assert "in score" in alert["traceback"]
-    assert "called again in 1 s" in pair.session.log_file.read_text()
+    log = pair.session.log_file.read_text()
+    assert "called again in 1 s" in log
+    assert log.count("Traceback") == 1, "it is logged once, not by each rank"
 
 
 def test_paused_ranks_use_almost_no_processor_time(pair):

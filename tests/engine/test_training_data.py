@@ -1,5 +1,6 @@
 """The judgements and settings that a reward model is trained with."""
 
+import msgspec
 import pytest
 
 from engine.config.reward_training import parse_settings
@@ -7,6 +8,8 @@ from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import ConfigError, UserInputError
 from engine.journal.judgements.labels import Response, prefer, set_label
 from engine.journal.judgements.training_data import collect_judgements
+from engine.journal.samples import SampleReader
+from engine.protocol.rank_messages import Messages, StepReport
 from tests.judging import answer
 
 
@@ -31,6 +34,28 @@ def test_a_judged_response_has_its_text_its_recorded_score_and_whether_it_ended(
     assert by_text["answer 1.1"].ended is False
     assert by_text["answer 1.0"].ended is True
     assert by_text["answer 7.0"].score == 7.0
+
+
+def test_a_judged_conversation_has_its_messages(writer):
+    def said(text):
+        return Messages(
+            [{"role": "user", "content": "p"}], [{"role": "assistant", "content": text}]
+        )
+
+    samples = [writer.sample(1, i, prompt="p", messages=said(f"answer 1.{i}")) for i in range(24)]
+    writer.journal.record_step(StepReport(step=1, metrics={}, samples=samples, settings={}))
+    with SampleReader(writer.session) as reader:
+        for i, row in enumerate(reader.of_step(1)):
+            set_label(writer.session, "p", Response.of(row), "good" if i % 2 else "bad", "ana")
+    reference = Response(response="the reference's")
+    found = {"response": reference.response, "messages": msgspec.to_builtins(said("r"))}
+    writer.order("x", "probe", text="p")
+    writer.journal.commands.apply("x", 1, [], {"policy": {}, "reference": found})
+    prefer(writer.session, "p", reference, answer(7), "ana")
+    by_text = {r.response: r.messages for r in collect_judgements([writer.session]).responses}
+    assert by_text["answer 1.5"] == said("answer 1.5")
+    assert by_text["the reference's"] == said("r")
+    assert by_text["answer 7.0"] is None
 
 
 def test_a_text_that_was_judged_twice_has_its_last_label(writer):

@@ -26,6 +26,7 @@ from engine.train.reward_training.split import Judgement, all_judgements, split_
 from engine.train.reward_training.train import train_reward
 from engine.train.rewards.model import RewardModel
 from engine.train.rewards.source import RewardInputs
+from tests.train.repeating import ENVIRONMENT, STOPS, respond
 from tests.train.test_rewards import SINGLE_RANK
 
 WORDS = ("warm", "dull", "moving", "long", "fine", "flat", "odd", "kind")
@@ -216,7 +217,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assista
 
 
 @pytest.mark.parametrize("factory", ["null", "module:Game"])
-def test_markup_between_the_turns_of_a_chat_is_missing_and_is_told(factory):
+def test_markup_between_turns_that_were_recorded_as_text_is_missing_and_is_told(factory):
     overrides = [f"data.chat_template='{CHAT}'", "data.chat=true", f"environment.factory={factory}"]
     config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
     tokenizer = load_policy_tokenizer(config, starter.resolve("starter:policy"), SINGLE_RANK)
@@ -227,6 +228,35 @@ def test_markup_between_the_turns_of_a_chat_is_missing_and_is_told(factory):
     assert ["without the chat template's markup" in note for note in inputs.notes] == (
         [True] if factory != "null" else []
     )
+
+
+def test_a_conversation_with_an_environment_is_read_as_in_a_run(make_run):
+    tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+    template = CHAT.replace("{% endfor %}", f"{tokenizer.eos_token}{{% endfor %}}")
+    keys = [f"data.chat_template='{template}'", "data.chat=true", STOPS]
+    run, _ = make_run(*ENVIRONMENT, *keys, "environment.max_tokens=200")
+    rollout = respond(run)
+    assert max(turns.count for turns in rollout.conversation.turns) > 1
+    responses = [
+        JudgedText(
+            session=0, prompt=prompt.text, response=text, ended=bool(ended),
+            messages=rollout.messages(i),
+        )
+        for i, (prompt, text, ended) in enumerate(
+            zip(rollout.batch.prompts, rollout.texts, rollout.ended, strict=True)
+        )
+    ]  # fmt: skip
+    inputs = judged_inputs(request(config=run.config, responses=responses), SINGLE_RANK)
+    in_run = RewardInputs.of(rollout, 1)
+    assert inputs.notes == []
+    for i, (prompt, expected) in enumerate(zip(rollout.batch.prompts, in_run.ids, strict=True)):
+        assert (inputs.prompts[i].ids, inputs.prompts[i].messages) == (prompt.ids, prompt.messages)
+        # The policy may have spelled its words with other tokens. For the end, see above.
+        texts = [run.tokenizer.decode(ids) for ids in (inputs.ids[i], expected)]
+        assert texts[0].removesuffix(tokenizer.eos_token) == texts[1].removesuffix(
+            tokenizer.eos_token
+        )
+        assert inputs.messages[i] == in_run.messages(i)
 
 
 def test_a_split_that_leaves_nothing_to_train_on_says_what_to_lower():

@@ -12,9 +12,8 @@ from msgspec.structs import replace
 
 from engine.errors import SessionError
 from engine.journal.judgements.labels import JudgedResponse, LabelReader, Response
-from engine.journal.reader import JournalReader
+from engine.journal.judgements.recorded import Recorded, recorded_of_reference
 from engine.journal.samples import SampleReader
-from engine.protocol.rank_messages import Messages
 from engine.session.folder import SessionFolder
 
 WORSE = ("bad", "hack")
@@ -110,26 +109,18 @@ def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, _Pair]]:
     ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """What is recorded of a response beside its text."""
-
-    replies: list[tuple[int, int]] | None = None
-    messages: Messages | None = None
-
-
 def _exported(session: SessionFolder, pairs: list[_Pair]) -> ExportedPairs:
     """The rows of pairs; those of conversations are messages if any of the pairs has them."""
     with SampleReader(session) as samples:
-        found = {Response.of(row): _Recorded(row.replies, row.messages) for row in samples.judged()}
-    probed = _probed(
+        found = {Response.of(row): Recorded(row.replies, row.messages) for row in samples.judged()}
+    probed = recorded_of_reference(
         session, {p.prompt for p in pairs if None in (p.chosen.attempt, p.rejected.attempt)}
     )
 
-    def recorded(pair: _Pair, response: Response) -> _Recorded:
+    def recorded(pair: _Pair, response: Response) -> Recorded:
         if response.attempt is None:
-            return probed.get((pair.prompt, response.response), _Recorded())
-        return found.get(response, _Recorded())
+            return probed.get((pair.prompt, response.response), Recorded())
+        return found.get(response, Recorded())
 
     of_pairs = [(p, recorded(p, p.chosen), recorded(p, p.rejected)) for p in pairs]
     rows = [_row(*of_pair) for of_pair in of_pairs]
@@ -146,19 +137,7 @@ def _exported(session: SessionFolder, pairs: list[_Pair]) -> ExportedPairs:
     return ExportedPairs(rows)
 
 
-def _probed(session: SessionFolder, prompts: set[str]) -> dict[tuple[str, str], _Recorded]:
-    """What is recorded of the reference's responses to probes, by prompt and response."""
-    if not prompts:
-        return {}
-    with JournalReader(session) as journal:
-        return {
-            (prompt, probe.response): _Recorded(probe.replies, probe.messages)
-            for prompt in prompts
-            for probe in journal.reference_probes(prompt)
-        }
-
-
-def _row(pair: _Pair, chosen: _Recorded, rejected: _Recorded) -> PreferencePair:
+def _row(pair: _Pair, chosen: Recorded, rejected: Recorded) -> PreferencePair:
     one, other = pair.chosen, pair.rejected
     return PreferencePair(
         prompt=pair.prompt, chosen=one.response, rejected=other.response, source=pair.source,

@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from engine.errors import UserInputError
 from engine.journal.judgements.labels import LabelReader, Response
+from engine.journal.judgements.recorded import Recorded, recorded_of_reference
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.programs.reward_training import JudgedText
@@ -61,6 +62,8 @@ class _Collector:
         self._index: dict[_Text, int] = {}
         self._labels: dict[int, bool] = {}
         self._preferences: dict[tuple[int, int], None] = {}
+        self._probed: dict[tuple[str, str], Recorded] = {}
+        """Of the session that is read."""
 
     def read(self, number: int, session: SessionFolder) -> None:
         """Adds the judgements of a session; `number` is its index."""
@@ -68,6 +71,10 @@ class _Collector:
             rows = {Response.of(row): row for row in samples.judged()}
         with LabelReader(session) as reader:
             judged, preferences = reader.judgements().values(), reader.preferences()
+        self._probed = recorded_of_reference(
+            session,
+            {p.prompt for p in preferences if None in (p.chosen.attempt, p.rejected.attempt)},
+        )
         for each in judged:
             if each.judgement.label is not None:
                 index = self._add(number, each.prompt, each.response, rows)
@@ -83,9 +90,11 @@ class _Collector:
         if key not in self._index:
             self._index[key] = len(self._responses)
             row = rows.get(response)
+            recorded = self._probed.get((prompt, response.response)) if row is None else row
             self._responses.append(
                 JudgedText(
                     session=number, prompt=prompt, response=response.response,
+                    messages=None if recorded is None else recorded.messages,
                     ended=row.ended if row is not None else True,
                     score=row.score if row is not None else None,
                 )

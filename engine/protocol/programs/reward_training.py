@@ -4,6 +4,7 @@ from msgspec import Struct
 
 from engine.config.schema import RunConfig
 from engine.config.sections.reward_training import RewardTrainingConfig
+from engine.protocol.rank_messages import Messages
 
 
 class JudgedText(Struct, frozen=True, kw_only=True):
@@ -14,6 +15,8 @@ class JudgedText(Struct, frozen=True, kw_only=True):
     prompt: str
     """As the policy read it: chat messages rendered by the chat template."""
     response: str
+    messages: Messages | None = None
+    """Of a conversation with an environment; None for others, and if they are not recorded."""
     ended: bool = True
     """False if it was truncated."""
     score: float | None = None

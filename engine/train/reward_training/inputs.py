@@ -1,5 +1,6 @@
 """The judged responses as a reward model reads them in a run."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,12 @@ from engine import starter
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
 from engine.protocol.programs.reward_training import JudgedText, RewardTrainingRequest
+from engine.protocol.rank_messages import Messages
 from engine.train.data.load_prompts import load_prompts
 from engine.train.data.prompts import Prompt
 from engine.train.data.tokenise import tokenise_texts
 from engine.train.distributed.ranks import RankGroup
+from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.models.pretrained import load_policy_tokenizer
 
 
@@ -23,6 +26,8 @@ class JudgedInputs:
     prompts: list[Prompt]
     ids: list[list[int]]
     texts: list[str]
+    messages: list[list[dict[str, str]]]
+    """The responses as chat messages."""
     vocabularies: list[dict[str, int]]
     """Of each session's policy: token ids by token."""
     notes: list[str]
@@ -32,7 +37,8 @@ def judged_inputs(request: RewardTrainingRequest, ranks: RankGroup) -> JudgedInp
     """Tokenises the judged responses with the tokenizers of their policies.
 
     A judgement only stores text. Tokenising it again gives the sampled tokens, except where the
-    policy spelled a word with other tokens than the tokenizer would.
+    policy spelled a word with other tokens than the tokenizer would. Conversations with an
+    environment are rendered by the chat template again.
 
     Raises:
         UserInputError: a tokenizer cannot be loaded.
@@ -46,26 +52,40 @@ def judged_inputs(request: RewardTrainingRequest, ranks: RankGroup) -> JudgedInp
     ]
     known = []
     for number, (name, config) in enumerate(zip(request.sessions, request.configs, strict=True)):
-        wanted = {r.prompt for r in request.responses if r.session == number}
-        found, note = _find_prompts(config, tokenizers[number], wanted)
+        only_text = [
+            r.prompt for r in request.responses if r.session == number and r.messages is None
+        ]
+        found, note = _find_prompts(config, tokenizers[number], set(only_text))
         known.append(found)
         notes += [f"session '{name}': {note}"] if note else []
         chat = any(prompt.messages is not None for prompt in found.values())
-        if config.environment.factory is not None and chat:
+        if config.environment.replies and chat:
             notes.append(
-                f"session '{name}': the turns of a response are read without the chat template's "
-                "markup between them, which is not recorded"
+                f"session '{name}': the turns of {len(only_text)} responses are read without the "
+                "chat template's markup between them, which is not recorded"
             )
     for response in request.responses:
-        tokenizer = tokenizers[response.session]
-        text = response.prompt
-        prompts.append(
-            known[response.session].get(text)
-            or Prompt(tokenise_texts(tokenizer, [text])[0], text, {})
-        )
-        ids.append(_response_ids(response, request.configs[response.session], tokenizer))
+        tokenizer, config = tokenizers[response.session], request.configs[response.session]
+        if response.messages is not None:
+            rendered = tokenise_texts(tokenizer, [response.prompt], special=False)[0]
+            prompt = Prompt(rendered, response.prompt, {}, response.messages.prompt)
+            own = _conversation_ids(prompt, response.messages, config, tokenizer)
+        else:
+            text = response.prompt
+            prompt = known[response.session].get(text) or Prompt(
+                tokenise_texts(tokenizer, [text])[0], text, {}
+            )
+            own = list(tokenizer(response.response, add_special_tokens=False)["input_ids"])
+        prompts.append(prompt)
+        ids.append(own + _end_of(response, config, tokenizer))
     return JudgedInputs(
         prompts, ids, [r.response for r in request.responses],
+        [
+            [{"role": "assistant", "content": r.response}]
+            if r.messages is None
+            else r.messages.response
+            for r in request.responses
+        ],
         [t.get_vocab() for t in tokenizers], notes,
     )  # fmt: skip
 
@@ -78,6 +98,8 @@ def _find_prompts(
     Returns:
         By text; and why some are taken as plain text, or "".
     """
+    if not wanted:
+        return {}, ""
     try:
         prompts = load_prompts(config.data, tokenizer, per_step=1, seed=config.seed)
     except UserInputError as error:
@@ -92,14 +114,29 @@ def _find_prompts(
     return found, ""
 
 
-def _response_ids(
+def _conversation_ids(
+    prompt: Prompt, messages: Messages, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """What follows the prompt of a conversation with an environment, as in a run."""
+    encode_reply = ReplyTokens(config, tokenizer)
+    ids: list[int] = []
+    of_policy = itertools.groupby(messages.response, lambda m: m["role"] == "assistant")
+    for is_turn, group in of_policy:
+        if is_turn:
+            text = "".join(message["content"] for message in group)
+            ids += tokenise_texts(tokenizer, [text], special=False)[0]
+        else:
+            ids += encode_reply(prompt, list(group), last=-1)
+    return ids
+
+
+def _end_of(
     response: JudgedText, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    ids = list(tokenizer(response.response, add_special_tokens=False)["input_ids"])
+    """The end-of-sequence token, if the response ended with it."""
     stopped = response.response.endswith(tuple(config.rollout.stop))
-    if response.ended and not stopped and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return ids
+    ended = response.ended and not stopped and tokenizer.eos_token_id is not None
+    return [tokenizer.eos_token_id] if ended else []
 
 
 def check_same_tokens(

@@ -45,7 +45,7 @@ def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) 
         max_tokens=request.settings.max_tokens, pair=base.pair,
     )  # fmt: skip
     pad = base.model.config.pad_token_id
-    encoded = encoding(inputs.prompts, inputs.ids, inputs.texts)
+    encoded = encoding(inputs.prompts, inputs.ids, inputs.texts, inputs.messages)
     trainer = RewardTrainer(base, encoded, request.settings)
     report(
         f"training {base.name} on {ranks.device}: {len(split.train)} judgements to train, "
