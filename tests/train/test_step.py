@@ -319,6 +319,14 @@ def test_in_bfloat16_single_tokens_may_differ_while_a_whole_response_may_not(
         check_first_rollout(run, rollout, kl, kl)
 
 
+def test_a_policy_whose_weights_are_not_finite_is_not_called_an_unsafe_architecture(make_run):
+    run, _ = make_run()
+    with torch.no_grad():
+        run.policy.lm.get_input_embeddings().weight.fill_(math.nan)
+    with pytest.raises(RlhfError, match=r"not finite before the update of step 1: its weights are"):
+        train_step(run, 1)
+
+
 @pytest.mark.parametrize("lora", [(), ("lora.rank=4",)], ids=["all weights", "adapters"])
 def test_float32_logits_are_not_rounded_to_the_dtype_of_the_trunk(make_run, lora):
     run, _ = make_run(

@@ -1,5 +1,7 @@
 """Checks each attempt's first rollout, and every rollout that another engine generated."""
 
+import math
+
 from torch import Tensor
 
 from engine.errors import RlhfError
@@ -122,7 +124,13 @@ def check_first_rollout(
     if not exact:
         gaps = gaps.sum(1) / rollout.lengths[few]
     gap = float(gaps.max())
-    if not gap <= (GAP_LIMIT if exact else MIXED_GAP_LIMIT):  # NaN, too
+    if not math.isfinite(gap):
+        raise RlhfError(
+            f"{name}: log-probabilities are not finite before the update of step "
+            f"{run.state.step + 1}: its weights are damaged, or have grown too large; take another "
+            "model.policy, or resume from an earlier checkpoint with a lower train.learning_rate"
+        )
+    if gap > (GAP_LIMIT if exact else MIXED_GAP_LIMIT):
         raise RlhfError(
             f"{name}: log-probabilities while generating and in a full forward pass differ by "
             f"{gap:.2g} nats {'on a' if exact else 'per'} token, more than rounding explains: this "
