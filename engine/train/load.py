@@ -40,8 +40,9 @@ from engine.train.load_checks import (
     check_replies,
     check_response_length,
     check_vocabularies,
+    has_other_reference,
 )
-from engine.train.models.language_model import LanguageModel
+from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.models.memory_check import check_memory
 from engine.train.models.pretrained import (
     eos_ids,
@@ -94,8 +95,8 @@ def load_run(
         ranks: all ranks of this attempt.
         announce: called with each phase of loading.
         notify: called with the rule and the text of each notice to the operator: `memory` if the
-            models probably do not fit, `settings` if a saved setting is ignored, `reward` if the
-            reward differs from the one used before the checkpoint.
+            models probably do not fit, `settings` if a saved setting is ignored, `reference` or
+            `reward` if it differs from the one used before the checkpoint.
 
     Raises:
         UserInputError: something that the configuration names cannot be used.
@@ -155,11 +156,12 @@ def load_run(
     if saved is not None:
         if not load_training(saved, policy, optimiser, ranks.group):
             notify("settings", OTHER_OPTIMISER.format(config.train.optimiser))
-        if state.reference_updated:
-            load_reference_weights(saved, reference, ranks.group)
+        load_updated_reference(state, config, reference, saved, ranks)
     if config.kl.reference_update.every:
         check_same_shapes(policy, reference)
-    check_frozen_models(state, config, policy, reference, threads)
+    check_frozen_models(
+        state, config, policy, reference, threads, lambda text: notify("reference", text)
+    )
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
     longest = prompts.longest + config.reply_tokens
@@ -275,6 +277,16 @@ def load_policy_average(
     if saved is not None and has_average(saved):
         load_average(saved, average.tensors(policy), ranks.group)
     return average
+
+
+def load_updated_reference(
+    state: TrainingState, config: RunConfig, reference: AnyModel, saved: Path, ranks: RankGroup
+) -> None:
+    """Loads the reference of a checkpoint, if it had been updated and is still the run's."""
+    if has_other_reference(state, config):
+        state.reference_updated = 0
+    if state.reference_updated:
+        load_reference_weights(saved, reference, ranks.group)
 
 
 def first_step_config(config: RunConfig, begin: Begin) -> RunConfig:

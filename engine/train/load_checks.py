@@ -1,6 +1,7 @@
 """Checks that what was loaded fits together, and is what the run began with."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -8,7 +9,7 @@ from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Placed
-from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.folder import FrozenModels, TrainingState
 from engine.train.data.chat_template import render_chat
 from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.models.language_model import (
@@ -66,26 +67,52 @@ def _normalises(reward: RewardConfig) -> bool:
     return "reference" in (reward.normalise, *(s.normalise for s in reward.sources()))
 
 
+def has_other_reference(state: TrainingState, config: RunConfig) -> bool:
+    """Whether a fork has given the run another reference than the checkpoint's."""
+    before, now = state.frozen, FrozenModels.of(config.model)
+    return before is not None and before.reference != now.reference
+
+
 def check_frozen_models(
     state: TrainingState,
     config: RunConfig,
     policy: LanguageModel,
     reference: AnyModel,
     threads: int,
+    changed: Callable[[str], None],
 ) -> None:
     """Checks that the frozen models, which no checkpoint holds, are those the run began with.
 
-    Stores their fingerprints and the number of threads in `state`.
+    A fork may name another reference, or hold them in another dtype. Stores their fingerprints and
+    the number of threads in `state`.
+
+    Args:
+        state: of the run.
+        config: of the run.
+        policy: with its adapters, if any.
+        reference: loaded.
+        threads: of this rank.
+        changed: called with a sentence if the KL is measured against another reference.
 
     Raises:
         CheckpointError: the weights of a frozen model have changed.
     """
-    weights = fingerprint(reference)
+    weights, frozen = fingerprint(reference), FrozenModels.of(config.model)
+    before = state.frozen or frozen
     if state.reference and state.reference != weights:
-        raise CheckpointError(
-            "the reference model is not the one this run began with: "
-            f"{config.model.reference or config.model.policy} was changed; put it back to resume"
-        )
+        if before == frozen:
+            raise CheckpointError(
+                "the reference model is not the one this run began with: "
+                f"{config.model.reference or config.model.policy} was changed; put it back to "
+                "resume"
+            )
+        if before.reference != frozen.reference:
+            text = (
+                f"from step {state.step + 1} on the KL is measured against {frozen.reference}, "
+                f"before against {before.reference}: kl.beta may need another value"
+            )
+            log.info(text)
+            changed(text)
     base = ""  # without adapters
     if config.lora.rank is not None:
         base = (
@@ -93,7 +120,8 @@ def check_frozen_models(
             if isinstance(reference, AdapterFreePolicy)
             else fingerprint(AdapterFreePolicy(policy))
         )
-    if state.base and state.base != base:
+    only_dtype = before.policy == frozen.policy and before.dtype != frozen.dtype
+    if state.base and state.base != base and not only_dtype:
         raise CheckpointError(
             "the model under the adapters is not the one this run began with: "
             f"{config.model.policy} was changed; put it back to resume"
@@ -103,6 +131,7 @@ def check_frozen_models(
             "%d threads instead of %d: results will differ by rounding", threads, state.threads
         )
     state.reference, state.base, state.threads = weights, base, threads
+    state.frozen = frozen
 
 
 def check_response_length(run: Run) -> None:

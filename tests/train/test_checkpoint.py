@@ -455,6 +455,43 @@ def test_a_changed_reference_is_refused_on_a_resume(trained):
         resumed(session)
 
 
+def forked(session, *overrides):
+    """The run of a fork at step 1 with other keys, and the notices of its load."""
+    config, notices = config_file.override(session.config(), overrides), []
+    begin, ranks = Begin(attempt=2, from_step=1), RankGroup(config.launch)
+    run = load_run(session, config, begin, ranks, no_report, lambda *n: notices.append(n))
+    return run, notices
+
+
+@pytest.mark.parametrize("keys", [[], ["lora.rank=2"]], ids=["all weights", "adapters"])
+def test_a_fork_may_hold_frozen_models_in_another_dtype(make_run, keys):
+    run, session = make_run(*keys)
+    train_step(run, 1)
+    run.state.step = 1
+    save(run, session)
+    fork, notices = forked(session, "model.dtype=bfloat16")
+    assert not notices
+    assert fork.state.reference != run.state.reference
+    train_step(fork, 2)
+
+
+def test_a_fork_may_have_another_reference_although_the_first_one_followed(make_run):
+    run, session = make_run("kl.reference_update.every=1")
+    train_step(run, 1)
+    run.state.step = 1
+    update_reference(run)
+    save(run, session)
+    other = ("model.reference=starter:policy", "kl.reference_update.every=0")
+    fork, notices = forked(session, *other)
+    assert [rule for rule, _ in notices] == ["reference"]
+    assert "from step 2 on the KL is measured against starter:policy, before" in notices[0][1]
+    assert fork.reference.lm.config.num_hidden_layers > run.reference.lm.config.num_hidden_layers
+    train_step(fork, 2)
+    fork.state.step = 1
+    save(fork, session)
+    assert not forked(session, *other)[1]
+
+
 @given(
     scores=st.dictionaries(st.integers(1, 50), st.floats(-5, 5), min_size=1),
     last=st.integers(1, 4),

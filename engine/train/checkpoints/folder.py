@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from engine.config.schema import RunConfig
+from engine.config.sections.model import ModelConfig
 from engine.config.settings import Settings, apply_settings, invalid_values, settings_of
 from engine.errors import CheckpointError, DamagedCheckpointError
 from engine.examined import examined
@@ -37,6 +38,29 @@ FORMAT = 2
 Its tensors have the same names as the shards of format 2, so one reader handles both."""
 SPARE = 1.1
 """Required free space, as a multiple of the checkpoint's estimated size."""
+
+
+class FrozenModels(msgspec.Struct, frozen=True):
+    """What the models that are not trained were read from."""
+
+    policy: str
+    """Under adapters; also the reference, unless there is another one."""
+    reference: str
+    dtype: str
+    """In which they are held."""
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "FrozenModels":
+        """Those of a configuration."""
+        policy = _named(model.policy, model.revision, model.gguf_file)
+        given = _named(model.reference or "", model.reference_revision, None)
+        return cls(policy, policy if model.reference_is_policy else given, model.dtype)
+
+
+def _named(name: str, revision: str | None, file: str | None) -> str:
+    """`name (revision, file)`."""
+    details = ", ".join(filter(None, (revision, file)))
+    return f"{name} ({details})" if details else name
 
 
 class TrainingState(msgspec.Struct, kw_only=True):
@@ -70,6 +94,8 @@ class TrainingState(msgspec.Struct, kw_only=True):
     was none. After an update, checkpoints hold the reference."""
     base: str = ""
     """Fingerprint of the weights under the adapters; empty without adapters."""
+    frozen: FrozenModels | None = None
+    """What those fingerprints are of, which a fork may change; None in earlier versions."""
     threads: int = 0
 
 
