@@ -459,7 +459,7 @@ def forked(session, *overrides):
     """The run of a fork at step 1 with other keys, and the notices of its load."""
     config, notices = config_file.override(session.config(), overrides), []
     begin, ranks = Begin(attempt=2, from_step=1), RankGroup(config.launch)
-    run = load_run(session, config, begin, ranks, no_report, lambda *n: notices.append(n))
+    run = load_run(session, config, begin, ranks, notify=lambda *n: notices.append(n))
     return run, notices
 
 
