@@ -44,14 +44,8 @@ FLOORS = [
     ("engine.launch", "engine.verification"),
     ("engine.supervisor",),
     ("engine.__main__", "engine.api"),
-    # What runs in a rank, beside the supervisor. Masked means are used by rollouts and losses,
-    # products by models and by what stores their weights.
-    (
-        "engine.train",
-        "engine.train.data",
-        "engine.train.models.cpu_matmul",
-        "engine.train.ppo.masked",
-    ),
+    # What runs in a rank, beside the supervisor. Masked means are used by rollouts and losses.
+    ("engine.train", "engine.train.data", "engine.train.ppo.masked"),
     ("engine.train.distributed",),
     ("engine.train.models",),
     ("engine.train.rollout",),

@@ -196,11 +196,11 @@ def test_without_tools_an_environment_gets_a_turn_that_is_written_like_a_call(ma
     run, _ = make_run(*ENVIRONMENT)
     call = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
     (environment,) = run.environments.make(run.prompts.for_step(1)[:1], [2], 1, lambda: None)
-    replies = run.environments.replies(
-        [environment], [call], 1, 1, lambda: None, lambda _i, _reply: None
+    (answer,) = run.environments.answers(
+        [environment], [call], 1, 1, lambda: None, lambda _i, _messages: []
     )
     assert environment.heard == [call]
-    assert replies == [Repeating.QUESTION]
+    assert [message["content"] for message in answer.messages] == [Repeating.QUESTION]
 
 
 def test_a_reward_function_gets_the_environments(make_run, tmp_path):

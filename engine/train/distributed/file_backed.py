@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.train.models.cpu_matmul import quicker_transposed
-
 log = logging.getLogger("engine")
 
 ALIGNMENT = 64
@@ -29,14 +27,12 @@ ALIGNMENT = 64
 def back_by_file(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
     """Moves the weights of a frozen model into a memory-mapped file under $TMPDIR.
 
-    Weights of linear layers are written in the order in which products read them fastest. If the
-    file system has too little space the weights stay in memory and a warning is logged.
+    If the file system has too little space the weights stay in memory and a warning is logged.
 
     Args:
         module: the model, unsharded and on the CPU.
         blocks: its layers; the pages of each are dropped after its forward pass.
     """
-    reordered = {layer.weight for layer in quicker_transposed(module.modules())}
     offsets, size = {}, 0
     for parameter in module.parameters():  # yields tied parameters once
         offsets[parameter], size = size, size + -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
@@ -51,9 +47,7 @@ def back_by_file(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
     for parameter, offset in offsets.items():
         mapped = torch.frombuffer(
             mapping, dtype=parameter.dtype, count=parameter.numel(), offset=offset
-        )
-        shape = parameter.shape
-        mapped = mapped.view(shape[::-1]).t() if parameter in reordered else mapped.view(shape)
+        ).view(parameter.shape)
         parameter.data = mapped.copy_(parameter.data)
     module.file_mapping = mapping  # type: ignore[assignment]  # an attribute of our own
     for block in blocks:

@@ -32,16 +32,19 @@ from engine.train.models.cpu_matmul import (
 def use_cpu_layers(module: nn.Module, ranks: RankGroup) -> None:
     """Replaces the `forward` of a model's plain linear layers and embeddings where that pays off.
 
-    Frozen weights are also reordered in memory. Does nothing on a GPU. Call it once the model is
-    placed and its trainable weights are chosen. With a single rank, the backward pass sets
+    Also reorders the weights under adapters in memory. Does nothing on a GPU. Call it once the
+    model is placed and its trainable weights are chosen. With a single rank, the backward pass sets
     `weight.grad` directly and autograd gets no gradient of the weight: neither
     `torch.autograd.grad` nor a hook on the weight sees one.
     """
     if ranks.device.type != "cpu":
         return
-    for layer in quicker_transposed(module.modules()):
-        if not layer.weight.requires_grad:
-            layer.weight.data = transposed_order(layer.weight)
+    # Not those of a reference: its products must round like the policy's, so that the KL before the
+    # first update is 0.
+    if any(p.requires_grad for p in module.parameters()):
+        for layer in quicker_transposed(module.modules()):
+            if not layer.weight.requires_grad:
+                layer.weight.data = transposed_order(layer.weight)
     for part in module.modules():
         # Exact types only: subclasses may compute something else.
         if type(part) is nn.Linear:

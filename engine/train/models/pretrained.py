@@ -129,10 +129,10 @@ def load_reference(
     reference.requires_grad_(False)
     on_host = config.parallel.frozen == "offload"
     place_model(_disable_dropout(reference), ranks, strategy, dtype, on_host=on_host)
-    offload_between_uses(reference, ranks, strategy, on_host=on_host)
     use_cpu_layers(reference, ranks)
     if config.model.float32_logits:
         reference.output.use_float32()
+    offload_between_uses(reference, ranks, strategy, on_host=on_host)
     return reference
 
 

@@ -93,8 +93,8 @@ class RewardModel:
         Also determines whether the model needs an attention mask.
         """
         sharding.place_model(self._model, ranks, self._strategy, on_host=on_host)
-        sharding.offload_between_uses(self._model, ranks, self._strategy, on_host=on_host)
         use_cpu_layers(self._model, ranks)
+        sharding.offload_between_uses(self._model, ranks, self._strategy, on_host=on_host)
         with sharding.materialised(self._model):
             self._needs_mask = reads_padding(self._model, self._encoding, self._label, self._device)
 
