@@ -1,14 +1,11 @@
 """Checkpoints: they are complete or do not exist, and a resumed run continues bit for bit."""
 
 import json
-import math
 import shutil
 import threading
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from msgspec import structs
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -24,7 +21,6 @@ from engine.protocol.rank_messages import Begin, RepeatedChange
 from engine.session.checkpoints import complete_checkpoints, mark_complete
 from engine.train.boundary import update_reference
 from engine.train.checkpoints import folder as checkpoint_folder
-from engine.train.checkpoints.folder import MetricValue
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
@@ -33,26 +29,7 @@ from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
 from engine.train.reward_scales import fit_scales, use_saved_scales
 from engine.train.step import train_step
-
-DEADLINE = 120
-"""Seconds; generous, for a busy machine."""
-
-
-def begin(saver, run, score=1.0, best=None):
-    saver.begin(
-        run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5,
-        reference=run.reference if run.state.reference_updated else None, best=best,
-    )  # fmt: skip
-
-
-def save(run, session, score=1.0, best=None):
-    saver = Saver(session.checkpoints)
-    begin(saver, run, score, best)
-    outcome = saver.wait(DEADLINE)
-    if isinstance(outcome, CheckpointError):
-        raise outcome
-    mark_complete(outcome.folder)
-    return outcome.folder
+from tests.train.checkpoints import DEADLINE, begin_save, save_checkpoint
 
 
 @pytest.fixture
@@ -88,7 +65,7 @@ def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, 
         torch.testing.assert_close(weight.double(), want, rtol=1e-6, atol=1e-7)
     train_step(run, 2)
     run.state.step = 2
-    save(run, session)
+    save_checkpoint(run, session)
     begin = Begin(attempt=2, from_step=2)
     again = load_run(session, session.config(), begin, RankGroup(session.config().launch))
     assert fingerprint(again.reference) == run.state.reference
@@ -102,7 +79,7 @@ def test_the_weight_of_an_adapted_entropy_bonus_is_resumed(make_run, assert_same
     run, session = make_run("ppo.entropy_coef=0.01", "ppo.entropy_target=100")
     train_step(run, 1)
     run.state.step = 1
-    save(run, session)
+    save_checkpoint(run, session)
     again = resumed(session)
     assert again.state.entropy_bonus.weight == pytest.approx(0.015)
     assert_same_step(run, again, 2)
@@ -112,7 +89,7 @@ def test_a_fitted_value_function_resumes_bit_for_bit(make_run, assert_same_step)
     run, session = make_run("model.value=reward_model")
     train_step(run, 1)
     run.state.step = 1
-    save(run, session)
+    save_checkpoint(run, session)
     again = resumed(session)
     fit_scales(again, session.config())
     assert again.state.value_weights == run.state.value_weights
@@ -132,13 +109,13 @@ def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_s
     run, session = make_run(f"model.value={value}")
     train_step(run, 1)
     run.state.step = 1
-    save(run, session)
+    save_checkpoint(run, session)
     assert_same_step(run, resumed(session), 2)
 
 
 def test_a_normalisation_can_be_turned_on_and_off_by_a_resume(trained, make_run):
     run, session = trained
-    save(run, session)
+    save_checkpoint(run, session)
     on = ("reward.normalise=reference", "reward.normalise_samples=8")
     config = config_file.override(session.config(), on)
     begin, ranks = Begin(attempt=2, from_step=1), RankGroup(config.launch)
@@ -148,7 +125,7 @@ def test_a_normalisation_can_be_turned_on_and_off_by_a_resume(trained, make_run)
     scale = (again.state.reward_mean, again.state.reward_std)
     assert scale == (new.state.reward_mean, new.state.reward_std)
     assert scale != (0.0, 1.0)
-    save(again, session)
+    save_checkpoint(again, session)
     off = load_run(session, session.config(), begin, ranks)
     fit_scales(off, session.config())
     assert (off.state.reward_mean, off.state.reward_std) == (0.0, 1.0)
@@ -159,7 +136,7 @@ def test_another_reward_is_reported_and_its_scales_are_measured_again(make_run):
     run, session = make_run(whole, scaled, "reward.normalise_samples=8")
     train_step(run, 1)
     run.state.step = 1
-    save(run, session)
+    save_checkpoint(run, session)
     config = config_file.override(session.config(), [f"reward.model={starter.FOLDER / 'reward'}"])
     begin, ranks, notices = Begin(attempt=2, from_step=1), RankGroup(config.launch), []
 
@@ -172,7 +149,7 @@ def test_another_reward_is_reported_and_its_scales_are_measured_again(make_run):
     assert (again.state.reward_mean, again.state.reward_std) == (0.0, 1.0)
     fit_scales(again, config)
     assert again.state.reward_mean == pytest.approx(run.state.reward_mean)  # the same weights
-    save(again, session)
+    save_checkpoint(again, session)
     assert load().state.reward_mean == again.state.reward_mean
     assert len(notices) == 1
 
@@ -187,7 +164,7 @@ def test_a_key_in_the_address_of_an_earlier_reward_is_not_shown(make_run):
 def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):
     run, session = trained
     run.config = change_settings(run.config, {"max_new_tokens": 40, "beta": 0.5})
-    save(run, session)
+    save_checkpoint(run, session)
     again = resumed(session)
     assert again.config == run.config != session.config()
     models = models_of(run.config, run.prompts.longest, run.device)
@@ -208,7 +185,7 @@ def test_saved_settings_that_an_earlier_version_accepted_are_not_used(trained):
 
 def test_the_memory_check_of_a_resume_includes_its_overrides(trained):
     run, session = trained
-    save(run, session)
+    save_checkpoint(run, session)
     change = SettingChange(key="max_new_tokens", old=10, new=50)
     repeated = RepeatedChange(step=2, command="resume", changes=[change])
     again = resumed(session, repeat=[repeated])
@@ -221,7 +198,7 @@ def test_the_memory_check_of_a_resume_includes_its_overrides(trained):
 
 def test_plain_transformers_loads_the_policy_with_its_tokenizer(trained):
     run, session = trained
-    folder = save(run, session) / "policy"
+    folder = save_checkpoint(run, session) / "policy"
     lm = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert torch.equal(lm.lm_head.weight, run.policy.lm.lm_head.weight)
@@ -231,7 +208,7 @@ def test_plain_transformers_loads_the_policy_with_its_tokenizer(trained):
 
 def test_a_folder_without_complete_is_not_a_checkpoint(trained):
     run, session = trained
-    folder = save(run, session)
+    folder = save_checkpoint(run, session)
     (folder / "COMPLETE").unlink()
     assert complete_checkpoints(session.checkpoints) == {}
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
@@ -240,7 +217,7 @@ def test_a_folder_without_complete_is_not_a_checkpoint(trained):
 
 def test_a_damaged_file_is_found_and_named(trained):
     run, session = trained
-    folder = save(run, session)
+    folder = save_checkpoint(run, session)
     path, *_ = (folder / "training").iterdir()
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -251,7 +228,7 @@ def test_a_damaged_file_is_found_and_named(trained):
 
 def test_an_edited_state_is_found_even_if_its_hashes_are_emptied(trained):
     run, session = trained
-    folder = save(run, session)
+    folder = save_checkpoint(run, session)
     content = json.loads((folder / "state.json").read_text())
     for edited in (content | {"hashes": {}}, content | {"score": 2.0}):
         (folder / "state.json").write_text(json.dumps(edited))
@@ -264,7 +241,7 @@ def test_an_edited_state_is_found_even_if_its_hashes_are_emptied(trained):
 
 def test_a_failed_write_leaves_the_older_checkpoint_and_no_partial_one(trained, monkeypatch):
     run, session = trained
-    save(run, session)
+    save_checkpoint(run, session)
     before = sorted(p.name for p in session.checkpoints.iterdir())
 
     def no_room(*_args, **_kwargs):
@@ -273,7 +250,7 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_partial_one(trained, 
     monkeypatch.setattr(run.tokenizer, "save_pretrained", no_room)
     run.state.step = 2
     with pytest.raises(CheckpointError, match="No space left"):
-        save(run, session)
+        save_checkpoint(run, session)
     assert sorted(p.name for p in session.checkpoints.iterdir()) == before
 
 
@@ -288,7 +265,7 @@ def test_a_tokenizer_that_cannot_be_copied_is_a_notice_and_a_resume_loads_the_or
     monkeypatch.setattr(run.tokenizer, "save_pretrained", gone)
     told = []
     saver = Saver(session.checkpoints, notice=told.append)
-    begin(saver, run)
+    begin_save(saver, run)
     outcome = saver.wait(DEADLINE)
     mark_complete(outcome.folder)
     (text,) = told
@@ -312,7 +289,7 @@ def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(to_train
 
     run.policy.lm.save_pretrained = slowly
     saver = Saver(session.checkpoints)
-    begin(saver, run)
+    begin_save(saver, run)
     assert saver.busy
     assert saver.poll() is None
     train_step(run, 2)
@@ -334,9 +311,9 @@ def test_a_save_starts_after_the_previous_one_has_finished(trained):
     run, session = trained
     done = []
     saver = Saver(session.checkpoints, conclude=lambda step, _outcome: done.append(step))
-    begin(saver, run)
+    begin_save(saver, run)
     run.state.step = 2
-    begin(saver, run)
+    begin_save(saver, run)
     assert done[:1] == [1]
     saver.wait(DEADLINE)
     assert done == [1, 2]
@@ -349,21 +326,23 @@ def test_wait_raises_what_the_conclude_callback_raised(trained):
         raise RuntimeError("the link broke")
 
     saver = Saver(session.checkpoints, conclude=conclude)
-    begin(saver, run)
+    begin_save(saver, run)
     with pytest.raises(RuntimeError, match="the link broke"):
         saver.wait(DEADLINE)
 
 
 def test_the_same_state_gives_the_same_files(trained):
     run, session = trained
-    first = json.loads((save(run, session) / "state.json").read_text())["hashes"]
+    first = json.loads((save_checkpoint(run, session) / "state.json").read_text())["hashes"]
     again = resumed(session)
-    assert json.loads((save(again, session) / "state.json").read_text())["hashes"] == first
+    assert (
+        json.loads((save_checkpoint(again, session) / "state.json").read_text())["hashes"] == first
+    )
 
 
 def test_a_checkpoint_of_format_1_can_be_resumed(to_train):
     run, session = to_train
-    folder = save(run, session)
+    folder = save_checkpoint(run, session)
     training = folder / "training"
     tensors = {k: t for f in training.iterdir() for k, t in load_file(f).items()}
     shutil.rmtree(training)
@@ -389,7 +368,7 @@ def test_a_checkpoint_of_format_1_can_be_resumed(to_train):
 
 def test_a_checkpoint_of_a_newer_format_is_refused(trained):
     run, session = trained
-    folder = save(run, session)
+    folder = save_checkpoint(run, session)
     text = (folder / "state.json").read_text().replace('"format": 2', '"format": 3')
     (folder / "state.json").write_text(text)
     with pytest.raises(CheckpointError, match="newer rlhf-tui"):
@@ -398,7 +377,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(trained):
 
 def test_the_state_of_another_optimiser_or_model_is_refused(trained, make_run):
     run, session = trained
-    folder = save(run, session)
+    folder = save_checkpoint(run, session)
     fused, run.optimiser.defaults["fused"] = run.optimiser.defaults["fused"], False
     with pytest.raises(CheckpointError, match="fork instead of resuming"):
         load_training(folder, run.policy, run.optimiser)
@@ -413,44 +392,22 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(trained, m
     usage = shutil.disk_usage(session.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1_000_000))
     with pytest.raises(CheckpointError, match=r"it needs .* and 1 MB are free"):
-        save(run, session)
+        save_checkpoint(run, session)
     assert list(session.checkpoints.iterdir()) == []
 
 
 def test_a_checkpoint_replaces_one_of_the_same_step(trained):
     run, session = trained
-    save(run, session, score=1.0)
-    folder = save(run, session, score=2.0)
+    save_checkpoint(run, session, score=1.0)
+    folder = save_checkpoint(run, session, score=2.0)
     assert checkpoint_folder.read_best(folder, SCORE, run.state.scored_by) == 2.0
     assert [p.name for p in session.checkpoints.iterdir()] == ["step-000001"]
-
-
-def test_checkpoints_are_compared_by_the_metric_that_is_best_metric_now(trained):
-    run, session = trained
-    folder = save(run, session, score=2.0, best=MetricValue("eval/score", 3.0))
-    metrics, own = ("eval/score", SCORE, "eval/kl"), run.state.scored_by
-    assert [checkpoint_folder.read_best(folder, m, own) for m in metrics] == [3.0, 2.0, -math.inf]
-
-
-def test_scores_of_another_reward_are_not_compared(trained):
-    run, session = trained
-    folder = save(run, session, score=2.0, best=MetricValue("eval/reward/judge", 3.0))
-    metrics = (SCORE, "eval/score", "eval/reward/judge")
-    found = [checkpoint_folder.read_best(folder, m, "another one") for m in metrics]
-    assert found == [-math.inf, -math.inf, 3.0]
-
-
-def test_a_checkpoint_of_a_step_whose_metrics_are_not_finite_can_be_read(trained):
-    run, session = trained
-    folder = save(run, session, score=math.nan, best=MetricValue(SCORE, math.nan))
-    assert checkpoint_folder.read_best(folder, SCORE, run.state.scored_by) == -math.inf
-    assert resumed(session).state.step == 1
 
 
 def test_a_changed_reference_is_refused_on_a_resume(trained):
     run, session = trained
     run.state.reference = "another"
-    save(run, session)
+    save_checkpoint(run, session)
     with pytest.raises(CheckpointError, match="not the one this run began with"):
         resumed(session)
 
@@ -468,7 +425,7 @@ def test_a_fork_may_hold_frozen_models_in_another_dtype(make_run, keys):
     run, session = make_run(*keys)
     train_step(run, 1)
     run.state.step = 1
-    save(run, session)
+    save_checkpoint(run, session)
     fork, notices = forked(session, "model.dtype=bfloat16")
     assert not notices
     assert fork.state.reference != run.state.reference
@@ -480,7 +437,7 @@ def test_a_fork_may_have_another_reference_although_the_first_one_followed(make_
     train_step(run, 1)
     run.state.step = 1
     update_reference(run)
-    save(run, session)
+    save_checkpoint(run, session)
     other = ("model.reference=starter:policy", "kl.reference_update.every=0")
     fork, notices = forked(session, *other)
     assert [rule for rule, _ in notices] == ["reference"]
@@ -488,20 +445,5 @@ def test_a_fork_may_have_another_reference_although_the_first_one_followed(make_
     assert fork.reference.lm.config.num_hidden_layers > run.reference.lm.config.num_hidden_layers
     train_step(fork, 2)
     fork.state.step = 1
-    save(fork, session)
+    save_checkpoint(fork, session)
     assert not forked(session, *other)[1]
-
-
-@given(
-    scores=st.dictionaries(st.integers(1, 50), st.floats(-5, 5), min_size=1),
-    last=st.integers(1, 4),
-    best=st.integers(0, 3),
-)
-def test_the_newest_and_the_best_checkpoints_are_kept(scores, last, best):
-    removed = checkpoint_folder.to_remove(scores, last, best)
-    remaining = set(scores) - set(removed)
-    assert max(scores) in remaining
-    assert len(remaining) <= last + best
-    if best and removed:
-        assert max(scores.values()) in {scores[s] for s in remaining}
-    assert len(remaining) >= min(len(scores), last)
