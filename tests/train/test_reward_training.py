@@ -200,15 +200,15 @@ def test_policies_of_different_tokenizers_are_refused_where_their_tokens_are_rea
 
 def test_the_end_of_a_response_is_a_token_unless_it_was_cut_off_or_stopped_by_a_text():
     tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
-    config = config_file.load(starter.FOLDER / "demo.yaml", ['rollout.stop=["!"]'])
-    texts = [(" was fine.", True), (" was fine.", False), (" was fine!", True)]
+    config = config_file.load(starter.FOLDER / "demo.yaml", ['rollout.stop=["e!"]'])
+    texts = [(" was fine.", True), (" was fine.", False), (" was fine!", True), (" fine!!", True)]
     responses = [
         JudgedText(session=0, prompt="The film", response=text, ended=ended)
         for text, ended in texts
     ]
     inputs = judged_inputs(request(config=config, responses=responses), SINGLE_RANK)
     ends = [ids[-1] == tokenizer.eos_token_id for ids in inputs.ids]
-    assert ends == [True, False, False]
+    assert ends == [True, False, False, False]
     assert inputs.prompts[0] == Prompt(tokenizer("The film")["input_ids"], "The film", {})
     assert "1 of 1 judged prompts are not in its data" in inputs.notes[0]
 

@@ -133,8 +133,11 @@ def _conversation_ids(
 def _end_of(
     response: JudgedText, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """The end-of-sequence token, if the response ended with it."""
-    stopped = response.response.endswith(tuple(config.rollout.stop))
+    """The end-of-sequence token, if the response ended with it and not at a stop string."""
+    messages = response.messages
+    last_turn = response.response if messages is None else messages.response[-1]["content"]
+    # The token that completes a stop string may go on after it.
+    stopped = any(text in last_turn for text in config.rollout.stop)
     ended = response.ended and not stopped and tokenizer.eos_token_id is not None
     return [tokenizer.eos_token_id] if ended else []
 
