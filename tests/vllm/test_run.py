@@ -69,6 +69,8 @@ def test_kills_of_engine_and_supervisor_change_nothing_and_leave_nothing(lab, op
     until((killed.gate / "at-3").exists, "steps with another engine", LIMIT)
     killed.engine().kill()
     until(lambda: not processes(killed.session.folder), "end of engine and ranks", 60)
+    # A thread that is writing to a busy disk keeps the files of a killed process open.
+    until(lambda: not killed.session.is_live(), "release of the lock", 60)
     killed.release(3)
     killed.resume()
     finish(killed)
