@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
@@ -87,6 +88,7 @@ def _differences(session: SessionFolder, other: SessionFolder | None) -> tuple[D
 def _defaults(session: SessionFolder) -> dict[str, Any]:
     from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
 
-    tree = config_file.to_tree(session.config())
-    own = {section: tree[section] for section in REQUIRED}
-    return config_file.to_flat(config_file.from_tree(own))
+    config = session.config()
+    own = {section: getattr(config, section) for section in REQUIRED}
+    # Without the rules: a required section may need other sections, as reward.environment does.
+    return config_file.to_flat(config_file.complete(RunConfig(**own)))

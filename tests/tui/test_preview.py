@@ -2,9 +2,10 @@
 
 import pytest
 
+from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.screens.sessions import SessionsScreen
-from rlhf_tui.state.session_preview import Difference, SessionPreview
+from rlhf_tui.state.session_preview import Difference, SessionPreview, read_preview
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.panels.preview import PreviewNotes, PreviewSamples
 from rlhf_tui.widgets.table import Table
@@ -65,6 +66,19 @@ def test_the_end_of_a_long_value_is_marked_as_cut():
     notes.read(make_state(), preview)
     shown = "".join(words for words, _ in notes.rows(100, 5)[2])
     assert shown.startswith(" reward.model …") and "long-reward (off)" in shown
+
+
+def test_the_defaults_are_compared_although_the_reward_needs_another_section(folder):
+    session = SessionFolder(folder / "frozen")
+    scores = {
+        "reward.model": "null",
+        "reward.environment": "score",
+        "environment.factory": "m:Game",
+    }
+    session.write_config(config_of(**scores))
+    preview = read_preview(session, None)
+    assert preview.problem == ""
+    assert Difference("environment.factory", "m:Game", None) in preview.differences
 
 
 async def test_a_configuration_that_cannot_be_read_hides_no_curves(folder, running, until):
