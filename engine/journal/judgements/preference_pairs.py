@@ -12,7 +12,10 @@ from msgspec.structs import replace
 
 from engine.errors import SessionError
 from engine.journal.judgements.labels import JudgedResponse, LabelReader, Response
-from engine.journal.judgements.recorded import Recorded, recorded_of_reference
+from engine.journal.judgements.recorded_conversation import (
+    RecordedConversation,
+    conversations_of_reference,
+)
 from engine.journal.samples import SampleReader
 from engine.session.folder import SessionFolder
 
@@ -112,15 +115,18 @@ def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, _Pair]]:
 def _exported(session: SessionFolder, pairs: list[_Pair]) -> ExportedPairs:
     """The rows of pairs; those of conversations are messages if any of the pairs has them."""
     with SampleReader(session) as samples:
-        found = {Response.of(row): Recorded(row.replies, row.messages) for row in samples.judged()}
-    probed = recorded_of_reference(
+        found = {
+            Response.of(row): RecordedConversation(row.replies, row.messages)
+            for row in samples.judged()
+        }
+    probed = conversations_of_reference(
         session, {p.prompt for p in pairs if None in (p.chosen.attempt, p.rejected.attempt)}
     )
 
-    def recorded(pair: _Pair, response: Response) -> Recorded:
+    def recorded(pair: _Pair, response: Response) -> RecordedConversation:
         if response.attempt is None:
-            return probed.get((pair.prompt, response.response), Recorded())
-        return found.get(response, Recorded())
+            return probed.get((pair.prompt, response.response), RecordedConversation())
+        return found.get(response, RecordedConversation())
 
     of_pairs = [(p, recorded(p, p.chosen), recorded(p, p.rejected)) for p in pairs]
     rows = [_row(*of_pair) for of_pair in of_pairs]
@@ -137,7 +143,9 @@ def _exported(session: SessionFolder, pairs: list[_Pair]) -> ExportedPairs:
     return ExportedPairs(rows)
 
 
-def _row(pair: _Pair, chosen: Recorded, rejected: Recorded) -> PreferencePair:
+def _row(
+    pair: _Pair, chosen: RecordedConversation, rejected: RecordedConversation
+) -> PreferencePair:
     one, other = pair.chosen, pair.rejected
     return PreferencePair(
         prompt=pair.prompt, chosen=one.response, rejected=other.response, source=pair.source,

@@ -6,7 +6,10 @@ from msgspec import Struct
 
 from engine.errors import UserInputError
 from engine.journal.judgements.labels import LabelReader, Response
-from engine.journal.judgements.recorded import Recorded, recorded_of_reference
+from engine.journal.judgements.recorded_conversation import (
+    RecordedConversation,
+    conversations_of_reference,
+)
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.programs.reward_training import JudgedText
@@ -62,7 +65,7 @@ class _Collector:
         self._index: dict[_Text, int] = {}
         self._labels: dict[int, bool] = {}
         self._preferences: dict[tuple[int, int], None] = {}
-        self._probed: dict[tuple[str, str], Recorded] = {}
+        self._probed: dict[tuple[str, str], RecordedConversation] = {}
         """Of the session that is read."""
 
     def read(self, number: int, session: SessionFolder) -> None:
@@ -71,7 +74,7 @@ class _Collector:
             rows = {Response.of(row): row for row in samples.judged()}
         with LabelReader(session) as reader:
             judged, preferences = reader.judgements().values(), reader.preferences()
-        self._probed = recorded_of_reference(
+        self._probed = conversations_of_reference(
             session,
             {p.prompt for p in preferences if None in (p.chosen.attempt, p.rejected.attempt)},
         )

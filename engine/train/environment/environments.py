@@ -15,7 +15,7 @@ from engine.errors import LinkError, UserInputError, error_text, shortened, trac
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
-from engine.train.environment.calls import CallTimeoutError, call_each
+from engine.train.environment.concurrent_calls import CallTimeoutError, call_each
 from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.calls import SHOWN_MESSAGE

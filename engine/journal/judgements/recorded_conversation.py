@@ -1,4 +1,4 @@
-"""What is recorded of a response beside its text."""
+"""The conversation with an environment that a judged response is, as far as it is recorded."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from engine.session.folder import SessionFolder
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """The parts of a response; both None if they are not recorded, or without an environment."""
+class RecordedConversation:
+    """Replies and messages of a response; None if not recorded, or without an environment."""
 
     replies: list[tuple[int, int]] | None = None
     """See :attr:`engine.journal.rows.SampleRow.replies`."""
     messages: Messages | None = None
 
 
-def recorded_of_reference(
+def conversations_of_reference(
     session: SessionFolder, prompts: Collection[str]
-) -> dict[tuple[str, str], Recorded]:
-    """What is recorded of the reference's responses to probes, by prompt and response.
+) -> dict[tuple[str, str], RecordedConversation]:
+    """The conversations of the reference in probes, by prompt and response.
 
     Raises: JournalError: the journal cannot be read; it is not opened without prompts.
     """
@@ -28,7 +28,7 @@ def recorded_of_reference(
         return {}
     with JournalReader(session) as journal:
         return {
-            (prompt, probe.response): Recorded(probe.replies, probe.messages)
+            (prompt, probe.response): RecordedConversation(probe.replies, probe.messages)
             for prompt in prompts
             for probe in journal.reference_probes(prompt)
         }
