@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from engine.errors import CommandRejectedError
-from engine.train.environment import calls
+from engine.train.environment import concurrent_calls
 from engine.train.environment.environments import checked_reply
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
@@ -170,7 +170,7 @@ def test_an_environment_that_takes_long_is_told_while_it_is_waited_for(
         f"environment.factory={name}:Waiting", f"environment.path={tmp_path}",
         f"environment.concurrency={concurrency}", "environment.max_tokens=8",
     )  # fmt: skip
-    monkeypatch.setattr(calls, "LONG_CALL", 0.1)
+    monkeypatch.setattr(concurrent_calls, "LONG_CALL", 0.1)
     records = []
 
     class Telling(logging.Handler):
