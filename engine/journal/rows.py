@@ -337,6 +337,8 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     """False if the response was truncated."""
     parts: dict[str, float | None] = {}
     """Score of each reward source."""
+    turn_scores: dict[str, list[float]] = {}
+    """Scores of the policy's turns by the reward sources that gave them."""
     weights_version: int | None = None
     """The step whose update produced the weights that sampled it; None if unknown, as in sessions
     of earlier versions."""

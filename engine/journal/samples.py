@@ -276,7 +276,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
     """Builds a row from `SAMPLE_COLUMNS`, optionally followed by label, note, who and time."""
     (
         step, index, attempt, prompt, response, score, kl, length, ended, parts, version, replies,
-        messages, *judged,
+        messages, turn_scores, *judged,
     ) = row  # fmt: skip
     judgement = None
     if judged and judged[2] is not None:
@@ -288,6 +288,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
         weights_version=version,
         replies=None if replies is None else decoded(replies, list[tuple[int, int]]),
         messages=None if messages is None else decoded(messages, Messages),
+        turn_scores={} if turn_scores is None else decoded(turn_scores, dict[str, list[float]]),
         judgement=judgement, left=left, held_out=held_out,
     )  # fmt: skip
 

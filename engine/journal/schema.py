@@ -129,17 +129,24 @@ SAMPLES: list[str] = [
     ALTER TABLE evaluated ADD COLUMN messages TEXT;
     ALTER TABLE evaluated_past ADD COLUMN messages TEXT;
     """,
+    # Scores of the policy's turns by the sources that gave them, as JSON; else NULL.
+    """
+    ALTER TABLE samples ADD COLUMN turn_scores TEXT;
+    ALTER TABLE samples_past ADD COLUMN turn_scores TEXT;
+    ALTER TABLE evaluated ADD COLUMN turn_scores TEXT;
+    ALTER TABLE evaluated_past ADD COLUMN turn_scores TEXT;
+    """,
 ]
 
 EVALUATED_ARE_KEPT = 2
 """The version of samples.db from which it holds the responses to held-out prompts."""
-ADDED_COLUMNS = {"weights_version": 3, "replies": 4, "messages": 5}
+ADDED_COLUMNS = {"weights_version": 3, "replies": 4, "messages": 5, "turn_scores": 6}
 """Each column that was added to the tables of responses, and the version of samples.db since which
 they have it."""
 
 SAMPLE_COLUMNS = (
     "step, idx, attempt, prompt, response, score, kl, length, ended, parts, weights_version, "
-    "replies, messages"
+    "replies, messages, turn_scores"
 )
 """The columns that both tables of responses have, with and without `_past`."""
 

@@ -346,12 +346,13 @@ class JournalWriter:
     def _sample(self, table: str, step: int, sample: Sample) -> None:
         self._samples.execute(
             f"INSERT OR REPLACE INTO {table} "  # noqa: S608 - one of two names
-            f"({schema.SAMPLE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"({schema.SAMPLE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (step, sample.index, self.attempt, sample.prompt, sample.response,
              finite(sample.score), finite(sample.kl), sample.length, sample.ended,
              json.dumps(finite(sample.parts)), sample.weights_version,
              None if sample.replies is None else json.dumps(sample.replies),
-             None if sample.messages is None else msgspec.json.encode(sample.messages).decode()),
+             None if sample.messages is None else msgspec.json.encode(sample.messages).decode(),
+             json.dumps(sample.turn_scores) if sample.turn_scores else None),
         )  # fmt: skip
         if sample.arrays is not None:
             self._samples.execute(

@@ -223,4 +223,5 @@ def _as_reported(row: SampleRow) -> Sample:
         score=math.nan if row.score is None else row.score,
         kl=math.nan if row.kl is None else row.kl,
         length=row.length, ended=row.ended, parts=row.parts, replies=row.replies,
+        turn_scores=row.turn_scores,
     )  # fmt: skip

@@ -74,6 +74,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """False if the response was truncated."""
     parts: dict[str, float | None] = {}
     """Score of each reward source."""
+    turn_scores: dict[str, list[float]] = {}
+    """Scores of the policy's turns by the reward sources that give them."""
     weights_version: int | None = None
     """The step whose update produced the weights that sampled it; None if unknown."""
     replies: list[tuple[int, int]] | None = None

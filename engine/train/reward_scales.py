@@ -113,13 +113,14 @@ def _normalise_rewards(run: Run, config: RunConfig) -> None:
     """Measures means and standard deviations on reference responses; stores them in the state."""
     state, rewards = run.state, run.rewards
     inputs = reference_responses(run, config)
-    total, parts = rewards(inputs)
+    scores = rewards(inputs)
+    total = scores.total
     if rewards.normalised:
         for name in rewards.normalised:
-            scores = torch.tensor([s for s in parts[name] if s is not None] or [0.0])
-            scale = Normaliser.of(scores, f"the normalise of reward source '{name}'")
+            given = torch.tensor([s for s in scores.parts[name] if s is not None] or [0.0])
+            scale = Normaliser.of(given, f"the normalise of reward source '{name}'")
             rewards.scales[name] = (scale.mean, scale.std)
-        total = rewards.total(parts, inputs)
+        total = rewards.total(scores.parts, inputs)
     if config.reward.normalise == "reference":
         normaliser = Normaliser.of(total)
         state.reward_mean, state.reward_std = normaliser.mean, normaliser.std

@@ -26,6 +26,11 @@ class Repeating:
         """A score."""
         return float(len(self.heard))
 
+    def by_turn(self):
+        """A score for each turn; of a response of two turns one number."""
+        scores = [len(text) / 10 for text in self.heard]
+        return sum(scores) if len(scores) == 2 else scores
+
     def letters(self):
         """Another score."""
         return sum(map(len, self.heard)) / 10

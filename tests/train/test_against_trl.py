@@ -14,7 +14,7 @@ from engine.config.sections.ppo import PPOConfig
 from engine.train.ppo import advantages, losses, masked
 from engine.train.ppo.kl_estimators import k3
 from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
-from engine.train.rewards.normalise import normalised_in_groups
+from engine.train.rewards.normalise import group_scales
 
 REASON = "TRL is not installed (make bench-extra)"
 pytest.importorskip("trl", minversion="1.12", reason=REASON)
@@ -131,8 +131,11 @@ def test_sources_normalised_in_groups_give_the_advantages_of_trl_s_gdpo(tmp_path
         Recording, GRPOConfig, tmp_path, [a, b], beta=0.0, reward_weights=[1.0, 0.5],
         multi_objective_aggregation="normalize_then_sum",
     ).train()  # fmt: skip
-    sources = [normalised_in_groups(given[name], GROUP) for name in ("a", "b")]
-    total = torch.tensor([x + 0.5 * (y or 0.0) for x, y in zip(*sources, strict=True)])
+    total = torch.zeros(len(given["a"]))
+    for name, weight in (("a", 1.0), ("b", 0.5)):
+        for i, (mean, deviation) in enumerate(group_scales(given[name], GROUP)):
+            if given[name][i] is not None:
+                total[i] += weight * (given[name][i] - mean) / deviation
     ours = advantages.group_advantages(total, GROUP, "batch")
     torch.testing.assert_close(
         ours.sort().values, torch.tensor(sorted(found)), rtol=1e-5, atol=1e-5

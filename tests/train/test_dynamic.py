@@ -5,6 +5,7 @@ import torch
 from engine.train.data.prompts import batch_prompts
 from engine.train.experience.generation import generate_rollout
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
+from engine.train.rewards.mix import Scores
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.rollout import replace_rows
 from engine.train.step import train_step
@@ -25,7 +26,8 @@ class Judge:
             0.0 if self.dull(p.text, self.calls) else float(i)
             for i, p in enumerate(inputs.batch.prompts)
         ]
-        return torch.tensor(scores), {"judge": list(scores)}
+        none = [None] * len(scores)
+        return Scores(torch.tensor(scores), {"judge": scores}, {"judge": none})
 
 
 def first_prompts(run):

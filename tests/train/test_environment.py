@@ -212,7 +212,7 @@ def test_a_reward_function_gets_the_environments(make_run, tmp_path):
     function = ("reward.model=null", "reward.function=counting:count", f"reward.path={tmp_path}")
     run, _ = make_run(*ENVIRONMENT, STOPS, *function)
     rollout = respond(run)
-    scores, _ = run.rewards(RewardInputs.of(rollout, 1))
+    scores = run.rewards(RewardInputs.of(rollout, 1)).total
     assert scores.tolist() == [turns.count for turns in rollout.conversation.turns]
 
 
@@ -249,9 +249,9 @@ def test_a_judge_reads_the_turns_without_the_markup_between_them(make_run, chat)
 def test_a_reward_model_reads_the_tokens_of_the_whole_conversation(make_run):
     run, _ = make_run(*ENVIRONMENT, STOPS)
     inputs = RewardInputs.of(respond(run), 1)
-    scores, _ = run.rewards(inputs)
+    scores = run.rewards(inputs).total
     joined = dataclasses.replace(inputs, ids=[ids[:] for ids in inputs.ids], turns=None)
-    assert run.rewards(joined)[0].tolist() == scores.tolist()
+    assert run.rewards(joined).total.tolist() == scores.tolist()
     for ids, turns in zip(inputs.ids, inputs.turns, strict=True):
         assert len(ids) >= turns.count + len(turns.replies)
 

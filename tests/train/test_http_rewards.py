@@ -58,8 +58,8 @@ def mix(tokenizer, monkeypatch):
 
 
 def scores(mix, inputs):
-    (found,) = mix.parts(inputs).values()
-    return found
+    (name,) = mix.names
+    return mix.source_scores(name, inputs)
 
 
 # -- the protocols ---------------------------------------------------------------------------------

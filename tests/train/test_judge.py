@@ -59,7 +59,7 @@ def inputs():
 
 def test_a_judge_reads_untrusted_text_verbatim_and_rates_each_response(judge, load, inputs):
     source = load(unparsed=-1)
-    assert source.parts(inputs) == {"judge": [-1, 21, 27]}
+    assert source(inputs).parts == {"judge": [-1, 21, 27]}
     assert judge.paths == ["/v1/chat/completions"] * 3
     assert judge.requests[1] == {
         "model": "m",
@@ -123,7 +123,7 @@ def test_the_score_in_a_reply(text, judging, score):
 
 def test_a_reply_without_a_number_is_asked_for_again_then_pauses_the_run(judge, load, inputs):
     with pytest.raises(RewardCallError, match=r"no number in the reply 'N/A' \(1 of 3") as caught:
-        load().parts(inputs)
+        load()(inputs)
     assert len(judge.requests) == 4
     assert not caught.value.works_again()
 
@@ -132,22 +132,22 @@ def test_a_reply_without_a_number_is_asked_for_again_then_pauses_the_run(judge, 
 def test_a_reply_that_is_no_completion_pauses_the_run(judge, load, inputs, body):
     judge.behaviour = reply(body)
     with pytest.raises(RewardCallError, match="3 of 3 responses are not scored"):
-        load(unparsed=0).parts(inputs)
+        load(unparsed=0)(inputs)
     judge.behaviour = say("5")
-    assert load().parts(inputs)["judge"] == [5, 5, 5]
+    assert load()(inputs).parts["judge"] == [5, 5, 5]
 
 
 def test_fields_of_the_request_can_be_added_replaced_and_left_out(judge, load, inputs):
     judge.behaviour = say("5")
     url = f"http://127.0.0.1:{judge.port}/chat/completions?version=1"
-    load(url, options={"temperature": None, "max_tokens": 5, "extra": {"a": [1]}}).parts(inputs)
+    load(url, options={"temperature": None, "max_tokens": 5, "extra": {"a": [1]}})(inputs)
     assert judge.requests[0].keys() == {"model", "messages", "max_tokens", "extra"}
     assert judge.paths[0] == "/chat/completions?version=1"
 
 
 def test_the_default_template_holds_prompt_and_response(judge, load, inputs):
     judge.behaviour = say("5")
-    load(template=None).parts(inputs)
+    load(template=None)(inputs)
     text = judge.requests[2]["messages"][0]["content"]
     assert "What is {response}?" in text
     assert RESPONSES[2] in text

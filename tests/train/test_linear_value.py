@@ -104,7 +104,7 @@ def test_a_value_begins_as_the_score_of_what_precedes_the_token(make_run):
         before = RewardInputs(
             inputs.batch, [ids[:t] for ids in inputs.ids], inputs.texts, inputs.eos, 1
         )
-        raw, _ = run.rewards(before)
+        raw = run.rewards(before).total
         want = (raw - run.state.reward_mean) / run.state.reward_std
         for row, x in zip(states.rows, states.states, strict=True):
             if len(x) > t:

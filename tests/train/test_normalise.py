@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.config.sections.reward import OverlongConfig, RewardConfig
 from engine.errors import RewardError
-from engine.train.rewards.normalise import Normaliser, normalised_in_groups
+from engine.train.rewards.normalise import Normaliser, group_scales
 
 SCORES = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 0.25, -7.5, 1000.0]))
 
@@ -55,7 +55,11 @@ def test_scores_normalised_in_groups_are_deviations_from_the_group_s_mean(per_pr
         squares = math.fsum((s - mean) ** 2 for s in given_scores)
         std = math.sqrt(squares / (len(given_scores) - 1)) if len(given_scores) > 1 else 0.0
         want += [None if s is None else (s - mean) / (std + 1e-4) for s in group]
-    got = normalised_in_groups([s for group in groups for s in group], per_prompt)
+    scores = [s for group in groups for s in group]
+    got = [
+        None if s is None else (s - mean) / deviation
+        for s, (mean, deviation) in zip(scores, group_scales(scores, per_prompt), strict=True)
+    ]
     assert [s is None for s in got] == [s is None for s in want]
     for ours, theirs in zip(got, want, strict=True):
         assert ours is None or ours == pytest.approx(theirs, rel=1e-9, abs=1e-9)

@@ -233,9 +233,9 @@ def test_a_mix_is_the_weighted_sum_of_the_sources_that_return_a_score(module, in
         },
         SINGLE_RANK,
     )
-    scores, parts = both(inputs)
-    assert scores.tolist() == [5.5 + 3.0, 17.0, 1.5]
-    assert parts["b"] == [1.5, None, None]
+    scores = both(inputs)
+    assert scores.total.tolist() == [5.5 + 3.0, 17.0, 1.5]
+    assert scores.parts["b"] == [1.5, None, None]
 
 
 def test_a_source_of_weight_zero_is_recorded_and_changes_no_score(module, inputs):
@@ -243,11 +243,10 @@ def test_a_source_of_weight_zero_is_recorded_and_changes_no_score(module, inputs
         "obeyed": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "length")),
         "watched": WeightedReward(0.0, RunsOn.RANK_0, function_reward(module, "step")),
     }
-    scores, parts = RewardMix(sources, SINGLE_RANK)(inputs)
-    assert (
-        scores.tolist() == RewardMix({"obeyed": sources["obeyed"]}, SINGLE_RANK)(inputs)[0].tolist()
-    )
-    assert parts["watched"] == [7, 7, 7]
+    scores = RewardMix(sources, SINGLE_RANK)(inputs)
+    alone = RewardMix({"obeyed": sources["obeyed"]}, SINGLE_RANK)(inputs)
+    assert scores.total.tolist() == alone.total.tolist()
+    assert scores.parts["watched"] == [7, 7, 7]
 
 
 def test_a_response_that_only_a_source_of_weight_zero_scores_has_no_score(module, inputs):
@@ -264,9 +263,9 @@ def test_a_source_s_own_normalisation_comes_before_its_weight(module, inputs):
     mix = RewardMix({"length": length}, SINGLE_RANK)
     assert mix.normalised == ["length"]
     mix.scales = {"length": (10.0, 4.0)}
-    scores, parts = mix(inputs)
-    assert scores.tolist() == [3 * (n - 10) / 4 for n in (11, 34, 3)]
-    assert parts["length"] == [11, 34, 3]
+    scores = mix(inputs)
+    assert scores.total.tolist() == [3 * (n - 10) / 4 for n in (11, 34, 3)]
+    assert scores.parts["length"] == [11, 34, 3]
 
 
 def test_a_source_is_normalised_within_groups_only_if_their_size_is_given(module, inputs):
@@ -276,13 +275,13 @@ def test_a_source_is_normalised_within_groups_only_if_their_size_is_given(module
         "b": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "sometimes")),
     }
     mix = RewardMix(sources, SINGLE_RANK)
-    scores, parts = mix(inputs)
-    assert scores.tolist() == [3 * 11 + 1.5, 3 * 34, 3 * 3]
+    scores = mix(inputs)
+    assert scores.total.tolist() == [3 * 11 + 1.5, 3 * 34, 3 * 3]
     deviation = (((11 - 16) ** 2 + (34 - 16) ** 2 + (3 - 16) ** 2) / 2) ** 0.5 + 1e-4
-    got = mix.total(parts, inputs, per_prompt=3).tolist()
+    got = mix.total(scores.parts, inputs, per_prompt=3).tolist()
     want = [3 * (n - 16) / deviation + b for n, b in ((11, 1.5), (34, 0), (3, 0))]
     assert got == pytest.approx(want, rel=1e-6)
-    assert parts["a"] == [11, 34, 3]
+    assert scores.parts["a"] == [11, 34, 3]
 
 
 def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key():
@@ -323,7 +322,7 @@ def test_equally_named_sources_of_a_mix_are_numbered(module, inputs, tokenizer):
     mix = load_rewards(
         LoadContext(RewardConfig(mix=sources, path=module), tokenizer.get_vocab(), SINGLE_RANK)
     )
-    _, parts = mix(inputs)
+    parts = mix(inputs).parts
     assert list(parts) == ["length", "reward", "length-2"]
 
 
@@ -354,7 +353,7 @@ def call(inputs, monkeypatch):
 
     def call_with_retries(reward, **options):
         mix = RewardMix({"r": WeightedReward(1.0, RunsOn.RANK_0, reward)}, SINGLE_RANK, 3)
-        return mix(inputs, **options)[0].tolist()
+        return mix(inputs, **options).total.tolist()
 
     return call_with_retries
 

@@ -143,7 +143,7 @@ def test_a_value_function_from_the_reward_model_begins_with_the_scores_of_traini
     assert run.config.ppo.value_head_rate == 1
     rollout = rollout_of(run)
     inputs = RewardInputs.of(rollout, 1)
-    raw, _ = run.rewards(inputs)
+    raw = run.rewards(inputs).total
     want = (raw - run.state.reward_mean) / run.state.reward_std
     for i, prompt in enumerate(inputs.batch.prompts):
         ids = torch.tensor([prompt.ids + inputs.ids[i]])

@@ -28,7 +28,7 @@ from engine.train.ppo import masked
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.metrics import distinct_2
 from engine.train.rewards.mix import RewardMix
-from engine.train.rewards.source import RewardCallError, RewardInputs
+from engine.train.rewards.source import RewardCallError, RewardInputs, whole
 from engine.train.rollout.backend import GREEDY_TEMPERATURE, SamplingOptions
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
@@ -142,9 +142,11 @@ class _Watched:
             if name in self.failed:
                 continue
             try:
-                found[name] = self._rewards.source_scores(name, inputs, report)
+                scores = self._rewards.source_scores(name, inputs, report)
             except REWARD_FAILURES as error:
                 self.failed[name] = error
+            else:
+                found[name] = [whole(score) for score in scores]
         return found
 
 
@@ -192,9 +194,9 @@ def _respond(
     )
     rollout = respond(run, run.policy, prompts, options, report, step=step)
     inputs = RewardInputs.of(rollout, step)
-    raw, parts = run.rewards(inputs, report)
-    scores = scores_for_training(run, raw, rollout, options.max_new_tokens)
-    parts = (parts if len(parts) > 1 else {}) | watched.parts(inputs, report)
+    raw = run.rewards(inputs, report)
+    scores = scores_for_training(run, raw.total, rollout, options.max_new_tokens)
+    parts = (raw.parts if len(raw.parts) > 1 else {}) | watched.parts(inputs, report)
     rows, limit = ranks.strided_share(rollout.rows), MicroBatchLimit.of(config, rollout)
     logprobs, reference = (
         ranks.all_reduce_sum(

@@ -5,6 +5,7 @@ Source: Yu et al. 2025, arXiv 2503.14476 (DAPO), section 3.2; `filter_groups` in
 """
 
 import dataclasses
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from engine.train.experience.scoring import ScoredRollout, score_groups
 from engine.train.ppo.advantages import constant_groups
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import Run
+
+T = TypeVar("T")
 
 
 def redraw_groups(run: Run, step: int, scored: ScoredRollout) -> ScoredRollout:
@@ -57,6 +60,10 @@ def redraw_groups(run: Run, step: int, scored: ScoredRollout) -> ScoredRollout:
                 name: _replaced(scores, old, other.parts[name], new)
                 for name, scores in scored.parts.items()
             },
+            {
+                name: _replaced(scores, old, other.turns[name], new)
+                for name, scores in scored.turns.items()
+            },
             scored.redrawn + wanted,
         )
     return scored
@@ -82,9 +89,7 @@ def _rows(groups: Tensor, per_prompt: int) -> Tensor:
     return (groups[:, None] * per_prompt + torch.arange(per_prompt)).view(-1)
 
 
-def _replaced(
-    into: list[float | None], rows: Tensor, other: list[float | None], other_rows: Tensor
-) -> list[float | None]:
+def _replaced(into: list[T], rows: Tensor, other: list[T], other_rows: Tensor) -> list[T]:
     result = list(into)
     for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
         result[row] = other[other_row]

@@ -11,9 +11,11 @@ from engine.train.experience.greedy_baseline import greedy_scores
 from engine.train.experience.rollout_check import version_lag
 from engine.train.experience.scoring import (
     Parts,
+    TurnScores,
     recorded_states,
     score_groups,
     scores_for_training,
+    turn_rewards,
 )
 from engine.train.ppo.metrics import conversation_metrics, group_metrics, source_metrics
 from engine.train.rollout.rollout import Rollout
@@ -34,6 +36,10 @@ class Experience:
     show :attr:`scores`, because the mean of the others is always 0, less penalties."""
     parts: Parts
     """The raw scores of each reward source."""
+    turns: TurnScores
+    """The raw scores of each turn."""
+    turn_rewards: Tensor | None
+    """(B, T) float32 on the device: see :func:`turn_rewards`."""
     redrawn: int | None
     """Number of prompts that were drawn as replacements; None without `rollout.dynamic`."""
     greedy_scores: Tensor | None
@@ -86,6 +92,8 @@ def collect_experience(run: Run, step: int, recorded: Rollout | None = None) -> 
         scores=scores_for_training(run, scored.scores, scored.rollout, limit),
         training_scores=scores_for_training(run, scored.training_scores, scored.rollout, limit),
         parts=scored.parts,
+        turns=scored.turns,
+        turn_rewards=turn_rewards(run, scored),
         redrawn=scored.redrawn if config.rollout.dynamic else None,
         greedy_scores=greedy,
         states=states,

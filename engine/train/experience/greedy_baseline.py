@@ -27,8 +27,8 @@ def greedy_scores(run: Run, step: int, rollout: Rollout) -> Tensor:
         prompt, normalised and clipped, with the same penalties.
     """
     greedy = greedy_rollout(run, step, rollout)
-    raw, _ = score_rollout(run, step, greedy)
-    scores = scores_for_training(run, raw, greedy, run.config.rollout.max_new_tokens)
+    raw = score_rollout(run, step, greedy)
+    scores = scores_for_training(run, raw.total, greedy, run.config.rollout.max_new_tokens)
     return scores.repeat_interleave(run.config.responses_per_prompt)
 
 

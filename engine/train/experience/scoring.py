@@ -3,8 +3,10 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from engine.train.rewards.mix import Scores
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.rollout import Rollout
@@ -12,7 +14,9 @@ from engine.train.rollout.token_states import TokenStates
 from engine.train.run import Run
 
 Parts = dict[str, list[float | None]]
-"""The scores of each reward source, by name; None where it gave no score."""
+"""As :attr:`Scores.parts`."""
+TurnScores = dict[str, list[list[float] | None]]
+"""As :attr:`Scores.turns`."""
 
 
 @dataclass(frozen=True)
@@ -25,26 +29,27 @@ class ScoredRollout:
     training_scores: Tensor
     """(B,) float32: the same with `normalise: group` of sources, if any has it."""
     parts: Parts
+    turns: TurnScores
     redrawn: int = 0
     """Number of replacement prompts that were generated, whether kept or not."""
 
 
-def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]:
-    """Returns the raw scores of a step's responses, (B,) float32, and each source's scores."""
+def score_rollout(run: Run, step: int, rollout: Rollout) -> Scores:
+    """Returns the raw scores of a step's responses."""
     with run.phase(step, "score") as report:
         return run.rewards(RewardInputs.of(rollout, step), report)
 
 
 def score_groups(run: Run, step: int, rollout: Rollout) -> ScoredRollout:
     """Scores the responses of whole groups."""
-    scores, parts = score_rollout(run, step, rollout)
-    training_scores = scores
+    scores = score_rollout(run, step, rollout)
+    training_scores = scores.total
     if run.config.reward.in_groups:
         inputs = RewardInputs.of(rollout, step)
         training_scores = run.rewards.total(
-            parts, inputs, per_prompt=run.config.responses_per_prompt
+            scores.parts, inputs, per_prompt=run.config.responses_per_prompt
         )
-    return ScoredRollout(rollout, scores, training_scores, parts)
+    return ScoredRollout(rollout, scores.total, training_scores, scores.parts, scores.turns)
 
 
 def recorded_states(run: Run) -> AbstractContextManager[TokenStates | None]:
@@ -73,3 +78,22 @@ def scores_for_training(run: Run, raw: Tensor, rollout: Rollout, max_new_tokens:
     return normalise(
         raw.to(run.device), run.config.reward, rollout.ended, rollout.lengths, max_new_tokens
     )
+
+
+def turn_rewards(run: Run, scored: ScoredRollout) -> Tensor | None:
+    """Places the scores of turns on the last token of each turn; (B, T) float32 on the device.
+
+    They have the scale of the scores for training, but not their mean. None if no source scored
+    turns.
+    """
+    if not any(any(rows) for rows in scored.turns.values()):
+        return None
+    totals = run.rewards.turn_totals(
+        scored.turns, scored.parts, per_prompt=run.config.responses_per_prompt
+    )
+    placed = torch.zeros(scored.rollout.ids.shape)
+    for row, scores in enumerate(totals):
+        if scores:
+            last = torch.tensor(scored.rollout.turn_ends(row)) - 1
+            placed[row, last] = torch.tensor(scores, dtype=placed.dtype)
+    return placed.to(run.device) / run.state.reward_std

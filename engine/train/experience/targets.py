@@ -38,7 +38,7 @@ def training_targets(
         beta=config.kl.beta if config.kl.place == "reward" else 0.0,
         per_prompt=config.responses_per_prompt, baseline=state.baseline,
         kl_estimator=config.kl.estimator, greedy_scores=experience.greedy_scores,
-        ended=rollout.ended, entropies=rollout.entropies,
+        ended=rollout.ended, entropies=rollout.entropies, turn_rewards=experience.turn_rewards,
     )  # fmt: skip
     if experience.states is not None:
         inputs = with_fitted_values(run, step, experience.states, inputs)

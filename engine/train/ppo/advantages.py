@@ -63,12 +63,20 @@ class AdvantageInputs:
     """(B, T): entropy of each token's distribution; only needed for `ppo.top_entropy`."""
     squared_probs: Tensor | None = None
     """(B, T): Σ π_old² over the vocabulary at each token; set for estimators that declare it."""
+    turn_rewards: Tensor | None = None
+    """(B, T): parts of :attr:`scores` that are given before the end of the response, on the last
+    token of a turn; None if there are none."""
 
     @property
     def token_kl(self) -> Tensor:
         """Estimates each token's KL to the reference for the penalty; (B, T)."""
         log_ratio = (self.old_logprobs - self.ref_logprobs) * self.mask
         return KL_ESTIMATORS[self.kl_estimator](log_ratio) * self.mask
+
+    @property
+    def token_rewards(self) -> Tensor:
+        """The reward of each token; (B, T)."""
+        return token_rewards(self.scores, self.token_kl, self.lengths, self.beta, self.turn_rewards)
 
     @property
     def outcomes(self) -> Tensor:
@@ -133,7 +141,7 @@ def gae(inputs: AdvantageInputs) -> Targets:
     Returns are advantages plus values, before the advantages are whitened.
     """
     config, mask, values = inputs.config, inputs.mask, inputs.values
-    rewards = token_rewards(inputs.scores, inputs.token_kl, inputs.lengths, inputs.beta)
+    rewards = inputs.token_rewards
     if config.whiten_rewards:
         rewards = masked.whiten(rewards, mask, shift_mean=False)
     same = DEFAULT_LAM if config.lam is None else config.lam
@@ -247,7 +255,7 @@ def remax(inputs: AdvantageInputs) -> Targets:
 
 def rewards_to_go(inputs: AdvantageInputs) -> Tensor:
     """The discounted sum of token rewards from each token on; (B, T)."""
-    rewards = token_rewards(inputs.scores, inputs.token_kl, inputs.lengths, inputs.beta)
+    rewards = inputs.token_rewards
     zeros = torch.zeros_like(rewards)
     return generalised_advantages(rewards, zeros, inputs.mask, inputs.config.gamma, 1.0)
 
@@ -266,13 +274,20 @@ ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
 """Estimators by the names of :data:`engine.config.sections.ppo.ADVANTAGES`."""
 
 
-def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> Tensor:
+def token_rewards(
+    scores: Tensor, kl: Tensor, lengths: Tensor, beta: float, turn_rewards: Tensor | None = None
+) -> Tensor:
     """Computes −β·KL (B, T) on every token plus the score (B,) on the last one; (B, T).
 
     This is the reward of Ziegler et al. 2019. The score is given on the last response token, as in
-    OpenRLHF (`compute_reward`) and DeepSpeed-Chat, not on the padding after it.
+    OpenRLHF (`compute_reward`) and DeepSpeed-Chat, not on the padding after it. With rewards of
+    turns, (B, T), these are given where they stand, and the last token gets what is left of the
+    score, so that the sum is the same.
     """
     rewards = -beta * kl
+    if turn_rewards is not None:
+        rewards = rewards + turn_rewards
+        scores = scores - turn_rewards.sum(1)
     last = (lengths - 1)[:, None]
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 

@@ -98,10 +98,10 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
     except RewardCallError as error:
         raise CommandRejectedError(f"a probe cannot be answered: {error}") from error
     try:
-        raw, _ = run.rewards(RewardInputs.of(rollout, state.step), retry=False)
+        raw = run.rewards(RewardInputs.of(rollout, state.step), retry=False)
     except (RewardError, RewardCallError, PeerRankError) as error:
         raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
-    score = scores_for_training(run, raw, rollout, config.rollout.max_new_tokens)
+    score = scores_for_training(run, raw.total, rollout, config.rollout.max_new_tokens)
     reference, _ = score_tokens(
         run.reference, rollout, config.rollout.temperature, MicroBatchLimit(1), want="logits"
     )

@@ -17,6 +17,7 @@ def kept_samples(
     rollout: Rollout,
     scores: Tensor,
     parts: dict[str, list[float | None]],
+    turns: dict[str, list[list[float] | None]],
     targets: Targets,
     ref_logprobs: Tensor,
 ) -> list[Sample]:
@@ -28,6 +29,7 @@ def kept_samples(
         rollout: B responses of at most T tokens.
         scores: (B,), normalised and clipped, minus penalties.
         parts: B scores for each reward source.
+        turns: the same for the turns of each response.
         targets: the old log-probabilities, values and advantages.
         ref_logprobs: (B, T), log-probabilities under the reference.
     """
@@ -46,6 +48,7 @@ def kept_samples(
             length=lengths[i],
             ended=bool(ended[i]),
             parts={k: v[i] for k, v in parts.items()},
+            turn_scores=_of_row(turns, i),
             weights_version=versions[i],
             replies=rollout.replies(i),
             messages=rollout.messages(i),
@@ -53,6 +56,12 @@ def kept_samples(
         )
         for i in range(min(log.samples, len(scores)))
     ]
+
+
+def _of_row(turns: dict[str, list[list[float] | None]], row: int) -> dict[str, list[float]]:
+    """The scores of a response's turns by the sources that gave them."""
+    found = {name: scores[row] for name, scores in turns.items()}
+    return {name: scores for name, scores in found.items() if scores is not None}
 
 
 def _token_arrays(

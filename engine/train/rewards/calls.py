@@ -14,6 +14,7 @@ from engine.train.rewards.source import (
     Reward,
     RewardCallError,
     RewardInputs,
+    Score,
 )
 
 FIRST_DELAY = 1.0
@@ -46,9 +47,9 @@ class SourceCall:
         self._reward = reward
         self._inputs = inputs
         self._report = report
-        self._scores: dict[int, float | None] = {}
+        self._scores: dict[int, Score] = {}
 
-    def __call__(self) -> list[float | None]:
+    def __call__(self) -> list[Score]:
         """Calls the source once, with the responses that are not scored yet; returns B scores.
 
         Raises:

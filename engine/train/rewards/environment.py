@@ -3,21 +3,22 @@
 from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError
 from engine.progress import ReportProgress
-from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
+from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
 from engine.train.user_function import UserFunction
 
 
 class EnvironmentReward:
     """Calls a method of each response's environment, without arguments.
 
-    The method returns a float, or None for a response it does not score.
+    The method returns a float, a list of floats for the turns of the policy, or None for a response
+    it does not score.
     """
 
     def __init__(self, method: str, factory: UserFunction) -> None:
         """Stores the arguments; `factory` is what makes the environments."""
         self._method, self._factory = method, factory
 
-    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """Calls the methods one after the other; see :class:`Reward`.
 
         Raises: TypeError: there are no environments; or whatever a method raises.
@@ -32,12 +33,12 @@ class EnvironmentReward:
         report(len(inputs), len(inputs))
         return scores
 
-    def _score(self, environment: object, response: str) -> float | None:
+    def _score(self, environment: object, response: str) -> Score:
         """Scores a response.
 
         Its text is here for the description of an error, which looks for it in the traceback.
         """
-        score: float | None = getattr(environment, self._method)()
+        score: Score = getattr(environment, self._method)()
         return score
 
 

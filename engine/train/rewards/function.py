@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.config.sections.reward import RewardSource
 from engine.progress import ReportProgress
-from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
+from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
 from engine.train.user_function import UserFunction
 
 
@@ -22,8 +22,8 @@ class FunctionReward:
     The keyword arguments are `prompts`, `completions` (texts, or lists of chat messages for chat
     prompts), `completion_ids`, `trainer_state` (with `global_step`), and each other column of the
     data as a list; with an environment also `environments`, the user's objects. The function
-    returns one float per response, or None for a response it does not score. It may be a coroutine
-    function.
+    returns for each response a float, a list of floats for the turns of the policy, or None if it
+    does not score it. It may be a coroutine function.
     """
 
     def __init__(self, source: str, path: str | None, key: str = "reward") -> None:
@@ -39,14 +39,14 @@ class FunctionReward:
         """
         self._function = UserFunction(source, path, f"{key}.function")
 
-    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """Calls the function once for the whole batch; see :class:`Reward`."""
         with self._function.running():
             scores = self._scores(inputs)
         report(len(inputs), len(inputs))
         return scores
 
-    def _scores(self, inputs: RewardInputs) -> list[float | None]:
+    def _scores(self, inputs: RewardInputs) -> list[Score]:
         scores = self._function.call(self._arguments(inputs))
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores))

@@ -16,7 +16,7 @@ from engine.progress import ReportProgress, report_nothing
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import environment, function, judge, model, service
 from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
-from engine.train.rewards.normalise import normalised_in_groups
+from engine.train.rewards.normalise import Scale, group_scales
 from engine.train.rewards.scores import shown_prompt, validate_scores
 from engine.train.rewards.source import (
     LoadContext,
@@ -24,7 +24,9 @@ from engine.train.rewards.source import (
     RewardCallError,
     RewardInputs,
     RunsOn,
+    Score,
     SourceKind,
+    whole,
 )
 
 log = logging.getLogger("engine")
@@ -39,10 +41,6 @@ KINDS: dict[str, SourceKind] = {
 """By the configuration keys of :data:`engine.config.sections.reward.SOURCE_KEYS`."""
 
 
-Scale = tuple[float, float]
-"""Mean and standard deviation."""
-
-
 @dataclass(frozen=True)
 class WeightedReward:
     """One source of a mix."""
@@ -55,6 +53,19 @@ class WeightedReward:
     """Whether the source's own `normalise` is `reference`."""
     in_groups: bool = False
     """Whether it is `group`."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of B responses by a mix."""
+
+    total: Tensor
+    """(B,) float32: the weighted sum."""
+    parts: dict[str, list[float | None]]
+    """The scores of each source, by name; None for a response that it does not score."""
+    turns: dict[str, list[list[float] | None]]
+    """The scores of each source for the turns of a response, by name; None for a response whose
+    turns it does not score."""
 
 
 class RewardMix:
@@ -100,7 +111,7 @@ class RewardMix:
         report: ReportProgress = report_nothing,
         *,
         retry: bool = True,
-    ) -> tuple[Tensor, dict[str, list[float | None]]]:
+    ) -> Scores:
         """Scores all responses of a step; a None score adds nothing to the sum.
 
         Args:
@@ -108,17 +119,21 @@ class RewardMix:
             report: see :class:`Reward`.
             retry: whether a source of rank 0 that raises is called again, `reward.retries` times.
 
-        Returns:
-            Scores (B,) float32, and each source's B scores, by name, as the source returned them.
-
         Raises:
             RewardError: a source returned the wrong number of scores or one that is not a finite
                 number, or every source whose weight is not 0 returned None for a response.
             PeerRankError: that error on rank 0, raised on the other ranks.
             RewardCallError: a source that runs on rank 0 raised in every call.
         """
-        parts = self.parts(inputs, report, retry=retry)
-        return self.total(parts, inputs), parts
+        found = {
+            name: self.source_scores(name, inputs, report, retry=retry) for name in self._sources
+        }
+        parts = {name: [whole(score) for score in scores] for name, scores in found.items()}
+        turns = {
+            name: [score if isinstance(score, list) else None for score in scores]
+            for name, scores in found.items()
+        }
+        return Scores(self.total(parts, inputs), parts, turns)
 
     def total(
         self,
@@ -141,11 +156,8 @@ class RewardMix:
         total = [0.0] * len(inputs)
         scored = [False] * len(inputs)
         for name, source in self._sources.items():
-            mean, std = self.scales.get(name, (0.0, 1.0))
-            scores = parts[name]
-            if per_prompt is not None and source.in_groups:
-                scores = normalised_in_groups(scores, per_prompt)
-            for i, score in enumerate(scores):
+            scales = self._row_scales(name, parts[name], per_prompt)
+            for i, (score, (mean, std)) in enumerate(zip(parts[name], scales, strict=True)):
                 if score is not None and source.weight:
                     total[i] += source.weight * ((score - mean) / std)
                     scored[i] = True
@@ -157,17 +169,44 @@ class RewardMix:
             )
         return torch.tensor(total, dtype=torch.float32)
 
-    def parts(
+    def turn_totals(
         self,
-        inputs: RewardInputs,
-        report: ReportProgress = report_nothing,
+        turns: dict[str, list[list[float] | None]],
+        parts: dict[str, list[float | None]],
         *,
-        retry: bool = True,
-    ) -> dict[str, list[float | None]]:
-        """The B scores of each source, by name. Raises what calling the mix raises."""
-        return {
-            name: self.source_scores(name, inputs, report, retry=retry) for name in self._sources
-        }
+        per_prompt: int | None = None,
+    ) -> list[list[float]]:
+        """The weighted sum of the sources' scores of each turn, scaled as :meth:`total`.
+
+        Means are not subtracted: they belong to the response as a whole.
+
+        Args:
+            turns: as in :class:`Scores`.
+            parts: each source's B scores.
+            per_prompt: as for :meth:`total`.
+
+        Returns:
+            One list for each of the B responses; empty if no source scored its turns.
+        """
+        totals: list[list[float]] = [[] for _ in next(iter(parts.values()))]
+        for name, rows in turns.items():
+            weight = self._sources[name].weight
+            scales = self._row_scales(name, parts[name], per_prompt)
+            for i, (scores, (_, std)) in enumerate(zip(rows, scales, strict=True)):
+                if scores is not None:
+                    before = totals[i] or [0.0] * len(scores)
+                    totals[i] = [
+                        t + weight * (s / std) for t, s in zip(before, scores, strict=True)
+                    ]
+        return totals
+
+    def _row_scales(
+        self, name: str, scores: list[float | None], per_prompt: int | None
+    ) -> list[Scale]:
+        """Mean and standard deviation with which to scale each of a source's B scores."""
+        if per_prompt is not None and self._sources[name].in_groups:
+            return group_scales(scores, per_prompt)
+        return [self.scales.get(name, (0.0, 1.0))] * len(scores)
 
     def source_scores(
         self,
@@ -176,7 +215,7 @@ class RewardMix:
         report: ReportProgress = report_nothing,
         *,
         retry: bool = True,
-    ) -> list[float | None]:
+    ) -> list[Score]:
         """The B scores of one source. Raises what calling the mix raises."""
         source = self._sources[name]
         if source.runs_on is RunsOn.RANK_0:
@@ -191,7 +230,7 @@ class RewardMix:
         reward: Reward,
         inputs: RewardInputs,
         report: ReportProgress,
-    ) -> list[float | None]:
+    ) -> list[Score]:
         # Sorted by length, so that the ranks' shares take about the same time.
         lengths = torch.tensor([len(ids) for ids in inputs.ids])
         rows = self._ranks.strided_share(lengths.argsort(descending=True, stable=True))
@@ -208,7 +247,7 @@ class RewardMix:
         report: ReportProgress,
         *,
         retry: bool,
-    ) -> list[float | None]:
+    ) -> list[Score]:
         """Calls the source on rank 0, again if it raises.
 
         The ranks synchronise after each call, so that none waits in a collective, or stays silent,
@@ -229,7 +268,7 @@ class RewardMix:
             time.sleep(delay)
             report(0, len(inputs))
 
-    def _call_on_rank_0(self, call: SourceCall | None) -> list[float | None]:
+    def _call_on_rank_0(self, call: SourceCall | None) -> list[Score]:
         """Calls the source once; broadcasts its scores, or raises its error on every rank.
 
         `call` is None on ranks other than 0.
@@ -264,7 +303,7 @@ class RewardMix:
 class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of a source, sent by rank 0; one of the texts is set if the source failed."""
 
-    scores: list[float | None] = []
+    scores: list[Score] = []
     unusable: str = ""
     raised: str = ""
     trace: str = ""

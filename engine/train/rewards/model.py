@@ -30,7 +30,7 @@ from engine.train.models.shapes import transformer_layers
 from engine.train.models.stored_weights import share_stored
 from engine.train.rewards.encoding import RewardEncoding
 from engine.train.rewards.padding import reads_padding
-from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
+from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
 from engine.train.rollout.token_states import TokenStates
 
 
@@ -98,7 +98,7 @@ class RewardModel:
         with sharding.materialised(self._model):
             self._needs_mask = reads_padding(self._model, self._encoding, self._label, self._device)
 
-    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """Computes the chosen logit for each response, in batches of similar lengths."""
         with sharding.materialised(self._model):
             return self._scores(inputs, report)
@@ -133,13 +133,13 @@ class RewardModel:
             return [*values, 0.0 if bias is None else float(full_tensor(bias)[self._label])]
 
     @torch.no_grad()
-    def _scores(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+    def _scores(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         messages = None
         if inputs.turns is not None:
             messages = [inputs.messages(i) for i in range(len(inputs))]
         encoded = self._encoding(inputs.batch.prompts, inputs.ids, inputs.texts, messages)
         order = encoded.by_length()
-        scores: list[float | None] = [None] * len(encoded)
+        scores: list[Score] = [None] * len(encoded)
         states: dict[int, Tensor] = {}
         for first in range(0, len(order), self._size):
             rows = order[first : first + self._size]

@@ -13,12 +13,17 @@ GROUP_STD_EPS = 1e-4
 """Added to a standard deviation within a group before dividing by it, as in TRL."""
 
 
-def normalised_in_groups(scores: list[float | None], per_prompt: int) -> list[float | None]:
-    """Scales a source's B scores to mean 0 and deviation 1 over the responses to each prompt.
+Scale = tuple[float, float]
+"""Mean and standard deviation."""
 
-    This is (score − mean) / (standard deviation + 1e-4), with n − 1 in the deviation's denominator
-    (GDPO, Liu et al. 2026, arXiv 2601.05242; `normalize_then_sum` in TRL). Both are of the scores
-    that are not None. Scores that do not vary within their group become 0.
+
+def group_scales(scores: list[float | None], per_prompt: int) -> list[Scale]:
+    """Returns for each of a source's B scores the mean and deviation over the prompt's responses.
+
+    (score − mean) / deviation is the score normalised within its group (GDPO, Liu et al. 2026,
+    arXiv 2601.05242; `normalize_then_sum` in TRL). The deviation has n − 1 in its denominator, and
+    1e-4 is added to it, so that scores that do not vary become 0. Both are of the scores that are
+    not None.
 
     Args:
         scores: those of one prompt are adjacent.
@@ -26,11 +31,12 @@ def normalised_in_groups(scores: list[float | None], per_prompt: int) -> list[fl
     """
     values = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64)
     groups = values.view(-1, per_prompt)
-    centred = groups - groups.nanmean(1, keepdim=True)
+    mean = groups.nanmean(1, keepdim=True)
+    centred = groups - mean
     count = (~groups.isnan()).sum(1, keepdim=True)
     variance = (centred**2).nansum(1, keepdim=True) / (count - 1).clamp(min=1)
-    scaled = (centred / (variance.sqrt() + GROUP_STD_EPS)).view(-1).tolist()
-    return [None if s is None else x for s, x in zip(scores, scaled, strict=True)]
+    scales = torch.cat([mean, variance.sqrt() + GROUP_STD_EPS], 1).repeat_interleave(per_prompt, 0)
+    return [(mean, deviation) for mean, deviation in scales.tolist()]
 
 
 @dataclass

@@ -16,16 +16,17 @@ from engine.train.rewards.source import (
     LoadContext,
     RewardInputs,
     RunsOn,
+    Score,
     SourceKind,
 )
 
-Scores = list[float | None]
+Scores = list[Score]
 Usable = Annotated[float, msgspec.Meta(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
 """A reply with a different number is unusable: the request counts as failed and is retried."""
 
 
 class _JSONReply(msgspec.Struct):
-    scores: list[Usable | None]
+    scores: list[Usable | list[Usable] | None]
 
 
 class _OpenRLHFReply(msgspec.Struct):
@@ -52,7 +53,7 @@ class JSONProtocol:
 
     def scores(self, endpoint: Endpoint, reply: bytes) -> Scores:
         """The scores in a reply. Raises RequestError."""
-        return endpoint.decode(reply, _JSONReply).scores
+        return [*endpoint.decode(reply, _JSONReply).scores]
 
 
 class OpenRLHFProtocol:
@@ -146,7 +147,7 @@ class ServiceReward:
 
 
 def complete(
-    scores: dict[int, float | None],
+    scores: dict[int, Score],
     count: int,
     errors: dict[int, RequestError],
     tasks: list[Callable[[], Scores]],

@@ -5,6 +5,7 @@ To add a kind of source, write a module with a class that implements :class:`Rew
 configuration key that selects it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +21,15 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.rollout.conversation import Turns
 from engine.train.rollout.rollout import Rollout
 from engine.train.user_function import UserFunction
+
+Score = float | list[float] | None
+"""What a source returns for a response: a number; a number for each turn of the policy, the sum of
+which is the response's score; or None if it does not score the response."""
+
+
+def whole(score: Score) -> float | None:
+    """The score of a whole response."""
+    return math.fsum(score) if isinstance(score, list) else score
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,10 @@ class RewardInputs:
             None if self.turns is None else [self.turns[i] for i in chosen],
         )
 
+    def turn_count(self, index: int) -> int:
+        """Number of turns of the policy in a response."""
+        return 1 if self.turns is None else self.turns[index].count
+
     def messages(self, index: int) -> list[dict[str, str]]:
         """A response as chat messages, those of its environment included."""
         if self.turns is None:
@@ -83,8 +97,8 @@ class RewardInputs:
 class Reward(Protocol):
     """A reward source."""
 
-    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
-        """Returns B scores; None for a response that this source does not score.
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
+        """Returns B scores.
 
         A source of :attr:`RunsOn.RANK_0` may raise any exception. It is retried a few times, then
         the run pauses; once the run resumes, the source is called again. If it raises
@@ -146,7 +160,7 @@ class IncompleteScoresError(Exception):
     def __init__(
         self,
         text: str,
-        scores: dict[int, float | None],
+        scores: dict[int, Score],
         *,
         retry_after: float,
         works_again: WorksAgain,

@@ -79,6 +79,11 @@ class Rollout:
         """Start and end of each reply in the text of a response; None without an environment."""
         return None if self.conversation is None else self.conversation.turns[row].replies
 
+    def turn_ends(self, row: int) -> list[int]:
+        """For each turn of a response, the number of tokens that were sampled until its end."""
+        before = [] if self.conversation is None else self.conversation.turns[row].before_replies
+        return [*before, int(self.host_lengths[1, row])]
+
     def messages(self, row: int) -> Messages | None:
         """A response as messages; None unless it is a conversation with an environment."""
         prompt = self.batch.prompts[row].messages
