@@ -20,7 +20,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, MetricRow, engine_died_before
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.metrics import SCORE
-from engine.protocol.rank_messages import REWARD_CHANGED
+from engine.protocol.rank_messages import REWARD_CHANGED, StepReport
 
 
 def scores(session):
@@ -70,6 +70,17 @@ def test_responses_of_an_earlier_version_lack_what_it_did_not_record(writer, ver
         with SampleReader(session) as samples:
             (row,) = samples.newest()
         assert (row.response, row.weights_version, row.replies) == ("r", None, None)
+        assert row.turn_scores == {}
+
+
+def test_scores_of_turns_are_read_as_they_were_reported(writer):
+    given = [{}, {"game": [0.5, -1.0]}, {"a": [0.0], "b": [1.0, 2.0, 3.0]}]
+    samples = [writer.sample(1, i, turn_scores=scores) for i, scores in enumerate(given)]
+    writer.journal.record_step(StepReport(step=1, metrics={}, samples=samples, settings={}))
+    with SampleReader(writer.session) as reader:
+        rows = reader.of_step(1)
+    assert [row.turn_scores for row in rows] == given
+    assert [row.as_json()["turn_scores"] for row in rows] == given
 
 
 def test_a_metric_that_begins_later_is_null_before(writer):

@@ -96,6 +96,17 @@ def test_the_number_of_turns_is_shown_only_with_an_environment():
     assert "length 2   turns 2" in shown[2]
 
 
+def test_the_scores_of_turns_are_in_their_order_and_named_if_several_sources_gave_them():
+    shown = [
+        text(body(sample(3, replies=[(0, 1)], turn_scores=scores), None, VIEWS[0], 70))
+        for scores in ({}, {"a": [0.5, -1.0]}, {"a": [0.5, -1.0], "b": [0.0, 2.0]})
+    ]
+    by_turn = [[line for line in lines if "by turn" in line] for lines in shown]
+    assert by_turn == [
+        [], ["by turn  0.500  -1.000"], ["a by turn  0.500  -1.000", "b by turn  0.000  2.000"],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("mode", VIEWS[1:])
 def test_replies_stand_between_the_tokens_without_values(mode):
     rows = body(conversation(), arrays(), mode, 60)

@@ -140,6 +140,9 @@ def body(
     if len(s.parts) > 1 or (s.parts and s.held_out):  # of which one may be of `eval.rewards`
         parts = [[(f"{name} ", "dim"), (fmt.number(value), "")] for name, value in s.parts.items()]
         rows += flowed(parts, width)
+    for name, scores in s.turn_scores.items():
+        title = "by turn" if len(s.turn_scores) == 1 else f"{name} by turn"
+        rows += flowed([[(title, "dim")], *([(fmt.number(x), "")] for x in scores)], width, "  ")
     before, after = _prompt_rows(s.prompt, width)
     rows += [[], *before, []]
     if mode != VIEWS[0] and arrays is not None:
