@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.config.sections.ppo import PPOConfig
 from engine.errors import RewardError
+from engine.train.evaluation.evaluate import evaluate
 from engine.train.ppo import masked
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.rewards.mix import RewardMix, WeightedReward
@@ -184,3 +185,12 @@ def test_replaced_prompts_bring_the_scores_of_their_turns(make_run):
     for sample, texts in zip(samples, turns_of(samples), strict=True):
         want = {"by_turn": [len(t) / 10 for t in texts]} if sample in long else {}
         assert {k: pytest.approx(v) for k, v in sample.turn_scores.items()} == want
+
+
+def test_responses_to_held_out_prompts_have_the_scores_of_their_turns(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS, *BY_TURN, "eval={every: 1, holdout: 8}")
+    found = evaluate(run, run.held_out, 1)
+    of_three = [sample for sample in found.samples if len(sample.replies) == 2]
+    assert of_three
+    for sample, texts in zip(of_three, turns_of(of_three), strict=True):
+        assert sample.turn_scores["by_turn"] == pytest.approx([len(text) / 10 for text in texts])

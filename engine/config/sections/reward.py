@@ -81,7 +81,7 @@ class ScoreOrigin(Section, frozen=True):
     rates each response."""
     environment: str | None = None
     """Name of a method of the response's environment (`environment.factory`) that returns the
-    score."""
+    score, or a list of the scores of the policy's turns."""
     judging: JudgeConfig = JudgeConfig()
     http: HTTPConfig = HTTPConfig()
 

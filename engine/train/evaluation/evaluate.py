@@ -28,6 +28,7 @@ from engine.train.ppo import masked
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.metrics import distinct_2
 from engine.train.rewards.mix import RewardMix
+from engine.train.rewards.scores import turn_scores
 from engine.train.rewards.source import RewardCallError, RewardInputs, whole
 from engine.train.rollout.backend import GREEDY_TEMPERATURE, SamplingOptions
 from engine.train.rollout.rollout import Rollout
@@ -83,6 +84,8 @@ class _Scored:
     kl: Tensor
     """(B,) float32: nats per response."""
     parts: dict[str, list[float | None]]
+    turns: dict[str, list[list[float] | None]]
+    """As in :class:`engine.train.rewards.mix.Scores`."""
 
 
 def evaluate_if_due(run: Run, step: int) -> Evaluation:
@@ -206,7 +209,8 @@ def _respond(
         )
         for model in (run.policy, run.reference)
     )
-    return _Scored(rollout, scores, masked.sequence_kl(logprobs, reference, rollout.mask), parts)
+    kl = masked.sequence_kl(logprobs, reference, rollout.mask)
+    return _Scored(rollout, scores, kl, parts, raw.turns)
 
 
 def _summarise(
@@ -283,6 +287,7 @@ def _samples(parts: list[_Scored]) -> list[Sample]:
                     length=int(rollout.lengths[i]),
                     ended=bool(rollout.ended[i]),
                     parts={name: scores[i] for name, scores in part.parts.items()},
+                    turn_scores=turn_scores(part.turns, i),
                     replies=rollout.replies(i),
                 )
             )

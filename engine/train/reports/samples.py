@@ -8,6 +8,7 @@ from engine.config.sections.supervision import LogConfig
 from engine.protocol.rank_messages import Sample, TokenArrays
 from engine.train.ppo import masked
 from engine.train.ppo.advantages import Targets
+from engine.train.rewards.scores import turn_scores
 from engine.train.rollout.rollout import Rollout
 
 
@@ -48,7 +49,7 @@ def kept_samples(
             length=lengths[i],
             ended=bool(ended[i]),
             parts={k: v[i] for k, v in parts.items()},
-            turn_scores=_of_row(turns, i),
+            turn_scores=turn_scores(turns, i),
             weights_version=versions[i],
             replies=rollout.replies(i),
             messages=rollout.messages(i),
@@ -56,12 +57,6 @@ def kept_samples(
         )
         for i in range(min(log.samples, len(scores)))
     ]
-
-
-def _of_row(turns: dict[str, list[list[float] | None]], row: int) -> dict[str, list[float]]:
-    """The scores of a response's turns by the sources that gave them."""
-    found = {name: scores[row] for name, scores in turns.items()}
-    return {name: scores for name, scores in found.items() if scores is not None}
 
 
 def _token_arrays(

@@ -77,6 +77,7 @@ VARIANTS = {
         "environment.factory=repeating:Repeating", f"environment.path={REPEATING}",
         "environment.max_tokens=40", "rollout.stop=[' the', 'e']", "rollout.per_prompt=2",
         "rollout.max_new_tokens=12", "eval={every: 1, holdout: 2}",
+        "reward={model: null, environment: by_turn}",
     ],
 }  # fmt: skip
 
