@@ -2,6 +2,7 @@
 
 import contextlib
 
+from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.launch.start_options import StartOptions
 from engine.session.checkpoints import checkpoint_path
@@ -20,24 +21,32 @@ def is_new(session: SessionFolder, start: StartOptions) -> bool:
 
 
 def is_failed_start(session: SessionFolder) -> bool:
-    """Whether a session has ended without a step or a checkpoint of its own.
+    """Whether a session has ended without a step, a checkpoint or a judgement of its own.
 
-    Such a session does not block its name: nothing was trained in it. The copied steps and
-    checkpoint of a fork do not count, because the session it was forked from still has them.
+    Such a session does not block its name, unless an operator has left a note in it or changed a
+    setting. What a fork has copied does not count, because the session it was forked from still
+    has it.
     """
     if session.is_live():
         return False
     with JournalReader(session) as reader:
         ended = reader.state() in ("failed", "crashed", "stopped")
-        return ended and _has_trained_nothing(session, reader)
+        return ended and _has_nothing(session, reader)
 
 
-def _has_trained_nothing(session: SessionFolder, reader: JournalReader) -> bool:
-    """Whether a session has been started, and has neither a step nor a checkpoint of its own."""
+def _has_nothing(session: SessionFolder, reader: JournalReader) -> bool:
+    """Whether a session was started and nothing of its own would be lost with it."""
     attempts, origin = reader.attempts(), reader.fork_origin()
     first = origin.attempt if origin is not None else 1
     if not attempts or attempts[-1].attempt < first or reader.has_steps(first):
         return False
+    if any(e.kind == "note" and e.attempt >= first for e in reader.events()):
+        return False
+    if any(c.status == "applied" and c.changes and c.attempt >= first for c in reader.commands()):
+        return False
+    with LabelReader(session) as labels:
+        if labels.count():
+            return False
     copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
     return set(session.checkpoints.glob("step-*")) <= copied
 
@@ -54,7 +63,7 @@ def remove_failed_start(session: SessionFolder) -> None:
     try:
         # Another start may have replaced or resumed it meanwhile. Nobody runs it now.
         with JournalReader(session) as reader:
-            failed = reader.meta().state != "finished" and _has_trained_nothing(session, reader)
+            failed = reader.meta().state != "finished" and _has_nothing(session, reader)
         if failed:
             with contextlib.suppress(OSError):
                 session.delete(held)

@@ -45,6 +45,12 @@ def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
+    """The folders of checkpoints without :data:`COMPLETE`: partly written or partly removed."""
+    folders = [f for f in checkpoints.glob("step-*") if _NAME.fullmatch(f.name)]
+    return sorted(f for f in folders if not (f / COMPLETE).exists())
+
+
 def mark_complete(folder: Path) -> None:
     """Creates the marker, synced to disk; from then on the checkpoint can be resumed from.
 

@@ -5,7 +5,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 LONGEST_PATH = 512 - len("/journal.db-journal")
 """Bytes in the path of a session's folder: SQLite takes 512 for each of its files."""
+ENDING = 15.0
+"""Seconds to wait for the lock of an engine that was killed: a thread of it may still write."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -41,6 +45,23 @@ class EngineInfo(msgspec.Struct, frozen=True):
     host: str
     socket: str
     version: str
+
+    def is_ending(self) -> bool:
+        """Whether the engine, on this machine, has ended or is being killed.
+
+        The kernel keeps its files open until its last thread has ended, which waits for the disk.
+        """
+        if self.host != socket.gethostname():
+            return False
+        try:
+            text = Path(f"/proc/{self.pid}/status").read_text("utf-8", "replace")
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        except OSError:
+            return False
+        status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+        killed = int(status.get("SigPnd", "0"), 16) >> (signal.SIGKILL - 1) & 1
+        return bool(killed) or status.get("State", "")[:1] in ("Z", "X")
 
 
 class DiskUsage(msgspec.Struct, frozen=True):
@@ -186,7 +207,7 @@ class SessionFolder:
             return True
 
     def acquire(self, advice: str | None = None) -> lock.SessionLock:
-        """Locks the session for one engine.
+        """Locks the session for one engine. Waits, within limits, for one that was killed.
 
         Args:
             advice: what the message tells the user to do if another engine holds the lock; by
@@ -197,15 +218,19 @@ class SessionFolder:
             SessionError: the session belongs to another user.
         """
         self.check_owner()
-        try:
-            return lock.SessionLock(self.lock_file)
-        except SessionLockedError:
+        deadline = time.monotonic() + ENDING
+        while True:
+            with contextlib.suppress(SessionLockedError):
+                return lock.SessionLock(self.lock_file)
             engine = self.engine()
+            if engine and engine.is_ending() and time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             holder = f"pid {engine.pid} on {engine.host}" if engine else "another process"
             raise SessionLockedError(
                 f"session '{self.name}' already has an engine ({holder}); "
                 + (advice or f"see: {self.command('status')}")
-            ) from None
+            )
 
     def delete(self, held: lock.SessionLock) -> None:
         """Deletes the session with all its files, and releases its lock.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from engine.session.checkpoints import incomplete_checkpoints
 from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, listed, note, problem
 
@@ -36,7 +37,7 @@ def check_leftovers(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
         *folder.glob(".join.secret.*"), *folder.glob("join.secret"),
         *session.checkpoints.glob(".*step-*"), *session.checkpoints.glob("step-*/.COMPLETE.part"),
     ]  # fmt: skip
-    files += [f for f in session.checkpoints.glob("step-*") if not (f / "COMPLETE").exists()]
+    files += incomplete_checkpoints(session.checkpoints)
     if files:
         names = listed(sorted(str(f.relative_to(folder)) for f in files))
         text = f"files of interrupted writes are left: {names}"

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from engine.errors import ConfigError, SessionError, SessionNameError, UserInputError
+from engine.journal.judgements.labels import Response, set_label
 from engine.journal.reader import JournalReader
 from engine.launch.background import start_engine
 from engine.launch.failed_start import is_failed_start, remove_failed_start
@@ -71,16 +72,27 @@ def stepped_and_restarted(writer):
     writer.journal.begin_attempt(0, fresh=False)  # no checkpoint yet: from the start
 
 
+def labelled(writer):
+    response = Response(response="fine", attempt=1, step=0, index=0)
+    set_label(writer.session, "the film", response, "good", "ann")
+
+
 @pytest.mark.parametrize(
     "then",
     [
         lambda writer: writer.steps(1),
         stepped_and_restarted,
         lambda writer: (writer.session.checkpoints / "step-000001").mkdir(),
+        lambda writer: writer.journal.record_event("note", {"text": "look", "who": "ann"}),
+        lambda writer: writer.change("c", 1, 0.1, 0.2),
+        labelled,
     ],
-    ids=["a step", "a step of an abandoned branch", "a checkpoint without a journal"],
-)
-def test_a_session_in_which_anything_was_trained_is_kept(failed, then):
+    ids=[
+        "a step", "a step of an abandoned branch", "a checkpoint without a journal",
+        "a note", "a setting", "a judgement of the evaluation before the first step",
+    ],
+)  # fmt: skip
+def test_a_session_with_anything_that_would_be_lost_is_kept(failed, then):
     session = failed(then)
     assert not is_failed_start(session)
     remove_failed_start(session)

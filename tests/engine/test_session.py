@@ -281,6 +281,36 @@ def test_a_session_is_held_by_one_engine_which_is_named(make_session):
     assert not made.is_live()
 
 
+KILLED = """
+import ctypes, os, sys, threading, time
+from pathlib import Path
+from engine.session.folder import SessionFolder
+
+def write():  # as a thread that waits for the disk
+    main = Path(f"/proc/{os.getpid()}/stat")
+    while main.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    print("killed", flush=True)
+    time.sleep(1)
+    os._exit(0)
+
+session = SessionFolder(Path(sys.argv[1]))
+held = session.acquire()
+session.write_engine("/a/socket", "1.0")
+threading.Thread(target=write).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_start_waits_for_the_lock_of_an_engine_that_was_killed(make_session):
+    made = make_session()
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, made.folder], stdout=subprocess.PIPE
+    ) as engine:
+        assert engine.stdout.readline() == b"killed\n"
+        made.acquire().release()
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '{"pid": "x"}', "\xff", pytest.param('{"x": ' + 100_000 * "[", id="deep")],

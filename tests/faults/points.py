@@ -18,13 +18,13 @@ class Point(NamedTuple):
 
 
 _SAVE = [
-    ("engine.train.checkpoints.folder:clear_parts", "after", 1),
+    ("engine.train.checkpoints.folder:clear_parts", "after", 2),
     ("engine.train.checkpoints.shards:save_shards", "before", 1),
     ("engine.train.checkpoints.shards:save_shards", "after", 1),
     ("engine.train.checkpoints.policy_folder:write_policy", "after", 1),
     ("engine.train.checkpoints.folder:sync_and_hash", "after", 3),
     ("engine.train.checkpoints.folder:publish", "before", 1),
-    ("engine.train.checkpoints.folder:clear_parts", "before", 2),
+    ("engine.train.checkpoints.folder:clear_parts", "before", 3),
     ("engine.train.checkpoints.folder:publish", "after", 1),
     ("engine.train.link:Link.wait_for_confirm", "before", 1),
     ("engine.train.link:Link.wait_for_confirm", "after", 1),

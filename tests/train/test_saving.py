@@ -196,6 +196,32 @@ def test_checkpoints_of_earlier_attempts_of_the_branch_are_removed(trained, link
     assert [*complete_checkpoints(session.checkpoints)] == [2]
 
 
+def left_by_a_kill(session):
+    """What a process leaves that is killed while it removes a checkpoint, and while it saves."""
+    left = [session.checkpoints / name for name in ("step-000007", ".step-000008.part")]
+    for folder in left:
+        (folder / "policy").mkdir(parents=True)
+    return left
+
+
+def test_what_a_kill_left_of_checkpoints_is_removed_by_the_next_ranks(trained, link):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    left = left_by_a_kill(session)
+    Boundary(session, run, Begin(attempt=2, from_step=1, checkpoints=[1]), link)
+    assert not any(folder.exists() for folder in left)
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
+
+
+def test_what_a_failed_save_left_is_removed_by_the_next_one(trained):
+    _, session, boundary, supervisor = trained
+    left = left_by_a_kill(session)
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    assert not any(folder.exists() for folder in left)
+
+
 def test_an_old_checkpoint_that_cannot_be_read_is_kept_and_the_run_continues(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()

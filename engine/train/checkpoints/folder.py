@@ -28,6 +28,7 @@ from engine.session.checkpoints import (
     COMPLETE,
     STATE,
     find_damage,
+    incomplete_checkpoints,
     sha256,
     sync,
 )
@@ -206,6 +207,13 @@ def clear_parts(checkpoints: Path) -> None:
     """Removes the remains of interrupted saves."""
     for leftover in checkpoints.glob(".*step-*"):
         shutil.rmtree(leftover)
+
+
+def clear_interrupted(checkpoints: Path) -> None:
+    """Removes the remains of interrupted saves and removals; call it while nothing is saved."""
+    clear_parts(checkpoints)
+    for leftover in incomplete_checkpoints(checkpoints):
+        shutil.rmtree(leftover, ignore_errors=True)  # such as a link to another disk
 
 
 def remove(folder: Path) -> None:

@@ -43,7 +43,7 @@ class CheckpointManager:
     """Saves checkpoints while training continues, one at a time. All ranks call it together."""
 
     def __init__(self, folder: Path, run: Run, link: Link, begin: Begin) -> None:
-        """Creates a manager; saves nothing yet.
+        """Creates a manager; saves nothing yet. Removes what a killed process left in the folder.
 
         Args:
             folder: the session's checkpoint folder.
@@ -73,6 +73,9 @@ class CheckpointManager:
         self._seconds = 0.0
         """Seconds that saving has blocked training since the last step."""
         self._longest_save = 0.0
+        if run.ranks.is_lead:  # a run that only records its end saves no more
+            with contextlib.suppress(OSError):
+                checkpoint_folder.clear_interrupted(folder)
 
     def poll(self) -> None:
         """Raises the unexpected error of the saving thread, if there was one."""

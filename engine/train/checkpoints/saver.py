@@ -306,8 +306,8 @@ class Saver:
         """Creates the folders if all ranks can save and the disk has room."""
         if job.early_error is not None:
             raise job.early_error
+        checkpoint_folder.clear_interrupted(self._checkpoints)
         checkpoint_folder.check_space(self._checkpoints, need)
-        checkpoint_folder.clear_parts(self._checkpoints)
         averages = (folders.average, folders.average_policy) if job.averaged else ()
         for folder in (folders.training, folders.policy, folders.policy_shards, *averages):
             make_folders(folder)
