@@ -4,6 +4,8 @@ A backend that returns the captured graph as it is stands for inductor, whose co
 minute to build; `benchmarks/gpu` runs the real one.
 """
 
+import itertools
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -14,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel
+from engine.train.rollout.native import decoder
 from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.cast_weights import cast_weights
 from engine.train.rollout.native.compiled_layers import CompiledLayers
+from engine.train.rollout.native.cuda_graph import GraphedFunction
 from engine.train.rollout.native.decoder import Schedule
 from engine.train.rollout.stop_criteria import StopCriteria
 from tests.train.architectures import ARCHITECTURES
@@ -78,14 +82,16 @@ def experts():
     return model.eval()
 
 
-def respond(model, compiled, schedule=FIXED):
+def respond(model, compiled, schedule=FIXED, limits=None):
+    """Responses of at most LIMIT tokens; with `limits`, one of each length."""
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
-    prompts = [Prompt(ids=list(range(5, 6 + n % 7)), text="", row={}) for n in range(ROWS)]
+    rows = ROWS if limits is None else len(limits)
+    prompts = [Prompt(ids=list(range(5, 6 + n % 7)), text="", row={}) for n in range(rows)]
     return generate(
-        model, batch_prompts(prompts, 1, 0), sampling_uniforms(0, 1, ROWS, LIMIT), 1.0,
-        StopCriteria([3, 4], [], tokenizer), tokenizer,
-        schedule=schedule, compiled=compiled,
+        model, batch_prompts(prompts, 1, 0), sampling_uniforms(0, 1, rows, LIMIT), 1.0,
+        StopCriteria([3, 4] if limits is None else [], [], tokenizer), tokenizer,
+        schedule=schedule, compiled=compiled, limits=limits,
     )  # fmt: skip
 
 
@@ -98,17 +104,53 @@ def test_responses_are_the_same_and_all_layers_and_lengths_share_compilations(po
         assert torch.equal(plain.ids, other.ids)
         torch.testing.assert_close(plain.logprobs, other.logprobs, rtol=0, atol=1e-5)
     # The number of slots is halved on the way, and three lengths of the cache are read.
-    assert len({slots for slots, *_ in compiled.shapes}) == 2
-    assert len({length for _, length, _ in compiled.shapes}) == 3
+    shapes = compiled.shapes_of(model)
+    assert len({slots for slots, *_ in shapes}) == 2
+    assert len({length for *_, length, _ in shapes}) == 3
     # The first compilation takes the slots for all rows of the cache, which ends when they are
     # halved. One more is of the sampling.
     assert backend.graphs == 3
 
 
 def test_a_short_cache_is_read_to_one_length(policy):
-    compiled = CompiledLayers("always", backend=Backend())
-    respond(policy(torch.float32), compiled, Schedule(8, fixed_shapes=True))
-    assert len({length for _, length, _ in compiled.shapes}) == 1
+    model, compiled = policy(torch.float32), CompiledLayers("always", backend=Backend())
+    respond(model, compiled, Schedule(8, fixed_shapes=True))
+    assert len({length for *_, length, _ in compiled.shapes_of(model)}) == 1
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The shapes in which something was compiled where a GPU captures a graph; and a backend."""
+    found, backend = [], Backend()
+    torch.compiler.reset()  # a function is only compiled some times
+
+    class Uncaptured(GraphedFunction):
+        """On a CPU nothing is captured: each call runs the function."""
+
+        def __init__(self, function, *, usable, compiled):
+            super().__init__(function, usable=usable, compiled=compiled)
+            self.ran, self.shapes = False, compiled
+
+        def __call__(self, key):
+            known, before = self.ran and key in self.shapes, backend.graphs
+            super().__call__(key)
+            self.ran = True
+            if known and backend.graphs > before:
+                found.append(key)
+
+    monkeypatch.setattr(decoder, "GraphedFunction", Uncaptured)
+    return found, backend
+
+
+def test_nothing_is_compiled_in_shapes_that_a_graph_captures(policy, late):
+    """A compiler cannot run during the capture of a CUDA graph; that of a known shape is next."""
+    found, backend = late
+    compiled = CompiledLayers("always", backend=backend)
+    for model, rows in itertools.product([policy(torch.float32), policy(torch.bfloat16)], (8, 16)):
+        limits = torch.tensor([40] * 8 + [10] * (rows - 8))  # 16 are halved to the 8 of before
+        respond(model, compiled, Schedule(8, fixed_shapes=True), limits)
+    assert backend.graphs >= 5  # of each model for all rows and for fewer, and of the sampling
+    assert found == []
 
 
 def test_layers_of_one_input_are_one_product(policy):
@@ -165,7 +207,7 @@ def test_in_bfloat16_the_model_is_as_it_was_afterwards(policy):
     attention = model.lm.config._attn_implementation
     compiled = CompiledLayers("always", backend=Backend())
     rollout = respond(model, compiled)
-    assert compiled.shapes
+    assert compiled.shapes_of(model)
     assert rollout.logprobs.isfinite().all()
     after = dict(model.named_parameters())
     assert list(after) == list(before)

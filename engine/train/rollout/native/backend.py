@@ -112,13 +112,13 @@ def generate(
     )  # fmt: skip
     with (
         model.autocast(device.type),  # casts weights once for the whole rollout
-        compiled.used_by(model, device) as is_compiled,
-        transposed_weights([] if is_compiled else blocks(model.lm), responses.limit),
+        compiled.used_by(model, device) as shapes,
+        transposed_weights([] if shapes is not None else blocks(model.lm), responses.limit),
     ):
         decoder = Decoder(
             model, responses, stop_criteria, schedule or schedule_for(device), report,
             per_prompt=per_prompt, at_once=at_once,
-            compiled=compiled.shapes if is_compiled else None,
+            compiled=shapes,
         )  # fmt: skip
         lengths, stopped = decoder.run()
     return responses.rollout(lengths, stopped, tokenizer)

@@ -53,23 +53,29 @@ class CompiledLayers:
         self._checked = self._distribution_checked = False
         self.usable = True
         """False once a layer failed to compile or gave wrong results."""
-        self.shapes: set[Hashable] = set()
-        """Keys of the shapes that layers have been compiled for: a new shape may compile again,
-        which a CUDA graph's capture does not allow."""
+        self._shapes: dict[AnyModel, set[Hashable]] = {}
+
+    def shapes_of(self, model: AnyModel) -> set[Hashable]:
+        """Keys of the shapes that a model's layers have been compiled for; callers add theirs.
+
+        A new shape may compile again, which a CUDA graph's capture does not allow. So may the same
+        shape for another model, whose weights have another dtype, or no adapters.
+        """
+        return self._shapes.setdefault(model, set())
 
     @contextmanager
-    def used_by(self, model: AnyModel, device: torch.device) -> Iterator[bool]:
+    def used_by(self, model: AnyModel, device: torch.device) -> Iterator[set[Hashable] | None]:
         """Context manager in which the model's layers decode compiled, if they should.
 
         Enter it inside the model's autocast. Weights are cast to the dtype of the products first,
         since a compiled layer would cast them for each token.
 
         Yields:
-            Whether they are compiled.
+            :meth:`shapes_of` the model; None if its layers are not compiled.
         """
         layers = blocks(model.lm)
         if not self._wanted(model, layers, device):
-            yield False
+            yield None
             return
         if self._function is None:  # importing the compiler takes seconds
             log.info("compiling layers for decoding (rollout.compile): the first tokens wait")
@@ -83,7 +89,7 @@ class CompiledLayers:
                 layer.forward = self._forward(self._function, index, layer, last=last)
             config._attn_implementation = DECODING_ATTENTION
             try:
-                yield True
+                yield self.shapes_of(model)
             finally:
                 config._attn_implementation = attention
                 for layer in layers:

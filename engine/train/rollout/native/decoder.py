@@ -104,8 +104,8 @@ class Decoder:
             report: see :meth:`run`.
             per_prompt: number of adjacent rows with the same prompt, which is processed once.
             at_once: number of slots; default: B.
-            compiled: shapes that the model's layers have been compiled for, if any; see
-                :class:`~engine.train.rollout.native.compiled_layers.CompiledLayers`.
+            compiled: shapes that the model's layers have been compiled for; None if they are not.
+                See :class:`~engine.train.rollout.native.compiled_layers.CompiledLayers`.
         """
         self._model, self._responses, self._stop_criteria = model, responses, stop_criteria
         self._report = report
@@ -243,7 +243,9 @@ class Decoder:
             if self._fixed_shapes:
                 unit = self._read_unit
                 self._read_length = (self._cache_length // unit + 1) * unit
-            self._step((len(self._host_slots), self._read_length, self._capacity))
+            # Also the rows of the cache: compiled code may only be for slots that take all of them.
+            rows = self._slot_count, self._read_length, self._capacity
+            self._step((len(self._host_slots), *rows))
             self._cache_length += 1
         return steps
 
