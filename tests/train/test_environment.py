@@ -333,6 +333,13 @@ def test_a_probe_is_a_conversation_with_an_environment_which_scores_it(make_run)
 def test_positions_for_the_replies_are_kept_free(make_run):
     with pytest.raises(UserInputError, match=r"environment\.max_tokens"):
         make_run(*ENVIRONMENT, "environment.max_tokens=250")
+    message = (
+        r"rollout\.max_new_tokens \(250\) must be at most \d+: the models have no more positions "
+        r"after the longest prompt \(\d+ tokens\) and environment\.max_tokens \(40\); for more, "
+        r"lower environment\.max_tokens, or data\.max_prompt_tokens to leave out long prompts"
+    )
+    with pytest.raises(UserInputError, match=message):
+        make_run(*ENVIRONMENT, "rollout.max_new_tokens=250")
     run, _ = make_run(*ENVIRONMENT)
     longest = run.prompts.longest
     assert max_response_tokens(run) == max_sequence_tokens(run) - longest - 40
