@@ -1,28 +1,32 @@
-"""Checks the files that a configuration names, before anything is started."""
+"""Checks the files that a configuration names, and its packages, before anything is started."""
 
 from pathlib import Path
 
 from engine.config.model_folder import folder_error, has_config, is_file
 from engine.config.paths import DATA_FILES
-from engine.config.rules.models import check_quantiser_installed
-from engine.config.rules.trackers import check_trackers_installed
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 from engine.launch.function_lookup import check_function
+from engine.launch.packages import missing_packages
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Checks the files that a configuration names, before a session is created.
+    """Checks the files that a configuration names, and its packages, before a session is created.
 
     The ranks check them again in detail. This check is fast, because it does not import torch and
     starts no process: forms call it while the operator types.
 
     Raises:
-        ConfigError: a file, a folder or a reward function is missing, or is obviously of the wrong
-            kind.
+        ConfigError: a file, a folder, a reward function or a package is missing, or is obviously of
+            the wrong kind.
     """
-    check_trackers_installed(config.log)
-    check_quantiser_installed(config.lora)
+    if missing := missing_packages(config):
+        raise ConfigError(missing[0])
+    check_files(config)
+
+
+def check_files(config: RunConfig) -> None:
+    """The same without the packages of this installation, for a run elsewhere."""
     single = isinstance(config.data.prompts, str)
     for i, prompts in enumerate(config.data.sources):
         _check_prompts("data.prompts" if single else f"data.prompts[{i}].path", prompts.path)

@@ -142,6 +142,7 @@ def check_response_length(run: Run) -> None:
     replies = run.config.reply_tokens
     limit = positions - run.prompts.longest - replies
     with_replies = f" with environment.max_tokens ({replies})" if replies else ""
+    and_replies = f" and environment.max_tokens ({replies})" if replies else ""
     lower = "environment.max_tokens, or " if replies else ""
     if limit < 1:
         raise UserInputError(
@@ -152,8 +153,9 @@ def check_response_length(run: Run) -> None:
     if configured > limit:
         raise UserInputError(
             f"rollout.max_new_tokens ({configured}) must be at most {limit}: the models have "
-            f"no more positions after the longest prompt{with_replies} ({run.prompts.longest} "
-            f"tokens; lower {lower}data.max_prompt_tokens to leave out long prompts)"
+            f"no more positions after the longest prompt ({run.prompts.longest} tokens)"
+            f"{and_replies}; for more, lower {lower}data.max_prompt_tokens to leave out long "
+            "prompts"
         )
     if run.held_out is None:
         return

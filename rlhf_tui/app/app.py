@@ -42,7 +42,7 @@ from rlhf_tui.state.messages import CommandAnswered, EngineStarted, SessionUpdat
 from rlhf_tui.state.replay.player import ReplayOptions
 from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.steering_target import SteeringTarget
+from rlhf_tui.state.steering_target import NO_SESSION, SteeringTarget
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.textual_internals import (
@@ -337,7 +337,9 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     async def action_go(self, mode: str) -> None:
         """Shows another screen."""
         if mode != "sessions" and self.session is None:
-            self.say("open a session first: enter opens one, n starts a demo")
+            target = self.steering_target()
+            opens = f"open a session first: enter opens {target.name}" if target else NO_SESSION
+            self.say(opens, "warning")
             return
         await self.switch_mode(mode)
 

@@ -27,14 +27,17 @@ class Notices:
     def show(self, text: str, severity: SeverityLevel) -> None:
         """Shows a notice, but no second one with the text of one in sight.
 
-        Information replaces the line of keys for a moment, so that it covers nothing.
+        Information replaces the line of keys for a moment, so that it covers nothing. A box ends
+        it: it would cover its end.
         """
         app, text = self._app, sanitise(text)
         screens = screens_of_current_mode(app)
         screen = next(iter(screens), None)
-        if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
-            screen.query_one(KeyFooter).say(text, NOTICE)
-            return
+        if isinstance(screen, SessionScreen) and screen.is_mounted:
+            information = severity == "information"
+            screen.query_one(KeyFooter).say(text if information else "", NOTICE)
+            if information:
+                return
         boxes = [box for top in screens[-1:] for box in top.query("Toast")]
         if text in self._coming or text in [str(box.render()) for box in boxes]:
             return  # a key that is held down says it once

@@ -27,7 +27,7 @@ from rlhf_tui.app.forms.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.format import change, value_text
 from rlhf_tui.screens.context import Say
-from rlhf_tui.state.steering_target import SteeringTarget, settings_in_force
+from rlhf_tui.state.steering_target import NO_SESSION, SteeringTarget, settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Row
 
@@ -288,7 +288,7 @@ class Steering:
         if self._commands.read_only:
             return READ_ONLY
         if target is None:
-            return "no session selected; n starts a demo"
+            return NO_SESSION
         if not target.live:
             return self._commands.no_engine(target)
         if target.state == "starting":

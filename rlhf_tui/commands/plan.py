@@ -10,7 +10,8 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.examined import examined
 from engine.journal.json_values import Json
-from engine.launch.inputs import check_inputs
+from engine.launch.inputs import check_files
+from engine.launch.packages import missing_packages
 from engine.memory.advice import can_start, changes_to_fit, fits, room_for_micro_batch
 from engine.memory.capacity import Capacity, of_device
 from engine.memory.estimate import estimate
@@ -65,7 +66,7 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     Loads no weights.
     """
     loaded = config_file.load(config, overrides)
-    check_inputs(loaded)
+    check_files(loaded)
     show_wait("reading the models' shapes and the prompts' lengths")
     result = run_engine_program(
         "engine.train.models.shapes",
@@ -87,6 +88,8 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
         say(_wrapped(line))
     for line in _conclusion(loaded, models, capacity, estimates, layout):
         say(_wrapped(line))
+    for line in missing_packages(loaded):
+        say(_wrapped(f"A run on this machine would be refused: {line}"))
 
 
 def _wrapped(line: str) -> str:
@@ -257,6 +260,7 @@ def _as_data(
         "changes": changes,
         "changed_peak": smaller.peak,
         "changed_fits": fits(smaller, capacity),
+        "missing_packages": missing_packages(config),
     }
 
 

@@ -42,7 +42,7 @@ from rlhf_tui.state.session_row import (
     SessionRow,
     awaited,
 )
-from rlhf_tui.state.steering_target import SteeringTarget
+from rlhf_tui.state.steering_target import NO_SESSION, SteeringTarget
 from rlhf_tui.widgets.lines import Lines, Row
 from rlhf_tui.widgets.panels.preview import PreviewPanel
 
@@ -266,7 +266,7 @@ class SessionsScreen(SessionScreen):
         row = self._highlighted()
         if row is None:
             needs_row = action in ("resume", "fork", "delete", "mark_session", "overlay")
-            return "no session selected; n starts a demo" if needs_row else ""
+            return NO_SESSION if needs_row else ""
         reason = ""
         match action:
             case "resume" | "fork" if row.state == "unreadable":

@@ -12,6 +12,9 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.state.session_row import SessionRow
 from rlhf_tui.state.session_state import SessionState
 
+NO_SESSION = "no session selected; n starts a demo"
+"""Said by a key that needs a session, if the list is empty."""
+
 
 class SteeringTarget(Struct, frozen=True):
     """A run as it was last read: the open session, or a row of the sessions screen."""

@@ -61,17 +61,25 @@ def take_picture(sessions: Path, name: str) -> Path:
 
 
 def record(sessions: Path, name: str) -> Path:
-    """Writes the metrics that the default guard rails look at, to six digits; returns the file."""
+    """Writes the metrics that the default guard rails look at, to six digits; returns the file.
+
+    The value of a step at which a metric is undefined is null.
+    """
     session = SessionFolder(sessions / name)
     config = session.config()
     judges = judges_of(config)
     with JournalReader(session) as reader:
         names = sorted({rule.metric for rule in DEFAULT_RULES} | judges)
-        series = {name: [_rounded(v) for _, v in reader.series(name)] for name in names}
+        series = {name: dict(reader.series(name)) for name in names}
+    steps = range(1, config.train.steps + 1)
     recorded = {
         "settings": as_mapping(settings_of(config)),
         "judges": sorted(judges),
-        "metrics": {name: values for name, values in series.items() if values},
+        "metrics": {
+            name: [_rounded(values.get(step)) for step in steps]
+            for name, values in series.items()
+            if values
+        },
     }
     path = RECORDED / f"{name}.json"
     path.write_text(json.dumps(recorded) + "\n", encoding="utf-8")

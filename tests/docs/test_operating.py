@@ -16,7 +16,8 @@ def first_alerts(name):
     rails = Guardrails(GuardrailConfig(), run["judges"])
     first = {}
     for step, values in enumerate(zip(*run["metrics"].values(), strict=True), start=1):
-        metrics = dict(zip(run["metrics"], values, strict=True))
+        found = zip(run["metrics"], values, strict=True)
+        metrics = {name: value for name, value in found if value is not None}
         for alert in rails.check(step, metrics, run["settings"]):
             first.setdefault(alert.rule, step)
     return first

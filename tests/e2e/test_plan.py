@@ -74,6 +74,16 @@ def test_the_replies_of_an_environment_are_named(lab):
     assert "responses of 32, replies of 40" in done.stdout
 
 
+def test_a_package_that_a_run_here_lacks_is_named_and_the_estimate_is_made(lab):
+    done = lab.cli(
+        "plan", DEMO, "-o", "launch.device=cpu", "-o", "log.trackers=['absent_package.x:Tracker']"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "peak of a step" in done.stdout
+    last = " ".join(done.stdout.split("A run on this machine would be refused: ")[1].split())
+    assert last == "log.trackers: absent_package.x:Tracker is not installed here: see PYTHONPATH"
+
+
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_is_reported_with_changes_that_help(lab, huge):
     options = ("-o", f"model.policy={huge}", "-o", "launch.device=cpu")

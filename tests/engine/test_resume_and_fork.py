@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import sqlite3
+import sys
 
 import pytest
 
@@ -25,7 +26,7 @@ from engine.errors import (
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.failed_start import is_new
-from engine.launch.inputs import check_inputs
+from engine.launch.inputs import check_files, check_inputs
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import fork, forked_config, resume
 from engine.launch.start_checkpoints import (
@@ -355,6 +356,29 @@ def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
 def test_what_is_missing_is_an_error_before_anything_is_made(override, says):
     with pytest.raises(ConfigError, match=says):
         check_inputs(config_file.load(starter.FOLDER / "demo.yaml", [override]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "package", "says"),
+    [
+        (
+            ["model.attn_implementation=flash_attention_2", "model.dtype=bfloat16"],
+            "flash_attn",
+            "flash_attention_2 needs a GPU and the package flash-attn: pip install flash-attn",
+        ),
+        (["model.kernels=liger"], "liger_kernel", "liger needs a GPU and the package liger-kernel"),
+        (["lora={rank: 4, quantise: nf4}"], "bitsandbytes", "nf4 needs the package bitsandbytes"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_an_error_before_anything_is_made(
+    monkeypatch, overrides, package, says
+):
+    for name in (package, "kernels"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
+    with pytest.raises(ConfigError, match=says):
+        check_inputs(config)
+    check_files(config)
 
 
 def test_a_secret_that_cannot_be_used_is_an_error_before_a_fork_is_made(writer, monkeypatch):

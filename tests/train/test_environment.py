@@ -90,10 +90,10 @@ def test_an_environment_that_never_replies_leaves_the_tokens_as_they_are(make_ru
 def test_random_numbers_belong_to_the_row_whatever_the_other_responses_do(make_run):
     run, _ = make_run(*ENVIRONMENT, STOPS)
     prompts, options = run.prompts.for_step(1), sampling_options(run, 1)
-    whole = generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
+    whole = generate_responses(run.backend, run.policy, prompts, options, run.tokenizer, run.ranks)
     some = dataclasses.replace(options, rows=(5, 2))
     chosen = [prompts[5], prompts[2]]
-    part = generate_responses(run.backend, run.policy, chosen, some, run.tokenizer)
+    part = generate_responses(run.backend, run.policy, chosen, some, run.tokenizer, run.ranks)
     assert part.texts == [whole.texts[5], whole.texts[2]]
 
 
@@ -140,10 +140,12 @@ def test_no_turn_is_longer_than_what_is_left_of_its_response(make_run):
 
     def generate(prompts, options):
         asked.append((prompts, options))
-        return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
+        return generate_responses(
+            run.backend, run.policy, prompts, options, run.tokenizer, run.ranks
+        )
 
     options = sampling_options(run, 1)
-    rollout = TurnLoop(run.config, run.environments, run.tokenizer, 1, options, 1).generate(
+    rollout = TurnLoop(run.config, run.environments, run.tokenizer, options, 1).generate(
         run.prompts.for_step(1), generate
     )
     question = 4  # tokens
@@ -270,26 +272,6 @@ def test_dynamic_sampling_replaces_whole_conversations(make_run):
     assert sequence == other.batch.prompts[1].ids + given[1][0]
 
 
-def test_ranks_without_a_response_of_their_own_generate_one_that_is_not_used(make_run):
-    run, _ = make_run(*ENVIRONMENT, STOPS)
-    prompts, options = run.prompts.for_step(1), sampling_options(run, 1)
-    counts = []
-
-    def generate(prompts, options):
-        counts.append(len(prompts))
-        return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
-
-    one, many = (
-        TurnLoop(run.config, run.environments, run.tokenizer, ranks, options, 1).generate(
-            prompts, generate
-        )
-        for ranks in (1, len(prompts))
-    )
-    assert set(counts[-2:]) == {len(prompts)}
-    assert many.texts == one.texts
-    assert torch.equal(many.logprobs, one.logprobs)
-
-
 def test_a_rank_that_waits_for_environments_says_so_after_each_of_them(make_run):
     """Otherwise it would be taken for one that hangs."""
     run, _ = make_run(*ENVIRONMENT, STOPS)
@@ -348,26 +330,16 @@ def test_a_probe_is_a_conversation_with_an_environment_which_scores_it(make_run)
     assert found == answer_probe(run, run.prompts.for_step(1)[0].text)
 
 
-def test_a_probe_on_several_ranks_generates_one_response_that_counts(make_run):
-    run, _ = make_run(*ENVIRONMENT, STOPS)
-    options = dataclasses.replace(sampling_options(run, 1), per_prompt=1)
-
-    def generate(prompts, options):
-        return generate_responses(run.backend, run.policy, prompts, options, run.tokenizer)
-
-    one, padded = (
-        TurnLoop(run.config, run.environments, run.tokenizer, ranks, options, 1).generate(
-            run.prompts.for_step(1)[:1], generate
-        )
-        for ranks in (1, 3)
-    )
-    assert padded.texts == one.texts
-    assert len(one.texts) == 1
-
-
 def test_positions_for_the_replies_are_kept_free(make_run):
     with pytest.raises(UserInputError, match=r"environment\.max_tokens"):
         make_run(*ENVIRONMENT, "environment.max_tokens=250")
+    message = (
+        r"rollout\.max_new_tokens \(250\) must be at most \d+: the models have no more positions "
+        r"after the longest prompt \(\d+ tokens\) and environment\.max_tokens \(40\); for more, "
+        r"lower environment\.max_tokens, or data\.max_prompt_tokens to leave out long prompts"
+    )
+    with pytest.raises(UserInputError, match=message):
+        make_run(*ENVIRONMENT, "rollout.max_new_tokens=250")
     run, _ = make_run(*ENVIRONMENT)
     longest = run.prompts.longest
     assert max_response_tokens(run) == max_sequence_tokens(run) - longest - 40

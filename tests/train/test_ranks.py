@@ -25,6 +25,7 @@ from engine.train.experience.generation import generate_rollout
 from engine.train.load import load_run
 from engine.train.load_checks import check_rank_count
 from engine.train.ppo.chunked_loss import MOST_LOGITS
+from engine.train.reports.probe import answer_probe
 from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step
 from tests.train.ranks.launch import run_ranks
@@ -173,7 +174,7 @@ def weights(run):
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory, half_models):
-    """Metrics and weights after one step, by variant and by how the ranks run.
+    """Metrics and weights after one step, and a probe before, by variant and by how the ranks run.
 
     Only of the variants and strategies that some selected test needs.
     """
@@ -187,10 +188,11 @@ def outcomes(request, tmp_path_factory, half_models):
         alone = config_of("auto", variant, half_models)
         rollout = record(folder, f"recording-{i}", alone)
         run = one_process(create(folder, f"one-{i}", alone))
-        before = weights(run)
+        before, probe = weights(run), answer_probe(run, run.prompts.for_step(1)[0].text)
         metrics, _ = train_step(run, 1, rollout)
         metrics |= evaluate_if_due(run, 1).metrics
-        found[variant, "before"], found[variant, "one"] = ({}, before), (metrics, weights(run))
+        found[variant, "before"] = ({}, before, probe)
+        found[variant, "one"] = (metrics, weights(run), probe)
         for strategy in (s for s in STRATEGIES if (variant, s) in placed):
             session = create(folder, f"{strategy}-{i}", config_of(strategy, variant, half_models))
             job = {"session": session.folder, "recorded": folder / f"recording-{i}.pickle"}
@@ -200,8 +202,10 @@ def outcomes(request, tmp_path_factory, half_models):
             )
     on_two_ranks(folder, [{k: str(v) for k, v in job.items()} for job in jobs])
     for job in jobs:
-        metrics = json.loads(job["result"].read_text())
-        found[job["as"]] = (metrics, load_file(f"{job['result']}.safetensors"))
+        result = json.loads(job["result"].read_text())
+        found[job["as"]] = (
+            result["metrics"], load_file(f"{job['result']}.safetensors"), result["probe"]
+        )  # fmt: skip
     return found
 
 
@@ -264,6 +268,17 @@ def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, st
     for name, value in one.items():
         if not name.startswith(("time/", "perf/")):
             assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+@layouts
+def test_two_ranks_answer_a_probe_as_one_does(outcomes, variant, strategy):
+    """One of them has no response to generate."""
+    one, two = json.loads(json.dumps(outcomes[variant, "one"][2])), outcomes[variant, strategy][2]
+    assert one["policy"]["response"]
+    for name in ("score", "kl"):
+        found = [[answers[model].pop(name) for model in answers] for answers in (one, two)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-4)
+    assert one == two
 
 
 @layouts

@@ -68,10 +68,32 @@ async def test_a_click_is_measured_by_the_tabs_as_they_are_drawn(
 async def test_a_click_needs_a_session_as_the_key_does(make_app, running, until):
     app = make_app(None)
     async with running(app) as pilot:
-        keys = app.screen.query_one(KeyFooter)
+        await until(pilot, lambda: app.screen.query_one(Table).count())
         await pilot.click("#tabs", offset=(16, 0))
-        await until(pilot, lambda: "open a session first" in keys.text())
+        await until(pilot, lambda: notices(app) == ["open a session first: enter opens frozen"])
         assert app.current_mode == "sessions"
+
+
+async def test_keys_that_need_a_session_say_the_same_if_there_is_none(
+    make_app, tmp_path, running, until
+):
+    app = make_app(None, root=tmp_path)
+    async with running(app) as pilot:
+        for key in "2p":
+            await pilot.press(key)
+            await until(pilot, lambda: notices(app) == ["no session selected; n starts a demo"])
+            app.clear_notifications()
+            await until(pilot, lambda: not notices(app))
+
+
+async def test_a_box_ends_the_notice_whose_end_it_would_cover(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        keys = app.screen.query_one(KeyFooter)
+        app.say("theme: dark")
+        await until(pilot, lambda: "theme: dark" in keys.text())
+        app.say("read-only", "warning")
+        await until(pilot, lambda: notices(app) and "help" in keys.text())
 
 
 @pytest.mark.parametrize("key", ["q", "ctrl+c", "alt+q"])

@@ -1,10 +1,8 @@
 """Rules of the sections `model` and `lora`."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from engine.config.schema import RunConfig
-from engine.config.sections.model import LoRAConfig
 from engine.errors import ConfigError
 
 
@@ -40,19 +38,6 @@ def check_models(config: RunConfig) -> None:
             "lora.alpha and lora.targets need lora.rank: without a rank there are no adapters"
         )
     _check_quantised(config)
-
-
-def check_quantiser_installed(lora: LoRAConfig) -> None:
-    """Checks that the package of `lora.quantise` is installed, without importing it.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if lora.quantise != "none" and find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"lora.quantise: {lora.quantise} needs the package bitsandbytes: "
-            "pip install 'rlhf-tui[qlora]'"
-        )
 
 
 def _check_quantised(config: RunConfig) -> None:

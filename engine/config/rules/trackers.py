@@ -1,6 +1,4 @@
-"""Rules of `log.trackers`: their names, and whether their packages are installed."""
-
-from importlib.util import find_spec
+"""Rules of `log.trackers`: the names."""
 
 from engine.config.rules.reward import names_a_function
 from engine.config.sections.supervision import LogConfig
@@ -31,16 +29,3 @@ def check_trackers(log: LogConfig) -> None:
             )
         if name in log.trackers[:i]:
             raise ConfigError(f"log.trackers names {name} twice")
-
-
-def check_trackers_installed(log: LogConfig) -> None:
-    """Checks that the trackers' packages are installed, without importing them.
-
-    Raises:
-        ConfigError: one is not.
-    """
-    for name in log.trackers:
-        package = TRACKER_PACKAGES.get(name, name.partition(":")[0].partition(".")[0])
-        if find_spec(package) is None:
-            remedy = f"pip install {package}" if name in TRACKER_PACKAGES else "see PYTHONPATH"
-            raise ConfigError(f"log.trackers: {name} is not installed here: {remedy}")

@@ -32,7 +32,6 @@ class TurnLoop:
         config: RunConfig,
         environments: Environments,
         tokenizer: PreTrainedTokenizerBase,
-        ranks: int,
         options: SamplingOptions,
         step: int,
         report: ReportProgress = report_nothing,
@@ -43,7 +42,6 @@ class TurnLoop:
             config: the run's.
             environments: make and call the user's objects.
             tokenizer: the policy's.
-            ranks: number of ranks, each of which must have a response to generate.
             options: of the whole responses. `max_new_tokens` limits the tokens of the policy in all
                 turns together.
             step: for errors.
@@ -55,7 +53,6 @@ class TurnLoop:
         self._environments = environments
         self._tokens = ReplyTokens(config, tokenizer)
         self._tokenizer = tokenizer
-        self._ranks = ranks
         self._options = options
         self._step = step
         self._seconds = 0.0
@@ -69,8 +66,7 @@ class TurnLoop:
             RewardCallError: an environment raised, or the chat template cannot render its reply.
         """
         batch = batch_prompts(prompts, self._options.per_prompt, self._tokenizer.eos_token_id or 0)
-        # Each rank needs a prompt; the further ones of a probe are not used.
-        turn = generate(prompts + prompts[:1] * (self._ranks - len(prompts)), self._options)
+        turn = generate(prompts, self._options)
         responses = self._begun(batch.prompts)
         going_on = dict(enumerate(responses))
         for number in range(1, self._config.max_turns + 1):
@@ -97,19 +93,18 @@ class TurnLoop:
     def _next_turn(
         self, responses: dict[int, Response], number: int, generate: Generate
     ) -> Rollout:
-        """Generates the next turn of responses, by row; any further rows are not used."""
-        rows = list(responses)
-        rows += rows[:1] * (self._ranks - len(rows))  # each rank needs a prompt
+        """Generates the next turn of responses, by row."""
+        limits = tuple(self._left(response) for response in responses.values())
         options = dataclasses.replace(
             self._options,
             seed=derived_seed(self._options.seed, "turn", number),
             per_prompt=1,
-            max_new_tokens=max(self._left(responses[row]) for row in rows),
-            rows=tuple(rows),
-            limits=tuple(self._left(responses[row]) for row in rows),
+            max_new_tokens=max(limits),
+            rows=tuple(responses),
+            limits=limits,
         )
         self._most = options.max_new_tokens
-        return generate([responses[row].next_prompt for row in rows], options)
+        return generate([response.next_prompt for response in responses.values()], options)
 
     def _waits(self) -> None:
         self._report(self._most, self._most)

@@ -43,7 +43,7 @@ def respond(
     if run.environments is None:
         return generate(prompts, options)
     turns = TurnLoop(
-        run.config, run.environments, run.tokenizer, run.ranks.size, options,
+        run.config, run.environments, run.tokenizer, options,
         options.step if step is None else step, report,
     )  # fmt: skip
     return turns.generate(prompts, generate)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engine.config.rules.models import check_quantiser_installed
 from engine.config.sections.model import LoRAConfig
 from engine.errors import UserInputError, first_line
 from engine.train.models.lora import base_layers
@@ -44,13 +43,13 @@ def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
     """
     if config.quantise == "none":
         return
-    check_quantiser_installed(config)
     try:
         with torch.device("cpu"):  # another rank builds models on the meta device
             importlib.import_module("bitsandbytes")  # an extra; registers its operators
     except Exception as error:  # its library may be missing, or fail to load
         raise UserInputError(
-            f"lora.quantise: bitsandbytes cannot be used here: {first_line(error)}"
+            f"lora.quantise: bitsandbytes cannot be used here: {first_line(error)} "
+            "(pip install 'rlhf-tui[qlora]')"
         ) from error
     for name, layer in base_layers(lm).items():
         if type(layer) in (nn.Linear, Conv1D):  # a subclass may compute something else

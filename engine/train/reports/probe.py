@@ -14,7 +14,7 @@ from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.rewards.source import RewardCallError, RewardInputs
-from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.rollout.backend import SamplingOptions
 from engine.train.run import Run, max_sequence_tokens
 
 PROBE_SEED = 0
@@ -91,10 +91,7 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
         max_new_tokens=config.rollout.max_new_tokens,
     )
     try:
-        if run.environments is None:
-            rollout = generate_responses(run.backend, model, [prompt], options, run.tokenizer)
-        else:
-            rollout = respond(run, model, [prompt], options, step=state.step)
+        rollout = respond(run, model, [prompt], options, step=state.step)
     except RewardCallError as error:
         raise CommandRejectedError(f"a probe cannot be answered: {error}") from error
     try:

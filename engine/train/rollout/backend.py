@@ -139,12 +139,15 @@ class Share:
     rows: Tensor
     """This rank's rows of the batch, (n,) int64: all responses to a contiguous part of the
     prompts."""
+    counts: bool
+    """False if there are fewer prompts than ranks and this rank generates rows of another one, as
+    every rank must generate something."""
     uniforms: Tensor
     """(n, T) float64, of these rows."""
     options: SamplingOptions
     tokenizer: PreTrainedTokenizerBase
-    ranks: RankGroup | None
-    """The ranks that share the work; None if this rank generates the whole batch."""
+    ranks: RankGroup
+    """The ranks that share the work."""
 
     @property
     def prompts(self) -> PromptBatch:
@@ -164,28 +167,30 @@ class Share:
         """
         if local.versions is None:
             local.versions = torch.full_like(local.lengths, self.options.weights_version)
-        if self.ranks is None:
-            return local
-        limit = self.options.max_new_tokens
-        return merge_rollouts(self.ranks, self.batch, local, self.rows, limit, self.tokenizer)
+        kept = torch.arange(len(self.rows) if self.counts else 0)
+        return merge_rollouts(
+            self.ranks, self.batch, local.select(kept), self.rows[kept],
+            self.options.max_new_tokens, self.tokenizer,
+        )  # fmt: skip
 
 
 def share_of(
     prompts: list[Prompt],
     options: SamplingOptions,
     tokenizer: PreTrainedTokenizerBase,
-    ranks: RankGroup | None,
+    ranks: RankGroup,
 ) -> Share:
     """Selects what this rank generates of a batch; see :func:`generate_responses`."""
-    per_prompt, count = options.per_prompt, len(prompts)
+    per_prompt = options.per_prompt
     batch = batch_prompts(prompts, per_prompt, tokenizer.eos_token_id or 0)
-    own = range(count) if ranks is None else ranks.contiguous_share(count)
-    rows = torch.arange(own.start * per_prompt, own.stop * per_prompt)
+    own = ranks.contiguous_share(len(prompts))
+    generated = own or range(1)
+    rows = torch.arange(generated.start * per_prompt, generated.stop * per_prompt)
     numbers = torch.tensor(options.rows or range(len(batch.prompts)))
     uniforms = sampling_uniforms(
         options.seed, options.step, int(numbers.max()) + 1, options.max_new_tokens
     )
-    return Share(batch, rows, uniforms[numbers[rows]], options, tokenizer, ranks)
+    return Share(batch, rows, bool(own), uniforms[numbers[rows]], options, tokenizer, ranks)
 
 
 def generate_responses(
@@ -194,7 +199,7 @@ def generate_responses(
     prompts: list[Prompt],
     options: SamplingOptions,
     tokenizer: PreTrainedTokenizerBase,
-    ranks: RankGroup | None = None,
+    ranks: RankGroup,
     report: ReportProgress = report_nothing,
 ) -> Rollout:
     """Generates responses to prompts; the rollout holds all of them, on every rank.
@@ -205,9 +210,7 @@ def generate_responses(
         prompts: the prompts of the whole batch, the same on every rank.
         options: seed, step, temperature and lengths.
         tokenizer: the policy's.
-        ranks: the ranks that share the work. Each generates for a contiguous part of the prompts,
-            and there must be at least as many prompts as ranks. If None, every rank generates all
-            responses.
+        ranks: the ranks that share the work. Each generates for a contiguous part of the prompts.
         report: called with (tokens done, total).
     """
     share = share_of(prompts, options, tokenizer, ranks)

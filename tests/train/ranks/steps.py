@@ -1,8 +1,8 @@
 """Trains one step on recorded rollouts, as one of several ranks.
 
 ``steps.py JOBS``: JOBS is a JSON list of jobs, each with the folder of a session, a recorded
-rollout and a result file. Rank 0 writes the metrics to the result file and the updated weights
-beside it.
+rollout and a result file. Rank 0 writes the metrics, and the answer to a probe before the step, to
+the result file and the updated weights beside it.
 """
 
 import json
@@ -22,6 +22,7 @@ from engine.train.distributed.sharding import full_tensor
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import load_run
 from engine.train.ppo import chunked_loss
+from engine.train.reports.probe import answer_probe
 from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step
 
@@ -42,6 +43,7 @@ def train_one_step(ranks, session, recorded, result):
     begin = Begin(attempt=1, from_step=0)
     run = load_run(session, session.config(), begin, ranks)
     fit_scales(run, session.config())
+    probe = answer_probe(run, run.prompts.for_step(1)[0].text)
     rollout = pickle.loads(recorded.read_bytes())  # noqa: S301 - written by the test
     metrics, _ = train_step(run, 1, rollout)
     weights = {
@@ -55,7 +57,7 @@ def train_one_step(ranks, session, recorded, result):
         metrics |= evaluate_if_due(run, 1).metrics
     if ranks.is_lead:
         save_file(weights, f"{result}.safetensors")
-        result.write_text(json.dumps(metrics))
+        result.write_text(json.dumps({"metrics": metrics, "probe": probe}))
 
 
 if __name__ == "__main__":
