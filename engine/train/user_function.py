@@ -16,6 +16,7 @@ import torch
 from engine.errors import UserInputError, error_text
 from engine.launch.parent_death import let_children_be_terminated
 from engine.session.file_signature import FileSignature, file_signature
+from engine.train.user_errors import user_line
 
 STANDARD_LIBRARY = (sysconfig.get_path("stdlib"), sysconfig.get_path("stdlib") + "/lib-dynload")
 """Its folders on the import path: of modules in Python, and of those in C."""
@@ -52,7 +53,7 @@ class UserFunction:
             # A user's module may raise anything on import; the user gets it on one line.
             raise UserInputError(
                 f"{key}: cannot import '{module_name}' (looked in {path or '.'}): "
-                f"{type(error).__name__}: {error_text(error)}"
+                f"{type(error).__name__}: {error_text(error)}{user_line(error)}"
             ) from error
         self._signature = self._file_signature()
         self._find()

@@ -149,7 +149,7 @@ class Steering:
         """Asks for the value of a setting; the field begins with `typed`, or the current value."""
         settings = settings_in_force(target.settings)
         if settings is None:
-            self._say(f"{target.name}: settings unknown", "warning")
+            self._say(f"{target.name}: its settings are known once it is loaded", "warning")
             return
         old = target.settings.get(key)
 

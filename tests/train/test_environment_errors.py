@@ -131,7 +131,9 @@ def test_a_score_that_fails_is_told_with_its_response(make_run, tmp_path, chat):
     with pytest.raises(RewardCallError) as raised:
         train_step(run, 1)
     text = str(raised.value)
-    assert text.startswith("reward 'score' at step 1: TypeError: no score (response 0, prompt: ")
+    what = f"TypeError: no score at failing_{chat}.py:"
+    assert text.startswith(f"reward 'score' at step 1: {what}")
+    assert " (response 0, prompt: " in text
     assert "\n" not in text
     file.write_text(SCORING.format(body="return 1.0  # corrected"))
     metrics, _ = train_step(run, 1)  # the file is read again

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -388,11 +389,21 @@ RAISING = {
 def test_what_a_function_raises_is_reported_with_step_and_response(module, call, name, message):
     with pytest.raises(RewardCallError) as caught:
         call(function_reward(module, name))
-    assert message in str(caught.value)
+    assert message in re.sub(r" at rewards_for_test\.py:\d+", "", str(caught.value))
     assert "Traceback" in caught.value.trace
     paused = Paused(step=7, rule="r", reason=str(caught.value), traceback=caught.value.trace)
     for sent in (paused, failed_message(caught.value, None, 0)):
         assert decode_from_rank(frames.encode(sent)[frames.HEADER.size :]) == sent
+
+
+def test_an_error_names_the_line_of_the_function_and_its_traceback_begins_there(module, call):
+    lines = (Path(module) / "rewards_for_test.py").read_text(encoding="utf-8").splitlines()
+    number = next(n for n, line in enumerate(lines, 1) if "not \\n nice" in line)
+    named = rf"not nice at rewards_for_test\.py:{number} \("
+    with pytest.raises(RewardCallError, match=named) as caught:
+        call(function_reward(module, "stumbles"))
+    first_call = caught.value.trace.splitlines()[1]
+    assert f'rewards_for_test.py", line {number}' in first_call
 
 
 def test_the_error_of_a_function_for_texts_says_that_completions_are_messages(module, inputs):

@@ -29,6 +29,14 @@ def test_a_phase_has_its_share_and_what_is_left_of_the_step():
     assert "· score" in shown
 
 
+def test_a_phase_without_progress_shows_for_how_long_it_lasts():
+    state = make_state()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="score")]))
+    assert "▶ score ·" in text(PhaseStrip(state), 120, 1)
+    state.clock[0] += 75
+    assert "▶ score 1m15s ·" in text(PhaseStrip(state), 120, 1)
+
+
 def test_what_came_before_in_the_step_is_ticked():
     state = make_state()
     state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="optimise", done=1, total=4)]))

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.widgets.lines import plain_text
+from rlhf_tui.widgets.lines import plain_text, row_width
 from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.samples.common_affixes import common_affixes
@@ -103,10 +103,19 @@ def test_the_newest_responses_show_what_was_asked():
 @pytest.mark.parametrize("prompt", ["how was the film " * 9, "电影怎么样" * 9, "a line\n" * 9])
 def test_the_end_of_a_prompt_has_a_quarter_of_the_line_in_any_script(prompt):
     newest = LatestSamplesPanel(SessionState())
-    newest.state.samples = [sample(1, prompt=prompt, response="warm")]
+    newest.state.samples = [sample(1, prompt=prompt, response="warm " * 20)]
     shown = plain_text(newest.rows(80, 5)[1:], 80)
     asked = shown[shown.index("…") : shown.index("│")]
     assert 19 <= cell_len(asked) <= 20
+
+
+@pytest.mark.parametrize("response", ["warm", "电影"])
+def test_a_short_response_leaves_its_room_to_the_prompt(response):
+    newest = LatestSamplesPanel(SessionState())
+    newest.state.samples = [sample(1, prompt="how was the film " * 9, response=response)]
+    row = newest.rows(46, 5)[1]
+    assert row_width(row) == 46
+    assert plain_text([row], 46).rstrip().endswith(f"│{response}")
 
 
 def test_responses_of_older_weights_say_of_which():

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine.config.schema import RunConfig
-from engine.errors import LinkError, UserInputError, error_text, shortened, traceback_text
+from engine.errors import LinkError, UserInputError, error_text, shortened
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
@@ -21,6 +21,7 @@ from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.calls import SHOWN_MESSAGE
 from engine.train.rewards.scores import shown
 from engine.train.rewards.source import RewardCallError
+from engine.train.user_errors import user_line, user_traceback_text
 from engine.train.user_function import UserFunction
 
 log = logging.getLogger("engine")
@@ -243,10 +244,11 @@ class Environments:
                 raise
             # sys.exit() in the user's code must not end the rank silently.
             except (Exception, SystemExit) as error:
-                where = (
-                    error.stack if isinstance(error, CallTimeoutError) else traceback_text(error)
-                )
-                failed = _Failed(self._described(error, when), where)
+                described = self._described(error, when)
+                if isinstance(error, CallTimeoutError):
+                    failed = _Failed(described, error.stack)
+                else:
+                    failed = _Failed(described, user_traceback_text(error))
         while not (data := self._ranks.broadcast_bytes(msgspec.msgpack.encode(failed))):
             waits()
         failed = msgspec.msgpack.decode(data, type=examined(_Failed))
@@ -257,7 +259,7 @@ class Environments:
         message = shortened(" ".join(error_text(error).split()), SHOWN_MESSAGE)
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[-1:])
         if not isinstance(error, CallTimeoutError):
-            message = f"{type(error).__name__}: {message}"
+            message = f"{type(error).__name__}: {message}{user_line(error)}"
         return f"environment '{self._name}' {when}: {message}{notes}"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.errors import LinkError, RewardError, error_text, shortened, traceback_text
+from engine.errors import LinkError, RewardError, error_text, shortened
 from engine.progress import ReportProgress
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
@@ -16,6 +16,7 @@ from engine.train.rewards.source import (
     RewardInputs,
     Score,
 )
+from engine.train.user_errors import user_line, user_traceback_text
 
 FIRST_DELAY = 1.0
 """Seconds before the first retry; doubled for each further one."""
@@ -77,7 +78,7 @@ class SourceCall:
         # sys.exit() in a reward function must not end the rank silently.
         except (Exception, SystemExit) as error:
             text = _describe(name, error, part, of_completions=type(self._reward) is FunctionReward)
-            raise RewardCallError(text, traceback_text(error)) from error
+            raise RewardCallError(text, user_traceback_text(error)) from error
         self._scores |= zip(rows, scores, strict=True)
         # Includes scores from earlier calls in which other responses failed.
         return validate_scores(name, [self._scores[i] for i in range(count)], self._inputs)
@@ -92,11 +93,11 @@ def retry_delays(retries: int) -> Iterator[float]:
 def _describe(
     name: str, error: BaseException, inputs: RewardInputs, *, of_completions: bool
 ) -> str:
-    """Describes an error in one line: source, step, exception and, if known, the response.
+    """Describes an error in one line: source, step, exception and, if known, line and response.
 
     `of_completions` is whether the source is called with completions.
     """
-    text = f"reward '{name}' at step {inputs.step}: {_exception_text(error)}"
+    text = f"reward '{name}' at step {inputs.step}: {_exception_text(error)}{user_line(error)}"
     conversations = inputs.batch.prompts[0].messages is not None
     if of_completions and conversations and isinstance(error, TypeError | AttributeError):
         text += "; of conversations, each completion is a list of messages"

@@ -7,7 +7,7 @@ from rich.cells import cell_len
 from engine.journal.rows import SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import Row
+from rlhf_tui.widgets.lines import Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
 from rlhf_tui.widgets.samples.turns import on_one_line
@@ -45,19 +45,26 @@ def newest_responses(
 
 def _response(sample: SampleRow, width: int, affixes: CommonAffixes) -> Row:
     wide = width >= 60
-    prompt, most = one_line(affixes.removed_from(sample.prompt)), max(width // 4, 8)
-    if cell_len(prompt) > most:
-        prompt = prompt[1 - most :]
-        while cell_len(prompt) >= most:  # some characters have two cells
-            prompt = prompt[1:]
-        prompt = "…" + prompt
-    return [
+    before: Row = [
         (f" {fmt.number(sample.score, 2):>7}", "strong"),
         (f" {fmt.number(sample.kl, 1):>6}" if wide else "", "dim"),
         (f" {sample.length:>3}" if wide else "", "dim"),
         ("  " if sample.ended else " ✂", "warn"),
         (" ", ""),
-        (prompt, "dim"),
-        ("│", "dim"),
-        *on_one_line(sample.response, sample.replies),
     ]
+    response = on_one_line(sample.response, sample.replies)
+    # The prompt has a quarter of the width, or what a short response leaves.
+    shown: Row = [(text[:width], style) for text, style in response]
+    room = width - row_width([*before, ("│", "dim"), *shown])
+    prompt = _end_of(one_line(affixes.removed_from(sample.prompt)), max(width // 4, 8, room))
+    return [*before, (prompt, "dim"), ("│", "dim"), *response]
+
+
+def _end_of(text: str, most: int) -> str:
+    """The end of a text, in at most so many cells."""
+    if cell_len(text) <= most:
+        return text
+    text = text[1 - most :]
+    while cell_len(text) >= most:  # some characters have two cells
+        text = text[1:]
+    return "…" + text

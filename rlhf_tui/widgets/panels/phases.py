@@ -3,11 +3,14 @@
 from engine import metrics
 from engine.metrics import EVAL_TIME, PHASES, phase_time
 from engine.protocol.rank_messages import Phase
+from rlhf_tui import format as fmt
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
 UNITS = {"generate": "tokens", "optimise": "responses"}
+SHOWN_SECONDS = 2
+"""Seconds from which on it is shown how long a phase without progress lasts."""
 PAUSED = "paused"
 """The phase of a rank between two steps of a paused run."""
 
@@ -88,6 +91,10 @@ class PhaseStrip(Panel):
     def _now(self, phase: Phase, room: int) -> list[Piece]:
         pieces: list[Piece] = [(f" ▶ {phase.name}", "accent")]
         if not phase.total:
+            # How a reward function gets on is unknown, but not for how long it has been called.
+            seconds = self.state.seconds_in_phase(phase.rank)
+            if seconds >= SHOWN_SECONDS:
+                pieces.append((f" {fmt.duration(seconds)}", "strong"))
             return pieces
         share = phase.done / phase.total
         pieces.append((f" {share:4.0%} ", "strong"))
@@ -105,7 +112,8 @@ class PhaseStrip(Panel):
         return [*pieces, (" ", "")]
 
     def _loading(self, lead: list[Piece], phase: Phase, width: int) -> Row:
-        after: list[Piece] = [(f"{self.state.seconds_in_phase(phase.rank):.0f}s ", "dim")]
+        seconds = fmt.duration(self.state.seconds_in_phase(phase.rank))
+        after: list[Piece] = [(f"{seconds} ", "dim")]
         now: list[Piece] = [*lead, (f" ▶ {phase.name} ", "accent")]
         if phase.total:
             now += bar(phase.done / phase.total, min(30, max(width - row_width(now) - 24, 4)))
