@@ -23,8 +23,8 @@ class EventLog:
     def _newest(self, query: str) -> int:
         return int(self._db.execute(query).fetchone()[0] or 0)
 
-    def write(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
-        """Writes an event of the current attempt and returns its id.
+    def write(self, kind: str, data: dict[str, Any], step: int | None = None) -> None:
+        """Writes an event of the current attempt.
 
         Args:
             kind: of the event, a key of :data:`engine.journal.rows.PAYLOADS`.
@@ -37,4 +37,3 @@ class EventLog:
              json.dumps(finite(data))),
         )  # fmt: skip
         self.last = int(cursor.lastrowid or 0)
-        return self.last

@@ -152,7 +152,7 @@ class JournalWriter:
         origin: dict[str, Any] | None = None,
         adopt: AdoptedCheckpoint | None = None,
         total_steps: int = 0,
-    ) -> int:
+    ) -> None:
         """Begins an attempt. Rows of later steps move from the timeline to an abandoned branch.
 
         From step 0 that includes the evaluation before the first step, which is repeated.
@@ -165,9 +165,6 @@ class JournalWriter:
             origin: for a fork, the source session and step.
             adopt: the checkpoint of `from_step`, if it is missing from this journal.
             total_steps: `train.steps`, for a replay; 0 if unknown.
-
-        Returns:
-            The number of the attempt, from 1.
         """
         after = from_step or -1
         with self._samples:
@@ -204,7 +201,6 @@ class JournalWriter:
             }  # fmt: skip
             self._events.write("attempt", data | ({"fork": origin} if origin else {}), from_step)
         self._events.step = from_step
-        return self.attempt
 
     def _supersede(self, from_step: int, fresh: bool) -> None:
         parameters = (from_step,)
@@ -360,10 +356,10 @@ class JournalWriter:
                 (step, sample.index, msgspec.msgpack.encode(sample.arrays)),
             )
 
-    def record_event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
-        """Writes an event and returns its id, see :meth:`EventLog.write`."""
+    def record_event(self, kind: str, data: dict[str, Any], step: int | None = None) -> None:
+        """Writes an event, see :meth:`EventLog.write`."""
         with self._db:
-            return self._events.write(kind, data, step)
+            self._events.write(kind, data, step)
 
     def record_telemetry(self, telemetry: Telemetry) -> None:
         """Writes one reading of the machine."""

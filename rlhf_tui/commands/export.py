@@ -81,8 +81,7 @@ def export(
             raise NoSuchSessionError(
                 f"session '{name}' has no checkpoint of step {step} to export (it has: {listed})"
             )
-        part = AVERAGED_POLICY if averaged else POLICY
-        say(_export_policy(session, step, policy, part, merged=merged))
+        say(_export_policy(session, step, policy, averaged=averaged, merged=merged))
     if samples is not None:
         with SampleReader(session) as reader:
             rows = with_judgements(session, reader.newest())
@@ -99,15 +98,15 @@ def export(
 
 
 def _export_policy(
-    session: SessionFolder, step: int, target: Path, part: str, *, merged: bool
+    session: SessionFolder, step: int, target: Path, *, averaged: bool, merged: bool
 ) -> str:
-    """Writes a model folder, `part` of a checkpoint. Returns a line that describes it."""
+    """Writes a model folder of a checkpoint. Returns a line that describes it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserInputError(f"--policy: {target} exists already; give a new or empty folder")
+    part, what = (AVERAGED_POLICY, "averaged policy") if averaged else (POLICY, "policy")
     source = checkpoint_path(session.checkpoints, step) / part
-    if part == AVERAGED_POLICY:
+    if averaged:
         check_average(session, step)
-    what = "averaged policy" if part == AVERAGED_POLICY else "policy"
     config = session.config()
     adapted = config.lora.rank is not None
     try:
@@ -116,9 +115,7 @@ def _export_policy(
                 _merge(session, step, part, folder, target)
             else:
                 _copy(source, folder)
-            exported = ExportedPolicy(
-                step, averaged=part == AVERAGED_POLICY, adapters=adapted and not merged
-            )
+            exported = ExportedPolicy(step, averaged=averaged, adapters=adapted and not merged)
             no_card = _write_card(session, exported, folder)
             open_to_umask(folder)
     except OSError as error:
@@ -127,7 +124,7 @@ def _export_policy(
     if adapted and merged:
         return f"the {what} of step {step} is in {target}, adapters merged{no_card}"
     if adapted:
-        which = "averaged adapters" if part == AVERAGED_POLICY else "adapters"
+        which = "averaged adapters" if averaged else "adapters"
         base = config.model.policy
         return f"the {which} of step {step} are in {target}; base model: {base}{no_card}"
     note = "; all weights were trained, so there is nothing to merge" if merged else ""

@@ -20,7 +20,7 @@ from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Dialog, InputDialog
 from rlhf_tui.dialogs.judging_queue import POOL, Decision, JudgingQueue
-from rlhf_tui.state.label_writer import LabelWriter
+from rlhf_tui.state.label_writer import LabelWriter, LabelWritten
 from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
 from rlhf_tui.widgets.samples.judgement import LABEL_MARKS
 from rlhf_tui.widgets.samples.turns import heading, response_rows
@@ -54,14 +54,6 @@ class PoolRead(Message):
     def __init__(self, pool: list[SampleRow], problem: str = "") -> None:
         super().__init__()
         self.pool, self.problem = pool, problem
-
-
-class ChangeWritten(Message):
-    """A label or a note was written; `problem`: why not."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__()
-        self.problem = problem
 
 
 class JudgingDialog(Dialog[None]):
@@ -105,7 +97,7 @@ class JudgingDialog(Dialog[None]):
 
     @functools.cached_property
     def _writer(self) -> LabelWriter:
-        return LabelWriter(lambda problem: self.post_message(ChangeWritten(problem)))
+        return LabelWriter(self.post_message)
 
     def body(self) -> ComposeResult:
         """Progress, the outcome of the last judgement, the response, the keys."""
@@ -210,7 +202,7 @@ class JudgingDialog(Dialog[None]):
         self._writer.write(change)
         self._show_queue()
 
-    def on_change_written(self, message: ChangeWritten) -> None:
+    def on_label_written(self, message: LabelWritten) -> None:
         """Counts the judgement, or takes back one that could not be written."""
         decision = self._unwritten.popleft()
         self._problem = message.problem

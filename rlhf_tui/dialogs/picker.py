@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up
 
 FRAME = 8
 """Rows of the terminal that a picker does not use for its list."""
+KEYS = "enter select · esc cancel"
 WITH = " + "
 """Separates the keys of a group."""
 SIMILAR = 0.6
@@ -99,11 +100,10 @@ class PickerDialog(Dialog[str]):
         yield MessageLine([[(self._keys(), "dim")]], id="keys")
 
     def _keys(self) -> str:
-        keys = "enter select · esc cancel"
         if not self.several:
-            return keys
+            return KEYS
         more = "shift+tab overlay on previous" if self.joins else "ctrl+a mark all shown"
-        return f"tab mark · {more} · {keys}"
+        return f"tab mark · {more} · {KEYS}"
 
     def _height(self) -> int:
         return min(len(self.options), max(self.app.size.height - FRAME, 1))
@@ -159,9 +159,8 @@ class PickerDialog(Dialog[str]):
             )
         key = rows[0][0] if rows and first else None
         self.query_one(Table).set_rows(rows, empty=[[(" no match", "dim")]], key=key)
-        keys = "enter select · esc cancel"
         self.query_one("#keys", MessageLine).say(
-            [[("no match; these names are similar", "warn"), (f" · {keys}", "dim")]]
+            [[("no match; these names are similar", "warn"), (f" · {KEYS}", "dim")]]
             if similar
             else [[(self._keys(), "dim")]]
         )

@@ -1,5 +1,7 @@
 """The main metrics at the start and at the end of a run."""
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 
 from engine.journal.reader import JournalReader
@@ -49,13 +51,14 @@ def read_held_out(reader: JournalReader, last_step: int) -> list[Headline]:
 
 def _headline(reader: JournalReader, name: str, last: int) -> Headline | None:
     steps = max(1, min(STEPS_AVERAGED, last // 2))
-    first = _mean(reader.series(name, 0, steps))
-    end = _mean(reader.series(name, last - steps, last))
+    first = mean_of_known(value for _, value in reader.series(name, 0, steps))
+    end = mean_of_known(value for _, value in reader.series(name, last - steps, last))
     return None if first is None and end is None else Headline(title_of(name), first, end)
 
 
-def _mean(points: list[tuple[int, float | None]]) -> float | None:
-    known = [value for _, value in points if value is not None]
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if all are."""
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 

@@ -83,10 +83,10 @@ def _summary(report: Report) -> str:
     facts = "".join(
         f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in sections.summary(report)
     )
-    held_out = table(sections.held_out(report))
+    held_out = table(sections.evaluations(report.held_out))
     if held_out:
         held_out = f"<h3>On held-out prompts</h3>{held_out}"
-    return f"<dl>{facts}</dl>{table(sections.headlines(report))}{held_out}"
+    return f"<dl>{facts}</dl>{table(sections.means(report.headlines))}{held_out}"
 
 
 def _comparison(report: Report) -> str:
@@ -181,10 +181,7 @@ def _judgements(report: Report) -> str:
     samples = report.samples
     if not samples.judged and not samples.preferences:
         return ""
-    total = plural(samples.judged_total, "judged response")
-    pairs = plural(samples.preferences_total, "preference")
-    parts = [f"<p>{total}, {pairs}. {text(sections.agreement(report.agreement))}</p>"]
-    parts.append(table(sections.labels(report)))
+    parts = [f"<p>{text(sections.judgements(report))}</p>", table(sections.labels(report))]
     parts += _titled("Latest judged responses", samples.judged)
     if samples.preferences:
         parts.append("<h3>Latest preferences</h3>")

@@ -1,12 +1,13 @@
 """The changes by operators and guard rails, with the metrics before and after."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
 
 from engine.journal.reader import JournalReader
 from engine.metrics import ENTROPY, KL, RESPONSE_LENGTH, SCORE
+from rlhf_tui.report.headlines import mean_of_known
 from rlhf_tui.state.timeline import Marker
 
 COMPARED = (SCORE, KL, RESPONSE_LENGTH, ENTROPY)
@@ -58,13 +59,8 @@ def _effects(reader: JournalReader, step: int) -> dict[str, Effect]:
     effects = {}
     for name in COMPARED:
         points = reader.series(name, step - STEPS_COMPARED - 1, step + STEPS_COMPARED - 1)
-        before = _mean(value for at, value in points if at < step)
-        after = _mean(value for at, value in points if at >= step)
+        before = mean_of_known(value for at, value in points if at < step)
+        after = mean_of_known(value for at, value in points if at >= step)
         if before is not None or after is not None:
             effects[name] = Effect(before, after)
     return effects
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -96,10 +96,10 @@ def _parts(report: Report) -> list[tuple[str, str]]:
 
 def _summary(report: Report) -> str:
     facts = "\n".join(f"- {name}: {text(value)}" for name, value in sections.summary(report))
-    held_out = table(sections.held_out(report))
+    held_out = table(sections.evaluations(report.held_out))
     if held_out:
         held_out = f"\nOn held-out prompts:\n\n{held_out}"
-    return f"{facts}\n\n{table(sections.headlines(report))}{held_out}"
+    return f"{facts}\n\n{table(sections.means(report.headlines))}{held_out}"
 
 
 def _comparison(report: Report) -> str:
@@ -160,10 +160,7 @@ def _judgements(report: Report) -> str:
     samples = report.samples
     if not samples.judged and not samples.preferences:
         return ""
-    total = plural(samples.judged_total, "judged response")
-    pairs = plural(samples.preferences_total, "preference")
-    parts = [f"{total}, {pairs}. {sections.agreement(report.agreement)}".rstrip() + "\n"]
-    parts.append(table(sections.labels(report)))
+    parts = [f"{sections.judgements(report)}\n", table(sections.labels(report))]
     parts += _titled("Latest judged responses", samples.judged)
     if samples.preferences:
         parts.append("### Latest preferences\n")

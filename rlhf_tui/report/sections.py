@@ -98,24 +98,14 @@ def summary(report: Report) -> list[tuple[str, str]]:
     return facts
 
 
-def headlines(report: Report) -> TableData:
-    """The main metrics, means of the first and the last steps."""
-    return means(report.headlines)
-
-
 def means(headlines: Sequence[Headline]) -> TableData:
-    """A row for each metric of the training."""
+    """The main metrics of the training, means of the first and the last steps."""
     rows = [[h.title, number(h.first), number(h.last)] for h in headlines]
     return TableData(["metric", "first steps", "last steps"], rows)
 
 
-def held_out(report: Report) -> TableData:
-    """The evaluation on held-out prompts, at its first and last step."""
-    return evaluations(report.held_out)
-
-
 def evaluations(headlines: Sequence[Headline]) -> TableData:
-    """A row for each metric of the evaluation."""
+    """The evaluation on held-out prompts, at its first and last step."""
     return TableData(["metric", "first", "last"], [_held_out_row(h) for h in headlines])
 
 
@@ -294,6 +284,13 @@ def marks(report: Report) -> list[Mark]:
                 else Mark(marker.step, "", marker.text, "start")
             )
     return sorted(found, key=lambda m: m.step)
+
+
+def judgements(report: Report) -> str:
+    """How many there are, and how far the scores agree with them."""
+    total = plural(report.samples.judged_total, "judged response")
+    pairs = plural(report.samples.preferences_total, "preference")
+    return f"{total}, {pairs}. {agreement(report.agreement)}".rstrip()
 
 
 def agreement(found: Agreement) -> str:

@@ -13,7 +13,6 @@ from textual.worker import get_current_worker
 from engine.errors import RlhfError
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.modes import MODES
-from rlhf_tui.state.messages import RowHighlighted
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.panels.panel import Panel
@@ -143,6 +142,3 @@ class SessionScreen(Screen[None]):
 
     def session_changed(self) -> None:
         """Another session was opened: drops the data of the previous one; overridden."""
-
-    def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """The cursor of a table has moved; overridden."""

@@ -24,8 +24,8 @@ ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
     "attempt": lambda c: c.attempt,
     "saved": lambda c: c.time,
     "size": lambda c: c.size,
-    "score": lambda c: _value_or(c.score, LEAST),
-    "KL": lambda c: _value_or(c.kl, LEAST),
+    "score": lambda c: _or_least(c.score),
+    "KL": lambda c: _or_least(c.kl),
 }
 """Title of a column → what it sorts by."""
 
@@ -65,9 +65,7 @@ class CheckpointsScreen(SessionScreen):
         found = self.context.state.checkpoints
         current = [c for c in found if c.status == "complete"]
         measured = [c for c in current if self._best_value(c) is not None]
-        best = max(
-            measured, key=lambda c: (_value_or(self._best_value(c), LEAST), c.step), default=None
-        )
+        best = max(measured, key=lambda c: (_or_least(self._best_value(c)), c.step), default=None)
         last = max(current, key=lambda c: c.step, default=None)
         order = ORDERS[table.sorted_by or "step"]
         ordered = sorted(found, key=lambda c: (order(c), c.step, c.attempt))
@@ -208,5 +206,5 @@ def _cells(c: CheckpointRow, best: str, last: bool) -> list[Piece]:
     ]
 
 
-def _value_or(value: float | None, other: float) -> float:
-    return other if value is None else value
+def _or_least(value: float | None) -> float:
+    return LEAST if value is None else value

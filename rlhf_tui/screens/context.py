@@ -70,7 +70,7 @@ class EngineActions(Protocol):
 
         Args:
             arguments: of the command.
-            name: the session; empty if the command chooses a name.
+            name: the session.
         """
 
     def run_command(self, arguments: list[str], done: str) -> None:

@@ -154,9 +154,8 @@ class DashboardScreen(SessionScreen):
 
     def on_cursor_moved(self, message: CursorMoved) -> None:
         """Puts the crosshair on the step under the mouse."""
-        if message.step is not None:
-            self.context.view.put(self.context.state, message.step)
-            self.refresh_view()
+        self.context.view.put(self.context.state, message.step)
+        self.refresh_view()
 
     # -- the crosshair -------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
 from rlhf_tui.screens.parts.sample_comparison import ComparisonRead, SampleComparison
 from rlhf_tui.screens.parts.sample_filter import HINT, check_filter
-from rlhf_tui.screens.parts.sample_labels import LabelWritten, SampleLabels
+from rlhf_tui.screens.parts.sample_labels import SampleLabels
 from rlhf_tui.screens.parts.sample_list import (
     ORDER_TITLES,
     JudgementsRead,
@@ -31,6 +31,7 @@ from rlhf_tui.screens.parts.sample_list import (
 )
 from rlhf_tui.screens.parts.sample_query_line import empty_list, not_shown_yet, query_line
 from rlhf_tui.screens.parts.sample_table import SamplesTable, cells_of, samples_table
+from rlhf_tui.state.label_writer import LabelWritten
 from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, justified, row_width
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
@@ -101,7 +102,7 @@ class SamplesScreen(SessionScreen):
         yield Lines(id="filter")
         with Container(id="panes"):
             yield samples_table()
-            yield SampleView(id="sample")
+            yield SampleView()
 
     def refresh_content(self) -> None:
         """Reads again what may have changed."""

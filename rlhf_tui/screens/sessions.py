@@ -100,7 +100,7 @@ class SessionsScreen(SessionScreen):
             yield self._table
             with Container(id="highlighted"):
                 yield Lines(id="about")
-                yield PreviewPanel(id="preview")
+                yield PreviewPanel()
 
     def on_mount(self) -> None:
         """Reads the folder again every two seconds."""

@@ -8,14 +8,24 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from textual.message import Message
+
 from engine.errors import RlhfError
+
+
+class LabelWritten(Message):
+    """A label, note or preference was written; `problem`: why not."""
+
+    def __init__(self, problem: str = "") -> None:
+        super().__init__()
+        self.problem = problem
 
 
 class LabelWriter:
     """Writes changes one after another, and reports each one."""
 
-    def __init__(self, post: Callable[[str], object]) -> None:
-        """`post` is called from another thread with why a change could not be written, or ""."""
+    def __init__(self, post: Callable[[LabelWritten], object]) -> None:
+        """`post` is called from another thread after each change."""
         self._post = post
 
     @functools.cached_property
@@ -30,8 +40,9 @@ class LabelWriter:
         try:
             change()
         except (RlhfError, OSError) as error:
-            self._post(str(error))
+            self._post(LabelWritten(str(error)))
         except Exception as error:  # nobody reads the result of the future
-            self._post(f"this judgement was not written: {type(error).__name__}: {error}")
+            problem = f"this judgement was not written: {type(error).__name__}: {error}"
+            self._post(LabelWritten(problem))
         else:
-            self._post("")
+            self._post(LabelWritten())

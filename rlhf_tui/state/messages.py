@@ -89,9 +89,8 @@ class EnginesAsked(Message):
 class RowSelected(Message):
     """A row of a table was selected (enter, click)."""
 
-    def __init__(self, table: str, key: Any) -> None:
+    def __init__(self, key: Any) -> None:
         super().__init__()
-        self.table = table
         self.key = key
 
 
@@ -109,15 +108,14 @@ class RowHighlighted(Message):
 class HeaderSelected(Message):
     """The title of a table's column was clicked."""
 
-    def __init__(self, table: str, title: str) -> None:
+    def __init__(self, title: str) -> None:
         super().__init__()
-        self.table = table
         self.title = title
 
 
 class CursorMoved(Message):
-    """The crosshair of a chart was moved to a step (None: removed)."""
+    """The crosshair of a chart was moved to a step."""
 
-    def __init__(self, step: int | None) -> None:
+    def __init__(self, step: int) -> None:
         super().__init__()
         self.step = step

@@ -6,14 +6,13 @@ import msgspec
 from msgspec import Struct
 
 from engine.config.schema import RunConfig
-from engine.config.settings import LIVE_SETTINGS
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.metrics import KL, SCORE, with_drawn
 from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.first_read import read_summary
 from rlhf_tui.state.feeds.updates import SessionUpdate
-from rlhf_tui.state.runs.differences import configuration_of
+from rlhf_tui.state.runs.differences import configuration_of, differing
 
 METRICS = (SCORE, KL)
 SPANS = 200
@@ -77,12 +76,8 @@ def _differences(session: SessionFolder, other: SessionFolder | None) -> tuple[D
     """The keys with other values, those that may change during a run first."""
     values = configuration_of(session)
     others = _defaults(session) if other is None else configuration_of(other)
-    keys = dict.fromkeys([*LIVE_SETTINGS.values(), *values, *others])
-    return tuple(
-        Difference(key, values.get(key), others.get(key))
-        for key in keys
-        if values.get(key) != others.get(key)
-    )
+    keys = differing([values, others])
+    return tuple(Difference(key, values.get(key), others.get(key)) for key in keys)
 
 
 def _defaults(session: SessionFolder) -> dict[str, Any]:

@@ -281,7 +281,10 @@ class SessionState:
         return time_left.until_end(head.step, head.total_steps, seconds)
 
     def boundary_in(self) -> float | None:
-        """Seconds until the current step is done, estimated; None if no step is running."""
+        """Seconds until the current step is done, estimated; None if no step is running.
+
+        0 if the step takes longer than usual.
+        """
         seconds = self.recent_mean(STEP_TIME)
         if seconds is None or not self.training or not self.phases:
             return None
@@ -290,7 +293,7 @@ class SessionState:
             evaluation = self.phase_seconds(EVALUATE) or 0.0
         if (ends := self._optimise.ends) is not None:
             return max(0.0, ends - self.now()) + evaluation
-        return time_left.until_boundary(seconds + evaluation, self._into_step())
+        return max(0.0, seconds + evaluation - self._into_step())
 
     def phase_seconds(self, phase: str) -> float | None:
         """How long a phase usually takes: the mean of the last steps, or the last evaluation."""

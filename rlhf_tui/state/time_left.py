@@ -11,11 +11,6 @@ def until_end(step: int, total_steps: int, step_seconds: float) -> float:
     return max(0, total_steps - step) * step_seconds
 
 
-def until_boundary(step_seconds: float, elapsed: float) -> float:
-    """Seconds until the current step is done; 0 if it takes longer than usual."""
-    return max(0.0, step_seconds - elapsed)
-
-
 def about(seconds: float | None) -> str:
     """`~12s`, in whole seconds; empty if the time is unknown or there is none left."""
     return f"~{seconds:.0f}s" if seconds else ""

@@ -36,12 +36,6 @@ def paused_text(reason: str | None, step: int) -> str:
     return f"paused by {reason}" if reason else f"paused after step {step}"
 
 
-def state_pieces(state: str) -> list[Piece]:
-    """A state's name with its mark."""
-    mark, tone = STATE_MARKS.get(state, ("?", "warn"))
-    return [(f"{mark} {state}", tone)]
-
-
 class Tabs(Panel):
     """The screens with their keys, and the session's name and state."""
 
@@ -67,19 +61,17 @@ class Tabs(Panel):
         shown = "waiting" if state.waiting else state.head.state
         if state.unread:
             shown = "unreadable" if state.problem else ""
-        mark = [*(state_pieces(shown) if shown else []), (" ", "")]
+        sign, tone = STATE_MARKS.get(shown, ("?", "warn"))
+        mark = [*([(f"{sign} {shown}", tone)] if shown else []), (" ", "")]
         name = one_line(state.name)
         room = max(width - row_width(self._tabs(0)) - row_width(mark) - 3, LEAST_NAME)
         if cell_len(name) > room:
             name = shorten_middle(name, room)
         return [(f"{name}  ", "strong"), *mark]
 
-    def _names_fit(self, width: int) -> bool:
-        return sum(len(mode) + 4 for mode in self.modes) <= width
-
     def _tabs(self, width: int) -> Row:
         # If the names do not fit, only this screen's name is shown, and the keys of the others.
-        fits = self._names_fit(width)
+        fits = sum(len(mode) + 4 for mode in self.modes) <= width
         tabs: list[Piece] = []
         for number, mode in enumerate(self.modes, start=1):
             here = mode == self.here

@@ -24,7 +24,6 @@ class Column:
         flexible: bool = False,
         least: int = 0,
         share: int = 1,
-        most: int = 0,
         both_ends: bool = False,
     ) -> None:
         """A column.
@@ -36,14 +35,14 @@ class Column:
             flexible: take a part of the remaining width.
             least: width of the table in cells below which the column is hidden.
             share: share of the remaining width for a flexible column, relative to the others.
-            most: maximum width of a flexible column in cells; 0 for no limit.
             both_ends: cut text that is too long in its middle.
         """
         self.title, self.width = title, width
         self.right, self.flexible = right, flexible
-        self.share, self.most = share, most
+        self.share, self.least = share, least
         self.both_ends = both_ends
-        self.least = least
+        self.most = 0
+        """Maximum width of a flexible column in cells; 0 for no limit."""
         self.has_values = True
         """Set it to False to hide the column."""
 
@@ -127,7 +126,7 @@ class Table(ScrollList):
     def action_choose(self) -> None:
         """Posts :class:`RowSelected` for the row under the cursor."""
         if self.key is not None:
-            self.post_message(RowSelected(self.id or "", self.key))
+            self.post_message(RowSelected(self.key))
 
     def on_click(self, event: events.Click) -> None:
         """Moves the cursor to a row; a second click selects it. Posts clicks on the header."""
@@ -135,7 +134,7 @@ class Table(ScrollList):
         line = event.y - len(self.header(width))
         if line < 0:
             if title := self._title_at(event.x, width):
-                self.post_message(HeaderSelected(self.id or "", title))
+                self.post_message(HeaderSelected(title))
             return
         index = self.top + line
         if 0 <= index < self.count():

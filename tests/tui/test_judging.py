@@ -90,8 +90,9 @@ def test_whatever_goes_wrong_in_writing_is_reported():
     judge = LabelWriter(told.put)
     judge.write("\ud800".encode)
     judge.write(lambda: None)
-    assert told.get(timeout=60).startswith("this judgement was not written: UnicodeEncodeError")
-    assert told.get(timeout=60) == ""
+    problem = told.get(timeout=60).problem
+    assert problem.startswith("this judgement was not written: UnicodeEncodeError")
+    assert told.get(timeout=60).problem == ""
 
 
 async def test_what_no_longer_fits_the_filter_stays_until_the_list_is_read_again(

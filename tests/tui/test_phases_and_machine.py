@@ -79,6 +79,14 @@ def test_sync_stands_where_it_comes_which_is_not_first_with_rollout_ahead(before
     assert text(PhaseStrip(state), 120, 1).startswith(" ▶ sync · generate")
 
 
+def test_a_step_that_takes_longer_than_usual_has_no_negative_time_left():
+    state = make_state()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="generate")]))
+    assert state.boundary_in() > 0
+    state.clock[0] += 7200
+    assert state.boundary_in() == 0
+
+
 def test_loading_shows_progress_too():
     state = make_state()
     state.take(SessionUpdate(phases=[Phase(rank=0, step=0, name="load policy", done=3, total=12)]))

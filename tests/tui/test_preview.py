@@ -62,7 +62,7 @@ async def test_the_preview_shows_the_highlighted_run_and_what_differs_from_the_o
 def test_the_end_of_a_long_value_is_marked_as_cut():
     path = "/models/" + 20 * "long-" + "reward"
     preview = SessionPreview("run", differences=[Difference("reward.model", path, None)])
-    notes = PreviewNotes(id="notes")
+    notes = PreviewNotes()
     notes.read(make_state(), preview)
     shown = "".join(words for words, _ in notes.rows(100, 5)[2])
     assert shown.startswith(" reward.model …") and "long-reward (off)" in shown

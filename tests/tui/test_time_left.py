@@ -14,11 +14,6 @@ def test_after_the_last_step_no_time_is_left():
     assert time_left.until_end(31, 30, 2.5) == 0.0
 
 
-def test_a_step_that_takes_longer_than_usual_has_no_negative_time_left():
-    assert time_left.until_boundary(4.0, 1.5) == 2.5
-    assert time_left.until_boundary(4.0, 9.0) == 0.0
-
-
 @pytest.mark.parametrize(("seconds", "words"), [(12.4, "~12s"), (0.0, ""), (None, "")])
 def test_about_says_nothing_where_nothing_is_known(seconds, words):
     assert time_left.about(seconds) == words

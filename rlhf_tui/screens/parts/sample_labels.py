@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import msgspec
 from textual.binding import Binding, BindingType
-from textual.message import Message
 from textual.screen import Screen
 
 from engine.journal.judgements.labels import Response, set_label, set_note
@@ -13,7 +12,7 @@ from engine.journal.rows import Judgement, SampleRow
 from engine.session.folder import SessionFolder
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.context import AppContext
-from rlhf_tui.state.label_writer import LabelWriter
+from rlhf_tui.state.label_writer import LabelWriter, LabelWritten
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.samples.judgement import key_of
 
@@ -24,14 +23,6 @@ BINDINGS: list[BindingType] = [
     Binding("W", "remark", "note on this response", show=False),
 ]
 """Keys of the screen whose actions call :class:`SampleLabels`."""
-
-
-class LabelWritten(Message):
-    """A label, note or preference was written; `problem`: why not."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__()
-        self.problem = problem
 
 
 class SampleLabels:
@@ -71,7 +62,7 @@ class SampleLabels:
 
     @functools.cached_property
     def _writer(self) -> LabelWriter:
-        return LabelWriter(lambda problem: self._screen.post_message(LabelWritten(problem)))
+        return LabelWriter(self._screen.post_message)
 
     def toggle(self, label: str) -> None:
         """Sets the label of the selected sample, or removes it if it is set already."""

@@ -9,13 +9,12 @@ from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.metrics import EPISODE, STEP_TIME
 from engine.session.folder import SessionFolder
+from rlhf_tui.state.feeds.first_read import SPANS
 from rlhf_tui.state.series import Series
 
 ALIGNMENTS = ("step", "episode", "hours")
 """What the curves of several runs are aligned by: the step, the number of responses so far, or the
 hours of training, without pauses."""
-SPANS = 500
-"""Spans of a downsampled curve: more than the dot columns of a chart on half of a wide terminal."""
 CLOCKS = {"episode": (EPISODE, False), "hours": (STEP_TIME, True)}
 """Alignment → the metric that is its clock, and whether that is summed over the steps."""
 

@@ -20,6 +20,8 @@ STYLE = {name: i for i, name in enumerate(STYLES)}
 BAND, CURSOR, BAR, FOCUS = 32, 64, 128, 256
 BACKGROUNDS = {BAND: "band", CURSOR: "crosshair", BAR: "title", FOCUS: "focus"}
 """Tone of the background by flag. Flags are added to the number of a style."""
+TARGET_BAND = 0.2
+"""Half the height of the target's band, relative to the target."""
 GUTTER = 8
 MOST_LABELS = 6
 """Labels of a vertical axis at most."""
@@ -64,8 +66,6 @@ class Plot(Struct, frozen=True):
     """How the curve is drawn. Takes precedence over the unit if only one of them fits."""
     log: bool = False
     target: float | None = None
-    band: float = 0.2
-    """Half the height of the target's band, relative to the target."""
     markers: list[Marker] = msgspec.field(default_factory=list)
     cursor: int | None = None
     focused: bool = False
@@ -139,7 +139,7 @@ def _key(plot: Plot, cells: int, rows: int) -> object:
         (x.series, len(x.series), x.style, x.sparse, x.dotted, x.interval, len(x.interval or ()))
         for x in plot.lines
     ]
-    window = plot.first, plot.last, plot.log, plot.target, plot.band
+    window = plot.first, plot.last, plot.log, plot.target
     return cells, rows, window, lines
 
 
@@ -267,7 +267,7 @@ def _target(raster: Raster, plot: Plot, scale: Scale) -> range:
     if plot.target is None:
         return range(0)
     rows = raster.height * 4
-    low, high = plot.target * (1 - plot.band), plot.target * (1 + plot.band)
+    low, high = plot.target * (1 - TARGET_BAND), plot.target * (1 + TARGET_BAND)
     if low > scale.high or high < scale.low:
         return range(0)
     top, bottom = scale.row(high, rows), scale.row(low, rows)
@@ -316,9 +316,9 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
         return None
     low, high = bounded(min(lows)), bounded(max(highs))
     # A target far above all values would flatten the curve: the scale then leaves it out.
-    if plot.target is not None and plot.target * (1 + plot.band) <= 2.5 * high:
-        low = min(low, plot.target * (1 - plot.band))
-        high = max(high, plot.target * (1 + plot.band))
+    if plot.target is not None and plot.target * (1 + TARGET_BAND) <= 2.5 * high:
+        low = min(low, plot.target * (1 - TARGET_BAND))
+        high = max(high, plot.target * (1 + TARGET_BAND))
     if plot.log and high > 0:
         positive = [v for v in (*lows, *highs) if v > 0]
         low = max(low, bounded(min(positive)), high * 1e-9)

@@ -47,12 +47,6 @@ class Scale(Struct, frozen=True):
         share = (value - low) / (high - low)
         return min(max(round((1 - share) * (rows - 1)), 0), rows - 1)
 
-    def value(self, share: float) -> float:
-        """The value at a share of the height, 0 at the bottom and 1 at the top."""
-        if self.log:
-            return float(10 ** (math.log10(self.low) * (1 - share) + math.log10(self.high) * share))
-        return self.low * (1 - share) + self.high * share
-
 
 def column_of(step: float, first: float, last: float, columns: int) -> int:
     """The column of a step in the window [first, last]; outside [0, columns) for other steps."""

@@ -13,7 +13,7 @@ from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import short_alert
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.charts.chart import Chart
-from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width
+from rlhf_tui.widgets.lines import Lines, Row, flowed
 from rlhf_tui.widgets.panels.latest_samples import newest_responses
 from rlhf_tui.widgets.panels.panel import heading
 from rlhf_tui.widgets.wrap import wrap
@@ -25,8 +25,8 @@ VALUE = 24
 class PreviewPanel(Container):
     """Shows a :class:`SessionPreview`; empty before the first."""
 
-    def __init__(self, *, id: str) -> None:  # noqa: A002 - Textual's name
-        super().__init__(id=id)
+    def __init__(self) -> None:
+        super().__init__(id="preview")
         self._state = SessionState()
 
     def compose(self) -> ComposeResult:
@@ -36,8 +36,8 @@ class PreviewPanel(Container):
                 chart = Chart([name], self._state, Viewport(weight=0.0))
                 chart.can_focus = False
                 yield chart
-        yield PreviewNotes(id="preview-notes")
-        yield PreviewSamples(id="preview-samples")
+        yield PreviewNotes()
+        yield PreviewSamples()
 
     def show(self, name: str, preview: SessionPreview) -> None:
         """Replaces what is shown."""
@@ -54,8 +54,8 @@ class PreviewPanel(Container):
 class PreviewNotes(Lines):
     """The last alert, and the settings that differ."""
 
-    def __init__(self, *, id: str) -> None:  # noqa: A002 - Textual's name
-        super().__init__(id=id)
+    def __init__(self) -> None:
+        super().__init__(id="preview-notes")
         self._state = SessionState()
         self._preview = SessionPreview("")
 
@@ -80,7 +80,8 @@ class PreviewNotes(Lines):
         rows.append(heading(f"Settings unlike {other}", "", width))
         if not preview.differences:
             return [*rows, [(" none", "dim")]]
-        lines = packed([_difference(d.key, d.value, d.other) for d in preview.differences], width)
+        groups = [_difference(d.key, d.value, d.other) for d in preview.differences]
+        lines = flowed(groups, width, gap="")
         room = height - len(rows)
         if len(lines) > room > 0:
             lines[room - 1] = [(self._more(), "dim")]
@@ -101,7 +102,7 @@ class PreviewNotes(Lines):
         return [(" no alerts", "dim")]
 
 
-def _difference(key: str, value: object, other: object) -> list[Piece]:
+def _difference(key: str, value: object, other: object) -> Row:
     return [(f" {key} ", "dim"), (_short(value), "strong"), (f" ({_short(other)}) ", "dim")]
 
 
@@ -113,21 +114,11 @@ def _short(value: object) -> str:
     return text if len(text) <= VALUE else f"…{text[1 - VALUE :]}"
 
 
-def packed(groups: list[list[Piece]], width: int) -> list[Row]:
-    """Groups of pieces in lines, as many in a line as fit."""
-    lines: list[list[Piece]] = [[]]
-    for group in groups:
-        if lines[-1] and row_width(lines[-1]) + row_width(group) > width:
-            lines.append([])
-        lines[-1] += group
-    return list(lines)
-
-
 class PreviewSamples(Lines):
     """The newest responses. Not a :class:`Panel`: screens let all panels show the open session."""
 
-    def __init__(self, *, id: str) -> None:  # noqa: A002 - Textual's name
-        super().__init__(id=id)
+    def __init__(self) -> None:
+        super().__init__(id="preview-samples")
         self._samples: Sequence[SampleRow] = ()
 
     def read(self, state: SessionState) -> None:

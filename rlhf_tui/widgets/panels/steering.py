@@ -5,13 +5,11 @@ import math
 import msgspec
 
 from engine import metrics
-from engine.config.settings import Settings
 from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
 from engine.protocol.commands import Note, Rollback
 from rlhf_tui import format as fmt
 from rlhf_tui.format import value_text
-from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.state.timeline import command_text, effect_text
@@ -96,7 +94,7 @@ class SteeringPanel(Panel):
         return [*row, (" nats", "dim")] if row_width(row) + len(" nats") <= width else row
 
     def _next(self, width: int) -> Row:
-        now, batch_size = settings_of(self.state), self.state.batch_size
+        now, batch_size = settings_in_force(self.state.head.settings), self.state.batch_size
         kl = self.state.series(metrics.KL).last
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
@@ -187,8 +185,3 @@ def _percent(change: float) -> str:
 
 def _label(text: str) -> list[Piece]:
     return [(f" {text:<{LABEL - 1}}", "dim")]
-
-
-def settings_of(state: SessionState) -> Settings | None:
-    """The settings in force; None where the journal's are of another version."""
-    return settings_in_force(state.head.settings)

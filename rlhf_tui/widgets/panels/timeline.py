@@ -139,7 +139,7 @@ class TimelinePanel(ScrollList):
             return
         if not self.with_cursor:
             self.go(self.top)
-        self.post_message(RowSelected("timeline", self.view.selected or ""))
+        self.post_message(RowSelected(self.view.selected or ""))
 
     def on_click(self, event: events.Click) -> None:
         """Selects an entry; a second click opens it."""

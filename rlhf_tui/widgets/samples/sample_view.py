@@ -41,8 +41,8 @@ class SampleView(ScrollText):
 
     with_scrollbar = True
 
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
-        super().__init__(id=id)
+    def __init__(self) -> None:
+        super().__init__(id="sample")
         self.sample: SampleRow | None = None
         self.arrays: TokenArrays | None = None
         self.kept: Sequence[int] | None = None
