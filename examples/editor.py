@@ -1,7 +1,8 @@
 """An environment for a model that continues text: an editor asks a reviewer for two more points.
 
 A response is the first sentence of a review and one sentence for each point, which the editor
-begins: a good point or a bad one. It is scored by the share of points that are as asked for.
+begins: a good point or a bad one. It is scored by the share of points that are as asked for. Each
+point has its own score, so the policy learns which of its turns was right.
 """
 
 import random
@@ -34,11 +35,10 @@ class Editor:
         asked = len(self._sentences) - 1
         return BEGINNINGS[self._wanted[asked]] if asked < len(self._wanted) else None
 
-    def as_asked(self) -> float:
-        """The score: the share of points that are as asked for."""
-        points = self._sentences[1:]
-        right = sum(map(is_point, points, self._wanted[: len(points)]))
-        return right / len(self._wanted)
+    def as_asked(self) -> list[float]:
+        """The scores of the turns: half a point for each that is as asked for."""
+        right = map(is_point, self._sentences[1:], self._wanted)
+        return [0.0, *(point / len(self._wanted) for point in right)]
 
 
 def is_point(sentence: str, good: bool) -> bool:

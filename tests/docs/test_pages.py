@@ -202,7 +202,7 @@ def test_the_editor_of_the_example_scores_the_points_that_are_as_asked():
     asked = [begun.reply(text) for text in ("A film.", " it is not good.", " it is great.")]
     assert asked[2] is None
     wanted = [text == editor.BEGINNINGS[True] for text in asked[:2]]
-    assert begun.as_asked() == wanted[1] / 2  # the first one has words of both kinds
+    assert begun.as_asked() == [0, 0, wanted[1] / 2]  # the first point has words of both kinds
     assert editor.is_point(" it is Great fun.", good=True)
     assert not editor.is_point(" it is not great.", good=True)
     assert editor.is_point(" it never works.", good=False)

@@ -89,6 +89,18 @@ def test_advantages_are_those_of_the_recursion_over_the_kept_tokens(batch, gamma
         assert near(got[i, t], want, 64)
 
 
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 700])
+@pytest.mark.parametrize("lam", [0.95, 1.0])
+def test_advantages_of_long_responses_are_those_of_the_recursion(width, lam):
+    numbers = torch.Generator().manual_seed(width)
+    rewards, values = torch.randn(2, 3, width, generator=numbers)
+    mask = torch.rand(3, width, generator=numbers) < 0.9
+    got = advantages.generalised_advantages(rewards, values, mask, 1.0, lam)
+    for (i, t), want in slow_gae(rewards, values, mask, 1.0, lam).items():
+        assert float(got[i, t]) == pytest.approx(want, abs=1e-4)
+    assert not got[~mask].any()
+
+
 @modest
 @given(masks(1), st.sampled_from([0.01, 0.2, 0.5, 0.99]))
 def test_tokens_of_top_entropy_are_the_share_that_no_other_token_exceeds(batch, share):

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config.sections.ppo import DEFAULT_LAM, PPOConfig
 from engine.train.ppo import masked
@@ -303,22 +303,36 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
 def generalised_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
 ) -> Tensor:
-    """GAE (Schulman et al. 2016, eq. 16), computed backwards over the response; (B, T).
+    """GAE (Schulman et al. 2016, eq. 16); (B, T).
 
     `lam` may be a tensor (B,) with one value per response. The value after the last token is 0. A
-    token outside the mask leaves the accumulators unchanged, so a gap inside a response neither
-    ends the sum nor counts as a time step.
+    token outside the mask neither ends the sum nor counts as a time step.
     """
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[:, 0])
-    next_value = torch.zeros_like(advantage)
-    for t in reversed(range(rewards.shape[1])):
-        on = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(on, delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(on, values[:, t], next_value)
-        advantages[:, t] = torch.where(on, advantage, 0.0)
-    return advantages
+    width = mask.shape[1]
+    positions = torch.arange(width, device=mask.device)
+    # Of each position on, the first token of the mask; T if there is none.
+    first = torch.where(mask, positions, width).flip(1).cummin(1).values.flip(1)
+    following = nn.functional.pad(first[:, 1:], (0, 1), value=width)
+    next_values = nn.functional.pad(values, (0, 1)).gather(1, following)
+    deltas = torch.where(mask, rewards + gamma * next_values - values, 0.0)
+    decay = gamma * (lam[:, None] if isinstance(lam, Tensor) else lam)
+    factors = torch.where(mask, decay, 1.0).to(deltas.dtype)
+    return torch.where(mask, discounted_sums(deltas, factors), 0.0)
+
+
+def discounted_sums(x: Tensor, factors: Tensor) -> Tensor:
+    """y_t = x_t + factor_t·y_(t+1), with 0 after the last column; (B, T).
+
+    Doubles the number of terms of each sum until they reach the end (Hillis and Steele 1986). A
+    loop over the columns would launch T times as many kernels as one over their logarithm.
+    """
+    sums, terms = x.clone(), 1
+    while terms < x.shape[1]:
+        # The factors are those from each column to the one that is `terms` further.
+        sums[:, :-terms].add_(factors[:, : x.shape[1] - terms] * sums[:, terms:])
+        factors = factors[:, :-terms] * factors[:, terms:]
+        terms *= 2
+    return sums
 
 
 def leave_one_out(returns: Tensor, per_prompt: int) -> Tensor:

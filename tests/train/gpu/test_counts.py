@@ -8,7 +8,7 @@ import torch
 
 from engine.train.data.prompts import batch_prompts
 from engine.train.data.randomness import sampling_uniforms
-from engine.train.ppo.advantages import Targets
+from engine.train.ppo.advantages import Targets, generalised_advantages
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
 from engine.train.rollout.native.backend import generate
@@ -80,6 +80,20 @@ def test_graphs_are_freed_when_a_rollout_ends_and_not_by_the_garbage_collector(o
     gc.collect()
     assert gpu.launches["graph"] > 0
     assert gpu.dropped_graphs == 0
+
+
+def test_advantages_of_a_response_twice_as_long_are_three_launches_more():
+    with pretend_gpu() as gpu:
+        launches = []
+        for width in (512, 1024, 2048):
+            rows = torch.zeros(2, width, device=GPU)
+            before = gpu.counts()
+            generalised_advantages(rows, rows, rows == 0, 0.99, 0.95)
+            counted = gpu.counts() - before
+            launches.append(counted.launches)
+            assert counted.syncs == 0
+    assert launches[2] - launches[1] == launches[1] - launches[0] == 3
+    assert launches[2] <= 50
 
 
 def test_a_rollout_leaves_no_cache_for_the_garbage_collector(on_gpu, monkeypatch):
