@@ -8,7 +8,8 @@ import torch
 from engine.errors import UserInputError
 from engine.journal.turns import turns_of
 from engine.train.check import check
-from engine.train.environment import environments
+from engine.train.distributed import compute_on_rank_0
+from engine.train.environment.environments import Environments
 from engine.train.environment.response import Response
 from engine.train.environment.turn_loop import TurnLoop
 from engine.train.evaluation.evaluate import evaluate
@@ -282,7 +283,7 @@ def test_a_rank_that_waits_for_environments_says_so_after_each_of_them(make_run)
 
 
 def test_the_other_ranks_are_not_silent_while_rank_0_waits_for_environments(make_run, monkeypatch):
-    monkeypatch.setattr(environments, "WAITING_INTERVAL", 0.0)
+    monkeypatch.setattr(compute_on_rank_0, "WAITING_INTERVAL", 0.0)
     run, _ = make_run(*ENVIRONMENT, STOPS)
     prompts = run.prompts.for_step(1)
     sent = []
@@ -303,7 +304,7 @@ def test_the_other_ranks_are_not_silent_while_rank_0_waits_for_environments(make
         def waits(is_lead=is_lead):
             reports[is_lead] += 1
 
-        rank = environments.Environments(run.config, Ranks(is_lead))
+        rank = Environments(run.config, Ranks(is_lead))
         rank.make(prompts, list(range(len(prompts))), 1, waits)
     assert reports[False] == reports[True] >= len(prompts)
     assert not sent

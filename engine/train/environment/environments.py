@@ -4,7 +4,6 @@ import contextlib
 import copy
 import inspect
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,9 +12,10 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.errors import LinkError, UserInputError, error_text, shortened, traceback_text
 from engine.examined import examined
+from engine.train.concurrent_calls import CallTimeoutError, call_each
 from engine.train.data.prompts import Prompt
+from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.distributed.ranks import RankGroup
-from engine.train.environment.concurrent_calls import CallTimeoutError, call_each
 from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.calls import SHOWN_MESSAGE
@@ -24,9 +24,6 @@ from engine.train.rewards.source import RewardCallError
 from engine.train.user_function import UserFunction
 
 log = logging.getLogger("engine")
-
-WAITING_INTERVAL = 10.0
-"""Seconds between messages to the other ranks while rank 0 waits for environments."""
 
 T = TypeVar("T")
 Messages = list[dict[str, str]]
@@ -215,24 +212,18 @@ class Environments:
     ) -> None:
         """Runs the user's code on rank 0; raises its error on every rank.
 
-        The other ranks get a message every :data:`WAITING_INTERVAL`, so that none is silent, or
-        waits in a collective, for longer.
-
         Args:
             when: for errors.
             run: called on rank 0 with what it must call regularly.
             waits: called regularly, on every rank.
         """
-        failed, last = _Failed(), time.monotonic()
 
-        def waiting() -> None:
-            nonlocal last
-            waits()
-            if (now := time.monotonic()) - last >= WAITING_INTERVAL:
-                last = now
-                self._ranks.broadcast_bytes(b"")
+        def compute(others_wait: Callable[[], None]) -> bytes:
+            def waiting() -> None:
+                waits()
+                others_wait()
 
-        if self._ranks.is_lead:
+            failed = _Failed()
             try:
                 with contextlib.ExitStack() as stack:
                     for module in (self.factory, self._tools):
@@ -247,8 +238,9 @@ class Environments:
                     error.stack if isinstance(error, CallTimeoutError) else traceback_text(error)
                 )
                 failed = _Failed(self._described(error, when), where)
-        while not (data := self._ranks.broadcast_bytes(msgspec.msgpack.encode(failed))):
-            waits()
+            return msgspec.msgpack.encode(failed)
+
+        data = compute_on_rank_0(self._ranks, compute, waits)
         failed = msgspec.msgpack.decode(data, type=examined(_Failed))
         if failed.text:
             raise RewardCallError(failed.text, failed.trace)
