@@ -146,7 +146,7 @@ def test_no_turn_is_longer_than_what_is_left_of_its_response(make_run):
         )
 
     options = sampling_options(run, 1)
-    rollout = TurnLoop(run.config, run.environments, run.tokenizer, options, 1).generate(
+    rollout = TurnLoop(run.config, run.environments, run.tokenizer, options, "step 1").generate(
         run.prompts.for_step(1), generate
     )
     question = 4  # tokens
@@ -198,9 +198,9 @@ def test_an_environment_gets_special_tokens_but_not_the_one_that_ends_the_turn(m
 def test_without_tools_an_environment_gets_a_turn_that_is_written_like_a_call(make_run):
     run, _ = make_run(*ENVIRONMENT)
     call = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
-    (environment,) = run.environments.make(run.prompts.for_step(1)[:1], [2], 1, lambda: None)
+    (environment,) = run.environments.make(run.prompts.for_step(1)[:1], [2], "step 1", lambda: None)
     (answer,) = run.environments.answers(
-        [environment], [call], 1, 1, lambda: None, lambda _i, _messages: []
+        [environment], [call], "step 1", 1, lambda: None, lambda _i, _messages: []
     )
     assert environment.heard == [call]
     assert [message["content"] for message in answer.messages] == [Repeating.QUESTION]
@@ -305,7 +305,7 @@ def test_the_other_ranks_are_not_silent_while_rank_0_waits_for_environments(make
             reports[is_lead] += 1
 
         rank = Environments(run.config, Ranks(is_lead))
-        rank.make(prompts, list(range(len(prompts))), 1, waits)
+        rank.make(prompts, list(range(len(prompts))), "step 1", waits)
     assert reports[False] == reports[True] >= len(prompts)
     assert not sent
 

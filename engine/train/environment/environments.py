@@ -89,7 +89,7 @@ class Environments:
         self,
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
-        step: int,
+        purpose: str,
         waits: Callable[[], None],
     ) -> list[Any]:
         """Makes an environment for each prompt; returns None for each on ranks other than 0.
@@ -97,7 +97,7 @@ class Environments:
         Args:
             prompts: n of them.
             seeds: one for each.
-            step: for errors.
+            purpose: what the responses are for, such as `step 3`; for errors.
             waits: called regularly, on every rank.
 
         Raises: RewardCallError: the factory raised; on all ranks.
@@ -115,7 +115,7 @@ class Environments:
             return made
 
         made: list[Any] = [None] * len(prompts)
-        when = f"at step {step}"
+        when = f"at {purpose}"
 
         def run(waits: Callable[[], None]) -> None:
             made[:] = self._each(make, [prompt.text for prompt in prompts], waits, when)
@@ -127,7 +127,7 @@ class Environments:
         self,
         environments: Sequence[Any],
         turns: Sequence[str],
-        step: int,
+        purpose: str,
         number: int,
         waits: Callable[[], None],
         tokens: Callable[[int, Messages], list[int]],
@@ -137,7 +137,7 @@ class Environments:
         Args:
             environments: n of them.
             turns: the policy's n texts.
-            step: for errors.
+            purpose: what the responses are for, such as `step 3`; for errors.
             number: of the turn, from 1; for errors.
             waits: called regularly, on every rank.
             tokens: called on rank 0 with the index and the messages of each environment that
@@ -148,7 +148,7 @@ class Environments:
                 that has no tokens, or did not return in time; on all ranks.
         """
         found: list[Answer] = []
-        when = f"at turn {number} of step {step}"
+        when = f"at turn {number} of {purpose}"
 
         def reply(i: int) -> ToolAnswers | Messages | None:
             if self._tools is not None and (calls := self._tools.calls(turns[i])):
@@ -183,12 +183,12 @@ class Environments:
         reply = checked_reply(value)
         return [{"role": self._config.role, "content": reply}] if isinstance(reply, str) else reply
 
-    def log_failed_calls(self, step: int) -> None:
+    def log_failed_calls(self, purpose: str) -> None:
         """Logs the first of the tool calls that have failed since :meth:`make`, if any has."""
         if problems := self._tool_use.problems:
             log.warning(
-                "%d of %d tool calls of step %d failed; the first: %s",
-                len(problems), self._tool_use.calls, step, " ".join(problems[0].split()),
+                "%d of %d tool calls of %s failed; the first: %s",
+                len(problems), self._tool_use.calls, purpose, " ".join(problems[0].split()),
             )  # fmt: skip
 
     def _each(
