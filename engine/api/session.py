@@ -56,14 +56,14 @@ class Session(SessionReader):
         Args:
             folder: the session's folder; it must exist.
             who: the name under which the journal records the commands sent by this object.
-                Default: this user, `in Python`.
+                Default, also for an empty name: this user, `in Python`.
 
         Raises:
             NoSuchSessionError: there is no session in that folder.
             SessionError: this user cannot read the folder.
         """
         super().__init__(folder)
-        self.who = default_operator() if who is None else who
+        self.who = who or default_operator()
 
     # -- waiting ---------------------------------------------------------------------------------
 

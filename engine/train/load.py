@@ -144,6 +144,7 @@ def load_run(
         strategy,
         on_host=on_host,
         environment=None if environments is None else environments.factory,
+        environment_timeout=config.environment.timeout,
     )
     rewards = _load_scores(config, context)
     held_out = _load_held_out(context, config, held_out_prompts, rewards)

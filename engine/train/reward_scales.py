@@ -86,7 +86,7 @@ def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
     )
-    rollout = respond(run, run.reference, prompts, options)
+    rollout = respond(run, run.reference, prompts, options, purpose="reward.normalise")
     return RewardInputs.of(rollout, 0)
 
 

@@ -37,6 +37,10 @@ def run(writer):
     return Session(writer.session.folder, who="a test")
 
 
+def test_an_empty_name_of_the_operator_is_none(run):
+    assert Session(run.folder, who="").who == Session(run.folder).who != ""
+
+
 def test_the_package_exports_what_its_stub_declares():
     stub = Path(engine.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
     declared = re.findall(r"import \w+ as (\w+)", stub)

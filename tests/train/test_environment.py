@@ -8,7 +8,8 @@ import torch
 from engine.errors import UserInputError
 from engine.journal.turns import turns_of
 from engine.train.check import check
-from engine.train.environment import environments
+from engine.train.distributed import compute_on_rank_0
+from engine.train.environment.environments import Environments
 from engine.train.environment.response import Response
 from engine.train.environment.turn_loop import TurnLoop
 from engine.train.evaluation.evaluate import evaluate
@@ -145,7 +146,7 @@ def test_no_turn_is_longer_than_what_is_left_of_its_response(make_run):
         )
 
     options = sampling_options(run, 1)
-    rollout = TurnLoop(run.config, run.environments, run.tokenizer, options, 1).generate(
+    rollout = TurnLoop(run.config, run.environments, run.tokenizer, options, "step 1").generate(
         run.prompts.for_step(1), generate
     )
     question = 4  # tokens
@@ -197,9 +198,9 @@ def test_an_environment_gets_special_tokens_but_not_the_one_that_ends_the_turn(m
 def test_without_tools_an_environment_gets_a_turn_that_is_written_like_a_call(make_run):
     run, _ = make_run(*ENVIRONMENT)
     call = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
-    (environment,) = run.environments.make(run.prompts.for_step(1)[:1], [2], 1, lambda: None)
+    (environment,) = run.environments.make(run.prompts.for_step(1)[:1], [2], "step 1", lambda: None)
     (answer,) = run.environments.answers(
-        [environment], [call], 1, 1, lambda: None, lambda _i, _messages: []
+        [environment], [call], "step 1", 1, lambda: None, lambda _i, _messages: []
     )
     assert environment.heard == [call]
     assert [message["content"] for message in answer.messages] == [Repeating.QUESTION]
@@ -282,7 +283,7 @@ def test_a_rank_that_waits_for_environments_says_so_after_each_of_them(make_run)
 
 
 def test_the_other_ranks_are_not_silent_while_rank_0_waits_for_environments(make_run, monkeypatch):
-    monkeypatch.setattr(environments, "WAITING_INTERVAL", 0.0)
+    monkeypatch.setattr(compute_on_rank_0, "WAITING_INTERVAL", 0.0)
     run, _ = make_run(*ENVIRONMENT, STOPS)
     prompts = run.prompts.for_step(1)
     sent = []
@@ -303,8 +304,8 @@ def test_the_other_ranks_are_not_silent_while_rank_0_waits_for_environments(make
         def waits(is_lead=is_lead):
             reports[is_lead] += 1
 
-        rank = environments.Environments(run.config, Ranks(is_lead))
-        rank.make(prompts, list(range(len(prompts))), 1, waits)
+        rank = Environments(run.config, Ranks(is_lead))
+        rank.make(prompts, list(range(len(prompts))), "step 1", waits)
     assert reports[False] == reports[True] >= len(prompts)
     assert not sent
 

@@ -2,11 +2,12 @@
 
 import logging
 import sys
+import threading
 
 import pytest
 
 from engine.errors import CommandRejectedError
-from engine.train.environment import concurrent_calls
+from engine.train import concurrent_calls
 from engine.train.environment.environments import checked_reply
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
@@ -135,6 +136,35 @@ def test_a_score_that_fails_is_told_with_its_response(make_run, tmp_path, chat):
     assert text.startswith(f"reward 'score' at step 1: {what}")
     assert " (response 0, prompt: " in text
     assert "\n" not in text
+    file.write_text(SCORING.format(body="return 1.0  # corrected"))
+    metrics, _ = train_step(run, 1)  # the file is read again
+    assert metrics["objective/scores"] == 1
+
+
+def test_a_score_that_does_not_return_in_time_is_told_at_once_with_where_it_is(
+    make_run, tmp_path, monkeypatch
+):
+    ends = []
+    monkeypatch.setattr(threading, "ends", ends, raising=False)
+    run, file = scoring_run(
+        make_run, tmp_path, "late",
+        "import threading\n"
+        "        threading.ends.append(threading.Event())\n"
+        "        threading.ends[-1].wait()  # here",
+        "environment.timeout=0.5", "reward.retries=3",
+    )  # fmt: skip
+    limit = (
+        r"reward 'score' at step 1: no return within 0\.5 s, the limit of environment\.timeout "
+        r"\(called with '"
+    )
+    try:
+        with pytest.raises(RewardCallError, match=limit) as raised:
+            train_step(run, 1)
+        assert "wait()  # here" in raised.value.trace
+        assert len(ends) == 1
+    finally:
+        for end in ends:
+            end.set()
     file.write_text(SCORING.format(body="return 1.0  # corrected"))
     metrics, _ = train_step(run, 1)  # the file is read again
     assert metrics["objective/scores"] == 1

@@ -190,11 +190,11 @@ def test_a_score_beside_a_failure_is_checked_like_any_other(inputs):
             return [1.0, 2.0]
         raise IncompleteScoresError("down", {1: 1e300}, retry_after=0, works_again=bool)
 
-    call = calls.SourceCall("own", half_down, inputs, report_nothing)
+    call = calls.SourceCall("own", half_down, inputs)
     with pytest.raises(RewardCallError, match="2 of 3"):
-        call()
+        call(report_nothing)
     with pytest.raises(RewardError, match=r"returned 1e\+300 for response 1 of step 7"):
-        call()
+        call(report_nothing)
 
 
 def test_a_number_beyond_32_bits_is_asked_for_again(service, mix, inputs):

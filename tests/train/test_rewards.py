@@ -19,6 +19,7 @@ from engine.progress import report_nothing
 from engine.protocol import frames
 from engine.protocol.rank_messages import Paused, decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
+from engine.train.distributed import compute_on_rank_0
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls
 from engine.train.rewards.function import FunctionReward
@@ -368,6 +369,36 @@ def test_all_ranks_learn_of_each_call_so_that_none_waits_for_several(module, cal
     monkeypatch.setattr(SINGLE_RANK, "broadcast_bytes", lambda data: told.append(data) or data)
     call(function_reward(module, "fails_twice"))
     assert len(told) == 3
+
+
+def test_the_other_ranks_report_while_a_source_of_rank_0_does(inputs, monkeypatch):
+    monkeypatch.setattr(compute_on_rank_0, "WAITING_INTERVAL", 0.0)
+    sent = []
+
+    class Ranks:
+        def __init__(self, is_lead):
+            self.is_lead = is_lead
+
+        def broadcast_bytes(self, data):
+            if self.is_lead:
+                sent.append(data)
+                return data
+            return sent.pop(0)
+
+    def slow(inputs, report):
+        for done in range(5):
+            report(done, 5)
+        return [1.0] * len(inputs)
+
+    reports = {True: [], False: []}
+    for is_lead, reported in reports.items():
+        source = WeightedReward(1.0, RunsOn.RANK_0, slow if is_lead else None)
+        scores, _ = RewardMix({"slow": source}, Ranks(is_lead))(
+            inputs, lambda *progress, to=reported: to.append(progress)
+        )
+        assert scores.tolist() == [1.0] * len(inputs)
+    assert len(reports[False]) == len(reports[True]) == 5
+    assert not sent
 
 
 def test_a_probe_does_not_call_a_function_again(module, call):

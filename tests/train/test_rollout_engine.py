@@ -5,6 +5,7 @@ The engine is a stand-in here; tests/vllm has the same with vLLM.
 
 import functools
 import inspect
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,12 @@ from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.vllm import remote_engine
 from engine.train.rollout.vllm.checksum import checksum
-from engine.train.rollout.vllm.process.received_weights import DEVICE_OF_HANDLE
+from engine.train.rollout.vllm.process import received_weights
+from engine.train.rollout.vllm.process.received_weights import (
+    DEVICE_OF_HANDLE,
+    IncompleteUpdateError,
+    from_ipc,
+)
 from engine.train.rollout.vllm.requests import divide, join, split
 from engine.train.rollout.vllm.updates import (
     COUNTER,
@@ -333,6 +339,13 @@ def test_a_longer_response_than_the_engine_was_built_for_gets_a_larger_engine(ma
     rollout, expected = (generate_rollout(r, 1) for r in (run, native))
     assert torch.equal(rollout.ids, expected.ids)
     assert engine.engines == 2
+
+
+def test_another_number_of_exported_tensors_is_an_incomplete_update(monkeypatch):
+    monkeypatch.setattr(received_weights, "gpu_uuid", lambda _device: "the GPU")
+    found = from_ipc(pickle.dumps([()]), [("a", [1]), ("b", [1])], "the GPU", torch.device("cpu"))
+    with pytest.raises(IncompleteUpdateError, match="1 tensors instead of the 2 announced"):
+        next(found)
 
 
 def test_the_parts_of_a_cuda_handle_are_where_the_installed_torch_has_them():

@@ -14,8 +14,10 @@ from engine.errors import UserInputError
 from engine.train.environment.environments import Environments
 from engine.train.environment.tool_calls import ToolCall
 from engine.train.environment.tools import Tools
+from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout
 from engine.train.ppo.metrics import conversation_metrics
+from engine.train.reports.probe import answer_probe
 from engine.train.rollout.rollout import replace_rows
 from engine.train.step import train_step
 from tests.train.arithmetic import CHAT, CHATTING, FOLDER, Game
@@ -189,6 +191,18 @@ def test_the_policy_is_told_about_tools_and_gets_their_results(make_run):
     metrics, _ = train_step(run, 2)
     assert metrics["environment/tool_calls"] >= 1
     assert metrics["environment/failed_calls"] == 1
+
+
+def test_the_log_says_which_responses_had_calls_that_failed(make_run, caplog):
+    run, _ = make_run(*CHATTING, "eval={every: 1, holdout: 4}")
+    generate_rollout(run, 2)
+    evaluate(run, run.held_out, 2)
+    answer_probe(run, run.prompts.for_step(1)[0].text)
+    told = [r.getMessage() for r in caplog.records if "failed; the first" in r.getMessage()]
+    purposes = ["step 2", "the evaluation after step 2", "a probe", "a probe"]
+    assert len(told) == len(purposes)
+    for text, purpose in zip(told, purposes, strict=True):
+        assert f" tool calls of {purpose} failed; the first: the call is not JSON" in text
 
 
 def test_the_calls_of_responses_that_were_replaced_do_not_count(make_run):

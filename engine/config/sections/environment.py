@@ -33,8 +33,8 @@ class EnvironmentConfig(Section, frozen=True):
     concurrency: Annotated[int, Meta(ge=1, le=1024)] = 8
     """How many environments are called at the same time, each in a thread of its own."""
     timeout: Seconds = 600.0
-    """Seconds that a call of `factory` or `reply`, or all tool calls of a turn, may take. Otherwise
-    the run pauses before the step and shows the call."""
+    """Seconds that a call of `factory`, `reply` or the method of a score, or all tool calls of a
+    turn, may take. Otherwise the run pauses before the step and shows the call."""
 
     @property
     def replies(self) -> bool:

@@ -24,7 +24,7 @@ class LaunchConfig(Section, frozen=True):
     """`HOST:PORT` at which other machines reach this one; required if `nodes` is above 1."""
     timeout: Seconds = 1800.0
     """Seconds that a rank waits for the others before it fails. Choose more than the slowest reward
-    service, model download or journal write takes, because the other ranks wait for rank 0."""
+    function, model download or journal write takes, because the other ranks wait for rank 0."""
     threads: Annotated[int, Meta(ge=1, le=10_000)] | None = None
     """CPU threads of a rank. Default: the cores divided among the ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

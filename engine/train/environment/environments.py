@@ -4,7 +4,6 @@ import contextlib
 import copy
 import inspect
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,9 +12,10 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.errors import LinkError, UserInputError, error_text, shortened
 from engine.examined import examined
+from engine.train.concurrent_calls import CallTimeoutError, call_each
 from engine.train.data.prompts import Prompt
+from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.distributed.ranks import RankGroup
-from engine.train.environment.concurrent_calls import CallTimeoutError, call_each
 from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.calls import SHOWN_MESSAGE
@@ -25,9 +25,6 @@ from engine.train.user_errors import user_line, user_traceback_text
 from engine.train.user_function import UserFunction
 
 log = logging.getLogger("engine")
-
-WAITING_INTERVAL = 10.0
-"""Seconds between messages to the other ranks while rank 0 waits for environments."""
 
 T = TypeVar("T")
 Messages = list[dict[str, str]]
@@ -93,7 +90,7 @@ class Environments:
         self,
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
-        step: int,
+        purpose: str,
         waits: Callable[[], None],
     ) -> list[Any]:
         """Makes an environment for each prompt; returns None for each on ranks other than 0.
@@ -101,7 +98,7 @@ class Environments:
         Args:
             prompts: n of them.
             seeds: one for each.
-            step: for errors.
+            purpose: what the responses are for, such as `step 3`; for errors.
             waits: called regularly, on every rank.
 
         Raises: RewardCallError: the factory raised; on all ranks.
@@ -119,7 +116,7 @@ class Environments:
             return made
 
         made: list[Any] = [None] * len(prompts)
-        when = f"at step {step}"
+        when = f"at {purpose}"
 
         def run(waits: Callable[[], None]) -> None:
             made[:] = self._each(make, [prompt.text for prompt in prompts], waits, when)
@@ -131,7 +128,7 @@ class Environments:
         self,
         environments: Sequence[Any],
         turns: Sequence[str],
-        step: int,
+        purpose: str,
         number: int,
         waits: Callable[[], None],
         tokens: Callable[[int, Messages], list[int]],
@@ -141,7 +138,7 @@ class Environments:
         Args:
             environments: n of them.
             turns: the policy's n texts.
-            step: for errors.
+            purpose: what the responses are for, such as `step 3`; for errors.
             number: of the turn, from 1; for errors.
             waits: called regularly, on every rank.
             tokens: called on rank 0 with the index and the messages of each environment that
@@ -152,7 +149,7 @@ class Environments:
                 that has no tokens, or did not return in time; on all ranks.
         """
         found: list[Answer] = []
-        when = f"at turn {number} of step {step}"
+        when = f"at turn {number} of {purpose}"
 
         def reply(i: int) -> ToolAnswers | Messages | None:
             if self._tools is not None and (calls := self._tools.calls(turns[i])):
@@ -187,12 +184,12 @@ class Environments:
         reply = checked_reply(value)
         return [{"role": self._config.role, "content": reply}] if isinstance(reply, str) else reply
 
-    def log_failed_calls(self, step: int) -> None:
+    def log_failed_calls(self, purpose: str) -> None:
         """Logs the first of the tool calls that have failed since :meth:`make`, if any has."""
         if problems := self._tool_use.problems:
             log.warning(
-                "%d of %d tool calls of step %d failed; the first: %s",
-                len(problems), self._tool_use.calls, step, " ".join(problems[0].split()),
+                "%d of %d tool calls of %s failed; the first: %s",
+                len(problems), self._tool_use.calls, purpose, " ".join(problems[0].split()),
             )  # fmt: skip
 
     def _each(
@@ -216,24 +213,18 @@ class Environments:
     ) -> None:
         """Runs the user's code on rank 0; raises its error on every rank.
 
-        The other ranks get a message every :data:`WAITING_INTERVAL`, so that none is silent, or
-        waits in a collective, for longer.
-
         Args:
             when: for errors.
             run: called on rank 0 with what it must call regularly.
             waits: called regularly, on every rank.
         """
-        failed, last = _Failed(), time.monotonic()
 
-        def waiting() -> None:
-            nonlocal last
-            waits()
-            if (now := time.monotonic()) - last >= WAITING_INTERVAL:
-                last = now
-                self._ranks.broadcast_bytes(b"")
+        def compute(others_wait: Callable[[], None]) -> bytes:
+            def waiting() -> None:
+                waits()
+                others_wait()
 
-        if self._ranks.is_lead:
+            failed = _Failed()
             try:
                 with contextlib.ExitStack() as stack:
                     for module in (self.factory, self._tools):
@@ -249,8 +240,9 @@ class Environments:
                     failed = _Failed(described, error.stack)
                 else:
                     failed = _Failed(described, user_traceback_text(error))
-        while not (data := self._ranks.broadcast_bytes(msgspec.msgpack.encode(failed))):
-            waits()
+            return msgspec.msgpack.encode(failed)
+
+        data = compute_on_rank_0(self._ranks, compute, waits)
         failed = msgspec.msgpack.decode(data, type=examined(_Failed))
         if failed.text:
             raise RewardCallError(failed.text, failed.trace)

@@ -33,7 +33,7 @@ class TurnLoop:
         environments: Environments,
         tokenizer: PreTrainedTokenizerBase,
         options: SamplingOptions,
-        step: int,
+        purpose: str,
         report: ReportProgress = report_nothing,
     ) -> None:
         """Stores the arguments.
@@ -44,7 +44,7 @@ class TurnLoop:
             tokenizer: the policy's.
             options: of the whole responses. `max_new_tokens` limits the tokens of the policy in all
                 turns together.
-            step: for errors.
+            purpose: what the responses are for, such as `step 3`; for errors.
             report: called with (tokens, tokens) of a turn while environments reply, so that a rank
                 that waits for them is not silent.
         """
@@ -54,7 +54,7 @@ class TurnLoop:
         self._tokens = ReplyTokens(config, tokenizer)
         self._tokenizer = tokenizer
         self._options = options
-        self._step = step
+        self._purpose = purpose
         self._seconds = 0.0
         self._most = options.max_new_tokens
         """The most tokens of the present turn."""
@@ -75,7 +75,7 @@ class TurnLoop:
             going_on = self._add(turn, going_on, number)
             if not going_on:
                 break
-        self._environments.log_failed_calls(self._step)
+        self._environments.log_failed_calls(self._purpose)
         return rollout_of(
             responses, batch.to(turn.ids.device), self._tokenizer, self._seconds,
             has_tools=bool(self._config.tools),
@@ -86,7 +86,7 @@ class TurnLoop:
         seeds = [
             derived_seed(options.seed, "environment", options.step, i) for i in range(len(prompts))
         ]
-        environments = self._environments.make(prompts, seeds, self._step, self._waits)
+        environments = self._environments.make(prompts, seeds, self._purpose, self._waits)
         self._seconds += time.perf_counter() - started
         return [Response(p, e) for p, e in zip(prompts, environments, strict=True)]
 
@@ -135,7 +135,7 @@ class TurnLoop:
             return self._tokens(response.prompt, messages, response.ids[-1])
 
         answers = self._environments.answers(
-            [response.environment for response in going_on], texts, self._step, number,
+            [response.environment for response in going_on], texts, self._purpose, number,
             self._waits, tokens,
         )  # fmt: skip
         self._seconds += time.perf_counter() - started

@@ -195,7 +195,9 @@ def _respond(
         max_new_tokens=evaluation.max_new_tokens or config.rollout.max_new_tokens,
         per_prompt=evaluation.per_prompt,
     )
-    rollout = respond(run, run.policy, prompts, options, report, step=step)
+    rollout = respond(
+        run, run.policy, prompts, options, report, purpose=f"the evaluation after step {step}"
+    )
     inputs = RewardInputs.of(rollout, step)
     raw = run.rewards(inputs, report)
     scores = scores_for_training(run, raw.total, rollout, options.max_new_tokens)

@@ -16,7 +16,7 @@ def respond(
     options: SamplingOptions,
     report: ReportProgress = report_nothing,
     *,
-    step: int | None = None,
+    purpose: str | None = None,
 ) -> Rollout:
     """Generates responses to prompts; the rollout holds all of them, on every rank.
 
@@ -29,7 +29,8 @@ def respond(
         options: seed, step, temperature and lengths. `max_new_tokens` limits the tokens of the
             policy in all turns together.
         report: called with (tokens done, total), for each turn anew, and after each reply.
-        step: for errors of an environment; default: that of the options.
+        purpose: what the responses are for, for errors of an environment and the log. Default: the
+            step of the options.
 
     Raises:
         RewardCallError: an environment raised, or the chat template cannot render its reply.
@@ -44,6 +45,6 @@ def respond(
         return generate(prompts, options)
     turns = TurnLoop(
         run.config, run.environments, run.tokenizer, options,
-        options.step if step is None else step, report,
+        purpose or f"step {options.step}", report,
     )  # fmt: skip
     return turns.generate(prompts, generate)

@@ -91,7 +91,7 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
         max_new_tokens=config.rollout.max_new_tokens,
     )
     try:
-        rollout = respond(run, model, [prompt], options, step=state.step)
+        rollout = respond(run, model, [prompt], options, purpose="a probe")
     except RewardCallError as error:
         raise CommandRejectedError(f"a probe cannot be answered: {error}") from error
     try:

@@ -7,6 +7,7 @@ import torch
 
 from engine.errors import LinkError, RewardError, error_text, shortened
 from engine.progress import ReportProgress
+from engine.train.concurrent_calls import CallTimeoutError
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import (
@@ -33,25 +34,23 @@ class SourceCall:
     again.
     """
 
-    def __init__(
-        self, name: str, reward: Reward, inputs: RewardInputs, report: ReportProgress
-    ) -> None:
+    def __init__(self, name: str, reward: Reward, inputs: RewardInputs) -> None:
         """Calls nothing yet.
 
         Args:
             name: of the source.
             reward: the source.
             inputs: B responses.
-            report: see :class:`Reward`.
         """
         self._name = name
         self._reward = reward
         self._inputs = inputs
-        self._report = report
         self._scores: dict[int, Score] = {}
 
-    def __call__(self) -> list[Score]:
+    def __call__(self, report: ReportProgress) -> list[Score]:
         """Calls the source once, with the responses that are not scored yet; returns B scores.
+
+        Args: report: see :class:`Reward`.
 
         Raises:
             RewardError: the scores cannot be used. There is no retry, since a function would return
@@ -63,7 +62,7 @@ class SourceCall:
         rows = [i for i in range(count) if i not in self._scores]
         part = self._inputs.select(torch.tensor(rows)) if self._scores else self._inputs
         try:
-            scores = validate_scores(name, self._reward(part, self._report), part)
+            scores = validate_scores(name, self._reward(part, report), part)
         except (RewardError, LinkError):
             raise
         except IncompleteScoresError as error:
@@ -75,6 +74,10 @@ class SourceCall:
                 f"{text}({left} of {count} responses are not scored)",
                 recovers=True, works_again=error.works_again, retry_after=error.retry_after,
             ) from error  # fmt: skip
+        except CallTimeoutError as error:  # its thread goes on: another call would run beside it
+            text = f"reward '{name}' at step {part.step}: {error}"
+            notes = "".join(f" ({note})" for note in error.__notes__)
+            raise RewardCallError(text + notes, error.stack, retry=False) from error
         # sys.exit() in a reward function must not end the rank silently.
         except (Exception, SystemExit) as error:
             text = _describe(name, error, part, of_completions=type(self._reward) is FunctionReward)

@@ -1,10 +1,16 @@
 """Reward source: a method of the response's environment."""
 
+import logging
+
 from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError
 from engine.progress import ReportProgress
+from engine.train.concurrent_calls import call_each
+from engine.train.rewards.scores import shown
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
 from engine.train.user_function import UserFunction
+
+log = logging.getLogger("engine")
 
 
 class EnvironmentReward:
@@ -14,22 +20,38 @@ class EnvironmentReward:
     it does not score.
     """
 
-    def __init__(self, method: str, factory: UserFunction) -> None:
-        """Stores the arguments; `factory` is what makes the environments."""
-        self._method, self._factory = method, factory
+    def __init__(self, method: str, factory: UserFunction, timeout: float) -> None:
+        """Stores the arguments.
+
+        Args:
+            method: its name.
+            factory: what makes the environments.
+            timeout: seconds that a call may take.
+        """
+        self._method, self._factory, self._timeout = method, factory, timeout
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """Calls the methods one after the other; see :class:`Reward`.
 
-        Raises: TypeError: there are no environments; or whatever a method raises.
+        Raises: TypeError: there are no environments; CallTimeoutError: a method has not returned in
+            time; or whatever a method raises.
         """
         if inputs.turns is None:
             raise TypeError("these responses have no environment")
+        environments, texts = [turns.environment for turns in inputs.turns], inputs.texts
+
+        def takes_long(i: int, seconds: float) -> None:
+            log.warning(
+                "%s of an environment at step %d has not returned for %.0f s (called for %s)",
+                self._method, inputs.step, seconds, shown(texts[i]),
+            )  # fmt: skip
+
         with self._factory.running():
-            scores = [
-                self._score(turns.environment, text)
-                for turns, text in zip(inputs.turns, inputs.texts, strict=True)
-            ]
+            scores = call_each(
+                lambda i: self._score(environments[i], texts[i]), len(inputs), concurrency=1,
+                limit=self._timeout, quoted=lambda i: shown(texts[i]),
+                waits=lambda: report(0, len(inputs)), takes_long=takes_long,
+            )  # fmt: skip
         report(len(inputs), len(inputs))
         return scores
 
@@ -45,7 +67,7 @@ class EnvironmentReward:
 def _load(source: RewardSource, context: LoadContext) -> EnvironmentReward:
     if context.environment is None:
         raise UserInputError(f"{context.key}.environment needs environment.factory")
-    return EnvironmentReward(source.value, context.environment)
+    return EnvironmentReward(source.value, context.environment, context.environment_timeout)
 
 
 KIND = SourceKind(runs_on=RunsOn.RANK_0, load=_load, default_name=lambda value: value)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -13,6 +13,7 @@ from engine.config.sections.reward import RewardSource
 from engine.errors import RewardError
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
+from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import environment, function, judge, model, service
 from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
@@ -250,16 +251,16 @@ class RewardMix:
     ) -> list[Score]:
         """Calls the source on rank 0, again if it raises.
 
-        The ranks synchronise after each call, so that none waits in a collective, or stays silent,
-        for longer than one call takes.
+        The ranks synchronise after each call and each report, so that none waits in a collective,
+        or stays silent, for longer than rank 0 itself.
         """
-        call = None if reward is None else SourceCall(name, reward, inputs, report)
+        call = None if reward is None else SourceCall(name, reward, inputs)
         delays = retry_delays(self._retries if retry else 0)
         while True:
             try:
-                return self._call_on_rank_0(call)
+                return self._call_on_rank_0(call, report, len(inputs))
             except RewardCallError as error:
-                delay = next(delays, None)
+                delay = next(delays, None) if error.retry else None
                 if delay is None:
                     raise
                 delay = max(delay, min(error.retry_after, MAX_DELAY))
@@ -268,25 +269,39 @@ class RewardMix:
             time.sleep(delay)
             report(0, len(inputs))
 
-    def _call_on_rank_0(self, call: SourceCall | None) -> list[Score]:
+    def _call_on_rank_0(
+        self, call: SourceCall | None, report: ReportProgress, count: int
+    ) -> list[Score]:
         """Calls the source once; broadcasts its scores, or raises its error on every rank.
 
-        `call` is None on ranks other than 0.
+        Args:
+            call: None on ranks other than 0.
+            report: called on every rank.
+            count: number of responses.
         """
-        outcome = _Outcome()
         failure: RewardError | RewardCallError | None = None
-        if call is not None:
+
+        def compute(others_wait: Callable[[], None]) -> bytes:
+            nonlocal failure
+
+            def reported(done: int, total: int) -> None:
+                report(done, total)
+                others_wait()
+
+            outcome = _Outcome()
             try:
-                outcome = _Outcome(scores=call())
+                outcome = _Outcome(scores=[] if call is None else call(reported))
             except RewardError as error:  # raised below, once the other ranks know
                 failure, outcome = error, _Outcome(unusable=str(error))
             except RewardCallError as error:
                 failure = error
                 outcome = _Outcome(
                     raised=str(error), trace=error.trace, recovers=error.recovers,
-                    retry_after=error.retry_after,
+                    retry_after=error.retry_after, retry=error.retry,
                 )  # fmt: skip
-        data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(outcome))
+            return msgspec.msgpack.encode(outcome)
+
+        data = compute_on_rank_0(self._ranks, compute, lambda: report(0, count))
         outcome = msgspec.msgpack.decode(data, type=examined(_Outcome))
         if failure is not None:
             raise failure
@@ -295,7 +310,7 @@ class RewardMix:
         if outcome.raised:
             raise RewardCallError(
                 outcome.raised, outcome.trace, recovers=outcome.recovers,
-                retry_after=outcome.retry_after,
+                retry_after=outcome.retry_after, retry=outcome.retry,
             )  # fmt: skip
         return outcome.scores
 
@@ -309,6 +324,7 @@ class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
     trace: str = ""
     recovers: bool = False
     retry_after: float = 0.0
+    retry: bool = True
 
 
 def load_rewards(

@@ -135,6 +135,8 @@ class LoadContext:
     """Whether frozen models are moved to the device only while they are used."""
     environment: UserFunction | None = None
     """What makes the environments; None without any, and on ranks other than 0."""
+    environment_timeout: float = 600.0
+    """Seconds that a call of a method of an environment may take."""
     key: str = "reward"
     """The source's configuration key for error messages, such as `eval.rewards[0]`."""
 
@@ -174,7 +176,7 @@ class IncompleteScoresError(Exception):
 
 
 class RewardCallError(RlhfError):
-    """A rank-0 source raised in every retry. Raised on all ranks.
+    """A rank-0 source raised in every retry, or took too long. Raised on all ranks.
 
     The step has not changed anything yet, so it can be repeated from its beginning.
     """
@@ -187,6 +189,7 @@ class RewardCallError(RlhfError):
         recovers: bool = False,
         works_again: WorksAgain | None = None,
         retry_after: float = 0.0,
+        retry: bool = True,
     ) -> None:
         super().__init__(text)
         self.trace = trace
@@ -197,3 +200,5 @@ class RewardCallError(RlhfError):
         """Given on rank 0 if :attr:`recovers`."""
         self.retry_after = retry_after
         """Seconds to wait at least before the source is called again."""
+        self.retry = retry
+        """Whether another call may succeed."""

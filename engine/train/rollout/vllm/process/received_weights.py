@@ -66,6 +66,10 @@ def from_ipc(
             "same: set rollout.gpus or rollout.transfer"
         )
     exported: list[tuple[Any, ...]] = pickle.loads(handles)  # noqa: S301 - as said above
+    if len(exported) != len(tensors):
+        raise IncompleteUpdateError(
+            f"the update has {len(exported)} tensors instead of the {len(tensors)} announced"
+        )
     for (name, shape), arguments in zip(tensors, exported, strict=True):
         tensor = rebuild_cuda_tensor(*on_device(arguments, device.index or 0))
         if list(tensor.shape) != list(shape):
