@@ -42,7 +42,8 @@ def nearest(key: str) -> str:
         if here.rpartition(".")[2] == last:
             return suggestion
         return f"{suggestion} (docs/from-*.md compare keys with those of other libraries)"
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    sections = dict.fromkeys(k.rpartition(".")[0] for k in keys if "." in k)
+    close = difflib.get_close_matches(key, [*keys, *sections], n=1, cutoff=0.5)
     if not close:
         close = [k for k in keys if k.rsplit(".", 1)[-1] == last][:1]
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -2,6 +2,12 @@
 
 from pathlib import Path
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
+"""Of which a folder with a tokenizer holds one, for almost all kinds."""
+
 
 def has_config(folder: Path) -> bool:
     """Whether a folder holds the configuration of a Hugging Face model."""
@@ -24,6 +30,8 @@ def folder_error(key: str, folder: Path, what: str = "model", reason: str = "") 
         problem, reason = "holds no config.json", ""
         if adapters:
             problem = "holds adapters without their model; export it with --merged"
+    elif what == "tokenizer" and not any(is_file(folder / name) for name in TOKENIZER_FILES):
+        problem, reason = "holds no tokenizer.json; save the model's tokenizer there, too", ""
     else:
         problem = f"holds no {what} that can be loaded"
     text = f"{key}: the folder {folder} {problem} (expected: a Hugging Face {what} folder)"

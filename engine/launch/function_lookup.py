@@ -23,9 +23,16 @@ def check_function(key: str, function: str, folder: str | None, what: str = "fun
         what: it may be, for errors.
 
     Raises:
-        ConfigError: there is no such module, or its file cannot define such a function.
+        ConfigError: there is no such module, its file is named instead, or the file cannot define
+            such a function.
     """
     module, _, name = function.partition(":")
+    if module.endswith(".py"):
+        file = Path(module)
+        where = f" and {key.partition('.')[0]}.path={file.parent}" if "/" in module else ""
+        raise ConfigError(
+            f"{key} takes the name of a module, not of a file: {file.stem}:{name}{where}"
+        )
     folders = [folder, "."] if folder else ["."]
     spec = _own_module(module, folders)
     if spec is None:

@@ -101,6 +101,7 @@ def test_the_keys_that_other_libraries_names_stand_for_exist():
     ("override", "says"),
     [
         ("ppo.epocs=2", "unknown key 'ppo.epocs'; did you mean 'ppo.epochs'?"),
+        ("trian.steps=2", "unknown key 'trian'; did you mean 'train'?"),
         ("epochs=2", "unknown key 'epochs'; did you mean 'ppo.epochs'?"),
         ("temperature=2", "unknown key 'temperature'; did you mean 'rollout.temperature'?"),
         ("kl_coef=0.1", "unknown key 'kl_coef'; did you mean 'kl.beta'? (docs/from-*.md"),

@@ -51,10 +51,12 @@ def test_what_may_exist_passes(folder, function):
         ("rewards:scores", r"rewards\.py has no function 'scores'; did you mean 'rewards:score'\?"),
         ("package.inner.absent:score", "no module 'package.inner.absent'"),
         ("broken:score", r"broken\.py, line 2: "),
+        ("rewards.py:score", "the name of a module, not of a file: rewards:score$"),
+        ("a/rewards.py:score", "not of a file: rewards:score and reward.path=a$"),
     ],
 )
 def test_what_cannot_exist_is_named(folder, function, message):
-    with pytest.raises(ConfigError, match=f"^reward.function: .*{message}"):
+    with pytest.raises(ConfigError, match=f"^reward.function.*{message}"):
         check_function("reward.function", function, str(folder))
 
 

@@ -96,6 +96,12 @@ BAD = {
     "not JSON": ("p.jsonl", "hello\n", {}, "cannot read"),
     "half a line": ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', {}, "cannot read .*p.jsonl"),
     "a bad line": ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', {}, r"member\. in line 2$"),
+    "a bad line after values of two types": (
+        "p.jsonl",
+        '{"prompt": "a"}\n{"prompt": 3}\nhello\n',
+        {},
+        r"p\.jsonl as json: .* in line 3$",
+    ),
     "a bad line far down": (
         "p.jsonl",
         ('{"prompt": "' + "a" * 100 + '"}\n') * 10_000 + "hello\n",

@@ -124,6 +124,12 @@ def test_a_tokenizer_that_cannot_be_used_is_one_sentence(folder, damage):
         assert "\n" not in str(error)
 
 
+def test_a_folder_without_a_tokenizer_says_what_it_needs(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserInputError, match=r"holds no tokenizer\.json; save the model's"):
+        load_tokenizer(str(folder), "model.policy", RANKS)
+
+
 @pytest.mark.parametrize("kind", ["sdpa", "flash_attention_2"])
 def test_attention_that_a_model_cannot_be_computed_with_is_not_its_folders_fault(tmp_path, kind):
     folder = write_model(tmp_path, "bloom")  # adds a bias to its scores

@@ -121,9 +121,9 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
             f"data.prompts: '{source}' is neither a local file ({endings}) nor a data set that the "
             f"hub provides: {first}"
         )
-    if ROW.search(first):
+    if kind == "json":
         line = _bad_line(Path(source))
-        first = ROW.sub("" if line is None else f" in line {line}", first)
+        first = ROW.sub("", first) + ("" if line is None else f" in line {line}")
     return f"data.prompts: cannot read {source} as {kind}: {first}"
 
 
