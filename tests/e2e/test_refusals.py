@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from tests.e2e.terminal import Terminal
+from tests.waiting import until
 
 
 def one_line(done, code):
@@ -164,15 +165,15 @@ def test_an_archived_session_is_read_as_any_other(lab, archive, whole):
     assert lab.cli("logs", "whole", *where).stdout == lab.cli("logs", "whole").stdout
 
 
-def test_an_archived_session_is_shown(lab, archive, wait_until):
+def test_an_archived_session_is_shown(lab, archive):
     terminal = Terminal(lab, "attach", "whole", "--read-only", "--sessions", archive)
     try:
-        wait_until(lambda: "Newest responses, step 8" in terminal.screen, "dashboard")
+        until(lambda: "Newest responses, step 8" in terminal.screen, "dashboard")
         assert "read-only" in terminal.screen
         terminal.type("3")
-        wait_until(lambda: "RESPONSE" in terminal.screen, "samples")
+        until(lambda: "RESPONSE" in terminal.screen, "samples")
         terminal.type("q")
-        wait_until(lambda: terminal.process.poll() == 0, "end of the app")
+        until(lambda: terminal.process.poll() == 0, "end of the app")
     finally:
         terminal.close()
 

@@ -34,9 +34,9 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from tests.e2e.lab import until
 from tests.faults.lab import FaultRun, LostError
 from tests.faults.light import application_order
+from tests.waiting import until
 
 STEPS = 5000
 LONG = 3 * 3600.0
