@@ -1,6 +1,7 @@
 """Escape sequences and markup in data never reach the terminal, and crash nothing."""
 
 import json
+from contextlib import closing
 
 import pytest
 
@@ -42,8 +43,7 @@ def hostile(either_lab):
 
 
 def test_the_app_shows_it_as_symbols_and_stays_up(hostile):
-    terminal = Terminal(hostile.lab, "attach", hostile.name)
-    try:
+    with closing(Terminal(hostile.lab, "attach", hostile.name)) as terminal:
         for key, text in (("2", "Steering"), ("3", "RESPONSE"), ("4", "saved"), ("5", "lines")):
             terminal.type(key)
             until(lambda text=text: text in terminal.text, f"screen {key}")
@@ -51,19 +51,14 @@ def test_the_app_shows_it_as_symbols_and_stays_up(hostile):
         until(lambda: "enter" in terminal.text, "session browser")
         assert terminal.process.poll() is None
         assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
-    finally:
-        terminal.close()
 
 
 @pytest.mark.parametrize("command", ["samples", "events", "logs", "status"])
 def test_the_command_line_prints_it_as_symbols(hostile, command):
-    terminal = Terminal(hostile.lab, command, hostile.name)
-    try:
+    with closing(Terminal(hostile.lab, command, hostile.name)) as terminal:
         until(lambda: terminal.process.poll() is not None, f"end of {command}")
         until(lambda: hostile.name in terminal.text or "done" in terminal.text, "output")
         assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
-    finally:
-        terminal.close()
 
 
 @pytest.mark.slow
@@ -71,12 +66,9 @@ def test_an_error_of_a_reward_function_is_printed_as_symbols(make_lab):
     lab = make_lab("hostile-reward")
     run = lab.run("raises", "reward.retries=0")
     run.score_at(1, "raise " + " ".join(HOSTILE))
-    terminal = Terminal(lab, *run.arguments, "--headless")
-    try:
+    with closing(Terminal(lab, *run.arguments, "--headless")) as terminal:
         until(lambda: "rlhf-tui ctl raises unpause" in terminal.text, "pause")
         assert "ValueError" in lab.cli("status", run.name).stdout
         assert run.command("stop")["status"] == "applied"
         until(lambda: terminal.process.poll() is not None, "end of the run")
         assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
-    finally:
-        terminal.close()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,7 @@ def run(make_lab):
 def test_a_complete_session_of_a_new_user(run):
     lab = run.lab
     overrides = [word for key in QUICK for word in ("-o", key)]
-    terminal = Terminal(lab, "demo", "--name", run.name, *overrides)
-    try:
+    with closing(Terminal(lab, "demo", "--name", run.name, *overrides)) as terminal:
         until(lambda: score_of(terminal) > -math.inf, "score of the first step")
         first = score_of(terminal)
         until(lambda: score_of(terminal) >= first + RISE, f"rise of the score from {first}")
@@ -69,16 +69,13 @@ def test_a_complete_session_of_a_new_user(run):
         until(lambda: terminal.process.poll() is not None, "end of the app")
         until(lambda: terminal.restored, "restored terminal")
         assert re.search(r"detached; engine pid \d+ still running", terminal.screen)
-    finally:
-        terminal.close()
     assert run.engine().is_running()
     step = run.step
     until(lambda: run.step > step, "step behind a closed terminal")
     assert run.command("beta", "0.25")["status"] == "applied"
 
     two_minutes_ago(Path(lab.environment["XDG_STATE_HOME"]) / "rlhf-tui" / "seen.json")
-    terminal = Terminal(lab, "attach", run.name)
-    try:
+    with closing(Terminal(lab, "attach", run.name)) as terminal:
         until(lambda: "since you left" in terminal.screen.lower(), "digest")
         assert "0.3 → 0.25" in terminal.screen, "the digest does not show the change"
         terminal.type("o")
@@ -93,19 +90,14 @@ def test_a_complete_session_of_a_new_user(run):
         until(lambda: f"rlhf-tui resume {run.name}" in terminal.screen, "how to resume")
         terminal.type("q")
         until(lambda: terminal.process.poll() is not None, "end of the app")
-    finally:
-        terminal.close()
     run.wait_gone()
     last = run.step
     assert max(c.step for c in run.reader().checkpoints()) == last
 
-    terminal = Terminal(lab, "resume", run.name, "-o", f"train.steps={last + 2}")
-    try:
+    with closing(Terminal(lab, "resume", run.name, "-o", f"train.steps={last + 2}")) as terminal:
         until(lambda: "✓ finished" in terminal.screen, "end of the run")
         terminal.type("q")
         until(lambda: terminal.process.poll() == 0, "end of the app")
-    finally:
-        terminal.close()
     assert run.step == last + 2
     assert run.betas()[last + 1] == 0.25
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+from contextlib import closing
 
 import pytest
 
@@ -166,16 +167,15 @@ def test_an_archived_session_is_read_as_any_other(lab, archive, whole):
 
 
 def test_an_archived_session_is_shown(lab, archive):
-    terminal = Terminal(lab, "attach", "whole", "--read-only", "--sessions", archive)
-    try:
+    with closing(
+        Terminal(lab, "attach", "whole", "--read-only", "--sessions", archive)
+    ) as terminal:
         until(lambda: "Newest responses, step 8" in terminal.screen, "dashboard")
         assert "read-only" in terminal.screen
         terminal.type("3")
         until(lambda: "RESPONSE" in terminal.screen, "samples")
         terminal.type("q")
         until(lambda: terminal.process.poll() == 0, "end of the app")
-    finally:
-        terminal.close()
 
 
 @pytest.mark.slow
