@@ -13,7 +13,6 @@ from engine.config.settings import LIVE_SETTINGS, SettingChange, settings_of
 from engine.errors import (
     DamagedCheckpointError,
     JournalError,
-    NoSuchSessionError,
     SessionError,
     SessionNameError,
     UserInputError,
@@ -26,6 +25,7 @@ from engine.launch.rollout.engine import check_rollout_engine
 from engine.launch.secret import check_secret
 from engine.launch.start_checkpoints import (
     check_average,
+    check_step,
     checkpoint_steps,
     has_history,
     last_checkpoint,
@@ -250,11 +250,7 @@ def _check_history(session: SessionFolder) -> None:
 
 def _check_step(session: SessionFolder, step: int) -> None:
     steps = timeline_checkpoints(session) if has_history(session) else checkpoint_steps(session)
-    if step not in steps:
-        available = ", ".join(map(str, steps)) if steps else "none yet"
-        raise NoSuchSessionError(
-            f"session '{session.name}' has no checkpoint of step {step} (it has: {available})"
-        )
+    check_step(session, step, steps)
 
 
 def _check_whole(session: SessionFolder, step: int) -> None:

@@ -1,8 +1,10 @@
 """The checkpoints of a session from which an attempt can start."""
 
+from collections.abc import Sequence
+
 import msgspec
 
-from engine.errors import UserInputError
+from engine.errors import NoSuchSessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint
 from engine.launch.start_options import StartOptions
@@ -30,6 +32,15 @@ def timeline_checkpoints(session: SessionFolder) -> list[int]:
         # `written` is enough: the COMPLETE file follows the journal's confirmation.
         known = {c.step for c in reader.checkpoints(("complete", "written"))}
     return [step for step in checkpoint_steps(session) if step in known]
+
+
+def check_step(session: SessionFolder, step: int, steps: Sequence[int]) -> None:
+    """Requires a checkpoint of a step among those of `steps`. Raises NoSuchSessionError."""
+    if step not in steps:
+        available = ", ".join(map(str, steps)) or "none yet"
+        raise NoSuchSessionError(
+            f"session '{session.name}' has no checkpoint of step {step} (it has: {available})"
+        )
 
 
 def has_history(session: SessionFolder) -> bool:

@@ -9,7 +9,7 @@ engine keeps running.
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -220,9 +220,9 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         """Stops following a session that is about to be deleted."""
         self.follower.forget(name)
 
-    def read_metrics(self, specs: Iterable[str]) -> None:
-        """Reads the metrics of new charts, given as in the preferences."""
-        self.follower.read_metrics(specs)
+    def read_metrics(self) -> None:
+        """Reads the metrics of the charts in the preferences, which have changed."""
+        self.follower.read_metrics()
 
     def draw_screens(self, *, only_live: bool) -> None:
         """Draws the screens of this mode; `only_live`: only phases and machine have changed."""

@@ -1,7 +1,7 @@
 """Follows the open session: reads it, keeps its state and draws it."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +9,6 @@ import msgspec
 from textual.app import App
 
 from engine.errors import RlhfError
-from engine.metrics import with_drawn
 from engine.session.folder import SessionFolder
 from rlhf_tui.app.digest import began, curves_are_read, digest
 from rlhf_tui.app.replaying import ReplayControls
@@ -152,10 +151,10 @@ class SessionFollower:
     def _new_view(self) -> Viewport:
         return Viewport(weight=self._preferences.weight, past=self._preferences.past)
 
-    def read_metrics(self, specs: Iterable[str]) -> None:
-        """Reads the metrics of new charts, given as in the preferences."""
+    def read_metrics(self) -> None:
+        """Reads the metrics of the charts in the preferences, which have changed."""
         if self._feed is not None:
-            self._feed.want(with_drawn(n.strip() for spec in specs for n in spec.split(" + ")))
+            self._feed.want(self._preferences.metrics())
 
     def command_ended(self) -> None:
         """Call this when a command was applied: others may have reverted it before it was read."""

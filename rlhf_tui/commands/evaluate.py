@@ -9,9 +9,9 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import NoSuchSessionError, RlhfError, UserInputError
+from engine.errors import RlhfError, UserInputError
 from engine.examined import examined
-from engine.launch.start_checkpoints import checkpoint_steps
+from engine.launch.start_checkpoints import check_step, checkpoint_steps
 from engine.metrics import EVAL_TIME, describe
 from engine.protocol.programs.result import ProgramNotice
 from engine.session.folder import SessionFolder
@@ -49,12 +49,8 @@ def evaluate(
     """
     session = existing(root, name)
     config = evaluation_config(session.config(), overrides)
-    step, steps = checkpoint_step(session, choice), checkpoint_steps(session)
-    if step not in steps:
-        listed = ", ".join(map(str, steps)) or "none yet"
-        raise NoSuchSessionError(
-            f"session '{name}' has no checkpoint of step {step} (it has: {listed})"
-        )
+    step = checkpoint_step(session, choice)
+    check_step(session, step, checkpoint_steps(session))
     show_wait(f"evaluating the checkpoint of step {step}")
     result = run_program(session, config, step)
     failed: dict[str, str] = result.pop("failed")

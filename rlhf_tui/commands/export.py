@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 import msgspec
 
-from engine.errors import NoSuchSessionError, RlhfError, SessionError, UserInputError
+from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.judgements.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
-from engine.launch.start_checkpoints import check_average, checkpoint_steps
+from engine.launch.start_checkpoints import check_average, check_step, checkpoint_steps
 from engine.session.access import open_to_umask
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import SessionFolder
@@ -76,11 +76,7 @@ def export(
         raise UserInputError("give --step or --best, not both")
     if policy is not None:
         step = checkpoint_step(session, "best" if best else choice or "last")
-        if step not in (steps := checkpoint_steps(session)):
-            listed = ", ".join(map(str, steps)) or "none yet"
-            raise NoSuchSessionError(
-                f"session '{name}' has no checkpoint of step {step} to export (it has: {listed})"
-            )
+        check_step(session, step, checkpoint_steps(session))
         say(_export_policy(session, step, policy, averaged=averaged, merged=merged))
     if samples is not None:
         with SampleReader(session) as reader:

@@ -1,6 +1,6 @@
 """Protocols of what a screen may use of the app: screens never import the app itself."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -149,8 +149,8 @@ class AppContext(Protocol):
     def forget_session(self, name: str) -> None:
         """Stops following a session that is about to be deleted."""
 
-    def read_metrics(self, specs: Iterable[str]) -> None:
-        """Reads the metrics of new charts, given as in the preferences."""
+    def read_metrics(self) -> None:
+        """Reads the metrics of the charts in the preferences, which have changed."""
 
     def save_preferences(self) -> None:
         """Writes the preferences in a thread: a home on a network may be slow."""

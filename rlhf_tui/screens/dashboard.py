@@ -15,6 +15,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts.overlaying import OverlaysRead, RunOverlays
 from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
+from rlhf_tui.state.preferences import names_of
 from rlhf_tui.state.viewport import WEIGHTS
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.grid import ChartGrid
@@ -314,7 +315,7 @@ class DashboardScreen(SessionScreen):
         """Asks which metrics have a chart."""
         from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
 
-        groups = [spec.split(" + ") for spec in self.grid.specs]
+        groups = [names_of(chart) for chart in self.grid.specs]
         shown = [name for group in groups for name in group]
         names = list(dict.fromkeys([*shown, *self.context.state.metrics]))
         options = [
@@ -326,7 +327,7 @@ class DashboardScreen(SessionScreen):
                 charts = result.split("\n")
                 self.context.preferences.charts = charts
                 self.context.save_preferences()
-                self.context.read_metrics(charts)
+                self.context.read_metrics()
                 await self.grid.set_charts(charts)
 
         dialog = PickerDialog("Choose charts", options, groups)

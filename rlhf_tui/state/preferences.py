@@ -42,7 +42,12 @@ class Preferences(Struct, kw_only=True):
 
     def metrics(self) -> list[str]:
         """The metrics of all charts, in their order, with those drawn beside them."""
-        return metrics.with_drawn(n.strip() for spec in self.charts for n in spec.split(" + "))
+        return metrics.with_drawn(name for chart in self.charts for name in names_of(chart))
+
+
+def names_of(chart: str) -> list[str]:
+    """The metrics of a chart of the preferences."""
+    return [name.strip() for name in chart.split(" + ")]
 
 
 class Seen(Struct, kw_only=True):

@@ -10,14 +10,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from engine.protocol.commands import Pause, Unpause
-from tests.e2e.lab import LONG, OLD_SESSIONS, Lab, Once, Run, numbers, processes, until
+from tests.e2e.lab import OLD_SESSIONS, Lab, Once, Run, processes
 from tests.variants import some_of
+from tests.waiting import LONG, until
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -186,21 +185,3 @@ def training(endless: Run) -> Iterator[Run]:
     """The endless run, training during one test; fails if it has stopped training."""
     with unpaused(endless):
         yield endless
-
-
-@pytest.fixture(scope="session")
-def wait_until() -> Callable[..., Any]:
-    """:func:`until`, for tests."""
-    return until
-
-
-@pytest.fixture(scope="session")
-def processes_of() -> Callable[[Path], list[psutil.Process]]:
-    """:func:`processes`, for tests."""
-    return processes
-
-
-@pytest.fixture(scope="session", name="numbers")
-def numbers_fixture() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """:func:`numbers`, for tests."""
-    return numbers

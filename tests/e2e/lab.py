@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,10 +22,9 @@ from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
 from engine.session.folder import SessionFolder
 from tests.e2e.command_server import CommandServer
+from tests.waiting import LONG, until
 
 PROGRAM = Path(sys.executable).with_name("rlhf-tui")
-LONG = 240.0
-"""Timeout in seconds for conditions; long enough for a busy machine."""
 STEPS = 8
 TINY = (
     "rollout.batch_size=4", "rollout.max_new_tokens=6", "ppo.epochs=1", "ppo.minibatches=1",
@@ -45,19 +43,6 @@ LIGHT = {
 }
 """The environment in which ranks have no model (tests/faults/light_rank.py): a start takes half a
 second of processor time instead of six."""
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = LONG) -> Any:
-    """Waits for a condition and returns its value; `what` describes it in the failure message."""
-    deadline = time.monotonic() + seconds
-    interval = 0.01
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(interval)
-        # Conditions read a journal or all processes: often asked, they take time from the run.
-        interval = min(0.1, 1.2 * interval)
-    raise AssertionError(f"within {seconds:g} s: no {what}")
 
 
 @cache

@@ -12,6 +12,7 @@ from engine.protocol import frames, sockets
 from engine.protocol.client_messages import ClientHello, CommandRequest, StatusRequest, Watch
 from engine.protocol.commands import SetSetting
 from engine.protocol.rank_messages import RankHello
+from tests.waiting import until
 
 
 def connect(run):
@@ -128,7 +129,7 @@ def test_a_client_that_never_reads_is_disconnected(training):
         assert client.status().state == "running"
 
 
-def test_a_command_sent_by_a_client_that_hangs_up_is_carried_out(training, wait_until):
+def test_a_command_sent_by_a_client_that_hangs_up_is_carried_out(training):
     with after_hello(training) as sock:
         sock.sendall(
             frames.encode(
@@ -136,7 +137,7 @@ def test_a_command_sent_by_a_client_that_hangs_up_is_carried_out(training, wait_
             )
         )
     done = ("applied",)
-    wait_until(lambda: training.commands().get("and-gone", {}).get("status") in done, "the command")
+    until(lambda: training.commands().get("and-gone", {}).get("status") in done, "the command")
 
 
 def test_status_takes_less_than_20_ms(endless, record_property):
@@ -165,12 +166,12 @@ def test_a_paused_supervisor_uses_almost_no_resources(endless):
     assert memory < 60
 
 
-def test_telemetry_contains_the_rank(endless, wait_until):
+def test_telemetry_contains_the_rank(endless):
     def latest():
         with endless.client() as client:
             return client.status().telemetry.ranks
 
-    (load,) = wait_until(latest, "telemetry of the rank")
+    (load,) = until(latest, "telemetry of the rank")
     assert load.pid == endless.rank().pid
     assert load.memory > 0
 

@@ -9,9 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.e2e.lab import processes
+from tests.waiting import until
+
 
 @pytest.fixture(scope="module")
-def orphan(either_lab, wait_until):
+def orphan(either_lab):
     """A detached run, held in step 2, whose shell and terminal have been closed."""
     lab = either_lab
     run = lab.run("from-a-terminal")
@@ -30,7 +33,7 @@ def orphan(either_lab, wait_until):
         # The tests may run with SIGHUP ignored (nohup); this shell must not ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
     )
-    wait_until(started.exists, "return of --detach")
+    until(started.exists, "return of --detach")
     run.shell_session = os.getsid(shell.pid)
     os.killpg(shell.pid, signal.SIGHUP)
     os.close(slave)
@@ -79,8 +82,8 @@ def test_a_callers_pipe_ends_when_detach_returns(endless):
     assert not [n for n in names if n.startswith("pipe:") and n in ours]
 
 
-def test_every_process_of_a_session_shows_its_folder(orphan, processes_of):
-    shown = {p.pid for p in processes_of(orphan.session.folder)}
+def test_every_process_of_a_session_shows_its_folder(orphan):
+    shown = {p.pid for p in processes(orphan.session.folder)}
     engine = orphan.engine()
     family = {engine.pid, *(p.pid for p in engine.children(recursive=True))}
     assert family == shown

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.e2e.lab import until
+from tests.waiting import until
 
 EVALUATED = ("eval.every=4", "eval.holdout=4", "eval.per_prompt=2", "train.best_metric=eval/score")
 

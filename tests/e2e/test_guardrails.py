@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from tests.waiting import until
+
 
 @pytest.fixture(scope="module")
-def guarded(either_lab, place, wait_until):
+def guarded(either_lab, place):
     """A run that its own rule pauses after steps 2 and 4, with infinite scores in step 6.
 
     Its notify command stores the JSON of each alert, and the text from its environment.
@@ -43,7 +45,7 @@ def guarded(either_lab, place, wait_until):
             assert run.command("unpause")["status"] == "applied"
     run.first_pause, _, run.last_pause = run.pauses
     run.was_following = run.follower.poll() is None
-    wait_until(lambda: len(list(box.glob("*.json"))) >= len(run.events("alert")), "messages")
+    until(lambda: len(list(box.glob("*.json"))) >= len(run.events("alert")), "messages")
     run.notified = [json.loads(f.read_text()) for f in sorted(box.glob("*.json"))]
     run.sentences = [f.read_text() for f in sorted(box.glob("*.text"))]
     run.stopped = run.command("stop")

@@ -1,10 +1,12 @@
 """Escape sequences and markup in data never reach the terminal, and crash nothing."""
 
 import json
+from contextlib import closing
 
 import pytest
 
 from tests.e2e.terminal import Terminal
+from tests.waiting import until
 
 HOSTILE = [
     "steal \x1b]52;c;c3RvbGVu\x07 done",
@@ -40,42 +42,33 @@ def hostile(either_lab):
     run.end()
 
 
-def test_the_app_shows_it_as_symbols_and_stays_up(hostile, wait_until):
-    terminal = Terminal(hostile.lab, "attach", hostile.name)
-    try:
+def test_the_app_shows_it_as_symbols_and_stays_up(hostile):
+    with closing(Terminal(hostile.lab, "attach", hostile.name)) as terminal:
         for key, text in (("2", "Steering"), ("3", "RESPONSE"), ("4", "saved"), ("5", "lines")):
             terminal.type(key)
-            wait_until(lambda text=text: text in terminal.text, f"screen {key}")
+            until(lambda text=text: text in terminal.text, f"screen {key}")
         terminal.type("1")
-        wait_until(lambda: "enter" in terminal.text, "session browser")
+        until(lambda: "enter" in terminal.text, "session browser")
         assert terminal.process.poll() is None
         assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
-    finally:
-        terminal.close()
 
 
 @pytest.mark.parametrize("command", ["samples", "events", "logs", "status"])
-def test_the_command_line_prints_it_as_symbols(hostile, wait_until, command):
-    terminal = Terminal(hostile.lab, command, hostile.name)
-    try:
-        wait_until(lambda: terminal.process.poll() is not None, f"end of {command}")
-        wait_until(lambda: hostile.name in terminal.text or "done" in terminal.text, "output")
+def test_the_command_line_prints_it_as_symbols(hostile, command):
+    with closing(Terminal(hostile.lab, command, hostile.name)) as terminal:
+        until(lambda: terminal.process.poll() is not None, f"end of {command}")
+        until(lambda: hostile.name in terminal.text or "done" in terminal.text, "output")
         assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
-    finally:
-        terminal.close()
 
 
 @pytest.mark.slow
-def test_an_error_of_a_reward_function_is_printed_as_symbols(make_lab, wait_until):
+def test_an_error_of_a_reward_function_is_printed_as_symbols(make_lab):
     lab = make_lab("hostile-reward")
     run = lab.run("raises", "reward.retries=0")
     run.score_at(1, "raise " + " ".join(HOSTILE))
-    terminal = Terminal(lab, *run.arguments, "--headless")
-    try:
-        wait_until(lambda: "rlhf-tui ctl raises unpause" in terminal.text, "pause")
+    with closing(Terminal(lab, *run.arguments, "--headless")) as terminal:
+        until(lambda: "rlhf-tui ctl raises unpause" in terminal.text, "pause")
         assert "ValueError" in lab.cli("status", run.name).stdout
         assert run.command("stop")["status"] == "applied"
-        wait_until(lambda: terminal.process.poll() is not None, "end of the run")
+        until(lambda: terminal.process.poll() is not None, "end of the run")
         assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
-    finally:
-        terminal.close()

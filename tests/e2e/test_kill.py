@@ -8,7 +8,8 @@ import time
 import pytest
 
 from tests.e2e.gate import DEADLY
-from tests.e2e.lab import LONG, processes, until
+from tests.e2e.lab import processes
+from tests.waiting import LONG, until
 
 CRASH_TIMEOUT = 5.0
 """Seconds in which a crash must become visible."""
@@ -44,7 +45,7 @@ def state_in_ls(run):
 
 
 @pytest.fixture(scope="module")
-def crashed(make_lab, wait_until):
+def crashed(make_lab):
     """A run like `steered` in a very deep folder, whose processes are killed inside step 7.
 
     First its rank, while a pause is pending: it starts again from the checkpoint of step 4. When it
@@ -70,7 +71,7 @@ def crashed(make_lab, wait_until):
     assert run.command("unpause")["status"] == "applied"
     run.wait_at(7)
     run.engine().kill()
-    run.seen = wait_until(lambda: state_in_ls(run) == "crashed", "crashed in ls", CRASH_TIMEOUT)
+    run.seen = until(lambda: state_in_ls(run) == "crashed", "crashed in ls", CRASH_TIMEOUT)
     run.wait_gone()
     run.left = [" ".join(p.cmdline()) for p in processes(run.session.folder)]
     run.left_socket = run.socket.is_socket()
@@ -208,7 +209,7 @@ def test_the_rank_of_a_killed_foreground_run_ends_too(lab):
 
 
 @pytest.fixture(scope="module")
-def poisoned(lab, wait_until):
+def poisoned(lab):
     """A run that gets, inside step 3, a probe that kills every rank, and then a new beta."""
     run = lab.run("poisoned")
     run.hold(3)
@@ -216,7 +217,7 @@ def poisoned(lab, wait_until):
         run.start()
         run.wait_at(3)
         prober = lab.popen("ctl", run.name, "probe", DEADLY, "--id", "poison")
-        wait_until(lambda: "poison" in run.commands(), "the probe")
+        until(lambda: "poison" in run.commands(), "the probe")
         assert run.ctl("beta", "0.2", "--id", "behind").returncode == 0
         run.release(3)
         _, run.probe_stderr = prober.communicate(timeout=LONG)

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from tests.variants import some_of
+from tests.waiting import until
 
 
 def free_port():
@@ -24,7 +25,7 @@ def agents_below(process):
 
 
 @pytest.fixture(scope="module")
-def machines(lab, wait_until):
+def machines(lab):
     """A steered run over two machines; the agent of one is killed and the machine rejoins."""
     address = f"127.0.0.1:{free_port()}"
     run = lab.run(
@@ -32,7 +33,7 @@ def machines(lab, wait_until):
     )
     run.hold(3, 7)
     first = lab.popen(*run.arguments, "--headless")
-    wait_until(lambda: run.events("alert"), "alert that asks for another machine")
+    until(lambda: run.events("alert"), "alert that asks for another machine")
     run.join_alert = run.events("alert")[0]["text"]
     secret = run.session.secret_file
     run.secret_mode = secret.stat().st_mode & 0o777
@@ -134,7 +135,7 @@ def test_a_port_in_use_is_one_line_and_leaves_nothing(lab, port):
 
 
 @pytest.mark.slow
-def test_an_elastic_run_takes_a_machine_at_a_checkpoint_and_continues_without_it(lab, wait_until):
+def test_an_elastic_run_takes_a_machine_at_a_checkpoint_and_continues_without_it(lab):
     address = f"127.0.0.1:{free_port()}"
     run = lab.run(
         "elastic", "launch.nodes=2", "launch.min_nodes=1", "launch.join_wait=8",
@@ -146,7 +147,7 @@ def test_an_elastic_run_takes_a_machine_at_a_checkpoint_and_continues_without_it
     joiner = lab.popen(
         "join", address, "--secret-file", run.session.secret_file, stderr=subprocess.STDOUT
     )
-    wait_until(lambda: "waiting for its next start" in joiner.stdout.readline(), "late machine")
+    until(lambda: "waiting for its next start" in joiner.stdout.readline(), "late machine")
     run.release(1)
     run.wait_at(5)
     run.wait_saved(4)

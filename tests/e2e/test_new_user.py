@@ -3,11 +3,13 @@
 import json
 import math
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.terminal import Terminal
+from tests.waiting import until
 
 QUICK = (
     "rollout.batch_size=32", "rollout.max_new_tokens=16", "ppo.advantage=rloo",
@@ -41,70 +43,61 @@ def run(make_lab):
     run.end()
 
 
-def test_a_complete_session_of_a_new_user(run, wait_until):
+def test_a_complete_session_of_a_new_user(run):
     lab = run.lab
     overrides = [word for key in QUICK for word in ("-o", key)]
-    terminal = Terminal(lab, "demo", "--name", run.name, *overrides)
-    try:
-        wait_until(lambda: score_of(terminal) > -math.inf, "score of the first step")
+    with closing(Terminal(lab, "demo", "--name", run.name, *overrides)) as terminal:
+        until(lambda: score_of(terminal) > -math.inf, "score of the first step")
         first = score_of(terminal)
-        wait_until(lambda: score_of(terminal) >= first + RISE, f"rise of the score from {first}")
+        until(lambda: score_of(terminal) >= first + RISE, f"rise of the score from {first}")
         terminal.type("p")
         run.wait_for("paused")
-        wait_until(lambda: "‖ paused" in terminal.screen, "pause on the screen")
+        until(lambda: "‖ paused" in terminal.screen, "pause on the screen")
         terminal.type("b")
-        wait_until(lambda: "kl.beta, now" in terminal.screen, "dialog for beta")
+        until(lambda: "kl.beta, now" in terminal.screen, "dialog for beta")
         terminal.type("0.3")  # replaces the current value
-        wait_until(lambda: "0.02 → 0.3" in terminal.screen, "preview of 0.3")
+        until(lambda: "0.02 → 0.3" in terminal.screen, "preview of 0.3")
         terminal.type("\r")
-        wait_until(lambda: re.search(r"beta +0\.3000", terminal.screen), "beta of 0.3")
+        until(lambda: re.search(r"beta +0\.3000", terminal.screen), "beta of 0.3")
         terminal.type("p")
         run.wait_for("running")
         terminal.type("c")
-        wait_until(lambda: run.events("checkpoint"), "checkpoint")
+        until(lambda: run.events("checkpoint"), "checkpoint")
         terminal.type("3")
-        wait_until(lambda: "RESPONSE" in terminal.screen, "sample to read")
+        until(lambda: "RESPONSE" in terminal.screen, "sample to read")
         terminal.type("q")
-        wait_until(lambda: terminal.process.poll() is not None, "end of the app")
-        wait_until(lambda: terminal.restored, "restored terminal")
+        until(lambda: terminal.process.poll() is not None, "end of the app")
+        until(lambda: terminal.restored, "restored terminal")
         assert re.search(r"detached; engine pid \d+ still running", terminal.screen)
-    finally:
-        terminal.close()
     assert run.engine().is_running()
     step = run.step
-    wait_until(lambda: run.step > step, "step behind a closed terminal")
+    until(lambda: run.step > step, "step behind a closed terminal")
     assert run.command("beta", "0.25")["status"] == "applied"
 
     two_minutes_ago(Path(lab.environment["XDG_STATE_HOME"]) / "rlhf-tui" / "seen.json")
-    terminal = Terminal(lab, "attach", run.name)
-    try:
-        wait_until(lambda: "since you left" in terminal.screen.lower(), "digest")
+    with closing(Terminal(lab, "attach", run.name)) as terminal:
+        until(lambda: "since you left" in terminal.screen.lower(), "digest")
         assert "0.3 → 0.25" in terminal.screen, "the digest does not show the change"
         terminal.type("o")
-        wait_until(lambda: "since you left" not in terminal.screen.lower(), "end of the digest")
+        until(lambda: "since you left" not in terminal.screen.lower(), "end of the digest")
         # The dialog disappears before the screen below is drawn again.
-        wait_until(lambda: marked(terminal.screen), "markers of the changes on the curves")
-        wait_until(lambda: "▲ checkpoint" in terminal.screen, "checkpoint in the timeline")
+        until(lambda: marked(terminal.screen), "markers of the changes on the curves")
+        until(lambda: "▲ checkpoint" in terminal.screen, "checkpoint in the timeline")
         terminal.type("S")
-        wait_until(lambda: f"Stop {run.name}?" in terminal.screen, "dialog to stop")
+        until(lambda: f"Stop {run.name}?" in terminal.screen, "dialog to stop")
         terminal.type("\r")  # the safe choice has the focus: save, then stop
         run.wait_for("stopped")
-        wait_until(lambda: f"rlhf-tui resume {run.name}" in terminal.screen, "how to resume")
+        until(lambda: f"rlhf-tui resume {run.name}" in terminal.screen, "how to resume")
         terminal.type("q")
-        wait_until(lambda: terminal.process.poll() is not None, "end of the app")
-    finally:
-        terminal.close()
+        until(lambda: terminal.process.poll() is not None, "end of the app")
     run.wait_gone()
     last = run.step
     assert max(c.step for c in run.reader().checkpoints()) == last
 
-    terminal = Terminal(lab, "resume", run.name, "-o", f"train.steps={last + 2}")
-    try:
-        wait_until(lambda: "✓ finished" in terminal.screen, "end of the run")
+    with closing(Terminal(lab, "resume", run.name, "-o", f"train.steps={last + 2}")) as terminal:
+        until(lambda: "✓ finished" in terminal.screen, "end of the run")
         terminal.type("q")
-        wait_until(lambda: terminal.process.poll() == 0, "end of the app")
-    finally:
-        terminal.close()
+        until(lambda: terminal.process.poll() == 0, "end of the app")
     assert run.step == last + 2
     assert run.betas()[last + 1] == 0.25
 

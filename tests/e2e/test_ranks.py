@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.lab import LONG
+from tests.waiting import LONG, until
 
 TWO = ("launch.processes=2", "launch.threads=1")
 FAULTS = Path(__file__).with_name("faults")
@@ -20,7 +20,7 @@ PHASES = ("load policy", "generate", "score", "reference", "optimise", "checkpoi
 
 
 @pytest.fixture(scope="module")
-def pair(lab, wait_until, tmp_path_factory):
+def pair(lab, tmp_path_factory):
     """8 steps on two ranks, with a pause after the fifth that is longer than both time-outs.
 
     The reward function raises in step 7, until the run has paused for it. Inside step 9 one of the
@@ -43,7 +43,7 @@ def pair(lab, wait_until, tmp_path_factory):
     run.paused_at = run.step
     busy = {rank: cpu_seconds(p) for rank, p in run.ranks().items()}
     began = time.monotonic()
-    wait_until(lambda: time.monotonic() > began + 2.5 * TIMEOUT, "end of a long pause")
+    until(lambda: time.monotonic() > began + 2.5 * TIMEOUT, "end of a long pause")
     run.loads = {
         rank: (cpu_seconds(p) - busy[rank]) / (time.monotonic() - began)
         for rank, p in run.ranks().items()

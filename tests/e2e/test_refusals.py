@@ -4,10 +4,12 @@ import os
 import shutil
 import socket
 import subprocess
+from contextlib import closing
 
 import pytest
 
 from tests.e2e.terminal import Terminal
+from tests.waiting import until
 
 
 def one_line(done, code):
@@ -164,17 +166,16 @@ def test_an_archived_session_is_read_as_any_other(lab, archive, whole):
     assert lab.cli("logs", "whole", *where).stdout == lab.cli("logs", "whole").stdout
 
 
-def test_an_archived_session_is_shown(lab, archive, wait_until):
-    terminal = Terminal(lab, "attach", "whole", "--read-only", "--sessions", archive)
-    try:
-        wait_until(lambda: "Newest responses, step 8" in terminal.screen, "dashboard")
+def test_an_archived_session_is_shown(lab, archive):
+    with closing(
+        Terminal(lab, "attach", "whole", "--read-only", "--sessions", archive)
+    ) as terminal:
+        until(lambda: "Newest responses, step 8" in terminal.screen, "dashboard")
         assert "read-only" in terminal.screen
         terminal.type("3")
-        wait_until(lambda: "RESPONSE" in terminal.screen, "samples")
+        until(lambda: "RESPONSE" in terminal.screen, "samples")
         terminal.type("q")
-        wait_until(lambda: terminal.process.poll() == 0, "end of the app")
-    finally:
-        terminal.close()
+        until(lambda: terminal.process.poll() == 0, "end of the app")
 
 
 @pytest.mark.slow

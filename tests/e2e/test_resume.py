@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.lab import numbers
+
 
 def test_the_controller_changes_beta_in_every_step(whole):
     assert len(set(whole.betas().values())) == 8
@@ -36,7 +38,7 @@ def test_resuming_a_finished_run_says_how_to_extend_it(whole):
 
 
 @pytest.mark.slow
-def test_a_resume_finishes_a_run_that_crashed_after_its_last_save(lab, whole, numbers):
+def test_a_resume_finishes_a_run_that_crashed_after_its_last_save(lab, whole):
     copy = lab.root / "almost"
     shutil.copytree(whole.session.folder, copy)
     with sqlite3.connect(copy / "journal.db") as db:

@@ -8,7 +8,7 @@ import pytest
 from engine.journal.judgements.labels import Response, set_label
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.session.folder import SessionFolder
-from tests.e2e.lab import LONG
+from tests.waiting import LONG
 
 STEPS, MORE = 6, 16
 JUDGED = 60

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.lab import LIGHT, LONG, PROGRAM, until
+from tests.e2e.lab import LIGHT, PROGRAM
+from tests.waiting import LONG, until
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "sessions-0.1.0"

@@ -5,13 +5,15 @@ import time
 
 import pytest
 
+from tests.waiting import until
+
 SILENCE = 12.0
 """`launch.silence` in seconds: six times the interval between two reports of a paused rank. Loading
 has a separate limit."""
 
 
 @pytest.fixture(scope="module")
-def quiet(either_lab, wait_until):
+def quiet(either_lab):
     """A run that is paused for longer than `launch.silence`; then its rank gets SIGSTOP."""
     limits = (f"launch.silence={SILENCE}", f"guardrails.silent_rank={SILENCE / 2}")
     run = either_lab.run("quiet", *limits, steps=1000)
@@ -21,7 +23,7 @@ def quiet(either_lab, wait_until):
     before, starts = len(run.events("alert")), len(run.events("attempt"))
     began = time.monotonic()
     run.paused_at = run.step
-    wait_until(lambda: time.monotonic() > began + 1.5 * SILENCE, "end of a long pause")
+    until(lambda: time.monotonic() > began + 1.5 * SILENCE, "end of a long pause")
     run.attempts_after_pause = len(run.events("attempt"))
     run.alerts_after_pause = [e["rule"] for e in run.events("alert")][before:]
     run.restarts_in_pause = run.attempts_after_pause - starts
@@ -31,7 +33,7 @@ def quiet(either_lab, wait_until):
     frozen = time.monotonic()
     for process in (supervisor, rank):
         process.send_signal(signal.SIGSTOP)
-    wait_until(lambda: time.monotonic() > frozen + 1.5 * SILENCE, "end of a suspension")
+    until(lambda: time.monotonic() > frozen + 1.5 * SILENCE, "end of a suspension")
     supervisor.send_signal(signal.SIGCONT)
     run.ctl("note", "awake")  # answered after the check that was due
     rank.send_signal(signal.SIGCONT)
@@ -40,7 +42,7 @@ def quiet(either_lab, wait_until):
     run.alerts_after_suspension = [e["rule"] for e in run.events("alert")][before:]
     run.alerts_before_hang = len(run.events("alert"))
     rank.send_signal(signal.SIGSTOP)
-    wait_until(lambda: len(run.events("attempt")) > run.attempts_after_pause, "another attempt")
+    until(lambda: len(run.events("attempt")) > run.attempts_after_pause, "another attempt")
     run.wait_for("paused")
     run.second_rank, run.first_rank = run.rank().pid, rank.pid
     yield run

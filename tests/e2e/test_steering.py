@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from tests.waiting import until
+
 
 @pytest.fixture(scope="module")
-def held(lab, wait_until):
+def held(lab):
     """A run that is paused after step 3, gets commands that are undone again, and finishes.
 
     In step 6 it is rolled back to the checkpoint that it saved during the pause. Its numbers must
@@ -55,7 +57,7 @@ def held(lab, wait_until):
     run.wait_at(4)
     seen.rolled_back_to = run.step
     seen.same_engine = run.engine() == engine
-    wait_until(lambda: run.state == "running", "a running engine after the roll back")
+    until(lambda: run.state == "running", "a running engine after the roll back")
     run.release(4, 6)
     run.finish()
     yield run
@@ -259,7 +261,7 @@ def test_a_paused_run_can_be_stopped_when_the_disk_is_full(either_lab, how):
         run.end()
 
 
-def test_status_and_ls_say_that_a_run_waits_for_room_on_the_disk(either_lab, wait_until):
+def test_status_and_ls_say_that_a_run_waits_for_room_on_the_disk(either_lab):
     run = either_lab.run("waits", "train.save_every=0", steps=1000)
 
     def awaited():
@@ -270,11 +272,11 @@ def test_status_and_ls_say_that_a_run_waits_for_room_on_the_disk(either_lab, wai
         engine = run.engine()
         limits = engine.rlimit(psutil.RLIMIT_FSIZE)
         engine.rlimit(psutil.RLIMIT_FSIZE, (0, limits[1]))  # no file of the engine's can grow
-        wait_until(lambda: awaited() == "room on the disk", "a wait")
+        until(lambda: awaited() == "room on the disk", "a wait")
         for command in (["status", run.name], ["ls"]):
             assert "waits for room on the disk" in run.lab.cli(*command).stdout
         engine.rlimit(psutil.RLIMIT_FSIZE, limits)
-        wait_until(lambda: awaited() is None, "the end of the wait")
+        until(lambda: awaited() is None, "the end of the wait")
     finally:
         run.end()
 
@@ -288,15 +290,13 @@ def test_a_roll_back_continues_from_the_checkpoint_in_the_same_engine(held):
 
 
 @pytest.mark.slow
-def test_a_reseeded_roll_back_survives_a_crash_before_the_next_save(lab, wait_until):
+def test_a_reseeded_roll_back_survives_a_crash_before_the_next_save(lab):
     def third_step(attempt):
         def rows():
             with run.reader() as reader:
                 return [row for row in reader.metrics() if row.step == 3]
 
-        (row,) = wait_until(
-            lambda: [r for r in rows() if r.attempt == attempt], f"step 3 of {attempt}"
-        )
+        (row,) = until(lambda: [r for r in rows() if r.attempt == attempt], f"step 3 of {attempt}")
         return row.values["objective/scores"], row.values["objective/kl"]
 
     run = lab.run("reseeded", "train.save_every=2")

@@ -16,6 +16,7 @@ from engine.protocol.rank_messages import StepReport
 from engine.session.folder import create
 from tests.e2e.terminal import Terminal
 from tests.variants import some_of
+from tests.waiting import until
 
 TITLES = {
     "1": "Newest responses, step 8", "2": "Newest responses, step 8", "3": "RESPONSE", "4": " MB",
@@ -27,7 +28,7 @@ SETTLED = 1.0
 
 
 @pytest.fixture
-def attach(wait_until, tmp_path):
+def attach(tmp_path):
     """Opens the dashboard of a run in a terminal and waits until it shows the run.
 
     Uses a new state folder: the digest of changes since an earlier test would cover the dashboard.
@@ -39,7 +40,7 @@ def attach(wait_until, tmp_path):
             run.lab, "attach", name or run.name, XDG_STATE_HOME=str(tmp_path / "state")
         )
         opened.append(terminal)
-        wait_until(lambda: "Steering" in terminal.screen, "dashboard")
+        until(lambda: "Steering" in terminal.screen, "dashboard")
         return terminal
 
     yield open_on
@@ -47,26 +48,20 @@ def attach(wait_until, tmp_path):
         terminal.close()
 
 
-@pytest.fixture
-def assert_exits(wait_until):
-    def expect(terminal, code):
-        assert wait_until(lambda: terminal.process.poll() is not None, "end of the app")
-        assert terminal.process.returncode == code
-        wait_until(lambda: terminal.restored, "restored terminal")
-
-    return expect
+def assert_exits(terminal, code):
+    until(lambda: terminal.process.poll() is not None, "end of the app")
+    assert terminal.process.returncode == code
+    until(lambda: terminal.restored, "restored terminal")
 
 
-def test_a_dropped_connection_ends_the_app_and_leaves_the_engine_training(
-    training, attach, wait_until, assert_exits
-):
+def test_a_dropped_connection_ends_the_app_and_leaves_the_engine_training(training, attach):
     terminal = attach(training)
     terminal.hang_up()
-    wait_until(lambda: terminal.process.poll() is not None, "end of the app")
+    until(lambda: terminal.process.poll() is not None, "end of the app")
     step = training.step
-    wait_until(lambda: training.step > step, "step behind a dropped connection")
+    until(lambda: training.step > step, "step behind a dropped connection")
     again = attach(training)
-    wait_until(lambda: "● running" in again.screen, "state running")
+    until(lambda: "● running" in again.screen, "state running")
     again.type("q")
     assert_exits(again, 0)
 
@@ -74,7 +69,7 @@ def test_a_dropped_connection_ends_the_app_and_leaves_the_engine_training(
 @pytest.mark.parametrize(
     ("way", "code"), [("q", 0), ("\x03", 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_every_way_to_exit_restores_the_terminal(endless, attach, assert_exits, way, code):
+def test_every_way_to_exit_restores_the_terminal(endless, attach, way, code):
     terminal = attach(endless)
     if isinstance(way, str):
         terminal.type(way)
@@ -85,27 +80,27 @@ def test_every_way_to_exit_restores_the_terminal(endless, attach, assert_exits, 
 
 
 @pytest.mark.slow
-def test_a_lost_engine_is_shown_and_the_app_continues(lab, attach, assert_exits, wait_until):
+def test_a_lost_engine_is_shown_and_the_app_continues(lab, attach):
     run = lab.run("dies", "train.save_every=2", steps=1000)
     run.slow_down()
     run.start()
     try:
         terminal = attach(run)
-        wait_until(lambda: run.events("checkpoint"), "checkpoint")
+        until(lambda: run.events("checkpoint"), "checkpoint")
         run.engine().kill()
-        wait_until(lambda: "✗ crashed" in terminal.screen, "state crashed")
+        until(lambda: "✗ crashed" in terminal.screen, "state crashed")
         assert "engine died; resume: rlhf-tui resume dies" in terminal.screen
         terminal.type("p")
-        wait_until(lambda: "'dies' has no engine" in terminal.screen, "result of a command")
+        until(lambda: "'dies' has no engine" in terminal.screen, "result of a command")
         assert run.resume().returncode == 0
-        wait_until(lambda: "● running" in terminal.screen, "state running again")
+        until(lambda: "● running" in terminal.screen, "state running again")
         terminal.type("q")
         assert_exits(terminal, 0)
     finally:
         run.end()
 
 
-def test_a_replaced_journal_is_read_again(lab, whole, attach, assert_exits, wait_until, tmp_path):
+def test_a_replaced_journal_is_read_again(lab, whole, attach, tmp_path):
     shutil.copytree(whole.session.folder, lab.root / "swapped")
     other = create(tmp_path, "other", config_file.load(starter.FOLDER / "demo.yaml"))
     journal = JournalWriter(other)
@@ -117,11 +112,11 @@ def test_a_replaced_journal_is_read_again(lab, whole, attach, assert_exits, wait
     journal.close()
     try:
         terminal = attach(whole, "swapped")
-        wait_until(lambda: "step 8/8" in terminal.screen, "the old journal")
+        until(lambda: "step 8/8" in terminal.screen, "the old journal")
         for name in ("journal.db", "samples.db"):
             (other.folder / name).replace(lab.root / "swapped" / name)
-        wait_until(lambda: "step 3/3" in terminal.screen, "the new journal")
-        wait_until(lambda: "7.5" in terminal.screen, "its curve")
+        until(lambda: "step 3/3" in terminal.screen, "the new journal")
+        until(lambda: "7.5" in terminal.screen, "its curve")
         terminal.type("q")
         assert_exits(terminal, 0)
     finally:
@@ -134,19 +129,17 @@ def without_ages(screen):
 
 
 @pytest.mark.parametrize("key", some_of({key: key for key in "12345"}, "2", "3"))
-def test_a_terminal_shrunk_and_enlarged_shows_the_same_as_before(
-    whole, attach, assert_exits, wait_until, key
-):
+def test_a_terminal_shrunk_and_enlarged_shows_the_same_as_before(whole, attach, key):
     terminal = attach(whole)
     terminal.type(key)
     shown = TITLES[key]
-    wait_until(lambda: shown in terminal.screen, f"screen {key}")
-    wait_until(lambda: "✓ finished" in terminal.screen, "the state")
-    wait_until(lambda: terminal.quiet > SETTLED, "a complete screen")
+    until(lambda: shown in terminal.screen, f"screen {key}")
+    until(lambda: "✓ finished" in terminal.screen, "the state")
+    until(lambda: terminal.quiet > SETTLED, "a complete screen")
     before = without_ages(terminal.screen)
     terminal.resize(20, 5)
-    wait_until(lambda: "? help" in terminal.screen, "the tiny screen")
+    until(lambda: "? help" in terminal.screen, "the tiny screen")
     terminal.resize(120, 40)
-    wait_until(lambda: without_ages(terminal.screen) == before, "the screen as it was")
+    until(lambda: without_ages(terminal.screen) == before, "the screen as it was")
     terminal.type("q")
     assert_exits(terminal, 0)

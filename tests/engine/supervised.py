@@ -45,6 +45,15 @@ async def until(condition):
             await asyncio.sleep(0.01)
 
 
+async def starting_attempt(engine, start):
+    """The task of an attempt whose rank's process is being started."""
+    attempt = asyncio.create_task(engine.supervisor.run_attempt(start))
+    async with asyncio.timeout(60):
+        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0)
+    return attempt
+
+
 def apply_pending(engine):
     for message in engine.supervisor.pending.messages():
         engine.receive(Applied(id=message.id, step=4))

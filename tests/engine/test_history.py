@@ -80,6 +80,15 @@ def history(writer):
     return History(writer.session)
 
 
+def at_each_step(session, value):
+    """A value of the reader at the last moment of each step of a replay, by attempt and step."""
+    recording, found = Recording(session), {}
+    for position in map(recording.position_at, recording.offsets):
+        with JournalReader(session.at(position)) as reader:
+            found[position.attempt, position.step] = value(reader)
+    return found
+
+
 def judge(session, label):
     with JournalReader(session) as reader:
         row = reader.samples.newest(1)[0]
@@ -197,13 +206,8 @@ def test_a_command_is_pending_until_it_is_applied(writer):
     writer.steps(2)
     writer.journal.commands.apply("c1", 3, [])
     writer.steps(3)
-    recording = Recording(writer.session)
-    seen = {}
-    for offset in recording.offsets:
-        position = recording.position_at(offset)
-        with JournalReader(writer.session.at(position)) as reader:
-            seen[position.step] = [c.status for c in reader.commands()]
-    assert seen == {0: [], 1: ["queued"], 2: ["accepted"], 3: ["applied"]}
+    statuses = at_each_step(writer.session, lambda reader: [c.status for c in reader.commands()])
+    assert statuses == {(1, 0): [], (1, 1): ["queued"], (1, 2): ["accepted"], (1, 3): ["applied"]}
 
 
 def test_the_settings_are_those_that_were_in_force(writer):
@@ -216,12 +220,7 @@ def test_the_settings_are_those_that_were_in_force(writer):
     writer.change("c2", 3, 1e-5, 5e-5, key="learning_rate")
     writer.steps(3)
     journal.set_meta(settings={"beta": 0.1, "learning_rate": 5e-5})
-    recording = Recording(writer.session)
-    rates = {}
-    for offset in recording.offsets:
-        position = recording.position_at(offset)
-        with JournalReader(writer.session.at(position)) as reader:
-            rates[position.attempt, position.step] = reader.meta().settings["learning_rate"]
+    rates = at_each_step(writer.session, lambda reader: reader.meta().settings["learning_rate"])
     assert rates == {
         (1, 0): 1e-5, (1, 1): 1e-5, (1, 2): 2e-5, (1, 3): 2e-5, (2, 1): 1e-5, (2, 2): 1e-5,
         (2, 3): 5e-5,
@@ -235,12 +234,7 @@ def test_the_total_of_steps_is_that_which_was_in_force(writer):
     journal.set_meta(total_steps=4)  # the run was resumed with train.steps=4
     journal.begin_attempt(2, fresh=False, total_steps=4)
     writer.steps(3, 4)
-    recording = Recording(writer.session)
-    totals = {}
-    for offset in recording.offsets:
-        position = recording.position_at(offset)
-        with JournalReader(writer.session.at(position)) as reader:
-            totals[position.attempt, position.step] = reader.meta().total_steps
+    totals = at_each_step(writer.session, lambda reader: reader.meta().total_steps)
     assert totals == {
         (1, 0): 4, (2, 0): 2, (2, 1): 2, (2, 2): 2, (3, 2): 4, (3, 3): 4, (3, 4): 4,
     }  # fmt: skip
@@ -256,13 +250,8 @@ def test_after_a_crash_a_setting_changes_again_at_its_step_unless_it_was_overrid
     writer.change("c3", 2, 1e-5, 5e-5, key="learning_rate")
     writer.steps(2, 3)
     journal.set_meta(settings={"beta": 0.1, "learning_rate": 5e-5, "epochs": 4})
-    recording = Recording(writer.session)
-    seen = {}
-    for offset in recording.offsets:
-        position = recording.position_at(offset)
-        with JournalReader(writer.session.at(position)) as reader:
-            found = reader.meta().settings
-        seen[position.attempt, position.step] = found["learning_rate"], found["epochs"]
+    settings = at_each_step(writer.session, lambda reader: reader.meta().settings)
+    seen = {step: (found["learning_rate"], found["epochs"]) for step, found in settings.items()}
     assert seen == {
         (1, 0): (1e-5, 3), (1, 1): (1e-5, 3), (1, 2): (2e-5, 3), (1, 3): (2e-5, 4),
         (1, 4): (2e-5, 4), (2, 1): (1e-5, 3), (2, 2): (5e-5, 4), (2, 3): (5e-5, 4),

@@ -4,9 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 
 from engine.config.sections.launch import LaunchConfig
@@ -20,6 +18,7 @@ from engine.launch.environment import (
 from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.rollout.engine import engine_environment
 from engine.launch.rollout.relay import relay_environment
+from tests.waiting import is_running, until
 
 
 def test_variables_of_another_launcher_do_not_reach_the_ranks(monkeypatch):
@@ -102,7 +101,4 @@ def test_a_rank_whose_supervisor_is_killed_while_it_imports_ends_at_once(tmp_pat
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     rank = int(ended.stdout)
-    deadline = time.monotonic() + 10  # it would sleep for 600
-    while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the rank outlives its supervisor"
-        time.sleep(0.05)
+    until(lambda: not is_running(rank), "end of the rank", seconds=60)  # it would sleep for 600

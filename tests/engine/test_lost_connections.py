@@ -1,6 +1,7 @@
 """Commands whose connection ends early: the engine ends, or the connection gives way to others."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -72,27 +73,29 @@ def ctl(live):
     return run
 
 
-def test_an_engine_is_reached_though_its_machine_has_another_name_by_now(ctl, live, monkeypatch):
+@contextlib.contextmanager
+def ending_engine(live):
+    """An engine that ends after a command."""
     listener, path = sockets.listen(live.folder)
     live.write_engine(str(path), "1")
-    monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
     engine = threading.Thread(target=end_after_a_command, args=(listener,))
     engine.start()
-    done = ctl("stop")
+    yield
     engine.join()
     listener.close()
+
+
+def test_an_engine_is_reached_though_its_machine_has_another_name_by_now(ctl, live, monkeypatch):
+    with ending_engine(live):
+        monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+        done = ctl("stop")
     assert done.exit_code == 0, done.output
     assert "runs on" in str(ctl("stop").exception)
 
 
 def test_a_stop_that_ends_the_engine_at_once_is_accepted_all_the_same(ctl, live):
-    listener, path = sockets.listen(live.folder)
-    live.write_engine(str(path), "1")
-    engine = threading.Thread(target=end_after_a_command, args=(listener,))
-    engine.start()
-    done = ctl("stop")
-    engine.join()
-    listener.close()
+    with ending_engine(live):
+        done = ctl("stop")
     assert done.exit_code == 0, done.output
     assert "disk full" in done.stderr
     assert done.stdout.startswith("accepted")

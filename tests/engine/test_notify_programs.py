@@ -4,7 +4,6 @@ import asyncio
 import json
 import socket
 from email import message_from_bytes, policy
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +14,8 @@ from engine.monitoring.channels.message import Notification, NotificationError, 
 from engine.monitoring.channels.sendmail import EmailChannel
 from engine.monitoring.guardrails import Alert
 from engine.monitoring.notify import Notifier
+from tests.engine.supervised import until
+from tests.waiting import is_running
 
 MESSAGE = of_alert("run", Alert("kl_high", "notify", "KL is high", 7))
 
@@ -45,14 +46,6 @@ async def test_a_command_that_fails_is_reported_whatever_it_prints():
         await CommandChannel(r"printf '\377no route' >&2; exit 3").send(MESSAGE)
 
 
-def is_running(pid):
-    """Whether a process exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 async def test_a_command_cannot_fill_the_memory_with_what_it_prints():
     flood = CommandChannel(f"printf '\\377no route' >&2; head -c {2 * MOST_OUTPUT} /dev/zero >&2")
     with pytest.raises(NotificationError, match="exit status 1: \ufffdno route"):
@@ -64,16 +57,12 @@ async def test_a_command_that_hangs_is_killed_with_its_children(tmp_path):
         CommandChannel(f"cat; sleep 600 & echo $! > {tmp_path}/pid; wait").send(MESSAGE)
     )
     pid = tmp_path / "pid"
-    async with asyncio.timeout(30):
-        while not (pid.exists() and pid.read_text().strip()):  # noqa: ASYNC110 - a file
-            await asyncio.sleep(0.01)
+    await until(lambda: pid.exists() and pid.read_text().strip())
     hanging.cancel()
     with pytest.raises(asyncio.CancelledError):
         await hanging
-    child = pid.read_text().strip()
-    async with asyncio.timeout(30):
-        while is_running(child):  # noqa: ASYNC110 - a process
-            await asyncio.sleep(0.01)
+    child = int(pid.read_text())
+    await until(lambda: not is_running(child))
 
 
 async def test_a_command_that_leaves_a_process_behind_does_not_hold_up_the_next_message(caplog):

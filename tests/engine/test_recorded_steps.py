@@ -1,6 +1,5 @@
 """Guard rails over recorded steps: as the engine that recorded them, whatever came in between."""
 
-import asyncio
 import contextlib
 import math
 import random
@@ -20,7 +19,7 @@ from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.recorded_steps import evaluate, rebuild
 from engine.protocol.commands import Stop
 from engine.protocol.rank_messages import REWARD_CHANGED, EvaluationReport, Notice, StepReport
-from tests.engine.supervised import Engine
+from tests.engine.supervised import Engine, starting_attempt
 
 RULES = (
     Rule(name="bound", metric="m", above=6.0, clears_after=2),
@@ -178,10 +177,7 @@ async def test_a_resume_neither_repeats_an_alert_nor_forgets_when_it_clears(run,
 async def begun(run):
     """An engine that has begun an attempt after step 1, and was stopped at once."""
     engine = Engine(run)
-    attempt = asyncio.create_task(engine.supervisor.run_attempt(StartOptions(from_step=1)))
-    async with asyncio.timeout(60):
-        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0)
+    attempt = await starting_attempt(engine, StartOptions(from_step=1))
     engine.send(Stop(now=True))
     await attempt
     return engine

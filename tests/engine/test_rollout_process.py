@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import sqlite3
-import time
 from pathlib import Path
 
 import psutil
@@ -36,6 +35,7 @@ from engine.session.folder import create
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.processes.rollout_engines import RolloutEngines
 from engine.supervisor.state import SupervisorState
+from tests.engine.supervised import until
 
 DEADLINE = 30.0
 SECRET = "a secret of one run"  # noqa: S105 - of a test
@@ -44,13 +44,6 @@ SECRET = "a secret of one run"  # noqa: S105 - of a test
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
-
-
-async def until(condition):
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from engine.protocol.client_messages import (
 from engine.protocol.commands import Pause, SetSetting, Stop
 from engine.supervisor import server as server_module
 from engine.supervisor.server import Server
+from tests.engine.supervised import until
 
 DEADLINE = 60.0
 MORE_THAN_THE_KERNEL_HOLDS = 6000
@@ -93,8 +94,7 @@ async def logged_while_no_file_can_be_opened(folder, caplog, lines):
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         try:
             client.connect(str(path))
-            while len(caplog.records) < lines:  # noqa: ASYNC110 - nothing announces it
-                await asyncio.sleep(0.01)
+            await until(lambda: len(caplog.records) >= lines)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         client.sendall(frames.encode(ClientHello(who="me")))
@@ -124,9 +124,7 @@ async def test_other_errors_that_asyncio_catches_are_logged_with_their_traceback
     server = Server()
     await server.start(listener, None, None, None)
     asyncio.get_running_loop().call_soon(int, "no number")
-    async with asyncio.timeout(DEADLINE):
-        while not caplog.records:  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.01)
+    await until(lambda: caplog.records)
     server.close()
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
@@ -250,8 +248,7 @@ def test_a_client_that_never_reads_is_gone_soon_after_its_connection_was_closed(
             await asyncio.to_thread(
                 deaf.sendall, MORE_THAN_THE_KERNEL_HOLDS * frames.encode(request)
             )
-            while requests.handled < MORE_THAN_THE_KERNEL_HOLDS:  # noqa: ASYNC110 - nothing announces it
-                await asyncio.sleep(0.01)
+            await until(lambda: requests.handled >= MORE_THAN_THE_KERNEL_HOLDS)
             _, other = await asyncio.open_unix_connection(path)
             other.write(frames.encode(hello))
             with contextlib.suppress(ConnectionError):

@@ -30,7 +30,7 @@ from engine.supervisor import supervisor
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.server import receive
 from tests.engine.demo_config import demo
-from tests.engine.supervised import Engine, apply_pending, rank_connection
+from tests.engine.supervised import Engine, apply_pending, rank_connection, starting_attempt
 
 # -- to pause --------------------------------------------------------------------------------------
 
@@ -64,10 +64,7 @@ async def test_a_run_that_loads_is_not_shown_as_running_after_a_pause_was_taken_
 
 
 async def test_a_stop_at_once_ends_ranks_whose_process_is_still_being_started(engine):
-    attempt = asyncio.create_task(engine.supervisor.run_attempt(StartOptions()))
-    async with asyncio.timeout(60):
-        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0)
+    attempt = await starting_attempt(engine, StartOptions())
     # It is starting a process now, which cannot be killed yet.
     engine.send(Stop(now=True))
     assert await attempt == 0
@@ -75,10 +72,7 @@ async def test_a_stop_at_once_ends_ranks_whose_process_is_still_being_started(en
 
 
 async def test_an_attempt_is_recorded_with_the_steps_that_the_run_is_to_have(engine, writer):
-    attempt = asyncio.create_task(engine.supervisor.run_attempt(StartOptions()))
-    async with asyncio.timeout(60):
-        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0)
+    attempt = await starting_attempt(engine, StartOptions())
     engine.send(Stop(now=True))
     await attempt
     with JournalReader(writer.session) as reader:

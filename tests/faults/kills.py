@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 
 from engine.session.folder import SessionFolder
-from tests.e2e.lab import PROGRAM, until
+from tests.e2e.lab import PROGRAM
 from tests.faults.lab import WAIT, FaultRun
 from tests.faults.points import POINTS, Point
 from tests.faults.table import Table
+from tests.waiting import until
 
 STEPS_OF_A_LIFE = 12
 """After so many steps an engine that met no fault is killed."""

@@ -29,7 +29,8 @@ from engine.session.folder import create
 from engine.session.states import LIVE_STATES
 from engine.supervisor.rank_handler import ROOM
 from engine.verification.verify import verify
-from tests.e2e.lab import PROGRAM, numbers, processes, until
+from tests.e2e.lab import PROGRAM, numbers, processes
+from tests.waiting import is_running, until
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data" / "sessions-0.1.0"
@@ -68,14 +69,6 @@ class Acknowledged:
         """Attempt, step and index → label."""
         self.checkpoints: set[int] = set()
         """Steps reported complete."""
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process has not ended. One whose parent has not waited for it has."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class FaultRun:

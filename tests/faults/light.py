@@ -31,11 +31,11 @@ from engine.protocol.commands import (
     Unpause,
 )
 from engine.session.checkpoints import complete_checkpoints
-from tests.e2e.lab import until
 from tests.faults.lab import WAIT, FaultRun, LostError
 from tests.faults.light_rank import next_weights, score
 from tests.faults.points import LIGHT_POINTS, Point
 from tests.faults.table import Table
+from tests.waiting import until
 
 ENVIRONMENT = {"RLHF_TUI_TEST_LIGHT": "0.02"}
 

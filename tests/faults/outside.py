@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.lab import until
 from tests.faults.kills import undisturbed_run
 from tests.faults.lab import WAIT, FaultRun, LostError
 from tests.faults.table import Table
 from tests.reward_service import RewardService, reply
+from tests.waiting import until
 
 STEPS = 24
 REWARD_FAULTS = (

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from engine.session.checkpoints import checkpoint_path
 from engine.verification.verify import verify
-from tests.e2e.lab import Lab, Run, processes, until
+from tests.e2e.lab import Lab, Run, processes
 from tests.faults.lab import HOOKS
+from tests.waiting import until
 
 STEPS = 15
 WAIT = 900.0

@@ -34,9 +34,9 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from tests.e2e.lab import until
 from tests.faults.lab import FaultRun, LostError
 from tests.faults.light import application_order
+from tests.waiting import until
 
 STEPS = 5000
 LONG = 3 * 3600.0
@@ -71,6 +71,14 @@ class Usage(NamedTuple):
                 process.memory_info().rss / 1e6, process.num_fds(), process.num_threads(),
                 times.user + times.system,
             )  # fmt: skip
+
+
+def usage_of(run: FaultRun) -> tuple[Usage, Usage]:
+    """Of the supervisor and of the rank."""
+    engine, ranks = run.engine(), run.ranks()
+    if engine is None or not ranks:
+        raise LostError(f"the run has ended: {run.log()[-600:]}")
+    return Usage.of(engine), Usage.of(ranks[0])
 
 
 def random_command(rng: random.Random) -> AnyCommand:
@@ -116,25 +124,18 @@ class Soak:
         steering.start()
         print(HEADER)
         try:
-            began, before, last = time.monotonic(), self._usage(), 1
+            began, before, last = time.monotonic(), usage_of(self.run), 1
             for target in range(self._every, self._steps, self._every):
                 until(lambda t=target: run.step() >= t or run.is_over(), f"step {target}", LONG)
                 if run.is_over():
                     break
-                now, usage, step = time.monotonic(), self._usage(), run.step()
+                now, usage, step = time.monotonic(), usage_of(self.run), run.step()
                 self._print(step, step - last, now - began, before, usage)
                 began, before, last = now, usage, step
             until(run.is_over, "the end of the run", LONG)
         finally:
             ended.set()
             steering.join()
-
-    def _usage(self) -> tuple[Usage, Usage]:
-        """Of the supervisor and of the rank."""
-        engine, ranks = self.run.engine(), self.run.ranks()
-        if engine is None or not ranks:
-            raise LostError(f"the run has ended: {self.run.log()[-600:]}")
-        return Usage.of(engine), Usage.of(ranks[0])
 
     def _print(
         self,

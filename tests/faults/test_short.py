@@ -5,12 +5,12 @@ import random
 import pytest
 
 from engine.protocol.commands import Checkpoint, Pause, Rollback, SetBeta
-from tests.e2e.lab import until
 from tests.faults.corruption import corrupt_everything
 from tests.faults.lab import WAIT, FaultRun
 from tests.faults.light import ENVIRONMENT, LightKills
 from tests.faults.points import LIGHT_POINTS, Point
 from tests.faults.table import Table
+from tests.waiting import until
 
 DAMAGES = 80
 """Do every so manieth of the damages."""

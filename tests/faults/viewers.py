@@ -38,7 +38,7 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.feed import Feed
 from tests.faults.kills import kill_app
 from tests.faults.lab import FaultRun, LostError
-from tests.faults.soak import Usage
+from tests.faults.soak import usage_of
 
 SHORTEST, LONGEST = 1.0, 15.0
 """Seconds that a viewer stays."""
@@ -165,12 +165,12 @@ class Watched:
         try:
             self._place(rank, others, viewers)
             time.sleep(WARM_UP)
-            began, before = time.time(), self._usage()
+            began, before = time.time(), usage_of(self.run)
             watchers = []
             while (left := began + seconds - time.time()) > 0:
                 time.sleep(min(left, 2.0))
                 watchers.append(self.run.watchers())
-            ended, after = time.time(), self._usage()
+            ended, after = time.time(), usage_of(self.run)
         finally:
             used = 0.0
             if viewers is not None:
@@ -208,12 +208,6 @@ class Watched:
         if len(times) < 2:
             raise LostError(f"{len(times)} steps in {ended - began:.0f} s")
         return (times[-1] - times[0]) / (len(times) - 1)
-
-    def _usage(self) -> tuple[Usage, Usage]:
-        engine, ranks = self.run.engine(), self.run.ranks()
-        if engine is None or not ranks:
-            raise LostError(f"the run has ended: {self.run.log()[-600:]}")
-        return Usage.of(engine), Usage.of(ranks[0])
 
     def end(self) -> None:
         """Stops the run and checks its session."""

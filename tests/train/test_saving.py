@@ -30,7 +30,7 @@ from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.manager import settings_digest
 from engine.train.rewards.source import RewardCallError
 from engine.train.worker import prepare
-from tests.train.supervisor_end import DEADLINE
+from tests.waiting import until
 
 METRICS = {"objective/scores": 1.0, "objective/kl": 0.5}
 
@@ -47,13 +47,6 @@ def trained(shared_run, supervisor, link):
     boundary.close()
     supervisor.peer.shutdown(socket.SHUT_RDWR)
     supervisor.listener.close()
-
-
-def until(condition):
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def save_three(run, boundary, supervisor, made_up):

@@ -2,7 +2,6 @@
 
 import json
 import stat
-import time
 
 import psutil
 import pytest
@@ -18,6 +17,7 @@ from engine.train.reports import trackers as reports
 from engine.train.reports.tracker_kinds import KINDS, Header, make_tracker
 from engine.train.reports.tracker_program import MAX_LOG
 from engine.train.reports.trackers import TrackerProcess, shown_config
+from tests.waiting import until
 
 MODULE = '''
 import json
@@ -138,10 +138,8 @@ def test_a_tracker_that_hangs_keeps_nothing_from_the_others_and_is_named_at_the_
     for step in (1, 2):
         trackers.step(step, {"objective/kl": 0.5}, [])
     file = session.trackers / "lines.jsonl"
-    deadline = time.monotonic() + 120
-    while not file.exists() or '2, {"objective/kl": 0.5}' not in file.read_text():
-        assert time.monotonic() < deadline, "the metrics of step 2 have not arrived"
-        time.sleep(0.05)
+    metrics = '2, {"objective/kl": 0.5}'
+    until(lambda: file.exists() and metrics in file.read_text(), "metrics of step 2")
     trackers.close()
     assert reported == [
         "my_trackers:Hangs did not finish in time: the last steps may be missing there"

@@ -212,7 +212,7 @@ def judge(session: SessionFolder) -> None:
 
 
 @pytest.fixture(scope="session")
-def frozen_folder(tmp_path_factory) -> Iterator[Path]:
+def root(tmp_path_factory) -> Iterator[Path]:
     """One folder for all tests that only read; fails if one of them has judged a response."""
     root = tmp_path_factory.mktemp("frozen") / "sessions"
     session = make_session(root)
@@ -220,11 +220,6 @@ def frozen_folder(tmp_path_factory) -> Iterator[Path]:
     judgements = session.labels_file.read_bytes()
     yield root
     assert session.labels_file.read_bytes() == judgements, "a test has changed what all share"
-
-
-@pytest.fixture
-def root(frozen_folder) -> Path:
-    return frozen_folder
 
 
 def conversation(index: int, turns: list[str], replies: list[str]) -> Sample:

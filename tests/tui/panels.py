@@ -39,8 +39,13 @@ def make_state(kl=6.0, **given):
     return state
 
 
+def lines_of(rows):
+    """The text of each row of pieces."""
+    return ["".join(piece for piece, _ in row) for row in rows]
+
+
 def text(panel, width=100, height=20):
-    return "\n".join("".join(piece for piece, _ in row) for row in panel.rows(width, height))
+    return "\n".join(lines_of(panel.rows(width, height)))
 
 
 def command(status, **given):

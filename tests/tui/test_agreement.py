@@ -30,7 +30,7 @@ from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.lines import Lines, row_width
 from tests.tui.conftest import NOW
-from tests.tui.panels import make_state
+from tests.tui.panels import lines_of, make_state
 
 STEPS = 24
 
@@ -108,7 +108,7 @@ def test_the_app_shows_it_above_a_full_page_in_80_columns(make_app, session):
         samples, state, cursor=0, count=PAGE, mode="text", full_screen=False, room=room
     )
     assert row_width(line) <= room
-    shown = "".join(words for words, _ in line)
+    (shown,) = lines_of([line])
     assert "by step▾   1/500" in shown and "agrees 50% of 37" in shown
 
 

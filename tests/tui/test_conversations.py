@@ -32,6 +32,7 @@ from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.table import Table
 from tests.judging import sample
 from tests.tui.conftest import freeze
+from tests.tui.panels import lines_of
 
 FIRST, REPLY, LAST = " It is slow.", "\nWhy is\nthat?\n", " It has no end."
 LENGTH = 7
@@ -52,7 +53,7 @@ def arrays(values=(0.1,) * LENGTH, before=3):
 
 
 def text(rows):
-    return ["".join(piece for piece, _ in row).rstrip() for row in rows]
+    return [line.rstrip() for line in lines_of(rows)]
 
 
 def response_lines(lines):

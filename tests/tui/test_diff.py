@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.samples.comparison import SIDE_BY_SIDE, ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.diff import (
     MAX_WORDS,
@@ -17,8 +16,8 @@ from rlhf_tui.widgets.samples.diff import (
     words_of,
 )
 from rlhf_tui.widgets.tones import TONES
-from rlhf_tui.widgets.wrap import wrap
 from tests.judging import sample
+from tests.tui.panels import lines_of
 
 few_words = st.lists(st.sampled_from("abcd"), max_size=14)
 any_text = st.text(st.one_of(st.sampled_from(" \n\tab字"), st.characters()), max_size=60)
@@ -33,10 +32,6 @@ def longest(a, b):
                 table[i][j] + 1 if one == other else max(table[i][j + 1], table[i + 1][j])
             )
     return table[-1][-1]
-
-
-def text(rows):
-    return ["".join(piece for piece, _ in row) for row in rows]
 
 
 def toned(rows, tone):
@@ -71,26 +66,14 @@ def test_every_word_is_drawn_once_and_no_line_is_too_long(words, width):
     every = set(range(len(words_of(words))))
     for own, tone in ((every, "mine"), (set(), "")):
         rows = marked_lines(words, own, "mine", width)
-        assert all(cell_len(line) <= width for line in text(rows))
+        assert all(cell_len(line) <= width for line in lines_of(rows))
         assert "".join(toned(rows, tone)) == "".join(words_of(words))
 
 
 def test_lines_stay_lines_and_long_words_are_broken():
     rows = marked_lines("one\n\n  two abcdefghij", {2}, "mine", 6)
-    assert text(rows) == ["one", "", "  two", "abcdef", "ghij"]
+    assert lines_of(rows) == ["one", "", "  two", "abcdef", "ghij"]
     assert toned(rows, "mine") == ["abcdef", "ghij"]
-
-
-@given(any_text, st.integers(2, 20))
-def test_no_line_of_a_text_is_too_long_and_nothing_is_lost(words, width):
-    lines = wrap(words, width)
-    assert all(cell_len(line) <= width for line in lines)
-    assert "".join("".join(lines).split()) == "".join(sanitise(words).split())
-
-
-def test_a_response_without_a_blank_is_wrapped_in_one_pass():
-    # Looked at from its end at each cut, one of this length would be at it for days.
-    assert wrap("!" * 100_000, 60) == ["!" * 60] * 1_666 + ["!" * 40]
 
 
 def answer(response):
@@ -105,9 +88,9 @@ def held(one, other, **given):
 
 def test_responses_are_side_by_side_where_there_is_room_and_below_each_other_elsewhere():
     one, other = "the film was good", "the film was dull"
-    wide = text(comparison(answer(one), held(one, other), SIDE_BY_SIDE))
+    wide = lines_of(comparison(answer(one), held(one, other), SIDE_BY_SIDE))
     assert any("good" in line and "dull" in line for line in wide)
-    narrow = text(comparison(answer(one), held(one, other), SIDE_BY_SIDE - 1))
+    narrow = lines_of(comparison(answer(one), held(one, other), SIDE_BY_SIDE - 1))
     assert not any("good" in line and "dull" in line for line in narrow)
     for lines in (wide, narrow):
         assert lines.index("PROMPT") > max(i for i, line in enumerate(lines) if "dull" in line)
@@ -129,7 +112,7 @@ def test_the_words_of_each_have_a_tone_of_their_own():
 @pytest.mark.parametrize("better", ["this", "other"])
 def test_the_preferred_one_is_marked_with_who_preferred_it(width, better):
     one, other = "the film was good", "the film was dull"
-    lines = text(comparison(answer(one), held(one, other, better=better, who="ana"), width))
+    lines = lines_of(comparison(answer(one), held(one, other, better=better, who="ana"), width))
     (line,) = [x for x in lines if "better" in x and "ana" in x]
     at = line.index("✓ better")
     assert (at >= width // 2) == (better == "other") or width < SIDE_BY_SIDE
@@ -142,5 +125,5 @@ def test_responses_of_any_length_keep_to_the_width():
     one = " ".join(rng.choice(["good", "字" * 40, "x"]) for _ in range(300))
     other = " ".join(rng.choice(["good", "dull", "x"]) for _ in range(10))
     for width in (58, 78, 100, 150):
-        lines = text(comparison(answer(one), held(one, other), width))
+        lines = lines_of(comparison(answer(one), held(one, other), width))
         assert all(cell_len(line) <= width for line in lines)

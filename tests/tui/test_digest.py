@@ -15,7 +15,7 @@ from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.preferences import Seen
 from rlhf_tui.widgets.lines import Lines
 from tests.tui.conftest import NOW
-from tests.tui.panels import command, make_state
+from tests.tui.panels import command, lines_of, make_state
 
 
 def shown(app):
@@ -24,7 +24,7 @@ def shown(app):
 
 
 def lines(state, seen):
-    return ["".join(piece for piece, _ in row) for row in digest(state, seen)]
+    return lines_of(digest(state, seen))
 
 
 def test_a_digest_lists_what_has_happened_since_the_last_visit():
@@ -32,8 +32,7 @@ def test_a_digest_lists_what_has_happened_since_the_last_visit():
     payload = AlertEvent(rule="kl", text="KL is high")
     alert = EventRow(event=9, time=900.0, attempt=1, step=40, kind="alert", payload=payload)
     state.take(SessionUpdate(events=[alert]))
-    rows = digest(state, Seen(time=500.0, step=20, event=3))
-    shown = "\n".join("".join(p for p, _ in row) for row in rows)
+    shown = "\n".join(lines(state, Seen(time=500.0, step=20, event=3)))
     assert "steps 20 → 50" in shown
     assert "KL is high" in shown
     assert "8m20s" in shown
@@ -49,8 +48,7 @@ def test_a_digest_has_what_is_new_although_the_clock_was_set_back():
     state.take(
         SessionUpdate(events=[alert(8, 5000.0, "it was seen"), alert(9, 900.0, "it is new")])
     )
-    rows = digest(state, Seen(time=4990.0, step=20, event=8))
-    shown = ["".join(p for p, _ in row) for row in rows]
+    shown = lines(state, Seen(time=4990.0, step=20, event=8))
     assert shown[0] == "the run is running"
     assert [line for line in shown if "it is new" in line or "it was seen" in line] == [
         "    40 ! kl: it is new"
@@ -68,9 +66,7 @@ def test_an_alert_is_in_the_digest_however_many_checkpoints_followed():
         )
         rows.append(event)
     state.take(SessionUpdate(events=rows))
-    shown = [
-        "".join(p for p, _ in row) for row in digest(state, Seen(time=500.0, step=20, event=3))
-    ]
+    shown = lines(state, Seen(time=500.0, step=20, event=3))
     assert any("KL is high" in line for line in shown)
     assert sum("▲ checkpoint" in line for line in shown) == 1
     assert "       and 17 earlier checkpoints" in shown
@@ -81,8 +77,7 @@ def test_a_digest_has_the_values_of_beta_and_the_means_of_what_is_measured():
     curves = {"objective/scores": [(s, float(s)) for s in range(1, 51)]}
     curves["objective/kl_coef"] = [(s, 0.1 if s < 45 else 0.3) for s in range(1, 51)]
     state.take(SessionUpdate(curves=curves))
-    rows = digest(state, Seen(time=500.0, step=40, event=3))
-    shown = ["".join(p for p, _ in row) for row in rows]
+    shown = lines(state, Seen(time=500.0, step=40, event=3))
     assert "  score 35.500 → 45.500" in shown
     assert "  beta  0.100 → 0.300" in shown
 

@@ -4,7 +4,6 @@ import asyncio
 import os
 import random
 import shutil
-import time
 
 import pytest
 
@@ -27,9 +26,9 @@ from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.status_lines import StatusLine
 from tests.tui.panels import text
+from tests.waiting import LONG, until
 
 NAMES = ("objective/scores", "objective/kl")
-DEADLINE = 60.0
 
 
 @pytest.fixture
@@ -51,13 +50,6 @@ def following(monkeypatch):
         feed.stop()
 
 
-def wait(condition):
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def session(session_maker, tmp_path):
     return session_maker(tmp_path / "s", "run", 20)
@@ -71,31 +63,31 @@ def report(step, score=1.0):
 
 def test_a_finished_session_is_read_whole(following, session):
     state, _ = following(session)
-    wait(lambda: len(state.series(NAMES[1])) == 20 and state.samples)
+    until(lambda: len(state.series(NAMES[1])) == 20 and state.samples)
     assert state.head.state == "finished"
     assert state.head.step == 20
 
 
 def test_each_new_step_comes_once(following, session):
     state, _ = following(session)
-    wait(lambda: len(state.series(NAMES[0])) == 20)
+    until(lambda: len(state.series(NAMES[0])) == 20)
     journal = JournalWriter(session)
     journal.begin_attempt(20, fresh=False)
     for step in range(21, 41):
         journal.record_step(report(step))
     journal.close()
-    wait(lambda: len(state.series(NAMES[0])) == 40)
+    until(lambda: len(state.series(NAMES[0])) == 40)
     assert list(state.series(NAMES[0]).steps) == list(range(1, 41))
 
 
 def test_another_timeline_replaces_the_curve_and_leaves_a_ghost(following, session):
     state, _ = following(session)
-    wait(lambda: len(state.series(NAMES[0])) == 20)
+    until(lambda: len(state.series(NAMES[0])) == 20)
     journal = JournalWriter(session)
     journal.begin_attempt(10, fresh=True)
     journal.record_step(report(11, score=-7.0))
     journal.close()
-    wait(lambda: state.series(NAMES[0]).last == -7.0 and state.past.get(NAMES[0]))
+    until(lambda: state.series(NAMES[0]).last == -7.0 and state.past.get(NAMES[0]))
     assert state.head.step == 11
     assert list(state.past[NAMES[0]][0].steps) == list(range(11, 21))
 
@@ -103,33 +95,33 @@ def test_another_timeline_replaces_the_curve_and_leaves_a_ghost(following, sessi
 def test_a_replaced_journal_is_read_anew(following, session, session_maker, tmp_path):
     other = session_maker(tmp_path / "t", "run", 7)
     state, _ = following(session)
-    wait(lambda: len(state.series(NAMES[0])) == 20)
+    until(lambda: len(state.series(NAMES[0])) == 20)
     for name in ("journal.db", "samples.db"):
         (other.folder / name).replace(session.folder / name)
-    wait(lambda: len(state.series(NAMES[0])) == 7)
+    until(lambda: len(state.series(NAMES[0])) == 7)
     assert state.head.step == 7
 
 
 def test_a_folder_that_is_gone_is_reported_and_its_return_is_noticed(following, session, tmp_path):
     state, _ = following(session)
-    wait(lambda: state.known and state.head.step == 20)
+    until(lambda: state.known and state.head.step == 20)
     shutil.move(session.folder, tmp_path / "away")
-    wait(lambda: "1 Sessions lists what is left" in text(StatusLine(state), 80))
+    until(lambda: "1 Sessions lists what is left" in text(StatusLine(state), 80))
     shutil.move(tmp_path / "away", session.folder)
-    wait(lambda: state.problem == "" and state.head.step == 20)
+    until(lambda: state.problem == "" and state.head.step == 20)
 
 
 def test_a_damaged_journal_is_reported(following, session):
     session.journal_file.write_bytes(random.Random(1).randbytes(8192))  # noqa: S311 - no secret
     state, _ = following(session)
-    wait(lambda: "journal" in state.problem)
+    until(lambda: "journal" in state.problem)
 
 
 def test_further_metrics_are_read_when_wanted(following, session):
     state, feed = following(session)
-    wait(lambda: state.known)
+    until(lambda: state.known)
     feed.want(["grad_norm"])
-    wait(lambda: len(state.series("grad_norm")) == 20)
+    until(lambda: len(state.series("grad_norm")) == 20)
 
 
 @pytest.mark.parametrize("written", [0, 2**33])  # long ago; before the clock was set back
@@ -138,10 +130,10 @@ def test_a_session_without_a_journal_is_starting_at_first_and_then_has_crashed(
 ):
     session.journal_file.unlink()
     state, _ = following(session)
-    wait(lambda: state.known)
+    until(lambda: state.known)
     assert state.head.state == "starting"
     os.utime(session.config_file, (written, written))
-    wait(lambda: state.head.state == "crashed")
+    until(lambda: state.head.state == "crashed")
 
 
 def test_files_that_have_no_tables_yet_are_read_once_they_have(session):
@@ -194,11 +186,11 @@ def test_many_checkpoints_do_not_push_out_notes_and_alerts(following, session):
     for step in range(2, 700):
         journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
     state, _ = following(session)
-    wait(lambda: any(e.step == 699 for e in state.events))
+    until(lambda: any(e.step == 699 for e in state.events))
     for step in range(700, 2700):
         journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
     journal.close()
-    wait(lambda: any(e.step == 2699 for e in state.events))
+    until(lambda: any(e.step == 2699 for e in state.events))
     assert {"note", "alert"} <= {m.kind for m in state.markers()}
 
 
@@ -307,18 +299,18 @@ def test_a_phase_is_shown_without_a_reading_of_the_journal(
     session, following, serving, monkeypatch
 ):
     async def test(server, journal):
-        monkeypatch.setattr(feeds, "IDLE", 2 * DEADLINE)
+        monkeypatch.setattr(feeds, "IDLE", 2 * LONG)
         state, _ = await asyncio.to_thread(following, session)
-        await asyncio.to_thread(wait, lambda: server.watchers and state.connected and state.known)
+        await asyncio.to_thread(until, lambda: server.watchers and state.connected and state.known)
         for name in ("generate", "score", "optimise"):
             if name == "optimise":  # what it reads as it connects, it has read by now
                 journal.record_step(report(21))
             phase = Phase(rank=0, step=21, name=name)
             server.send_to_watchers(phase)
-            await asyncio.to_thread(wait, lambda p=phase: state.phases == [p])
+            await asyncio.to_thread(until, lambda p=phase: state.phases == [p])
         assert state.head.step == 20
         server.notify_watchers()
-        await asyncio.to_thread(wait, lambda: state.head.step == 21)
+        await asyncio.to_thread(until, lambda: state.head.step == 21)
 
     serving(test)
 
@@ -332,8 +324,8 @@ def test_a_viewer_too_many_is_refused_with_the_reason_until_another_one_leaves(
         state, _ = await asyncio.to_thread(following, session)
         line = StatusLine(state)
         told = "0 viewers are connected already, the limit: close one of them"
-        await asyncio.to_thread(wait, lambda: told in text(line, width=80))
+        await asyncio.to_thread(until, lambda: told in text(line, width=80))
         monkeypatch.setattr(server_module, "MAX_WATCHERS", 1)
-        await asyncio.to_thread(wait, lambda: state.connected and told not in text(line, width=80))
+        await asyncio.to_thread(until, lambda: state.connected and told not in text(line, width=80))
 
     serving(test)

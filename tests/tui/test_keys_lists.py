@@ -22,30 +22,23 @@ from rlhf_tui.widgets.table import Table
 from tests.tui.screen import notices
 
 
+@contextlib.asynccontextmanager
+async def opened(app, running, until, key, count):
+    """The app on the screen of a key, whose table has so many rows."""
+    async with running(app) as pilot:
+        await pilot.press(key)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == count, "the table")
+        yield app, pilot
+
+
 @pytest.fixture
 def samples(make_app, running, until):
-    @contextlib.asynccontextmanager
-    async def open_samples():
-        app = make_app()
-        async with running(app) as pilot:
-            await pilot.press("3")
-            await until(pilot, lambda: app.screen.query_one(Table).count() == 500, "the table")
-            yield app, pilot
-
-    return open_samples
+    return lambda: opened(make_app(), running, until, "3", 500)
 
 
 @pytest.fixture
 def checkpoints(make_app, running, until):
-    @contextlib.asynccontextmanager
-    async def open_checkpoints():
-        app = make_app()
-        async with running(app) as pilot:
-            await pilot.press("4")
-            await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
-            yield app, pilot
-
-    return open_checkpoints
+    return lambda: opened(make_app(), running, until, "4", 4)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.panels.preview import PreviewNotes, PreviewSamples
 from rlhf_tui.widgets.table import Table
 from tests.tui.conftest import config_of
-from tests.tui.panels import make_state
+from tests.tui.panels import lines_of, make_state
 from tests.tui.screen import cells
 
 
@@ -64,7 +64,7 @@ def test_the_end_of_a_long_value_is_marked_as_cut():
     preview = SessionPreview("run", differences=[Difference("reward.model", path, None)])
     notes = PreviewNotes()
     notes.read(make_state(), preview)
-    shown = "".join(words for words, _ in notes.rows(100, 5)[2])
+    shown = lines_of(notes.rows(100, 5))[2]
     assert shown.startswith(" reward.model …") and "long-reward (off)" in shown
 
 

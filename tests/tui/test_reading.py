@@ -15,6 +15,7 @@ from rlhf_tui.widgets.samples.common_affixes import common_affixes
 from rlhf_tui.widgets.samples.heat import COLD, HEAT, UNDEFINED, HeatScale
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, VIEWS, body, token_rows
 from tests.judging import sample
+from tests.tui.panels import lines_of
 
 
 def arrays_of(*values):
@@ -25,10 +26,6 @@ def arrays_of(*values):
     )  # fmt: skip
 
 
-def text(rows):
-    return ["".join(piece for piece, _ in row) for row in rows]
-
-
 @pytest.mark.parametrize("mode", VIEWS[1:])
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_shown_as_such_before_the_largest(mode, odd):
@@ -36,13 +33,13 @@ def test_a_number_that_is_none_is_shown_as_such_before_the_largest(mode, odd):
     assert ("t1", UNDEFINED) in rows[2]
     assert [tone for piece, tone in rows[2] if piece in ("t0", "t2")].count(UNDEFINED) == 0
     title = EXTREMES.get(mode, f"largest {mode}")
-    first = text(rows)[text(rows).index(title) + 1]
+    first = lines_of(rows)[lines_of(rows).index(title) + 1]
     assert str(odd) in first
     assert "t1" in first
 
 
 def test_a_response_of_nothing_but_undefined_numbers_can_be_read():
-    assert "– … –" in text(token_rows(arrays_of(math.nan, math.nan), "value", 60))[1]
+    assert "– … –" in lines_of(token_rows(arrays_of(math.nan, math.nan), "value", 60))[1]
 
 
 def test_the_legend_has_the_tones_of_the_tokens():
@@ -67,7 +64,7 @@ def test_numbers_near_the_largest_there_are_can_be_read():
 def test_a_kl_that_is_undefined_is_no_zero():
     state = SessionState("run")
     state.take(SessionUpdate(samples=[sample(3, score=None, kl=None)]))
-    row = text(LatestSamplesPanel(state).rows(80, 5))[1]
+    row = lines_of(LatestSamplesPanel(state).rows(80, 5))[1]
     assert row.split()[:2] == ["–", "–"]
 
 
@@ -96,7 +93,7 @@ def test_the_newest_responses_show_what_was_asked():
     state = SessionState("run")
     rows = [sample(3, index=i, prompt=CHAT.format(a)) for i, a in enumerate(ASKED)]
     state.take(SessionUpdate(samples=rows))
-    shown = text(LatestSamplesPanel(state).rows(80, 5))[1:]
+    shown = lines_of(LatestSamplesPanel(state).rows(80, 5))[1:]
     assert [asked in line for asked, line in zip(ASKED, shown, strict=True)] == [True, True]
 
 
@@ -123,8 +120,8 @@ def test_responses_of_older_weights_say_of_which():
     for version, said in ((None, False), (2, False), (1, True)):
         row = sample(3, weights_version=version)
         state.take(SessionUpdate(samples=[row]))
-        shown = [*text(LatestSamplesPanel(state).rows(80, 5)), *text(body(row, None, VIEWS[0], 70))]
-        assert sum("weights of step 1" in line for line in shown) == 2 * said
+        rows = [*LatestSamplesPanel(state).rows(80, 5), *body(row, None, VIEWS[0], 70)]
+        assert sum("weights of step 1" in line for line in lines_of(rows)) == 2 * said
 
 
 def test_the_kl_of_an_earlier_step_is_not_shown_as_the_last_one_s():
@@ -132,18 +129,18 @@ def test_the_kl_of_an_earlier_step_is_not_shown_as_the_last_one_s():
     state = SessionState("run")
     head = SessionSummary("running", 2, 9, settings, "", [], 1, "box")
     state.take(SessionUpdate(head=head, curves={"objective/kl": [(1, 6.6), (2, None)]}))
-    kl = next(row for row in text(SteeringPanel(state).rows(100, 12)) if row.startswith(" KL"))
+    kl = next(row for row in lines_of(SteeringPanel(state).rows(100, 12)) if row.startswith(" KL"))
     assert kl.split() == ["KL", "–", "target", "6", "nats"]
 
 
 @pytest.mark.parametrize("mode", VIEWS[1:])
 def test_a_response_without_token_values_is_read_nevertheless_and_says_which_have_them(mode):
     row = sample(3, index=7, response="all of its words")
-    lines = text(body(row, None, mode, 70, [0, 1, 2, 5]))
+    lines = lines_of(body(row, None, mode, 70, [0, 1, 2, 5]))
     assert "all of its words" in lines
     assert "token values of #7 were not kept; kept are #0–2 #5 (log.arrays)" in lines
-    assert "are of this step" in " ".join(text(body(row, None, mode, 200, [])))
-    assert not any("kept" in line for line in text(body(row, None, mode, 60)))
+    assert "are of this step" in " ".join(lines_of(body(row, None, mode, 200, [])))
+    assert not any("kept" in line for line in lines_of(body(row, None, mode, 60)))
 
 
 def test_a_legend_that_is_too_wide_has_more_rows_and_keeps_the_largest_value():

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -34,10 +33,10 @@ from rlhf_tui.remote.source import LOG_BYTES, SessionSource
 from rlhf_tui.remote.ssh import COMMAND, Address, RemoteSession
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.status_lines import StatusLine
+from tests import waiting
 from tests.tui.screen import notices
 
 SCORE = "objective/scores"
-DEADLINE = 60.0
 
 # Runs the command on this machine; with -L it forwards a Unix socket, as OpenSSH does.
 SSH = """#!{python}
@@ -95,21 +94,6 @@ def ssh(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv(COMMAND, f"{sys.executable} -m rlhf_tui.cli")
-
-
-def wait(condition, what):
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
-def is_running(pid):
-    """Whether there is such a process that has not ended."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def seen(session):
@@ -261,7 +245,7 @@ def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path
             except LinkError:
                 return False  # ssh has not bound the socket yet
 
-        wait(answers, "the forwarded socket")
+        waiting.until(answers, "the forwarded socket")
     assert not Path(remote.root).exists()
     engine.server.close()
     engine.lock.release()
@@ -270,7 +254,7 @@ def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path
 def test_a_connection_whose_messages_cannot_be_used_is_ended(
     session_maker, tmp_path, ssh, monkeypatch
 ):
-    monkeypatch.setattr(remote_ssh, "RECONNECT", 2 * DEADLINE)
+    monkeypatch.setattr(remote_ssh, "RECONNECT", 2 * waiting.LONG)
     session_maker(tmp_path / "there", "run", 5)
     pid = tmp_path / "pid"
     program = tmp_path / "program"
@@ -279,15 +263,15 @@ def test_a_connection_whose_messages_cannot_be_used_is_ended(
     monkeypatch.setenv(COMMAND, f"exec {program}")
     arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
     with RemoteSession(Address("box", name="run"), arguments) as remote:
-        wait(lambda: pid.exists() and pid.read_text(), "the other machine's program")
-        wait(lambda: not is_running(int(pid.read_text())), "the end of ssh")
-        wait(lambda: remote.stale, "the reason")
+        waiting.until(lambda: pid.exists() and pid.read_text(), "the other machine's program")
+        waiting.until(lambda: not waiting.is_running(int(pid.read_text())), "the end of ssh")
+        waiting.until(lambda: remote.stale, "the reason")
         assert "connecting again: the other machine did not send a session" in remote.stale
 
     def has_ended():  # `close` waits for the thread, but not for ever
         return "remote session" not in [thread.name for thread in threading.enumerate()]
 
-    wait(has_ended, "the end of the thread")
+    waiting.until(has_ended, "the end of the thread")
 
 
 def test_a_copy_that_cannot_be_written_any_more_says_so_until_it_can(
@@ -301,12 +285,12 @@ def test_a_copy_that_cannot_be_written_any_more_says_so_until_it_can(
         copy = SessionFolder(remote.root / remote.name)
         copy.lock_file.mkdir()
         engine = StandInEngine(session)
-        wait(lambda: remote.stale, "the reason")
+        waiting.until(lambda: remote.stale, "the reason")
         assert remote.stale.endswith(
             f"connecting again: cannot lock {copy.lock_file}: Is a directory"
         )
         copy.lock_file.rmdir()
-        wait(lambda: not remote.stale, "the next connection")
+        waiting.until(lambda: not remote.stale, "the next connection")
         assert copy.is_live()
     engine.server.close()
     engine.lock.release()

@@ -1,7 +1,6 @@
 """Commands are sent in order, and keys know what those on their way will do."""
 
 import threading
-import time
 
 import pytest
 
@@ -10,8 +9,7 @@ from engine.protocol.commands import Checkpoint, Pause, SetBeta, Undo
 from engine.session.folder import SessionFolder
 from rlhf_tui.state import command_sender
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
-
-DEADLINE = 60.0
+from tests.waiting import until
 
 
 def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
@@ -31,10 +29,7 @@ def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
     for command in (Checkpoint(), Undo()):
         session = SessionFolder(root / "frozen")
         sender.send(OutgoingCommand(session, command, "it", replies.append))
-    end = time.monotonic() + DEADLINE
-    while len(replies) < 4:
-        assert time.monotonic() < end, replies
-        time.sleep(0.01)
+    until(lambda: len(replies) == 4, "replies")
     assert engine == [Checkpoint(), Undo()]
     assert sum(r.reply.status == "applied" for r in replies) == 2
 
@@ -54,10 +49,7 @@ def test_whatever_goes_wrong_in_sending_is_reported_and_the_next_command_is_sent
     sender = CommandSender("me")
     for command in (Checkpoint(), Undo()):
         sender.send(OutgoingCommand(SessionFolder(root / "frozen"), command, "it", replies.append))
-    end = time.monotonic() + DEADLINE
-    while len(replies) < 3:
-        assert time.monotonic() < end, replies
-        time.sleep(0.01)
+    until(lambda: len(replies) == 3, "replies")
     assert replies[0].problem == "KeyError: 'what nobody has thought of'"
     assert engine == [Undo()]
 

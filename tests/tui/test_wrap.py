@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.table import fitted
 from rlhf_tui.widgets.wrap import wrap, wrap_row
@@ -30,11 +31,19 @@ def test_lines_of_code_keep_their_indentation():
     assert wrap("x\n" + " " * 30 + "abc def", 8) == ["x", "    abc", "def"]
 
 
-@given(text=st.text("ab 界\n", max_size=60), width=st.integers(2, 40))
+@given(
+    text=st.text(st.one_of(st.sampled_from(" \n\tab字"), st.characters()), max_size=60),
+    width=st.integers(2, 40),
+)
 def test_no_line_of_a_text_is_too_wide_and_no_word_is_lost(text, width):
     broken = wrap(text, width)
     assert all(cell_len(line) <= width for line in broken)
-    assert "".join(broken).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+    assert "".join("".join(broken).split()) == "".join(sanitise(text).split())
+
+
+def test_a_text_without_a_blank_is_wrapped_in_one_pass():
+    # Looked at from its end at each cut, one of this length would be at it for days.
+    assert wrap("!" * 100_000, 60) == ["!" * 60] * 1_666 + ["!" * 40]
 
 
 def test_a_word_keeps_its_tone():

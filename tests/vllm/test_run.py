@@ -8,9 +8,10 @@ import psutil
 import pytest
 
 from engine.session.checkpoints import checkpoint_path
-from tests.e2e.lab import Lab, processes, until
+from tests.e2e.lab import Lab, processes
 from tests.faults.lab import HOOKS
 from tests.vllm.conftest import PYTHON
+from tests.waiting import until
 
 STEPS = 6
 LIMIT = 900.0

@@ -3,6 +3,7 @@
 from textual.app import ComposeResult
 from textual.containers import Container
 
+from rlhf_tui.state.preferences import names_of
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.charts.chart import Chart
@@ -39,7 +40,7 @@ class ChartGrid(Container):
             yield self._chart(spec)
 
     def _chart(self, spec: str) -> Chart:
-        names = [n.strip() for n in spec.split(" + ")]
+        names = names_of(spec)
         return Chart(names, self.state, self.view, log=names[0] in self.log_metrics)
 
     @property
