@@ -19,7 +19,9 @@ TRUNCATE_JOURNAL = (
     "DELETE FROM events WHERE id > (SELECT max(id) FROM events WHERE kind = 'checkpoint' "
     "AND step = :step) AND (kind IN ('attempt', 'ready', 'state', 'error') "
     "OR (kind = 'alert' AND json_extract(data, '$.rule') = 'restart'))",
-    "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
+    # A note keeps its command, also one after the checkpoint's step or on an abandoned branch.
+    "DELETE FROM commands WHERE (live = 0 OR applied_step IS NULL OR applied_step > :step) "
+    "AND id NOT IN (SELECT ifnull(json_extract(data, '$.id'), '') FROM events WHERE kind = 'note')",
     "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason', 'deadline', "
     "'exit_code', 'total_steps', 'best_metric')",
     "UPDATE meta SET value = json_quote('starting') WHERE key = 'state'",

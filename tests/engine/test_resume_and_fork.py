@@ -38,6 +38,7 @@ from engine.launch.start_checkpoints import (
 from engine.launch.start_options import StartOptions
 from engine.session.checkpoints import checkpoint_path
 from engine.supervisor.serve import supervise
+from engine.verification.verify import verify
 
 
 def test_a_run_resumes_from_the_last_complete_checkpoint_of_its_timeline(writer):
@@ -308,6 +309,21 @@ def test_a_fork_has_its_checkpoint_once_if_several_attempts_saved_that_step(writ
     child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
     with JournalReader(child) as reader:
         assert [(c.step, c.attempt) for c in reader.checkpoints()] == [(2, 3)]
+
+
+def test_a_fork_has_the_notes_up_to_its_step_and_no_others(writer):
+    for step in (1, 2, 3):
+        writer.steps(step)
+        if step == 2:
+            writer.checkpoint(2)
+        writer.order(f"note-{step}", "note", text=f"after step {step}")
+        writer.journal.commands.apply(f"note-{step}", step + 1, [])
+    child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    with JournalReader(child) as reader:
+        notes = [event.payload.text for event in reader.events() if event.kind == "note"]
+        assert notes == ["after step 1", "after step 2"]
+        assert [command.id for command in reader.commands()] == ["note-1", "note-2"]
+    assert not [found for found in verify(child).findings if found.level == "problem"]
 
 
 def test_a_fork_can_begin_with_an_averaged_policy_and_remembers_that_it_did(writer):
