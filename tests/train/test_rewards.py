@@ -393,10 +393,10 @@ def test_the_other_ranks_report_while_a_source_of_rank_0_does(inputs, monkeypatc
     reports = {True: [], False: []}
     for is_lead, reported in reports.items():
         source = WeightedReward(1.0, RunsOn.RANK_0, slow if is_lead else None)
-        scores, _ = RewardMix({"slow": source}, Ranks(is_lead))(
+        scores = RewardMix({"slow": source}, Ranks(is_lead))(
             inputs, lambda *progress, to=reported: to.append(progress)
         )
-        assert scores.tolist() == [1.0] * len(inputs)
+        assert scores.total.tolist() == [1.0] * len(inputs)
     assert len(reports[False]) == len(reports[True]) == 5
     assert not sent
 
