@@ -7,11 +7,11 @@ import threading
 import pytest
 
 from engine.errors import CommandRejectedError
-from engine.train import concurrent_calls
 from engine.train.environment.environments import checked_reply
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
 from engine.train.step import train_step
+from engine.train.user_code import concurrent_calls
 from tests.train.arithmetic import CHAT
 from tests.train.repeating import respond
 
@@ -27,9 +27,13 @@ WRONG = {
         "def reply(self, text):\n        return '\\ud83d'",
         "UnicodeEncodeError",
     ),
-    "is async": (
-        "async def reply(self, text): ...",
-        r"Wrong\.reply must not be async: it is called in a thread of its own",
+    "raises in a coroutine": (
+        "async def reply(self, text):\n        raise ValueError('no')",
+        "ValueError: no at wrong_raises_in_a_coroutine_[18].py:3",
+    ),
+    "exits in a coroutine": (
+        "async def reply(self, text):\n        raise SystemExit(3)",
+        "SystemExit",
     ),
     "cannot reply": ("def answer(self, text):\n        return None", "no method reply"),
     "needs a column": (
@@ -223,16 +227,23 @@ def test_an_environment_that_takes_long_is_told_while_it_is_waited_for(
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
-@pytest.mark.parametrize("where", ["__init__(self)", "reply(self, text)"])
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("def __init__(self)", "end.wait()"),
+        ("def reply(self, text)", "end.wait()"),
+        ("async def reply(self, text)", "await asyncio.to_thread(end.wait)"),
+    ],
+)
 def test_a_call_that_does_not_return_in_time_is_told_with_where_it_is(
-    make_run, tmp_path, where, concurrency
+    make_run, tmp_path, where, call, concurrency
 ):
-    name = f"hanging_{where[2]}_{concurrency}"
+    name = f"hanging_{where.partition('(')[0].replace(' ', '_')}_{concurrency}"
     corrected = "class Hanging:\n    def reply(self, text):\n        return None\n"
     (tmp_path / f"{name}.py").write_text(
-        "import threading\nend = threading.Event()\n"
+        "import asyncio, threading\nend = threading.Event()\n"
         + corrected
-        + f"    def {where}:\n        end.wait()  # here\n"
+        + f"    {where}:\n        {call}  # here\n"
     )
     run, _ = make_run(
         f"environment.factory={name}:Hanging", f"environment.path={tmp_path}",
@@ -244,7 +255,7 @@ def test_a_call_that_does_not_return_in_time_is_told_with_where_it_is(
         with pytest.raises(RewardCallError, match=limit) as raised:
             respond(run)
         assert str(raised.value).startswith(f"environment '{name}:Hanging' at ")
-        assert "end.wait()  # here" in raised.value.trace
+        assert f"{call}  # here" in raised.value.trace
         assert "call_each" not in raised.value.trace
     finally:
         sys.modules[name].end.set()

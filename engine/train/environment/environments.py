@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,7 +11,6 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.errors import LinkError, UserInputError, error_text, shortened
 from engine.examined import examined
-from engine.train.concurrent_calls import CallTimeoutError, call_each
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.distributed.ranks import RankGroup
@@ -21,8 +19,10 @@ from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.calls import SHOWN_MESSAGE
 from engine.train.rewards.scores import shown
 from engine.train.rewards.source import RewardCallError
-from engine.train.user_errors import user_line, user_traceback_text
-from engine.train.user_function import UserFunction
+from engine.train.user_code.concurrent_calls import CallTimeoutError, call_each
+from engine.train.user_code.coroutines import result_of
+from engine.train.user_code.errors import user_line, user_traceback_text
+from engine.train.user_code.function import UserFunction
 
 log = logging.getLogger("engine")
 
@@ -110,7 +110,8 @@ class Environments:
                 return None
             prompt = prompts[i]
             text = prompt.text if prompt.messages is None else copy.deepcopy(prompt.messages)
-            made = factory.call({"seed": seeds[i]} | copy.deepcopy(prompt.row) | {"prompt": text})
+            given = {"seed": seeds[i]} | copy.deepcopy(prompt.row) | {"prompt": text}
+            made = result_of(factory.call(given))
             for method in self._methods:
                 _check_method(made, method)
             return made
@@ -155,7 +156,7 @@ class Environments:
             if self._tools is not None and (calls := self._tools.calls(turns[i])):
                 return self._tools.answers(calls, environments[i])
             method = getattr(environments[i], "reply", None)
-            return None if method is None else self._messages(method(turns[i]))
+            return None if method is None else self._messages(result_of(method(turns[i])))
 
         def run(waits: Callable[[], None]) -> None:
             for i, replied in enumerate(self._each(reply, turns, waits, when)):
@@ -256,15 +257,10 @@ class Environments:
 
 
 def _check_method(environment: object, name: str) -> None:
-    """Raises TypeError unless an environment has a method that can be called in a thread."""
-    kind = type(environment).__name__
-    if inspect.iscoroutine(environment):
-        environment.close()  # otherwise Python warns that it was never awaited
-    method = getattr(environment, name, None)
-    if not callable(method):
+    """Raises TypeError unless an environment has a method."""
+    if not callable(getattr(environment, name, None)):
+        kind = type(environment).__name__
         raise TypeError(f"it made {kind}, which has no method {name}")
-    if inspect.iscoroutinefunction(method):
-        raise TypeError(f"{kind}.{name} must not be async: it is called in a thread of its own")
 
 
 def checked_reply(value: Any) -> Reply:

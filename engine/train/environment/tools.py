@@ -1,6 +1,5 @@
 """Tools: functions of the user's that the policy calls in its turns."""
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,8 @@ from engine.config.sections.environment import EnvironmentConfig
 from engine.errors import UserInputError, encodable, error_text, first_line, shortened
 from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tool_calls import ToolCall, find_calls
-from engine.train.user_function import UserFunction
+from engine.train.user_code.coroutines import result_of
+from engine.train.user_code.function import UserFunction
 
 LONGEST_ERROR = 500
 """Most characters of an error that the policy reads."""
@@ -86,10 +86,6 @@ class Tools:
             described = getattr(factory, source, None)
             if not callable(described):
                 raise UserInputError(f"{key}: environment.factory has no method {source}")
-        if inspect.iscoroutinefunction(described):
-            raise UserInputError(
-                f"{key}: '{source}' is a coroutine function; tools are called in threads"
-            )
         try:
             schema = get_json_schema(described)
         except Exception as error:  # what a docstring or a hint can be is for transformers to say
@@ -142,7 +138,7 @@ class Tools:
             known = ", ".join(self._functions)
             raise ToolCallError(f"there is no tool '{call.name}'; the tools are {known}")
         function = self._functions[call.name] or getattr(environment, call.name)
-        result = function(**(call.arguments or {}))
+        result = result_of(function(**(call.arguments or {})))
         if not isinstance(result, str):
             result = json.dumps(result, ensure_ascii=False, default=str)
         return plain_text(result)

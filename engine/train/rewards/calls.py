@@ -7,7 +7,6 @@ import torch
 
 from engine.errors import LinkError, RewardError, error_text, shortened
 from engine.progress import ReportProgress
-from engine.train.concurrent_calls import CallTimeoutError
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import (
@@ -17,7 +16,8 @@ from engine.train.rewards.source import (
     RewardInputs,
     Score,
 )
-from engine.train.user_errors import user_line, user_traceback_text
+from engine.train.user_code.concurrent_calls import CallTimeoutError
+from engine.train.user_code.errors import user_line, user_traceback_text
 
 FIRST_DELAY = 1.0
 """Seconds before the first retry; doubled for each further one."""

@@ -5,10 +5,11 @@ import logging
 from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError
 from engine.progress import ReportProgress
-from engine.train.concurrent_calls import call_each
 from engine.train.rewards.scores import shown
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
-from engine.train.user_function import UserFunction
+from engine.train.user_code.concurrent_calls import call_each
+from engine.train.user_code.coroutines import result_of
+from engine.train.user_code.function import UserFunction
 
 log = logging.getLogger("engine")
 
@@ -60,7 +61,7 @@ class EnvironmentReward:
 
         Its text is here for the description of an error, which looks for it in the traceback.
         """
-        score: Score = getattr(environment, self._method)()
+        score: Score = result_of(getattr(environment, self._method)())
         return score
 
 

@@ -1,8 +1,6 @@
 """Reward source: a Python function."""
 
-import asyncio
 import copy
-import inspect
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +11,8 @@ from torch import Tensor
 from engine.config.sections.reward import RewardSource
 from engine.progress import ReportProgress
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
-from engine.train.user_function import UserFunction
+from engine.train.user_code.coroutines import result_of
+from engine.train.user_code.function import UserFunction
 
 
 class FunctionReward:
@@ -47,9 +46,7 @@ class FunctionReward:
         return scores
 
     def _scores(self, inputs: RewardInputs) -> list[Score]:
-        scores = self._function.call(self._arguments(inputs))
-        if inspect.isawaitable(scores):
-            scores = asyncio.run(_awaited(scores))
+        scores = result_of(self._function.call(self._arguments(inputs)))
         if isinstance(scores, Tensor | np.ndarray):
             return list(scores.tolist()) if scores.ndim else [scores.item()]
         # Anything else is refused by the check of the scores, which says what it is.
@@ -75,10 +72,6 @@ class FunctionReward:
             "completion_ids": [list(ids) for ids in inputs.ids],
             "trainer_state": SimpleNamespace(global_step=inputs.step),
         }
-
-
-async def _awaited(awaitable: Any) -> Any:
-    return await awaitable
 
 
 def _load(source: RewardSource, context: LoadContext) -> FunctionReward:

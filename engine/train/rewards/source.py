@@ -20,7 +20,7 @@ from engine.train.data.prompts import PromptBatch, plain_conversation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rollout.conversation import Turns
 from engine.train.rollout.rollout import Rollout
-from engine.train.user_function import UserFunction
+from engine.train.user_code.function import UserFunction
 
 Score = float | list[float] | None
 """What a source returns for a response: a number; a number for each turn of the policy, the sum of

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from engine.train.user_function import forks_ended
+from engine.train.user_code.coroutines import stack_of_awaited
+from engine.train.user_code.function import forks_ended
 
 LONG_CALL = 60.0
 """Seconds after which a call that has not returned is told."""
@@ -111,6 +112,8 @@ def call_each(
 
 def _stack_of(thread: int) -> str:
     """Where a call is, as the lines of a traceback, the innermost last."""
+    if awaited := stack_of_awaited(thread):
+        return awaited
     if (frame := sys._current_frames().get(thread)) is None:  # it has just returned
         return ""
     stack = traceback.extract_stack(frame)

@@ -16,7 +16,7 @@ import torch
 from engine.errors import UserInputError, error_text
 from engine.launch.parent_death import let_children_be_terminated
 from engine.session.file_signature import FileSignature, file_signature
-from engine.train.user_errors import user_line
+from engine.train.user_code.errors import user_line
 
 STANDARD_LIBRARY = (sysconfig.get_path("stdlib"), sysconfig.get_path("stdlib") + "/lib-dynload")
 """Its folders on the import path: of modules in Python, and of those in C."""

@@ -1,0 +1,1 @@
+"""Calls what a user wrote: reward functions, environments and tools."""
