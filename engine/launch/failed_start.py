@@ -57,7 +57,10 @@ def remove_failed_start(session: SessionFolder) -> None:
     Raises:
         SessionError: the session belongs to another user.
     """
-    if not session.folder.exists() or not is_failed_start(session):
+    if not session.folder.exists():
+        return
+    session.wait_for_killed_engine()
+    if not is_failed_start(session):
         return
     held = session.acquire()
     try:

@@ -207,7 +207,7 @@ class SessionFolder:
             return True
 
     def acquire(self, advice: str | None = None) -> lock.SessionLock:
-        """Locks the session for one engine. Waits, within limits, for one that was killed.
+        """Locks the session for one engine, once one that was killed has ended.
 
         Args:
             advice: what the message tells the user to do if another engine holds the lock; by
@@ -218,19 +218,28 @@ class SessionFolder:
             SessionError: the session belongs to another user.
         """
         self.check_owner()
-        deadline = time.monotonic() + ENDING
-        while True:
-            with contextlib.suppress(SessionLockedError):
-                return lock.SessionLock(self.lock_file)
+        self.wait_for_killed_engine()
+        try:
+            return lock.SessionLock(self.lock_file)
+        except SessionLockedError:
             engine = self.engine()
-            if engine and engine.is_ending() and time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
             holder = f"pid {engine.pid} on {engine.host}" if engine else "another process"
             raise SessionLockedError(
                 f"session '{self.name}' already has an engine ({holder}); "
                 + (advice or f"see: {self.command('status')}")
-            )
+            ) from None
+
+    def wait_for_killed_engine(self) -> None:
+        """Waits, at most :data:`ENDING` seconds, until an engine that was killed has ended.
+
+        Raises:
+            SessionError: the lock cannot be tested.
+        """
+        deadline = time.monotonic() + ENDING
+        while self.is_live() and (engine := self.engine()) and engine.is_ending():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
 
     def delete(self, held: lock.SessionLock) -> None:
         """Deletes the session with all its files, and releases its lock.

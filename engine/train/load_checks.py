@@ -188,6 +188,8 @@ def check_replies(run: Run) -> None:
                 "environment.tools: the chat template says nothing about tools; use a model that "
                 "was trained to call them, or give data.chat_template"
             )
+    if prompt.messages is None:  # text, which a reply continues as it is
+        return
     for role in {"tool"} if environment.tools else {environment.role}:
         reply = [{"role": role, "name": "tool", "content": "A reply"}]
         tokens = ReplyTokens(run.config, run.tokenizer)(prompt, reply, last=-1)

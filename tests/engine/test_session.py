@@ -1,5 +1,6 @@
 """Sessions: their names, owners, engines and states, and the list of live ones."""
 
+import contextlib
 import errno
 import json
 import os
@@ -302,13 +303,28 @@ ctypes.CDLL(None).pthread_exit(None)
 """
 
 
-def test_a_start_waits_for_the_lock_of_an_engine_that_was_killed(make_session):
-    made = make_session()
+@contextlib.contextmanager
+def killed_engine(session):
+    """An engine that was killed and holds the session's lock for another second."""
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED, made.folder], stdout=subprocess.PIPE
+        [sys.executable, "-c", KILLED, session.folder], stdout=subprocess.PIPE
     ) as engine:
         assert engine.stdout.readline() == b"killed\n"
+        yield
+
+
+def test_a_resume_waits_for_the_lock_of_an_engine_that_was_killed(make_session):
+    made = make_session()
+    with killed_engine(made):
         made.acquire().release()
+
+
+def test_a_start_waits_for_the_lock_of_a_start_that_was_killed(make_session):
+    made = make_session()
+    with contextlib.closing(JournalWriter(made)) as journal:
+        journal.begin_attempt(0, fresh=False)
+    with killed_engine(made):
+        start.create_session(made.folder.parent, made.name, "run", made.config())
 
 
 @pytest.mark.parametrize(

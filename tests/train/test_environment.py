@@ -22,6 +22,7 @@ from engine.train.rollout.backend import generate_responses
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import max_response_tokens, max_sequence_tokens
 from engine.train.step import train_step
+from tests.e2e.lab import OLD_SESSIONS
 from tests.train.arithmetic import CHAT
 from tests.train.repeating import ENVIRONMENT, SCORED, STOPS, Repeating, conversations, respond
 
@@ -45,6 +46,13 @@ def test_a_response_is_the_turns_of_the_policy_with_replies_between_them(make_ru
         )
         assert turns.environment.heard == [m["content"] for m in turns.messages[::2]]
     assert len(counts) > 1, "the responses must differ in their number of turns"
+
+
+def test_text_needs_no_template_that_shows_replies(make_run):
+    """Also if the tokenizer cannot write them: this one knows a few words in lower case."""
+    of_few_words = OLD_SESSIONS / "policy"
+    run, _ = make_run(*ENVIRONMENT, STOPS, f"model.policy={of_few_words}", "model.value=shared")
+    assert respond(run).conversation is not None
 
 
 def test_recorded_log_probabilities_are_those_of_the_whole_conversation(make_run):
