@@ -27,9 +27,6 @@ QUANTISED = {"none": 0.0, "nf4": 0.5625}
 """Bytes per 4-bit weight, including scales of blocks of 64; 0 for weights in `model.dtype`."""
 SAMPLING = 6
 """float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sampling.sample`."""
-SCORES = 3
-"""float32 tensors (n, heads, L, L) alive at once where attention has no fused kernel: measured 2 to
-4, depending on the architecture."""
 LAZY = 80_000_000
 """Bytes of torch's code and buffers that a CPU rank first uses in its first step."""
 LAZY_BFLOAT16 = 80_000_000
@@ -194,7 +191,8 @@ class _Estimator:
         config = self._config.reward
         rows, length = min(config.batch_size, self._rows), min(config.max_tokens, self._length)
         for shape in self._models.rewards:
-            passing = forward_activations(shape, rows, length, self._reward_width, masked=True)
+            masked = shape.needs_mask(length) or not shape.ignores_padding
+            passing = forward_activations(shape, rows, length, self._reward_width, masked=masked)
             found["activations"] = max(found["activations"], passing)
             found["gathered"] = max(found["gathered"], self._gathered(shape, self._reward_width))
         return found | self._states()
@@ -352,9 +350,9 @@ def forward_activations(shape: Shape, rows: int, length: int, width: int, *, mas
     """Bytes of a forward pass without gradients: the residual stream and one layer's tensors.
 
     With a mask also its L×L per row, as bool and in the compute dtype. Without a fused kernel also
-    :data:`SCORES` of L×L per row and head.
+    float32 tensors of L×L per row and head, of which :attr:`Shape.score_tensors` are alive at once.
     """
     h, a, i = shape.hidden, shape.attention, shape.intermediate
     mask = rows * length**2 * (1 + width) if masked else 0
-    scores = SCORES * MASTER * rows * length**2 * shape.score_heads
+    scores = shape.score_tensors * MASTER * rows * length**2 * shape.score_heads
     return rows * length * (2 * MASTER * h + width * max(h + 3 * i, 2 * h + 6 * a)) + mask + scores

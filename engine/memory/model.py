@@ -56,6 +56,12 @@ class Shape(Struct, frozen=True, kw_only=True):
     """Heads whose attention scores, L×L per row, are in memory; 0 with a fused kernel."""
     capped_scores: bool = False
     """Whether these scores have a soft cap."""
+    score_tensors: int = 3
+    """float32 tensors of these scores that are alive at once in a forward pass: measured 2 to 3 for
+    most architectures."""
+    ignores_padding: bool = False
+    """Whether it is a classifier whose score does not change with padding at the end, so that it
+    gets no mask for it."""
 
     def needs_mask(self, length: int) -> bool:
         """Whether causal attention over `length` positions without padding needs a mask."""

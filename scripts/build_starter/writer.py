@@ -13,12 +13,15 @@ import random
 import re
 import time
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+
+from engine.train.models.language_model import cache_name
 
 from .openings import FILM_OPENINGS, PRODUCT_OPENINGS
 from .recipes import DOMAINS, EXAMPLES, FREE_STARTS, KINDS, SENTIMENT_WEIGHTS, Domain, Request
@@ -89,7 +92,8 @@ class Writer:
         ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
         forced = [self.tokenizer(o, add_special_tokens=False).input_ids for o in openings]
         cache = DynamicCache(config=self.model.config)
-        out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cached = {cache_name(signature(self.model.forward).parameters): cache, "use_cache": True}
+        out = self.model(ids, logits_to_keep=1, **cached)
         cache.batch_repeat_interleave(len(openings))
         logits = out.logits[:, -1].expand(len(openings), -1)  # [rows, vocabulary]
         rows = list(range(len(openings)))
@@ -111,7 +115,7 @@ class Writer:
                 index = torch.tensor(keep)
                 cache.batch_select_indices(index)
                 tokens, rows = tokens[index], [rows[k] for k in keep]
-            step_out = self.model(tokens[:, None], past_key_values=cache, use_cache=True)
+            step_out = self.model(tokens[:, None], **cached)
             logits = step_out.logits[:, -1]
         return [self.tokenizer.decode(w, skip_special_tokens=True).strip() for w in written]
 

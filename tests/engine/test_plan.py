@@ -93,6 +93,20 @@ def test_a_setting_that_takes_more_memory_has_a_larger_estimate(less, more):
         assert one(less, layout=layout).peak < one(more, layout=layout).peak
 
 
+def test_scoring_has_a_mask_only_if_the_reward_model_reads_padding():
+    reads = models()
+    (reward,) = reads.rewards
+    ignores = msgspec.structs.replace(
+        reads, rewards=[msgspec.structs.replace(reward, ignores_padding=True)]
+    )
+    found = [
+        estimate(config(), m, Layout()).phases["score"]["activations"] for m in (reads, ignores)
+    ]
+    length = min(config().reward.max_tokens, 100 + config().rollout.max_new_tokens)
+    rows = min(config().reward.batch_size, config().rollout.batch_size)
+    assert found[0] - found[1] == rows * length**2 * (1 + 4)
+
+
 def test_on_a_cpu_frozen_models_take_memory_only_while_they_are_read():
     phases = one(layout=Layout()).phases
     assert [name for name, parts in phases.items() if "reward" in parts] == ["load", "score"]

@@ -1,20 +1,25 @@
 """Model shapes that are read from a configuration match the model built from it."""
 
 import json
+import weakref
 from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
     BloomConfig,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
     GPTJConfig,
+    GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -24,7 +29,7 @@ from transformers import (
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
-from engine.memory.estimate import estimate, kept_for_backward
+from engine.memory.estimate import estimate, forward_activations, kept_for_backward
 from engine.memory.model import Layout
 from engine.protocol.rank_messages import Placed
 from engine.train.models.memory_check import check_memory, facts
@@ -54,6 +59,9 @@ UNFUSED = {
     ),
 }  # fmt: skip
 """Models with tensors of length × length although nothing is padded."""
+GPT_OSS = GptOssConfig(
+    num_hidden_layers=3, head_dim=16, num_local_experts=2, num_experts_per_tok=1, **GROUPED
+)
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
@@ -125,12 +133,63 @@ def test_tensors_of_length_times_length_are_counted_as_autograd_saves_them(kind,
     assert kept * 0.95 <= formula <= kept * 2.3
 
 
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors at one time that operations have made."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._alive = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [k for k in [*UNFUSED, "gpt-oss"] if k != "llama4"])
+def test_scores_of_a_forward_pass_are_counted_where_no_kernel_is_fused(kind, dtype, tmp_path):
+    config, width = (UNFUSED | {"gpt-oss": GPT_OSS})[kind], 4 if dtype == "float32" else 2
+    shape = shape_from(config, tmp_path)
+    peak = of_length_squared(lambda length: forward_peak(config, dtype, 2, length))
+    formula = of_length_squared(
+        lambda length: forward_activations(shape, 2, length, width, masked=shape.needs_mask(length))
+    )
+    assert peak * 0.95 <= formula <= peak * 2
+
+
+def test_padding_is_ignored_by_classifiers_on_decoders(tmp_path):
+    encoder = BertConfig(num_hidden_layers=3, **SIZES, pad_token_id=0)
+    ignores = [
+        shape_from(c, tmp_path / c.model_type, AutoModelForSequenceClassification).ignores_padding
+        for c in (CONFIGS["llama"], encoder)
+    ]
+    assert ignores == [True, False]
+
+
 def test_eager_attention_is_counted_if_it_is_configured(tmp_path):
     shape_from(CONFIGS["llama"], tmp_path)
     name, kind = str(tmp_path), AutoModelForCausalLM
     eager = shape_of(name, "model.policy", kind, ReadOptions(attn_implementation="eager"))
     fused = shape_of(name, "model.policy", kind)
     assert (eager.score_heads, fused.score_heads) == (4, 0)
+
+
+def forward_peak(config, dtype, rows, length):
+    """The most bytes of tensors at one time in a forward pass without gradients."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.ones(rows, length, dtype=torch.int64)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    kernels = sdpa_kernel(SDPBackend.MATH) if config.model_type == "falcon" else nullcontext()
+    with torch.no_grad(), half, kernels, PeakMemory() as memory:
+        model(input_ids=ids, logits_to_keep=1, use_cache=False)
+    return memory.peak
 
 
 def autograd_keeps(config, dtype, rows, length):

@@ -33,6 +33,10 @@ from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pr
 MAX_PROMPT_FILE = 20_000_000
 """In bytes. For larger files `data.max_prompt_tokens` is used instead of the longest prompt."""
 
+MANY_SCORE_TENSORS = {"bloom": 5, "gpt_oss": 5}
+"""Architecture → :attr:`Shape.score_tensors`, where it is more than for others: BLOOM adds the bias
+of positions and the mask to its scores, gpt-oss a column, and a bfloat16 copy becomes float32."""
+
 
 def main() -> None:
     """Reads one configuration and prints the result."""
@@ -141,7 +145,19 @@ def _shape(model: Any, config: Any, *, eager: bool = False) -> Shape:
         window=_window(config),
         score_heads=heads if eager or _shares_keys_without_kernel(config) else 0,
         capped_scores=getattr(config, "attn_logit_softcapping", None) is not None,
+        score_tensors=MANY_SCORE_TENSORS.get(config.model_type, 3),
+        ignores_padding=is_classifier_on_decoder(model),
     )
+
+
+def is_classifier_on_decoder(model: Any) -> bool:
+    """Whether a model is one of transformers' classifiers on the last token of a decoder.
+
+    Those do not read padding at the end, unless the decoder attends to what follows a token. One
+    with custom code may find the last token by the mask.
+    """
+    own = type(model).__module__.startswith("transformers.")
+    return own and isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def _window(config: Any) -> int | None:

@@ -7,8 +7,8 @@ mask. Without one, attention is computed by faster kernels, which skip what is n
 from typing import Any
 
 import torch
-from torch import nn
 
+from engine.train.models.shapes import is_classifier_on_decoder
 from engine.train.rewards.encoding import RewardEncoding
 
 LENGTHS = (16, 2, 3, 5)
@@ -25,8 +25,7 @@ by about 1."""
 def reads_padding(model: Any, encoding: RewardEncoding, label: int, device: torch.device) -> bool:
     """Whether a classifier's scores would change if it got no mask for padding at the end.
 
-    True without trying if it is not one of transformers' classifiers on a decoder: one with custom
-    code may find the last token by the mask.
+    True without trying if it is not one of transformers' classifiers on a decoder.
 
     Args:
         model: the classifier, with its weights in place.
@@ -34,8 +33,7 @@ def reads_padding(model: Any, encoding: RewardEncoding, label: int, device: torc
         label: which logit is the score.
         device: of the model.
     """
-    own = type(model).__module__.startswith("transformers.")
-    if not own or not isinstance(getattr(model, "score", None), nn.Linear):
+    if not is_classifier_on_decoder(model):
         return True
     rows = range(len(LENGTHS))
     encoded = encoding.random_rows(LENGTHS)
