@@ -23,6 +23,7 @@ from benchmarks.gpu import (
     decoding,
     low_precision,
     numerics,
+    variants,
     weights_transfer,
     whole_runs,
 )
@@ -36,6 +37,9 @@ IN_PROCESS: dict[str, Part] = {
     "QLoRA": low_precision.four_bit_weights,
     "sampling": numerics.sampled_distribution,
     "decoding": decoding.same_tokens,
+    "conversations": variants.conversations,
+    "variants": variants.variants,
+    "reward masks": variants.reward_masks,
     "architectures": architectures.architectures,
     "FSDP2": whole_runs.sharded_on_one,
     # Last: liger replaces an architecture's rotary embeddings for the whole process.
@@ -49,6 +53,7 @@ OTHER_PROCESSES: dict[str, Part] = {
 WHOLE_RUNS: dict[str, Part] = {
     "starter": whole_runs.starter_learns,
     "kill and resume": whole_runs.killed_and_resumed,
+    "two ranks": whole_runs.two_ranks,
     "planner": whole_runs.planner,
 }
 """Parts that start programs and wait for them: they run beside those in this process."""

@@ -19,6 +19,7 @@ from engine.train.experience.generation import generate_rollout
 from engine.train.load import load_run
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.reward_scales import fit_scales
+from engine.train.rollout.conversation import Conversation
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.sampling import sample
 from engine.train.run import Run
@@ -50,32 +51,50 @@ def starter_run(target: Target, device: torch.device, *overrides: str) -> Run:
 
 def moved(rollout: Rollout, device: torch.device) -> Rollout:
     """A rollout with all its tensors on another device."""
-    changed: dict[str, Any] = {
-        f.name: value.to(device)
-        for f in fields(rollout)
-        if isinstance(value := getattr(rollout, f.name), Tensor)
-    }
+    changed = _tensors_on(rollout, device)
+    if rollout.conversation is not None:
+        there = _tensors_on(rollout.conversation, device)
+        changed["conversation"] = replace(rollout.conversation, **there)
     return replace(rollout, batch=rollout.batch.to(device), **changed)
+
+
+def _tensors_on(holder: Rollout | Conversation, device: torch.device) -> dict[str, Any]:
+    return {
+        f.name: value.to(device)
+        for f in fields(holder)
+        if isinstance(value := getattr(holder, f.name), Tensor)
+    }
 
 
 def recorded_step(target: Target) -> Iterator[Finding]:
     """A step on a recorded rollout has the CPU's numbers, in float32."""
-    on_cpu = starter_run(target, torch.device("cpu"), "model.dtype=float32")
+    yield from step_as_on_cpu(target, "")
+
+
+def step_as_on_cpu(target: Target, name: str, *overrides: str) -> Iterator[Finding]:
+    """A step with some keys, on a rollout of the CPU, has the CPU's numbers, in float32.
+
+    `name` is that of the keys, for the findings.
+    """
+    of = f" with {name}" if name else ""
+    on_cpu = starter_run(target, torch.device("cpu"), "model.dtype=float32", *overrides)
     rollout = generate_rollout(on_cpu, 1)
     expected, _ = train_step(on_cpu, 1, recorded=rollout)
-    on_gpu = starter_run(target, target.device, "model.dtype=float32")
+    on_gpu = starter_run(target, target.device, "model.dtype=float32", *overrides)
     devices = {p.device.type for p in on_gpu.policy.parameters()}
-    yield Finding("the policy is on the GPU", devices == {"cuda"}, ", ".join(sorted(devices)))
+    yield Finding(f"the policy{of} is on the GPU", devices == {"cuda"}, ", ".join(sorted(devices)))
     found, _ = train_step(on_gpu, 1, recorded=moved(rollout, target.device))
-    worst, name = 0.0, ""
+    worst, metric = 0.0, ""
     for key, value in expected.items():
         if not key.startswith(("time/", "perf/")):
             gap = abs(found[key] - value) / max(abs(value), SMALLEST)
-            worst, name = max((worst, name), (gap, key))
-    yield below(f"metrics of a step, GPU and CPU ({name} differs most)", worst, STEP_TOLERANCE)
+            worst, metric = max((worst, metric), (gap, key))
+    yield below(
+        f"metrics of a step{of}, GPU and CPU ({metric} differs most)", worst, STEP_TOLERANCE
+    )
     there = score(on_gpu, moved(rollout, target.device))
     gap = float((there.cpu() - score(on_cpu, rollout)).abs().max())
-    yield below("log-probabilities after the step, GPU and CPU", gap, 1e-3, " nats")
+    yield below(f"log-probabilities after the step{of}, GPU and CPU", gap, 1e-3, " nats")
 
 
 def score(run: Run, rollout: Rollout) -> Tensor:

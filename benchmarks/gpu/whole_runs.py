@@ -133,15 +133,35 @@ def killed_and_resumed(target: Target) -> Iterator[Finding]:
     )  # fmt: skip
     code, output = finish(start(target, "killed", "resume"))
     yield Finding("resumed", code == 0, last_line(output))
-    expected, found = metrics(target, "undisturbed"), metrics(target, "killed")
+    yield same_metrics(target, "undisturbed", "killed", "resumed and undisturbed")
+
+
+def same_metrics(target: Target, one: str, other: str, what: str) -> Finding:
+    """A finding that two sessions have the same metrics; `what` are the two in words."""
+    expected, found = metrics(target, one), metrics(target, other)
     worst, name = 0.0, ""
     for metric, series in expected.items():
         for step, value in series.items():
-            other = found.get(metric, {}).get(step, math.nan)
-            gap = abs(other - value) / max(abs(value), 0.1)
+            gap = abs(found.get(metric, {}).get(step, math.nan) - value) / max(abs(value), 0.1)
             gap = math.inf if math.isnan(gap) else gap
             worst, name = max((worst, name), (gap, f"{metric} of step {step}"))
-    yield below(f"resumed and undisturbed ({name} differs most)", worst, RESUMED_TOLERANCE)
+    return below(f"{what} ({name} differs most)", worst, RESUMED_TOLERANCE)
+
+
+def two_ranks(target: Target) -> Iterator[Finding]:
+    """Two ranks, replicated and sharded, have the metrics of one; on GPUs over NCCL."""
+    if target.real and torch.cuda.device_count() < 2:
+        yield Finding("two ranks", passed=True, measured="need two GPUs")
+        return
+    size = ["--steps", "2", *options(["model.dtype=float32", "launch.threads=1"])]
+    alone = start(target, "alone", "demo", *size, *options(["launch.processes=1"]))
+    code, output = finish(alone)
+    yield Finding("one rank", code == 0, last_line(output))
+    for strategy in ("ddp", "fsdp"):
+        keys = options(["launch.processes=2", f"parallel.strategy={strategy}"])
+        code, output = finish(start(target, strategy, "demo", *size, *keys))
+        yield Finding(f"two ranks, {strategy}", code == 0, last_line(output))
+        yield same_metrics(target, "alone", strategy, f"two ranks and one, {strategy}")
 
 
 def out_of_memory(target: Target) -> Iterator[Finding]:

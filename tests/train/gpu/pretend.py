@@ -388,7 +388,7 @@ def pretend_gpu():
         mock.patch.object(torch, "get_autocast_dtype", lambda kind: dtype_of(host(kind))),
         mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", grouped),
         # As in torch's CPU build: that for CUDA would look for a driver.
-        mock.patch("torch.accelerator.current_accelerator", lambda **_: None),
+        mock.patch("torch.accelerator.current_accelerator", lambda *_, **__: None),
         mock.patch("torch.accelerator.synchronize", lambda *_: None),
         # accelerate keeps the first device that it finds for the whole process.
         mock.patch.dict("accelerate.state.PartialState._shared_state", clear=True),

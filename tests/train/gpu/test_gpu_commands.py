@@ -21,7 +21,7 @@ def findings_of(part, folder):
         return list(run_parts({"part": part}, Target(GPU, False, folder)))
 
 
-LONG = ("decoding", "bfloat16", "8-bit moments", "architectures")
+LONG = ("decoding", "bfloat16", "8-bit moments", "architectures", "conversations", "variants")
 """Parts of ten seconds and more; what they compute has tests of its own."""
 
 
