@@ -1,4 +1,6 @@
-"""What a person reads on the app's screen."""
+"""What a person reads on the app's screen, and opens there."""
+
+from tests.tui.conftest import wait_until
 
 
 def notices(app):
@@ -9,3 +11,9 @@ def notices(app):
 def cells(table, index):
     """A table row's cells, as in a terminal in which all columns have room."""
     return [text.strip() for text, _ in table.row(index, 200)[1::2]]
+
+
+async def press_for(pilot, screen, *keys):
+    """Presses keys and waits for the screen or dialog that they open."""
+    await pilot.press(*keys)
+    await wait_until(pilot, lambda: isinstance(pilot.app.screen, screen), screen.__name__)

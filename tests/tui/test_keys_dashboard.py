@@ -10,7 +10,7 @@ from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.table import Table
-from tests.tui.screen import notices
+from tests.tui.screen import notices, press_for
 
 
 async def test_the_crosshair_moves(make_app, running):
@@ -140,8 +140,7 @@ async def test_esc_goes_out_one_level_at_a_time(make_app, running):
 async def test_metrics_are_picked_and_remembered(make_app, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("m")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "m")
         await pilot.press(*"grad_norm", "tab", "enter")
         await until(pilot, lambda: len(app.screen.query(Chart)) == 5)
         assert app.preferences.charts[-1] == "grad_norm"
@@ -153,8 +152,7 @@ async def test_the_picker_shows_the_newest_values_of_metrics_without_a_chart_too
 ):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("m")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "m")
         assert "grad_norm" not in app.state.curves
         await pilot.press(*"grad")
         await until(pilot, lambda: all(option.value for option in app.screen.options))
@@ -168,8 +166,7 @@ async def test_the_picker_shows_the_newest_values_of_metrics_without_a_chart_too
 async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_app, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("m")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "m")
         await pilot.press(*"grad_norm", "shift+tab", "enter")
         await until(pilot, lambda: len(app.screen.query_one(ChartGrid).charts[3].names) == 2)
         assert app.preferences.charts[-1] == "objective/kl_coef + grad_norm"
@@ -182,8 +179,7 @@ async def test_what_shares_a_chart_can_be_taken_out_of_it(make_app, running, unt
     app = make_app()
     app.preferences.charts = ["objective/scores + objective/kl", "grad_norm"]
     async with running(app) as pilot:
-        await pilot.press("m")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "m")
         assert app.screen.marked == [["objective/scores", "objective/kl"], ["grad_norm"]]
         await pilot.press(*"scores", "tab", "enter")
         await until(pilot, lambda: not isinstance(app.screen, PickerDialog))
@@ -237,8 +233,7 @@ async def test_another_session_s_curves_are_laid_beside(
     session_maker(tmp_path / "two", "other", 30)
     app = make_app(root=tmp_path / "two")
     async with running(app) as pilot:
-        await pilot.press("O")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "O")
         await pilot.press("enter")
         await until(pilot, lambda: "other" in app.view.others)
         chart = app.screen.query_one(ChartGrid).charts[0]

@@ -19,7 +19,7 @@ from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.table import Table
-from tests.tui.screen import notices
+from tests.tui.screen import notices, press_for
 
 FINISHED = Path(__file__).parents[1] / "data" / "sessions-0.1.0" / "sessions" / "finished"
 """A whole session, checkpoints and all."""
@@ -41,8 +41,7 @@ async def test_a_digest_does_not_take_a_key_that_is_meant_for_the_screen(make_ap
         await until(pilot, lambda: app.current_mode == "dashboard")
         app.push_screen(DigestDialog("run since you left", [[("steps 1 → 9", "strong")]]))
         await until(pilot, lambda: isinstance(app.screen, DigestDialog))
-        await pilot.press("question_mark")
-        await until(pilot, lambda: isinstance(app.screen, HelpDialog))
+        await press_for(pilot, HelpDialog, "question_mark")
         await pilot.press("escape")
         assert not isinstance(app.screen, DigestDialog)
 
@@ -113,8 +112,7 @@ async def test_leaving_detaches_and_says_how_to_come_back(
 async def test_escape_and_q_at_once_leave_a_dialog_and_the_app(make_app, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("question_mark")
-        await until(pilot, lambda: isinstance(app.screen, HelpDialog))
+        await press_for(pilot, HelpDialog, "question_mark")
         await pilot.press("alt+q")  # as a terminal sends them
         await until(pilot, lambda: not app.is_running)
 
@@ -131,8 +129,7 @@ async def test_a_finished_session_is_left_without_a_word(make_app, running, unti
 async def test_help_lists_every_binding_that_has_words(make_app, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("question_mark")
-        await until(pilot, lambda: isinstance(app.screen, HelpDialog))
+        await press_for(pilot, HelpDialog, "question_mark")
         text = app.screen.query_one(ScrollText).text()
         for words in (
             "pause",
@@ -151,8 +148,7 @@ async def test_the_help_of_every_screen_fits_its_two_columns(make_app, running, 
     app = make_app()
     async with running(app, size=(120, 40)) as pilot:
         for key in "12345":
-            await pilot.press(key, "question_mark")
-            await until(pilot, lambda: isinstance(app.screen, HelpDialog))
+            await press_for(pilot, HelpDialog, key, "question_mark")
             groups = help_groups(app.screen_stack[-2])
             left = stacked({n: g for n, g in groups.items() if n != "Everywhere"})
             assert max(map(row_width, left)) < COLUMN
@@ -266,8 +262,7 @@ async def test_the_last_line_of_our_own_command_is_shown(make_app, tmp_path, run
 @pytest.mark.parametrize("key", ["d", "n"])
 async def test_deleting_and_starting_ask_and_cancel_has_the_focus(browser, key, until):
     async with browser() as (app, pilot):
-        await pilot.press(key)
-        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
+        await press_for(pilot, ChoiceDialog, key)
         await pilot.press("enter")
         await until(pilot, lambda: len(app.screen_stack) == 1)
         assert app.ran == []

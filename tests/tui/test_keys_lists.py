@@ -19,7 +19,7 @@ from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
 from rlhf_tui.widgets.table import Table
-from tests.tui.screen import notices
+from tests.tui.screen import notices, press_for
 
 
 @contextlib.asynccontextmanager
@@ -69,8 +69,7 @@ async def test_a_narrow_terminal_has_the_numbers_of_checkpoints_and_which_is_the
 
 async def cancel_roll_back(app, pilot, until):
     """Asks for a roll back to the second checkpoint, and cancels by the button with the focus."""
-    await pilot.press("j", "r")
-    await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
+    await press_for(pilot, ChoiceDialog, "j", "r")
     await pilot.press("enter")
     await until(pilot, lambda: len(app.screen_stack) == 1)
 
@@ -119,8 +118,7 @@ async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
 @pytest.mark.parametrize("key", ["slash", "f"])
 async def test_a_filter_narrows_the_table_and_esc_takes_it_away(samples, key, until):
     async with samples() as (app, pilot):
-        await pilot.press(key)
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, InputDialog, key)
         await pilot.press(*"score>2 kl<8", "enter")
         await until(
             pilot,
@@ -221,9 +219,8 @@ async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
 async def test_a_roll_back_that_is_confirmed_after_the_run_has_ended_resumes_it(
     checkpoints, engine, ran, monkeypatch, until
 ):
-    async with checkpoints() as (app, pilot):
-        await pilot.press("j", "r")
-        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
+    async with checkpoints() as (_app, pilot):
+        await press_for(pilot, ChoiceDialog, "j", "r")
         monkeypatch.setattr(SessionFolder, "is_live", lambda self: False)
         await pilot.press("r")
         await until(pilot, lambda: ran)
@@ -232,9 +229,8 @@ async def test_a_roll_back_that_is_confirmed_after_the_run_has_ended_resumes_it(
 
 
 async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(checkpoints, ran, until):
-    async with checkpoints() as (app, pilot):
-        await pilot.press("r")
-        await until(pilot, lambda: isinstance(app.screen, FormDialog))
+    async with checkpoints() as (_app, pilot):
+        await press_for(pilot, FormDialog, "r")
         await pilot.press(*"train.steps=400", "enter")
         await until(pilot, lambda: ran)
         more = ["-o", "train.steps=400", "--detach"]
@@ -249,9 +245,8 @@ async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(check
     ],
 )
 async def test_branch_and_export_run_our_own_commands(checkpoints, ran, key, typed, words, until):
-    async with checkpoints() as (app, pilot):
-        await pilot.press(key)
-        await until(pilot, lambda: isinstance(app.screen, Dialog))
+    async with checkpoints() as (_app, pilot):
+        await press_for(pilot, Dialog, key)
         await pilot.press(*typed, "enter")
         await until(pilot, lambda: ran)
         assert ran[0][: len(words)] == words
@@ -263,8 +258,7 @@ async def test_the_log_is_searched(make_app, running, until):
         await pilot.press("5")
         view = app.screen.query_one("#log")
         await until(pilot, lambda: view.count() == 303)
-        await pilot.press("slash")
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, InputDialog, "slash")
         await pilot.press(*"step 29", "enter")
         await until(pilot, lambda: view.matching == "step 29")
         found = []

@@ -14,7 +14,7 @@ from rlhf_tui.screens import base, sessions
 from rlhf_tui.state import command_sender
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.table import Table
-from tests.tui.screen import cells, notices
+from tests.tui.screen import cells, notices, press_for
 
 STEPS = 3
 
@@ -110,8 +110,7 @@ async def test_a_dialog_names_the_run_that_it_acts_on(
     two_runs, engine, addressed, keys, kind, title, command, until
 ):
     async with two_runs() as (app, pilot):
-        await pilot.press(keys[0])
-        await until(pilot, lambda: isinstance(app.screen, kind))
+        await press_for(pilot, kind, keys[0])
         assert app.screen.heading == title
         await pilot.press(*keys[1:])
         await until(pilot, lambda: engine == [command])
@@ -183,8 +182,7 @@ async def test_a_run_whose_lock_cannot_be_looked_at_is_not_steered_and_says_why(
     lock = session.acquire()
     session.write_engine("nowhere", "1")
     async with two_runs() as (app, pilot):
-        await pilot.press("w", *"hi")
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, InputDialog, "w", *"hi")
         lock.release()
         session.lock_file.unlink()
         session.lock_file.symlink_to(session.lock_file)

@@ -19,7 +19,7 @@ from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.scroll_list import THUMB, TRACK, ScrollText
 from rlhf_tui.widgets.table import Table
 from tests.engine.demo_config import demo
-from tests.tui.screen import notices
+from tests.tui.screen import notices, press_for
 
 
 async def test_p_pauses(make_app, engine, running, until):
@@ -83,8 +83,7 @@ async def test_nudges_add_up(make_app, engine, running, until):
 async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("b")
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, InputDialog, "b")
         await until(pilot, lambda: app.screen.query("#effect"))
         effect = app.screen.query_one("#effect")
         await until(pilot, lambda: effect.text().strip() == "unchanged")
@@ -100,8 +99,7 @@ async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, 
 async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("b")
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, InputDialog, "b")
         await pilot.press(*"-3", "enter")
         assert isinstance(app.screen, InputDialog)
         effect = app.screen.query_one("#effect")
@@ -142,10 +140,8 @@ HIGH = "clip_range_high"
 async def test_e_sets_any_setting(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("e")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
-        await pilot.press(*"learning", "enter")
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, PickerDialog, "e")
+        await press_for(pilot, InputDialog, *"learning", "enter")
         await pilot.press(*"1e-4", "enter")
         await until(pilot, lambda: engine == [steering.SetSetting(key="learning_rate", value=1e-4)])
 
@@ -159,11 +155,9 @@ async def test_e_takes_the_value_with_the_name_as_the_command_line_does(
 ):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("e")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "e")
         app.screen.query_one("#search").value = typed
-        await pilot.press("enter")
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, InputDialog, "enter")
         assert app.screen.query_one("#field").value == "1e-4"
         await pilot.press("enter")
         await until(pilot, lambda: engine == [steering.SetSetting(key="learning_rate", value=1e-4)])
@@ -178,10 +172,8 @@ async def test_enter_takes_the_setting_that_fits_best_or_the_one_that_was_moved_
 ):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("e")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
-        await pilot.press(*keys)
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, PickerDialog, "e")
+        await press_for(pilot, InputDialog, *keys)
         await pilot.press("enter")
         await until(pilot, lambda: engine == [steering.SetSetting(key=key, value=0.3)])
 
@@ -190,8 +182,7 @@ async def test_enter_takes_the_setting_that_fits_best_or_the_one_that_was_moved_
 async def test_a_misspelled_setting_shows_those_with_similar_names(make_app, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("e")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "e")
         await pilot.press(*"entropi")
         await until(pilot, lambda: app.screen.query_one(Table).key == "entropy_coef")
         assert "no match; these names are similar" in app.screen.query_one("#keys").text()
@@ -206,8 +197,7 @@ async def test_a_misspelled_setting_shows_those_with_similar_names(make_app, run
 async def test_a_list_longer_than_the_terminal_has_a_scroll_bar(make_app, running, until):
     app = make_app()
     async with running(app, (80, 24)) as pilot:
-        await pilot.press("e")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "e")
         table = app.screen.query_one(Table)
         await until(pilot, lambda: table.size.height > 0)
         shown = [row[-1][0] for row in table.rows(table.size.width, table.size.height)]
@@ -223,8 +213,7 @@ async def test_a_controller_typed_with_its_name_is_set_not_switched(
 ):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("e")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "e")
         app.screen.query_one("#search").value = f"controller={value}"
         await pilot.press("enter")
         footer = app.screen_stack[0].query_one(KeyFooter)
@@ -244,8 +233,7 @@ async def test_stop_asks_and_the_safe_answer_has_the_focus(
 ):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("S")
-        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
+        await press_for(pilot, ChoiceDialog, "S")
         await pilot.press(*keys)
         await until(pilot, lambda: not isinstance(app.screen, ChoiceDialog))
         await until(pilot, lambda: engine == sent)
@@ -254,8 +242,7 @@ async def test_stop_asks_and_the_safe_answer_has_the_focus(
 async def test_w_writes_a_note(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("w")
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await press_for(pilot, InputDialog, "w")
         assert "enter add" in list(app.screen.query(MessageLine))[-1].text()
         await pilot.press(*"odd", "enter")
         await until(pilot, lambda: engine == [steering.Note(text="odd")])
@@ -274,17 +261,14 @@ async def test_responses_to_a_probe_wait_until_nobody_types_into_a_dialog(make_a
         await until(pilot, lambda: "probe: applied" in footer.text())
         await pilot.press(*"odd")
         assert app.screen.query_one("#field").value == "odd"
-        await pilot.press("escape")
-        await until(pilot, lambda: isinstance(app.screen, ProbeDialog))
+        await press_for(pilot, ProbeDialog, "escape")
 
 
 async def test_x_probes_and_shows_both_responses(make_app, engine, running, until):
     app = make_app()
     async with running(app) as pilot:
-        await pilot.press("x")
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
-        await pilot.press(*"hello", "enter")
-        await until(pilot, lambda: isinstance(app.screen, ProbeDialog), "the answers")
+        await press_for(pilot, InputDialog, "x")
+        await press_for(pilot, ProbeDialog, *"hello", "enter")
         await until(pilot, lambda: app.screen.query_one(ScrollText).size.width > 0)
         text = app.screen.query_one(ScrollText).text()
         assert "policy says" in text

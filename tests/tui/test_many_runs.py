@@ -21,7 +21,7 @@ from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.lines import Lines
 from rlhf_tui.widgets.table import Table
 from tests.tui.conftest import config_of
-from tests.tui.screen import cells, notices
+from tests.tui.screen import cells, notices, press_for
 
 KL = "objective/kl"
 NOW = 1_700_003_600.0
@@ -104,8 +104,7 @@ def test_a_list_is_filtered_by_words_or_by_a_regular_expression(query, found):
 async def test_all_runs_that_match_are_overlaid_and_aligned(runs, running, until, queries):
     app = RlhfApp(runs, "base", now=lambda: NOW, follow=False)
     async with running(app) as pilot:
-        await pilot.press("O")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "O")
         await pilot.press(*"clip-[12]", "ctrl+a", "enter")
         await until(pilot, lambda: set(app.view.others) == {"clip-1", "clip-2"})
         chart = app.screen.query_one(ChartGrid).charts[0]
@@ -120,8 +119,7 @@ async def test_all_runs_that_match_are_overlaid_and_aligned(runs, running, until
         await pilot.press("g", "left", "right", "n", "plus", "0")
         made = [query for name, query in queries if name == threading.current_thread().name]
         assert made == []  # a key only paints; the thread that reads the journal may be at work
-        await pilot.press("O")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "O")
         await pilot.press("ctrl+a", "enter")
         await until(pilot, lambda: not app.view.others)
 
@@ -134,8 +132,7 @@ async def test_long_names_are_told_apart_in_the_list_of_runs_to_overlay(
         session_maker(root, name, 1)
     app = RlhfApp(root, "base", now=lambda: NOW, follow=False)
     async with running(app, (80, 24)) as pilot:
-        await pilot.press("O")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "O")
         first, second = (line.split() for line in app.screen.query_one(Table).text().splitlines())
         assert (first[-1][-3:], second[-1][-3:]) == ("x-1", "x-2")
         assert len(first[-1]) > 40
@@ -208,8 +205,7 @@ async def test_any_metric_is_listed_drawn_and_sorted_by(browser, running, until)
     app = make()
     async with running(app) as pilot:
         table = await listed(pilot, app)
-        await pilot.press("i")
-        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        await press_for(pilot, PickerDialog, "i")
         await pilot.press(*"entropy", "enter")
         await until(pilot, lambda: "entropy" in table.text().splitlines()[0])
         titles = [column.title for column in table.columns]

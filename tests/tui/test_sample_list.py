@@ -17,7 +17,7 @@ from rlhf_tui.widgets.scroll_list import ScrollText, thumb
 from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS, judgements
 from tests.tui.conftest import sample_of
-from tests.tui.screen import notices
+from tests.tui.screen import notices, press_for
 from tests.tui.test_comparing import beside, pairs, reference
 from tests.variants import some_of
 
@@ -197,16 +197,13 @@ async def test_the_responses_to_one_prompt_are_listed_by_step(samples, judged, u
 async def test_probes_are_found_again_with_their_prompts(samples, judged, until):
     reference(judged)
     async with samples() as (app, pilot):
-        await pilot.press("P")
-        await until(pilot, lambda: isinstance(app.screen, ProbePicker))
-        await pilot.press(*"watched", "enter")
-        await until(pilot, lambda: isinstance(app.screen, ProbeDialog))
+        await press_for(pilot, ProbePicker, "P")
+        await press_for(pilot, ProbeDialog, *"watched", "enter")
         await until(pilot, lambda: app.screen.query_one(ScrollText).size.width > 0)
         shown = app.screen.query_one(ScrollText).text()
         assert "I watched this one with" in shown
         assert "the reference's words" in shown
-        await pilot.press("escape")
-        await until(pilot, lambda: isinstance(app.screen, ProbePicker))
+        await press_for(pilot, ProbePicker, "escape")
         await pilot.press("escape")
         assert len(app.screen_stack) == 1
         assert not notices(app)
