@@ -48,7 +48,8 @@ SELECT json_extract(result, '$.reference'), applied_step FROM commands
 WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
 """
 RAISED_ALERTS = """
-SELECT events.step, json_extract(data, '$.rule') FROM events
+SELECT events.step, json_extract(data, '$.rule'),
+    coalesce(json_extract(data, '$.began'), events.step) FROM events
 JOIN steps ON steps.step = events.step AND steps.attempt = events.attempt
 WHERE kind = 'alert' AND json_extract(data, '$.metric') IS NOT NULL
 """
@@ -349,12 +350,14 @@ class JournalReader:
         rows = self._db.rows(REWARD_CHANGES, (REWARD_CHANGED,))
         return [step for (step,) in rows]
 
-    def raised_alerts(self) -> dict[int, set[str]]:
-        """The rules of guard rails that raised an alert, by step of the current timeline."""
-        rows = self._db.rows(RAISED_ALERTS)
-        raised: dict[int, set[str]] = {}
-        for step, rule in rows:
-            raised.setdefault(step, set()).add(rule)
+    def raised_alerts(self) -> dict[int, dict[str, int]]:
+        """The alerts of guard rails, by step of the current timeline and rule.
+
+        The value is the step of the rule's first alert since its condition had last cleared.
+        """
+        raised: dict[int, dict[str, int]] = {}
+        for step, rule, began in self._db.rows(RAISED_ALERTS):
+            raised.setdefault(step, {})[rule] = began
         return raised
 
     def last_alert(self) -> EventRow | None:

@@ -119,6 +119,9 @@ class Alert:
     """What to do, in one line; empty if the rule has none."""
     count: int = 0
     """Number of the alert among those of its rule in the run, from 1; 0 if no rule raised it."""
+    began: int = 0
+    """The step of the first of these alerts since the condition last cleared; 0 if no rule raised
+    it."""
 
     @property
     def cause(self) -> str:
@@ -134,6 +137,8 @@ class Alert:
             data["advice"] = self.advice
         if self.count:
             data["count"] = self.count
+        if self.began not in (0, self.step):
+            data["began"] = self.began
         return data | self.evidence
 
 
@@ -196,6 +201,10 @@ class Guardrails:
                 state.raised(step, breach)
         return alerts
 
+    def first_alerts(self) -> list[int]:
+        """For each rule whose alert has not cleared, the step of the first one, in order."""
+        return sorted({state.began for state in self.states if state.began is not None})
+
     def begin_attempt(self) -> None:
         """Call it when ranks start, the first time and at each restart.
 
@@ -233,7 +242,8 @@ def _alert(state: RuleState, step: int, breach: Breach, evidence: dict[str, Any]
         text += f"; alert {count}, {twice} as far beyond the limit as at step {state.last_alert}"
     elif state.count:
         text += f"; alert {count}, the last one was at step {state.last_alert}"
-    return Alert(rule.name, rule.action, text, step, evidence, brief, rule.advice, count)
+    began = step if state.began is None else state.began
+    return Alert(rule.name, rule.action, text, step, evidence, brief, rule.advice, count, began)
 
 
 def _evidence(

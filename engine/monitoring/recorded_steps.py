@@ -88,6 +88,8 @@ def rebuild(reader: JournalReader, run: RunConfig, last_step: int) -> Guardrails
         name = state.rule.name
         alerts = sorted(s for s, rules in raised.items() if name in rules and s <= last_step)
         timeline.restore(state, alerts, last_step)
+        if state.began is not None:
+            state.began = raised[state.last_alert][name]
     rails.begin_attempt()
     return rails
 
@@ -137,8 +139,7 @@ class _Timeline:
             until: the step.
         """
         forgotten = max((step - 1 for step in self._rewards if step <= until), default=0)
-        # An alert of a rule with an action clears when ranks start.
-        holding = [a for a in alerts if a > forgotten and state.rule.action == "notify"]
+        holding = [a for a in alerts if a > forgotten]
         self._learn(state, forgotten, holding[-1] - 1 if holding else until)
         if holding and not self._observe(state, holding[-1:], until) and holding[:-1]:
             # The rule is another one now, whose condition does not hold on that alert.

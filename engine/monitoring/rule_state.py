@@ -77,6 +77,9 @@ class RuleState:
         self._values: deque[float] = deque(maxlen=self.rule.window)
         self._alerted: float | None = None
         """How far the metric was beyond its limit at the last alert; None if that has cleared."""
+        self.began: int | None = None
+        """The step of the first alert since the last one that has cleared; None without alerts. It
+        stays if ranks start, unlike what makes the next alert due."""
         self._steps_without = 0
         """Steps in a row on which no condition held."""
 
@@ -107,7 +110,7 @@ class RuleState:
             return None
         self._steps_without = 0 if breach is not None else self._steps_without + 1
         if self._steps_without >= self._clears_after:
-            self._alerted = None
+            self._alerted = self.began = None
         return breach
 
     def learn(self, step: int, value: float, metrics: Mapping[str, float | None]) -> None:
@@ -138,6 +141,7 @@ class RuleState:
         self.count += 1
         self.last_alert = step
         if breach is not None:
+            self.began = step if self.began is None else self.began
             self._alerted = max(breach.distance, LEAST_DISTANCE * breach.limit, breach.noise)
 
     def begin_attempt(self) -> None:

@@ -333,6 +333,8 @@ class Confirm(Message, frozen=True, tag="confirm"):
     """
 
     step: int
+    alerts: list[int] = []
+    """For each guard rail whose alert has not cleared, the step of the first one, in order."""
 
 
 class RankCommand(Message, frozen=True, tag="order"):

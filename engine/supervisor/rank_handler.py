@@ -270,7 +270,7 @@ class RankMessageHandler:
                     self._ranks.kill()
                     return
                 journal.record_checkpoint(step, size, score, kl)
-                state.attempt.send(Confirm(step=step))
+                state.attempt.send(Confirm(step=step, alerts=self.guardrails.first_alerts()))
             case CheckpointComplete(step=step, removed=removed):
                 journal.complete_checkpoint(step, removed)
                 state.attempt.send(Confirm(step=step))

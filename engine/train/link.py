@@ -83,7 +83,7 @@ class Link:
             raise LinkError(f"expected begin, got {message}")
         return message
 
-    def wait_for_confirm(self, step: int, at_most: float | None = None) -> bool:
+    def wait_for_confirm(self, step: int, at_most: float | None = None) -> Confirm | None:
         """Blocks until the journal holds everything up to `step`. Raises LinkError.
 
         One thread may wait at a time. Commands that arrive meanwhile stay in :meth:`commands`.
@@ -93,14 +93,15 @@ class Link:
             at_most: give up after this many seconds without any confirmation.
 
         Returns:
-            Whether the confirmation arrived.
+            The confirmation; None if it has not arrived.
         """
         try:
-            while self._checked(self._confirmed.get(timeout=at_most)).step != step:
-                continue
+            while True:
+                confirm = self._checked(self._confirmed.get(timeout=at_most))
+                if confirm.step == step:
+                    return confirm
         except queue.Empty:
-            return False
-        return True
+            return None
 
     def commands(self, wait: float = 0.0) -> list[ToRank]:
         """Returns the messages received since the last call. Raises LinkError.

@@ -62,6 +62,21 @@ def test_a_metric_that_swings_wider_and_wider_raises_another_alert():
     assert alert_steps(rails(rule), [7, 0, 11, 0, 13, 0, 19, 0, 30]) == [1, 5, 9]
 
 
+def test_the_first_of_the_alerts_that_have_not_cleared_is_known():
+    rule = Rule(name="high", metric="m", above=6.0, clears_after=2)
+    pausing = Rule(name="pauses", metric="m", above=20.0, action="pause")
+    guardrails = rails(rule, pausing)
+    alerts = {}
+    for step, value in enumerate([7, 13, 30, 0, 0, 30, 7], start=1):
+        if step == 4:
+            guardrails.begin_attempt()  # after the pause; the alert is still the same
+        for alert in guardrails.check(step, {"m": value}, {}):
+            alerts[alert.rule, step] = alert.as_data().get("began")
+        alerts[step] = guardrails.first_alerts()
+    assert [alerts[step] for step in range(1, 8)] == [[1], [1], [1, 3], [1], [], [6], [6]]
+    assert (alerts["high", 1], alerts["high", 2]) == (None, 1)
+
+
 @pytest.mark.parametrize("action", ["checkpoint", "pause", "stop"])
 def test_a_rule_with_an_action_acts_whenever_its_condition_begins_to_hold(action):
     rule = Rule(name="high", metric="m", above=1.0, action=action)

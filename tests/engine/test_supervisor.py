@@ -12,7 +12,7 @@ from engine.journal.reader import JournalReader
 from engine.launch import environment
 from engine.launch.start_checkpoints import last_checkpoint
 from engine.launch.start_options import StartOptions
-from engine.protocol import rank_messages
+from engine.protocol import frames, rank_messages
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Note, Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
 from engine.protocol.rank_messages import (
@@ -259,6 +259,17 @@ async def test_an_older_checkpoint_is_kept_until_the_newer_one_is_complete(engin
     engine.receive(CheckpointComplete(step=4, removed=[2]))
     with JournalReader(writer.session) as reader:
         assert [c.step for c in reader.checkpoints()] == [4]
+
+
+async def test_ranks_are_told_of_the_alerts_that_have_not_cleared(engine, tmp_path):
+    server, reader, to_engine = await rank_connection(engine, tmp_path)
+    async with server:
+        await receive(reader)  # where to begin
+        engine.supervisor.rank_messages.guardrails.check(2, {"objective/kl": 13.0}, {"target": 6.0})
+        to_engine.write(frames.encode(CheckpointWritten(step=4, size=1, score=0.0, kl=0.0)))
+        confirm = rank_messages.decode_to_rank(await receive(reader))
+        to_engine.close()
+    assert (confirm.step, confirm.alerts) == (4, [2])
 
 
 async def begin_of(engine, folder):

@@ -74,7 +74,8 @@ class OutsideFaults:
         name = f"outside-{number}"
         place = self._root / f"place-{number}"
         with file_system(place, mounted) if mounted else contextlib.nullcontext():
-            keep = ("train.keep_last=1", "train.keep_best=0") if mounted else ()
+            one = ("train.keep_last=1", "train.keep_best=0", "train.keep_before_alert=false")
+            keep = one if mounted else ()
             run = FaultRun(place if mounted else self._root, name, *QUICK, *keep, steps=STEPS)
 
             def check() -> None:

@@ -16,6 +16,8 @@ class Supervisor:
         self.listener, self.path = sockets.listen(folder)
         self.received = []
         self.may_confirm = threading.Event()
+        self.alerts = []
+        """The first steps of alerts, as each confirmation names them."""
         self._arrived = threading.Condition()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -32,7 +34,7 @@ class Supervisor:
 
     def _confirm(self, step):
         if self.may_confirm.wait(DEADLINE):
-            self.send(Confirm(step=step))
+            self.send(Confirm(step=step, alerts=self.alerts))
 
     def send(self, message):
         self.peer.sendall(frames.encode(message))

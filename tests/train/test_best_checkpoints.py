@@ -58,3 +58,18 @@ def test_the_newest_and_the_best_checkpoints_are_kept(scores, last, best):
     if best and removed:
         assert max(scores.values()) in {scores[s] for s in remaining}
     assert len(remaining) >= min(len(scores), last)
+
+
+@pytest.mark.parametrize(
+    ("alerts", "removed"),
+    [
+        ([], [10, 20, 30]),
+        ([25], [10, 30]),
+        ([20], [20, 30]),
+        ([5, 35, 45], [10, 20]),
+        ([5], [10, 20, 30]),
+    ],
+)
+def test_the_newest_checkpoint_before_the_first_alert_that_has_one_is_kept(alerts, removed):
+    scores = dict.fromkeys((10, 20, 30, 40, 50), 0.0)
+    assert checkpoint_folder.to_remove(scores, 2, 0, alerts) == removed

@@ -78,6 +78,29 @@ def test_after_a_restart_it_is_still_the_best_one(trained, link):
         assert save_three(run, boundary, supervisor, made_up=False) == [2]
 
 
+@pytest.mark.parametrize(
+    ("keeps", "removed"), [(True, [[], [], [2], [3]]), (False, [[], [1], [2], [3]])]
+)
+def test_the_checkpoint_before_an_alert_is_kept_until_the_alert_has_cleared(
+    trained, keeps, removed
+):
+    run, _, boundary, supervisor = trained
+    run.config = replace(run.config, train=replace(run.config.train, keep_before_alert=keeps))
+    supervisor.may_confirm.set()
+    boundary.checkpoints.save()
+    for step, alerts in ((2, [2]), (3, [2]), (4, [2])):
+        supervisor.alerts = alerts
+        boundary.after_step(step, dict(METRICS), 0.1)
+        boundary.checkpoints.save()
+    until(lambda: len(supervisor.of(CheckpointComplete)) == 4)
+    assert [message.removed for message in supervisor.of(CheckpointComplete)] == removed
+    supervisor.alerts = []
+    boundary.after_step(5, dict(METRICS), 0.1)
+    boundary.checkpoints.save()
+    until(lambda: len(supervisor.of(CheckpointComplete)) == 5)
+    assert supervisor.of(CheckpointComplete)[-1].removed == ([1, 4] if keeps else [4])
+
+
 def test_the_next_step_begins_before_the_checkpoint_is_complete(trained):
     run, session, boundary, supervisor = trained
     boundary.checkpoints.save_if_due()

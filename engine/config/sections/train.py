@@ -77,6 +77,9 @@ class TrainConfig(Section, frozen=True):
     """Number of newest checkpoints to keep."""
     keep_best: Whole = 1
     """Number of further checkpoints to keep, those with the highest `best_metric`."""
+    keep_before_alert: bool = True
+    """Keep one more checkpoint, to roll back to: the newest one from before the first alert of a
+    guard rail, until the alert has cleared."""
     best_metric: str = SCORE
     """The metric that `keep_best` compares: the mean score, or any other, such as `eval/score`."""
     stop_at: StopAt | None = None

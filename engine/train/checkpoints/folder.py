@@ -13,7 +13,7 @@ last, after the supervisor has confirmed that the journal holds everything up to
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -222,20 +222,27 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def to_remove(scores: dict[int, float], keep_last: int, keep_best: int) -> list[int]:
+def to_remove(
+    scores: dict[int, float], keep_last: int, keep_best: int, alerts: Sequence[int] = ()
+) -> list[int]:
     """Selects the checkpoints that are neither among the newest nor among the best.
+
+    One more is kept: the newest before an alert, the first of them that has any before it.
 
     Args:
         scores: `train.best_metric` by step, for the complete checkpoints of this branch.
         keep_last: number of newest checkpoints to keep.
         keep_best: number of checkpoints with the highest score to keep in addition.
+        alerts: steps of alerts, in ascending order.
 
     Returns:
         The steps of the checkpoints to remove, in ascending order.
     """
     newest = sorted(scores)[-keep_last:]
     best = sorted(scores, key=lambda s: (scores[s], s), reverse=True)[:keep_best]
-    return [s for s in sorted(scores) if s not in newest and s not in best]
+    before = next((older for alert in alerts if (older := [s for s in scores if s < alert])), [])
+    kept = {*newest, *best, *sorted(before)[-1:]}
+    return [s for s in sorted(scores) if s not in kept]
 
 
 def read_state(folder: Path) -> SavedState:

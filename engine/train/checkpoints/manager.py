@@ -70,6 +70,8 @@ class CheckpointManager:
         self._best: MetricValue | None = None
         self._recorded = dict(begin.best)
         """`train.best_metric` by step, also of evaluations that a checkpoint does not have."""
+        self._alerts: list[int] = []
+        """The first steps of alerts that have not cleared, as of the last confirmation."""
         self._seconds = 0.0
         """Seconds that saving has blocked training since the last step."""
         self._longest_save = 0.0
@@ -184,7 +186,8 @@ class CheckpointManager:
         self._link.send(
             CheckpointWritten(step=saved.step, size=saved.size, score=saved.score, kl=saved.kl)
         )
-        self._link.wait_for_confirm(saved.step)
+        confirm = self._link.wait_for_confirm(saved.step)
+        self._alerts = [] if confirm is None else confirm.alerts
         mark_complete(saved.folder)
 
     def _conclude(self, step: int, outcome: Outcome) -> None:
@@ -205,7 +208,7 @@ class CheckpointManager:
         )
 
     def _removable(self, saved_step: int, best: MetricValue | None) -> list[int]:
-        """Selects older checkpoints to remove, by `train.keep_last` and `train.keep_best`.
+        """Selects older checkpoints to remove, by the keys `train.keep_…`.
 
         Checkpoints of an abandoned branch are neither counted nor removed, since an operator may
         have requested them; a new checkpoint of the same step replaces them. Unreadable checkpoints
@@ -220,7 +223,8 @@ class CheckpointManager:
                         folder, train.best_metric, scored_by, self._recorded.get(step)
                     )
         self._branch.add(saved_step)
-        return checkpoint_folder.to_remove(scores, train.keep_last, train.keep_best)
+        alerts = self._alerts if train.keep_before_alert else []
+        return checkpoint_folder.to_remove(scores, train.keep_last, train.keep_best, alerts)
 
     def _remove(self, step: int, saved_step: int) -> None:
         """Removes a checkpoint. If that fails, notifies the operator and lets the run continue."""
