@@ -98,7 +98,8 @@ def fit_linear_value(
         hat = root.T @ root / tokens  # the block of the hat matrix: X·A⁻¹·Xᵀ
         residuals = errors[row, : len(x)] - x @ change
         identity = torch.eye(len(x), dtype=hat.dtype, device=hat.device)
-        without = torch.linalg.solve(identity - hat, residuals)
+        # Not `solve`, which waits for the GPU to find out whether the matrix is singular.
+        without = torch.linalg.solve_ex(identity - hat, residuals).result
         values[row, : len(x)] = returns[row, : len(x)] - without.float()
     return LinearFit((w + change).tolist(), ranks.all_reduce_sum(values))
 

@@ -108,18 +108,27 @@ class Rollout:
         )
 
     def cpu(self) -> "Rollout":
-        """Returns a copy on the host, without the conversation."""
+        """Returns a copy on the host, without the conversation; the prompts stay where they are.
+
+        Makes three copies, since the host waits for a GPU in each.
+        """
+        each = [self.lengths, self.eos, self.ended]
+        each += [] if self.versions is None else [self.versions]
+        lengths, eos, ended, *versions = torch.stack([x.long() for x in each]).cpu()
+        logprobs, entropies, values = torch.stack(
+            [self.logprobs, self.entropies, self.values]
+        ).cpu()  # fmt: skip
         return Rollout(
-            batch=self.batch.to(torch.device("cpu")),
+            batch=self.batch,
             ids=self.ids.cpu(),
-            lengths=self.lengths.cpu(),
-            eos=self.eos.cpu(),
-            ended=self.ended.cpu(),
-            logprobs=self.logprobs.cpu(),
-            entropies=self.entropies.cpu(),
-            values=self.values.cpu(),
+            lengths=lengths,
+            eos=eos.bool(),
+            ended=ended.bool(),
+            logprobs=logprobs,
+            entropies=entropies,
+            values=values,
             texts=self.texts,
-            versions=None if self.versions is None else self.versions.cpu(),
+            versions=versions[0] if versions else None,
         )
 
     def sequences(self, rows: Tensor, length: int) -> Tensor:

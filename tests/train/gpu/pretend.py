@@ -32,6 +32,7 @@ INDEXING = {
 WAITING = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
     aten.equal.default, aten._unique2.default, aten.repeat_interleave.Tensor,
+    aten._linalg_check_errors.default,
 }  # fmt: skip
 """Operators whose result, or whose result's shape, the host must know before it goes on."""
 WITHOUT_KERNEL = {

@@ -2,12 +2,14 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 
 from engine.train.data.prompts import batch_prompts
 from engine.train.data.randomness import sampling_uniforms
+from engine.train.experience.generation import generate_rollout
 from engine.train.ppo.advantages import Targets, generalised_advantages
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
@@ -17,7 +19,9 @@ from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.step import train_step
 from tests.train.architectures import write_model
 from tests.train.gpu.pretend import GPU, pretend_gpu
+from tests.train.repeating import ENVIRONMENT
 
+TURNS = (*ENVIRONMENT, "rollout.stop=['e', 'a']", "rollout.max_new_tokens=12")
 MASK_TESTS = 1
 """Waits of transformers in a forward pass: is anything padded?"""
 
@@ -30,6 +34,12 @@ def on_gpu(make_run, tiny_model, few_prompts):
 
 
 @pytest.fixture
+def run_with(make_run, tiny_model, few_prompts):
+    """Returns a function that makes a run on the GPU with more keys; only inside `pretend_gpu`."""
+    return partial(run_on_gpu, make_run, tiny_model, few_prompts)
+
+
+@pytest.fixture
 def experts_on_gpu(make_run, tmp_path, few_prompts):
     """As `on_gpu`, of a mixture of experts."""
     folder = write_model(tmp_path / "experts", "qwen3_moe")
@@ -37,11 +47,12 @@ def experts_on_gpu(make_run, tmp_path, few_prompts):
         yield gpu, run_on_gpu(make_run, folder, few_prompts)
 
 
-def run_on_gpu(make_run, policy, prompts):
+def run_on_gpu(make_run, policy, prompts, *keys):
     run, _ = make_run(
         f"model.policy={policy}", f"data.prompts={prompts}", "ppo.micro_batch_size=2",
         "reward.model=starter:reward", "launch.device=cpu", "ppo.epochs=1", "ppo.minibatches=2",
-        "rollout.batch_size=4", "rollout.max_new_tokens=6", "model.dtype=bfloat16", device=GPU,
+        "rollout.batch_size=4", "rollout.max_new_tokens=6", "model.dtype=bfloat16", *keys,
+        device=GPU,
     )  # fmt: skip
     return run
 
@@ -210,3 +221,35 @@ def test_a_step_waits_a_fixed_number_of_times_more_than_its_micro_batches(on_gpu
     assert found.syncs <= MASK_TESTS * passes + prompts + 2 * run.config.ppo.minibatches + 20
     # Reading a rollout's tokens, scoring, metrics and samples; one rank has one device.
     assert found.copies <= 60
+
+
+def waits(gpu, place):
+    """How often the host has waited at a place, such as a module of the engine."""
+    return sum(count for where, count in gpu.syncs.items() if place in where)
+
+
+@pytest.mark.parametrize("responses", [4, 8])
+def test_the_fit_of_a_value_function_waits_no_longer_for_more_responses(run_with, responses):
+    with pretend_gpu() as gpu:
+        run = run_with("model.value=reward_model", f"rollout.batch_size={responses}")
+        train_step(run, 1)
+        # The number of tokens, whether the matrix could be factored, and the weights.
+        assert waits(gpu, "ppo/linear_value.py") == 3
+
+
+def test_a_turn_waits_for_its_tokens_and_for_the_policy_to_be_heard(run_with):
+    counts = []
+    for turns in (1, 3):
+        with pretend_gpu() as gpu:
+            run = run_with(*TURNS, f"environment.max_turns={turns}")
+            generate_rollout(run, 1)  # the first one makes what is kept
+            before = gpu.counts()
+            rollout = generate_rollout(run, 2)
+            counts.append(gpu.counts() - before)
+    assert max(turns.count for turns in rollout.conversation.turns) == 3
+    more = counts[1] - counts[0]  # for two turns, each of fewer tokens than are looked at together
+    # The lengths of prompts, a look (two copies with stop strings), the rollout (two), its copy
+    # (three); the prompts' mask is tested twice.
+    assert more.syncs <= 2 * (2 * MASK_TESTS + 8)
+    assert more.copies <= 2 * 20
+    assert more.casts == 2 * casts_of_a_forward_pass(run)

@@ -13,6 +13,7 @@ from engine.train.reports.probe import answer_probe
 from engine.train.rollout.native import backend as native
 from engine.train.rollout.native.decoder import Schedule
 from engine.train.step import train_step
+from tests.train.arithmetic import CHATTING
 from tests.train.gpu.pretend import GPU, MixedDevicesError, pretend_gpu
 from tests.variants import some_of
 
@@ -78,6 +79,38 @@ VARIANTS = {
         "environment.max_tokens=40", "rollout.stop=[' the', 'e']", "rollout.per_prompt=2",
         "rollout.max_new_tokens=12", "eval={every: 1, holdout: 2}",
         "reward={model: null, environment: by_turn}",
+    ],
+    "an environment, remax, bfloat16, all that can be on the host": [
+        "environment.factory=repeating:Repeating", f"environment.path={REPEATING}",
+        "environment.max_tokens=40", "rollout.stop=[' the', 'e']", "rollout.max_new_tokens=12",
+        "reward.model=null", "reward.environment=letters", "ppo.advantage=remax",
+        "model.dtype=bfloat16", "parallel.frozen=offload", "train.ema={decay: 0.5, offload: true}",
+        "kl.reference_update={every: 1, mix: 0.5}", "eval={every: 1, holdout: 2}",
+    ],
+    "an environment, dynamic sampling, two responses at once, LoRA": [
+        "environment.factory=repeating:Repeating", f"environment.path={REPEATING}",
+        "environment.max_tokens=40", "rollout.stop=[' the', 'e']", "rollout.max_new_tokens=12",
+        "ppo.advantage=grpo", "rollout.per_prompt=2", "rollout.dynamic=true", "rollout.at_once=2",
+        "lora.rank=2", "reward.normalise=reference", "reward.normalise_samples=2",
+    ],
+    "an environment, a separate value trunk, micro-batches by tokens": [
+        "environment.factory=repeating:Repeating", f"environment.path={REPEATING}",
+        "environment.max_tokens=40", "rollout.stop=[' the', 'e']", "rollout.max_new_tokens=12",
+        "model.value=separate", "ppo.micro_batch_by=tokens",
+    ],
+    "tools, in a chat": [*CHATTING, "rollout.max_new_tokens=12"],
+    "optimal token baseline, tokens of high covariance left out": [
+        "ppo.advantage=optimal_token_baseline", "rollout.per_prompt=2", "ppo.clip_cov=0.2",
+        "ppo.clip_cov_range=[-100, 100]", "rollout.sampling=inverse_cdf",
+    ],
+    "tokens of high covariance held back, those of high entropy, off-policy ones left out": [
+        "ppo.advantage=grpo", "rollout.per_prompt=2", "ppo.kl_cov=0.2", "ppo.top_entropy=0.5",
+        "ppo.off_policy_mask=0.1", "ppo.entropy_target=2",
+    ],
+    "rejected rollouts, a value function with a norm of its own": [
+        "model.dtype=bfloat16", "ppo.rollout_rejection=sequence_mean_k3",
+        "ppo.rollout_rejection_limit=0.5", "ppo.rollout_correction=sequence_truncate",
+        "ppo.value_max_grad_norm=0.5", "model.value=separate", "ppo.lam_alpha=0.5",
     ],
 }  # fmt: skip
 
