@@ -1,6 +1,7 @@
 """QLoRA: adapters over frozen weights in 4 bits."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.model import LoRAConfig
-from engine.errors import ConfigError
+from engine.errors import UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.merge import merge
@@ -168,6 +169,6 @@ def test_a_model_has_as_many_weights_packed_as_before():
 
 
 def test_without_bitsandbytes_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("engine.config.rules.models.find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match=r"^lora\.quantise: nf4 .* 'rlhf-tui\[qlora\]'$"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    with pytest.raises(UserInputError, match=r"^lora\.quantise: bits.* 'rlhf-tui\[qlora\]'\)$"):
         quantise(small_gpt2(), NF4)
