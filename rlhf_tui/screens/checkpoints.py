@@ -8,7 +8,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
-from engine.journal.rows import CheckpointRow
+from engine.journal.rows import AlertEvent, CheckpointRow
 from engine.metrics import SCORE, describe, title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
@@ -69,10 +69,13 @@ class CheckpointsScreen(SessionScreen):
         last = max(current, key=lambda c: c.step, default=None)
         order = ORDERS[table.sorted_by or "step"]
         ordered = sorted(found, key=lambda c: (order(c), c.step, c.attempt))
-        rows = [
-            ((c.step, c.attempt), _cells(c, self._remark if best is c else "", last is c))
-            for c in ordered
-        ]
+        before, alert = self._before_alert(current)
+        rows = []
+        for c in ordered:
+            remarks = ["last"] if c is last else []
+            remarks += [self._remark] if c is best else []
+            remarks += [f"before alert @{alert}"] if c is before else []
+            rows.append(((c.step, c.attempt), _cells(c, remarks)))
         table.set_rows(rows[::-1] if table.descending else rows, self._empty())
         self._show_best(best)
 
@@ -82,6 +85,19 @@ class CheckpointsScreen(SessionScreen):
         if metric == SCORE:
             return checkpoint.score
         return self.context.state.series(metric).at(checkpoint.step)
+
+    def _before_alert(self, current: list[CheckpointRow]) -> tuple[CheckpointRow | None, int]:
+        """The newest checkpoint before the first alert of a guard rail, and the alert's step.
+
+        Of the first alert that has a checkpoint before it, as `train.keep_before_alert` selects.
+        """
+        for marker in self.context.state.markers():
+            alert = marker.event.payload if marker.event is not None else None
+            if isinstance(alert, AlertEvent) and alert.count and not marker.abandoned:
+                older = [c for c in current if c.step < marker.step]
+                if older:
+                    return max(older, key=lambda c: c.step), marker.step
+        return None, 0
 
     @property
     def _remark(self) -> str:
@@ -189,9 +205,8 @@ class CheckpointsScreen(SessionScreen):
         self.context.say(reason or "r rolls back to it, f forks from it, E exports its policy")
 
 
-def _cells(c: CheckpointRow, best: str, last: bool) -> list[Piece]:
-    """The cells of a row; `best`: the metric it is best by, empty if it is not the best one."""
-    remarks = [text for text in ("last" if last else "", best) if text]
+def _cells(c: CheckpointRow, remarks: list[str]) -> list[Piece]:
+    """The cells of a row."""
     if c.status == "superseded":
         remarks = ["abandoned branch"]
     dim = "dim" if c.status == "superseded" else ""

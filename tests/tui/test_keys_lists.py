@@ -19,7 +19,7 @@ from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
 from rlhf_tui.widgets.table import Table
-from tests.tui.screen import notices, press_for
+from tests.tui.screen import cells, notices, press_for
 
 
 @contextlib.asynccontextmanager
@@ -337,6 +337,29 @@ async def test_without_a_checkpoint_no_key_for_one_is_shown_and_it_says_why(
         assert "roll back" not in footer.text()
         await pilot.press("r")
         await until(pilot, lambda: "no checkpoint yet" in notices(app))
+
+
+@pytest.mark.parametrize(
+    ("alerts", "remarks"),
+    [([], ["last, best score", ""]), ([20, 60, 80], ["last, best score", "before alert @60"])],
+)
+async def test_the_checkpoint_before_the_first_alert_is_marked(
+    session_maker, running, tmp_path, until, alerts, remarks
+):
+    session = session_maker(tmp_path, "run", 100)
+    with contextlib.closing(sqlite3.connect(session.journal_file)) as db, db:
+        db.execute("DELETE FROM events WHERE kind = 'alert'")
+        for step in alerts:
+            data = json.dumps({"rule": "kl_high", "text": "high", "count": 1})
+            db.execute(
+                "INSERT INTO events (time, attempt, step, kind, data) VALUES (1, 1, ?, 'alert', ?)",
+                (step, data),
+            )
+    app = RlhfApp(tmp_path, "run", follow=False)
+    async with running(app) as pilot:
+        await pilot.press("4")
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: [cells(table, i)[-1] for i in range(2)] == remarks)
 
 
 async def test_the_keys_of_checkpoints_are_those_of_the_selected_one(
