@@ -332,6 +332,19 @@ def running():
 
 
 @pytest.fixture
+def run_app(make_app, running):
+    """Runs the app on a session; yields it with its pilot."""
+
+    @contextlib.asynccontextmanager
+    async def run(name="frozen", size=(120, 40), **options):
+        app = make_app(name, **options)
+        async with running(app, size) as pilot:
+            yield app, pilot
+
+    return run
+
+
+@pytest.fixture
 def engine(monkeypatch):
     """An engine that accepts and applies everything, and writes down what it was asked."""
     sent = []

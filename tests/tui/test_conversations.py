@@ -261,10 +261,11 @@ async def test_the_screen_shows_replies_as_text_and_between_tokens(talking, runn
 
 @pytest.mark.parametrize(("name", "shown"), [("talk", True), ("frozen", False)])
 async def test_the_list_has_the_number_of_turns_only_with_an_environment(
-    make_app, root, talk, running, until, name, shown
+    run_app, root, talk, until, name, shown
 ):
-    app = make_app(name, root=talk.folder.parent if name == "talk" else root)
-    async with running(app, (80, 24)) as pilot:
+    async with run_app(
+        name, root=talk.folder.parent if name == "talk" else root, size=(80, 24)
+    ) as (app, pilot):
         await pilot.press("3")
         table = app.screen.query_one(Table)
         await until(pilot, table.count)
@@ -298,7 +299,7 @@ async def test_the_queue_shows_what_is_a_reply(talking, running, until):
         assert f"{MARK}And the actors?" in shown.text()
 
 
-async def test_an_alert_shows_what_is_a_reply(make_app, session_maker, tmp_path, running, until):
+async def test_an_alert_shows_what_is_a_reply(run_app, session_maker, tmp_path, until):
     session = session_maker(tmp_path / "sessions", "alerts", 5)
     evidence = {"index": 3, "prompt": "p", "response": "a Why? b", "score": 1.0, "kl": 9.5}
     journal = JournalWriter(session)
@@ -306,8 +307,7 @@ async def test_an_alert_shows_what_is_a_reply(make_app, session_maker, tmp_path,
     journal.record_event("alert", data, 4)
     journal.close()
     freeze(session)
-    app = make_app("alerts", root=session.folder.parent)
-    async with running(app) as pilot:
+    async with run_app("alerts", root=session.folder.parent) as (app, pilot):
         await pilot.press("g", "n", "enter")
         await until(pilot, lambda: isinstance(app.screen, EventDialog))
         shown = app.screen.query_one(ScrollText)

@@ -57,7 +57,7 @@ async def test_n_reaches_every_alert_of_a_step_each_with_its_samples(alerts_app,
 
 
 async def test_what_paused_a_run_before_its_first_step_is_opened_with_n_and_said_once(
-    make_app, tmp_path, running, until
+    run_app, tmp_path, until
 ):
     session = create(tmp_path / "early", "early", config_of())
     journal = JournalWriter(session)
@@ -67,8 +67,7 @@ async def test_what_paused_a_run_before_its_first_step_is_opened_with_n_and_said
     journal.set_meta(state="stopped")
     journal.close()
     freeze(session)
-    app = make_app("early", root=tmp_path / "early")
-    async with running(app) as pilot:
+    async with run_app("early", root=tmp_path / "early") as (app, pilot):
         await until(pilot, lambda: app.screen.query_one(TimelinePanel).count() == 2)
         await pilot.press("n", "enter")
         assert (await opened(pilot, app, until)).count(text) == 1
@@ -100,9 +99,8 @@ async def test_a_click_selects_an_event_and_a_second_one_opens_it(alerts_app, ru
         assert "all good things" in await opened(pilot, app, until)
 
 
-async def test_the_timeline_is_moved_through_by_time_with_the_keys_of_a_list(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_the_timeline_is_moved_through_by_time_with_the_keys_of_a_list(run_app):
+    async with run_app() as (app, pilot):
         await pilot.press("tab")
         assert app.screen.query_one(TimelinePanel).text().startswith("▸What happened")
         await pilot.press("j")
@@ -122,9 +120,8 @@ async def test_enter_in_the_timeline_opens_the_newest_event_if_none_is_selected(
         assert app.view.marker(app.state) == app.state.timeline()[-1]
 
 
-async def test_newer_events_are_counted_while_one_stays_selected(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_newer_events_are_counted_while_one_stays_selected(run_app):
+    async with run_app() as (app, pilot):
         await pilot.press("tab", "j")
         timeline, selected = app.screen.query_one(TimelinePanel), app.view.marker(app.state)
         assert "newer" not in timeline.text()
@@ -145,23 +142,19 @@ async def test_newer_events_are_counted_while_one_stays_selected(make_app, runni
         assert "newer" not in timeline.render_line(0).text
 
 
-async def test_an_alert_of_another_version_is_shown_without_its_samples(
-    alerts, make_app, running, until
-):
+async def test_an_alert_of_another_version_is_shown_without_its_samples(alerts, run_app, until):
     journal = JournalWriter(alerts)
     journal.record_event("alert", {"rule": "new", "text": "odd", "samples": {"x": 1}}, 5)
     journal.close()
-    app = make_app("alerts", root=alerts.folder.parent)
-    async with running(app) as pilot:
+    async with run_app("alerts", root=alerts.folder.parent) as (app, pilot):
         await pilot.press("n", "enter")
         assert "new: odd" in await opened(pilot, app, until)
 
 
-async def test_the_list_of_sessions_says_what_paused_one(alerts, make_app, engine, running, until):
+async def test_the_list_of_sessions_says_what_paused_one(alerts, run_app, engine, until):
     journal = JournalWriter(alerts)
     journal.set_meta(state="paused", pause_reason="kl_high at step 4: KL 9.5 > 8")
     journal.close()
-    app = make_app(None, root=alerts.folder.parent)
-    async with running(app) as pilot:
+    async with run_app(None, root=alerts.folder.parent) as (app, pilot):
         about = app.screen.query_one("#about")
         await until(pilot, lambda: "paused by kl_high at step 4: KL 9.5 > 8" in about.text())

@@ -153,10 +153,9 @@ async def test_the_crosshair_shows_the_evaluation_before_the_first_step(opened, 
 
 
 async def test_a_run_without_evaluations_begins_with_step_1_unless_another_is_overlaid(
-    make_app, running, until
+    run_app, until
 ):
-    app = make_app()
-    async with running(app) as pilot:
+    async with run_app() as (app, pilot):
         chart = app.screen.query(Chart).first()
         await until(pilot, lambda: "1–200" in chart.text())
         assert POINT not in chart.text()

@@ -13,9 +13,8 @@ from rlhf_tui.widgets.table import Table
 from tests.tui.screen import notices, press_for
 
 
-async def test_the_crosshair_moves(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_the_crosshair_moves(run_app):
+    async with run_app() as (app, pilot):
         for keys, cursor in (
             ("left", 200), ("h", 200), ("right", 200), ("l", 200), ("g", 1), ("home", 1),
             ("G", 200), ("end", 200), ("n", 200), ("N N", 150), ("g n", 50),
@@ -26,9 +25,8 @@ async def test_the_crosshair_moves(make_app, running):
             assert app.view.cursor is None
 
 
-async def test_blanks_between_the_dots_of_a_curve_are_drawn_with_them(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_blanks_between_the_dots_of_a_curve_are_drawn_with_them(run_app):
+    async with run_app() as (app, pilot):
         await pilot.press("l")
         lines = [
             list(chart.render_line(y))
@@ -45,9 +43,8 @@ async def test_blanks_between_the_dots_of_a_curve_are_drawn_with_them(make_app, 
     assert not [b for b, _ in pairs if b.style.reverse and b.text.endswith(" ")]
 
 
-async def test_left_and_right_move_by_a_cell_and_with_shift_by_ten(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_left_and_right_move_by_a_cell_and_with_shift_by_ten(run_app):
+    async with run_app() as (app, pilot):
         await pilot.press("g", "right")
         one = app.view.cursor - 1
         await pilot.press("g", "shift+right")
@@ -57,9 +54,8 @@ async def test_left_and_right_move_by_a_cell_and_with_shift_by_ten(make_app, run
         assert app.view.cursor == 1
 
 
-async def test_all_charts_share_the_crosshair(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_all_charts_share_the_crosshair(run_app):
+    async with run_app() as (app, pilot):
         await pilot.press("g", "right", "right")
         columns = {
             row.index("│")
@@ -70,16 +66,14 @@ async def test_all_charts_share_the_crosshair(make_app, running):
         assert len(columns) == 1
 
 
-async def test_a_click_puts_the_crosshair_there(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_click_puts_the_crosshair_there(run_app):
+    async with run_app() as (app, pilot):
         await pilot.click(Chart, offset=(20, 5))
         assert 1 < app.view.cursor < 200
 
 
-async def test_j_and_k_choose_a_chart(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_j_and_k_choose_a_chart(run_app):
+    async with run_app() as (app, pilot):
         grid = app.screen.query_one(ChartGrid)
         for key, at in (("j", 1), ("down", 2), ("k", 1), ("up", 0), ("k", 3)):
             await pilot.press(key)
@@ -87,9 +81,8 @@ async def test_j_and_k_choose_a_chart(make_app, running):
             assert grid.current.has_focus
 
 
-async def test_tab_leaves_the_charts_and_returns_to_the_one_that_had_the_focus(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_tab_leaves_the_charts_and_returns_to_the_one_that_had_the_focus(run_app):
+    async with run_app() as (app, pilot):
         charts = app.screen.query_one(ChartGrid).charts
         for key in ("tab", "shift+tab"):
             await pilot.press("j")
@@ -101,9 +94,8 @@ async def test_tab_leaves_the_charts_and_returns_to_the_one_that_had_the_focus(m
             assert app.focused is left
 
 
-async def test_plus_minus_comma_stop_and_zero_choose_the_window(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_plus_minus_comma_stop_and_zero_choose_the_window(run_app):
+    async with run_app() as (app, pilot):
         whole = app.view.window(app.state)
         await pilot.press("plus")
         near = app.view.window(app.state)
@@ -118,18 +110,16 @@ async def test_plus_minus_comma_stop_and_zero_choose_the_window(make_app, runnin
 
 
 @pytest.mark.parametrize("key", ["z", "enter"])
-async def test_a_chart_is_enlarged_and_esc_takes_it_back(make_app, key, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_chart_is_enlarged_and_esc_takes_it_back(run_app, key, until):
+    async with run_app() as (app, pilot):
         await pilot.press("j", key)
         await until(pilot, lambda: sum(c.display for c in app.screen.query(Chart)) == 1)
         await pilot.press("escape")
         await until(pilot, lambda: sum(c.display for c in app.screen.query(Chart)) == 4)
 
 
-async def test_esc_goes_out_one_level_at_a_time(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_esc_goes_out_one_level_at_a_time(run_app):
+    async with run_app() as (app, pilot):
         await pilot.press("plus", "g", "escape")
         assert app.view.cursor is None
         assert app.view.width is not None
@@ -147,11 +137,8 @@ async def test_metrics_are_picked_and_remembered(make_app, running, until):
         await until(pilot, lambda: len(make_app().preferences.charts) == 5, "the file")
 
 
-async def test_the_picker_shows_the_newest_values_of_metrics_without_a_chart_too(
-    make_app, running, until
-):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_the_picker_shows_the_newest_values_of_metrics_without_a_chart_too(run_app, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, PickerDialog, "m")
         assert "grad_norm" not in app.state.curves
         await pilot.press(*"grad")
@@ -163,9 +150,8 @@ async def test_the_picker_shows_the_newest_values_of_metrics_without_a_chart_too
         assert shown["grad_norm"] in app.screen.query_one(Table).text()
 
 
-async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_two_metrics_are_put_on_one_chart_by_keyboard(run_app, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, PickerDialog, "m")
         await pilot.press(*"grad_norm", "shift+tab", "enter")
         await until(pilot, lambda: len(app.screen.query_one(ChartGrid).charts[3].names) == 2)
@@ -186,18 +172,16 @@ async def test_what_shares_a_chart_can_be_taken_out_of_it(make_app, running, unt
         assert app.preferences.charts == ["objective/kl", "grad_norm"]
 
 
-async def test_d_changes_how_many_charts_stand_side_by_side(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_d_changes_how_many_charts_stand_side_by_side(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("d")
         await until(pilot, lambda: app.screen.query_one(ChartGrid).styles.grid_size_columns == 1)
         await pilot.press("d", "d")
         await until(pilot, lambda: app.screen.query_one(ChartGrid).styles.grid_size_columns == 3)
 
 
-async def test_L_makes_the_focused_chart_logarithmic(make_app, running):  # noqa: N802 - the key's name
-    app = make_app()
-    async with running(app) as pilot:
+async def test_L_makes_the_focused_chart_logarithmic(run_app):  # noqa: N802 - the key's name
+    async with run_app() as (app, pilot):
         await pilot.press("j", "L")
         chart = app.screen.query_one(ChartGrid).charts[1]
         assert chart.log_scale
@@ -205,9 +189,8 @@ async def test_L_makes_the_focused_chart_logarithmic(make_app, running):  # noqa
         assert app.preferences.log == ["objective/kl"]
 
 
-async def test_s_changes_the_smoothing(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_s_changes_the_smoothing(run_app):
+    async with run_app() as (app, pilot):
         weights = [app.view.weight]
         for _ in range(4):
             await pilot.press("s")
@@ -216,9 +199,8 @@ async def test_s_changes_the_smoothing(make_app, running):
         assert len(set(weights)) == 4
 
 
-async def test_o_hides_earlier_attempts(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_o_hides_earlier_attempts(run_app):
+    async with run_app() as (app, pilot):
         assert any(line.style == "past" for c in app.screen.query(Chart) for line in c.plot().lines)
         await pilot.press("o")
         assert not any(
@@ -226,13 +208,10 @@ async def test_o_hides_earlier_attempts(make_app, running):
         )
 
 
-async def test_another_session_s_curves_are_laid_beside(
-    make_app, tmp_path, session_maker, running, until
-):
+async def test_another_session_s_curves_are_laid_beside(run_app, tmp_path, session_maker, until):
     session_maker(tmp_path / "two", "frozen")
     session_maker(tmp_path / "two", "other", 30)
-    app = make_app(root=tmp_path / "two")
-    async with running(app) as pilot:
+    async with run_app(root=tmp_path / "two") as (app, pilot):
         await press_for(pilot, PickerDialog, "O")
         await pilot.press("enter")
         await until(pilot, lambda: "other" in app.view.others)
@@ -243,9 +222,8 @@ async def test_another_session_s_curves_are_laid_beside(
         assert "a other" in app.screen.query_one("#cursor").text()
 
 
-async def test_v_turns_the_panels_of_a_narrow_terminal(make_app, running):
-    app = make_app()
-    async with running(app, (80, 24)) as pilot:
+async def test_v_turns_the_panels_of_a_narrow_terminal(run_app):
+    async with run_app(size=(80, 24)) as (app, pilot):
         shown = []
         for _ in range(3):
             await pilot.pause()
@@ -260,18 +238,16 @@ async def test_v_turns_the_panels_of_a_narrow_terminal(make_app, running):
         assert shown == [{"timeline"}, {"latest"}, {"machine"}]
 
 
-async def test_v_says_that_a_wide_terminal_shows_all_panels(make_app, running, until):
-    app = make_app()
-    async with running(app, (120, 40)) as pilot:
+async def test_v_says_that_a_wide_terminal_shows_all_panels(run_app, until):
+    async with run_app(size=(120, 40)) as (app, pilot):
         await pilot.press("v")
         await until(pilot, lambda: notices(app) == ["all panels are shown already"])
 
 
 async def test_the_title_of_what_has_the_focus_is_marked_although_the_run_stands_still(
-    make_app, running, until
+    run_app, until
 ):
-    app = make_app()
-    async with running(app) as pilot:
+    async with run_app() as (app, pilot):
         timeline = app.screen.query_one(TimelinePanel)
 
         def titles():

@@ -34,9 +34,8 @@ async def test_a_digit_goes_to_its_screen(make_app, running, until):
             await until(pilot, lambda mode=mode: app.current_mode == mode)
 
 
-async def test_a_digest_does_not_take_a_key_that_is_meant_for_the_screen(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_digest_does_not_take_a_key_that_is_meant_for_the_screen(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("2")
         await until(pilot, lambda: app.current_mode == "dashboard")
         app.push_screen(DigestDialog("run since you left", [[("steps 1 → 9", "strong")]]))
@@ -46,19 +45,18 @@ async def test_a_digest_does_not_take_a_key_that_is_meant_for_the_screen(make_ap
         assert not isinstance(app.screen, DigestDialog)
 
 
-async def test_a_click_on_a_tab_goes_to_its_screen(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_click_on_a_tab_goes_to_its_screen(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.click("#tabs", offset=(28, 0))
         await until(pilot, lambda: app.current_mode == "samples")
 
 
 async def test_a_click_is_measured_by_the_tabs_as_they_are_drawn(
-    make_app, tmp_path, session_maker, running, until
+    run_app, tmp_path, session_maker, until
 ):
-    session_maker(tmp_path / "s", "a-session-of-a-long-name", 3)
-    app = make_app("a-session-of-a-long-name", root=tmp_path / "s")
-    async with running(app, (80, 24)) as pilot:
+    root, name = tmp_path / "s", "a-session-of-a-long-name"
+    session_maker(root, name, 3)
+    async with run_app(name, root=root, size=(80, 24)) as (app, pilot):
         drawn = app.screen.query_one("#tabs").text()
         await pilot.click("#tabs", offset=(drawn.index("3"), 0))
         await until(pilot, lambda: app.current_mode == "samples")
@@ -109,26 +107,23 @@ async def test_leaving_detaches_and_says_how_to_come_back(
     SessionFolder(root / "frozen").engine_file.unlink()
 
 
-async def test_escape_and_q_at_once_leave_a_dialog_and_the_app(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_escape_and_q_at_once_leave_a_dialog_and_the_app(run_app, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, HelpDialog, "question_mark")
         await pilot.press("alt+q")  # as a terminal sends them
         await until(pilot, lambda: not app.is_running)
 
 
 @pytest.mark.parametrize("size", [(120, 40), (1, 1)])
-async def test_a_finished_session_is_left_without_a_word(make_app, running, until, size):
-    app = make_app()
-    async with running(app, size) as pilot:
+async def test_a_finished_session_is_left_without_a_word(run_app, until, size):
+    async with run_app(size=size) as (app, pilot):
         await pilot.press("q")
         await until(pilot, lambda: not app.is_running)
     assert app.exit_message == ""
 
 
-async def test_help_lists_every_binding_that_has_words(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_help_lists_every_binding_that_has_words(run_app, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, HelpDialog, "question_mark")
         text = app.screen.query_one(ScrollText).text()
         for words in (
@@ -144,9 +139,8 @@ async def test_help_lists_every_binding_that_has_words(make_app, running, until)
         await until(pilot, lambda: app.current_mode == "dashboard" and len(app.screen_stack) == 1)
 
 
-async def test_the_help_of_every_screen_fits_its_two_columns(make_app, running, until):
-    app = make_app()
-    async with running(app, size=(120, 40)) as pilot:
+async def test_the_help_of_every_screen_fits_its_two_columns(run_app, until):
+    async with run_app(size=(120, 40)) as (app, pilot):
         for key in "12345":
             await press_for(pilot, HelpDialog, key, "question_mark")
             groups = help_groups(app.screen_stack[-2])
@@ -157,9 +151,8 @@ async def test_the_help_of_every_screen_fits_its_two_columns(make_app, running, 
             await until(pilot, lambda: not isinstance(app.screen, HelpDialog))
 
 
-async def test_t_changes_the_theme(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_t_changes_the_theme(run_app):
+    async with run_app() as (app, pilot):
         seen = {app.theme}
         for _ in range(2):
             await pilot.press("t")
@@ -246,12 +239,11 @@ def test_a_command_s_own_lines_are_told_apart_from_those_of_its_libraries(
     assert run([]) == CommandResult(problem="two", last_line="last", notices=["one"])
 
 
-async def test_the_last_line_of_our_own_command_is_shown(make_app, tmp_path, running, until):
+async def test_the_last_line_of_our_own_command_is_shown(run_app, tmp_path, until):
     shutil.copytree(FINISHED, tmp_path / "finished")
     config = tmp_path / "finished" / "config.yaml"
     config.write_text(config.read_text().replace("@FOLDER@", str(tmp_path)))
-    app = make_app(None, root=tmp_path)
-    async with running(app) as pilot:
+    async with run_app(None, root=tmp_path) as (app, pilot):
         await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
         app.engines.start(["resume", "finished"], "finished")
         await until(pilot, lambda: notices(app), deadline=60)  # it is a process of its own
@@ -274,7 +266,7 @@ def text_of_dialog(app):
 
 
 async def test_deleting_says_how_much_room_only_the_session_itself_takes(
-    session_maker, make_app, tmp_path, running, until
+    session_maker, run_app, tmp_path, until
 ):
     session = session_maker(tmp_path / "s", "mine", 3)
     for file in (session.journal_file, session.samples_file):
@@ -283,8 +275,7 @@ async def test_deleting_says_how_much_room_only_the_session_itself_takes(
     own, shared = session.checkpoints / "own", tmp_path / "shared"
     shared.write_bytes(bytes(2_000_000))
     (session.checkpoints / "shared").hardlink_to(shared)
-    app = make_app(None, root=session.folder.parent)
-    async with running(app) as pilot:
+    async with run_app(None, root=session.folder.parent) as (app, pilot):
         await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
         for size in (0, 5_000_000):
             own.write_bytes(bytes(size))
@@ -296,34 +287,28 @@ async def test_deleting_says_how_much_room_only_the_session_itself_takes(
             await until(pilot, lambda: len(app.screen_stack) == 1)
 
 
-async def test_an_empty_folder_says_what_starts_a_run(make_app, tmp_path, running, until):
-    app = make_app(None, root=tmp_path / "none")
-    async with running(app) as pilot:
+async def test_an_empty_folder_says_what_starts_a_run(run_app, tmp_path, until):
+    async with run_app(None, root=tmp_path / "none") as (app, pilot):
         table = app.screen.query_one(Table)
         await until(pilot, lambda: any("rlhf-tui demo" in p for r in table.empty() for p, _ in r))
 
 
-async def test_screens_of_a_session_need_one(make_app, running):
-    app = make_app(None)
-    async with running(app) as pilot:
+async def test_screens_of_a_session_need_one(run_app):
+    async with run_app(None) as (app, pilot):
         await pilot.press("2")
         assert app.current_mode == "sessions"
 
 
-async def test_a_session_that_is_not_there_is_named(make_app, running, until):
-    app = make_app("nobody")
-    async with running(app) as pilot:
+async def test_a_session_that_is_not_there_is_named(run_app, until):
+    async with run_app("nobody") as (app, pilot):
         await until(pilot, lambda: notices(app))
         assert "nobody" in str(notices(app))
         assert app.current_mode == "sessions"
 
 
 @pytest.mark.parametrize("key", ["S", "b", "m", "question_mark"])
-async def test_a_key_on_its_way_to_a_dialog_that_closes_does_no_harm(
-    make_app, engine, key, running, until
-):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_key_on_its_way_to_a_dialog_that_closes_does_no_harm(run_app, engine, key, until):
+    async with run_app() as (app, pilot):
         await pilot.press(key)
         await until(pilot, lambda: len(app.screen_stack) == 2)
         dialog = app.screen
@@ -343,26 +328,23 @@ def burst(app, *keys):
         app.post_message(Key(key, character))
 
 
-async def test_what_is_typed_ahead_goes_into_the_dialog(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_what_is_typed_ahead_goes_into_the_dialog(run_app, engine, until):
+    async with run_app() as (app, pilot):
         burst(app, "b", "1", "full_stop", "5")
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await until(pilot, lambda: app.screen.query_one("#field").value == "1.5")
         assert app.current_mode == "dashboard"
 
 
-async def test_a_burst_of_backspaces_and_text_keeps_its_order(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_burst_of_backspaces_and_text_keeps_its_order(run_app, engine, until):
+    async with run_app() as (app, pilot):
         await pilot.press("b")
         burst(app, *["backspace"] * 4, "0", "full_stop", "2", "backspace", "3")
         await until(pilot, lambda: app.screen.query_one("#field").value == "0.3")
 
 
-async def test_a_note_typed_in_one_go_is_sent_whole(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_note_typed_in_one_go_is_sent_whole(run_app, engine, until):
+    async with run_app() as (app, pilot):
         burst(app, *"wpause q", "enter")
         await until(pilot, lambda: engine == [Note(text="pause q")])
         assert app.is_running

@@ -23,22 +23,22 @@ from tests.tui.screen import cells, notices, press_for
 
 
 @contextlib.asynccontextmanager
-async def opened(app, running, until, key, count):
+async def opened(run_app, until, key, count):
     """The app on the screen of a key, whose table has so many rows."""
-    async with running(app) as pilot:
+    async with run_app() as (app, pilot):
         await pilot.press(key)
         await until(pilot, lambda: app.screen.query_one(Table).count() == count, "the table")
         yield app, pilot
 
 
 @pytest.fixture
-def samples(make_app, running, until):
-    return lambda: opened(make_app(), running, until, "3", 500)
+def samples(run_app, until):
+    return lambda: opened(run_app, until, "3", 500)
 
 
 @pytest.fixture
-def checkpoints(make_app, running, until):
-    return lambda: opened(make_app(), running, until, "4", 4)
+def checkpoints(run_app, until):
+    return lambda: opened(run_app, until, "4", 4)
 
 
 @pytest.fixture
@@ -55,10 +55,9 @@ def ran(monkeypatch):
 
 
 async def test_a_narrow_terminal_has_the_numbers_of_checkpoints_and_which_is_the_last(
-    make_app, running, until
+    run_app, until
 ):
-    app = make_app()
-    async with running(app, (60, 18)) as pilot:
+    async with run_app(size=(60, 18)) as (app, pilot):
         await pilot.press("4")
         table = app.screen.query_one(Table)
         await until(pilot, lambda: table.count() == 4)
@@ -219,7 +218,7 @@ async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
 async def test_a_roll_back_that_is_confirmed_after_the_run_has_ended_resumes_it(
     checkpoints, engine, ran, monkeypatch, until
 ):
-    async with checkpoints() as (_app, pilot):
+    async with checkpoints() as (_, pilot):
         await press_for(pilot, ChoiceDialog, "j", "r")
         monkeypatch.setattr(SessionFolder, "is_live", lambda self: False)
         await pilot.press("r")
@@ -229,7 +228,7 @@ async def test_a_roll_back_that_is_confirmed_after_the_run_has_ended_resumes_it(
 
 
 async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(checkpoints, ran, until):
-    async with checkpoints() as (_app, pilot):
+    async with checkpoints() as (_, pilot):
         await press_for(pilot, FormDialog, "r")
         await pilot.press(*"train.steps=400", "enter")
         await until(pilot, lambda: ran)
@@ -245,16 +244,15 @@ async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(check
     ],
 )
 async def test_branch_and_export_run_our_own_commands(checkpoints, ran, key, typed, words, until):
-    async with checkpoints() as (_app, pilot):
+    async with checkpoints() as (_, pilot):
         await press_for(pilot, Dialog, key)
         await pilot.press(*typed, "enter")
         await until(pilot, lambda: ran)
         assert ran[0][: len(words)] == words
 
 
-async def test_the_log_is_searched(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_the_log_is_searched(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("5")
         view = app.screen.query_one("#log")
         await until(pilot, lambda: view.count() == 303)
@@ -276,11 +274,8 @@ async def test_the_log_is_searched(make_app, running, until):
         assert view.lines[-1] == "weights: 100%"
 
 
-async def test_a_log_that_shows_its_end_still_does_in_a_terminal_of_another_height(
-    make_app, running, until
-):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_log_that_shows_its_end_still_does_in_a_terminal_of_another_height(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("5")
         view = app.screen.query_one("#log")
         await until(pilot, lambda: view.count() == 303)
@@ -296,11 +291,10 @@ async def test_a_log_that_shows_its_end_still_does_in_a_terminal_of_another_heig
 
 
 async def test_lines_that_a_long_log_drops_move_neither_what_is_read_nor_the_match(
-    make_app, running, until, monkeypatch
+    run_app, until, monkeypatch
 ):
     monkeypatch.setattr(log, "MOST_LINES", 303)
-    app = make_app()
-    async with running(app) as pilot:
+    async with run_app() as (app, pilot):
         await pilot.press("5")
         view = app.screen.query_one("#log")
         await until(pilot, lambda: view.count() == 303)
@@ -314,12 +308,9 @@ async def test_lines_that_a_long_log_drops_move_neither_what_is_read_nor_the_mat
 
 
 @pytest.mark.parametrize(("most", "count"), [(303, " 303 lines"), (302, " the last 302 lines")])
-async def test_the_log_says_when_it_shows_only_the_end(
-    make_app, running, until, monkeypatch, most, count
-):
+async def test_the_log_says_when_it_shows_only_the_end(run_app, until, monkeypatch, most, count):
     monkeypatch.setattr(log, "MOST_LINES", most)
-    app = make_app()
-    async with running(app) as pilot:
+    async with run_app() as (app, pilot):
         await pilot.press("5")
         about = app.screen.query_one("#about")
         await until(pilot, lambda: about.text().startswith(count), about.text())

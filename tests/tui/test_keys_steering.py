@@ -22,18 +22,14 @@ from tests.engine.demo_config import demo
 from tests.tui.screen import notices, press_for
 
 
-async def test_p_pauses(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_p_pauses(run_app, engine, until):
+    async with run_app() as (_, pilot):
         await pilot.press("p")
         await until(pilot, lambda: engine == [steering.Pause()])
 
 
-async def test_a_second_p_unpauses_although_the_first_is_not_read_back_yet(
-    make_app, engine, running, until
-):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_second_p_unpauses_although_the_first_is_not_read_back_yet(run_app, engine, until):
+    async with run_app() as (_, pilot):
         await pilot.press("p", "p", "p")
         await until(
             pilot, lambda: engine == [steering.Pause(), steering.Unpause(), steering.Pause()]
@@ -64,25 +60,22 @@ async def test_a_run_that_others_pause_again_at_once_can_be_unpaused_again(
 @pytest.mark.parametrize(
     ("key", "value"), [("right_square_bracket", 0.088), ("left_square_bracket", 0.07273)]
 )
-async def test_brackets_nudge_beta_by_a_tenth(make_app, engine, key, value, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_brackets_nudge_beta_by_a_tenth(run_app, engine, key, value, until):
+    async with run_app() as (_, pilot):
         await pilot.press(key)
         await until(pilot, lambda: engine == [steering.SetBeta(value=value)])
 
 
-async def test_nudges_add_up(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_nudges_add_up(run_app, engine, until):
+    async with run_app() as (_, pilot):
         await pilot.press("right_square_bracket", "right_square_bracket")
         await until(
             pilot, lambda: engine == [steering.SetBeta(value=0.088), steering.SetBeta(value=0.0968)]
         )
 
 
-async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_b_asks_for_beta_and_shows_old_and_new(run_app, engine, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, InputDialog, "b")
         await until(pilot, lambda: app.screen.query("#effect"))
         effect = app.screen.query_one("#effect")
@@ -96,9 +89,8 @@ async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, 
         await until(pilot, lambda: engine == [steering.SetBeta(value=0.12)])
 
 
-async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(run_app, engine, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, InputDialog, "b")
         await pilot.press(*"-3", "enter")
         assert isinstance(app.screen, InputDialog)
@@ -109,9 +101,8 @@ async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(make_app, engin
     assert engine == []
 
 
-async def test_a_hands_beta_over_and_takes_it_back(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_hands_beta_over_and_takes_it_back(run_app, engine, until):
+    async with run_app() as (_, pilot):
         await pilot.press("a")
         await until(pilot, lambda: engine == [steering.SetKLController(controller="fixed")])
 
@@ -127,9 +118,8 @@ def test_what_a_setting_that_is_off_means_is_said_where_it_may_be_off(name):
 
 
 @pytest.mark.parametrize(("key", "command"), [("u", steering.Undo()), ("c", steering.Checkpoint())])
-async def test_undo_and_checkpoint_are_one_key(make_app, engine, key, command, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_undo_and_checkpoint_are_one_key(run_app, engine, key, command, until):
+    async with run_app() as (_, pilot):
         await pilot.press(key)
         await until(pilot, lambda: engine == [command])
 
@@ -137,9 +127,8 @@ async def test_undo_and_checkpoint_are_one_key(make_app, engine, key, command, r
 HIGH = "clip_range_high"
 
 
-async def test_e_sets_any_setting(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_e_sets_any_setting(run_app, engine, until):
+    async with run_app() as (_, pilot):
         await press_for(pilot, PickerDialog, "e")
         await press_for(pilot, InputDialog, *"learning", "enter")
         await pilot.press(*"1e-4", "enter")
@@ -151,10 +140,9 @@ async def test_e_sets_any_setting(make_app, engine, running, until):
     ["lerning_rate=1e-4", "learning_rate = 1e-4", "train.learning_rate=1e-4", "lr=1e-4"],
 )
 async def test_e_takes_the_value_with_the_name_as_the_command_line_does(
-    make_app, engine, running, until, typed
+    run_app, engine, until, typed
 ):
-    app = make_app()
-    async with running(app) as pilot:
+    async with run_app() as (app, pilot):
         await press_for(pilot, PickerDialog, "e")
         app.screen.query_one("#search").value = typed
         await press_for(pilot, InputDialog, "enter")
@@ -168,10 +156,9 @@ async def test_e_takes_the_value_with_the_name_as_the_command_line_does(
     [((*"clip", "enter", *"0.3"), "clip_range"), ((*"clip", "down", *"=0.3", "enter"), HIGH)],
 )
 async def test_enter_takes_the_setting_that_fits_best_or_the_one_that_was_moved_to(
-    make_app, engine, running, until, keys, key
+    run_app, engine, until, keys, key
 ):
-    app = make_app()
-    async with running(app) as pilot:
+    async with run_app() as (_, pilot):
         await press_for(pilot, PickerDialog, "e")
         await press_for(pilot, InputDialog, *keys)
         await pilot.press("enter")
@@ -179,9 +166,8 @@ async def test_enter_takes_the_setting_that_fits_best_or_the_one_that_was_moved_
 
 
 @pytest.mark.usefixtures("engine")
-async def test_a_misspelled_setting_shows_those_with_similar_names(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_misspelled_setting_shows_those_with_similar_names(run_app, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, PickerDialog, "e")
         await pilot.press(*"entropi")
         await until(pilot, lambda: app.screen.query_one(Table).key == "entropy_coef")
@@ -194,9 +180,8 @@ async def test_a_misspelled_setting_shows_those_with_similar_names(make_app, run
 
 
 @pytest.mark.usefixtures("engine")
-async def test_a_list_longer_than_the_terminal_has_a_scroll_bar(make_app, running, until):
-    app = make_app()
-    async with running(app, (80, 24)) as pilot:
+async def test_a_list_longer_than_the_terminal_has_a_scroll_bar(run_app, until):
+    async with run_app(size=(80, 24)) as (app, pilot):
         await press_for(pilot, PickerDialog, "e")
         table = app.screen.query_one(Table)
         await until(pilot, lambda: table.size.height > 0)
@@ -209,10 +194,9 @@ async def test_a_list_longer_than_the_terminal_has_a_scroll_bar(make_app, runnin
     [("adaptive", []), ("fixed", [steering.SetKLController(controller="fixed")]), ("on", [])],
 )
 async def test_a_controller_typed_with_its_name_is_set_not_switched(
-    make_app, engine, running, until, value, sent
+    run_app, engine, until, value, sent
 ):
-    app = make_app()
-    async with running(app) as pilot:
+    async with run_app() as (app, pilot):
         await press_for(pilot, PickerDialog, "e")
         app.screen.query_one("#search").value = f"controller={value}"
         await pilot.press("enter")
@@ -228,29 +212,24 @@ async def test_a_controller_typed_with_its_name_is_set_not_switched(
      (["escape"], []), (["c"], []),
      (["right", "right", "enter"], [])],
 )  # fmt: skip
-async def test_stop_asks_and_the_safe_answer_has_the_focus(
-    make_app, engine, keys, sent, running, until
-):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_stop_asks_and_the_safe_answer_has_the_focus(run_app, engine, keys, sent, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, ChoiceDialog, "S")
         await pilot.press(*keys)
         await until(pilot, lambda: not isinstance(app.screen, ChoiceDialog))
         await until(pilot, lambda: engine == sent)
 
 
-async def test_w_writes_a_note(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_w_writes_a_note(run_app, engine, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, InputDialog, "w")
         assert "enter add" in list(app.screen.query(MessageLine))[-1].text()
         await pilot.press(*"odd", "enter")
         await until(pilot, lambda: engine == [steering.Note(text="odd")])
 
 
-async def test_responses_to_a_probe_wait_until_nobody_types_into_a_dialog(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_responses_to_a_probe_wait_until_nobody_types_into_a_dialog(run_app, until):
+    async with run_app() as (app, pilot):
         app.push_screen(InputDialog("Add a note", [], verb="add"))
         await until(pilot, lambda: app.screen.query("#field"))
         result = {n: {"response": n, "score": 1.0, "kl": 2.0, "length": 2}
@@ -264,9 +243,8 @@ async def test_responses_to_a_probe_wait_until_nobody_types_into_a_dialog(make_a
         await press_for(pilot, ProbeDialog, "escape")
 
 
-async def test_x_probes_and_shows_both_responses(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_x_probes_and_shows_both_responses(run_app, engine, until):
+    async with run_app() as (app, pilot):
         await press_for(pilot, InputDialog, "x")
         await press_for(pilot, ProbeDialog, *"hello", "enter")
         await until(pilot, lambda: app.screen.query_one(ScrollText).size.width > 0)
@@ -295,9 +273,8 @@ async def test_long_responses_to_a_probe_are_whole_and_scroll(make_app, size, ru
         await until(pilot, lambda: len(app.screen_stack) == 1)
 
 
-async def test_read_only_has_no_commands(make_app, engine, running, until):
-    app = make_app(read_only=True)
-    async with running(app) as pilot:
+async def test_read_only_has_no_commands(run_app, engine, until):
+    async with run_app(read_only=True) as (app, pilot):
         for key in ("p", "b", "a", "u", "c", "e", "S", "w", "x", "right_square_bracket"):
             app.clear_notifications()
             await pilot.press(key)
@@ -308,27 +285,22 @@ async def test_read_only_has_no_commands(make_app, engine, running, until):
         assert not [action for action in actions if action.startswith("steer(")]
 
 
-async def test_without_an_engine_a_command_names_what_starts_one(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_without_an_engine_a_command_names_what_starts_one(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("p")
         await until(pilot, lambda: notices(app))
         assert "rlhf-tui resume frozen" in str(notices(app))
 
 
-async def test_each_status_of_a_command_is_shown(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_each_status_of_a_command_is_shown(run_app, engine, until):
+    async with run_app() as (app, pilot):
         await pilot.press("c")
         keys = app.screen.query_one(KeyFooter)
         await until(pilot, lambda: "frozen: step 200 saved" in keys.text())
 
 
-async def test_the_notice_of_an_applied_change_has_the_values_of_its_step(
-    make_app, engine, running, until
-):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_the_notice_of_an_applied_change_has_the_values_of_its_step(run_app, engine, until):
+    async with run_app() as (app, pilot):
         await pilot.press("right_square_bracket")
         applied = "frozen: beta 0.075 → 0.088: applied at step 201"
         await until(pilot, lambda: applied in app.screen.query_one(KeyFooter).text())
@@ -353,14 +325,13 @@ async def test_the_notice_of_an_undo_says_what_it_took_back(make_app, running, u
     ],
 )
 async def test_what_a_run_does_not_take_now_is_not_offered_and_says_why(
-    make_app, engine, session_maker, tmp_path, running, until, state, key, reason
+    run_app, engine, session_maker, tmp_path, until, state, key, reason
 ):
     session = session_maker(tmp_path / "s", "run", 3)
     journal = JournalWriter(session)
     journal.set_meta(state=state)
     journal.close()
-    app = make_app("run", root=tmp_path / "s")
-    async with running(app) as pilot:
+    async with run_app("run", root=tmp_path / "s") as (app, pilot):
         await pilot.press(key)
         await until(pilot, lambda: notices(app))
         assert reason in notices(app)[0]

@@ -18,27 +18,22 @@ async def click_key(pilot, app, words):
 @pytest.mark.parametrize(
     ("words", "dialog"), [("m metrics", PickerDialog), ("b beta", InputDialog), ("? h", HelpDialog)]
 )
-async def test_a_click_on_a_key_of_the_footer_presses_it(
-    make_app, engine, running, until, words, dialog
-):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_click_on_a_key_of_the_footer_presses_it(run_app, engine, until, words, dialog):
+    async with run_app() as (app, pilot):
         await click_key(pilot, app, words)
         await until(pilot, lambda: isinstance(app.screen, dialog))
 
 
-async def test_a_click_between_the_keys_and_help_does_nothing(make_app, running):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_click_between_the_keys_and_help_does_nothing(run_app):
+    async with run_app() as (app, pilot):
         line = app.screen.query_one(KeyFooter).text()
         await pilot.click("#keys", offset=(line.index("? help") - 5, 0))
         await pilot.pause()
         assert len(app.screen_stack) == 1
 
 
-async def test_a_click_on_a_title_sorts_by_it_and_again_reverses(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_click_on_a_title_sorts_by_it_and_again_reverses(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("3")
         await until(pilot, lambda: app.screen.query_one(Table).count() > 0)
         table = app.screen.query_one(Table)
@@ -48,9 +43,8 @@ async def test_a_click_on_a_title_sorts_by_it_and_again_reverses(make_app, runni
             await until(pilot, lambda a=arrow: f"score{a}" in table.text().splitlines()[0])
 
 
-async def test_a_click_on_a_title_sorts_the_checkpoints(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_click_on_a_title_sorts_the_checkpoints(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("4")
         table = app.screen.query_one(Table)
         await until(pilot, lambda: table.count() > 1)
@@ -60,9 +54,8 @@ async def test_a_click_on_a_title_sorts_the_checkpoints(make_app, running, until
         await until(pilot, lambda: [step for step, _ in table.keys] == sorted(steps))
 
 
-async def test_a_click_on_a_title_without_an_order_changes_nothing(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_click_on_a_title_without_an_order_changes_nothing(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("3")
         await until(pilot, lambda: app.screen.query_one(Table).count() > 0)
         before = app.screen.query_one(Table).text()

@@ -28,9 +28,8 @@ def burst(app, *keys):
 
 
 @pytest.mark.parametrize("keys", [("ctrl+p", "enter"), ("ctrl+p", "enter", "enter", "escape")])
-async def test_palette_keys_in_a_burst_leave_the_app_running(make_app, running, until, keys):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_palette_keys_in_a_burst_leave_the_app_running(run_app, until, keys):
+    async with run_app() as (app, pilot):
         burst(app, *keys * 4)
         await pilot.pause(0.2)
         for _ in range(10):  # what is open now can be closed again, and nothing below it is lost
@@ -40,9 +39,8 @@ async def test_palette_keys_in_a_burst_leave_the_app_running(make_app, running, 
         assert app.current_mode == "dashboard"
 
 
-async def test_enter_twice_runs_a_command_once(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_enter_twice_runs_a_command_once(run_app, until):
+    async with run_app() as (app, pilot):
         await pilot.press("ctrl+p")
         await until(pilot, lambda: CommandPalette.is_open(app))
         app.screen.query_one(Input).value = "switch between dark"
@@ -71,9 +69,8 @@ async def test_commands_of_all_screens_are_found_by_the_words_for_them(make_app,
         assert len(titles) == len(set(titles))  # also of an action with several keys
 
 
-async def test_a_command_of_another_screen_goes_there_and_names_its_key(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
+async def test_a_command_of_another_screen_goes_there_and_names_its_key(run_app, until):
+    async with run_app() as (app, pilot):
         (command,) = [c for c in commands(app) if c.title == "Checkpoints: roll back"]
         await command.run()
         await until(pilot, lambda: app.current_mode == "checkpoints")

@@ -12,10 +12,9 @@ from tests.tui.screen import notices
     ("screen", "keys"), [("1", "nrfdp"), ("3", "+-!Wyop"), ("4", "rfEp"), ("5", "pS")]
 )
 async def test_a_key_that_is_off_is_not_offered_and_says_read_only(
-    make_app, engine, running, until, screen, keys
+    run_app, engine, until, screen, keys
 ):
-    app = make_app(read_only=True)
-    async with running(app) as pilot:
+    async with run_app(read_only=True) as (app, pilot):
         await pilot.press(screen)
         for key in keys:
             await pilot.press(key)

@@ -309,10 +309,9 @@ def test_silence_of_the_other_machine_is_reported_but_not_a_clock_that_is_set(
         assert "box has sent nothing since" in remote.stale
 
 
-async def test_the_app_says_that_the_copy_is_stale(make_app, running, until):
+async def test_the_app_says_that_the_copy_is_stale(run_app, until):
     origin = SimpleNamespace(address="ssh://box/frozen", stale="")
-    app = make_app(origin=origin)
-    async with running(app) as pilot:
+    async with run_app(origin=origin) as (app, pilot):
         status = app.screen.query_one(StatusLine)
         origin.stale = "not updated since 14:03, connecting again: box: \x1b[31mConnection refused"
         await until(pilot, lambda: "not updated since 14:03" in status.text())
@@ -321,11 +320,9 @@ async def test_the_app_says_that_the_copy_is_stale(make_app, running, until):
         await until(pilot, lambda: "not updated" not in status.text())
 
 
-async def test_a_key_that_is_off_on_a_copy_does_not_say_that_the_app_is_read_only(
-    make_app, running, until
-):
-    app = make_app(origin=SimpleNamespace(address="ssh://box/frozen", stale=""))
-    async with running(app) as pilot:
+async def test_a_key_that_is_off_on_a_copy_does_not_say_that_the_app_is_read_only(run_app, until):
+    origin = SimpleNamespace(address="ssh://box/frozen", stale="")
+    async with run_app(origin=origin) as (app, pilot):
         assert app.screen.query_one(KeyFooter).text().endswith("ssh://box/frozen  ? help")
         await pilot.press("4", "r")
         await until(pilot, lambda: notices(app))

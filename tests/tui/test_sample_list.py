@@ -138,11 +138,10 @@ async def test_after_a_roll_back_a_reader_judges_what_is_in_the_pane(samples, ju
 
 
 async def test_pages_of_a_live_run_neither_repeat_nor_skip_a_response(
-    session_maker, tmp_path, make_app, running, until
+    session_maker, tmp_path, run_app, until
 ):
     session = session_maker(tmp_path / "sessions", "long", 100)
-    app = make_app("long", root=tmp_path / "sessions")
-    async with running(app) as pilot:
+    async with run_app("long", root=tmp_path / "sessions") as (app, pilot):
         await pilot.press("3")
         table = app.screen.query_one(Table)
         await until(pilot, lambda: table.count() == PAGE)
