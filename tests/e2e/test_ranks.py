@@ -97,7 +97,9 @@ def test_a_pause_may_be_longer_than_the_timeouts_of_collectives_and_of_silence(p
 def test_a_reward_that_raises_pauses_all_ranks_until_it_can_be_called(pair):
     status = pair.without_reward
     assert status["step"] == 6
-    assert status["pause_reason"].startswith("reward 'score' at step 7: ValueError: no service (")
+    assert status["pause_reason"].startswith(
+        "reward 'score' at step 7: ValueError: no service at gate.py:"
+    )
     (alert,) = [e for e in pair.events("alert") if e["rule"] == "reward"]
     assert alert["text"] == status["pause_reason"]
     assert "in score" in alert["traceback"]

@@ -158,11 +158,11 @@ def test_prompts_that_are_drawn_again_are_of_the_present_weights(make_run, engin
     scores, original = [], run.rewards
 
     def the_first_prompt_is_constant(inputs, report=report_nothing, **_options):
-        total, parts = original(inputs, report)
+        found = original(inputs, report)
         if not scores:
-            total[:2] = 0.0
-        scores.append(total)
-        return total, parts
+            found.total[:2] = 0.0
+        scores.append(found)
+        return found
 
     run.rewards = the_first_prompt_is_constant
     ((metrics, _, samples),) = steps(run, 1, first=2)

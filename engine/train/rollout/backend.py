@@ -167,11 +167,13 @@ class Share:
         """
         if local.versions is None:
             local.versions = torch.full_like(local.lengths, self.options.weights_version)
-        kept = torch.arange(len(self.rows) if self.counts else 0)
+        rows = self.rows
+        if not self.counts:
+            rows = torch.arange(0)
+            local = local.select(rows)
         return merge_rollouts(
-            self.ranks, self.batch, local.select(kept), self.rows[kept],
-            self.options.max_new_tokens, self.tokenizer,
-        )  # fmt: skip
+            self.ranks, self.batch, local, rows, self.options.max_new_tokens, self.tokenizer
+        )
 
 
 def share_of(

@@ -45,7 +45,7 @@ HELD_OUT = {EVAL_SCORE: "held-out score", EVAL_KL: "held-out KL"}
 STEP_FIELDS = ("step", "attempt", "time")
 SAMPLE_FIELDS = (
     "step", "index", "attempt", "prompt", "response", "score", "kl", "length", "ended",
-    "turn_scores", "weights_version", "replies", "label", "note",
+    "weights_version", "replies", "label", "note",
 )  # fmt: skip
 """The columns of every table of metrics and of samples; those of metrics and of reward sources
 depend on the run."""
