@@ -25,6 +25,7 @@ from engine.train.step import train_step
 from tests.e2e.lab import OLD_SESSIONS
 from tests.train.arithmetic import CHAT
 from tests.train.repeating import ENVIRONMENT, SCORED, STOPS, Repeating, conversations, respond
+from tests.train.two_ranks import two_ranks
 
 
 def test_a_response_is_the_turns_of_the_policy_with_replies_between_them(make_run, tokenizer):
@@ -294,27 +295,14 @@ def test_the_other_ranks_are_not_silent_while_rank_0_waits_for_environments(make
     monkeypatch.setattr(compute_on_rank_0, "WAITING_INTERVAL", 0.0)
     run, _ = make_run(*ENVIRONMENT, STOPS)
     prompts = run.prompts.for_step(1)
-    sent = []
-
-    class Ranks:
-        def __init__(self, is_lead):
-            self.is_lead = is_lead
-
-        def broadcast_bytes(self, data):
-            if self.is_lead:
-                sent.append(data)
-                return data
-            return sent.pop(0)
-
-    reports = {True: 0, False: 0}
-    for is_lead in reports:
-
-        def waits(is_lead=is_lead):
-            reports[is_lead] += 1
-
-        rank = Environments(run.config, Ranks(is_lead))
-        rank.make(prompts, list(range(len(prompts))), "step 1", waits)
-    assert reports[False] == reports[True] >= len(prompts)
+    *ranks, sent = two_ranks()
+    reports = []
+    for rank in ranks:
+        calls = []
+        environments = Environments(run.config, rank)
+        environments.make(prompts, list(range(len(prompts))), "step 1", lambda c=calls: c.append(1))
+        reports.append(len(calls))
+    assert reports[1] == reports[0] >= len(prompts)
     assert not sent
 
 

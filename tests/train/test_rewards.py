@@ -1,4 +1,4 @@
-"""Reward sources: how they are called, weighted sums of them, and errors."""
+"""Reward functions and other sources: how they are called, and errors."""
 
 import importlib
 import os
@@ -19,7 +19,6 @@ from engine.progress import report_nothing
 from engine.protocol import frames
 from engine.protocol.rank_messages import Paused, decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
-from engine.train.distributed import compute_on_rank_0
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls
 from engine.train.rewards.function import FunctionReward
@@ -227,65 +226,6 @@ def test_a_coroutine_function_is_awaited(module, inputs):
     ]
 
 
-def test_a_mix_is_the_weighted_sum_of_the_sources_that_return_a_score(module, inputs):
-    both = RewardMix(
-        {
-            "a": WeightedReward(0.5, RunsOn.RANK_0, function_reward(module, "length")),
-            "b": WeightedReward(2.0, RunsOn.RANK_0, function_reward(module, "sometimes")),
-        },
-        SINGLE_RANK,
-    )
-    scores = both(inputs)
-    assert scores.total.tolist() == [5.5 + 3.0, 17.0, 1.5]
-    assert scores.parts["b"] == [1.5, None, None]
-
-
-def test_a_source_of_weight_zero_is_recorded_and_changes_no_score(module, inputs):
-    sources = {
-        "obeyed": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "length")),
-        "watched": WeightedReward(0.0, RunsOn.RANK_0, function_reward(module, "step")),
-    }
-    scores = RewardMix(sources, SINGLE_RANK)(inputs)
-    alone = RewardMix({"obeyed": sources["obeyed"]}, SINGLE_RANK)(inputs)
-    assert scores.total.tolist() == alone.total.tolist()
-    assert scores.parts["watched"] == [7, 7, 7]
-
-
-def test_a_response_that_only_a_source_of_weight_zero_scores_has_no_score(module, inputs):
-    sources = {
-        "obeyed": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "sometimes")),
-        "watched": WeightedReward(0.0, RunsOn.RANK_0, function_reward(module, "length")),
-    }
-    with pytest.raises(RewardError, match="scored response 1"):
-        RewardMix(sources, SINGLE_RANK)(inputs)
-
-
-def test_a_source_s_own_normalisation_comes_before_its_weight(module, inputs):
-    length = WeightedReward(3.0, RunsOn.RANK_0, function_reward(module, "length"), normalised=True)
-    mix = RewardMix({"length": length}, SINGLE_RANK)
-    assert mix.normalised == ["length"]
-    mix.scales = {"length": (10.0, 4.0)}
-    scores = mix(inputs)
-    assert scores.total.tolist() == [3 * (n - 10) / 4 for n in (11, 34, 3)]
-    assert scores.parts["length"] == [11, 34, 3]
-
-
-def test_a_source_is_normalised_within_groups_only_if_their_size_is_given(module, inputs):
-    length = function_reward(module, "length")
-    sources = {
-        "a": WeightedReward(3.0, RunsOn.RANK_0, length, in_groups=True),
-        "b": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "sometimes")),
-    }
-    mix = RewardMix(sources, SINGLE_RANK)
-    scores = mix(inputs)
-    assert scores.total.tolist() == [3 * 11 + 1.5, 3 * 34, 3 * 3]
-    deviation = (((11 - 16) ** 2 + (34 - 16) ** 2 + (3 - 16) ** 2) / 2) ** 0.5 + 1e-4
-    got = mix.total(scores.parts, inputs, per_prompt=3).tolist()
-    want = [3 * (n - 16) / deviation + b for n, b in ((11, 1.5), (34, 0), (3, 0))]
-    assert got == pytest.approx(want, rel=1e-6)
-    assert scores.parts["a"] == [11, 34, 3]
-
-
 def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key():
     assert tuple(KINDS) == SOURCE_KEYS
     fields = {f.name for f in msgspec.structs.fields(RewardConfig)}
@@ -369,36 +309,6 @@ def test_all_ranks_learn_of_each_call_so_that_none_waits_for_several(module, cal
     monkeypatch.setattr(SINGLE_RANK, "broadcast_bytes", lambda data: told.append(data) or data)
     call(function_reward(module, "fails_twice"))
     assert len(told) == 3
-
-
-def test_the_other_ranks_report_while_a_source_of_rank_0_does(inputs, monkeypatch):
-    monkeypatch.setattr(compute_on_rank_0, "WAITING_INTERVAL", 0.0)
-    sent = []
-
-    class Ranks:
-        def __init__(self, is_lead):
-            self.is_lead = is_lead
-
-        def broadcast_bytes(self, data):
-            if self.is_lead:
-                sent.append(data)
-                return data
-            return sent.pop(0)
-
-    def slow(inputs, report):
-        for done in range(5):
-            report(done, 5)
-        return [1.0] * len(inputs)
-
-    reports = {True: [], False: []}
-    for is_lead, reported in reports.items():
-        source = WeightedReward(1.0, RunsOn.RANK_0, slow if is_lead else None)
-        scores = RewardMix({"slow": source}, Ranks(is_lead))(
-            inputs, lambda *progress, to=reported: to.append(progress)
-        )
-        assert scores.total.tolist() == [1.0] * len(inputs)
-    assert len(reports[False]) == len(reports[True]) == 5
-    assert not sent
 
 
 def test_a_probe_does_not_call_a_function_again(module, call):

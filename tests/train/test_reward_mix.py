@@ -1,0 +1,98 @@
+"""Weighted sums of reward sources."""
+
+import pytest
+
+from engine.errors import RewardError
+from engine.train.distributed import compute_on_rank_0
+from engine.train.rewards.mix import RewardMix, WeightedReward
+from engine.train.rewards.source import RunsOn
+from tests.train.minibatch import SINGLE_RANK
+from tests.train.reward_inputs import TEXTS
+from tests.train.two_ranks import two_ranks
+
+
+def returning(*scores):
+    """A source that returns these scores of three responses."""
+    return lambda _inputs, _report: list(scores)
+
+
+LENGTH = returning(*map(float, map(len, TEXTS)))
+SOMETIMES = returning(1.5, None, None)
+
+
+def test_a_mix_is_the_weighted_sum_of_the_sources_that_return_a_score(inputs):
+    both = RewardMix(
+        {
+            "a": WeightedReward(0.5, RunsOn.RANK_0, LENGTH),
+            "b": WeightedReward(2.0, RunsOn.RANK_0, SOMETIMES),
+        },
+        SINGLE_RANK,
+    )
+    scores = both(inputs)
+    assert scores.total.tolist() == [5.5 + 3.0, 17.0, 1.5]
+    assert scores.parts["b"] == [1.5, None, None]
+
+
+def test_a_source_of_weight_zero_is_recorded_and_changes_no_score(inputs):
+    sources = {
+        "obeyed": WeightedReward(1.0, RunsOn.RANK_0, LENGTH),
+        "watched": WeightedReward(0.0, RunsOn.RANK_0, returning(7, 7, 7)),
+    }
+    scores = RewardMix(sources, SINGLE_RANK)(inputs)
+    alone = RewardMix({"obeyed": sources["obeyed"]}, SINGLE_RANK)(inputs)
+    assert scores.total.tolist() == alone.total.tolist()
+    assert scores.parts["watched"] == [7, 7, 7]
+
+
+def test_a_response_that_only_a_source_of_weight_zero_scores_has_no_score(inputs):
+    sources = {
+        "obeyed": WeightedReward(1.0, RunsOn.RANK_0, SOMETIMES),
+        "watched": WeightedReward(0.0, RunsOn.RANK_0, LENGTH),
+    }
+    with pytest.raises(RewardError, match="scored response 1"):
+        RewardMix(sources, SINGLE_RANK)(inputs)
+
+
+def test_a_source_s_own_normalisation_comes_before_its_weight(inputs):
+    length = WeightedReward(3.0, RunsOn.RANK_0, LENGTH, normalised=True)
+    mix = RewardMix({"length": length}, SINGLE_RANK)
+    assert mix.normalised == ["length"]
+    mix.scales = {"length": (10.0, 4.0)}
+    scores = mix(inputs)
+    assert scores.total.tolist() == [3 * (n - 10) / 4 for n in (11, 34, 3)]
+    assert scores.parts["length"] == [11, 34, 3]
+
+
+def test_a_source_is_normalised_within_groups_only_if_their_size_is_given(inputs):
+    sources = {
+        "a": WeightedReward(3.0, RunsOn.RANK_0, LENGTH, in_groups=True),
+        "b": WeightedReward(1.0, RunsOn.RANK_0, SOMETIMES),
+    }
+    mix = RewardMix(sources, SINGLE_RANK)
+    scores = mix(inputs)
+    assert scores.total.tolist() == [3 * 11 + 1.5, 3 * 34, 3 * 3]
+    deviation = (((11 - 16) ** 2 + (34 - 16) ** 2 + (3 - 16) ** 2) / 2) ** 0.5 + 1e-4
+    got = mix.total(scores.parts, inputs, per_prompt=3).tolist()
+    want = [3 * (n - 16) / deviation + b for n, b in ((11, 1.5), (34, 0), (3, 0))]
+    assert got == pytest.approx(want, rel=1e-6)
+    assert scores.parts["a"] == [11, 34, 3]
+
+
+def test_the_other_ranks_report_while_a_source_of_rank_0_does(inputs, monkeypatch):
+    monkeypatch.setattr(compute_on_rank_0, "WAITING_INTERVAL", 0.0)
+
+    def slow(inputs, report):
+        for done in range(5):
+            report(done, 5)
+        return [1.0] * len(inputs)
+
+    lead, other, sent = two_ranks()
+    reports = []
+    for rank, reward in ((lead, slow), (other, None)):
+        reported = []
+        mix = RewardMix({"slow": WeightedReward(1.0, RunsOn.RANK_0, reward)}, rank)
+        scores = mix(inputs, lambda *progress, to=reported: to.append(progress))
+        assert scores.total.tolist() == [1.0] * len(inputs)
+        reports.append(len(reported))
+    assert reports == [5, 5]
+    assert not sent
