@@ -74,8 +74,8 @@ def train_step(
     if not ranks.is_lead:  # only rank 0 reports samples
         return metrics, []
     return metrics, kept_samples(
-        config.log, run.tokenizer, rollout, experience.scores, experience.parts, experience.turns,
-        targets, outputs.ref_logprobs,
+        config.log, run.tokenizer, rollout, experience.scores, experience.raw, targets,
+        outputs.ref_logprobs,
     )  # fmt: skip
 
 

@@ -129,14 +129,14 @@ def test_scores_of_turns_have_the_weight_and_the_scale_of_their_source(inputs):
     assert scores.parts["a"] == [1.0, 6.0, None]
     assert scores.parts["b"] == [4.0, 8.0, 6.0]  # the only turn's score is the response's
     assert scores.total.tolist() == [2 * (1 - 10) / 4 + 4, 2 * (6 - 10) / 4 + 8 + 1, 6.0]
-    totals = mix.turn_totals(scores.turns, scores.parts)
+    totals = mix.turn_totals(scores)
     assert totals == [[], [2 * 1 / 4, 2 * 2 / 4, 2 * 3 / 4 + 8], []]
 
 
 def test_scores_of_turns_are_divided_by_the_deviation_of_their_group(inputs):
     mix = mix_of(a=(3.0, [1.0, [1.0, 2.0, 3.0], 2.0], {"in_groups": True}))
     scores = mix(inputs)
-    (_, totals, _) = mix.turn_totals(scores.turns, scores.parts, per_prompt=3)
+    (_, totals, _) = mix.turn_totals(scores, per_prompt=3)
     deviation = 7**0.5 + 1e-4  # of 1, 6 and 2
     assert totals == pytest.approx([3 * s / deviation for s in (1, 2, 3)])
 

@@ -27,8 +27,7 @@ from engine.train.experience.scoring import scores_for_training
 from engine.train.ppo import masked
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.metrics import distinct_2
-from engine.train.rewards.mix import RewardMix
-from engine.train.rewards.scores import turn_scores
+from engine.train.rewards.mix import RewardMix, Scores
 from engine.train.rewards.source import RewardCallError, RewardInputs, whole
 from engine.train.rollout.backend import GREEDY_TEMPERATURE, SamplingOptions
 from engine.train.rollout.rollout import Rollout
@@ -84,8 +83,8 @@ class _Scored:
     kl: Tensor
     """(B,) float32: nats per response."""
     parts: dict[str, list[float | None]]
-    turns: dict[str, list[list[float] | None]]
-    """As in :class:`engine.train.rewards.mix.Scores`."""
+    raw: Scores
+    """By the sources of the training, as these gave them."""
 
 
 def evaluate_if_due(run: Run, step: int) -> Evaluation:
@@ -212,7 +211,7 @@ def _respond(
         for model in (run.policy, run.reference)
     )
     kl = masked.sequence_kl(logprobs, reference, rollout.mask)
-    return _Scored(rollout, scores, kl, parts, raw.turns)
+    return _Scored(rollout, scores, kl, parts, raw)
 
 
 def _summarise(
@@ -289,7 +288,7 @@ def _samples(parts: list[_Scored]) -> list[Sample]:
                     length=int(rollout.lengths[i]),
                     ended=bool(rollout.ended[i]),
                     parts={name: scores[i] for name, scores in part.parts.items()},
-                    turn_scores=turn_scores(part.turns, i),
+                    turn_scores=part.raw.turns_of(i),
                     replies=rollout.replies(i),
                 )
             )

@@ -5,7 +5,6 @@ Source: Yu et al. 2025, arXiv 2503.14476 (DAPO), section 3.2; `filter_groups` in
 """
 
 import dataclasses
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from engine.train.experience.scoring import ScoredRollout, score_groups
 from engine.train.ppo.advantages import constant_groups
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import Run
-
-T = TypeVar("T")
 
 
 def redraw_groups(run: Run, step: int, scored: ScoredRollout) -> ScoredRollout:
@@ -54,16 +51,8 @@ def redraw_groups(run: Run, step: int, scored: ScoredRollout) -> ScoredRollout:
         old, new = _rows(unwanted[: len(useful)], group), _rows(useful, group)
         scored = ScoredRollout(
             replace_rows(scored.rollout, old, rollout, new),
-            scored.scores.index_copy(0, old, other.scores[new]),
+            scored.raw.replaced(old, other.raw, new),
             scored.training_scores.index_copy(0, old, other.training_scores[new]),
-            {
-                name: _replaced(scores, old, other.parts[name], new)
-                for name, scores in scored.parts.items()
-            },
-            {
-                name: _replaced(scores, old, other.turns[name], new)
-                for name, scores in scored.turns.items()
-            },
             scored.redrawn + wanted,
         )
     return scored
@@ -80,17 +69,10 @@ def unwanted_groups(scored: ScoredRollout, per_prompt: int, config: RolloutConfi
     if config.dynamic_range is None:
         return unwanted
     low, high = config.dynamic_range
-    means = scored.scores.double().view(-1, per_prompt).mean(1)
+    means = scored.raw.total.double().view(-1, per_prompt).mean(1)
     return unwanted | (means <= low) | (means >= high)
 
 
 def _rows(groups: Tensor, per_prompt: int) -> Tensor:
     """Returns the row indices of groups: (n,) → (n · per_prompt,)."""
     return (groups[:, None] * per_prompt + torch.arange(per_prompt)).view(-1)
-
-
-def _replaced(into: list[T], rows: Tensor, other: list[T], other_rows: Tensor) -> list[T]:
-    result = list(into)
-    for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
-        result[row] = other[other_row]
-    return result

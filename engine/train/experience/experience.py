@@ -10,14 +10,13 @@ from engine.train.experience.generation import begin_next_rollout, obtain_rollou
 from engine.train.experience.greedy_baseline import greedy_scores
 from engine.train.experience.rollout_check import version_lag
 from engine.train.experience.scoring import (
-    Parts,
-    TurnScores,
     recorded_states,
     score_groups,
     scores_for_training,
     turn_rewards,
 )
 from engine.train.ppo.metrics import conversation_metrics, group_metrics, source_metrics
+from engine.train.rewards.mix import Scores
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.token_states import TokenStates
 from engine.train.run import Run
@@ -34,10 +33,8 @@ class Experience:
     training_scores: Tensor
     """The same with `normalise: group` of sources, for the advantages; the metrics and the samples
     show :attr:`scores`, because the mean of the others is always 0, less penalties."""
-    parts: Parts
-    """The raw scores of each reward source."""
-    turns: TurnScores
-    """The raw scores of each turn."""
+    raw: Scores
+    """As the reward sources gave them."""
     turn_rewards: Tensor | None
     """(B, T) float32 on the device: see :func:`turn_rewards`."""
     redrawn: int | None
@@ -49,7 +46,7 @@ class Experience:
 
     def metrics(self, step: int, per_prompt: int) -> dict[str, float]:
         """Metrics of scores by source and group, of the rollout's age, turns and additions."""
-        metrics = source_metrics(self.parts)
+        metrics = source_metrics(self.raw.parts)
         metrics |= group_metrics(self.scores, self.training_scores, per_prompt)
         metrics[VERSION_LAG] = float(version_lag(self.rollout, step))
         if (conversation := self.rollout.conversation) is not None:
@@ -89,10 +86,9 @@ def collect_experience(run: Run, step: int, recorded: Rollout | None = None) -> 
     limit = config.rollout.max_new_tokens
     return Experience(
         rollout=scored.rollout,
-        scores=scores_for_training(run, scored.scores, scored.rollout, limit),
+        scores=scores_for_training(run, scored.raw.total, scored.rollout, limit),
         training_scores=scores_for_training(run, scored.training_scores, scored.rollout, limit),
-        parts=scored.parts,
-        turns=scored.turns,
+        raw=scored.raw,
         turn_rewards=turn_rewards(run, scored),
         redrawn=scored.redrawn if config.rollout.dynamic else None,
         greedy_scores=greedy,

@@ -13,23 +13,15 @@ from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.token_states import TokenStates
 from engine.train.run import Run
 
-Parts = dict[str, list[float | None]]
-"""As :attr:`Scores.parts`."""
-TurnScores = dict[str, list[list[float] | None]]
-"""As :attr:`Scores.turns`."""
-
 
 @dataclass(frozen=True)
 class ScoredRollout:
     """The responses of a step with their raw scores."""
 
     rollout: Rollout
-    scores: Tensor
-    """(B,) float32: the weighted sum of the sources' scores."""
+    raw: Scores
     training_scores: Tensor
-    """(B,) float32: the same with `normalise: group` of sources, if any has it."""
-    parts: Parts
-    turns: TurnScores
+    """(B,) float32: the total with `normalise: group` of sources, if any has it."""
     redrawn: int = 0
     """Number of replacement prompts that were generated, whether kept or not."""
 
@@ -49,7 +41,7 @@ def score_groups(run: Run, step: int, rollout: Rollout) -> ScoredRollout:
         training_scores = run.rewards.total(
             scores.parts, inputs, per_prompt=run.config.responses_per_prompt
         )
-    return ScoredRollout(rollout, scores.total, training_scores, scores.parts, scores.turns)
+    return ScoredRollout(rollout, scores, training_scores)
 
 
 def recorded_states(run: Run) -> AbstractContextManager[TokenStates | None]:
@@ -86,11 +78,9 @@ def turn_rewards(run: Run, scored: ScoredRollout) -> Tensor | None:
     They have the scale of the scores for training, but not their mean. None if no source scored
     turns.
     """
-    if not any(any(rows) for rows in scored.turns.values()):
+    if not any(any(rows) for rows in scored.raw.turns.values()):
         return None
-    totals = run.rewards.turn_totals(
-        scored.turns, scored.parts, per_prompt=run.config.responses_per_prompt
-    )
+    totals = run.rewards.turn_totals(scored.raw, per_prompt=run.config.responses_per_prompt)
     placed = torch.zeros(scored.rollout.ids.shape)
     for row, scores in enumerate(totals):
         if scores:

@@ -8,7 +8,7 @@ from engine.config.sections.supervision import LogConfig
 from engine.protocol.rank_messages import Sample, TokenArrays
 from engine.train.ppo import masked
 from engine.train.ppo.advantages import Targets
-from engine.train.rewards.scores import turn_scores
+from engine.train.rewards.mix import Scores
 from engine.train.rollout.rollout import Rollout
 
 
@@ -17,8 +17,7 @@ def kept_samples(
     tokenizer: PreTrainedTokenizerBase,
     rollout: Rollout,
     scores: Tensor,
-    parts: dict[str, list[float | None]],
-    turns: dict[str, list[list[float] | None]],
+    raw: Scores,
     targets: Targets,
     ref_logprobs: Tensor,
 ) -> list[Sample]:
@@ -29,8 +28,7 @@ def kept_samples(
         tokenizer: the policy's tokenizer.
         rollout: B responses of at most T tokens.
         scores: (B,), normalised and clipped, minus penalties.
-        parts: B scores for each reward source.
-        turns: the same for the turns of each response.
+        raw: as the reward sources gave them.
         targets: the old log-probabilities, values and advantages.
         ref_logprobs: (B, T), log-probabilities under the reference.
     """
@@ -48,8 +46,8 @@ def kept_samples(
             kl=kls[i],
             length=lengths[i],
             ended=bool(ended[i]),
-            parts={k: v[i] for k, v in parts.items()},
-            turn_scores=turn_scores(turns, i),
+            parts={k: v[i] for k, v in raw.parts.items()},
+            turn_scores=raw.turns_of(i),
             weights_version=versions[i],
             replies=rollout.replies(i),
             messages=rollout.messages(i),

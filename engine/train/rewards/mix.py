@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -31,6 +32,8 @@ from engine.train.rewards.source import (
 )
 
 log = logging.getLogger("engine")
+
+T = TypeVar("T")
 
 KINDS: dict[str, SourceKind] = {
     "model": model.KIND,
@@ -67,6 +70,27 @@ class Scores:
     turns: dict[str, list[list[float] | None]]
     """The scores of each source for the turns of a response, by name; None for a response whose
     turns it does not score."""
+
+    def turns_of(self, row: int) -> dict[str, list[float]]:
+        """The scores of a response's turns, by the sources that gave them."""
+        found = {name: scores[row] for name, scores in self.turns.items()}
+        return {name: scores for name, scores in found.items() if scores is not None}
+
+    def replaced(self, rows: Tensor, other: "Scores", other_rows: Tensor) -> "Scores":
+        """Returns scores with some rows taken from others; both row indices are (n,) int64."""
+
+        def mixed(own: Mapping[str, list[T]], others: Mapping[str, list[T]]) -> dict[str, list[T]]:
+            found = {name: list(scores) for name, scores in own.items()}
+            for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
+                for name, scores in found.items():
+                    scores[row] = others[name][other_row]
+            return found
+
+        return Scores(
+            self.total.index_copy(0, rows, other.total[other_rows]),
+            mixed(self.parts, other.parts),
+            mixed(self.turns, other.turns),
+        )
 
 
 class RewardMix:
@@ -170,35 +194,26 @@ class RewardMix:
             )
         return torch.tensor(total, dtype=torch.float32)
 
-    def turn_totals(
-        self,
-        turns: dict[str, list[list[float] | None]],
-        parts: dict[str, list[float | None]],
-        *,
-        per_prompt: int | None = None,
-    ) -> list[list[float]]:
+    def turn_totals(self, scores: Scores, *, per_prompt: int | None = None) -> list[list[float]]:
         """The weighted sum of the sources' scores of each turn, scaled as :meth:`total`.
 
         Means are not subtracted: they belong to the response as a whole.
 
         Args:
-            turns: as in :class:`Scores`.
-            parts: each source's B scores.
+            scores: of B responses.
             per_prompt: as for :meth:`total`.
 
         Returns:
             One list for each of the B responses; empty if no source scored its turns.
         """
-        totals: list[list[float]] = [[] for _ in next(iter(parts.values()))]
-        for name, rows in turns.items():
+        totals: list[list[float]] = [[] for _ in scores.total]
+        for name, rows in scores.turns.items():
             weight = self._sources[name].weight
-            scales = self._row_scales(name, parts[name], per_prompt)
-            for i, (scores, (_, std)) in enumerate(zip(rows, scales, strict=True)):
-                if scores is not None:
-                    before = totals[i] or [0.0] * len(scores)
-                    totals[i] = [
-                        t + weight * (s / std) for t, s in zip(before, scores, strict=True)
-                    ]
+            scales = self._row_scales(name, scores.parts[name], per_prompt)
+            for i, (turns, (_, std)) in enumerate(zip(rows, scales, strict=True)):
+                if turns is not None:
+                    before = totals[i] or [0.0] * len(turns)
+                    totals[i] = [t + weight * (s / std) for t, s in zip(before, turns, strict=True)]
         return totals
 
     def _row_scales(

@@ -74,12 +74,6 @@ def _is_finite(number: float | None) -> bool:
     return number is not None and abs(number) <= LARGEST_SCORE
 
 
-def turn_scores(turns: dict[str, list[list[float] | None]], row: int) -> dict[str, list[float]]:
-    """The scores of a response's turns, by the sources that gave them."""
-    found = {name: scores[row] for name, scores in turns.items()}
-    return {name: scores for name, scores in found.items() if scores is not None}
-
-
 def shown(text: str) -> str:
     """A prompt or a response in an error, at most :data:`SHOWN_TEXT` characters of it."""
     return repr(shortened(text, SHOWN_TEXT))
