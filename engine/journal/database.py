@@ -1,6 +1,7 @@
 """Read-only access to one SQLite file of a session, in short reads."""
 
 import sqlite3
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,10 +116,13 @@ def open_read_only(path: Path, newest: int) -> sqlite3.Connection | None:
 
 def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
     """Like :func:`open_read_only`, but also returns the URI that SQLite opened."""
-    if not path.is_file():
-        if path.exists():
-            raise JournalError(f"cannot read {path}: it is not a file; move it away")
+    # Looked at once: an engine that starts may make the file at any moment.
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    if not stat.S_ISREG(mode):
+        raise JournalError(f"cannot read {path}: it is not a file; move it away")
     uri = f"{path.resolve().as_uri()}?mode=ro"
     try:
         try:

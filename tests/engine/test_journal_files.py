@@ -11,6 +11,7 @@ import pytest
 from engine.errors import JournalError
 from engine.journal import schema
 from engine.journal import writer as journal_writer
+from engine.journal.database import open_read_only
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader
 from engine.journal.writer import JournalWriter, on_network
@@ -29,6 +30,22 @@ def test_a_session_that_never_began_reads_as_empty(make_session):
         assert reader.metrics() == reader.events() == reader.attempts() == []
         assert reader.last_step() == 0
         assert reader.state() == "crashed"
+
+
+def test_a_journal_that_is_made_while_it_is_looked_for_is_not_there_yet(make_session, monkeypatch):
+    path, look = make_session("new").journal_file, os.stat
+
+    def look_too_early(place, *args, **options):
+        try:
+            return look(place, *args, **options)
+        except FileNotFoundError:
+            if place == path:
+                path.touch()
+            raise
+
+    monkeypatch.setattr(os, "stat", look_too_early)
+    assert open_read_only(path, len(schema.JOURNAL)) is None
+    assert path.exists()
 
 
 def test_a_journal_of_a_newer_version_is_refused_by_reader_and_writer(writer):
