@@ -294,6 +294,8 @@ class _Timeline:
             repeated = bool(command.changes)  # when the run is resumed
             left = self._left(command.attempt, step - 1)
             abandoned = not command.live or (left and not repeated)
+            if effect_text(command.command, step):  # as a pause, which is after the step before
+                step -= 1
         when = command.ended or command.queued
         text = command_text(command)
         return Marker(step, "command", text, command.who, when, key, abandoned, after=event)

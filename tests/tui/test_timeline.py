@@ -326,3 +326,19 @@ def test_a_later_alert_says_in_brief_which_one_it_is():
 )
 def test_what_a_command_did_after_a_step_names_that_step(command, step, words):
     assert effect_text(command, step) == words
+
+
+def test_a_stop_is_an_entry_at_the_step_after_which_the_run_stopped():
+    state = make_state(attempts=attempts(0), step=137)
+    stop = command("applied", id="stop", command="stop", applied_step=138, ended=3.0)
+    state.take(
+        SessionUpdate(
+            events=events(
+                (1, 0, AttemptEvent(attempt=1)),
+                (1, 136, CommandEvent(id="stop")),
+                (1, 137, StateEvent(state="stopped")),
+            ),
+            commands=[stop],
+        )
+    )
+    assert [(m.step, m.text) for m in state.markers()][1:] == [(137, "stop"), (137, "stopped")]
