@@ -341,4 +341,4 @@ def test_a_stop_is_an_entry_at_the_step_after_which_the_run_stopped():
             commands=[stop],
         )
     )
-    assert [(m.step, m.text) for m in state.markers()][1:] == [(137, "stop"), (137, "stopped")]
+    assert [(m.step, m.text) for m in state.timeline()][1:] == [(137, "stop"), (137, "stopped")]
