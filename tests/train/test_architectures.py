@@ -149,7 +149,7 @@ def test_two_ranks_compute_the_step_of_one(make_run, tmp_path):
     assert done.code == 0, done.output
     for job in jobs:
         kind = Path(job["recorded"]).stem
-        metrics = json.loads(Path(job["result"]).read_text())
+        metrics = json.loads(Path(job["result"]).read_text())["metrics"]
         for name, value in expected[kind].items():
             if not name.startswith(("time/", "perf/")):
                 assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (kind, name)
