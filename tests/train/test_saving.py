@@ -519,3 +519,10 @@ def test_a_run_saves_and_ends_when_another_step_would_not_end_before_its_deadlin
 def test_a_paused_run_ends_before_its_deadline_too(until_deadline):
     _, boundary = until_deadline(5, paused=True)
     assert not boundary.before_step()
+
+
+def test_the_space_that_a_save_asks_for_is_more_than_is_free(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=51_000_000)
+    monkeypatch.setattr(checkpoint_folder.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(CheckpointError, match="it needs 54 MB and 51 MB are free"):
+        checkpoint_folder.check_space(tmp_path, 49_000_000)

@@ -39,8 +39,7 @@ from engine.train.ppo.entropy import EntropyBonus
 FORMAT = 2
 """Format 1 has ``training/optimiser.safetensors`` and ``value.safetensors``, written by one rank.
 Its tensors have the same names as the shards of format 2, so one reader handles both."""
-NO_ROOM = "no room for a checkpoint"
-FULL = (NO_ROOM, os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+FULL = ("no room for a checkpoint", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 """Parts of the messages of saves that fail because the disk or a quota is full."""
 SPARE = 1.1
 """Required free space, as a multiple of the checkpoint's estimated size."""
@@ -173,10 +172,10 @@ def part_of(final: Path) -> Path:
 
 def check_space(checkpoints: Path, need: int) -> None:
     """Raises CheckpointError if there is no space for `need` bytes."""
-    free = shutil.disk_usage(checkpoints).free
-    if free < need * SPARE:
+    free, need = shutil.disk_usage(checkpoints).free, math.ceil(need * SPARE)
+    if free < need:
         raise CheckpointError(
-            f"{NO_ROOM} in {checkpoints}: it needs {need / 1e6:.0f} MB and "
+            f"no room for a checkpoint in {checkpoints}: it needs {need / 1e6:.0f} MB and "
             f"{free / 1e6:.0f} MB are free; make room"
         )
 
