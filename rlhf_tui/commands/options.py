@@ -14,6 +14,7 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
+from engine import starter
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.journal.turns import Turn
 from engine.session.command_line import SESSIONS_VARIABLE, sessions_folder
@@ -83,6 +84,14 @@ json_option: Decorator = click.option("--json", "as_json", is_flag=True, help=JS
 last_option: Decorator = click.option(
     "--last", type=click.IntRange(min=1), metavar="N", help="Print only the last N."
 )
+
+
+def _starter_file(_context: click.Context, _option: click.Parameter, value: str) -> Path:
+    """The file of `starter:demo`; any other value as a path."""
+    return Path(starter.resolve(value))
+
+
+config_argument: Decorator = click.argument("config", type=click.Path(), callback=_starter_file)
 
 override_option: Decorator = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a configuration key."

@@ -250,6 +250,12 @@ def test_a_file_that_cannot_be_used_is_explained_in_a_line(tmp_path, text, words
     assert not (tmp_path / "sessions").exists()
 
 
+def test_the_starters_configuration_is_given_by_its_name(tmp_path):
+    effect = check_config_file(tmp_path / "sessions", "starter:demo", "", ["train.steps=7"])
+    assert effect.startswith("7 steps")
+    assert str(tmp_path / "sessions" / "demo") in effect
+
+
 def test_values_with_spaces_are_quoted():
     assert split_overrides("a.b='x y' c=1") == ["a.b=x y", "c=1"]
     with pytest.raises(FormError, match="quote"):
