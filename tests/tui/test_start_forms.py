@@ -200,6 +200,16 @@ async def test_a_fork_gets_its_overrides_and_tab_completes_a_key(seat, until, mo
         assert app.ran == [["fork", "frozen", *named]]
 
 
+async def test_typing_replaces_the_name_that_a_fork_is_offered(seat, until):
+    async with seat(None) as (app, pilot):
+        app.engines.ask_fork("frozen", 25)
+        await until(pilot, lambda: isinstance(app.screen, FormDialog))
+        await until(pilot, lambda: app.screen.focused is not None)
+        await pilot.press(*"mine", "enter")
+        await until(pilot, lambda: app.ran)
+        assert app.ran == [["fork", "frozen", "--from", "25", "--name", "mine", "--detach"]]
+
+
 async def test_a_fork_from_the_last_step_asks_for_more_steps(seat, until):
     async with seat(None) as (app, pilot):
         app.engines.ask_fork("frozen", 50)
