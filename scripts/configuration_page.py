@@ -20,10 +20,11 @@ from engine.config.settings import LIVE_SETTINGS
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """# The configuration, key by key
 
-A run is described by one YAML file: `rlhf-tui run FILE`. The sections `model`, `data` and `reward`
-are required; the other sections can be omitted. Any key can be given on the command line as
-`-o section.key=value`, with the value written as in YAML. Relative paths start at the file's
-folder. The session's `config.yaml` states the value of every key, including the defaults.
+A run is described by one YAML file: `rlhf-tui run FILE`, where `starter:demo` is that of
+`rlhf-tui demo`. The sections `model`, `data` and `reward` are required; the other sections can be
+omitted. Any key can be given on the command line as `-o section.key=value`, with the value written
+as in YAML. Relative paths start at the file's folder. The session's `config.yaml` states the value
+of every key, including the defaults.
 
 A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model,
 the order of the data or the optimiser's state:

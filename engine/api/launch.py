@@ -73,18 +73,19 @@ def attach(
     """Opens a session by name, live or ended; or the only live one.
 
     Args:
-        name: of a session in the folder, or of a live one of this user elsewhere. Default: the
-            only session of this user that is live on this machine.
-        sessions: the folder of sessions. Default: $RLHF_TUI_SESSIONS or ./sessions.
+        name: of a session. Default: the only live one.
+        sessions: the folder of sessions, and no other one. Default: $RLHF_TUI_SESSIONS or
+            ./sessions, and this user's sessions that are live on this machine in any folder.
         who: as for :class:`Session`.
 
     Raises:
         NoSuchSessionError: there is no such session; or, without a name, none or several are live.
         SessionNameError: several live sessions elsewhere have this name; give `sessions`.
     """
-    live = live_sessions()
+    root = _root(sessions)
     if name is not None:
-        return Session(find(_root(sessions), name, live).folder, who=who)
+        return Session(find(root, name, () if sessions else live_sessions()).folder, who=who)
+    live = [s for s in all_sessions(root) if s.is_live()] if sessions else live_sessions()
     if len(live) != 1:
         raise NoSuchSessionError(
             f"several sessions are live, give the name of one: {names_of(live)}"

@@ -121,6 +121,8 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:  # a loop of symbolic links, a folder of another user
+        raise JournalError(f"cannot read {path}: {error.strerror}") from error
     if not stat.S_ISREG(mode):
         raise JournalError(f"cannot read {path}: it is not a file; move it away")
     uri = f"{path.resolve().as_uri()}?mode=ro"

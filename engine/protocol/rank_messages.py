@@ -17,6 +17,8 @@ from engine.protocol.frames import VERSION, Message, decoder
 
 WAIT_FOR = "wait for "
 """Prefix of the name of a phase in which the run waits for something an operator can do."""
+ROOM = "room on the disk"
+"""What a run waits for if its journal or its last step cannot be written."""
 
 
 class RankHello(Message, frozen=True, tag="rank_hello"):
@@ -193,6 +195,8 @@ REWARD_CHANGED = "reward_changed"
 """The rule of the notice that another reward computes the scores from the next step on."""
 REWARD_FAILED = "reward"
 """The rule of a pause, and of notices, about a reward that cannot be computed."""
+LAST_SAVE_WAITS = "last_save"
+"""The rule of the notice that a run waits for room on the disk to save its last step."""
 
 
 class Notice(Message, frozen=True, tag="notice"):

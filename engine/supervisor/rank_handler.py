@@ -20,6 +20,7 @@ from engine.protocol import rank_messages, sockets
 from engine.protocol.commands import BoundaryCommand, Pause, Unpause
 from engine.protocol.rank_messages import (
     REWARD_CHANGED,
+    ROOM,
     WAIT_FOR,
     Adjusted,
     Applied,
@@ -63,7 +64,7 @@ NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR
 EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
 NO_FILES = (errno.EMFILE, errno.ENFILE)
 """Errors of a process, or a machine, that cannot open another file."""
-ROOM, UNLOCKED = "room on the disk", "another program to unlock the journal"
+UNLOCKED = "another program to unlock the journal"
 FILES = "open files to be closed"
 """What the run waits for then, and while somebody else keeps the journal locked, such as a viewer
 that was stopped while it read: on a network file system readers lock it, too."""

@@ -29,7 +29,10 @@ from engine.protocol.commands import (
     Unpause,
 )
 from engine.protocol.rank_messages import (
+    LAST_SAVE_WAITS,
     REWARD_FAILED,
+    ROOM,
+    WAIT_FOR,
     Adjusted,
     Applied,
     Begin,
@@ -42,6 +45,7 @@ from engine.protocol.rank_messages import (
     Unpaused,
 )
 from engine.session.folder import SessionFolder
+from engine.train.checkpoints.folder import lacks_room
 from engine.train.checkpoints.manager import CheckpointManager
 from engine.train.link import Link
 from engine.train.live_settings import LiveSettings
@@ -57,6 +61,10 @@ log = logging.getLogger("engine")
 
 PAUSE_POLL_INTERVAL = 0.5
 """Seconds between polls for commands while paused; far below a collective's timeout."""
+SAVE_RETRY_INTERVAL = 5.0
+"""Seconds between attempts to save the last step while the disk is full."""
+NO_TIME = ("deadline", "preempted", "leaving")
+"""Reasons to end before the last step, as in :class:`Ended`, that leave no time to wait."""
 PAUSE_REPORT_INTERVAL = 2.0
 """Seconds between `paused` messages, which tell the supervisor that the ranks are alive."""
 
@@ -266,7 +274,7 @@ class Boundary:
         for message in commands:
             if not isinstance(message, RankCommand):
                 raise LinkError(f"expected a command, got {message}")
-            if self._ended:
+            if self._ended and not isinstance(message.command, Stop):
                 self._link.send(Rejected(id=message.id, reason="the run has ended"))
                 continue
             try:
@@ -381,12 +389,38 @@ class Boundary:
             RlhfError: the reference's weights have changed, which is a bug.
         """
         run, self._ended = self._run, True
-        if problem := self.checkpoints.save():
-            raise CheckpointError(problem)
+        reason = "stopped" if self._stop_ids else self._end_reason() or "finished"
+        self._save_last_step()
         if fingerprint(run.reference) != run.state.reference:
             raise RlhfError("the reference model's weights changed during the run; they must not")
         for command_id in self._stop_ids:
             self._link.send(Applied(id=command_id, step=run.state.step + 1))
-        reason = "stopped" if self._stop_ids else self._end_reason() or "finished"
         self._link.send(Ended(step=run.state.step, reason=reason))
         return reason
+
+    def _save_last_step(self) -> None:
+        """Saves the last step. If there is no room on the disk, waits for it, so no step is lost.
+
+        Raises:
+            CheckpointError: it could not be written for another reason, or there is no time to wait
+                because the run must end before its last step.
+        """
+        waits = False
+        while problem := self.checkpoints.save():
+            if self._early in NO_TIME or not lacks_room(problem):
+                raise CheckpointError(problem)
+            step = self._run.state.step
+            if not waits:
+                text = f"step {step}, the last one, is not saved yet, and the run waits: {problem}"
+                log.error("%s", text)
+                self._link.send(Notice(step=step, rule=LAST_SAVE_WAITS, text=text))
+            waits = True
+            self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        """Waits until it is time for another attempt to save; only a stop is accepted meanwhile."""
+        for _ in range(round(SAVE_RETRY_INTERVAL / PAUSE_POLL_INTERVAL)):
+            self._link.phase(self._run.state.step, f"{WAIT_FOR}{ROOM}")
+            self._execute(self._next_broadcast(PAUSE_POLL_INTERVAL).commands)
+            if self._early in NO_TIME:
+                return

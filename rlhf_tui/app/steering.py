@@ -183,12 +183,15 @@ class Steering:
 
     def _ask_stop(self, target: SteeringTarget) -> None:
         """Asks how to end the run."""
-        saved = target.checkpoints
-        last = f"the last checkpoint is of step {max(saved)}" if saved else "no checkpoint yet"
-        rows: list[Row] = [
-            [("The run ends; it can be resumed from its last checkpoint.", "")],
-            [(f"Step {target.step} is done, {last}.", "dim")],
-        ]
+
+        def rows(run: SteeringTarget) -> list[Row]:
+            saved = run.checkpoints
+            last = f"the last checkpoint is of step {max(saved)}" if saved else "no checkpoint yet"
+            return [
+                [("The run ends; it can be resumed from its last checkpoint.", "")],
+                [(f"Step {run.step} is done, {last}.", "dim")],
+            ]
+
         wait = about(target.boundary_in)
         choices = [
             Choice("s", f"Save, then stop ({wait})" if wait else "Save, then stop", "save"),
@@ -200,7 +203,7 @@ class Steering:
             if result in ("save", "now"):
                 self._commands.send(target, Stop(now=result == "now"), "stop")
 
-        self._app.push_screen(ChoiceDialog(f"Stop {target.name}?", rows, choices), chosen)
+        self._ask(f"Stop {target.name}?", target, rows, choices, chosen)
 
     def _ask_note(self, target: SteeringTarget) -> None:
         """Asks for a note, a line that stays with the run."""
@@ -242,13 +245,16 @@ class Steering:
         self, target: SteeringTarget, step: int, confirmed: Callable[[bool], None]
     ) -> None:
         """Asks for confirmation; `confirmed` gets whether to sample with a new seed."""
-        lost = fmt.plural(max(target.step - step, 0), "step")
-        then = "stays paused" if target.state == "paused" else "continues"
-        rows: list[Row] = [
-            [(f"The run returns to step {step} and {then}.", "")],
-            [(f"This abandons {lost}, which the charts then draw as a ghost.", "dim")],
-            *settings_after(target, step),
-        ]
+
+        def rows(run: SteeringTarget) -> list[Row]:
+            lost = fmt.plural(max(run.step - step, 0), "step")
+            then = "stays paused" if run.state == "paused" else "continues"
+            return [
+                [(f"The run returns to step {step} and {then}.", "")],
+                [(f"This abandons {lost}, which the charts then draw as a ghost.", "dim")],
+                *settings_after(run, step),
+            ]
+
         choices = [
             Choice("c", "Cancel", "cancel"),
             Choice("r", "Roll back", "back", danger=True),
@@ -259,8 +265,23 @@ class Steering:
             if result in ("back", "reseed"):
                 confirmed(result == "reseed")
 
-        title = f"Roll back {target.name} to step {step}?"
-        self._app.push_screen(ChoiceDialog(title, rows, choices), chosen)
+        self._ask(f"Roll back {target.name} to step {step}?", target, rows, choices, chosen)
+
+    def _ask(
+        self,
+        title: str,
+        target: SteeringTarget,
+        rows: Callable[[SteeringTarget], list[Row]],
+        choices: list[Choice],
+        chosen: Callable[[str | None], None],
+    ) -> None:
+        """Asks about a run; the text is of the run as it is while the dialog is open."""
+
+        def rows_now() -> list[Row]:
+            now = self._commands.target()
+            return rows(now if now is not None and now.session == target.session else target)
+
+        self._app.push_screen(ChoiceDialog(title, rows_now, choices), chosen)
 
     # -- what can be sent ----------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from engine.verification.verify import verify as verify_session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     Tone,
+    config_argument,
     existing,
     json_option,
     name_argument,
@@ -36,7 +37,7 @@ LONGEST_TEXT = 200
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@config_argument
 @override_option
 @json_option
 def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:

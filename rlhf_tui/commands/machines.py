@@ -20,7 +20,7 @@ from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE, read_secret
 from engine.session.folder import SessionFolder, check_name
 from engine.session.states import ENDED_STATES
-from rlhf_tui.commands.options import FiniteRange, override_option, sessions_option
+from rlhf_tui.commands.options import FiniteRange, config_argument, override_option, sessions_option
 from rlhf_tui.commands.run import is_done, is_started, start_or_resume
 
 STOPPED_EARLY = 75
@@ -96,7 +96,7 @@ def join(
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@config_argument
 @click.option(
     "--name", metavar="NAME",
     help="The session's name.  [default: from the scheduler's job, else from CONFIG]",

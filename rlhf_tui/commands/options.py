@@ -14,11 +14,12 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
+from engine import starter
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.journal.turns import Turn
 from engine.session.command_line import SESSIONS_VARIABLE, sessions_folder
 from engine.session.folder import SessionFolder, all_sessions, find
-from engine.session.registry import live_sessions
+from engine.session.registry import live_sessions, names_of
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
 from rlhf_tui.table_files import json_parts
@@ -35,10 +36,7 @@ NAME_MAX, PATH_MAX = 255, 4000
 def _folder(context: click.Context, _option: click.Parameter, value: Path) -> Path:
     """The folder given to the command, or before it (`rlhf-tui --sessions DIR ls`)."""
     outer = context.find_root()
-    if (
-        context.get_parameter_source("root") is not ParameterSource.COMMANDLINE
-        and outer.get_parameter_source("root") is ParameterSource.COMMANDLINE
-    ):
+    if not _is_given(context) and _is_given(outer):
         value = outer.params["root"]
     longest = max((len(os.fsencode(part)) for part in value.parts), default=0)
     length = len(os.fsencode(value))
@@ -55,6 +53,23 @@ def _folder(context: click.Context, _option: click.Parameter, value: Path) -> Pa
         if error.errno == errno.ELOOP:
             raise UserInputError(f"--sessions: {value} is a loop of symbolic links") from error
     return value
+
+
+def _is_given(context: click.Context) -> bool:
+    return context.get_parameter_source("root") is ParameterSource.COMMANDLINE
+
+
+def folder_is_given() -> bool:
+    """Whether the command line has --sessions, so that the command is about that folder alone."""
+    context = click.get_current_context(silent=True)
+    while context is not None and not _is_given(context):
+        context = context.parent
+    return context is not None
+
+
+def live_elsewhere() -> list[SessionFolder]:
+    """This user's live sessions in any folder; none if --sessions says which one is meant."""
+    return [] if folder_is_given() else live_sessions()
 
 
 def utf8_text(_context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -83,6 +98,14 @@ json_option: Decorator = click.option("--json", "as_json", is_flag=True, help=JS
 last_option: Decorator = click.option(
     "--last", type=click.IntRange(min=1), metavar="N", help="Print only the last N."
 )
+
+
+def _starter_file(_context: click.Context, _option: click.Parameter, value: str) -> Path:
+    """The file of `starter:demo`; any other value as a path."""
+    return Path(starter.resolve(value))
+
+
+config_argument: Decorator = click.argument("config", type=click.Path(), callback=_starter_file)
 
 override_option: Decorator = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a configuration key."
@@ -117,21 +140,30 @@ class FiniteRange(click.FloatRange):
 def complete_name(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
     """The names of sessions with a prefix, for the completion of shells."""
     root = context.params.get("root") or sessions_folder()
-    found = {s.name for s in (*all_sessions(Path(root).resolve()), *live_sessions())}
+    elsewhere = [] if _is_given(context) else live_sessions()
+    found = {s.name for s in (*all_sessions(Path(root).resolve()), *elsewhere)}
     return sorted(name for name in found if name.startswith(begun))
 
 
 name_argument: Decorator = click.argument("name", shell_complete=complete_name)
+optional_name_argument: Decorator = click.argument(
+    "name", required=False, shell_complete=complete_name
+)
+"""For :func:`existing_or_live`."""
 
 
 def existing(root: Path, name: str) -> SessionFolder:
-    """The session called `name`, in `root` or live elsewhere.
+    """The session called `name`, in `root` or, unless --sessions is given, live elsewhere.
 
     Raises:
         NoSuchSessionError: there is none; the message suggests similar names.
     """
+    return existing_among(root, name, live_elsewhere())
+
+
+def existing_among(root: Path, name: str, elsewhere: list[SessionFolder]) -> SessionFolder:
+    """The session called `name`, in `root` or of `elsewhere`. Raises as :func:`existing`."""
     root = root.resolve()
-    elsewhere = live_sessions()
     try:
         return find(root, name, elsewhere)
     except NoSuchSessionError:
@@ -140,6 +172,46 @@ def existing(root: Path, name: str) -> SessionFolder:
         known = f"did you mean {' or '.join(near)}? ({ls} lists all)"
         hint = known if near else f"list sessions with: {ls}"
         raise NoSuchSessionError(f"no session '{name}' in {root}; {hint}") from None
+
+
+def existing_or_live(root: Path, name: str | None) -> SessionFolder:
+    """The session called `name`; without a name the only live one, which stderr then names.
+
+    Raises:
+        NoSuchSessionError: as :func:`existing` and :func:`only_live`.
+        UserInputError: there is no name, and several sessions are live.
+    """
+    if name:
+        return existing(root, name)
+    session = only_live(root)
+    folder = one_line(str(session.folder.parent))
+    click.echo(f"rlhf-tui: session {session.name} in {folder}", err=True)
+    return session
+
+
+def only_live(root: Path) -> SessionFolder:
+    """The only live session of `root`; if it has none, the only one that is live elsewhere.
+
+    Raises:
+        NoSuchSessionError: none is live.
+        UserInputError: several are live.
+    """
+    root = root.resolve()
+    check_listable(root)
+    sessions = all_sessions(root)
+    live = [s for s in sessions if s.is_live()] or live_elsewhere()
+    if len(live) == 1:
+        return live[0]
+    if live:
+        raise UserInputError(f"several sessions are live, give one: {names_of(live)}")
+    if not sessions:
+        demo = fmt.command("demo", root=root)
+        raise NoSuchSessionError(f"no sessions in {root}; start one with: {demo}")
+    raise NoSuchSessionError(
+        f"no live session in {root}; give the name of a finished one "
+        f"({fmt.command('ls', root=root)}), or resume one: "
+        f"{fmt.command('resume', 'NAME', root=root)}"
+    )
 
 
 def check_listable(root: Path) -> None:

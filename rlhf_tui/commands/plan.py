@@ -17,7 +17,14 @@ from engine.memory.capacity import Capacity, of_device
 from engine.memory.estimate import estimate
 from engine.memory.model import Estimate, Layout, Models, configured, layouts
 from engine.memory.rollout_engine import beside_ranks, engine_memory
-from rlhf_tui.commands.options import json_option, override_option, print_json, say, show_wait
+from rlhf_tui.commands.options import (
+    config_argument,
+    json_option,
+    override_option,
+    print_json,
+    say,
+    show_wait,
+)
 from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.text import one_line
 
@@ -51,7 +58,7 @@ LABELS = {
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@config_argument
 @override_option
 @click.option(
     "--processes",

@@ -28,6 +28,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.commands import view
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
+    config_argument,
     existing,
     is_terminal,
     name_argument,
@@ -85,7 +86,7 @@ def demo(
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@config_argument
 @new_name_option
 @click.option(
     "--resume-if-exists", is_flag=True,

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
-from engine.errors import NoSuchSessionError, UserInputError
-from engine.session.folder import SessionFolder, all_sessions
-from engine.session.registry import live_sessions, names_of
+from engine.errors import UserInputError
+from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
 from rlhf_tui.commands.options import (
     FiniteRange,
     check_listable,
     colors_option,
-    complete_name,
     existing,
+    folder_is_given,
     is_terminal,
     name_argument,
+    only_live,
+    optional_name_argument,
     sessions_option,
     show_wait,
     why_no_terminal,
@@ -45,7 +45,7 @@ MIRROR_INTERVAL, HEARTBEAT = 0.5, 10.0
 
 
 @click.command()
-@click.argument("name", required=False, shell_complete=complete_name)
+@optional_name_argument
 @sessions_option
 @colors_option
 @click.option("--read-only", is_flag=True, help="Show the session, send no commands.")
@@ -53,10 +53,7 @@ MIRROR_INTERVAL, HEARTBEAT = 0.5, 10.0
     "--tail", type=click.IntRange(min=1), default=TAIL, show_default=True, metavar="N",
     help="With ssh://: copy the metrics of the last N steps.",
 )  # fmt: skip
-@click.pass_context
-def attach(
-    context: click.Context, root: Path, name: str | None, read_only: bool, tail: int
-) -> None:
+def attach(root: Path, name: str | None, read_only: bool, tail: int) -> None:
     """Open the dashboard of a session.
 
     Without NAME, opens the only live session.
@@ -64,10 +61,9 @@ def attach(
     NAME can be ssh://[USER@]HOST[:PORT]/NAME, a session on another machine.
     """
     if name and name.startswith("ssh://"):
-        given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
-        sys.exit(_attach_remote(name, root if given else None, read_only=read_only, tail=tail))
-    root = root.resolve()
-    session = existing(root, name) if name else _only_live(root)
+        folder = root if folder_is_given() else None
+        sys.exit(_attach_remote(name, folder, read_only=read_only, tail=tail))
+    session = existing(root, name) if name else only_live(root)
     _need_terminal(_either(session, "status", "metrics"))
     sys.exit(open_screen(session.folder.parent, session, read_only=read_only))
 
@@ -86,7 +82,7 @@ def attach(
 )  # fmt: skip
 def replay(root: Path, name: str, speed: float, from_step: int) -> None:
     """Show a session as it was, step by step, in the dashboard."""
-    session = existing(root.resolve(), name)
+    session = existing(root, name)
     from engine.journal.reader import JournalReader  # noqa: PLC0415 - the start of attach is short
     from rlhf_tui.state.replay.player import ReplayOptions  # noqa: PLC0415
 
@@ -113,7 +109,7 @@ def mirror(root: Path, name: str, tail: int) -> None:
     from rlhf_tui.remote.messages import Done, encode  # noqa: PLC0415 - only this command needs it
     from rlhf_tui.remote.source import SessionSource  # noqa: PLC0415
 
-    source, output = SessionSource(existing(root.resolve(), name), tail), sys.stdout.buffer
+    source, output = SessionSource(existing(root, name), tail), sys.stdout.buffer
     output.write(encode(source.hello()))
     sent = time.monotonic()
     while True:
@@ -219,24 +215,6 @@ def begin_listing(root: Path) -> "SessionListCache":
     listing = SessionListCache()
     listing.begin(root, load_preferences()[0].listed_metric)
     return listing
-
-
-def _only_live(root: Path) -> SessionFolder:
-    check_listable(root)
-    sessions = all_sessions(root)
-    live = [s for s in sessions if s.is_live()] or live_sessions()
-    if len(live) == 1:
-        return live[0]
-    if live:
-        raise UserInputError(f"several sessions are live, give one: {names_of(live)}")
-    if not sessions:
-        demo = fmt.command("demo", root=root)
-        raise NoSuchSessionError(f"no sessions in {root}; start one with: {demo}")
-    raise NoSuchSessionError(
-        f"no live session in {root}; give the name of a finished one "
-        f"({fmt.command('ls', root=root)}), or resume one: "
-        f"{fmt.command('resume', 'NAME', root=root)}"
-    )
 
 
 def _either(session: SessionFolder, first: str, second: str) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up
     from textual.widgets import Button, Input
 
 
+REFRESH_INTERVAL = 0.5
+"""Seconds between two readings of a text that changes while its dialog is open."""
 MARGIN, WIDEST = 4, 84
 """Width of border and padding, and the greatest width of a dialog (app.tcss)."""
 
@@ -113,17 +115,25 @@ class ChoiceDialog(Dialog[str]):
         Binding("right,down,j", "app.focus_next", show=False),
     ]
 
-    def __init__(self, title: str, rows: list[Row], choices: list[Choice]) -> None:
-        """Each choice has a button and a key."""
+    def __init__(
+        self, title: str, rows: list[Row] | Callable[[], list[Row]], choices: list[Choice]
+    ) -> None:
+        """A dialog with a button and a key for each choice.
+
+        Args:
+            title: on the border.
+            rows: the text; a function if it changes while the dialog is open.
+            choices: the first one must be safe.
+        """
         super().__init__(title)
-        self.rows = rows
+        self._rows = rows
         self.choices = choices
 
     def body(self) -> ComposeResult:
         """The text and the buttons."""
         from textual.widgets import Button  # noqa: PLC0415 - keeps the start quick
 
-        yield MessageLine(self.rows)
+        yield MessageLine(self._rows() if callable(self._rows) else self._rows)
         with Horizontal(classes="answers"):
             for choice in self.choices:
                 label = Text(f"{choice.label} [{choice.key}]")
@@ -131,6 +141,11 @@ class ChoiceDialog(Dialog[str]):
                     label, id=f"answer-{choice.result}", compact=True,
                     variant="error" if choice.danger else "default",
                 )  # fmt: skip
+
+    def on_mount(self) -> None:
+        """Lets a text that changes do so."""
+        if callable(rows := self._rows):
+            self.set_interval(REFRESH_INTERVAL, lambda: self.say(rows()))
 
     def say(self, rows: list[Row]) -> None:
         """Replaces the text; does nothing while the dialog is being closed."""

@@ -84,8 +84,12 @@ class FormDialog(Dialog[Values]):
         return {f.key: self.query_one(f"#{f.key}", Input).value.strip() for f in self.fields}
 
     def on_mount(self) -> None:
-        """Gives the focus to the first field."""
-        self.set_focus(self.query_one(f"#{self.fields[0].key}"))
+        """Gives the focus to the first field; typing replaces its text."""
+        from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
+
+        first = self.query_one(f"#{self.fields[0].key}", Input)
+        self.set_focus(first)
+        first.select_all()
         self._show_effect()
 
     def on_input_changed(self) -> None:

@@ -1,5 +1,6 @@
 """The output of the reading commands, for running and for finished sessions."""
 
+import copy
 import json
 import os
 import shutil
@@ -86,13 +87,12 @@ def test_an_empty_sessions_folder_says_how_to_start(make_lab):
 
 
 def test_a_running_session_is_found_from_another_folder(endless, tmp_path):
-    cli = endless.lab.cli
-    elsewhere = ("--sessions", tmp_path)
-    rows = json.loads(cli("ls", *elsewhere, "--json").stdout)
-    assert str(endless.session.folder) in [row["folder"] for row in rows]
-    assert str(endless.session.folder) in cli("ls", *elsewhere).stdout
-    assert cli("status", endless.name, *elsewhere).returncode == 0
-    assert cli("status", "whole", *elsewhere).returncode == 3
+    lab = copy.copy(endless.lab)
+    lab.environment = lab.environment | {"RLHF_TUI_SESSIONS": str(tmp_path)}
+    assert str(endless.session.folder) in [row["folder"] for row in lab.json("ls")]
+    assert str(endless.session.folder) in lab.cli("ls").stdout
+    assert lab.cli("status", endless.name).returncode == 0
+    assert lab.cli("status", "whole").returncode == 3
 
 
 @pytest.mark.parametrize("command", ["status", "metrics", "samples", "events", "logs"])

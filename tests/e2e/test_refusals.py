@@ -1,5 +1,6 @@
 """A second engine, unusable folders and full disks are refused with one clear line."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -8,6 +9,7 @@ from contextlib import closing
 
 import pytest
 
+from engine.errors import RlhfError
 from tests.e2e.terminal import Terminal
 from tests.waiting import until
 
@@ -179,23 +181,32 @@ def test_an_archived_session_is_shown(lab, archive):
 
 
 @pytest.mark.slow
-def test_a_disk_too_full_for_a_checkpoint_is_reported_and_the_run_continues_to_its_end(
+def test_a_disk_too_full_for_a_checkpoint_is_reported_and_the_last_step_waits_for_room(
     make_lab, small_disk
 ):
     run = make_lab("full").run("full", "train.save_every=3")
-    done = run.lab.cli(*run.arguments, "--headless", "--sessions", small_disk)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert "no room for a checkpoint" in last
-    assert "Traceback" not in done.stderr
-    # Steps 3 and 6 could not be saved either: each is an alert, and training continues.
+    process = run.lab.popen(*run.arguments, "--headless", "--sessions", small_disk)
     run.session = type(run.session)(small_disk / run.name)
+
+    def waits():
+        with contextlib.suppress(RlhfError):
+            return any(e["rule"] == "last_save" for e in run.events("alert"))
+        return False
+
+    until(waits, "the wait for room", 120)
+    # Steps 3 and 6 could not be saved either: each is an alert, and training continues.
     assert run.step == 8
-    assert [e["step"] for e in run.events("alert") if e["rule"] == "checkpoint"][:2] == [3, 6]
+    assert [e["step"] for e in run.events("alert") if e["rule"] == "checkpoint"] == [3, 6, 8]
     assert not list(run.session.checkpoints.glob("*"))
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "no room for a checkpoint" in stderr
+    assert "Traceback" not in stderr
+    assert [path.name for path in run.session.checkpoints.iterdir()] == ["step-000008"]
 
 
-def test_a_disk_too_full_for_the_journal_ends_the_run_with_a_line(either_lab, small_disk):
+def test_a_disk_too_full_for_the_journal_ends_a_stopped_run_with_a_line(either_lab, small_disk):
     run = either_lab.run("fuller", "train.save_every=0")
     run.session = type(run.session)(small_disk / run.name)
     run.hold(2)
@@ -209,6 +220,8 @@ def test_a_disk_too_full_for_the_journal_ends_the_run_with_a_line(either_lab, sm
         except OSError:
             pass
     run.release(2)
+    until(lambda: run.lab.json("status", run.name, "--sessions", small_disk)["waits_for"], "a wait")
+    process.terminate()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in stderr

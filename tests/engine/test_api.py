@@ -19,6 +19,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
+from engine.session.registry import announce
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +164,18 @@ def test_a_session_is_found_by_its_name(run):
     assert attach("run").folder == run.folder
     with pytest.raises(NoSuchSessionError, match="no session is live"):
         attach()
+
+
+def test_attaching_in_a_folder_finds_no_session_of_another(run, tmp_path):
+    lock = run.files.acquire()
+    announce(run.files)
+    assert attach().folder == run.folder
+    assert attach(sessions=run.folder.parent).folder == run.folder
+    with pytest.raises(NoSuchSessionError, match="no session is live"):
+        attach(sessions=tmp_path / "other")
+    with pytest.raises(NoSuchSessionError, match="no session 'run' in"):
+        attach("run", sessions=tmp_path / "other")
+    lock.release()
 
 
 @pytest.mark.parametrize(

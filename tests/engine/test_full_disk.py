@@ -18,6 +18,7 @@ from engine.metrics import NONFINITE_UPDATES
 from engine.protocol import frames
 from engine.protocol.commands import Pause, SetBeta, Stop, Unpause
 from engine.protocol.rank_messages import (
+    ROOM,
     Applied,
     CheckpointComplete,
     CheckpointWritten,
@@ -121,7 +122,7 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
         with no_room_for_files():
             to_engine.write(frames.encode(CheckpointComplete(step=4)))
             await until(lambda: "waiting for room" in caplog.text)
-            assert engine.shared.phases[0].waits_for == rank_handler.ROOM
+            assert engine.shared.phases[0].waits_for == ROOM
             assert engine.send(SetBeta(value=0.2)).status == "rejected"
         await until(lambda: "can be written again" in caplog.text)
         assert not engine.shared.phases

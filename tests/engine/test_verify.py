@@ -181,6 +181,14 @@ def test_a_folder_in_the_place_of_a_database_is_found(whole, name):
     assert text in found(whole), found(whole)
 
 
+@pytest.mark.parametrize("name", ["journal.db", "samples.db", "labels.db"])
+def test_a_loop_of_links_in_the_place_of_a_database_is_found(whole, name):
+    (whole.folder / name).unlink()
+    (whole.folder / name).symlink_to(name)
+    text = f"files: cannot read {whole.folder / name}: Too many levels of symbolic links"
+    assert any(line.startswith(text) for line in found(whole)), found(whole)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_file_of_another_user_is_found(whole):
     os.chown(whole.config_file, 65534, -1)

@@ -24,10 +24,10 @@ from engine.launch.start_checkpoints import has_history
 from engine.launch.start_options import StartOptions
 from engine.protocol.client import Client, new_id
 from engine.protocol.commands import AnyCommand, Note, Pause, SetSetting, Unpause
+from engine.protocol.rank_messages import ROOM
 from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import create
 from engine.session.states import LIVE_STATES
-from engine.supervisor.rank_handler import ROOM
 from engine.verification.verify import verify
 from tests.e2e.lab import PROGRAM, numbers, processes
 from tests.waiting import is_running, until

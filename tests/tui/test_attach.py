@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.registry import announce
+from rlhf_tui.cli import cli
 from rlhf_tui.commands import view
 
 DEADLINE = 240.0
@@ -53,12 +54,31 @@ def test_the_only_live_session_is_found_although_it_was_started_elsewhere(
     opened = []
     monkeypatch.setattr(view, "is_terminal", lambda: True)
     monkeypatch.setattr(view, "open_screen", lambda *given, **_: opened.append(given) or 0)
+    monkeypatch.setenv("RLHF_TUI_SESSIONS", str(tmp_path / "here"))
     lock = session.acquire()
     announce(session)
-    attach("--sessions", str(tmp_path / "here"))
-    attach("far", "--sessions", str(tmp_path / "here"))
+    attach()
+    attach("far")
     lock.release()
     assert opened == [(tmp_path / "elsewhere", session)] * 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_with_a_folder_of_sessions_none_of_another_folder_is_opened(
+    session_maker, tmp_path, monkeypatch, before
+):
+    session_maker(tmp_path / "here", "near", 3)
+    session = session_maker(tmp_path / "elsewhere", "far", 3)
+    monkeypatch.setattr(view, "is_terminal", lambda: True)
+    monkeypatch.setattr(view, "open_screen", lambda *_, **__: pytest.fail("a session is opened"))
+    folder = ["--sessions", str(tmp_path / "here")]
+    lock = session.acquire()
+    announce(session)
+    for name in ([], ["far"]):
+        words = [*folder, "attach", *name] if before else ["attach", *name, *folder]
+        result = CliRunner().invoke(cli, words, standalone_mode=False)
+        assert isinstance(result.exception, NoSuchSessionError)
+    lock.release()
 
 
 def test_importing_the_app_does_not_import_torch():

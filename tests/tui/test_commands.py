@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from engine import starter
 from engine.config import file as config_file
-from engine.errors import NoSuchSessionError, SessionError
+from engine.errors import ConfigError, NoSuchSessionError, SessionError
 from engine.journal.reader import JournalReader
 from engine.session.folder import create
 from rlhf_tui import identity
@@ -47,6 +47,15 @@ def test_a_command_in_a_message_names_the_folder_that_was_given(words, tmp_path,
     output = CliRunner().invoke(cli, words).output
     there = tmp_path / "my"
     assert output == f"no sessions in {there}; start one with: rlhf-tui demo --sessions my\n"
+
+
+@pytest.mark.parametrize("verb", ["plan", "check", "run", "launch"])
+def test_the_starters_configuration_is_given_by_its_name(verb, tmp_path):
+    arguments = [verb, "starter:demo", "-o", "train.steps=0"]
+    if verb in ("run", "launch"):
+        arguments += ["--sessions", str(tmp_path)]
+    with pytest.raises(ConfigError, match="steps must be"):
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
 
 
 @pytest.mark.parametrize("answer", ["n", "y"])

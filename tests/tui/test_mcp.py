@@ -22,14 +22,14 @@ LOOKING = ["curve", "events", "list_sessions", "metrics", "samples", "status"]
 STEERING = ["checkpoint", "note", "pause", "probe", "rollback", "set_beta", "set_setting", "stop"]
 
 
-def client(root, *, steering=False):
+def client(root, *, only_root=False, steering=False):
     # At the top these would cost every process of the tests a second.
     import mcp  # noqa: PLC0415 - see above
     from mcp_types import Implementation  # noqa: PLC0415 - see above
 
     from rlhf_tui.commands.integration import mcp_server  # noqa: PLC0415 - see above
 
-    server = mcp_server.make_server(root, steering=steering)
+    server = mcp_server.make_server(root, only_root=only_root, steering=steering)
     return mcp.Client(server, client_info=Implementation(name="helper\x1b[31m", version="1"))
 
 
@@ -90,11 +90,16 @@ async def test_an_ambiguous_name_is_for_the_user_to_decide(
         said = await result(connection, "status", session="twin")
     async with client(tmp_path / "two") as connection:
         found = await result(connection, "status", session="twin")
+    async with client(root, only_root=True) as connection:
+        unseen = await result(connection, "status", session="twin")
+        listed = await result(connection, "list_sessions")
     for lock in locks:
         lock.release()
     assert {str(tmp_path / "one"), str(tmp_path / "two")} <= set(re.split(r"[ :]", said))
     assert "ask your user to start this server" in said
     assert found["step"] == 3
+    assert "no session 'twin'" in unseen
+    assert "twin" not in {row["name"] for row in listed["sessions"]}
 
 
 async def test_a_long_curve_is_reduced_and_ends_with_the_newest_value(root):

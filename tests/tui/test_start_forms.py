@@ -200,6 +200,16 @@ async def test_a_fork_gets_its_overrides_and_tab_completes_a_key(seat, until, mo
         assert app.ran == [["fork", "frozen", *named]]
 
 
+async def test_typing_replaces_the_name_that_a_fork_is_offered(seat, until):
+    async with seat(None) as (app, pilot):
+        app.engines.ask_fork("frozen", 25)
+        await until(pilot, lambda: isinstance(app.screen, FormDialog))
+        await until(pilot, lambda: app.screen.focused is not None)
+        await pilot.press(*"mine", "enter")
+        await until(pilot, lambda: app.ran)
+        assert app.ran == [["fork", "frozen", "--from", "25", "--name", "mine", "--detach"]]
+
+
 async def test_a_fork_from_the_last_step_asks_for_more_steps(seat, until):
     async with seat(None) as (app, pilot):
         app.engines.ask_fork("frozen", 50)
@@ -248,6 +258,12 @@ def test_a_file_that_cannot_be_used_is_explained_in_a_line(tmp_path, text, words
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sessions").exists()
+
+
+def test_the_starters_configuration_is_given_by_its_name(tmp_path):
+    effect = check_config_file(tmp_path / "sessions", "starter:demo", "", ["train.steps=7"])
+    assert effect.startswith("7 steps")
+    assert str(tmp_path / "sessions" / "demo") in effect
 
 
 def test_values_with_spaces_are_quoted():

@@ -155,6 +155,19 @@ def test_an_intervention_s_effect_is_the_means_before_and_after():
     assert "0.310→0.510" in shown
 
 
+def test_before_the_first_step_an_event_only_has_the_means_after_it():
+    state, view = make_state(), Viewport()
+    note = EventRow(
+        event=9, time=900.0, attempt=1, step=0, kind="note",
+        payload=decode_payload("note", '{"text": "begun", "who": "ana"}'),
+    )  # fmt: skip
+    state.take(SessionUpdate(events=[note]))
+    view.select(state, next(m for m in state.timeline() if m.step == 0))
+    # Scores are step/50: the mean of steps 1-9 is 0.1.
+    assert "10 steps after:   score 0.100  KL" in text(CursorPanel(state, view), 120, 2)
+    assert "+10 steps  score 0.100  KL" in text(CursorPanel(state, view), 80, 2)
+
+
 def test_the_crosshair_reads_the_values_of_its_step():
     assert "score 0.500" in text(CursorPanel(make_state(), Viewport(cursor=25)), 120, 2)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from engine.errors import RlhfError
 from engine.monitoring.guardrails import Alert
+from engine.protocol.rank_messages import LAST_SAVE_WAITS
 from engine.session.states import State
 
 Level = Literal["info", "warning", "error"]
@@ -65,10 +66,10 @@ class Notification:
 
 
 def of_alert(session: str, alert: Alert) -> Notification:
-    """The notification of an alert; one that pauses or stops the run is an error."""
+    """The notification of an alert; one that stops or halts the run is an error."""
     kind: Kind = "restart" if alert.rule == RESTART_RULE else "alert"
     effect = EFFECTS.get(alert.action, "")
-    level: Level = "error" if effect else "warning"
+    level: Level = "error" if effect or alert.rule == LAST_SAVE_WAITS else "warning"
     return Notification(session, kind, level, effect + alert.text, alert.step, alert.as_data())
 
 

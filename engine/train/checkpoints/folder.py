@@ -11,7 +11,9 @@ last, after the supervisor has confirmed that the journal holds everything up to
 :mod:`engine.train.checkpoints.shards` reads them.
 """
 
+import errno
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +39,8 @@ from engine.train.ppo.entropy import EntropyBonus
 FORMAT = 2
 """Format 1 has ``training/optimiser.safetensors`` and ``value.safetensors``, written by one rank.
 Its tensors have the same names as the shards of format 2, so one reader handles both."""
+FULL = ("no room for a checkpoint", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+"""Parts of the messages of saves that fail because the disk or a quota is full."""
 SPARE = 1.1
 """Required free space, as a multiple of the checkpoint's estimated size."""
 
@@ -168,12 +172,20 @@ def part_of(final: Path) -> Path:
 
 def check_space(checkpoints: Path, need: int) -> None:
     """Raises CheckpointError if there is no space for `need` bytes."""
-    free = shutil.disk_usage(checkpoints).free
-    if free < need * SPARE:
+    free, need = shutil.disk_usage(checkpoints).free, math.ceil(need * SPARE)
+    if free < need:
         raise CheckpointError(
             f"no room for a checkpoint in {checkpoints}: it needs {need / 1e6:.0f} MB and "
-            f"{free / 1e6:.0f} MB are free; make room, then save again"
+            f"{free / 1e6:.0f} MB are free; make room"
         )
+
+
+def lacks_room(problem: str) -> bool:
+    """Whether a save failed because the disk or a quota is full; `problem` is its message.
+
+    The message decides because it is the same on all ranks.
+    """
+    return any(text in problem for text in FULL)
 
 
 def publish(part: Path, final: Path, content: StateFile) -> int:

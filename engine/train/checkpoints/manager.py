@@ -75,6 +75,8 @@ class CheckpointManager:
         self._seconds = 0.0
         """Seconds that saving has blocked training since the last step."""
         self._longest_save = 0.0
+        self._failed_step: int | None = None
+        """The step whose save failed last, of which the operator has been notified."""
         if run.ranks.is_lead:  # a run that only records its end saves no more
             with contextlib.suppress(OSError):
                 checkpoint_folder.clear_interrupted(folder)
@@ -193,7 +195,9 @@ class CheckpointManager:
     def _conclude(self, step: int, outcome: Outcome) -> None:
         """Reports an outcome, then removes older checkpoints; called in the saving thread."""
         if isinstance(outcome, CheckpointError):
-            self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
+            if step != self._failed_step:
+                self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
+            self._failed_step = step
             return
         self._longest_save = max(self._longest_save, outcome.seconds)
         removable = self._removable(step, outcome.best)

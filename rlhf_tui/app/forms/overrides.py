@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from engine import starter
 from engine.config import file as config_file
 from engine.config.key_errors import known_keys
 from engine.config.schema import RunConfig, is_fixed_at_start
@@ -152,9 +153,9 @@ def check_config_file(root: Path, path: str, name: str, overrides: list[str]) ->
 
 
 def typed_path(text: str) -> Path:
-    """A typed path; `~` is the home folder."""
+    """A typed path; `~` is the home folder, `starter:demo` the file of that name."""
     try:
-        return Path(text).expanduser()
+        return Path(starter.resolve(text)).expanduser()
     except RuntimeError:  # ~NAME of nobody
         return Path(text)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from engine.errors import UserInputError
-from rlhf_tui.commands.options import sessions_option
+from rlhf_tui.commands.options import folder_is_given, sessions_option
 
 PACKAGES = ("mcp", "mcp_types")
 
@@ -31,4 +31,5 @@ def mcp(root: Path, allow_steering: bool) -> None:
         raise UserInputError(
             "rlhf-tui mcp needs the package mcp, version 2 or newer: pip install 'rlhf-tui[mcp]'"
         ) from error
-    make_server(root.resolve(), steering=allow_steering).run("stdio")
+    only_root = folder_is_given()
+    make_server(root.resolve(), only_root=only_root, steering=allow_steering).run("stdio")

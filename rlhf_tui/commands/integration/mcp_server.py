@@ -38,7 +38,7 @@ from engine.protocol.commands import (
 )
 from engine.session.folder import SessionFolder, all_sessions
 from engine.session.registry import live_sessions
-from rlhf_tui.commands.options import existing
+from rlhf_tui.commands.options import existing_among
 from rlhf_tui.commands.reading.event_lines import event_lines
 from rlhf_tui.identity import who
 from rlhf_tui.state.session_row import read_session_row, read_session_rows
@@ -77,11 +77,12 @@ STEERS = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_worl
 DISCARDS = ToolAnnotations(read_only_hint=False, destructive_hint=True, open_world_hint=False)
 
 
-def make_server(root: Path, *, steering: bool) -> MCPServer[Any]:
+def make_server(root: Path, *, only_root: bool, steering: bool) -> MCPServer[Any]:
     """A server for the sessions of a folder and this user's live ones elsewhere.
 
     Args:
         root: the folder of sessions.
+        only_root: leaves out those elsewhere.
         steering: whether to offer the tools that change runs.
     """
     server = _Server(
@@ -90,7 +91,8 @@ def make_server(root: Path, *, steering: bool) -> MCPServer[Any]:
         version=__version__,
         log_level="WARNING",
     )
-    read, steer = ReadingTools(root), SteeringTools(root)
+    sessions = _Sessions(root, only_root=only_root)
+    read, steer = ReadingTools(sessions), SteeringTools(sessions)
     reads: list[Tool] = [
         read.list_sessions, read.status, read.metrics, read.curve, read.samples, read.events,
     ]  # fmt: skip
@@ -169,35 +171,48 @@ def presentable(value: Any) -> Any:
             return value
 
 
-def _find(root: Path, name: str) -> SessionFolder:
-    """Finds a session like :func:`existing`. What is ambiguous, only the user can decide.
+class _Sessions:
+    """The sessions that the tools may see."""
 
-    Raises:
-        SessionNameError: several live sessions elsewhere have this name.
-        NoSuchSessionError: there is none.
-    """
-    elsewhere = [s for s in live_sessions() if s.name == name]
-    if len(elsewhere) > 1 and not any(s.name == name for s in all_sessions(root)):
-        folders = " or ".join(str(session.folder.parent) for session in elsewhere)
-        raise SessionNameError(
-            f"several live sessions are '{name}', in {folders}: no tool can tell them apart; ask "
-            "your user to start this server (rlhf-tui mcp) with --sessions and the folder that is "
-            "meant"
-        )
-    return existing(root, name)
+    def __init__(self, root: Path, *, only_root: bool) -> None:
+        self._root, self._only_root = root, only_root
+
+    def all(self) -> list[SessionFolder]:
+        """Those of the folder, then those elsewhere."""
+        local = all_sessions(self._root)
+        return [*local, *(s for s in self._elsewhere() if s not in local)]
+
+    def find(self, name: str) -> SessionFolder:
+        """Finds a session like :func:`existing`. What is ambiguous, only the user can decide.
+
+        Raises:
+            SessionNameError: several live sessions elsewhere have this name.
+            NoSuchSessionError: there is none.
+        """
+        elsewhere = self._elsewhere()
+        same = [s for s in elsewhere if s.name == name]
+        if len(same) > 1 and not any(s.name == name for s in all_sessions(self._root)):
+            folders = " or ".join(str(session.folder.parent) for session in same)
+            raise SessionNameError(
+                f"several live sessions are '{name}', in {folders}: no tool can tell them apart; "
+                "ask your user to start this server (rlhf-tui mcp) with --sessions and the folder "
+                "that is meant"
+            )
+        return existing_among(self._root, name, elsewhere)
+
+    def _elsewhere(self) -> list[SessionFolder]:
+        return [] if self._only_root else live_sessions()
 
 
 class ReadingTools:
     """The tools that read."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, sessions: _Sessions) -> None:
+        self._sessions = sessions
 
     def list_sessions(self) -> Json:
         """List the runs: state, step, score, KL in nats per response, beta (the KL coefficient)."""
-        local = all_sessions(self._root)
-        elsewhere = (s for s in live_sessions() if s not in local)
-        rows = read_session_rows([*local, *elsewhere], best=True)
+        rows = read_session_rows(self._sessions.all(), best=True)
         hidden = ("settings", "pid")
         return {
             "sessions": [{k: v for k, v in r.as_json().items() if k not in hidden} for r in rows]
@@ -205,13 +220,13 @@ class ReadingTools:
 
     def status(self, session: Name) -> Json:
         """Show a run: state and its reason, step, settings in force, steps with checkpoints."""
-        return read_session_row(_find(self._root, session), ask=True, best=True).as_json()
+        return read_session_row(self._sessions.find(session), ask=True, best=True).as_json()
 
     def metrics(self, session: Name) -> Json:
         """List the metrics of a run: unit, what each means, step and value of the newest point."""
         known = {metric.name: metric for metric in METRICS}
         rows = []
-        with JournalReader(_find(self._root, session)) as reader:
+        with JournalReader(self._sessions.find(session)) as reader:
             for name in reader.metric_names():
                 step, value = reader.newest_value(name) or (None, None)
                 about = known.get(name)
@@ -232,7 +247,7 @@ class ReadingTools:
         A long curve is reduced to the minimum and the maximum of spans of steps; the last point is
         the newest value.
         """
-        curve = Session(_find(self._root, session).folder).curve(metric)
+        curve = Session(self._sessions.find(session).folder).curve(metric)
         kept = _shown_points(curve.values, points)
         return {"steps": [curve.steps[i] for i in kept], "values": [curve.values[i] for i in kept]}
 
@@ -250,14 +265,14 @@ class ReadingTools:
         environment, replies are the parts of the response that it wrote, not the policy.
         """
         query = SampleQuery(order=order, descending=not lowest_first, text=text)
-        rows = Session(_find(self._root, session).folder).samples(count, query=query)
+        rows = Session(self._sessions.find(session).folder).samples(count, query=query)
         return {"samples": [_sample(row) for row in rows]}
 
     def events(self, session: Name, count: Rows = 30) -> Json:
         """Read the log of a run, oldest first: states, commands with who sent them, alerts, notes,
         checkpoints, errors.
         """  # noqa: D205 - one sentence for the assistant
-        with JournalReader(_find(self._root, session)) as reader:
+        with JournalReader(self._sessions.find(session)) as reader:
             rows, attempts = reader.events(count), reader.attempts()
             crashed = reader.state() == "crashed"
         lines = event_lines(rows, attempts, crashed=crashed)
@@ -290,8 +305,8 @@ def _shown_points(values: Sequence[float], most: int) -> list[int]:
 class SteeringTools:
     """The tools that change a run. The journal records them under the assistant's name."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, sessions: _Sessions) -> None:
+        self._sessions = sessions
 
     def pause(self, session: Name, context: Context[Any, Any]) -> Json:
         """Pause a run before its next step."""
@@ -354,7 +369,7 @@ class SteeringTools:
 
     def _opened(self, session: str, context: Context[Any, Any]) -> Session:
         name = f"assistant {_client_name(context)} of {who()}"
-        return Session(_find(self._root, session).folder, who=name)
+        return Session(self._sessions.find(session).folder, who=name)
 
     def _send(self, session: str, command: AnyCommand, context: Context[Any, Any]) -> Json:
         try:

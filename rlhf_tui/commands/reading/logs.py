@@ -8,10 +8,10 @@ import click
 from engine.errors import SessionError
 from engine.journal.reader import JournalReader
 from rlhf_tui.commands.options import (
-    existing,
+    existing_or_live,
     json_option,
     last_option,
-    name_argument,
+    optional_name_argument,
     print_json,
     print_json_rows,
     say,
@@ -25,17 +25,17 @@ FOLLOW_INTERVAL = 0.2
 
 
 @click.command()
-@name_argument
+@optional_name_argument
 @sessions_option
 @last_option
 @json_option
-def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
+def events(root: Path, name: str | None, last: int | None, as_json: bool) -> None:
     """Print what happened in a session, from start to end.
 
-    States, commands, alerts, crashes, checkpoints and notes.
+    States, commands, alerts, crashes, checkpoints and notes. Without NAME: the only live session.
     --json prints all fields of the events, with ids, values and samples.
     """
-    with JournalReader(existing(root, name)) as reader:
+    with JournalReader(existing_or_live(root, name)) as reader:
         rows, attempts = reader.events(last), reader.attempts()
         crashed = reader.state() == "crashed"
     if as_json:
@@ -46,16 +46,19 @@ def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
 
 
 @click.command()
-@name_argument
+@optional_name_argument
 @sessions_option
 @last_option
 @click.option("-f", "--follow", is_flag=True, help="Keep printing until the engine exits.")
 @json_option
-def logs(root: Path, name: str, last: int | None, follow: bool, as_json: bool) -> None:
-    """Print the engine's log."""
-    session = existing(root, name)
+def logs(root: Path, name: str | None, last: int | None, follow: bool, as_json: bool) -> None:
+    """Print the engine's log.
+
+    Without NAME: that of the only live session.
+    """
+    session = existing_or_live(root, name)
     if not session.log_file.exists():
-        say("[]" if as_json else f"session '{name}' has no log yet")
+        say("[]" if as_json else f"session '{session.name}' has no log yet")
         return
     if not session.log_file.is_file():  # opening a pipe would wait for its writer
         raise SessionError(f"{session.log_file} is not a regular file; move it away")

@@ -19,10 +19,10 @@ from engine.metrics import (
 )
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
-    existing,
+    existing_or_live,
     json_option,
     last_option,
-    name_argument,
+    optional_name_argument,
     say,
     say_turns,
     sessions_option,
@@ -52,20 +52,21 @@ depend on the run."""
 
 
 @click.command()
-@name_argument
+@optional_name_argument
 @sessions_option
 @last_option
 @format_options
 @json_option
 def metrics(
-    root: Path, name: str, last: int | None, form: str | None, output: Path | None, as_json: bool
-) -> None:
+    root: Path, name: str | None, last: int | None, form: str | None, output: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Print a session's metrics, one row per step.
 
-    --format and --json print every metric.
+    Without NAME: of the only live session. --format and --json print every metric.
     """
     form = "json" if as_json else form
-    with JournalReader(existing(root, name)) as reader:
+    with JournalReader(existing_or_live(root, name)) as reader:
         found = reader.iter_metrics(last, None if form or output else {*COLUMNS, *HELD_OUT})
     if printed_rows((r.as_json() for r in found), form, output, STEP_FIELDS):
         return
@@ -76,21 +77,21 @@ def metrics(
 
 
 @click.command()
-@name_argument
+@optional_name_argument
 @sessions_option
 @last_option
 @click.option("--eval", "held_out", is_flag=True, help="Print responses to held-out prompts.")
 @format_options
 @json_option
 def samples(
-    root: Path, name: str, last: int | None, held_out: bool, form: str | None,
+    root: Path, name: str | None, last: int | None, held_out: bool, form: str | None,
     output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print samples: prompts, responses and scores.
 
-    Prints the last 16, or all with --format or --json.
+    Prints the last 16, or all with --format or --json. Without NAME: of the only live session.
     """
-    session = existing(root, name)
+    session = existing_or_live(root, name)
     count = last if last or as_json or form or output else 16
     with SampleReader(session) as reader:
         if held_out:

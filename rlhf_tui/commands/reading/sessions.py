@@ -5,19 +5,19 @@ from pathlib import Path
 
 import click
 import msgspec
-from click.core import ParameterSource
 
 from engine.errors import LinkError, UserInputError
 from engine.examined import examined
 from engine.session.folder import all_sessions
-from engine.session.registry import live_sessions
 from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     check_listable,
-    existing,
+    existing_or_live,
+    folder_is_given,
     json_option,
-    name_argument,
+    live_elsewhere,
+    optional_name_argument,
     print_json,
     say,
     sessions_option,
@@ -32,9 +32,10 @@ from rlhf_tui.text import one_line
 @click.argument("address", required=False)
 @sessions_option
 @json_option
-@click.pass_context
-def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -> None:
+def ls(address: str | None, root: Path, as_json: bool) -> None:
     """List the sessions in the folder and live ones elsewhere.
+
+    With --sessions, lists only those in that folder.
 
     With ADDRESS, ssh://[USER@]HOST[:PORT], lists those on another machine.
     """
@@ -42,10 +43,10 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
         check_listable(root)
     local = [] if address else all_sessions(root.resolve())
     if address:
-        given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
-        rows = _remote_rows(address, ["--sessions", str(root)] if given else [])
+        options = ["--sessions", str(root)] if folder_is_given() else []
+        rows = _remote_rows(address, options)
     else:
-        elsewhere = [s for s in live_sessions() if s not in local]
+        elsewhere = [s for s in live_elsewhere() if s not in local]
         # Only the JSON has the best checkpoints, which take most of the time.
         rows = read_session_rows([*local, *elsewhere], best=as_json)
     if as_json:
@@ -111,12 +112,15 @@ def _reasons(row: SessionRow) -> list[str]:
 
 
 @click.command()
-@name_argument
+@optional_name_argument
 @sessions_option
 @json_option
-def status(root: Path, name: str, as_json: bool) -> None:
-    """Show a session's status."""
-    row = read_session_row(existing(root, name), ask=True, best=True)
+def status(root: Path, name: str | None, as_json: bool) -> None:
+    """Show a session's status.
+
+    Without NAME: that of the only live one.
+    """
+    row = read_session_row(existing_or_live(root, name), ask=True, best=True)
     if as_json:
         print_json(row.as_json())
         return

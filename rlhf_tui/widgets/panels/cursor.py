@@ -101,17 +101,27 @@ class CursorPanel(Panel):
             first = justified(first, self._place(marker), width)
         if marker.abandoned:
             return [first, [("   on an abandoned branch", "dim")]]
-        second: list[Piece] = [(f"   {RECENT} steps before → after: ", "dim")]
+        return [first, *self._around(marker.step, width)]
+
+    def _around(self, step: int, width: int) -> list[Row]:
+        """The means before and after a step; before the first step there are none."""
+        means = {name: self.state.before_and_after(name, step) for name, _ in MEASURED}
+        if all(mean is None for pair in means.values() for mean in pair):
+            return []
+        starts = all(before is None for before, _ in means.values())
+        row: list[Piece] = [(f"   {RECENT} steps {'' if starts else 'before → '}after: ", "dim")]
         if width < 100:
-            second = [("  ±10 steps" if width > 78 else "  ±10", "dim")]
+            steps = f"  {'+' if starts else '±'}{RECENT}"
+            row = [(f"{steps} steps" if width > 78 else steps, "dim")]
         for name, label in MEASURED:
             if width < 100 and name == metrics.RESPONSE_LENGTH:
                 label = "len"
-            before, after = self.state.before_and_after(name, marker.step)
-            more: Row = [(f"  {label} ", "dim"), (f"{_short(before)}→{_short(after)}", "")]
-            if row_width(second) + row_width(more) <= width:
-                second += more
-        return [first, second]
+            before, after = means[name]
+            values = _short(after) if starts else f"{_short(before)}→{_short(after)}"
+            more: Row = [(f"  {label} ", "dim"), (values, "")]
+            if row_width(row) + row_width(more) <= width:
+                row += more
+        return [row]
 
 
 def _short(value: float | None) -> str:
