@@ -166,19 +166,6 @@ class JournalWriter:
             adopt: the checkpoint of `from_step`, if it is missing from this journal.
             total_steps: `train.steps`, for a replay; 0 if unknown.
         """
-        after = from_step or -1
-        with self._samples:
-            for table in ("samples", "evaluated"):
-                self._samples.execute(
-                    f"INSERT OR REPLACE INTO {table}_past ({schema.SAMPLE_COLUMNS}) "  # noqa: S608 - constants
-                    f"SELECT {schema.SAMPLE_COLUMNS} FROM {table} WHERE step > ?",
-                    (after,),
-                )
-                self._samples.execute(
-                    f"DELETE FROM {table} WHERE step > ?",  # noqa: S608 - constants
-                    (after,),
-                )
-            self._samples.execute("DELETE FROM arrays WHERE step > ?", (from_step,))
         with self._db:
             self._supersede(from_step, fresh)
             self._events.attempt += 1
@@ -201,6 +188,27 @@ class JournalWriter:
             }  # fmt: skip
             self._events.write("attempt", data | ({"fork": origin} if origin else {}), from_step)
         self._events.step = from_step
+        self._move_samples(from_step)
+
+    def _move_samples(self, from_step: int) -> None:
+        """Moves the samples of later steps after their steps.
+
+        If the process is killed in between, the next attempt moves them: it starts from the same
+        checkpoint or an earlier one. In the other order it might start from a later one.
+        """
+        after = from_step or -1
+        with self._samples:
+            for table in ("samples", "evaluated"):
+                self._samples.execute(
+                    f"INSERT OR REPLACE INTO {table}_past ({schema.SAMPLE_COLUMNS}) "  # noqa: S608 - constants
+                    f"SELECT {schema.SAMPLE_COLUMNS} FROM {table} WHERE step > ?",
+                    (after,),
+                )
+                self._samples.execute(
+                    f"DELETE FROM {table} WHERE step > ?",  # noqa: S608 - constants
+                    (after,),
+                )
+            self._samples.execute("DELETE FROM arrays WHERE step > ?", (from_step,))
 
     def _supersede(self, from_step: int, fresh: bool) -> None:
         parameters = (from_step,)

@@ -30,6 +30,7 @@ from engine.launch.start_checkpoints import (
     has_history,
     last_checkpoint,
     timeline_checkpoints,
+    unfinished_rollback,
 )
 from engine.launch.start_options import StartOptions
 from engine.session.checkpoints import (
@@ -103,6 +104,8 @@ def resume(
 ) -> StartOptions:
     """Prepares a resume from the last checkpoint, or from a chosen one, abandoning later steps.
 
+    If the engine was killed after a roll back was applied, the resume carries it out.
+
     Raises:
         ConfigError: an override is wrong, or would change the model or the data's order.
         NoSuchSessionError: there is no checkpoint of that step.
@@ -123,6 +126,8 @@ def resume(
         _check_whole(session, from_step)
     else:
         _check_history(session)
+        if (rollback := unfinished_rollback(session)) is not None:
+            from_step, reseed = rollback.step, reseed or rollback.reseed
     return StartOptions(
         from_step=last_checkpoint(session) if from_step is None else from_step,
         fresh=from_step is not None,

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.errors import NoSuchSessionError, UserInputError
+from engine.examined import examined
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint
 from engine.launch.start_options import StartOptions
+from engine.protocol.commands import Rollback
 from engine.session.checkpoints import (
     AVERAGED_POLICY,
     checkpoint_path,
@@ -52,6 +54,25 @@ def has_history(session: SessionFolder) -> bool:
 def last_checkpoint(session: SessionFolder) -> int:
     """The step of the newest complete checkpoint of the timeline; 0 if there is none."""
     return max(timeline_checkpoints(session), default=0)
+
+
+def unfinished_rollback(session: SessionFolder) -> Rollback | None:
+    """The roll back that was applied when the engine was killed, before its attempt began.
+
+    Returns:
+        None if there is none, or its checkpoint is no longer there.
+    """
+    with JournalReader(session) as reader:
+        attempt = max((a.attempt for a in reader.attempts()), default=0)
+        applied = [
+            c
+            for c in reader.commands()
+            if (c.command, c.status, c.attempt) == (Rollback.name(), "applied", attempt)
+        ]
+    if not applied:
+        return None
+    command = msgspec.convert(applied[-1].args, examined(Rollback))
+    return command if command.step in timeline_checkpoints(session) else None
 
 
 def earlier_checkpoint(session: SessionFolder, start: StartOptions) -> StartOptions | None:
