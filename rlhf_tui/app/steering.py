@@ -224,7 +224,8 @@ class Steering:
             if text:
                 self._commands.send(target, Probe(text=text), "probe")
 
-        dialog = InputDialog(f"Probe {target.name} with a prompt", rows, verb="send")
+        title = f"Probe {target.name} with a prompt"
+        dialog = InputDialog(title, rows, verb="send", multiline=True)
         self._app.push_screen(dialog, send)
 
     def roll_back(self, target: SteeringTarget, step: int, resume: Callable[[bool], None]) -> None:

@@ -178,6 +178,7 @@ class InputDialog(Dialog[str]):
         check: Check | None = None,
         *,
         verb: str,
+        multiline: bool = False,
     ) -> None:
         """A dialog for one value.
 
@@ -187,21 +188,30 @@ class InputDialog(Dialog[str]):
             value: the initial text of the field.
             check: returns whether a text is valid, and its effect or what is wrong with it.
             verb: what enter does.
+            multiline: whether the value may have line breaks, which are shown as `↵`.
         """
         super().__init__(title)
         self.rows = rows
         self.value = value
         self.check = check
         self.verb = verb
+        self.multiline = multiline
 
     def body(self) -> ComposeResult:
         """The text, the field, the effect of the value, the keys."""
-        from rlhf_tui.widgets.text_input import TextInput  # noqa: PLC0415 - keeps the start quick
+        from rlhf_tui.widgets.text_input import (  # noqa: PLC0415 - keeps the start quick
+            LINE_BREAK,
+            TextInput,
+        )
 
         yield MessageLine(self.rows)
-        yield TextInput(one_line(self.value), id="field", compact=True, select_on_focus=True)
+        field = TextInput(one_line(self.value), id="field", compact=True, select_on_focus=True)
+        if self.multiline:
+            field.line_break = LINE_BREAK
+        yield field
         yield MessageLine([[]], id="effect")
-        yield MessageLine([[(f"enter {self.verb} · esc cancel", "dim")]])
+        breaks = f" · {LINE_BREAK} line break" if self.multiline else ""
+        yield MessageLine([[(f"enter {self.verb} · esc cancel{breaks}", "dim")]])
 
     def on_mount(self) -> None:
         """Gives the focus to the field."""
@@ -219,5 +229,8 @@ class InputDialog(Dialog[str]):
 
     def on_input_submitted(self, event: "Input.Submitted") -> None:
         """Closes with the value if it is valid."""
+        from rlhf_tui.widgets.text_input import LINE_BREAK  # noqa: PLC0415 - keeps the start quick
+
         if self._show_effect(event.value):
-            self.close_with(event.value.strip())
+            text = event.value.strip()
+            self.close_with(text.replace(LINE_BREAK, "\n") if self.multiline else text)

@@ -10,9 +10,15 @@ from textual.widgets import Input
 
 from rlhf_tui.widgets.textual_internals import bindings_of_key
 
+LINE_BREAK = "↵"
+"""Stands for a line break in an input whose text may have several lines."""
+
 
 class TextInput(Input):
-    """An input that runs its own bindings immediately."""
+    """An input that runs its own bindings immediately and takes all lines of what is pasted."""
+
+    line_break = " "
+    """Joins pasted lines."""
 
     def on_mount(self) -> None:
         """Turns off the blinking cursor, which would send data twice a second."""
@@ -27,3 +33,11 @@ class TextInput(Input):
                 event.stop()
                 event.prevent_default()
                 return
+
+    def on_paste(self, event: events.Paste) -> None:
+        """Inserts pasted lines as one. Textual would drop all but the first."""
+        event.prevent_default()
+        event.stop()
+        text = self.line_break.join(event.text.strip("\r\n").splitlines())
+        if text:
+            self.replace(text, *sorted(self.selection))

@@ -1,12 +1,13 @@
 """The keys that steer, pressed on a session whose engine obeys."""
 
 import pytest
+from textual.events import Paste
 
 from engine.config.settings import LIVE_SETTINGS, SettingChange, settings_of
 from engine.errors import CommandRejectedError
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
-from engine.protocol.commands import SetSetting
+from engine.protocol.commands import Note, Probe, SetSetting
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.forms.settings_input import OFF, parse_value
@@ -18,6 +19,7 @@ from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.scroll_list import THUMB, TRACK, ScrollText
 from rlhf_tui.widgets.table import Table
+from rlhf_tui.widgets.text_input import TextInput
 from tests.engine.demo_config import demo
 from tests.tui.screen import notices, press_for
 
@@ -241,6 +243,20 @@ async def test_responses_to_a_probe_wait_until_nobody_types_into_a_dialog(run_ap
         await pilot.press(*"odd")
         assert app.screen.query_one("#field").value == "odd"
         await press_for(pilot, ProbeDialog, "escape")
+
+
+@pytest.mark.parametrize(
+    ("key", "command"),
+    [("x", Probe(text="Q: 2 + 2\n\nA: four")), ("w", Note(text="Q: 2 + 2  A: four"))],
+    ids=["probe", "note"],
+)
+async def test_all_lines_of_a_pasted_text_are_taken(run_app, engine, until, key, command):
+    async with run_app() as (app, pilot):
+        await press_for(pilot, InputDialog, key)
+        app.screen.query_one(TextInput).post_message(Paste("Q: 2 + 2\r\n\r\nA: \n"))
+        await until(pilot, lambda: app.screen.query_one(TextInput).value.endswith("A: "))
+        await pilot.press(*"four", "enter")
+        await until(pilot, lambda: engine == [command])
 
 
 async def test_x_probes_and_shows_both_responses(run_app, engine, until):
