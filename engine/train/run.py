@@ -1,5 +1,6 @@
 """The state of a run on one rank."""
 
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ from engine.train.environment.environments import Environments
 from engine.train.evaluation.held_out import HeldOut
 from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.policy_average import PolicyAverage
-from engine.train.ppo.metrics import peak_memory
 from engine.train.rewards.mix import RewardMix
 from engine.train.rollout.ahead import RolloutAhead
 from engine.train.rollout.backend import RolloutBackend
@@ -124,6 +124,13 @@ class Run:
         it.
         """
         return SavedState.of(self.state, self.config, self.settings_after_step)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns this rank's peak memory in bytes: allocated on its GPU, or the resident set size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def max_sequence_tokens(run: Run) -> int | None:

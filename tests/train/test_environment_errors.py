@@ -17,6 +17,10 @@ from tests.train.repeating import respond
 
 WRONG = {
     "raises": ("def reply(self, text):\n        raise ValueError('no game')", "no game"),
+    "asserts": (
+        "def reply(self, text):\n        assert False",
+        "AssertionError at wrong_asserts_[18].py:3",
+    ),
     "exits": ("def reply(self, text):\n        raise SystemExit(3)", "SystemExit"),
     "returns a number": ("def reply(self, text):\n        return 3", "reply returned 3, not text"),
     "returns half a message": (

@@ -114,9 +114,8 @@ def test_of_two_engines_that_generate_ahead_one_ends_and_gets_the_old_weights_ag
     assert (engine.engines - before, second_engine.engines) == (1, 2)
 
 
-def test_a_step_whose_reward_fails_is_repeated_with_the_same_responses(make_run, undisturbed):
-    run, _ = make_run(*AHEAD)
-    steps(run, 1)
+def fail_once(run, step):
+    """Runs a step whose reward fails, as it does before a pause."""
     rewards = run.rewards
 
     def fails(*_arguments, **_options):
@@ -124,10 +123,24 @@ def test_a_step_whose_reward_fails_is_repeated_with_the_same_responses(make_run,
 
     run.rewards = fails
     with pytest.raises(RewardCallError):
-        train_step(run, 2)
+        train_step(run, step)
     run.rewards = rewards
+
+
+def test_a_step_whose_reward_fails_is_repeated_with_the_same_responses(make_run, undisturbed):
+    run, _ = make_run(*AHEAD)
+    steps(run, 1)
+    fail_once(run, 2)
     again = steps(run, 2, first=2)
     assert numbers(again) == numbers(undisturbed)[1:]
+
+
+def test_a_step_that_is_repeated_after_a_checkpoint_has_responses_of_its_weights(make_run, engine):
+    run, _ = make_run(*AHEAD)
+    steps(run, 1)
+    fail_once(run, 2)
+    run.ahead.drop()  # a checkpoint by command, while the run is paused
+    assert [m["rollout/version_lag"] for m, _, _ in steps(run, 1, first=2)] == [0]
 
 
 def test_what_follows_a_checkpoint_is_generated_with_its_weights(make_run, engine):
@@ -168,6 +181,13 @@ def test_prompts_that_are_drawn_again_are_of_the_present_weights(make_run, engin
     ((metrics, _, samples),) = steps(run, 1, first=2)
     assert metrics["val/redrawn_prompts"] >= 1
     assert [s.weights_version for s in samples[:4]] == [1, 1, 0, 0]
+    assert metrics["rollout/version_lag"] == 1  # of the oldest
+
+
+def test_nothing_is_generated_ahead_after_the_last_step(make_run, engine):
+    run, _ = make_run(*AHEAD, "train.steps=2")
+    steps(run, 2)
+    assert engine.messages.count("LoadWeights") == 1  # of step 0, for both steps
 
 
 def test_a_run_does_not_train_on_responses_of_still_older_weights(make_run, engine):

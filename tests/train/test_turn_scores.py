@@ -56,6 +56,20 @@ def test_a_token_earns_the_scores_of_its_turn_and_of_later_ones(make_run):
     assert counts == {1, 2, 3}
 
 
+def test_scores_of_turns_have_the_scale_of_the_scores_for_training_and_not_their_mean(make_run):
+    run, _ = make_run(*ENVIRONMENT, STOPS, *BY_TURN, *UNDISCOUNTED)
+    run.state.reward_mean, run.state.reward_std = 1.0, 4.0
+    _, samples = train_step(run, 1)
+    of_three = [sample for sample in samples if len(sample.replies) == 2]
+    assert of_three
+    for sample in of_three:
+        scores = sample.turn_scores["by_turn"]
+        starts = [0, *sample.arrays.before_replies]
+        for turn, start in enumerate(starts):
+            want = (sum(scores[turn:]) - 1) / 4  # the last token gets the mean
+            assert sample.arrays.advantage[start] == pytest.approx(want, abs=1e-5)
+
+
 @pytest.mark.parametrize("advantage", ["gae", "grpo"])
 def test_an_estimator_that_uses_outcomes_only_sees_the_sum_of_the_turns(make_run, advantage):
     given_at_once = ("reward.model=null", "reward.environment=letters")  # the same sum

@@ -9,19 +9,18 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine.config.schema import RunConfig
-from engine.errors import LinkError, UserInputError, error_text, shortened
+from engine.errors import LinkError, UserInputError, shortened
 from engine.examined import examined
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.distributed.ranks import RankGroup
 from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
-from engine.train.rewards.calls import SHOWN_MESSAGE
 from engine.train.rewards.scores import shown
 from engine.train.rewards.source import RewardCallError
 from engine.train.user_code.concurrent_calls import CallTimeoutError, call_each
 from engine.train.user_code.coroutines import result_of
-from engine.train.user_code.errors import user_line, user_traceback_text
+from engine.train.user_code.errors import SHOWN_MESSAGE, error_line, user_traceback_text
 from engine.train.user_code.function import UserFunction
 
 log = logging.getLogger("engine")
@@ -249,10 +248,8 @@ class Environments:
             raise RewardCallError(failed.text, failed.trace)
 
     def _described(self, error: BaseException, when: str) -> str:
-        message = shortened(" ".join(error_text(error).split()), SHOWN_MESSAGE)
+        message = str(error) if isinstance(error, CallTimeoutError) else error_line(error)
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[-1:])
-        if not isinstance(error, CallTimeoutError):
-            message = f"{type(error).__name__}: {message}{user_line(error)}"
         return f"environment '{self._name}' {when}: {message}{notes}"
 
 

@@ -58,7 +58,7 @@ class Experience:
         return metrics
 
 
-def collect_experience(run: Run, step: int, recorded: Rollout | None = None) -> Experience:
+def collect_experience(run: Run, step: int, recorded: Rollout | None) -> Experience:
     """Generates and scores a step's responses; all ranks must call it.
 
     Also begins to generate the next step's responses if configured (`rollout.ahead`).

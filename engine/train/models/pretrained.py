@@ -222,7 +222,7 @@ def read_model(
     source: str,
     key: str,
     dtype: torch.dtype,
-    read: ReadOptions = NO_OPTIONS,
+    read: ReadOptions,
     *,
     sharded: bool,
 ) -> tuple[Any, StoredModel | None]:

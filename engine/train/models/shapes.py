@@ -117,7 +117,7 @@ def shape_of(name: str, key: str, kind: Any, read: ReadOptions = NO_OPTIONS) -> 
         raise UserInputError(text) from error
 
 
-def _shape(model: Any, config: Any, *, eager: bool = False) -> Shape:
+def _shape(model: Any, config: Any, *, eager: bool) -> Shape:
     layers = transformer_layers(model, config.num_hidden_layers)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

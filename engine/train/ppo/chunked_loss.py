@@ -170,9 +170,9 @@ class _Pass:
         entropies = torch.empty_like(logprobs) if self._task.entropies else None
         for part in parts:
             logits = self._logits(part)
-            logprobs[part], sums = self._logprobs(logits, part)[:2]
+            logprobs[part], ents, _ = self._logprobs(logits, part)
             if entropies is not None:
-                entropies[part] = sums
+                entropies[part] = ents
             del logits
         loss, sums, gradients = self._loss(None, logprobs, entropies)
         for part in parts:

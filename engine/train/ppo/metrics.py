@@ -6,9 +6,7 @@ Metrics that TRL's PPO trainer also reports have the same names as there. All ar
 
 import itertools
 import math
-import resource
 
-import torch
 from torch import Tensor
 
 from engine.config.schema import RunConfig
@@ -202,10 +200,3 @@ def distinct_2(texts: list[str]) -> float | None:
     """
     pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else None
-
-
-def peak_memory(device: torch.device) -> int:
-    """Returns this rank's peak memory in bytes: allocated on its GPU, or the resident set size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -239,7 +239,7 @@ def micro_batch(
             found = dict(zip(POLICY_SUMS, of_policy, strict=True))
         sums |= found
         # During the value warm-up the policy's gradient is 0. DDP still expects one.
-        loss = loss * (not warming_up) if targets.returns is not None else loss
+        loss = loss * 0.0 if warming_up else loss
     if values is None or targets.old_values is None or targets.returns is None:
         return loss, as_float64(sums.values())
     value_loss, clipped = losses.value_terms(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.errors import LinkError, RewardError, error_text, shortened
+from engine.errors import LinkError, RewardError
 from engine.progress import ReportProgress
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
@@ -17,14 +17,12 @@ from engine.train.rewards.source import (
     Score,
 )
 from engine.train.user_code.concurrent_calls import CallTimeoutError
-from engine.train.user_code.errors import user_line, user_traceback_text
+from engine.train.user_code.errors import error_line, user_traceback_text
 
 FIRST_DELAY = 1.0
 """Seconds before the first retry; doubled for each further one."""
 MAX_DELAY = 60.0
 """Most seconds to wait before a retry; no commands are executed meanwhile."""
-SHOWN_MESSAGE = 240
-"""Most characters of an exception's message that are quoted."""
 
 
 class SourceCall:
@@ -100,7 +98,7 @@ def _describe(
 
     `of_completions` is whether the source is called with completions.
     """
-    text = f"reward '{name}' at step {inputs.step}: {_exception_text(error)}{user_line(error)}"
+    text = f"reward '{name}' at step {inputs.step}: {error_line(error)}"
     conversations = inputs.batch.prompts[0].messages is not None
     if of_completions and conversations and isinstance(error, TypeError | AttributeError):
         text += "; of conversations, each completion is a list of messages"
@@ -110,12 +108,6 @@ def _describe(
         return f"{text} (called with {len(inputs)} responses, first prompt: {first})"
     response = shown(inputs.texts[index])
     return f"{text} (response {index}, prompt: {shown_prompt(inputs, index)}, response: {response})"
-
-
-def _exception_text(error: BaseException) -> str:
-    """Type and message on one line."""
-    message = shortened(" ".join(error_text(error).split()), SHOWN_MESSAGE)
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _response_in_hand(error: BaseException, inputs: RewardInputs) -> int | None:

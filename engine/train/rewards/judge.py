@@ -16,8 +16,8 @@ from engine.progress import ReportProgress
 from engine.train.data.prompts import Prompt
 from engine.train.rewards.http_client import Endpoint, RequestError
 from engine.train.rewards.scores import LARGEST_SCORE
-from engine.train.rewards.service import Scores, complete, encode
-from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
+from engine.train.rewards.service import complete, encode
+from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
 
 log = logging.getLogger("engine")
 
@@ -66,7 +66,7 @@ class JudgeReward:
         self._endpoint = endpoint
         self._config = config
 
-    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> Scores:
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """B scores; see :class:`Reward`.
 
         Raises:
@@ -89,10 +89,10 @@ class JudgeReward:
         )  # fmt: skip
         return complete(scores | dict.fromkeys(unparsed, default), len(inputs), others, tasks)
 
-    def _task(self, text: str) -> Callable[[], Scores]:
+    def _task(self, text: str) -> Callable[[], list[Score]]:
         body = request(text, self._config)
 
-        def ask() -> Scores:
+        def ask() -> list[Score]:
             completion = self._endpoint.decode(self._endpoint.post(body), _Completion)
             if not completion.choices:
                 raise RequestError(f"{self._endpoint.place}: the reply has no choices")

@@ -233,7 +233,7 @@ def load_classifier(
     ranks: RankGroup,
     strategy: str,
     dtype: torch.dtype,
-    read: ReadOptions = NO_OPTIONS,
+    read: ReadOptions,
     key: str = "reward.model",
 ) -> Any:
     """Reads a sequence classifier on rank 0, and its shape on the others, on the meta device.

@@ -20,7 +20,6 @@ from engine.train.rewards.source import (
     SourceKind,
 )
 
-Scores = list[Score]
 Usable = Annotated[float, msgspec.Meta(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
 """A reply with a different number is unusable: the request counts as failed and is retried."""
 
@@ -51,7 +50,7 @@ class JSONProtocol:
             ]
         return encode(request)
 
-    def scores(self, endpoint: Endpoint, reply: bytes) -> Scores:
+    def scores(self, endpoint: Endpoint, reply: bytes) -> list[Score]:
         """The scores in a reply. Raises RequestError."""
         return [*endpoint.decode(reply, _JSONReply).scores]
 
@@ -102,7 +101,7 @@ class OpenRLHFProtocol:
             self._ends[token_id] = next(found, "")
         return self._ends[token_id]
 
-    def scores(self, endpoint: Endpoint, reply: bytes) -> Scores:
+    def scores(self, endpoint: Endpoint, reply: bytes) -> list[Score]:
         """The scores in a reply. Raises RequestError."""
         return [*endpoint.decode(reply, _OpenRLHFReply).rewards]
 
@@ -118,7 +117,7 @@ class ServiceReward:
         self._protocol = protocol
         self._batch_size = batch_size
 
-    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> Scores:
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """B scores; see :class:`Reward`.
 
         Raises:
@@ -134,8 +133,8 @@ class ServiceReward:
         scores = {i * size + k: s for i, part in results.items() for k, s in enumerate(part)}
         return complete(scores, len(inputs), errors, tasks)
 
-    def _task(self, body: bytes, count: int) -> Callable[[], Scores]:
-        def ask() -> Scores:
+    def _task(self, body: bytes, count: int) -> Callable[[], list[Score]]:
+        def ask() -> list[Score]:
             scores = self._protocol.scores(self._endpoint, self._endpoint.post(body))
             if len(scores) != count:
                 raise RequestError(
@@ -150,8 +149,8 @@ def complete(
     scores: dict[int, Score],
     count: int,
     errors: dict[int, RequestError],
-    tasks: list[Callable[[], Scores]],
-) -> Scores:
+    tasks: list[Callable[[], list[Score]]],
+) -> list[Score]:
     """Returns all scores in order.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 
 import engine
-from engine.errors import traceback_text
+from engine.errors import error_text, shortened, traceback_text
 
 NOT_THE_USERS = (
     "<",  # as in <string>
@@ -14,6 +14,16 @@ NOT_THE_USERS = (
     *(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib")),
 )
 """Beginnings of the paths of our code, of the standard library and of installed packages."""
+SHOWN_MESSAGE = 240
+"""Most characters of an exception's message that are quoted."""
+
+
+def error_line(error: BaseException) -> str:
+    """Type, message and line of the user's code, as `ValueError: no number at rewards.py:12`."""
+    text = type(error).__name__
+    if message := " ".join(error_text(error).split()):
+        text += f": {shortened(message, SHOWN_MESSAGE)}"
+    return text + user_line(error)
 
 
 def user_line(error: BaseException) -> str:
