@@ -75,12 +75,28 @@ class SessionScreen(Screen[None]):
         """Shows what has changed while another screen was visible."""
         self.draw()
 
-    def read_in_thread(self, group: str, read: Callable[[], Message | None]) -> None:
+    def read_in_thread(
+        self, group: str, read: Callable[[], Message | None], *, replaces: bool = True
+    ) -> bool:
         """Calls `read` in a worker thread, and posts the message that it returns to this screen.
 
-        An RlhfError is shown. If something else of the same group is read meanwhile, the message
-        is dropped.
+        An RlhfError is shown.
+
+        Args:
+            group: only one reading of a group is wanted at a time.
+            read: returns the message.
+            replaces: whether to drop the message of a reading of this group that has not ended.
+                False: does nothing then. What is read again and again must not replace itself: a
+                reading that takes longer than the time between two of them would never be shown.
+
+        Returns:
+            Whether the reading has begun.
         """
+        if not replaces and any(
+            worker.node is self and worker.group == group and not worker.is_finished
+            for worker in self.workers
+        ):
+            return False
 
         def work() -> None:
             try:
@@ -92,6 +108,7 @@ class SessionScreen(Screen[None]):
                 self.post_message(message)
 
         self.run_worker(work, group=group, exclusive=True, thread=True)
+        return True
 
     # -- keys typed ahead ----------------------------------------------------------------------
 

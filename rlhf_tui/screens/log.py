@@ -147,7 +147,8 @@ class LogScreen(SessionScreen):
         session = self.context.session
         if session is None or not self.is_current:
             return
-        if str(session.folder) != self._folder:
+        another = str(session.folder) != self._folder
+        if another:
             self._folder, self._at, self._seen = str(session.folder), 0, 0
         position = session.position
         until = None if position is None else fmt.clock(position.time)
@@ -158,7 +159,7 @@ class LogScreen(SessionScreen):
             part = read_part(path, at, seen, until)
             return None if part is None else LogRead(folder, part, until)
 
-        self.read_in_thread("log", read)
+        self.read_in_thread("log", read, replaces=another)
 
     def on_log_read(self, message: LogRead) -> None:
         """Shows lines that were read."""

@@ -8,6 +8,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.message import Message
+from textual.worker import Worker
 
 from engine.journal.judgements.labels import Key
 from engine.journal.rows import SampleRow
@@ -24,6 +25,7 @@ from rlhf_tui.screens.parts.sample_filter import HINT, check_filter
 from rlhf_tui.screens.parts.sample_labels import SampleLabels
 from rlhf_tui.screens.parts.sample_list import (
     ORDER_TITLES,
+    PAGES,
     JudgementsRead,
     NewCounted,
     PageRead,
@@ -163,6 +165,11 @@ class SamplesScreen(SessionScreen):
         self._show_query()
         if table.key == before and (row := self.selected()) is not None:
             self.show_judgement(row)
+
+    def on_worker_state_changed(self, message: Worker.StateChanged) -> None:
+        """Reads what the run has recorded while a page was read."""
+        if message.worker.group == PAGES and message.worker.is_finished:
+            self.samples.refresh()
 
     def on_judgements_read(self, message: JudgementsRead) -> None:
         """Shows what was judged meanwhile in a frozen list."""

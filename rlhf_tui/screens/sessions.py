@@ -112,14 +112,18 @@ class SessionsScreen(SessionScreen):
         """Reads the folder when the screen becomes visible."""
         self.read_sessions()
 
-    def read_sessions(self) -> None:
-        """Reads the folder in a thread, if the screen is visible."""
+    def read_sessions(self, *, replaces: bool = False) -> None:
+        """Reads the folder in a thread, if the screen is visible.
+
+        `replaces`: something else of it is to be read than by a reading that has not ended.
+        """
         if not self.is_current:
             return
         context, metric, settings = self.context, self._columns.metric, self._columns.with_settings
         self.read_in_thread(
             "sessions",
             lambda: SessionsListed(context.listing.rows(context.root, metric, settings=settings)),
+            replaces=replaces,
         )
 
     def on_sessions_listed(self, message: SessionsListed) -> None:
@@ -356,7 +360,7 @@ class SessionsScreen(SessionScreen):
                 if self._table.sorted_by == title:
                     self._table.sorted_by = title_of(name)
                 self.context.save_preferences()
-                self.read_sessions()
+                self.read_sessions(replaces=True)
 
         self.app.push_screen(PickerDialog("List the values of", options), take)
 
@@ -366,7 +370,7 @@ class SessionsScreen(SessionScreen):
         self._table.sorted_by = ""
         self._reading_settings = self._columns.with_settings
         self._about()
-        self.read_sessions()
+        self.read_sessions(replaces=True)
 
     def action_new(self) -> None:
         """Asks, then starts the demo."""

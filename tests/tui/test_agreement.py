@@ -1,7 +1,9 @@
 """The agreement of scores with judgements: in the app, in reports and in commands."""
 
+import contextlib
 import json
 import shlex
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,21 @@ async def test_a_damaged_file_of_judgements_hides_nothing_else(make_app, running
         assert "cannot read" in app.state.agreement.problem
         assert app.state.problem == ""
         await until(pilot, lambda: "cannot read" in app.screen.query_one(Chart).text())
+
+
+async def test_nothing_of_a_file_of_judgements_reaches_the_terminal_raw(
+    make_app, running, session, until
+):
+    with contextlib.closing(sqlite3.connect(session.labels_file)) as db, db:
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("UPDATE sqlite_schema SET name = ?, sql = 'nothing'", ("\x1b]0;映\x07",))
+    app = make_app("judged", root=session.folder.parent)
+    app.preferences.charts = [AGREEMENT]
+    async with running(app, (500, 40)) as pilot:
+        chart = app.screen.query_one(Chart)
+        await until(pilot, lambda: "cannot read" in chart.text())
+        assert "\x1b" in app.state.agreement.problem
+        assert "\x1b" not in chart.text()
 
 
 # -- reward train refuses before anything is loaded ------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sqlite3
+import threading
 
 import pytest
 
@@ -272,6 +273,29 @@ async def test_the_log_is_searched(run_app, until):
         assert view.shift == 0
         assert view.matching == ""
         assert view.lines[-1] == "weights: 100%"
+
+
+async def test_a_log_that_takes_longer_to_read_than_until_the_next_reading_is_shown(
+    run_app, until, monkeypatch
+):
+    begun, read, first, later = [], log.read_part, threading.Event(), threading.Event()
+
+    def slowly(*args):  # as on a network file system
+        begun.append(1)
+        assert (first if len(begun) == 1 else later).wait(60)
+        return read(*args)
+
+    monkeypatch.setattr(log, "read_part", slowly)
+    async with run_app() as (app, pilot):
+        await pilot.press("5")
+        view = app.screen.query_one("#log")
+        await until(pilot, lambda: begun)
+        app.screen.read_more()
+        first.set()
+        try:
+            await until(pilot, lambda: view.count() == 303)
+        finally:
+            later.set()
 
 
 async def test_a_log_that_shows_its_end_still_does_in_a_terminal_of_another_height(run_app, until):

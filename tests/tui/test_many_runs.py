@@ -259,3 +259,25 @@ def test_a_list_reads_each_session_in_a_few_queries_and_only_once(runs, queries)
     assert none_any_more()
     assert made(metric=KL, settings=True) > 0
     assert none_any_more(metric=KL, settings=True)
+
+
+async def test_a_folder_that_takes_longer_to_read_than_until_the_next_reading_is_listed(
+    browser, running, monkeypatch
+):
+    make, listed = browser
+    app = make()
+    begun, rows, first, later = [], app.listing.rows, threading.Event(), threading.Event()
+
+    def slowly(*args, **named):  # as on a network file system
+        begun.append(1)
+        assert (first if len(begun) == 1 else later).wait(60)
+        return rows(*args, **named)
+
+    monkeypatch.setattr(app.listing, "rows", slowly)
+    async with running(app) as pilot:
+        app.screen.read_sessions()
+        first.set()
+        try:
+            await listed(pilot, app)
+        finally:
+            later.set()

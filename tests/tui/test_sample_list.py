@@ -3,11 +3,14 @@
 import contextlib
 import random
 import sqlite3
+import threading
 
 import pytest
 
+from engine.journal.samples import SampleReader
 from engine.journal.writer import JournalWriter
 from engine.protocol.rank_messages import StepReport
+from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.dialogs.probes import ProbePicker
 from rlhf_tui.dialogs.text import ProbeDialog
 from rlhf_tui.screens.parts.sample_list import PAGE
@@ -45,6 +48,35 @@ def selected(app):
 def settled(app):
     """Whether the pane shows the response under the cursor."""
     return key_of(app.screen.query_one(SampleView).sample) == key_of(app.screen.selected())
+
+
+async def test_a_search_that_takes_longer_than_a_step_is_shown_then_the_new_step(
+    samples, judged, until, monkeypatch
+):
+    async with samples(follow=True) as (app, pilot):
+        table, page = app.screen.query_one(Table), SampleReader.page
+        begun, first, later = [], threading.Event(), threading.Event()
+
+        def slowly(*args, **named):  # as in a run of 100,000 steps
+            begun.append(1)
+            assert (first if len(begun) == 1 else later).wait(60)
+            return page(*args, **named)
+
+        monkeypatch.setattr(SampleReader, "page", slowly)
+        try:
+            await press_for(pilot, InputDialog, "slash")
+            await pilot.press(*"kl>7", "enter")
+            await until(pilot, lambda: begun)
+            train(judged, STEPS + 1)
+            await until(pilot, lambda: app.state.head.step == STEPS + 1)
+            app.screen.draw()
+            first.set()
+            await until(pilot, lambda: 0 < table.count() < 8 * STEPS)
+            later.set()
+            await until(pilot, lambda: table.keys[0][1] == STEPS + 1)
+        finally:
+            first.set()
+            later.set()
 
 
 KEYS = {keys: keys.split() for keys in ("j", "s j", "d", "z", "v", "enter", "plus")}

@@ -18,6 +18,8 @@ from rlhf_tui.screens.parts.sample_filter import parse_filter
 from rlhf_tui.widgets.samples.judgement import key_of
 
 PAGE = 500
+PAGES = "pages"
+"""The group of what reads pages, see :meth:`SessionScreen.read_in_thread`."""
 ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 BINDINGS: list[BindingType] = [
     Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),
@@ -242,17 +244,18 @@ class SampleList:
             attempts = len(state.head.attempts)  # a roll back changes every page
             # The evaluation before the first step does not change the step.
             evaluations = len(state.series(EVAL_SCORE)) if self.query.held_out else 0
-            wanted = (
-                state.name, attempts, step, evaluations, state.labels, self.query, self.page,
-            )  # fmt: skip
+            asked = (state.name, attempts, state.labels, self.query, self.page)
+            wanted = (*asked, step, evaluations)
             if wanted != self._wanted:
-                self._wanted = wanted
-                self._labels = state.labels
                 request = PageRequest(
                     query=self.query, page=self.page, attempts=attempts, asked=self._asked,
                     last_step=self._last_step if self._asked else None,
                 )  # fmt: skip
-                self._screen.read_in_thread("page", functools.partial(_read_page, session, request))
+                read = functools.partial(_read_page, session, request)
+                # A search through a long run may take longer than its steps.
+                replaces = asked != self._wanted[: len(asked)]
+                if self._screen.read_in_thread(PAGES, read, replaces=replaces):
+                    self._wanted, self._labels = wanted, state.labels
         if not self.following:
             self._count_new(session)
 

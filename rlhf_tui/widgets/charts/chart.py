@@ -86,7 +86,7 @@ class Chart(Widget, can_focus=True):
         name = self.names[0]
         title = " + ".join(metrics.title_of(n) for n in self.names)
         return Plot(
-            title="".join(c if cell_len(c) == 1 else "?" for c in one_line(title)),
+            title=one_cell_each(title),
             value=" · ".join(
                 [
                     *(self._value(n) for n in self.names),
@@ -112,7 +112,7 @@ class Chart(Widget, can_focus=True):
             markers=[m for m in self.state.markers() if self.view.past or not m.abandoned],
             cursor=self.view.cursor,
             focused=self.has_focus,
-            empty=self._empty(name),
+            empty=one_cell_each(self._empty(name)),
         )
 
     def _companion(self) -> str:
@@ -165,7 +165,7 @@ class Chart(Widget, can_focus=True):
         # the same colour on all charts of one metric.
         own = min(len(self.names) + 1, COLOURS - 1)
         return [
-            (mark, one_line(session), self._style(own + i % (COLOURS - own)), curves)
+            (mark, one_cell_each(session), self._style(own + i % (COLOURS - own)), curves)
             for i, (mark, session, curves) in enumerate(self.view.overlays())
         ]
 
@@ -281,6 +281,11 @@ class Chart(Widget, can_focus=True):
         if event.x >= GUTTER:
             step = step_of(event.x - GUTTER, first, last, self.cells)
             self.post_message(CursorMoved(round(step)))
+
+
+def one_cell_each(text: str) -> str:
+    """Sanitised text for a canvas, on which each character has one cell."""
+    return "".join(c if cell_len(c) == 1 else "?" for c in one_line(text))
 
 
 def changed(old: Canvas, new: Canvas) -> list[Region]:
