@@ -113,7 +113,7 @@ def resume(
     Args:
         session: the session or its name, as for :func:`attach`; it must have no live engine.
         from_step: the checkpoint's step; later steps become an abandoned branch. Default: the last
-            checkpoint, and nothing is abandoned.
+            checkpoint, and nothing is abandoned, unless a kill interrupted a roll back.
         reseed: whether to sample different responses than before.
         overrides: configuration keys that change, such as `{"train.steps": 200}`.
         timeout: as for :func:`start`.
