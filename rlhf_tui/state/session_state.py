@@ -283,10 +283,10 @@ class SessionState:
     def boundary_in(self) -> float | None:
         """Seconds until the current step is done, estimated; None if no step is running.
 
-        0 if the step takes longer than usual.
+        None also while the run waits. 0 if the step takes longer than usual.
         """
         seconds = self.recent_mean(STEP_TIME)
-        if seconds is None or not self.training or not self.phases:
+        if seconds is None or not self.training or not self.phases or self.waiting:
             return None
         evaluation = 0.0
         if EVALUATE in self.step_phases(self.phases[0]):

@@ -7,7 +7,7 @@ from engine.config.reward_training import parse_settings
 from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import ConfigError, UserInputError
 from engine.journal.judgements.labels import Response, prefer, set_label
-from engine.journal.judgements.training_data import collect_judgements
+from engine.journal.judgements.training_data import NEWEST, collect_judgements
 from engine.journal.samples import SampleReader
 from engine.protocol.rank_messages import Messages, StepReport
 from tests.judging import answer
@@ -34,6 +34,17 @@ def test_a_judged_response_has_its_text_its_recorded_score_and_whether_it_ended(
     assert by_text["answer 1.1"].ended is False
     assert by_text["answer 1.0"].ended is True
     assert by_text["answer 7.0"].score == 7.0
+
+
+def test_the_newest_responses_come_along_whether_they_are_judged_or_not(writer):
+    writer.steps(*range(1, 101))
+    label_many(writer.session, 20)
+    found = collect_judgements([writer.session])
+    with SampleReader(writer.session) as reader:
+        rows = reader.newest(NEWEST)
+    newest = [found.responses[i] for i in found.newest]
+    assert [(r.response, r.score) for r in newest] == [(r.response, r.score) for r in rows]
+    assert {i for i, _ in found.labels}.isdisjoint(found.newest)
 
 
 def test_a_judged_conversation_has_its_messages(writer):

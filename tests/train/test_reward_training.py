@@ -47,6 +47,7 @@ def request(out="", *, prompts=12, count=48, config=None, **changed):
         "sessions": ["run"], "configs": [config], "responses": responses,
         "preferences": [(prompts, 0), (prompts + 1, 1)],
         "labels": [(i, bool(i % 3)) for i in range(count)],
+        "newest": list(range(count)),
         "base": None, "out": str(out), "command": "rlhf-tui reward train run",
         "settings": RewardTrainingConfig(epochs=3, learning_rate=3e-4),
     }  # fmt: skip
@@ -137,7 +138,7 @@ def test_a_trained_model_is_a_folder_that_a_run_scores_with(tmp_path):
     assert modes[".safetensors"] == modes[".md"]  # as the umask says
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for words in ("`run`", "2 preferences, 32 responses labelled good", "before training",
-                  "Scores of all judged responses", "rlhf-tui reward train run"):  # fmt: skip
+                  "Scores of the newest responses", "rlhf-tui reward train run"):  # fmt: skip
         assert words in card
     kept = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert kept["new_scale"]["mean"] == pytest.approx(result.new_scale.mean)
@@ -155,6 +156,20 @@ def test_a_trained_model_is_a_folder_that_a_run_scores_with(tmp_path):
     saved = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     original = json.loads((starter.FOLDER / "reward" / "config.json").read_text(encoding="utf-8"))
     assert saved["pad_token_id"] == original["pad_token_id"]
+
+
+def test_the_scales_are_compared_on_the_newest_responses_not_on_the_judged_ones(tmp_path):
+    # Judged are responses of similar scores, as the queue of the most uncertain ones offers them.
+    judged = [replace(r, score=2.0 + 1e-3 * i) for i, r in enumerate(request().responses)]
+    newest = [
+        replace(r, response=f"{r.response} Then", score=float(i % 5)) for i, r in enumerate(judged)
+    ]
+    count = len(judged)
+    result, _ = train(
+        tmp_path / "out", responses=judged + newest, newest=list(range(count, 2 * count))
+    )
+    assert result.old_scale.std == pytest.approx(2**0.5, rel=0.05)
+    assert result.width < 10
 
 
 def test_a_language_model_gets_a_head_of_one_logit(tmp_path):
@@ -210,7 +225,7 @@ def test_the_end_of_a_response_is_a_token_unless_it_was_cut_off_or_stopped_by_a_
     ends = [ids[-1] == tokenizer.eos_token_id for ids in inputs.ids]
     assert ends == [True, False, False, False]
     assert inputs.prompts[0] == Prompt(tokenizer("The film")["input_ids"], "The film", {})
-    assert "1 of 1 judged prompts are not in its data" in inputs.notes[0]
+    assert "1 of 1 prompts are not in its data" in inputs.notes[0]
 
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

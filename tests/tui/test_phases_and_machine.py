@@ -6,7 +6,7 @@ import pytest
 
 from engine.metrics import EVALUATE, PHASES
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
-from engine.protocol.rank_messages import Phase
+from engine.protocol.rank_messages import ROOM, WAIT_FOR, Phase
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.panels.machine import PHASE_BARS, MachinePanel
 from rlhf_tui.widgets.panels.phases import PhaseStrip
@@ -85,6 +85,12 @@ def test_a_step_that_takes_longer_than_usual_has_no_negative_time_left():
     assert state.boundary_in() > 0
     state.clock[0] += 7200
     assert state.boundary_in() == 0
+
+
+def test_how_long_a_wait_takes_is_not_estimated():
+    state = make_state()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name=f"{WAIT_FOR}{ROOM}")]))
+    assert state.boundary_in() is None
 
 
 def test_loading_shows_progress_too():

@@ -20,18 +20,24 @@ LEAST = 20
 LEAST_OF_A_KIND = 4
 """Minimum number of labels `good`, and of other labels, if there are no preferences."""
 
+NEWEST = 128
+"""Responses of each session on which the scales of the rewards are compared."""
+
 _Text = tuple[int, str, str]
 """Index of the session, prompt, response."""
 
 
 class Judgements(Struct, frozen=True):
-    """Responses, and their judgements, which name responses by index."""
+    """Responses, and their judgements, which refer to responses by index."""
 
     responses: list[JudgedText]
     preferences: list[tuple[int, int]]
     """Chosen, rejected."""
     labels: list[tuple[int, bool]]
     """Response, and whether it is good."""
+    newest: list[int]
+    """The newest responses of the sessions, judged or not. Those that were judged are a selection,
+    by default of similar scores, which says nothing about the scale."""
 
     @property
     def good(self) -> int:
@@ -65,6 +71,7 @@ class _Collector:
         self._index: dict[_Text, int] = {}
         self._labels: dict[int, bool] = {}
         self._preferences: dict[tuple[int, int], None] = {}
+        self._newest: list[int] = []
         self._probed: dict[tuple[str, str], RecordedConversation] = {}
         """Of the session that is read."""
 
@@ -72,6 +79,7 @@ class _Collector:
         """Adds the judgements of a session; `number` is its index."""
         with SampleReader(session) as samples:
             rows = {Response.of(row): row for row in samples.judged()}
+            newest = {Response.of(row): row for row in samples.newest(NEWEST)}
         with LabelReader(session) as reader:
             judged, preferences = reader.judgements().values(), reader.preferences()
         self._probed = conversations_of_reference(
@@ -85,6 +93,8 @@ class _Collector:
         for pair in preferences:
             chosen = self._add(number, pair.prompt, pair.chosen, rows)
             self._preferences[chosen, self._add(number, pair.prompt, pair.rejected, rows)] = None
+        for response, row in newest.items():
+            self._newest.append(self._add(number, row.prompt, response, newest))
 
     def _add(
         self, number: int, prompt: str, response: Response, rows: dict[Response, SampleRow]
@@ -105,7 +115,9 @@ class _Collector:
         return self._index[key]
 
     def judgements(self) -> Judgements:
-        return Judgements(self._responses, list(self._preferences), list(self._labels.items()))
+        return Judgements(
+            self._responses, list(self._preferences), list(self._labels.items()), self._newest
+        )
 
 
 def _check(found: Judgements, sessions: Sequence[SessionFolder]) -> None:

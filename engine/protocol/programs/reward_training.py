@@ -8,7 +8,7 @@ from engine.protocol.rank_messages import Messages
 
 
 class JudgedText(Struct, frozen=True, kw_only=True):
-    """A response in at least one judgement."""
+    """A response that was judged, or one of the newest."""
 
     session: int
     """Index of its session."""
@@ -35,6 +35,8 @@ class RewardTrainingRequest(Struct, frozen=True, kw_only=True):
     """Indices of the chosen and of the rejected response."""
     labels: list[tuple[int, bool]]
     """Index of the response, and whether it is good."""
+    newest: list[int]
+    """Indices of the sessions' newest responses, to compare the scales of the rewards on."""
     base: str | None
     """The model to start from; None for the reward model of the first session."""
     out: str
@@ -76,7 +78,7 @@ class Calibration(Struct, frozen=True, kw_only=True):
 
 
 class ScoreScale(Struct, frozen=True):
-    """The distribution of the scores of all judged responses."""
+    """The distribution of the scores of the sessions' newest responses."""
 
     mean: float
     std: float

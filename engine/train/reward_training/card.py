@@ -84,7 +84,7 @@ def agreement_text(found: HeldOutAgreement) -> str:
 def scale_text(result: TrainedReward) -> str:
     """How the scores compare with the recorded ones."""
     new, old = result.new_scale, result.old_scale
-    text = f"Scores of all judged responses: mean {new.mean:.3g}, standard deviation {new.std:.3g}."
+    text = f"Scores of the newest responses: mean {new.mean:.3g}, standard deviation {new.std:.3g}."
     if old is None or result.width is None:
         return text
     recorded = f"The recorded ones: mean {old.mean:.3g}, standard deviation {old.std:.3g}."

@@ -53,7 +53,7 @@ class RewardTrainer:
 
         Args:
             base: the model.
-            encoded: all judged responses.
+            encoded: all responses of the request.
             settings: with every learning setting.
         """
         self._model = base.model

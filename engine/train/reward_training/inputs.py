@@ -1,4 +1,4 @@
-"""The judged responses as a reward model reads them in a run."""
+"""The responses of a request as a reward model reads them in a run."""
 
 import itertools
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class JudgedInputs:
 
 
 def judged_inputs(request: RewardTrainingRequest, ranks: RankGroup) -> JudgedInputs:
-    """Tokenises the judged responses with the tokenizers of their policies.
+    """Tokenises the responses with the tokenizers of their policies.
 
     A judgement only stores text. Tokenising it again gives the sampled tokens, except where the
     policy spelled a word with other tokens than the tokenizer would. Conversations with an
@@ -109,7 +109,7 @@ def _find_prompts(
         )
     found = {text: prompt for text in wanted if (prompt := prompts.find(text)) is not None}
     if missing := len(wanted) - len(found):
-        text = f"{missing} of {len(wanted)} judged prompts are not in its data"
+        text = f"{missing} of {len(wanted)} prompts are not in its data"
         return found, f"{text} and are taken as plain text"
     return found, ""
 

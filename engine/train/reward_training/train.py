@@ -57,9 +57,10 @@ def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) 
     # Scores of different rewards are not comparable.
     same = len({config.reward.scored_by for config in request.configs}) == 1
     recorded = [r.score if same else None for r in request.responses]
-    trained, new_scale = held_out_agreement(split.test, scores), scale_of(scores)
+    trained = held_out_agreement(split.test, scores)
+    new_scale = scale_of([scores[i] for i in request.newest])
     if trained is None or new_scale is None:
-        raise TypeError("the split has judgements to compare in each part")
+        raise TypeError("there are judgements to compare in each part, and newest responses")
     good = sum(good for _, good in request.labels)
     result = TrainedReward(
         out=request.out,
@@ -79,7 +80,7 @@ def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) 
         at_start=None if base.new_head else held_out_agreement(split.test, before),
         trained=trained,
         calibration=calibrate(split.test, scores),
-        old_scale=scale_of(recorded),
+        old_scale=scale_of([recorded[i] for i in request.newest]),
         new_scale=new_scale,
         label=base.label if base.model.config.num_labels > 1 else None,
         pair=base.pair,

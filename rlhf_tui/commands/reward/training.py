@@ -85,6 +85,7 @@ def train(
         responses=found.responses,
         preferences=found.preferences,
         labels=found.labels,
+        newest=found.newest,
         base=_anchored(base),
         out=str(target),
         command=shlex.join(["rlhf-tui", *sys.argv[1:]]),
@@ -166,7 +167,7 @@ def report(result: TrainedReward) -> list[str]:
         f"calibration  it states {calibration.stated:.0%} on average and is right in "
         f"{calibration.right:.0%} of {fmt.plural(calibration.comparisons, 'comparison')}; log loss "
         f"{calibration.log_loss:.3f} nats (a coin 0.693)",
-        f"scale        scores of all judged responses: {fmt.number(new.mean)} ± "
+        f"scale        scores of the newest responses: {fmt.number(new.mean)} ± "
         f"{fmt.number(new.std)}",
     ]
     if (old := result.old_scale) is not None and result.width is not None:
