@@ -1,5 +1,6 @@
 """Masked statistics and advantage estimators compared with slow loops over samples and tokens."""
 
+import dataclasses
 import math
 
 import pytest
@@ -426,6 +427,14 @@ def test_an_estimator_returns_values_exactly_where_it_declares_a_value_function(
     assert (targets.returns is not None) == ADVANTAGES[name].value_function
     assert (targets.old_values is not None) == ADVANTAGES[name].value_function
     assert targets.advantages.shape == (2, 2)
+
+
+def test_the_baseline_of_the_batch_is_the_mean_of_its_scores_less_their_kl():
+    config = PPOConfig(advantage="reward", baseline="batch", whiten=False)
+    logprobs = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # a KL of 3 and of 7
+    inputs = dataclasses.replace(inputs_of([4.0, 8.0], config), old_logprobs=logprobs)
+    got = make_targets(inputs).advantages[:, 0].tolist()
+    assert got == pytest.approx([3.7 - 5.5, 7.3 - 5.5])
 
 
 def test_the_running_baseline_is_a_moving_average_with_decay_nine_tenths():

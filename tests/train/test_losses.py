@@ -100,6 +100,14 @@ def test_an_aggregation_is_the_mean_that_its_name_says(batch, name):
     assert near(got.loss / size.tokens, want[name], magnitude)
 
 
+def test_gmpo_bounds_no_token_without_an_advantage():
+    config = PPOConfig(policy_loss="gmpo", ratio="sequence_mean", clip_range=0.2)
+    new, old, mask = torch.tensor([[-1.0, -1.0]]), torch.zeros(1, 2), torch.ones(1, 2).bool()
+    got = losses.policy_terms(new, old, torch.tensor([[0.0, 1.0]]), mask, config)
+    assert near(got.loss, -math.exp(-1))
+    assert not got.clipped_low
+
+
 @modest
 @given(batches(3), CLIPS, KINDS)
 def test_only_unclipped_tokens_have_a_gradient(batch, clip, kind):

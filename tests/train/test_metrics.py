@@ -18,7 +18,7 @@ from engine.config.sections.reward import RewardConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.train.data.prompts import PromptBatch
 from engine.train.ppo.advantages import Targets
-from engine.train.ppo.metrics import distinct_2, group_metrics, step_metrics
+from engine.train.ppo.metrics import distinct_2, group_metrics, source_metrics, step_metrics
 from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
@@ -131,6 +131,12 @@ def test_the_spread_of_scores_is_that_within_prompts(group, prompts, data):
     metrics = group_metrics(scores, scores, group)
     assert same(metrics["objective/group_std"], mean(deviations))
     assert same(metrics["objective/zero_std_frac"], mean([len(set(g)) == 1 for g in groups]))
+
+
+def test_a_source_has_the_mean_of_the_responses_that_it_scores():
+    parts = {"some": [1.0, None, 4.0], "none": [None, None, None], "all": [0.0, 1.0, 5.0]}
+    assert source_metrics(parts) == {"reward/some": 2.5, "reward/all": 2.0}
+    assert source_metrics({"alone": [1.0, 2.0]}) == {}  # the score itself
 
 
 def test_scores_that_differ_by_rounding_have_no_variance():

@@ -72,6 +72,12 @@ def test_by_tokens_short_responses_share_a_pass():
     assert sizes(rollout, MicroBatchLimit(2, (16, 64))) == [2, 6, 4]
 
 
+def test_by_tokens_the_room_of_long_prompts_is_not_used_for_more_logits():
+    # 2 responses of 64 tokens after 200: 528 tokens, of which 128 have logits.
+    rollout = rollout_of([200, 1, 1, 1, 1, 1], [1, 64, 64, 64, 64, 64])
+    assert sizes(rollout, MicroBatchLimit(2, (200, 64))) == [2, 2, 2]
+
+
 def test_a_response_longer_than_max_new_tokens_now_allows_still_has_a_pass():
     """A recorded rollout may be older than the setting."""
     config = config_file.load(
