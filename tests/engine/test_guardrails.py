@@ -162,6 +162,14 @@ def test_a_bound_relative_to_an_unset_setting_is_not_an_absolute_one(value, stat
     assert (alert.action, "above 2" in alert.text) == ("stop", True)
 
 
+def test_ranks_that_start_are_told_again_of_a_rule_that_cannot_be_evaluated():
+    guardrails = rails(Rule(name="kl", metric="m", above=2.0, of="stop_kl"))
+    taken = {"m": 9.0}, {"stop_kl": None}
+    assert [len(guardrails.check(step, *taken)) for step in (1, 2)] == [1, 0]
+    guardrails.begin_attempt()
+    assert [len(guardrails.check(step, *taken)) for step in (3, 4)] == [1, 0]
+
+
 def test_a_condition_that_needs_no_setting_is_evaluated_without_it():
     rule = Rule(name="r", metric="m", above=9.0, of="beta", falls=0.5, window=2)
     assert alert_steps(rails(rule), [4, 4, 1], settings={"beta": 0.0}) == [1, 3]
@@ -304,6 +312,12 @@ def test_one_bad_step_is_no_drift_and_a_bad_first_step_no_baseline():
     assert drifting([90.0, 10.0, 10.5, 10.0, *[18.0] * 20], drifts_up=0.5) != []
 
 
+def test_a_drift_that_was_long_ends_soon_after_the_recovery():
+    values = [*FIRST, *[20.0] * 100, *[10.0] * 10, *[20.0] * 10]
+    steps = [step for step, _ in drifting(values, drifts_up=0.5, clears_after=5)]
+    assert [step for step in steps if step > 114] != []
+
+
 def test_a_drift_from_zero_is_not_a_multiple_of_it():
     assert drifting([0.0] * 4 + [5.0] * 20, drifts_up=0.5) == []
 
@@ -335,6 +349,16 @@ def test_a_judge_that_falls_while_the_trained_score_rises_raises_an_alert(judge,
     (alert, *_) = diverging(judge, every, [*rising, *(1.5 - step / 40 for step in range(60))])
     assert 55 <= alert.evidence["from_step"] <= 65
     assert "while" in alert.text and "falls from" in alert.text
+
+
+def test_a_judge_that_falls_in_one_evaluation_alone_raises_no_alert():
+    after = [1.4] * 60
+    rising = [step / 40 for step in range(60)]
+    assert diverging("eval/score", 5, [*rising, *after]) == []
+    after[34] = -5.0
+    assert diverging("eval/score", 5, [*rising, *after]) == []
+    after[39] = -5.0
+    assert diverging("eval/score", 5, [*rising, *after]) != []
 
 
 def test_the_steps_of_a_run_without_an_evaluation_are_not_kept():

@@ -129,6 +129,15 @@ async def test_an_engine_outlives_a_folder_that_is_away_for_a_moment(started, mo
     assert rank_runs()
 
 
+async def test_absences_of_a_folder_that_have_ended_do_not_add_up(started, monkeypatch):
+    _session, task = started
+    checks = [*[False] * (watchdog_module.CHECKS_OF_FOLDER - 1), True] * 3
+    monkeypatch.setattr(JournalWriter, "is_in_place", lambda _journal: not checks or checks.pop(0))
+    await until(lambda: not checks or task.done())
+    assert not task.done()
+    assert rank_runs()
+
+
 async def test_an_engine_ends_when_its_folder_is_deleted(started):
     session, task = started
     shutil.rmtree(session.folder)

@@ -300,6 +300,19 @@ async def test_a_bound_is_that_of_the_setting_in_each_step(run):
     assert recorded(run) == [("high", 2)]
 
 
+async def test_a_bound_of_a_setting_that_was_changed_twice_begins_with_its_first_value(run):
+    engine = Engine(run)
+    target = engine.shared.settings["target"]
+    for step, part, score in ((1, 1, 1.5), (2, 2, 0.9), (3, 4, 0.9)):
+        if step > 1:
+            run.change(f"c{step}", step, 2 * target / part, target / part, "target")
+            engine.shared.settings = engine.shared.settings | {"target": target / part}
+        take(engine, step, score * target)
+    resumed = config_file.override(run.session.config(), [f"kl.target={target / 4}"])
+    run.session.write_config(resumed)
+    assert recorded(run) == [("high", 3)]
+
+
 async def test_a_reward_of_an_abandoned_branch_is_no_other_one_in_the_timeline(run):
     engine = Engine(run)
     take(engine, 1, 1, 1, 13)

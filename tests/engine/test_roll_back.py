@@ -106,6 +106,15 @@ async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine,
     assert reply.reason == "the run ended before it was carried out"
 
 
+async def test_a_roll_back_is_rejected_if_a_stop_comes_while_its_checkpoint_is_read(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    assert engine.send(Stop()).status == "accepted"
+    reply = await settled(writer, reply.id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert "stopping" in reply.reason
+
+
 async def test_a_stop_at_once_and_a_roll_back_under_way_both_take_effect(engine, writer):
     writer.steps(1, 2, 3)
     writer.checkpoint(2)

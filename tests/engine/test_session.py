@@ -369,6 +369,22 @@ def test_a_session_that_says_it_lives_and_does_not_has_crashed(writer, state):
         held.release()
 
 
+def test_a_session_that_ends_while_its_state_is_read_has_not_crashed(writer, monkeypatch):
+    writer.journal.set_meta(state="running")
+
+    asked = []
+
+    def is_live(_session):
+        if asked:
+            writer.journal.set_meta(state="finished")
+        asked.append(1)
+        return False
+
+    monkeypatch.setattr(session_folder.SessionFolder, "is_live", is_live)
+    with JournalReader(writer.session) as reader:
+        assert reader.state() == "finished"
+
+
 @pytest.mark.parametrize("state", ENDED_STATES)
 def test_a_session_that_has_ended_says_so_whoever_holds_it(writer, state):
     writer.journal.set_meta(state=state)

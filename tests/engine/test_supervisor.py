@@ -249,6 +249,15 @@ async def test_only_failures_of_ready_ranks_count_against_a_command(engine, writ
     assert "failed 2 times" in writer.journal.commands.reply(sent.id).reason
 
 
+async def test_a_pause_survives_failures_of_the_ranks(engine, writer):
+    sent = engine.send(Pause())
+    for _ in range(3):
+        engine.shared.attempt = Attempt(StartOptions())
+        engine.receive(Ready(info={}, settings=engine.shared.settings))
+        engine.supervisor.attempt_end.handle(-signal.SIGKILL)
+    assert [m.id for m in engine.supervisor.pending.messages()] == [sent.id]
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
@@ -389,6 +398,23 @@ async def test_a_micro_batch_that_a_rank_has_halved_is_in_the_history(engine, wr
     assert engine.shared.settings["micro_batch_size"] == 8
 
 
+async def test_a_start_with_less_memory_leaves_the_restarts_for_other_failures(
+    make_session, write_in
+):
+    writer = write_in(make_session("run", "launch.max_restarts=1"))
+    with closing(writer.journal):
+        writer.journal.begin_attempt(0, fresh=False)
+        engine = Engine(writer)
+        engine.receive(Failed(rank=1, text="no memory", final=True, step=4, changes=[HALVED]))
+        engine.supervisor.attempt_end.handle(1)
+        states = []
+        for _ in range(2):
+            engine.shared.attempt, engine.shared.next = Attempt(StartOptions()), None
+            engine.supervisor.attempt_end.handle(-signal.SIGKILL)
+            states.append((engine.shared.next is not None, engine.state))
+        assert states == [(True, "running"), (False, "failed")]
+
+
 # -- a deadline ------------------------------------------------------------------------------------
 
 
@@ -409,6 +435,26 @@ async def test_ranks_that_end_for_another_number_of_machines_start_again(engine,
     engine.shared.next, engine.shared.stopping = None, True
     engine.supervisor.attempt_end.handle(1)
     assert (engine.shared.next, engine.state) == (None, "stopped")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "code"),
+    [
+        (signal.SIGTERM, "stopped", 75), (signal.SIGUSR1, "stopped", 75),
+        (signal.SIGINT, "stopped", 0), (None, "deadline", 75), (None, "preempted", 75),
+    ],
+)  # fmt: skip
+async def test_only_a_run_that_a_scheduler_ended_has_its_exit_code(
+    make_session, write_in, number, reason, code
+):
+    writer = write_in(make_session("run", "launch.preempted_exit=75"))
+    with closing(writer.journal):
+        writer.journal.begin_attempt(0, fresh=False)
+        engine = Engine(writer)
+        if number is not None:
+            engine.supervisor.commands.on_signal(number)
+        engine.receive(Ended(step=4, reason=reason))
+        assert engine.supervisor.attempt_end.handle(0) == code
 
 
 # -- the end of an attempt -------------------------------------------------------------------------

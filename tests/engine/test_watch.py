@@ -89,6 +89,13 @@ def test_a_rank_that_hangs_while_it_loads_counts_as_hung(watch):
     assert hung(watchdog) == [1]
 
 
+def test_of_several_silent_ranks_the_one_that_fell_silent_first_counts_as_hung(watch):
+    watchdog = watch("launch.load_silence=1e-9")
+    for rank in (1, 0, 2):
+        watchdog.rank_connected(rank)
+    assert hung(watchdog) == [1]
+
+
 def test_the_ranks_of_a_restart_load_again(watch):
     watchdog = watch("launch.silence=1e-9")
     watchdog.message_received(0, Ready(info={}, settings={}))
@@ -119,6 +126,21 @@ async def test_a_hung_rank_is_noticed_though_no_alert_can_be_recorded(watch):
     await until(lambda: watchdog.latest is not None)
     task.cancel()
     assert found == [0]
+
+
+async def test_a_condition_that_holds_again_raises_another_alert(watch, monkeypatch):
+    monkeypatch.setattr(watchdog_module, "CHECK_INTERVAL", 0.001)
+    watchdog, alerts = watch("guardrails.silent_rank=1e-9"), []
+    task = asyncio.create_task(watchdog.run(lambda _rank, _seconds: None, alerts.append))
+    await until(lambda: alerts)
+    for count in (1, 2):
+        assert [alert.rule for alert in alerts] == ["silent_rank"] * count
+        watchdog.rank_disconnected(0)
+        checked = watchdog.latest
+        await until(lambda checked=checked: watchdog.latest is not checked)
+        watchdog.rank_connected(0)
+        await until(lambda count=count: len(alerts) > count)
+    task.cancel()
 
 
 async def test_a_check_that_fails_again_for_the_same_reason_is_logged_once(
@@ -199,6 +221,41 @@ def test_a_loss_of_all_other_ranks_is_the_cause_if_no_rank_reports_another(write
     assert error.payload.traceback == "where"
 
 
+FAULT, OTHER = Failed(rank=1, text="rank 1: a fault"), Failed(rank=2, text="rank 2: another")
+
+
+@pytest.mark.parametrize(
+    "reports", [(ECHO, FAULT), (FAULT, ECHO), (FAULT, OTHER), (ECHO, FAULT, OTHER)]
+)
+async def test_the_cause_is_the_first_failure_that_is_no_consequence_of_another(
+    engine, writer, reports
+):
+    for report in reports:
+        engine.receive(report)
+    engine.supervisor.attempt_end.handle(1)
+    with JournalReader(writer.session) as reader:
+        (error,) = [e for e in reader.events() if e.kind == "error"]
+    assert error.payload.text == FAULT.text
+
+
+async def test_a_rank_that_has_reported_its_failure_is_not_lost_without_a_reason(engine, writer):
+    attempt = engine.shared.attempt
+    attempt.rank_connected(0, None)
+    engine.receive(ECHO)
+    attempt.rank_disconnected(0)
+    engine.supervisor.attempt_end.handle(1)
+    with JournalReader(writer.session) as reader:
+        (error,) = [e for e in reader.events() if e.kind == "error"]
+    assert error.payload.text == ECHO.text
+
+
+@pytest.mark.parametrize(("began", "code"), [(False, 2), (True, 1)])
+async def test_the_users_input_is_to_blame_only_until_the_models_were_loaded(engine, began, code):
+    engine.shared.began = began
+    engine.receive(Failed(rank=0, text="data.prompts: no file", user_input=True))
+    assert engine.supervisor.attempt_end.handle(1) == code
+
+
 @pytest.mark.parametrize("reported", [True, False])
 async def test_a_rank_that_is_silent_after_the_failure_of_another_is_not_the_cause(
     engine, writer, reported
@@ -277,5 +334,9 @@ def test_the_time_left_follows_the_epochs_not_the_steps_before():
         now = seconds
         timer.phase(Phase(rank=0, step=2, name="optimise", done=done, total=4000))
     assert timer.remaining() == pytest.approx(3990)
+    for seconds, done in ((30.0, 0), (40.0, 100)):  # repeated with a smaller micro-batch
+        now = seconds
+        timer.phase(Phase(rank=0, step=2, name="optimise", done=done, total=4000))
+    assert timer.remaining() == pytest.approx(390)
     timer.finish_step()
     assert timer.remaining() == pytest.approx(timer.step_seconds)

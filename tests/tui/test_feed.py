@@ -11,7 +11,7 @@ from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.protocol import sockets
-from engine.protocol.client_messages import JournalAdvanced, Status
+from engine.protocol.client_messages import JournalAdvanced, Status, Telemetry
 from engine.protocol.rank_messages import Phase, StepReport
 from engine.supervisor import server as server_module
 from engine.supervisor.server import Server
@@ -244,6 +244,15 @@ def test_a_command_that_a_later_attempt_overrides_is_read_again(reading):
     journal.commands.apply("other", 12, [SettingChange(key="epochs", old=4, new=3)])
     read()
     assert statuses(state)["early"] == ("applied", False)
+
+
+def test_the_machine_of_an_engine_that_has_ended_is_not_shown():
+    state = SessionState("run")
+    machine = Telemetry(time=1.0, cpu=5.0, memory_used=1, memory_total=2, disk_free=3)
+    state.take(SessionUpdate(telemetry=machine, connected=True))
+    assert state.telemetry == machine
+    state.take(SessionUpdate(connected=False))
+    assert state.telemetry is None
 
 
 def test_a_digest_waits_for_all_its_curves():

@@ -74,6 +74,16 @@ def test_ls_marks_a_session_whose_configuration_is_cut_off(session_maker, tmp_pa
     assert "is cut off" in row["message"]
 
 
+def test_a_listed_session_whose_configuration_is_cut_off_since_is_read_again(
+    session_maker, tmp_path
+):
+    session, cache = session_maker(tmp_path, "run", 3), SessionListCache()
+    for _ in range(2):  # a first reading may leave files of SQLite
+        assert [listed.row.state for listed in cache.rows(tmp_path)] == ["finished"]
+    session.config_file.write_text(session.config_file.read_text()[:100])
+    assert [listed.row.state for listed in cache.rows(tmp_path)] == ["unreadable"]
+
+
 @pytest.mark.parametrize("variables", [{"TERM": "xterm"}, {"TERM": "xterm", "NO_COLOR": "1"}])
 def test_states_have_colours_on_a_terminal_unless_they_are_not_wanted(root, variables):
     master, slave = pty.openpty()

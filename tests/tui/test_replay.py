@@ -117,6 +117,14 @@ def test_jumps_lead_from_marker_to_marker_and_back(replay):
     assert not state.series(NAMES[0])
 
 
+def test_a_jump_back_while_it_plays_skips_the_marker_that_it_has_just_passed(replay, clock):
+    _, feed, _ = replay()
+    first, second = feed.jump(1), feed.jump(1)
+    clock.now += 0.01
+    assert feed.jump(-1) == first
+    assert feed.jump(1) == second
+
+
 def test_it_begins_after_the_step_that_was_asked_for(replay):
     _, _, state = replay(from_step=150)
     assert state.head.step == 150

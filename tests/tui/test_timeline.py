@@ -236,6 +236,15 @@ def test_the_reason_of_an_end_that_names_the_state_stands_alone():
     assert told == ["stopped at once, nothing was saved", "failed: out of memory"]
 
 
+def test_an_engine_died_after_the_last_step_of_its_branch_once_that_is_read():
+    state = make_state(attempts=attempts(0, 20, each_killed=True))
+    begun = (1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20))
+    state.take(SessionUpdate(events=events(*begun)))
+    assert [m.step for m in state.timeline() if m.text == DIED] == [20]
+    state.take(SessionUpdate(past={"objective/kl": [(1, 21, 0.5), (1, 31, 0.5)]}))
+    assert [m.step for m in state.timeline() if m.text == DIED] == [31]
+
+
 def test_a_fork_does_not_show_its_parent_s_end_as_a_crash():
     state = make_state(attempts=attempts(0, 20, each_killed=True))
     first, second = events((1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20)))

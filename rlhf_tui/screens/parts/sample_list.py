@@ -181,17 +181,11 @@ class SampleList:
         self.page = max(self.page + by, 0)
         self._ask()
 
-    def same_prompt(self, selected: SampleRow | None) -> bool:
-        """Lists all responses to one prompt, the oldest first; again: what was listed before.
-
-        Returns:
-            Whether the list changes.
-        """
+    def same_prompt(self, selected: SampleRow | None) -> None:
+        """Lists all responses to one prompt, the oldest first; again: what was listed before."""
         if self.query.prompt is not None:
             self.leave_prompt()
-        elif selected is None:
-            return False
-        else:
+        elif selected is not None:
             self.freeze()
             last_step, key = self._last_step, key_of(selected)
             self._before = self.query, self.filter, self.page, last_step, key
@@ -202,7 +196,6 @@ class SampleList:
                     held_out=selected.held_out,
                 )
             )  # fmt: skip
-        return True
 
     def switch(self) -> None:
         """Lists the responses to held-out prompts, or again those of training."""
@@ -212,14 +205,12 @@ class SampleList:
         held_out = not self.query.held_out
         self._change(msgspec.structs.replace(self.query, prompt=None, held_out=held_out))
 
-    def leave_prompt(self) -> bool:
-        """Returns from :meth:`same_prompt`; False if it was not called."""
-        if self._before is None:
-            return False
-        self.query, self.filter, self.page, self._last_step, self.select = self._before
-        self._before = None
-        self._ask()
-        return True
+    def leave_prompt(self) -> None:
+        """Returns from :meth:`same_prompt`, if it was called."""
+        if self._before is not None:
+            self.query, self.filter, self.page, self._last_step, self.select = self._before
+            self._before = None
+            self._ask()
 
     def _change(self, query: SampleQuery) -> None:
         self.query, self.page, self._last_step = query, 0, None
