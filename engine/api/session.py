@@ -204,7 +204,7 @@ class Session(SessionReader):
         return self.send(Undo(), timeout)
 
     def checkpoint(self, timeout: float | None = None) -> CommandReply:
-        """Saves a checkpoint at the next step boundary. Raises as :meth:`send`."""
+        """Saves a checkpoint at the next step boundary, and keeps it. Raises as :meth:`send`."""
         return self.send(Checkpoint(), timeout)
 
     def rollback(

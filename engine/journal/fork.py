@@ -26,7 +26,7 @@ TRUNCATE_JOURNAL = (
     "'exit_code', 'total_steps', 'best_metric')",
     "UPDATE meta SET value = json_quote('starting') WHERE key = 'state'",
     "DELETE FROM checkpoints WHERE step <> :step OR status NOT IN ('complete', 'written')",
-    "UPDATE checkpoints SET status = 'complete'",
+    "UPDATE checkpoints SET status = 'complete', kept = 0",
 )
 """Remove what came after the step, and what the source alone went through."""
 TRUNCATE_SAMPLES = (

@@ -428,11 +428,16 @@ class JournalReader:
         self, statuses: tuple[str, ...] = ("complete", "superseded")
     ) -> list[CheckpointRow]:
         """Checkpoints by step; by default all complete ones, including abandoned branches."""
-        columns = ", ".join(CheckpointRow.__struct_fields__)
+        kept = "kept" if self._db.version >= schema.CHECKPOINTS_ARE_KEPT else "0"
         rows = self._db.rows(
-            f"SELECT {columns} FROM checkpoints ORDER BY step, attempt"  # noqa: S608 - constants
+            f"SELECT step, attempt, time, size, score, kl, status, {kept} FROM checkpoints "  # noqa: S608 - constants
+            "ORDER BY step, attempt"
         )
-        return [c for c in (CheckpointRow(*row) for row in rows) if c.status in statuses]
+        found = (
+            CheckpointRow(step, attempt, time, size, score, kl, status, bool(kept))
+            for step, attempt, time, size, score, kl, status, kept in rows
+        )
+        return [c for c in found if c.status in statuses]
 
     def best_checkpoint(self, metric: str) -> int | None:
         """The step of the checkpoint with the highest value of a metric; the newest one on a tie.

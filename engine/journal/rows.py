@@ -94,6 +94,8 @@ class CheckpointRow(Struct, frozen=True):
     kl: float | None
     status: str
     """written, complete, superseded, abandoned, replaced or removed."""
+    kept: bool = False
+    """Whether an operator saved it, so that it stays until somebody deletes it."""
 
 
 class CommandRow(Struct, frozen=True, kw_only=True):

@@ -69,10 +69,16 @@ JOURNAL: list[str] = [
     UPDATE commands SET seq = number, applied_seq = iif(status = 'applied', number, NULL)
     FROM numbered WHERE numbered.id = commands.id;
     """,
+    # Whether an operator saved it, so that it stays until somebody deletes it.
+    """
+    ALTER TABLE checkpoints ADD COLUMN kept INTEGER NOT NULL DEFAULT 0;
+    """,
 ]
 
 COMMANDS_ARE_NUMBERED = 2
 """The journal's version from which commands have `seq` and `applied_seq`."""
+CHECKPOINTS_ARE_KEPT = 3
+"""The journal's version from which checkpoints have `kept`."""
 
 SAMPLES: list[str] = [
     """

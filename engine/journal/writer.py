@@ -179,7 +179,7 @@ class JournalWriter:
             )  # fmt: skip
             if adopt is not None:
                 self._db.execute(
-                    "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'complete')",
+                    "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'complete', 0)",
                     (from_step, self.attempt, time.time(), adopt.size, adopt.score, adopt.kl),
                 )
             data = {
@@ -296,6 +296,11 @@ class JournalWriter:
         query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"
         return [row[0] for row in self._db.execute(query)]
 
+    def kept_checkpoints(self) -> list[int]:
+        """Those of :meth:`timeline` that stay until somebody deletes them."""
+        query = "SELECT step FROM checkpoints WHERE kept AND status IN ('complete', 'written')"
+        return [row[0] for row in self._db.execute(query)]
+
     def best_values(self, metric: str) -> dict[int, float]:
         """A metric by the step of the current timeline's checkpoints, where it is known."""
         values = self._db.execute(
@@ -397,7 +402,7 @@ class JournalWriter:
         try:
             with self._db:
                 self._db.execute(
-                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'written')",
+                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'written', 0)",
                     (step, self.attempt, time.time(), size, score, kl),
                 )
         finally:
@@ -407,9 +412,22 @@ class JournalWriter:
         """Records that COMPLETE is written, and that older checkpoints are removed."""
         with self._db:
             self._complete(step, self.attempt)
-            self._db.executemany(
-                "UPDATE checkpoints SET status = 'removed' WHERE step = ?", [(s,) for s in removed]
+            for old_step in removed:
+                self._remove_checkpoint(old_step)
+
+    def keep_checkpoint(self, step: int) -> None:
+        """Records that the checkpoint of a step of the timeline stays until somebody deletes it."""
+        with self._db:
+            self._db.execute(
+                "UPDATE checkpoints SET kept = 1 "
+                "WHERE step = ? AND status IN ('complete', 'written')",
+                (step,),
             )
+
+    def remove_checkpoint(self, step: int) -> None:
+        """Records that the checkpoint of a step is removed; call it before its files are."""
+        with self._db:
+            self._remove_checkpoint(step)
 
     # -- inside a transaction -----------------------------------------------------------------
 
@@ -425,6 +443,9 @@ class JournalWriter:
             (step, attempt),
         ).fetchone()
         self._events.write("checkpoint", {"size": size, "score": score, "kl": kl}, step)
+
+    def _remove_checkpoint(self, step: int) -> None:
+        self._db.execute("UPDATE checkpoints SET status = 'removed' WHERE step = ?", (step,))
 
     def _set_meta(self, values: dict[str, Any]) -> None:
         self._db.executemany(

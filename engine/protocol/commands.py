@@ -38,6 +38,8 @@ class Moment(Struct, frozen=True):
     """As the run was started."""
     checkpoint_steps: Callable[[], list[int]]
     """Returns the steps that a rollback can name. Reads the journal; may raise JournalError."""
+    saved_steps: Callable[[], list[int]]
+    """Returns the steps of all checkpoints, also of abandoned branches."""
     recovers: bool = False
     """Whether the current pause ends by itself once its reason is gone."""
 
@@ -121,8 +123,24 @@ class Stop(Command, frozen=True, tag="stop"):
 class Checkpoint(Command, frozen=True, tag="checkpoint"):
     """Saves a checkpoint at the next step boundary."""
 
-    summary: ClassVar[str] = "Save a checkpoint at the next step boundary."
+    summary: ClassVar[str] = "Save a checkpoint at the next step boundary, and keep it."
     on_charts: ClassVar[bool] = False  # charts mark the event of the checkpoint
+
+    keep: bool = True
+    """Whether it stays until somebody deletes it, and `train.keep_last` does not count it."""
+
+
+class DeleteCheckpoint(Command, frozen=True, tag="delete-checkpoint"):
+    """Deletes a checkpoint, such as one that an operator saved."""
+
+    summary: ClassVar[str] = "Delete the checkpoint of STEP."
+    on_charts: ClassVar[bool] = False
+    while_stopping: ClassVar[bool] = True
+
+    step: int
+
+    def check(self, moment: Moment) -> None:
+        check_deletable(self.step, moment.checkpoint_steps(), moment.saved_steps())
 
 
 class SettingCommand(Command, frozen=True):
@@ -226,7 +244,7 @@ class Note(Command, frozen=True, tag="note"):
         _check_text(self.text)
 
 
-SupervisorCommand = Stop | Rollback | Note
+SupervisorCommand = Stop | Rollback | DeleteCheckpoint | Note
 """Executed at once by :class:`~engine.supervisor.command_handler.CommandHandler`."""
 
 BoundaryCommand = (
@@ -258,6 +276,28 @@ def check_command(command: Command, moment: Moment) -> None:
     if moment.state == "stopping" and not command.while_stopping:
         raise CommandRejectedError("the run is stopping: resume it first")
     command.check(moment)
+
+
+def check_deletable(step: int, timeline: list[int], saved: list[int]) -> None:
+    """Checks whether a checkpoint can be deleted.
+
+    Args:
+        step: of the checkpoint.
+        timeline: the steps that the run can continue from.
+        saved: the steps of all checkpoints.
+
+    Raises:
+        CommandRejectedError: there is no such checkpoint, or the run continues from it.
+    """
+    if step not in saved:
+        available = ", ".join(map(str, saved)) if saved else "none yet"
+        raise CommandRejectedError(
+            f"there is no checkpoint of step {step} (there are: {available})"
+        )
+    if step == max(timeline, default=0):
+        raise CommandRejectedError(
+            f"the checkpoint of step {step} is the last one, which a resume continues from"
+        )
 
 
 def _check_text(text: str) -> None:

@@ -175,6 +175,12 @@ class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):
     """Steps of older checkpoints whose folders are deleted next."""
 
 
+class CheckpointKept(Message, frozen=True, tag="checkpoint_kept"):
+    """An operator asked for the checkpoint of a step, which is complete: it is kept."""
+
+    step: int
+
+
 class Applied(Message, frozen=True, tag="applied"):
     """A command took effect between steps `step` - 1 and `step`."""
 
@@ -297,6 +303,8 @@ class Begin(Message, frozen=True, tag="begin"):
     configuration; otherwise empty. What an evaluation lacks is made up for."""
     checkpoints: list[int] = []
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
+    kept: list[int] = []
+    """Those of them that are not deleted, because an operator saved them."""
     best: dict[int, float] = {}
     """`train.best_metric` of these steps in the journal, where they have it. A checkpoint whose
     evaluation was made up for after it was saved does not have it."""
@@ -383,6 +391,7 @@ FromRank = (
     | EvaluationReport
     | CheckpointWritten
     | CheckpointComplete
+    | CheckpointKept
     | Applied
     | Rejected
     | Notice

@@ -3,10 +3,12 @@
 The ranks read the rest of their contents.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,17 @@ def mark_complete(folder: Path) -> None:
         part.unlink(missing_ok=True)
         marker.unlink(missing_ok=True)  # a save reported as failed must not count later
         raise
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint, ``COMPLETE`` first: a partly removed checkpoint never counts.
+
+    Raises:
+        OSError: it cannot be removed. One that is gone, or that a save clears away, is no error.
+    """
+    (folder / COMPLETE).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
 
 
 def find_damage(folder: Path) -> str | None:

@@ -15,7 +15,7 @@ from engine.config.settings import Settings
 from engine.errors import CommandRejectedError, JournalError, RlhfError
 from engine.examined import examined
 from engine.journal.writer import JournalWriter
-from engine.launch.start_checkpoints import timeline_checkpoints
+from engine.launch.start_checkpoints import checkpoint_steps, timeline_checkpoints
 from engine.launch.start_options import StartOptions
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
@@ -23,6 +23,7 @@ from engine.protocol.client_messages import CommandReply, CommandRequest
 from engine.protocol.commands import (
     AnyCommand,
     Checkpoint,
+    DeleteCheckpoint,
     Moment,
     Note,
     Pause,
@@ -32,7 +33,7 @@ from engine.protocol.commands import (
     check_command,
 )
 from engine.protocol.rank_messages import RankCommand
-from engine.session.checkpoints import checkpoint_path, find_damage
+from engine.session.checkpoints import checkpoint_path, find_damage, remove
 from engine.session.folder import SessionFolder
 from engine.session.states import ENDED_STATES
 from engine.supervisor.pending_commands import PendingCommands
@@ -45,7 +46,11 @@ log = logging.getLogger("engine")
 
 PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals of schedulers that are about to end a job."""
-ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
+ACTIONS: dict[str, AnyCommand] = {
+    "checkpoint": Checkpoint(keep=False),
+    "pause": Pause(),
+    "stop": Stop(),
+}
 """`action` of a guard rail → the command it issues; `notify` issues none."""
 TAKEN_ID = "its id is that of an earlier, different command: give each command a new id"
 ROLLING_BACK = "the checkpoint of another roll back is being read; try again once it has ended"
@@ -85,6 +90,8 @@ class CommandHandler:
         self._ranks = ranks
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         """The roll backs, by id, whose checkpoints are being read."""
+        self._deletions: set[asyncio.Task[None]] = set()
+        """Of checkpoints, while their files are being removed."""
 
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Records and checks a command, then carries it out or sends it to rank 0.
@@ -164,6 +171,7 @@ class CommandHandler:
             settings=msgspec.convert(self._state.settings, examined(Settings), strict=False),
             config=self._config,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
+            saved_steps=partial(checkpoint_steps, self._session),
         )
 
     def _carry_out(self, request: CommandRequest, who: str) -> None:
@@ -177,6 +185,10 @@ class CommandHandler:
             case Rollback() as rollback:
                 task = asyncio.create_task(self._roll_back(request.id, rollback, who))
                 self._rollbacks[request.id] = task
+            case DeleteCheckpoint(step=step):
+                self._journal.remove_checkpoint(step)
+                self._journal.commands.apply(request.id, self._journal.step + 1, [])
+                self._delete(step)
             case Note():
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
             case command:
@@ -193,6 +205,20 @@ class CommandHandler:
         elif isinstance(command, Unpause) and self._publisher.state == "pausing":
             ready = self._state.attempt.ready
             self._publisher.set_state("running" if ready else "starting")
+
+    def _delete(self, step: int) -> None:
+        """Deletes the files of a checkpoint, which are gigabytes, beside the event loop."""
+        task = asyncio.create_task(self._delete_files(step))
+        self._deletions.add(task)
+        task.add_done_callback(self._deletions.discard)
+
+    async def _delete_files(self, step: int) -> None:
+        folder = checkpoint_path(self._session.checkpoints, step)
+        try:
+            await in_daemon_thread(partial(remove, folder))
+        except Exception as error:  # such as no thread can be started
+            text = f"the files of the deleted checkpoint of step {step} cannot be removed: {error}"
+            self._publisher.notice("checkpoint", text, self._journal.step)
 
     async def _roll_back(self, command_id: str, command: Rollback, who: str) -> None:
         """Reads the checkpoint, then begins an attempt from it; a damaged one is rejected.

@@ -26,6 +26,7 @@ from engine.protocol.rank_messages import (
     Applied,
     Begin,
     CheckpointComplete,
+    CheckpointKept,
     CheckpointWritten,
     Confirm,
     Ended,
@@ -219,6 +220,7 @@ class RankMessageHandler:
                 unevaluated=journal.lacks_evaluation(step),
                 recorded=journal.recorded_metrics(step),
                 checkpoints=journal.timeline(),
+                kept=journal.kept_checkpoints(),
                 best=journal.best_values(self._best_metric),
                 placed=journal.placed(),
                 paused=self._state.paused,
@@ -275,6 +277,8 @@ class RankMessageHandler:
             case CheckpointComplete(step=step, removed=removed):
                 journal.complete_checkpoint(step, removed)
                 state.attempt.send(Confirm(step=step))
+            case CheckpointKept(step=step):
+                journal.keep_checkpoint(step)
             case Applied():
                 self._handle_in_parts(message, partial(self._applied, message))
             case Rejected(id=command_id, reason=reason):

@@ -301,8 +301,8 @@ class Boundary:
             case Stop():
                 self._stop_ids.append(command_id)
                 return None
-            case Checkpoint():
-                self._save_checkpoint()
+            case Checkpoint(keep=keep):
+                self._save_checkpoint(keep=keep)
             case SetBeta() | SetKLController() | SetSetting():
                 values = command.new_values(settings_of(self._run.config))
                 changes = self._settings.change(values)
@@ -314,10 +314,11 @@ class Boundary:
                 assert_never(command)
         return Applied(id=command_id, step=step, changes=changes, result=result)
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, *, keep: bool) -> None:
         if not self._run.state.step:
             raise CommandRejectedError("there is nothing to save before the first step is done")
-        if problem := self.checkpoints.save():
+        checkpoints = self.checkpoints
+        if problem := checkpoints.save_and_keep() if keep else checkpoints.save():
             raise CheckpointError(problem)
         if self._run.ahead is not None:
             # Responses after a checkpoint are generated with its weights, as they are after a

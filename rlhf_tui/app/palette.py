@@ -62,6 +62,7 @@ DESCRIPTIONS = {
     "choose": "open or select the row under the cursor",
     # of checkpoints
     "roll_back": "return the run to a checkpoint, settings included; asks first",
+    "delete_checkpoint": "delete the checkpoint; asks first",
     "export": "write the policy of a checkpoint as a Hugging Face model folder",
     # of the dashboard
     "cursor(-1)": "move the crosshair to an earlier step",

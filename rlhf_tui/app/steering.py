@@ -7,9 +7,11 @@ from textual.binding import Binding, BindingType
 
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import RlhfError
+from engine.journal.rows import CheckpointRow
 from engine.protocol.commands import (
     Checkpoint,
     Command,
+    DeleteCheckpoint,
     Note,
     Pause,
     Probe,
@@ -267,6 +269,29 @@ class Steering:
                 confirmed(result == "reseed")
 
         self._ask(f"Roll back {target.name} to step {step}?", target, rows, choices, chosen)
+
+    def delete_checkpoint(
+        self, target: SteeringTarget, checkpoint: CheckpointRow, delete: Callable[[], None]
+    ) -> None:
+        """Asks, then deletes a checkpoint; see :meth:`SteeringActions.delete_checkpoint`."""
+        step = checkpoint.step
+        rows: list[Row] = [
+            [("The run can then not return to it, and no session can start from it.", "")],
+            [(f"It takes {fmt.size(checkpoint.size)}. This cannot be undone.", "dim")],
+        ]
+        choices = [Choice("c", "Cancel", "cancel"), Choice("d", "Delete", "delete", danger=True)]
+
+        def chosen(result: str | None) -> None:
+            if result != "delete":
+                return
+            if target.session.may_be_live():
+                command = DeleteCheckpoint(step=step)
+                self._commands.send(target, command, f"delete checkpoint {step}")
+            else:
+                delete()
+
+        title = f"Delete the checkpoint of step {step} of {target.name}?"
+        self._app.push_screen(ChoiceDialog(title, rows, choices), chosen)
 
     def _ask(
         self,

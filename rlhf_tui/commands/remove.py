@@ -5,10 +5,12 @@ from pathlib import Path
 
 import click
 
-from engine.errors import SessionError, UserInputError
+from engine.errors import CommandRejectedError, RlhfError, SessionError, UserInputError
+from engine.launch.delete_checkpoint import delete_checkpoint
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import complete_name, existing, sessions_option
+from rlhf_tui.identity import who
 
 
 @click.command()
@@ -17,16 +19,39 @@ from rlhf_tui.commands.options import complete_name, existing, sessions_option
 @click.option(
     "-y", "--yes", is_flag=True, help="Delete without confirmation; needed without a terminal."
 )
-def rm(root: Path, names: tuple[str, ...], yes: bool) -> None:
-    """Delete sessions with all their checkpoints."""
+@click.option(
+    "--checkpoint", "step", type=click.IntRange(min=1), metavar="STEP",
+    help="Delete only this checkpoint of the session.",
+)  # fmt: skip
+def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | None) -> None:
+    """Delete sessions with all their checkpoints.
+
+    They must have ended. A live engine deletes a checkpoint with ctl NAME delete-checkpoint STEP.
+    """
     sessions = [existing(root, name) for name in dict.fromkeys(names)]
+    if step is not None and len(sessions) > 1:
+        raise UserInputError("--checkpoint takes one session")
     if not yes and not os.isatty(0):  # the output may be piped; the question is on stderr
         listed = ", ".join(f"'{session.name}'" for session in sessions)
+        what = listed if step is None else f"a checkpoint of {listed}"
         raise UserInputError(
-            f"stdin is not a terminal: give -y to delete {listed} without confirmation"
+            f"stdin is not a terminal: give -y to delete {what} without confirmation"
         )
     for session in sessions:
-        _delete(session, yes=yes)
+        if step is None:
+            _delete(session, yes=yes)
+        else:
+            _delete_checkpoint(session, step, yes=yes)
+
+
+def _delete_checkpoint(session: SessionFolder, step: int, *, yes: bool) -> None:
+    question = f"delete the checkpoint of step {step} of '{session.name}'?"
+    if not yes and not click.confirm(question, err=True):
+        return
+    try:
+        delete_checkpoint(session, step, who())
+    except CommandRejectedError as error:
+        raise RlhfError(str(error)) from error
 
 
 def _delete(session: SessionFolder, *, yes: bool) -> None:

@@ -22,6 +22,7 @@ from engine.protocol.commands import (
     AnyCommand,
     Checkpoint,
     Command,
+    DeleteCheckpoint,
     Note,
     Pause,
     Probe,
@@ -223,6 +224,13 @@ def stop(call: CtlCall, now: bool) -> None:
 def rollback(call: CtlCall, step: StepChoice, reseed: bool) -> None:
     chosen = checkpoint_step(existing(call.root, call.name), step)
     call.send(Rollback(step=chosen, reseed=reseed))
+
+
+@_verb(DeleteCheckpoint)
+@click.argument("step", type=step_choice)
+@click.pass_obj
+def delete_checkpoint(call: CtlCall, step: StepChoice) -> None:
+    call.send(DeleteCheckpoint(step=checkpoint_step(existing(call.root, call.name), step)))
 
 
 # With unknown options ignored, -1 is a value and not an option.

@@ -37,6 +37,7 @@ DESCRIPTIONS = {
     "mark_session": "mark, for O and C",
     "metric": "choose the listed metric",
     "roll_back": "roll back to a checkpoint",
+    "delete_checkpoint": "delete the checkpoint",
     "export": "export as a model folder",
     "label('good')": "label good",
     "label('bad')": "label bad",

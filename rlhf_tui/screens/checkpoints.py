@@ -34,13 +34,14 @@ class CheckpointsScreen(SessionScreen):
     """Mode 4."""
 
     MODE = "checkpoints"
-    WRITES = frozenset({"roll_back", "fork", "export"})
+    WRITES = frozenset({"roll_back", "fork", "export", "delete_checkpoint"})
     READ_ONLY = "checkpoints can only be listed"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "roll_back", "roll back"),
         Binding("f", "fork", "fork"),
         Binding("E", "export", "export"),
+        Binding("d,delete", "delete_checkpoint", "delete"),
     ]
 
     def compose_body(self) -> ComposeResult:
@@ -66,7 +67,7 @@ class CheckpointsScreen(SessionScreen):
         current = [c for c in found if c.status == "complete"]
         measured = [c for c in current if self._best_value(c) is not None]
         best = max(measured, key=lambda c: (_or_least(self._best_value(c)), c.step), default=None)
-        last = max(current, key=lambda c: c.step, default=None)
+        last = self._last()
         order = ORDERS[table.sorted_by or "step"]
         ordered = sorted(found, key=lambda c: (order(c), c.step, c.attempt))
         before, alert = self._before_alert(current)
@@ -75,9 +76,15 @@ class CheckpointsScreen(SessionScreen):
             remarks = ["last"] if c is last else []
             remarks += [self._remark] if c is best else []
             remarks += [f"before alert @{alert}"] if c is before else []
+            remarks += ["kept"] if c.kept else []
             rows.append(((c.step, c.attempt), _cells(c, remarks)))
         table.set_rows(rows[::-1] if table.descending else rows, self._empty())
         self._show_best(best)
+
+    def _last(self) -> CheckpointRow | None:
+        """The last checkpoint of the current timeline."""
+        current = [c for c in self.context.state.checkpoints if c.status == "complete"]
+        return max(current, key=lambda c: c.step, default=None)
 
     def _best_value(self, checkpoint: CheckpointRow) -> float | None:
         """The value by which `train.keep_best` compares a checkpoint of the current timeline."""
@@ -147,6 +154,9 @@ class CheckpointsScreen(SessionScreen):
         found = self._highlighted()
         if found is None:
             return self.context.state.unread or "no checkpoint yet"
+        if action == "delete_checkpoint":
+            last = self._last()
+            return "a resume continues from the last checkpoint" if found is last else ""
         return "" if found.status == "complete" else "this checkpoint is of an abandoned branch"
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
@@ -180,6 +190,18 @@ class CheckpointsScreen(SessionScreen):
         """Forks a session from the checkpoint."""
         if (found := self._highlighted()) is not None:
             self.context.engines.ask_fork(self.context.state.name, found.step)
+
+    def action_delete_checkpoint(self) -> None:
+        """Asks, then deletes the checkpoint: by a command to the engine, if one runs."""
+        found, target = self._highlighted(), self.steering_target()
+        if found is None or target is None:
+            return
+        step, arguments = found.step, ["rm", target.name, "--checkpoint", str(found.step), "-y"]
+
+        def delete() -> None:
+            self.context.engines.run_command(arguments, f"the checkpoint of step {step} is deleted")
+
+        self.context.steering.delete_checkpoint(target, found, delete)
 
     def action_export(self) -> None:
         """Exports the policy as a model folder."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from textual.notifications import SeverityLevel
 
+from engine.journal.rows import CheckpointRow
 from engine.protocol.commands import Command
 from engine.session.folder import SessionFolder
 from rlhf_tui.state.messages import CommandAnswered
@@ -60,6 +61,11 @@ class SteeringActions(Protocol):
         self, target: SteeringTarget, step: int, confirmed: Callable[[bool], None]
     ) -> None:
         """Asks for confirmation; `confirmed` gets whether to sample with a new seed."""
+
+    def delete_checkpoint(
+        self, target: SteeringTarget, checkpoint: CheckpointRow, delete: Callable[[], None]
+    ) -> None:
+        """Asks, then has the engine delete a checkpoint; without an engine, calls `delete`."""
 
 
 class EngineActions(Protocol):

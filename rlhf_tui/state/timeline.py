@@ -90,6 +90,8 @@ def command_text(command: CommandRow) -> str:
         return f"roll back to step {command.args.get('step')}{reseeded}"
     if command.command == Stop.name():
         return "stop now" if command.args.get("now") else "stop"
+    if command.command == Checkpoint.name():
+        return command.command
     given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
     return f"{command.command} {given}".strip()
 

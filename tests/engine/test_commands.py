@@ -14,6 +14,7 @@ from engine.protocol.commands import (
     MAX_TEXT,
     BoundaryCommand,
     Command,
+    DeleteCheckpoint,
     Moment,
     Note,
     Pause,
@@ -37,6 +38,7 @@ def moment(**changed):
     values = {
         "state": "running", "paused": False, "settings": settings_of(CONFIG),
         "config": CONFIG, "checkpoint_steps": lambda: [2, 4],
+        "saved_steps": lambda: [2, 4, 6],
     }  # fmt: skip
     return Moment(**(values | changed))
 
@@ -83,6 +85,9 @@ def test_who_carries_a_command_out_is_its_union():
         (Rollback(step=2), {"state": "stopping"}, "resume it first"),
         (Rollback(step=3), {}, "available: 2, 4"),
         (Rollback(step=3), {"checkpoint_steps": list}, "none yet"),
+        (DeleteCheckpoint(step=3), {}, "there are: 2, 4, 6"),
+        (DeleteCheckpoint(step=3), {"saved_steps": list}, "none yet"),
+        (DeleteCheckpoint(step=4), {}, "is the last one, which a resume continues from"),
         (SetBeta(value=-1), {}, "beta must be"),
         (SetSetting(key="epochs", value=2**64 - 1), {}, "a whole number of at most 1000"),
         (SetSetting(key="learning_rate", value=5e-324), {}, "must be a number of at least 1e-12"),
@@ -114,6 +119,8 @@ def test_what_cannot_be_carried_out_at_a_moment_is_rejected_and_says_why(command
         (Unpause(), {"paused": True, "state": "pausing"}),
         (Unpause(), {"paused": True, "state": "starting"}),
         (Rollback(step=4), {}),
+        (DeleteCheckpoint(step=6), {}),  # of an abandoned branch
+        (DeleteCheckpoint(step=2), {"state": "stopping"}),
         (Probe(text="x" * MAX_TEXT), {"paused": True, "state": "paused"}),
     ],
 )
@@ -160,7 +167,8 @@ def test_a_run_whose_configuration_breaks_a_newer_rule_can_still_be_changed():
 def test_only_commands_that_change_settings_say_that_they_do():
     examples = {SetBeta: {"value": 1}, SetSetting: {"key": "beta", "value": 1},
                 SetKLController: {"controller": "fixed"}, Rollback: {"step": 2},
-                Probe: {"text": "t"}, Note: {"text": "n"}}  # fmt: skip
+                DeleteCheckpoint: {"step": 2}, Probe: {"text": "t"},
+                Note: {"text": "n"}}  # fmt: skip
     changing = {
         kind
         for kind in COMMANDS.values()

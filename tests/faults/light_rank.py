@@ -48,6 +48,7 @@ from engine.protocol.rank_messages import (
     Applied,
     Begin,
     CheckpointComplete,
+    CheckpointKept,
     CheckpointWritten,
     Confirm,
     Ended,
@@ -92,7 +93,7 @@ class LightRank:
         self._step, self._weights = begin.from_step, ""
         self._to_repeat, self._undoable = list(begin.repeat), list(begin.undoable)
         self._paused, self._stop = begin.paused, ""
-        self._branch = set(begin.checkpoints)
+        self._branch, self._kept = set(begin.checkpoints), set(begin.kept)
         self._results = LightStep(self._config)
         if begin.from_step:
             folder = checkpoint_path(session.checkpoints, begin.from_step)
@@ -209,7 +210,9 @@ class LightRank:
                 self._stop = message.id
                 return
             case Checkpoint() if self._step:
+                self._kept.add(self._step)
                 self._save()
+                self.send(CheckpointKept(step=self._step))
             case Checkpoint() | Probe():
                 self.send(Rejected(id=message.id, reason="nothing to save"))
                 return
@@ -259,8 +262,9 @@ class LightRank:
         self._take(self._step)
         mark_complete(final)
         self._branch.add(self._step)
-        kept = [s for s in complete_checkpoints(self._session.checkpoints) if s in self._branch]
-        removed = [s for s in kept if s <= self._step][: -self._config.train.keep_last]
+        found = complete_checkpoints(self._session.checkpoints)
+        counted = [s for s in found if s in self._branch and s not in self._kept]
+        removed = [s for s in counted if s <= self._step][: -self._config.train.keep_last]
         self.send(CheckpointComplete(step=self._step, removed=removed))
         self._take(self._step)
         for step in removed:

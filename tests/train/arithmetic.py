@@ -70,3 +70,19 @@ class Game:
     def solved(self):
         """A score."""
         return float(self.looked > 0)
+
+
+class Tally(Game):
+    """An environment with a score for each turn that called tools."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = []
+
+    async def called_tools(self, text, results):
+        """A call that failed is worth its number of results, and a call of no text nothing."""
+        self.scores.append(float(len(results)) if text and "error" in results[0] else 0.0)
+
+    def by_turn(self):
+        """The scores of the turns."""
+        return self.scores

@@ -73,3 +73,17 @@ def test_the_newest_and_the_best_checkpoints_are_kept(scores, last, best):
 def test_the_newest_checkpoint_before_the_first_alert_that_has_one_is_kept(alerts, removed):
     scores = dict.fromkeys((10, 20, 30, 40, 50), 0.0)
     assert checkpoint_folder.to_remove(scores, 2, 0, alerts) == removed
+
+
+@pytest.mark.parametrize(
+    ("kept", "removed"),
+    [([], [10, 20, 30]), ([10], [20, 30]), ([50], [10, 20]), ([20, 40], [10]), ([40, 50], [10])],
+)
+def test_what_an_operator_saved_is_kept_and_does_not_count(kept, removed):
+    scores = dict.fromkeys((10, 20, 30, 40, 50), 0.0)
+    assert checkpoint_folder.to_remove(scores, 2, 0, kept=kept) == removed
+
+
+def test_one_that_an_operator_saved_before_an_alert_is_enough():
+    scores = dict.fromkeys((10, 20, 30, 40, 50), 0.0)
+    assert checkpoint_folder.to_remove(scores, 1, 0, [35], kept=[30]) == [10, 20, 40]

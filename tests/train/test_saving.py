@@ -20,6 +20,7 @@ from engine.protocol.rank_messages import (
     Applied,
     Begin,
     CheckpointComplete,
+    CheckpointKept,
     CheckpointWritten,
     Ended,
     Notice,
@@ -74,6 +75,29 @@ def save_three(run, boundary, supervisor, made_up):
 def test_a_checkpoint_is_the_best_one_by_an_evaluation_that_was_made_up_for_later(trained):
     run, _, boundary, supervisor = trained
     assert save_three(run, boundary, supervisor, made_up=True) == [2]
+
+
+def test_a_checkpoint_that_an_operator_saved_stays_also_after_a_restart(trained, link):
+    run, session, first, supervisor = trained
+    supervisor.may_confirm.set()
+    assert first.checkpoints.save_and_keep() is None
+    until(lambda: supervisor.of(CheckpointKept) == [CheckpointKept(step=1)])
+    first.after_step(2, dict(METRICS), 0.1)
+    first.checkpoints.save()
+    first.close()
+    begin = Begin(attempt=2, from_step=2, checkpoints=[1, 2], kept=[1])
+    with contextlib.closing(Boundary(session, run, begin, link)) as boundary:
+        boundary.after_step(3, dict(METRICS), 0.1)
+        boundary.checkpoints.save()
+    assert list(complete_checkpoints(session.checkpoints)) == [1, 3]
+
+
+def test_a_step_that_is_saved_already_is_kept_when_an_operator_asks_for_it(trained):
+    _, _, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    boundary.checkpoints.save()
+    assert boundary.checkpoints.save_and_keep() is None
+    until(lambda: supervisor.of(CheckpointKept) == [CheckpointKept(step=1)])
 
 
 def test_after_a_restart_it_is_still_the_best_one(trained, link):

@@ -225,6 +225,19 @@ def test_the_same_environment_has_tools_and_scores(make_run):
     train_step(run, 1)
 
 
+def test_an_environment_can_give_scores_to_the_turns_that_call_tools(make_run):
+    run, _ = make_run(
+        *CHATTING, "environment.factory=arithmetic:Tally", "environment.tools=['look']",
+        "reward.model=null", "reward.environment=by_turn",
+    )  # fmt: skip
+    rollout = generate_rollout(run, 1)
+    scores = [turns.environment.by_turn() for turns in rollout.conversation.turns]
+    turns = [turns.count for turns in rollout.conversation.turns]
+    assert max(turns) > 1
+    assert scores == [[1.0] * count for count in turns]
+    train_step(run, 2)
+
+
 def test_tools_need_conversations_and_a_template_that_tells_about_them(make_run):
     with pytest.raises(UserInputError, match=r"set data\.chat: true"):
         make_run(*CHATTING, "data.chat_template=null", "data.chat=false")

@@ -18,6 +18,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import ConfigError, NoSuchSessionError, SessionError
 from engine.journal.reader import JournalReader
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.session.folder import create
 from rlhf_tui import identity
 from rlhf_tui.cli import MODULES, cli, in_plain_words
@@ -184,6 +185,22 @@ def test_guard_rails_are_evaluated_with_and_without_dry_run(root):
 def test_a_name_that_is_nearly_right_gets_a_suggestion(root, given):
     with pytest.raises(NoSuchSessionError, match=r"did you mean frozen\?"):
         existing(root, given)
+
+
+def test_rm_deletes_one_checkpoint_of_a_session(session_maker, tmp_path):
+    session = session_maker(tmp_path, "mine", 100)
+    for step in (50, 100):
+        checkpoint_path(session.checkpoints, step).mkdir()
+        (checkpoint_path(session.checkpoints, step) / "COMPLETE").touch()
+    rm = ["rm", "mine", "--sessions", str(tmp_path), "--checkpoint"]
+    asked = CliRunner().invoke(cli, [*rm, "50"], standalone_mode=False)
+    assert "give -y to delete a checkpoint of 'mine'" in str(asked.exception)
+    last = CliRunner().invoke(cli, [*rm, "100", "-y"], standalone_mode=False)
+    assert "is the last one" in str(last.exception)
+    assert CliRunner().invoke(cli, [*rm, "50", "-y"]).exit_code == 0
+    assert list(complete_checkpoints(session.checkpoints)) == [100]
+    with JournalReader(session) as reader:
+        assert [c.step for c in reader.checkpoints()] == [100]
 
 
 def test_a_name_that_is_like_no_other_gets_no_suggestion(root):

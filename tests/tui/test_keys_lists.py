@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from engine.journal.reader import JournalReader
+from engine.journal.writer import JournalWriter
 from engine.session.folder import SessionFolder
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
@@ -226,6 +227,44 @@ async def test_a_roll_back_that_is_confirmed_after_the_run_has_ended_resumes_it(
         await until(pilot, lambda: ran)
         assert ran == [["resume", "frozen", "--from", "150", "--detach"]]
         assert engine == []
+
+
+async def test_d_asks_and_then_the_engine_deletes_the_checkpoint(checkpoints, engine, until):
+    async with checkpoints() as (app, pilot):
+        await press_for(pilot, ChoiceDialog, "j", "d")
+        await pilot.press("enter")  # cancel has the focus
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert engine == []
+        await press_for(pilot, ChoiceDialog, "d")
+        await pilot.press("d")
+        await until(pilot, lambda: engine == [steering.DeleteCheckpoint(step=150)])
+
+
+async def test_without_an_engine_d_deletes_the_checkpoint_too(checkpoints, ran, until):
+    async with checkpoints() as (_, pilot):
+        await press_for(pilot, ChoiceDialog, "j", "d")
+        await pilot.press("d")
+        await until(pilot, lambda: ran == [["rm", "frozen", "--checkpoint", "150", "-y"]])
+
+
+async def test_the_last_checkpoint_cannot_be_deleted(checkpoints, until):
+    async with checkpoints() as (app, pilot):
+        await pilot.press("d")
+        reason = "a resume continues from the last checkpoint"
+        await until(pilot, lambda: reason in notices(app))
+
+
+async def test_a_checkpoint_that_an_operator_saved_is_marked(
+    session_maker, tmp_path, running, until
+):
+    session = session_maker(tmp_path, "mine", 100)
+    with contextlib.closing(JournalWriter(session)) as journal:
+        journal.keep_checkpoint(50)
+    async with running(RlhfApp(tmp_path, "mine", follow=False)) as pilot:
+        await pilot.press("4")
+        table = pilot.app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() == 2)
+        assert ["kept" in line for line in table.text().splitlines()[1:3]] == [False, True]
 
 
 async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(checkpoints, ran, until):

@@ -74,7 +74,8 @@ class TrainConfig(Section, frozen=True):
     deadline_margin: Seconds = 60.0
     """Seconds before that time by which the run should have ended."""
     keep_last: Count = 3
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep. Those that an operator saves, with `c` or
+    `rlhf-tui ctl NAME checkpoint`, stay until you delete them and do not count."""
     keep_best: Whole = 1
     """Number of further checkpoints to keep, those with the highest `best_metric`."""
     keep_before_alert: bool = True

@@ -27,6 +27,7 @@ def journal_views(position: Position, version: int) -> list[str]:
     """The statements that create the views over journal.db; `version` is its schema version."""
     at, attempt = position.time, position.attempt
     numbers = ", seq, applied_seq" if version >= schema.COMMANDS_ARE_NUMBERED else ""
+    kept = ", kept" if version >= schema.CHECKPOINTS_ARE_KEPT else ""
     return [
         *_timeline_views(position, "steps", "steps_past", "attempt, step, time"),
         *_timeline_views(position, "metrics", "metrics_past", "name, step, value", "attempt"),
@@ -44,7 +45,8 @@ def journal_views(position: Position, version: int) -> list[str]:
         _view(
             "checkpoints",
             f"""
-            SELECT step, attempt, time, size, score, kl, {_checkpoint_status(position)} AS status
+            SELECT step, attempt, time, size, score, kl,
+                {_checkpoint_status(position)} AS status{kept}
             FROM main.checkpoints c WHERE time <= {at!r} OR attempt < {attempt}
             """,
         ),

@@ -15,7 +15,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -228,33 +228,34 @@ def clear_interrupted(checkpoints: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)  # such as a link to another disk
 
 
-def remove(folder: Path) -> None:
-    """Removes a checkpoint, ``COMPLETE`` first: a partly removed checkpoint never counts."""
-    (folder / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
 def to_remove(
-    scores: dict[int, float], keep_last: int, keep_best: int, alerts: Sequence[int] = ()
+    scores: dict[int, float],
+    keep_last: int,
+    keep_best: int,
+    alerts: Sequence[int] = (),
+    kept: Collection[int] = (),
 ) -> list[int]:
     """Selects the checkpoints that are neither among the newest nor among the best.
 
     One more is kept: the newest before an alert, the first of them that has any before it.
+    Those of `kept` are kept as well, and do not count.
 
     Args:
         scores: `train.best_metric` by step, for the complete checkpoints of this branch.
         keep_last: number of newest checkpoints to keep.
         keep_best: number of checkpoints with the highest score to keep in addition.
         alerts: steps of alerts, in ascending order.
+        kept: steps of the checkpoints that an operator saved.
 
     Returns:
         The steps of the checkpoints to remove, in ascending order.
     """
-    newest = sorted(scores)[-keep_last:]
-    best = sorted(scores, key=lambda s: (scores[s], s), reverse=True)[:keep_best]
+    counted = sorted(s for s in scores if s not in kept)
+    newest = counted[-keep_last:]
+    best = sorted(counted, key=lambda s: (scores[s], s), reverse=True)[:keep_best]
     before = next((older for alert in alerts if (older := [s for s in scores if s < alert])), [])
-    kept = {*newest, *best, *sorted(before)[-1:]}
-    return [s for s in sorted(scores) if s not in kept]
+    staying = {*newest, *best, *sorted(before)[-1:]}
+    return [s for s in counted if s not in staying]
 
 
 def read_state(folder: Path) -> SavedState:

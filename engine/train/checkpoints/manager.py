@@ -10,8 +10,19 @@ import msgspec
 
 from engine.errors import CheckpointError, RlhfError
 from engine.metrics import KL, SCORE
-from engine.protocol.rank_messages import Begin, CheckpointComplete, CheckpointWritten, Notice
-from engine.session.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
+from engine.protocol.rank_messages import (
+    Begin,
+    CheckpointComplete,
+    CheckpointKept,
+    CheckpointWritten,
+    Notice,
+)
+from engine.session.checkpoints import (
+    checkpoint_path,
+    complete_checkpoints,
+    mark_complete,
+    remove,
+)
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import MetricValue, SavedState
 from engine.train.checkpoints.saver import Outcome, Saved, Saver
@@ -66,6 +77,8 @@ class CheckpointManager:
         """The step of the last save that was started."""
         self._branch = set(begin.checkpoints)
         """Steps of the checkpoints on this branch of the run, including removed ones."""
+        self._kept = set(begin.kept)
+        """Steps of those that an operator saved, or wanted to."""
         self._score = self._kl = math.nan
         self._best: MetricValue | None = None
         self._recorded = dict(begin.best)
@@ -135,6 +148,15 @@ class CheckpointManager:
             return None
         self._start_save()
         return self._wait_for_save()
+
+    def save_and_keep(self) -> str | None:
+        """Like :meth:`save`; the checkpoint stays until an operator deletes it."""
+        step = self._run.state.step
+        self._kept.add(step)  # before the save, which already removes older ones
+        problem = self.save()
+        if problem is None:
+            self._link.send(CheckpointKept(step=step))
+        return problem
 
     def _start_save(self) -> None:
         """Copies the state and starts writing it in the background."""
@@ -214,8 +236,8 @@ class CheckpointManager:
     def _removable(self, saved_step: int, best: MetricValue | None) -> list[int]:
         """Selects older checkpoints to remove, by the keys `train.keep_…`.
 
-        Checkpoints of an abandoned branch are neither counted nor removed, since an operator may
-        have requested them; a new checkpoint of the same step replaces them. Unreadable checkpoints
+        Checkpoints that an operator saved, and those of an abandoned branch, are neither counted
+        nor removed; a new checkpoint of the same step replaces the latter. Unreadable checkpoints
         are also kept.
         """
         train, scored_by = self._run.config.train, self._run.state.scored_by
@@ -228,12 +250,14 @@ class CheckpointManager:
                     )
         self._branch.add(saved_step)
         alerts = self._alerts if train.keep_before_alert else []
-        return checkpoint_folder.to_remove(scores, train.keep_last, train.keep_best, alerts)
+        return checkpoint_folder.to_remove(
+            scores, train.keep_last, train.keep_best, alerts, self._kept
+        )
 
     def _remove(self, step: int, saved_step: int) -> None:
         """Removes a checkpoint. If that fails, notifies the operator and lets the run continue."""
         try:
-            checkpoint_folder.remove(checkpoint_path(self._folder, step))
+            remove(checkpoint_path(self._folder, step))
         except OSError as error:
             text = f"the old checkpoint of step {step} cannot be removed: {error}"
             self._link.send(Notice(step=saved_step, rule="checkpoint", text=text))

@@ -52,7 +52,8 @@ class Environments:
     row that it takes, and with `prompt` (text, or chat messages) and `seed` (an int of the
     response). The environment's method `reply` gets each turn of the policy, the last one included,
     and returns text, chat messages (if the prompt is a conversation), or None to end the response.
-    A turn that calls tools is answered with their results instead.
+    A turn that calls tools is answered with their results instead; the method `called_tools`, if
+    there is one, gets both.
 
     All ranks must call its methods together. The user's code runs on rank 0, which has the rows.
     """
@@ -153,7 +154,10 @@ class Environments:
 
         def reply(i: int) -> ToolAnswers | Messages | None:
             if self._tools is not None and (calls := self._tools.calls(turns[i])):
-                return self._tools.answers(calls, environments[i])
+                answers = self._tools.answers(calls, environments[i])
+                if (method := getattr(environments[i], "called_tools", None)) is not None:
+                    result_of(method(turns[i], [m["content"] for m in answers.messages]))
+                return answers
             method = getattr(environments[i], "reply", None)
             return None if method is None else self._messages(result_of(method(turns[i])))
 

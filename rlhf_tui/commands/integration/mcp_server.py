@@ -339,7 +339,7 @@ class SteeringTools:
         return self._send(session, Undo(), context)
 
     def checkpoint(self, session: Name, context: Context[Any, Any]) -> Json:
-        """Save a checkpoint before the next step."""
+        """Save a checkpoint before the next step; it stays until somebody deletes it."""
         return self._send(session, Checkpoint(), context)
 
     def probe(self, session: Name, prompt: str, context: Context[Any, Any]) -> Json:

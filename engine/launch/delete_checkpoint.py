@@ -1,0 +1,39 @@
+"""Deletes a checkpoint of a session without an engine; a live engine does it itself."""
+
+import sqlite3
+from contextlib import closing
+
+from engine.errors import JournalError, SessionError
+from engine.journal.writer import JournalWriter
+from engine.launch.start_checkpoints import checkpoint_steps, timeline_checkpoints
+from engine.protocol.client import new_id
+from engine.protocol.commands import DeleteCheckpoint, check_deletable
+from engine.session.checkpoints import checkpoint_path, remove
+from engine.session.folder import SessionFolder
+
+
+def delete_checkpoint(session: SessionFolder, step: int, who: str) -> None:
+    """Deletes a checkpoint, holding the session's lock, and records that like the command.
+
+    Raises:
+        CommandRejectedError: there is no such checkpoint, or a resume would continue from it.
+        JournalError: the journal cannot be read or written.
+        SessionLockedError: the session has a live engine; the message names the command for it.
+        SessionError: the session belongs to another user, or the files cannot be removed.
+    """
+    name = DeleteCheckpoint.name()
+    lock = session.acquire(f"use its command: {session.command('ctl', name, str(step))}")
+    try:
+        check_deletable(step, timeline_checkpoints(session), checkpoint_steps(session))
+        with closing(JournalWriter(session)) as journal:
+            command_id = new_id()
+            journal.commands.record(command_id, name, {"step": step}, who)
+            journal.remove_checkpoint(step)
+            journal.commands.apply(command_id, journal.step + 1, [])
+        remove(checkpoint_path(session.checkpoints, step))
+    except sqlite3.Error as error:
+        raise JournalError(f"cannot write {session.journal_file}: {error}") from error
+    except OSError as error:
+        raise SessionError(f"cannot remove the checkpoint of step {step}: {error}") from error
+    finally:
+        lock.release()

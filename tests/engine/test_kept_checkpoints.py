@@ -1,0 +1,100 @@
+"""Checkpoints that an operator saved stay until somebody deletes them."""
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from engine.errors import CommandRejectedError, SessionLockedError
+from engine.journal.fork import copy_until
+from engine.journal.reader import JournalReader
+from engine.journal.writer import JournalWriter
+from engine.launch.delete_checkpoint import delete_checkpoint
+from engine.launch.start_checkpoints import timeline_checkpoints
+from engine.protocol.commands import COMMANDS, DeleteCheckpoint, Rollback
+from engine.protocol.rank_messages import CheckpointKept
+from engine.session import folder as session_folder
+from engine.session.checkpoints import checkpoint_path
+from engine.verification.verify import verify
+from tests.engine.supervised import until
+
+
+def kept(session):
+    with JournalReader(session) as reader:
+        return [c.step for c in reader.checkpoints(("complete",)) if c.kept]
+
+
+@pytest.fixture
+def saved(writer):
+    """A session with three checkpoints, the second of which an operator saved."""
+    for step in (1, 2, 3):
+        writer.steps(step)
+        writer.checkpoint(step)
+    writer.journal.keep_checkpoint(2)
+    return writer
+
+
+def test_a_kept_checkpoint_is_kept_in_the_next_attempt(saved):
+    assert kept(saved.session) == saved.journal.kept_checkpoints() == [2]
+    saved.journal.begin_attempt(2, fresh=True)
+    assert saved.journal.kept_checkpoints() == [2]
+    saved.journal.begin_attempt(1, fresh=True)
+    assert saved.journal.kept_checkpoints() == []  # of an abandoned branch, which stays anyway
+
+
+def test_a_fork_does_not_keep_what_an_operator_saved_in_its_source(saved):
+    config = saved.session.config()
+    child = session_folder.create(saved.session.folder.parent, "child", config)
+    copy_until(saved.session, child, 2)
+    assert kept(child) == []
+
+
+def test_checkpoints_of_an_earlier_journal_are_read(saved):
+    with closing(sqlite3.connect(saved.session.journal_file)) as db, db:
+        db.execute("ALTER TABLE checkpoints DROP COLUMN kept")
+        db.execute("PRAGMA user_version = 2")
+    assert kept(saved.session) == []
+    with closing(JournalWriter(saved.session)) as journal:
+        journal.keep_checkpoint(3)
+    assert kept(saved.session) == [3]
+
+
+async def test_an_engine_keeps_what_a_rank_says_and_tells_the_next_ranks(engine, saved):
+    engine.receive(CheckpointKept(step=3))
+    assert saved.journal.kept_checkpoints() == [2, 3]
+
+
+async def test_an_engine_deletes_a_checkpoint(engine, saved):
+    folder = checkpoint_path(saved.session.checkpoints, 2)
+    assert engine.send(DeleteCheckpoint(step=2)).status == "applied"
+    assert timeline_checkpoints(saved.session) == [1, 3]
+    await until(lambda: not folder.exists())
+    assert engine.send(DeleteCheckpoint(step=2)).status == "rejected"
+    assert engine.send(Rollback(step=2)).status == "rejected"
+
+
+def test_one_of_a_session_without_an_engine_is_deleted_and_recorded(saved):
+    saved.journal.set_meta(state="stopped")
+    delete_checkpoint(saved.session, 2, "ana")
+    assert timeline_checkpoints(saved.session) == [1, 3]
+    assert not checkpoint_path(saved.session.checkpoints, 2).exists()
+    with JournalReader(saved.session) as reader:
+        (command,) = reader.commands()
+    assert COMMANDS[command.command] is DeleteCheckpoint
+    assert (command.who, command.args, command.status) == ("ana", {"step": 2}, "applied")
+    assert not [f for f in verify(saved.session).findings if f.check in ("checkpoints", "commands")]
+
+
+def test_the_last_one_is_not_deleted(saved):
+    with pytest.raises(CommandRejectedError, match="a resume continues from"):
+        delete_checkpoint(saved.session, 3, "ana")
+    checkpoint_path(saved.session.checkpoints, 3).rename(saved.session.folder / "away")
+    delete_checkpoint(saved.session, 1, "ana")
+    assert timeline_checkpoints(saved.session) == [2]
+
+
+def test_a_live_engine_deletes_its_checkpoints_itself(saved):
+    lock = saved.session.acquire()
+    with pytest.raises(SessionLockedError, match="ctl run delete-checkpoint 2"):
+        delete_checkpoint(saved.session, 2, "ana")
+    lock.release()
