@@ -156,8 +156,12 @@ class RolloutWorkerExtension:
 
         Args: lengths: row and number of tokens of each turn.
         """
-        logprobs, entropies = (x.cpu().numpy() for x in uniform_sampling.recorded())
-        return [(logprobs[row, :n].tobytes(), entropies[row, :n].tobytes()) for row, n in lengths]
+        rows = [row for row, _ in lengths]
+        logprobs, entropies = (x[rows].cpu().numpy() for x in uniform_sampling.recorded())
+        return [
+            (logprobs[i, :n].tobytes(), entropies[i, :n].tobytes())
+            for i, (_, n) in enumerate(lengths)
+        ]
 
     def recorded_batch(self) -> tuple[bytes, bytes]:
         """Log-probabilities and entropies of the batch, (n, T) float32 each."""
