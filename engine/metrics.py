@@ -328,7 +328,11 @@ METRICS = (
     Metric(phase_time("generate"), "seconds",
            "duration of the rollout on the slowest rank; of the wait for it if it was generated "
            "ahead (`rollout.ahead: 1`)"),
-    Metric("time/environment", "seconds", "the part of it in which environments replied"),
+    Metric(
+        "time/environment", "seconds",
+        "the part of it in which environments replied; with `environment.turns: independent`, in "
+        "which they alone did, and nothing was generated",
+    ),
     Metric(phase_time("score"), "seconds", "duration of scoring on the slowest rank"),
     Metric(
         phase_time("reference"), "seconds",

@@ -349,6 +349,9 @@ REFUSED = {
         r"eval\.rewards\[0\]\.environment needs environment\.factory",
     ),
     "turns without an environment": (["environment.max_turns=3"], r"need environment\.factory"),
+    "independent turns of native rollouts": (
+        ["environment.tools=['a:b']", "environment.turns=independent"], r"needs rollout\.engine: v",
+    ),
     "a tool that is no function": (["environment.tools=['a.py']"], "or a name, not 'a.py'"),
     "a tool of no environment": (["environment.tools=[look]"], r"'look' needs environment\.fac"),
     "tools twice": (

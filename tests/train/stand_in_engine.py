@@ -19,13 +19,19 @@ from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, rollout_socket_va
 from engine.protocol import frames, sockets
 from engine.protocol.rollout.messages import (
     Continue,
+    Converse,
+    Conversed,
+    EndedTurn,
     EngineFailed,
     EngineReady,
     Generate,
     Generated,
     LoadWeights,
+    NextTurn,
+    NextTurns,
     Progress,
     Start,
+    TurnsProgress,
     WeightsLoaded,
     decode_to_engine,
 )
@@ -57,6 +63,8 @@ class StandInEngine:
         """The types of all messages received."""
         self.rows: list[int] = []
         """How many prompts each request had."""
+        self.turns: list[list[int]] = []
+        """The rows of the turns in each message."""
         self.engines = 0
         self.stopped: list[int] = []
         threading.Thread(target=self._run, daemon=True).start()
@@ -83,6 +91,8 @@ class StandInEngine:
             reply = fault(message)
             if reply is None and isinstance(message, Generate):
                 reply = self._generate(connection, engine, message)
+            elif reply is None and isinstance(message, Converse):
+                reply = self._take_turns(connection, fault, engine, message)
             elif reply is None:
                 reply = engine.reply(message)
             connection.sendall(frames.encode(reply))
@@ -101,6 +111,21 @@ class StandInEngine:
         assert isinstance(answer, Continue)
         self.stopped = answer.stop
         return result
+
+    def _take_turns(self, connection, fault, engine, request: Converse):
+        """Generates all turns of each message; returns the last reply."""
+        ended = []
+        while True:
+            progress = TurnsProgress(weights_version=engine.version, busy=False, ended=ended)
+            connection.sendall(frames.encode(progress))
+            message = decode_to_engine(frames.receive(connection))
+            assert isinstance(message, NextTurns)
+            if (reply := fault(message)) is not None:
+                return reply
+            if message.last:
+                return Conversed(weights_version=engine.version)
+            self.turns.append([turn.row for turn in message.turns])
+            ended = [engine.turn(request, turn) for turn in message.turns]
 
 
 class _Model:
@@ -159,6 +184,18 @@ class _Model:
             weights_version=self.version, lengths=lengths, ids=ids, logprobs=logprobs,
             entropies=entropies, seconds=0.0,
         ), tokens  # fmt: skip
+
+    def turn(self, request: Converse, turn: NextTurn) -> EndedTurn:
+        limit = len(turn.uniforms) // 8
+        result, (tokens,) = self.generate(
+            Generate(
+                weights_version=self.version, prompts=[turn.prompt], limits=[limit],
+                uniforms=turn.uniforms, max_new_tokens=limit, temperature=request.temperature,
+                sampling=request.sampling, eos=request.eos, look=False,
+            )
+        )  # fmt: skip
+        n = 4 * len(tokens)
+        return EndedTurn(turn.row, tokens, result.logprobs[:n], result.entropies[:n])
 
 
 class _NoText:

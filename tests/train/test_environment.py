@@ -19,6 +19,7 @@ from engine.train.ppo.metrics import conversation_metrics, distinct_2
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import generate_responses
+from engine.train.rollout.conversation import SampledTurn
 from engine.train.rollout.rollout import replace_rows
 from engine.train.run import max_response_tokens, max_sequence_tokens
 from engine.train.step import train_step
@@ -193,12 +194,10 @@ def test_an_environment_gets_special_tokens_but_not_the_one_that_ends_the_turn(m
     run, _ = make_run(*ENVIRONMENT)
     ids = [*tokenizer(" good")["input_ids"], tokenizer.bos_token_id or tokenizer.eos_token_id, 7]
     for ended in (False, True):
-        turn = respond(run)
         given = [*ids, tokenizer.eos_token_id] if ended else ids
-        turn.ids[0, : len(given)] = torch.tensor(given)
-        turn.lengths[0], turn.eos[0], turn.ended[0] = len(given), ended, True
-        response = Response(turn.batch.prompts[0], None)
-        assert response.add_turn(turn.cpu(), 0, tokenizer) == tokenizer.decode(ids)
+        turn = SampledTurn(0, given, torch.zeros(3, len(given)), ended, ended=True, version=0)
+        response = Response(run.prompts.for_step(1)[0], None)
+        assert response.add_turn(turn, tokenizer) == tokenizer.decode(ids)
         assert response.messages == [
             {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
         ]

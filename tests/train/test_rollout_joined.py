@@ -26,7 +26,14 @@ from engine.protocol.rollout.join_messages import (
     RolloutJoinInfo,
     rollout_secret,
 )
-from engine.protocol.rollout.messages import EngineFailed, Generate, LoadWeights
+from engine.protocol.rollout.messages import (
+    Converse,
+    EngineFailed,
+    Generate,
+    LoadWeights,
+    NextTurn,
+    NextTurns,
+)
 from engine.protocol.rollout.server import first_client, report
 from engine.train.step import train_step
 from tests.train.stand_in_engine import StandInEngine
@@ -146,6 +153,16 @@ def test_parts_that_are_not_in_order_are_refused(parts):
     with contextlib.closing(ReceivedFiles()) as files, pytest.raises(LinkError):
         for each in parts:
             files.write(each)
+
+
+def test_an_engine_is_given_the_turns_of_responses():
+    request = Converse(
+        weights_version=1, rows=2, first=0, max_new_tokens=8, at_most=9, temperature=1.0,
+        sampling="gumbel", eos=[0], look=False,
+    )  # fmt: skip
+    with contextlib.closing(ReceivedFiles()) as files:
+        for message in (request, NextTurns(turns=[NextTurn(0, [1], b"")])):
+            assert with_paths(message, files) == message
 
 
 def test_an_engine_is_given_no_pickles_and_no_paths_of_the_first_machine():

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import socket
+from pathlib import Path
 
 import psutil
 import pytest
@@ -166,3 +167,29 @@ def test_two_sharded_ranks_broadcast_the_weights_that_one_writes(lab, one):
     assert sums[0] == sums[1] != []
     for ours, theirs in zip(one.numbers(), two.numbers(), strict=True):
         assert ours["objective/scores"] == pytest.approx(theirs["objective/scores"], abs=0.05)
+
+
+ENVIRONMENT = (
+    "environment.factory=repeating:Repeating",
+    f"environment.path={Path(__file__).parents[1] / 'train'}",
+    "environment.max_tokens=40",
+    'rollout.stop=[" a", "the", " is", " and"]',
+)
+"""Its stop strings are found while vLLM generates."""
+
+
+def test_responses_that_do_not_wait_for_each_other_are_those_that_do(lab):
+    together = make(lab, "together", *ENVIRONMENT)
+    independent = make(
+        lab, "independent", *ENVIRONMENT, "environment.turns=independent", "launch.processes=2",
+        "rollout.engines=2",
+    )  # fmt: skip
+    for run in (together, independent):
+        run.start()
+        finish(run)
+    first = [[s for s in responses(run) if s[0] == 1] for run in (together, independent)]
+    assert first[0] == first[1] != []
+    for ours, theirs in zip(together.numbers(), independent.numbers(), strict=True):
+        assert ours["objective/scores"] == pytest.approx(theirs["objective/scores"], abs=0.05)
+    assert max(row["environment/turns"] for row in independent.numbers()) > 1
+    assert max(row["val/rollout_logprob_gap"] for row in independent.numbers()) < 1e-3

@@ -37,6 +37,11 @@ def check_environment(config: RunConfig) -> None:
                 "them nothing replies to the policy"
             )
         return
+    if environment.turns == "independent" and not config.rollout.uses_vllm:
+        raise ConfigError(
+            "environment.turns: independent needs rollout.engine: vllm; native rollouts take the "
+            "turns of all responses together"
+        )
     if config.rollout.ahead:
         raise ConfigError(
             "environment needs rollout.ahead: 0, because it replies to the policy within the step"

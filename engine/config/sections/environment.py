@@ -36,6 +36,11 @@ class EnvironmentConfig(Section, frozen=True):
     """Seconds that a call of `factory`, `reply` or the method of a score, or all tool calls of a
     turn, may take. Otherwise the run pauses before the step and shows the call."""
 
+    turns: Literal["together", "independent"] = "together"
+    """`independent` lets each response take its next turn as soon as its environment has replied;
+    needs `rollout.engine: vllm`. The timing of the environments then changes results by rounding.
+    With `together`, all responses take each turn together."""
+
     @property
     def replies(self) -> bool:
         """Whether anything replies to the policy, so that responses have several turns."""

@@ -46,7 +46,15 @@ from engine.protocol.rollout.join_messages import (
     decode_to_joined,
     rollout_secret,
 )
-from engine.protocol.rollout.messages import Continue, EngineFailed, Generate, LoadWeights, Start
+from engine.protocol.rollout.messages import (
+    Continue,
+    Converse,
+    EngineFailed,
+    Generate,
+    LoadWeights,
+    NextTurns,
+    Start,
+)
 from engine.session.temporary_folders import TemporaryFolder
 
 RETRY = 2.0
@@ -266,7 +274,7 @@ def with_paths(message: Message, files: ReceivedFiles) -> Message:
             return replace(message, model=str(files.model))
         case LoadWeights(transfer="file") if files.weights is not None:
             return replace(message, path=str(files.weights), handles=b"")
-        case Generate() | Continue():
+        case Generate() | Continue() | Converse() | NextTurns():
             return message
         case _:
             raise LinkError(f"the first machine sent {type(message).__name__} out of turn")

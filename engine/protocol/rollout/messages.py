@@ -1,9 +1,9 @@
 """Messages between rank 0 and a rollout engine in a separate process.
 
 The engine is a server for one client. Rank 0 sends :class:`Start`, and after :class:`EngineReady`
-alternates :class:`LoadWeights` and :class:`Generate`. The engine reports any error by
-:class:`EngineFailed` and exits: its weights may be half replaced, so only a new process can be
-trusted.
+alternates :class:`LoadWeights` and :class:`Generate` or :class:`Converse`. The engine reports any
+error by :class:`EngineFailed` and exits: its weights may be half replaced, so only a new process
+can be trusted.
 """
 
 from collections.abc import Callable
@@ -147,6 +147,84 @@ class Generated(Message, frozen=True, tag="generated"):
     seconds: float
 
 
+class Converse(Message, frozen=True, tag="converse"):
+    """Generate the turns of responses that have several, each as soon as it can begin.
+
+    The engine sends :class:`TurnsProgress`, at first with nothing done, and waits each time for
+    :class:`NextTurns`, until that is the last. Then it sends :class:`Conversed`.
+    """
+
+    weights_version: int
+    """The weights that must be loaded."""
+    rows: int
+    """Number of responses, n."""
+    first: int
+    """The first of their rows in the batch; they are `first` … `first + n - 1`."""
+    max_new_tokens: int
+    """Maximum number of new tokens of a turn."""
+    at_most: int
+    """Maximum number of turns in a message."""
+    temperature: float
+    sampling: str
+    """As in :class:`Generate`."""
+    eos: list[int]
+    look: bool
+    """As in :class:`Generate`."""
+
+
+class EndedTurn(Struct, frozen=True, array_like=True):
+    """A turn of the policy."""
+
+    row: int
+    """Of the response, in the batch."""
+    ids: list[int]
+    """The sampled tokens; some may be after a stop string."""
+    logprobs: bytes
+    """(tokens,) float32: of the sampled tokens, at the temperature."""
+    entropies: bytes
+    """(tokens,) float32, in nats."""
+
+
+class NextTurn(Struct, frozen=True, array_like=True):
+    """A turn of the policy to generate."""
+
+    row: int
+    """Of the response, in the batch."""
+    prompt: list[int]
+    """Everything before the turn."""
+    uniforms: bytes
+    """(limit,) float64 in native byte order; one for each new token that is possible."""
+
+
+class TurnsProgress(Message, frozen=True, tag="turns_progress"):
+    """Sent when turns have ended, and regularly. The engine waits for :class:`NextTurns`."""
+
+    weights_version: int
+    """The weights that generate."""
+    busy: bool
+    """Whether the engine has turns to generate or to send."""
+    ended: list[EndedTurn] = []
+    tokens: dict[int, list[int]] = {}
+    """With `look`: row → all tokens so far of a turn that has not ended, if some are new."""
+
+
+class NextTurns(Message, frozen=True, tag="next_turns"):
+    """The reply to :class:`TurnsProgress`."""
+
+    turns: list[NextTurn] = []
+    """To generate; none of a response whose last turn has not ended."""
+    stop: list[int] = []
+    """Rows whose turn has ended."""
+    last: bool = False
+    """Whether the request ends here. Turns that have not ended are dropped."""
+
+
+class Conversed(Message, frozen=True, tag="conversed"):
+    """The end of :class:`Converse`."""
+
+    weights_version: int
+
+
 class EngineFailed(Message, frozen=True, tag="engine_failed"):
     """The engine cannot carry out a request, and exits."""
 
@@ -157,8 +235,10 @@ class EngineFailed(Message, frozen=True, tag="engine_failed"):
     """Whether a new process would fail in the same way."""
 
 
-ToEngine = Start | LoadWeights | Generate | Continue
-FromEngine = EngineReady | WeightsLoaded | Progress | Generated | EngineFailed
+ToEngine = Start | LoadWeights | Generate | Continue | Converse | NextTurns
+FromEngine = (
+    EngineReady | WeightsLoaded | Progress | Generated | TurnsProgress | Conversed | EngineFailed
+)
 
 decode_to_engine: Callable[[bytes], ToEngine] = decoder(ToEngine, "a message to the rollout engine")
 """Decodes rank 0's message. Raises LinkError."""

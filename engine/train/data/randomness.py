@@ -34,11 +34,16 @@ def sampling_uniforms(seed: int, step: int, batch: int, tokens: int) -> Tensor:
     Returns:
         (batch, tokens) float64, multiples of 2^-53.
     """
+    if not batch:
+        return torch.empty(0, tokens, dtype=torch.float64)
+    return torch.stack([sample_uniforms(seed, step, i, tokens) for i in range(batch)])
+
+
+def sample_uniforms(seed: int, step: int, sample: int, tokens: int) -> Tensor:
+    """Returns one row of :func:`sampling_uniforms`; (tokens,) float64."""
     first, others = derived_key(seed, "sampling", step), derived_key(seed, "sampling bits", step)
-    numbers = np.empty((batch, tokens))
-    for i, row in enumerate(numbers):
-        row[:] = _stream(first, i).random(tokens, dtype=np.float32)
-        row += _stream(others, i).integers(1 << 29, size=tokens) * 2.0**-53
+    numbers = _stream(first, sample).random(tokens, dtype=np.float32).astype(np.float64)
+    numbers += _stream(others, sample).integers(1 << 29, size=tokens) * 2.0**-53
     return torch.from_numpy(numbers)
 
 

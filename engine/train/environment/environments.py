@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tools import ToolAnswers, Tools, ToolUse
 from engine.train.rewards.scores import shown
 from engine.train.rewards.source import RewardCallError
-from engine.train.user_code.concurrent_calls import CallTimeoutError, call_each
+from engine.train.user_code.concurrent_calls import CallTimeoutError, ConcurrentCalls, call_each
 from engine.train.user_code.coroutines import result_of
 from engine.train.user_code.errors import SHOWN_MESSAGE, error_line, user_traceback_text
 from engine.train.user_code.function import UserFunction
@@ -30,6 +31,8 @@ Messages = list[dict[str, str]]
 """Chat messages, with `role` and `content`."""
 Reply = str | Messages | None
 """Text, chat messages, or the end of the response."""
+Replied = ToolAnswers | Messages | None
+"""What follows a turn of the policy, before it is tokenised."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +125,7 @@ class Environments:
         def run(waits: Callable[[], None]) -> None:
             made[:] = self._each(make, [prompt.text for prompt in prompts], waits, when)
 
-        self._on_rank_0(when, run, waits)
+        self.on_rank_0(lambda: when, run, waits)
         return made
 
     def answers(
@@ -152,36 +155,50 @@ class Environments:
         found: list[Answer] = []
         when = f"at turn {number} of {purpose}"
 
-        def reply(i: int) -> ToolAnswers | Messages | None:
-            if self._tools is not None and (calls := self._tools.calls(turns[i])):
-                answers = self._tools.answers(calls, environments[i])
-                if (method := getattr(environments[i], "called_tools", None)) is not None:
-                    result_of(method(turns[i], [m["content"] for m in answers.messages]))
-                return answers
-            method = getattr(environments[i], "reply", None)
-            return None if method is None else self._messages(result_of(method(turns[i])))
+        def reply(i: int) -> Replied:
+            return self.reply(environments[i], turns[i])
 
         def run(waits: Callable[[], None]) -> None:
             for i, replied in enumerate(self._each(reply, turns, waits, when)):
-                calls, problems = 0, 0
-                if isinstance(replied, ToolAnswers):
-                    self._tool_use.add(replied)
-                    messages: Messages | None = replied.messages
-                    calls, problems = len(replied.messages), len(replied.problems)
-                else:
-                    messages = replied
                 try:
-                    ids = [] if messages is None else tokens(i, messages)
+                    found.append(self.answer(replied, functools.partial(tokens, i)))
                 except UserInputError as error:
                     error.add_note(f"called with {shown(turns[i])}")
                     raise
-                found.append(
-                    Answer(messages=messages, ids=ids, tool_calls=calls, failed_calls=problems)
-                )
 
-        self._on_rank_0(when, run, waits)
+        self.on_rank_0(lambda: when, run, waits)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(found))
         return msgspec.msgpack.decode(data, type=examined(list[Answer]))
+
+    def reply(self, environment: Any, turn: str) -> Replied:
+        """Passes a turn to one environment, on rank 0; see :meth:`answer`.
+
+        Raises: what the user's code raises, or what :func:`checked_reply` raises.
+        """
+        if self._tools is not None and (calls := self._tools.calls(turn)):
+            answers = self._tools.answers(calls, environment)
+            if (told := getattr(environment, "called_tools", None)) is not None:
+                result_of(told(turn, [m["content"] for m in answers.messages]))
+            return answers
+        method = getattr(environment, "reply", None)
+        return None if method is None else self._messages(result_of(method(turn)))
+
+    def answer(self, replied: Replied, tokens: Callable[[Messages], list[int]]) -> Answer:
+        """Counts what :meth:`reply` returned. One thread at a time may call it.
+
+        Args:
+            replied: what :meth:`reply` returned.
+            tokens: called with messages; returns their tokens, or raises UserInputError.
+        """
+        calls, problems = 0, 0
+        if isinstance(replied, ToolAnswers):
+            self._tool_use.add(replied)
+            messages: Messages | None = replied.messages
+            calls, problems = len(replied.messages), len(replied.problems)
+        else:
+            messages = replied
+        ids = [] if messages is None else tokens(messages)
+        return Answer(messages=messages, ids=ids, tool_calls=calls, failed_calls=problems)
 
     def _messages(self, value: Any) -> Messages | None:
         """What `reply` returned as messages. Raises what :func:`checked_reply` raises."""
@@ -200,25 +217,38 @@ class Environments:
         self, call: Callable[[int], T], texts: Sequence[str], waits: Callable[[], None], when: str
     ) -> list[T]:
         """Calls something for the index of each text; see :func:`call_each`."""
+        calls = self.calls(lambda i: texts[i], lambda _i: when)
+        return call_each(call, len(texts), waits=waits, calls=calls)
+
+    def calls(self, text: Callable[[int], str], when: Callable[[int], str]) -> ConcurrentCalls:
+        """What calls environments by index, within the limits of the configuration.
+
+        Args:
+            text: what the environment of an index is called with.
+            when: says which call it is, such as `at turn 1 of step 3`.
+        """
 
         def takes_long(i: int, seconds: float) -> None:
             log.warning(
                 "environment '%s' %s has not returned for %.0f s (called with %s)",
-                self._name, when, seconds, shown(texts[i]),
+                self._name, when(i), seconds, shown(text(i)),
             )  # fmt: skip
 
-        return call_each(
-            call, len(texts), concurrency=self._config.concurrency, limit=self._config.timeout,
-            quoted=lambda i: shown(texts[i]), waits=waits, takes_long=takes_long,
+        return ConcurrentCalls(
+            concurrency=self._config.concurrency, limit=self._config.timeout,
+            quoted=lambda i: shown(text(i)), takes_long=takes_long,
         )  # fmt: skip
 
-    def _on_rank_0(
-        self, when: str, run: Callable[[Callable[[], None]], None], waits: Callable[[], None]
+    def on_rank_0(
+        self,
+        when: Callable[[], str],
+        run: Callable[[Callable[[], None]], None],
+        waits: Callable[[], None],
     ) -> None:
         """Runs the user's code on rank 0; raises its error on every rank.
 
         Args:
-            when: for errors.
+            when: called after an error, for its text.
             run: called on rank 0 with what it must call regularly.
             waits: called regularly, on every rank.
         """
@@ -239,7 +269,7 @@ class Environments:
                 raise
             # sys.exit() in the user's code must not end the rank silently.
             except (Exception, SystemExit) as error:
-                described = self._described(error, when)
+                described = self._described(error, when())
                 if isinstance(error, CallTimeoutError):
                     failed = _Failed(described, error.stack)
                 else:

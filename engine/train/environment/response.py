@@ -4,12 +4,14 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.train.data.prompts import Prompt, PromptBatch
-from engine.train.rollout.conversation import Conversation, Turns
+from engine.train.environment.environments import Answer
+from engine.train.rollout.conversation import Conversation, SampledTurn, Turns
 from engine.train.rollout.rollout import Rollout
 
 
@@ -58,35 +60,87 @@ class Response:
         prompt = self.prompt
         return Prompt(prompt.ids + self.ids, prompt.text, prompt.row, prompt.messages)
 
-    def add_turn(self, turn: Rollout, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    def left(self, most: int) -> int:
+        """How many tokens the policy may still sample, if `most` is the limit of a response."""
+        return most - len(self.positions)
+
+    def add_turn(self, turn: SampledTurn, tokenizer: PreTrainedTokenizerBase) -> str:
         """Appends a turn of the policy and returns its text, as the environment gets it.
 
         Special tokens are part of this text, since some models write tool calls with them. The one
         that ends the turn is not.
 
         Args:
-            turn: a rollout on the host.
-            row: of the turn in it.
+            turn: the turn.
             tokenizer: the policy's.
         """
-        length = int(turn.lengths[row])
-        ids = turn.ids[row, :length].tolist()
-        self.positions += range(len(self.ids), len(self.ids) + length)
+        ids = turn.ids
+        self.positions += range(len(self.ids), len(self.ids) + len(ids))
         self.ids += ids
-        floats = torch.stack([turn.logprobs[row], turn.entropies[row], turn.values[row]])
-        self.floats.append(floats[:, :length])
-        self.eos, self.ended = bool(turn.eos[row]), bool(turn.ended[row])
-        if turn.versions is not None:
-            self.version = int(turn.versions[row])
+        self.floats.append(turn.floats)
+        self.eos, self.ended, self.version = turn.eos, turn.ended, turn.version
         self.sampled.append(_decoded(tokenizer, ids))
         self.messages.append({"role": "assistant", "content": self.sampled[-1]})
         return str(tokenizer.decode(ids[:-1] if self.eos else ids))
+
+    def goes_on(self, answer: Answer, most: int, most_replied: int, *, last: bool) -> bool:
+        """Appends what follows a turn, unless the response ends here; returns whether it goes on.
+
+        Args:
+            answer: what follows the turn.
+            most: the limit of the policy's tokens.
+            most_replied: the limit of the replies' tokens.
+            last: whether the turn is the last one that the limit of turns permits.
+        """
+        self.tool_calls += answer.tool_calls
+        self.failed_calls += answer.failed_calls
+        if answer.messages is None or not self.ended:
+            return False
+        fits = self.reply_tokens + len(answer.ids) <= most_replied
+        if last or not fits or not self.left(most):
+            self.ended = False  # the environment would have gone on
+            self.reply_left_out = not fits
+            return False
+        self.add_reply(answer.ids, answer.messages)
+        return True
 
     def add_reply(self, ids: list[int], messages: list[dict[str, str]]) -> None:
         """Appends a reply of the environment: its tokens and its messages."""
         self.replies.append((len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
         self.messages += messages
+
+
+class FinishedResponse(msgspec.Struct, frozen=True, array_like=True):
+    """A finished response as it is sent to the ranks that have not made it."""
+
+    ids: list[int]
+    positions: list[int]
+    floats: bytes
+    """(3, tokens) float32."""
+    messages: list[dict[str, str]]
+    sampled: list[str]
+    replies: list[tuple[int, int]]
+    eos: bool
+    ended: bool
+    tool_calls: int
+    failed_calls: int
+    reply_left_out: bool
+    version: int
+
+    @classmethod
+    def of(cls, response: Response) -> "FinishedResponse":
+        """What is sent of a response."""
+        floats = torch.cat(response.floats, 1).numpy().tobytes()
+        same = {name: getattr(response, name) for name in cls.__struct_fields__ if name != "floats"}
+        return cls(floats=floats, **same)
+
+    def give(self, response: Response) -> None:
+        """Sets all of a response but its prompt and environment."""
+        for name in self.__struct_fields__:
+            setattr(response, name, getattr(self, name))
+        floats = torch.frombuffer(bytearray(self.floats), dtype=torch.float32)
+        response.floats = [floats.view(3, -1)]
 
 
 def rollout_of(

@@ -4,16 +4,22 @@ import dataclasses
 import time
 from collections.abc import Callable
 
+import msgspec
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
+from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed
-from engine.train.environment.environments import Answer, Environments, Messages
+from engine.train.distributed.ranks import RankGroup
+from engine.train.environment.environments import Environments, Messages
+from engine.train.environment.independent_turns import IndependentTurns
 from engine.train.environment.reply_tokens import ReplyTokens
-from engine.train.environment.response import Response, rollout_of
-from engine.train.rollout.backend import SamplingOptions
+from engine.train.environment.response import FinishedResponse, Response, rollout_of
+from engine.train.rollout.backend import SamplingOptions, TurnsBackend
+from engine.train.rollout.conversation import SampledTurn
 from engine.train.rollout.rollout import Rollout
 
 Generate = Callable[[list[Prompt], SamplingOptions], Rollout]
@@ -23,8 +29,9 @@ Generate = Callable[[list[Prompt], SamplingOptions], Rollout]
 class TurnLoop:
     """The responses to a batch of prompts, which all have an environment.
 
-    Each turn generates text for all responses that go on, as responses to everything before it. So
-    it works with every rollout backend; each turn reads what precedes it again.
+    :meth:`generate` generates a turn for all responses that go on, as responses to everything
+    before it. So it works with every rollout backend; each turn reads what precedes it again.
+    :meth:`generate_independently` needs a backend that generates each turn as soon as it can begin.
     """
 
     def __init__(
@@ -81,6 +88,52 @@ class TurnLoop:
             has_tools=bool(self._config.tools),
         )  # fmt: skip
 
+    def generate_independently(
+        self, prompts: list[Prompt], backend: TurnsBackend, ranks: RankGroup
+    ) -> Rollout:
+        """As :meth:`generate`, but responses do not wait for each other.
+
+        Args:
+            prompts: the prompts of the batch.
+            backend: has the policy's weights.
+            ranks: all ranks.
+        """
+        options, environments = self._options, self._environments
+        batch = batch_prompts(prompts, options.per_prompt, self._tokenizer.eos_token_id or 0)
+        responses = self._begun(batch.prompts)
+        turns = None
+        if ranks.is_lead:
+            turns = IndependentTurns(
+                self._config, environments, self._tokens, self._tokenizer, options, self._purpose,
+                responses,
+            )  # fmt: skip
+
+        def run(act: Callable[[], None]) -> None:
+            def call(waits: Callable[[], None]) -> None:
+                if turns is not None:
+                    with turns.calling(waits):
+                        act()
+
+            environments.on_rank_0(lambda: turns.when if turns else "", call, self._waits)
+
+        backend.converse(turns, options.temperature, run, self._report)
+        self._share(responses, ranks)
+        environments.log_failed_calls(self._purpose)
+        return rollout_of(
+            responses, batch.to(ranks.device), self._tokenizer,
+            self._seconds + (turns.seconds if turns else 0.0), has_tools=bool(self._config.tools),
+        )  # fmt: skip
+
+    @staticmethod
+    def _share(responses: list[Response], ranks: RankGroup) -> None:
+        """Gives rank 0's finished responses to all ranks; a collective."""
+        finished = [FinishedResponse.of(r) for r in responses] if ranks.is_lead else []
+        data = ranks.broadcast_bytes(msgspec.msgpack.encode(finished))
+        if not ranks.is_lead:
+            sent = msgspec.msgpack.decode(data, type=examined(list[FinishedResponse]))
+            for response, given in zip(responses, sent, strict=True):
+                given.give(response)
+
     def _begun(self, prompts: list[Prompt]) -> list[Response]:
         options, started = self._options, time.perf_counter()
         seeds = [
@@ -94,7 +147,9 @@ class TurnLoop:
         self, responses: dict[int, Response], number: int, generate: Generate
     ) -> Rollout:
         """Generates the next turn of responses, by row."""
-        limits = tuple(self._left(response) for response in responses.values())
+        limits = tuple(
+            response.left(self._options.max_new_tokens) for response in responses.values()
+        )
         options = dataclasses.replace(
             self._options,
             seed=derived_seed(self._options.seed, "turn", number),
@@ -109,10 +164,6 @@ class TurnLoop:
     def _waits(self) -> None:
         self._report(self._most, self._most)
 
-    def _left(self, response: Response) -> int:
-        """How many tokens the policy may still sample in a response."""
-        return self._options.max_new_tokens - len(response.positions)
-
     def _add(
         self, turn: Rollout, responses: dict[int, Response], number: int
     ) -> dict[int, Response]:
@@ -122,15 +173,16 @@ class TurnLoop:
         """
         host = turn.cpu()
         texts = [
-            response.add_turn(host, i, self._tokenizer)
+            response.add_turn(_sampled_turn(host, i), self._tokenizer)
             for i, response in enumerate(responses.values())
         ]
         going_on, last = list(responses.values()), number == self._config.max_turns
+        most, most_replied = self._options.max_new_tokens, self._config.max_tokens
         started = time.perf_counter()
 
         def tokens(i: int, messages: Messages) -> list[int]:
             response = going_on[i]
-            if last or not response.ended or not self._left(response):
+            if last or not response.ended or not response.left(most):
                 return []  # the reply is not used
             return self._tokens(response.prompt, messages, response.ids[-1])
 
@@ -142,19 +194,16 @@ class TurnLoop:
         return {
             row: response
             for (row, response), answer in zip(responses.items(), answers, strict=True)
-            if self._goes_on(response, answer, last=last)
+            if response.goes_on(answer, most, most_replied, last=last)
         }
 
-    def _goes_on(self, response: Response, answer: Answer, *, last: bool) -> bool:
-        """Appends a reply unless the response ends here; `last` is at the limit of turns."""
-        response.tool_calls += answer.tool_calls
-        response.failed_calls += answer.failed_calls
-        if answer.messages is None or not response.ended:
-            return False
-        fits = response.reply_tokens + len(answer.ids) <= self._config.max_tokens
-        if last or not fits or not self._left(response):
-            response.ended = False  # the environment would have gone on
-            response.reply_left_out = not fits
-            return False
-        response.add_reply(answer.ids, answer.messages)
-        return True
+
+def _sampled_turn(turn: Rollout, row: int) -> SampledTurn:
+    """One turn of a rollout on the host."""
+    length = int(turn.lengths[row])
+    floats = torch.stack([turn.logprobs[row], turn.entropies[row], turn.values[row]])
+    version = 0 if turn.versions is None else int(turn.versions[row])
+    return SampledTurn(
+        row, turn.ids[row, :length].tolist(), floats[:, :length], bool(turn.eos[row]),
+        bool(turn.ended[row]), version,
+    )  # fmt: skip

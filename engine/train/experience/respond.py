@@ -4,7 +4,7 @@ from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt
 from engine.train.environment.turn_loop import TurnLoop
 from engine.train.models.language_model import AnyModel
-from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.rollout.backend import SamplingOptions, TurnsBackend, generate_responses
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 
@@ -47,4 +47,8 @@ def respond(
         run.config, run.environments, run.tokenizer, options,
         purpose or f"step {options.step}", report,
     )  # fmt: skip
+    independent = run.config.environment.turns == "independent" and model is run.policy
+    if independent and isinstance(run.backend, TurnsBackend):
+        run.backend.sync(model, options.weights_version, report)
+        return turns.generate_independently(prompts, run.backend, run.ranks)
     return turns.generate(prompts, generate)

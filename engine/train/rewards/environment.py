@@ -7,7 +7,7 @@ from engine.errors import UserInputError
 from engine.progress import ReportProgress
 from engine.train.rewards.scores import shown
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
-from engine.train.user_code.concurrent_calls import call_each
+from engine.train.user_code.concurrent_calls import ConcurrentCalls, call_each
 from engine.train.user_code.coroutines import result_of
 from engine.train.user_code.function import UserFunction
 
@@ -49,9 +49,12 @@ class EnvironmentReward:
 
         with self._factory.running():
             scores = call_each(
-                lambda i: self._score(environments[i], texts[i]), len(inputs), concurrency=1,
-                limit=self._timeout, quoted=lambda i: shown(texts[i]),
-                waits=lambda: report(0, len(inputs)), takes_long=takes_long,
+                lambda i: self._score(environments[i], texts[i]), len(inputs),
+                waits=lambda: report(0, len(inputs)),
+                calls=ConcurrentCalls(
+                    concurrency=1, limit=self._timeout, quoted=lambda i: shown(texts[i]),
+                    takes_long=takes_long,
+                ),
             )  # fmt: skip
         report(len(inputs), len(inputs))
         return scores

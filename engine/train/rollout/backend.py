@@ -19,6 +19,7 @@ from engine.train.data.randomness import sampling_uniforms
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
+from engine.train.rollout.conversation import RunOnRank0, TurnSource
 from engine.train.rollout.native.backend import NativeBackend
 from engine.train.rollout.rollout import Rollout, merge_rollouts
 from engine.train.rollout.vllm.backend import VllmBackend
@@ -96,6 +97,28 @@ class BackgroundBackend(RolloutBackend, Protocol):
         All ranks must call it at the same point. The arguments are those of :meth:`generate`. Any
         other use of the backend first waits until these responses are complete, and loses none of
         them.
+        """
+
+
+@runtime_checkable
+class TurnsBackend(RolloutBackend, Protocol):
+    """A backend that can generate each turn as soon as it can begin.
+
+    For `environment.turns: independent`.
+    """
+
+    def converse(
+        self, turns: TurnSource | None, temperature: float, run: RunOnRank0, report: ReportProgress
+    ) -> None:
+        """Generates turns with the policy's weights of the last :meth:`sync`, until none is left.
+
+        All ranks must call it at the same point.
+
+        Args:
+            turns: on rank 0, where they come from and go to.
+            temperature: > 0.
+            run: calls what calls the methods of `turns`.
+            report: called regularly with (tokens done, total).
         """
 
 

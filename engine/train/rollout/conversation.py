@@ -5,10 +5,14 @@ tokens (advantages, losses, the KL) needs no other mask, and the last token of a
 the first one of the next. The replies of an environment are context, as the prompt is.
 """
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from engine.protocol.rollout.messages import NextTurn
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,58 @@ class Turns:
     def count(self) -> int:
         """Number of turns of the policy."""
         return len(self.replies) + 1
+
+
+@dataclass(frozen=True)
+class SampledTurn:
+    """One turn of the policy."""
+
+    row: int
+    """Of the response."""
+    ids: list[int]
+    floats: Tensor
+    """(3, n) float32, on the host: log-probabilities, entropies and values."""
+    eos: bool
+    """Whether the last token is an end-of-sequence token."""
+    ended: bool
+    """Whether the turn ended by itself."""
+    version: int
+    """The step whose update produced the weights that sampled it."""
+
+
+RunOnRank0 = Callable[[Callable[[], None]], None]
+"""Calls a function on rank 0 while the other ranks wait; a collective."""
+
+
+class TurnSource(Protocol):
+    """Responses whose turns do not wait for each other, on rank 0; called by several threads."""
+
+    lock: threading.RLock
+    """To be held for :meth:`add`, and whenever the tokenizer is used."""
+    count: int
+    """Number of responses."""
+    longest: int
+    """The most tokens of a prompt and a response with its replies."""
+    tokens: int
+    """The most tokens that the policy samples in a response."""
+
+    def begin(self, rows: range) -> None:
+        """Makes turns ready again that were taken for some responses and never added."""
+
+    def take(self, rows: range, at_most: int, *, wait: bool) -> list[NextTurn] | None:
+        """Takes turns to generate; None if no more are to come, or none is needed any more.
+
+        Args:
+            rows: the responses to take turns of.
+            at_most: how many.
+            wait: whether to wait until there is one.
+        """
+
+    def add(self, turn: SampledTurn) -> None:
+        """Adds a turn that was taken and has been generated."""
+
+    def meanwhile(self) -> None:
+        """Called regularly by the main thread while others take and add turns."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from engine.train.user_code.coroutines import stack_of_awaited
@@ -22,77 +22,105 @@ T = TypeVar("T")
 class CallTimeoutError(Exception):
     """A call has not returned within the time limit."""
 
-    def __init__(self, text: str, stack: str) -> None:
+    def __init__(self, text: str, index: int, stack: str) -> None:
         super().__init__(text)
+        self.index = index
+        """Of the call."""
         self.stack = stack
         """Where it was at that time."""
+
+
+class ConcurrentCalls:
+    """Calls in threads, each with an index; at most one of an index at a time."""
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        limit: float,
+        quoted: Callable[[int], str],
+        takes_long: Callable[[int, float], None],
+    ) -> None:
+        """Begins no call yet.
+
+        Args:
+            concurrency: number of calls at the same time.
+            limit: seconds that a call may take.
+            quoted: says what the call of an index is called with; for errors.
+            takes_long: called with the index of the first call that takes longer than
+                :data:`LONG_CALL`, and its seconds.
+        """
+        self._limit, self._quoted, self._takes_long = limit, quoted, takes_long
+        self._begun: dict[int, tuple[float, int]] = {}
+        self._told = False
+        self._pool = ThreadPoolExecutor(concurrency, "environment")
+
+    def submit(self, i: int, call: Callable[[int], T]) -> Future[T]:
+        """Calls something with an index once a thread is free."""
+        return self._pool.submit(self._called, i, call)
+
+    def _called(self, i: int, call: Callable[[int], T]) -> T:
+        self._begun[i] = (time.monotonic(), threading.get_ident())
+        with forks_ended():
+            try:
+                return call(i)
+            except Exception as error:
+                error.add_note(f"called with {self._quoted(i)}")
+                raise
+            finally:
+                del self._begun[i]
+
+    def check(self) -> None:
+        """Call it regularly. Raises CallTimeoutError: a call exceeds the limit."""
+        now = time.monotonic()
+        for i, (since, thread) in self._begun.copy().items():
+            if now - since > self._limit:
+                error = CallTimeoutError(
+                    f"no return within {self._limit:g} s, the limit of environment.timeout",
+                    i, _stack_of(thread),
+                )  # fmt: skip
+                error.add_note(f"called with {self._quoted(i)}")
+                raise error
+            if now - since > LONG_CALL and not self._told:
+                self._told = True
+                self._takes_long(i, now - since)
+
+    def close(self) -> None:
+        """Begins no further calls, and waits for no call that has not returned.
+
+        A call that is still in progress goes on, since a thread cannot be ended.
+        """
+        self._pool.shutdown(wait=not self._begun, cancel_futures=True)
 
 
 def call_each(
     call: Callable[[int], T],
     count: int,
     *,
-    concurrency: int,
-    limit: float,
-    quoted: Callable[[int], str],
     waits: Callable[[], None],
-    takes_long: Callable[[int, float], None],
+    calls: ConcurrentCalls,
 ) -> list[T]:
     """Calls something for each index; returns the results in their order.
 
     After an error, no further calls are begun, and those in progress are waited for. A call that
-    exceeds the limit is not: its thread goes on, since a thread cannot be ended.
+    exceeds the limit is not.
 
     Args:
         call: called with 0 … `count` - 1, in threads.
         count: number of calls.
-        concurrency: number of calls at the same time.
-        limit: seconds that a call may take.
-        quoted: says what a call is called with; for errors.
         waits: called regularly while there are calls, and after each, in the caller's thread.
-        takes_long: called with the first call that takes longer than :data:`LONG_CALL`, and its
-            seconds.
+        calls: what calls; it is closed.
 
     Raises: CallTimeoutError: a call exceeds the limit; or the first error of a call, in their
         order.
     """
-    begun: dict[int, tuple[float, int]] = {}
-    told = False
-
-    def called(i: int) -> T:
-        begun[i] = (time.monotonic(), threading.get_ident())
-        with forks_ended():
-            try:
-                return call(i)
-            except Exception as error:
-                error.add_note(f"called with {quoted(i)}")
-                raise
-            finally:
-                del begun[i]
-
-    def check() -> None:
-        nonlocal told
-        now = time.monotonic()
-        for i, (since, thread) in begun.copy().items():
-            if now - since > limit:
-                error = CallTimeoutError(
-                    f"no return within {limit:g} s, the limit of environment.timeout",
-                    _stack_of(thread),
-                )
-                error.add_note(f"called with {quoted(i)}")
-                raise error
-            if now - since > LONG_CALL and not told:
-                told = True
-                takes_long(i, now - since)
-
-    pool = ThreadPoolExecutor(concurrency, "environment")
-    futures = [pool.submit(called, i) for i in range(count)]
+    futures = [calls.submit(i, call) for i in range(count)]
     results: list[T] = []
     first: BaseException | None = None
     try:
         for future in futures:
             while not wait([future], CHECK_INTERVAL).done:
-                check()
+                calls.check()
                 waits()
             if future.cancelled():
                 continue
@@ -104,7 +132,7 @@ def call_each(
                     other.cancel()
             waits()
     finally:
-        pool.shutdown(wait=not begun, cancel_futures=True)
+        calls.close()
     if first is not None:
         raise first
     return results

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
-from engine.protocol.rollout.messages import Generate, Generated, LoadWeights
+from engine.protocol.rollout.messages import Converse, Generate, Generated, LoadWeights
 from engine.train.data.prompts import PromptBatch
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
+from engine.train.rollout.conversation import RunOnRank0, TurnSource
 from engine.train.rollout.native.backend import NativeBackend
 from engine.train.rollout.rollout import Rollout, assemble
 from engine.train.rollout.vllm.background import BackgroundGeneration
@@ -60,7 +61,10 @@ class VllmPending:
     """Responses being generated in the background; see :meth:`VllmBackend.begin`."""
 
     def __init__(
-        self, backend: "VllmBackend", work: _Work, generation: BackgroundGeneration | None
+        self,
+        backend: "VllmBackend",
+        work: _Work,
+        generation: BackgroundGeneration[Generated] | None,
     ) -> None:
         self._backend, self._work = backend, work
         self.generation = generation
@@ -193,6 +197,53 @@ class VllmBackend:
         if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
             self._held = None
         return self.distribute(work, replies)
+
+    def converse(
+        self, turns: TurnSource | None, temperature: float, run: RunOnRank0, report: ReportProgress
+    ) -> None:
+        """Generates turns with the weights of the last :meth:`sync`; see :class:`TurnsBackend`.
+
+        Raises:
+            RlhfError: several engines in a row failed.
+        """
+        self._finish_pending(report)
+        criteria = self._context.stop_criteria
+        request = Converse(
+            weights_version=self._wanted,
+            rows=0, first=0, at_most=0,  # for each engine
+            max_new_tokens=0 if turns is None else turns.tokens,
+            temperature=temperature,
+            sampling=self._context.config.rollout.sampling,
+            eos=criteria.eos_ids(torch.device("cpu")).tolist(),
+            look=criteria.has_strings,
+        )  # fmt: skip
+
+        def attempt() -> str:
+            if self._held != self._wanted and (problem := self._sync_once(report)):
+                return problem
+            errors: list[Exception] = []
+
+            def act() -> None:
+                if self._engines is not None and turns is not None:
+                    try:
+                        self._engines.converse(request, turns, report)
+                    except Exception as error:  # not of the user's code
+                        errors.append(error)
+
+            run(act)
+
+            def check(_engines: RemoteEngines) -> None:
+                for error in errors:
+                    raise error
+
+            problem = self._on_lead(check)
+            if problem:
+                self._held = None
+            return problem
+
+        self._until_it_works(attempt)
+        if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
+            self._held = None
 
     def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> VllmPending:
         """Makes the engines generate the policy's responses in the background; a collective.

@@ -2,21 +2,22 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 from engine.progress import ReportProgress
-from engine.protocol.rollout.messages import Generated
 from engine.train.rollout.vllm.client import raise_first
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress reports while waiting for the responses."""
-Job = Callable[[Callable[[int], None]], Generated]
+T = TypeVar("T")
+Job = Callable[[Callable[[int], None]], T]
 """Generates on one engine; called with a function that reports the tokens done so far."""
 
 
-class BackgroundGeneration:
+class BackgroundGeneration(Generic[T]):
     """Responses that threads of rank 0 wait for, one for each engine."""
 
-    def __init__(self, jobs: Mapping[int, Job], total: int) -> None:
+    def __init__(self, jobs: Mapping[int, Job[T]], total: int) -> None:
         """Starts the threads.
 
         Args:
@@ -25,7 +26,7 @@ class BackgroundGeneration:
         """
         self._total = total
         self._done = dict.fromkeys(jobs, 0)
-        self.replies: dict[int, Generated] = {}
+        self.replies: dict[int, T] = {}
         """Replies so far, by engine."""
         self._errors: dict[int, Exception] = {}
         # Daemons, so that a run that ends or fails does not wait for unneeded responses.
@@ -38,7 +39,7 @@ class BackgroundGeneration:
         for thread in self._threads:
             thread.start()
 
-    def _run(self, engine: int, job: Job) -> None:
+    def _run(self, engine: int, job: Job[T]) -> None:
         def report(done: int) -> None:
             self._done[engine] = done
 
@@ -47,15 +48,19 @@ class BackgroundGeneration:
         except Exception as error:  # raised where the responses are asked for
             self._errors[engine] = error
 
-    def wait(self, report: ReportProgress) -> None:
+    def wait(self, report: ReportProgress, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Waits until all jobs have ended, successfully or not.
 
-        Progress is reported only when there is some, so that a hanging engine looks like one.
+        Args:
+            report: called with the progress only when there is some, so that a hanging engine looks
+                like one.
+            meanwhile: called regularly.
         """
         last = -1
         for thread in self._threads:
             while thread.is_alive():
                 thread.join(PROGRESS_INTERVAL)
+                meanwhile()
                 if (done := sum(self._done.values())) != last:
                     report(done, self._total)
                     last = done

@@ -15,14 +15,18 @@ from engine.protocol.rollout.messages import (
     ATTEMPTS,
     Checksum,
     Continue,
+    Converse,
+    Conversed,
     EngineFailed,
     EngineReady,
     FromEngine,
     Generate,
     Generated,
     LoadWeights,
+    NextTurns,
     Progress,
     Start,
+    TurnsProgress,
     WeightsLoaded,
     decode_from_engine,
 )
@@ -186,6 +190,23 @@ class RolloutClient:
         if message.weights_version != request.weights_version:
             raise self.lost(f"{self._the_engine} generated with other weights")
         return message
+
+    def converse(self, request: Converse, exchange: Callable[[TurnsProgress], NextTurns]) -> None:
+        """Makes the engine generate turns of responses until there are no more.
+
+        Args:
+            request: what all turns have in common.
+            exchange: called with each message of the engine; returns the reply.
+
+        Raises:
+            EngineLostError: it ended, or generated with other weights.
+            RlhfError: the turns are too large for a message.
+        """
+        self._send(request)
+        while isinstance(message := self._receive_any(TurnsProgress, Conversed), TurnsProgress):
+            if message.weights_version != request.weights_version:
+                raise self.lost(f"{self._the_engine} generates with other weights")
+            self._send(exchange(message))
 
     def lost(self, reason: str) -> EngineLostError | RlhfError:
         """Closes the connection to a lost engine and returns the error to raise.

@@ -7,7 +7,19 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.protocol.rollout.messages import Generate, Generated, LoadWeights, Start
+import torch
+
+from engine.protocol.rollout.messages import (
+    Converse,
+    EndedTurn,
+    Generate,
+    Generated,
+    LoadWeights,
+    NextTurns,
+    Start,
+    TurnsProgress,
+)
+from engine.train.rollout.conversation import SampledTurn, TurnSource
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient
 from engine.train.rollout.vllm.requests import join, split
@@ -38,6 +50,17 @@ class Stopping:
             return ended
 
         return look
+
+
+def sampled_turn(turn: EndedTurn, criteria: StopCriteria, version: int) -> SampledTurn:
+    """A turn without the tokens after a stop string."""
+    at = criteria.stops_at(turn.ids, 0)
+    ids = turn.ids if at is None else turn.ids[: at + 1]
+    arrays = [torch.frombuffer(bytearray(a), dtype=torch.float32)[: len(ids)]
+              for a in (turn.logprobs, turn.entropies)]  # fmt: skip
+    eos = ids[-1] in criteria.eos_ids(torch.device("cpu")).tolist()
+    floats = torch.stack([*arrays, torch.zeros(len(ids))])
+    return SampledTurn(turn.row, ids, floats, eos, eos or at is not None, version)
 
 
 class RemoteEngine:
@@ -92,6 +115,57 @@ class RemoteEngine:
         if self.start.sleep == FORGETS_WEIGHTS:
             self.client.held = None
         return join(replies)
+
+    def converse(
+        self,
+        request: Converse,
+        turns: TurnSource,
+        criteria: StopCriteria,
+        report: Callable[[int], None],
+    ) -> None:
+        """Generates turns of responses with the weights that the engine holds.
+
+        Args:
+            request: what the turns have in common.
+            turns: those of the request's rows are taken.
+            criteria: finds stop strings.
+            report: called regularly with the tokens done.
+
+        Raises:
+            EngineLostError: the engine ended. The turns that it has not generated are ready again.
+        """
+        rows = range(request.first, request.first + request.rows)
+        turns.begin(rows)
+        searched: dict[int, int] = {}
+        running: dict[int, int] = {}
+        done = 0
+
+        def exchange(progress: TurnsProgress) -> NextTurns:
+            nonlocal done
+            stop = []
+            for turn in progress.ended:
+                done += len(turn.ids)
+                running.pop(turn.row, None)
+                with turns.lock:
+                    turns.add(sampled_turn(turn, criteria, request.weights_version))
+            with turns.lock:
+                for row, ids in progress.tokens.items():
+                    running[row] = len(ids)
+                    if criteria.stops_at(ids, searched[row]) is not None:
+                        stop.append(row)
+                    searched[row] = len(ids)
+            report(done + sum(running.values()))
+            ready = turns.take(rows, request.at_most, wait=not progress.busy and not stop)
+            searched.update((turn.row, 0) for turn in ready or ())
+            return NextTurns(turns=ready or [], stop=stop, last=ready is None)
+
+        try:
+            self.client.converse(request, exchange)
+        except BaseException:
+            self.client.close()
+            raise
+        if self.start.sleep == FORGETS_WEIGHTS:
+            self.client.held = None
 
     def generate_with(
         self,

@@ -8,21 +8,30 @@ import copy
 import os
 from collections.abc import Callable, Collection
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 
 from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import ROLLOUT_DISK_VARIABLE, ROLLOUT_FOLDER_VARIABLE
 from engine.memory.rollout_engine import cache_bytes, max_responses
 from engine.progress import ReportProgress
-from engine.protocol.rollout.messages import Generate, Generated, LoadWeights, Start
+from engine.protocol.rollout.messages import (
+    Converse,
+    Generate,
+    Generated,
+    LoadWeights,
+    Start,
+)
 from engine.train.models.pretrained import save_configs
 from engine.train.rollout.context import BackendContext
+from engine.train.rollout.conversation import TurnSource
 from engine.train.rollout.vllm.background import BackgroundGeneration
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient, raise_first
 from engine.train.rollout.vllm.remote_engine import RemoteEngine, Stopping
-from engine.train.rollout.vllm.requests import divide
+from engine.train.rollout.vllm.requests import BUDGET, divide
 from engine.train.rollout.vllm.updates import BroadcastUpdate, FileUpdate, IpcUpdate, Update
 from engine.train.rollout.vllm.weights import file_size, folder_with_room, inventory
 
@@ -179,7 +188,41 @@ class RemoteEngines:
         replies.update(generation.replies)
         generation.check()
 
-    def begin(self, update: LoadWeights, requests: list[Generate]) -> BackgroundGeneration:
+    def converse(self, request: Converse, turns: TurnSource, report: ReportProgress) -> None:
+        """Makes all engines generate turns of responses, each as soon as it can begin.
+
+        Each engine has a contiguous part of the responses.
+
+        Args:
+            request: what the turns have in common, for all responses.
+            turns: the turns.
+            report: called regularly with (tokens done, total).
+
+        Raises:
+            EngineLostError: an engine ended, or all are too small. The turns of the others have
+                been generated.
+        """
+        if not self._fits(turns.longest):
+            raise EngineLostError(f"sequences of {turns.longest} tokens need another engine")
+        cuts = [turns.count * i // len(self._engines) for i in range(len(self._engines) + 1)]
+        # A token of EndedTurn is up to 13 bytes, one of NextTurn also, and one of TurnsProgress 5.
+        at_most = max(1, BUDGET // 2 // (13 * turns.longest))
+        jobs = {
+            i: partial(
+                engine.converse,
+                replace(request, first=a, rows=b - a, at_most=at_most),
+                turns,
+                self._context.stop_criteria,
+            )
+            for i, (engine, (a, b)) in enumerate(zip(self._engines, pairwise(cuts), strict=True))
+        }
+        generation = BackgroundGeneration(jobs, turns.count * turns.tokens)
+        generation.wait(report, turns.meanwhile)
+        generation.check()
+
+    def begin(
+        self, update: LoadWeights, requests: list[Generate]
+    ) -> BackgroundGeneration[Generated]:
         """Makes the engines generate with an update's weights while the caller continues.
 
         An engine that fails is replaced, and the new one gets the weights from the update's file.
@@ -205,13 +248,17 @@ class RemoteEngines:
             for request in requests
             for prompt, most in zip(request.prompts, request.limits, strict=True)
         )
+        return 0 if self._fits(longest) else longest
+
+    def _fits(self, longest: int) -> bool:
+        """Ends the engines if a sequence of this length is too long for them."""
         if self._limited(longest) <= self._limited(self._tokens):
-            return 0
+            return True
         self._tokens = longest + ROOM
         for engine in self._engines:
             engine.client.close()
             engine.start = self._start(Path(engine.start.model))
-        return longest
+        return False
 
 
 def _tokens(requests: list[Generate]) -> int:

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from engine.errors import LinkError, first_line
 from engine.protocol.rollout.messages import (
     Continue,
+    Converse,
+    Conversed,
     EngineFailed,
     EngineReady,
     Generate,
@@ -27,6 +29,7 @@ from engine.protocol.rollout.messages import (
 )
 from engine.protocol.rollout.server import FAILED, first_client, receive, report, send
 from engine.train.rollout.vllm.process.sleep_mode import SleepMode
+from engine.train.rollout.vllm.process.turns import Turns
 
 log = logging.getLogger("rollout")
 
@@ -111,6 +114,8 @@ def serve(connection: socket.socket, start: Start) -> NoReturn:
                 send(connection, engine.load(update))
             case Generate() as request:
                 send(connection, engine.generate(request))
+            case Converse() as conversations:
+                send(connection, engine.converse(conversations))
             case other:
                 raise TypeError(f"unexpected message {other}")
 
@@ -175,11 +180,7 @@ class Engine:
 
         from engine.train.rollout.vllm.process.uniform_sampling import ROW  # noqa: PLC0415 - as above
 
-        if request.weights_version != self._weights_version:
-            raise RuntimeError(
-                f"asked for weights of version {request.weights_version}, and version "
-                f"{self._weights_version} is loaded"
-            )
+        self._check_version(request.weights_version)
         began, limit = time.perf_counter(), request.max_new_tokens
         if not request.prompts:  # fewer responses than engines; memory is given up all the same
             self._end_batch()
@@ -218,6 +219,22 @@ class Engine:
             entropies=entropies,
             seconds=time.perf_counter() - began,
         )
+
+    def converse(self, request: Converse) -> Conversed:
+        """Generates turns of responses as the client sends them."""
+        self._check_version(request.weights_version)
+        self._sleep.before_generate()
+        self._llm.reset_prefix_cache()
+        Turns(self._llm, request, self._connection).run()
+        self._end_batch()
+        return Conversed(weights_version=request.weights_version)
+
+    def _check_version(self, wanted: int) -> None:
+        if wanted != self._weights_version:
+            raise RuntimeError(
+                f"asked for weights of version {wanted}, and version {self._weights_version} is "
+                "loaded"
+            )
 
     def _end_batch(self) -> None:
         self._sleep.after_generate()

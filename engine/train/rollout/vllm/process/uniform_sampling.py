@@ -51,6 +51,13 @@ def begin(uniforms: Tensor, temperature: float, scheme: str) -> None:
     _Current.draw = Draw(uniforms, temperature, scheme)
 
 
+def set_uniforms(row: int, uniforms: Tensor) -> None:
+    """Sets the first of a row's uniform numbers; no request of the row may be running."""
+    if _Current.draw is None:
+        raise RuntimeError("no batch has begun")
+    _Current.draw.uniforms[row, : len(uniforms)] = uniforms
+
+
 def recorded() -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of the batch, (n, T) float32 each."""
     if _Current.draw is None:

@@ -140,6 +140,29 @@ class RolloutWorkerExtension:
         numbers = torch.frombuffer(bytearray(uniforms), dtype=torch.float64).view(-1, width)
         uniform_sampling.begin(numbers.to(self.device), temperature, scheme)
 
+    def begin_turns(self, rows: int, width: int, temperature: float, scheme: str) -> None:
+        """Begins turns of responses, whose uniform numbers come with :meth:`add_turns`."""
+        numbers = torch.zeros(rows, width, dtype=torch.float64, device=self.device)
+        uniform_sampling.begin(numbers, temperature, scheme)
+
+    def add_turns(self, turns: list[tuple[int, bytes]]) -> None:
+        """Sets the uniform numbers of the next turn of some rows."""
+        for row, uniforms in turns:
+            numbers = torch.frombuffer(bytearray(uniforms), dtype=torch.float64)
+            uniform_sampling.set_uniforms(row, numbers.to(self.device))
+
+    def recorded_turns(self, lengths: list[tuple[int, int]]) -> list[tuple[bytes, bytes]]:
+        """Log-probabilities and entropies of some rows' turns, (tokens,) float32 each.
+
+        Args: lengths: row and number of tokens of each turn.
+        """
+        rows = [row for row, _ in lengths]
+        logprobs, entropies = (x[rows].cpu().numpy() for x in uniform_sampling.recorded())
+        return [
+            (logprobs[i, :n].tobytes(), entropies[i, :n].tobytes())
+            for i, (_, n) in enumerate(lengths)
+        ]
+
     def recorded_batch(self) -> tuple[bytes, bytes]:
         """Log-probabilities and entropies of the batch, (n, T) float32 each."""
         logprobs, entropies = uniform_sampling.recorded()
