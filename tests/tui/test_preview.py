@@ -1,9 +1,13 @@
 """The preview of the highlighted session, and where there is room for it."""
 
+import threading
+
 import pytest
+from msgspec.structs import replace
 
 from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.screens.parts import highlighted_preview
 from rlhf_tui.screens.sessions import SessionsScreen
 from rlhf_tui.state.session_preview import Difference, SessionPreview, read_preview
 from rlhf_tui.widgets.charts.chart import Chart
@@ -79,6 +83,34 @@ def test_the_defaults_are_compared_although_the_reward_needs_another_section(fol
     preview = read_preview(session, None)
     assert preview.problem == ""
     assert Difference("environment.factory", "m:Game", None) in preview.differences
+
+
+async def test_a_preview_that_takes_longer_than_until_the_next_reading_of_the_list_is_shown(
+    folder, running, until, monkeypatch
+):
+    begun, read, first, later = [], read_preview, threading.Event(), threading.Event()
+
+    def slowly(session, other):  # as on a network file system
+        begun.append(session.name)
+        assert (first if len(begun) == 1 else later).wait(60)
+        return read(session, other)
+
+    monkeypatch.setattr(highlighted_preview, "read_preview", slowly)
+    app = RlhfApp(folder, None, now=lambda: 1_700_003_600.0, follow=False)
+    async with running(app, (180, 40)) as pilot:
+        try:
+            await until(pilot, lambda: begun)
+            preview, rows = app.screen.preview, app.listing.rows(folder)
+            (listed,) = [each for each in rows if each.row.name == begun[0]]
+            changed = replace(listed, row=replace(listed.row, step=99))  # by a live run
+            preview.ask(changed)
+            await pilot.pause(2 * highlighted_preview.PREVIEW_AFTER)
+            first.set()
+            notes = app.screen.query_one(PreviewNotes)
+            await until(pilot, lambda: "Settings unlike" in notes.text())
+        finally:
+            first.set()
+            later.set()
 
 
 async def test_a_configuration_that_cannot_be_read_hides_no_curves(folder, running, until):

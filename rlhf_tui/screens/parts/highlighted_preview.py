@@ -70,16 +70,20 @@ class HighlightedPreview:
         other = None if session == SessionFolder(folder) else session
         if self._asked == (listed, other):
             return
-        self._asked = listed, other
+        before, self._asked = self._asked, (listed, other)
+        # The row of a live run changes with each reading of the list.
+        another = before is None or (before[0].row.folder, before[1]) != (listed.row.folder, other)
         if self._due is not None:
             self._due.stop()
 
         def read() -> SessionPreviewed:
             return SessionPreviewed(read_preview(SessionFolder(folder), other))
 
-        self._due = self._screen.set_timer(
-            PREVIEW_AFTER, lambda: self._screen.read_in_thread("preview", read)
-        )
+        def begin() -> None:
+            if not self._screen.read_in_thread("preview", read, replaces=another):
+                self._asked = before  # asked again when the list is read again
+
+        self._due = self._screen.set_timer(PREVIEW_AFTER, begin)
 
     def take(self, message: SessionPreviewed, highlighted: SessionRow | None) -> None:
         """Shows a preview that was read, if its session is still highlighted."""
