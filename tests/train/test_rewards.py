@@ -311,6 +311,10 @@ def test_all_ranks_learn_of_each_call_so_that_none_waits_for_several(module, cal
     assert len(told) == 3
 
 
+def test_the_wait_before_a_further_call_doubles_up_to_a_minute():
+    assert list(calls.retry_delays(8)) == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
 def test_a_probe_does_not_call_a_function_again(module, call):
     with pytest.raises(RewardCallError, match="no service"):
         call(function_reward(module, "fails_twice"), retry=False)
