@@ -18,6 +18,7 @@ from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CommandRow
+from engine.launch.start_checkpoints import last_checkpoint
 from engine.protocol.commands import (
     AnyCommand,
     Checkpoint,
@@ -30,7 +31,7 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from engine.session.checkpoints import complete_checkpoints
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from tests.faults.lab import WAIT, FaultRun, LostError
 from tests.faults.light_rank import next_weights, score
 from tests.faults.points import LIGHT_POINTS, Point
@@ -116,11 +117,12 @@ class LightKills:
             commands = [c for c in reader.commands() if c.live and c.changes and c.applied_step]
             order = application_order(reader)
         check_history(settings_of(self.run.session.config()), rows, commands, order)
-        last = max(complete_checkpoints(self.run.session.checkpoints).items(), default=None)
-        if last is not None and last[0] in rows:
-            saved = score((last[1] / "weights").read_text())
-            if saved != rows[last[0]]["objective/scores"]:
-                raise LostError(f"the weights of step {last[0]} are not those of its row")
+        last = last_checkpoint(self.run.session)  # not one of an abandoned branch
+        if last in rows:
+            folder = checkpoint_path(self.run.session.checkpoints, last)
+            saved = score((folder / "weights").read_text())
+            if saved != rows[last]["objective/scores"]:
+                raise LostError(f"the weights of step {last} are not those of its row")
 
 
 def check_history(
