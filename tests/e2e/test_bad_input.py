@@ -103,7 +103,7 @@ def test_a_run_is_either_in_the_foreground_or_in_the_background(lab):
 
 
 def test_an_invalid_option_is_one_line_too(lab):
-    for arguments in (("demo", "--steps", "none"), ("fly",), ("metrics",), ("ls", "--loud")):
+    for arguments in (("demo", "--steps", "none"), ("fly",), ("verify",), ("ls", "--loud")):
         done = lab.cli(*arguments)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
