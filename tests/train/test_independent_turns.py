@@ -1,6 +1,7 @@
 """Responses whose turns do not wait for each other, with an engine's stand-in."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -122,6 +123,38 @@ def test_an_error_in_a_later_turn_ends_all_of_them_and_the_engine_goes_on(
     path.write_text(f"{FAILS}    def reply(self, text):\n        return None\n")
     assert len(respond(run).texts) == run.config.rollout.batch_size
     assert engine.engines == 1
+
+
+def test_an_error_ends_the_step_while_another_environment_hangs(make_run, engine, tmp_path):
+    (tmp_path / "one_hangs.py").write_text(
+        "import itertools, threading\n"
+        "numbers, hangs, end = itertools.count(), threading.Event(), threading.Event()\n"
+        "class Failing:\n"
+        "    def __init__(self):\n"
+        "        self.first = next(numbers) == 0\n"
+        "    def reply(self, text):\n"
+        "        if self.first:\n"
+        "            hangs.set()\n"
+        "            end.wait()\n"
+        "        hangs.wait()\n"
+        "        raise ValueError('no game')\n"
+    )
+    run, _ = make_run(
+        "environment.factory=one_hangs:Failing", f"environment.path={tmp_path}", *INDEPENDENT,
+        "environment.max_tokens=40", "environment.timeout=0.5",
+    )  # fmt: skip
+    raised = []
+
+    def answer():
+        with pytest.raises(RewardCallError) as caught:
+            respond(run)
+        raised.append(str(caught.value))
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    thread.join(60)
+    sys.modules["one_hangs"].end.set()
+    assert "ValueError: no game" in raised[0]
 
 
 def test_a_step_and_a_probe_have_conversations(make_run, engine):

@@ -63,6 +63,8 @@ class IndependentTurns:
         self._calls: ConcurrentCalls | None = None
         self._futures: set[Future[None]] = set()
         self._waits: Callable[[], None] = lambda: None
+        self._overdue = False
+        """Whether a call has exceeded the limit, so that calls are no longer waited for."""
         self._error: BaseException | None = None
         self._failed_row = 0
 
@@ -129,7 +131,8 @@ class IndependentTurns:
         try:
             self._calls.check()
         except CallTimeoutError as error:
-            self._fail(error.index, error)
+            self._overdue = True
+            self._fail(error.index, error)  # unless another call has raised before
         self._waits()
 
     def _count_idle_time(self) -> None:
@@ -147,16 +150,14 @@ class IndependentTurns:
             waits: called regularly while there are calls, by :meth:`meanwhile`.
 
         Raises:
-            CallTimeoutError: a call exceeds the limit; it is not waited for.
-            Exception: the first error of a call.
+            CallTimeoutError: a call exceeds the limit.
+            Exception: the first error of a call. A call that exceeds the limit is not waited for.
         """
         self._calls = self._environments.calls(self._texts.__getitem__, self._when)
         self._waits = waits
         try:
             yield
-            while (futures := self._futures.copy()) and not isinstance(
-                self._error, CallTimeoutError
-            ):
+            while (futures := self._futures.copy()) and not self._overdue:
                 wait(futures, CHECK_INTERVAL)
                 self.meanwhile()
         finally:

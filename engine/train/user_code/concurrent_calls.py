@@ -31,7 +31,7 @@ class CallTimeoutError(Exception):
 
 
 class ConcurrentCalls:
-    """Calls in threads, each with an index; at most one of an index at a time."""
+    """Calls in threads, each with an index."""
 
     def __init__(
         self,
@@ -52,6 +52,8 @@ class ConcurrentCalls:
         """
         self._limit, self._quoted, self._takes_long = limit, quoted, takes_long
         self._begun: dict[int, tuple[float, int]] = {}
+        """Thread → the time at which its call began, and the call's index. The next call of an
+        index may begin before the thread of the last one has ended it here."""
         self._told = False
         self._pool = ThreadPoolExecutor(concurrency, "environment")
 
@@ -60,7 +62,8 @@ class ConcurrentCalls:
         return self._pool.submit(self._called, i, call)
 
     def _called(self, i: int, call: Callable[[int], T]) -> T:
-        self._begun[i] = (time.monotonic(), threading.get_ident())
+        thread = threading.get_ident()
+        self._begun[thread] = (time.monotonic(), i)
         with forks_ended():
             try:
                 return call(i)
@@ -68,12 +71,12 @@ class ConcurrentCalls:
                 error.add_note(f"called with {self._quoted(i)}")
                 raise
             finally:
-                del self._begun[i]
+                del self._begun[thread]
 
     def check(self) -> None:
         """Call it regularly. Raises CallTimeoutError: a call exceeds the limit."""
         now = time.monotonic()
-        for i, (since, thread) in self._begun.copy().items():
+        for thread, (since, i) in self._begun.copy().items():
             if now - since > self._limit:
                 error = CallTimeoutError(
                     f"no return within {self._limit:g} s, the limit of environment.timeout",
