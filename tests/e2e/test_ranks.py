@@ -238,6 +238,22 @@ def test_one_rank_ddp_and_fsdp_give_the_same_steps_of_the_demo(lab, threads):
                 assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (layout, name)
 
 
+@pytest.mark.slow
+def test_two_ranks_draw_the_same_prompts_again_as_one(lab):
+    dynamic = ("rollout.per_prompt=2", "rollout.dynamic=true", "rollout.dynamic_range=[0, 9]",
+               "rollout.dynamic_limit=3")  # fmt: skip
+    runs = []
+    for layout in ("one", "ddp"):
+        run = lab.run(f"drawn-again-{layout}", *dynamic, *LAYOUTS[layout], steps=3)
+        run.start()
+        run.finish()
+        runs.append(run.numbers())
+    assert all(row["val/redrawn_prompts"] for row in runs[0])
+    for one, two in zip(*runs, strict=True):
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (one["step"], name)
+
+
 @pytest.fixture(scope="module")
 def sharded(lab):
     """8 steps, sharded over two ranks, with checkpoints at steps 4 and 8."""
