@@ -51,7 +51,7 @@ class CheckpointsScreen(SessionScreen):
             [
                 Column("step", 7, right=True),
                 Column("attempt", 7, right=True, least=66),
-                Column("saved", 19),
+                Column("saved", 12),
                 Column("size", 8, right=True, least=74),
                 Column("score", 7, right=True),
                 Column("KL", 7, right=True),
@@ -235,7 +235,7 @@ def _cells(c: CheckpointRow, remarks: list[str]) -> list[Piece]:
     return [
         (str(c.step), dim or "strong"),
         (str(c.attempt), "dim"),
-        (fmt.clock(c.time), "dim"),
+        (fmt.time_of_day(c.time), "dim"),
         (fmt.size(c.size), dim),
         (fmt.number(c.score), dim or "strong"),
         (fmt.number(c.kl, 2), dim),
