@@ -5,7 +5,7 @@ from contextlib import closing
 
 from engine.errors import JournalError, SessionError
 from engine.journal.writer import JournalWriter
-from engine.launch.start_checkpoints import checkpoint_steps, timeline_checkpoints
+from engine.launch.start_checkpoints import checkpoint_steps, needed_checkpoints
 from engine.protocol.client import new_id
 from engine.protocol.commands import DeleteCheckpoint, check_deletable
 from engine.session.checkpoints import checkpoint_path, remove
@@ -24,7 +24,7 @@ def delete_checkpoint(session: SessionFolder, step: int, who: str) -> None:
     name = DeleteCheckpoint.name()
     lock = session.acquire(f"use its command: {session.command('ctl', name, str(step))}")
     try:
-        check_deletable(step, timeline_checkpoints(session), checkpoint_steps(session))
+        check_deletable(step, needed_checkpoints(session), checkpoint_steps(session))
         with closing(JournalWriter(session)) as journal:
             command_id = new_id()
             journal.commands.record(command_id, name, {"step": step}, who)

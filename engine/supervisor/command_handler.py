@@ -15,7 +15,11 @@ from engine.config.settings import Settings
 from engine.errors import CommandRejectedError, JournalError, RlhfError
 from engine.examined import examined
 from engine.journal.writer import JournalWriter
-from engine.launch.start_checkpoints import checkpoint_steps, timeline_checkpoints
+from engine.launch.start_checkpoints import (
+    checkpoint_steps,
+    needed_checkpoints,
+    timeline_checkpoints,
+)
 from engine.launch.start_options import StartOptions
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
@@ -171,6 +175,7 @@ class CommandHandler:
             settings=msgspec.convert(self._state.settings, examined(Settings), strict=False),
             config=self._config,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
+            needed_steps=partial(needed_checkpoints, self._session),
             saved_steps=partial(checkpoint_steps, self._session),
         )
 
