@@ -5,7 +5,7 @@ from contextlib import closing
 
 from engine.errors import JournalError, SessionError
 from engine.journal.writer import JournalWriter
-from engine.launch.start_checkpoints import checkpoint_steps, timeline_checkpoints
+from engine.launch.start_checkpoints import checkpoint_steps, needed_checkpoints
 from engine.protocol.client import new_id
 from engine.protocol.commands import DeleteCheckpoint, check_deletable
 from engine.session.checkpoints import checkpoint_path, remove
@@ -23,17 +23,25 @@ def delete_checkpoint(session: SessionFolder, step: int, who: str) -> None:
     """
     name = DeleteCheckpoint.name()
     lock = session.acquire(f"use its command: {session.command('ctl', name, str(step))}")
+    folder, command_id = checkpoint_path(session.checkpoints, step), new_id()
     try:
-        check_deletable(step, timeline_checkpoints(session), checkpoint_steps(session))
-        with closing(JournalWriter(session)) as journal:
-            command_id = new_id()
-            journal.commands.record(command_id, name, {"step": step}, who)
-            journal.remove_checkpoint(step)
-            journal.commands.apply(command_id, journal.step + 1, [])
-        remove(checkpoint_path(session.checkpoints, step))
+        check_deletable(step, needed_checkpoints(session), checkpoint_steps(session))
+        try:
+            _record(session, step, command_id, who)
+        except (JournalError, sqlite3.Error):
+            remove(folder)  # on a full disk, this makes the room for the record
+            _record(session, step, command_id, who)
+        remove(folder)
     except sqlite3.Error as error:
         raise JournalError(f"cannot write {session.journal_file}: {error}") from error
     except OSError as error:
         raise SessionError(f"cannot remove the checkpoint of step {step}: {error}") from error
     finally:
         lock.release()
+
+
+def _record(session: SessionFolder, step: int, command_id: str, who: str) -> None:
+    with closing(JournalWriter(session)) as journal:
+        journal.commands.record(command_id, DeleteCheckpoint.name(), {"step": step}, who)
+        journal.remove_checkpoint(step)
+        journal.commands.apply(command_id, journal.step + 1, [])

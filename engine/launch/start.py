@@ -1,5 +1,6 @@
 """Prepares the start of an engine: a new run, a resume from a checkpoint, or a fork."""
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -34,6 +35,7 @@ from engine.launch.start_checkpoints import (
 )
 from engine.launch.start_options import StartOptions
 from engine.session.checkpoints import (
+    COMPLETE,
     checkpoint_path,
     find_damage,
     saved_settings,
@@ -223,11 +225,10 @@ def fork(
 
 def _copy_history(session: SessionFolder, child: SessionFolder, step: int) -> None:
     # Files of a checkpoint are never changed in place, so both sessions can share them.
-    shutil.copytree(
-        checkpoint_path(session.checkpoints, step),
-        checkpoint_path(child.checkpoints, step),
-        copy_function=_link_or_copy,
-    )
+    source = checkpoint_path(session.checkpoints, step)
+    shutil.copytree(source, checkpoint_path(child.checkpoints, step), copy_function=_link_or_copy)
+    if not (source / COMPLETE).exists():  # a deletion begins with it: files may be missing
+        raise FileNotFoundError(errno.ENOENT, "the checkpoint was deleted", str(source))
     if session.tensorboard.is_dir():
         shutil.copytree(session.tensorboard, child.tensorboard)
     copy_until(session, child, step)

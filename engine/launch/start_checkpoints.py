@@ -75,6 +75,16 @@ def unfinished_rollback(session: SessionFolder) -> Rollback | None:
     return command if command.step in timeline_checkpoints(session) else None
 
 
+def needed_checkpoints(session: SessionFolder) -> set[int]:
+    """The steps of the checkpoints that a resume may continue from.
+
+    They are the last one of the timeline, and that of a roll back whose attempt has not begun.
+    """
+    rollback = unfinished_rollback(session)
+    steps = {last_checkpoint(session)}
+    return steps if rollback is None else steps | {rollback.step}
+
+
 def earlier_checkpoint(session: SessionFolder, start: StartOptions) -> StartOptions | None:
     """The same start, but from the previous checkpoint, because its own is damaged.
 

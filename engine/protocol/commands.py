@@ -9,7 +9,7 @@ The journal records the status of a command: `queued → accepted → applied at
 `rejected: reason`. All commands work during a pause.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import msgspec
@@ -38,6 +38,8 @@ class Moment(Struct, frozen=True):
     """As the run was started."""
     checkpoint_steps: Callable[[], list[int]]
     """Returns the steps that a rollback can name. Reads the journal; may raise JournalError."""
+    needed_steps: Callable[[], set[int]]
+    """Returns the steps of the checkpoints that a resume may continue from."""
     saved_steps: Callable[[], list[int]]
     """Returns the steps of all checkpoints, also of abandoned branches."""
     recovers: bool = False
@@ -140,7 +142,7 @@ class DeleteCheckpoint(Command, frozen=True, tag="delete-checkpoint"):
     step: int
 
     def check(self, moment: Moment) -> None:
-        check_deletable(self.step, moment.checkpoint_steps(), moment.saved_steps())
+        check_deletable(self.step, moment.needed_steps(), moment.saved_steps())
 
 
 class SettingCommand(Command, frozen=True):
@@ -278,25 +280,25 @@ def check_command(command: Command, moment: Moment) -> None:
     command.check(moment)
 
 
-def check_deletable(step: int, timeline: list[int], saved: list[int]) -> None:
+def check_deletable(step: int, needed: Collection[int], saved: list[int]) -> None:
     """Checks whether a checkpoint can be deleted.
 
     Args:
         step: of the checkpoint.
-        timeline: the steps that the run can continue from.
+        needed: the steps of the checkpoints that a resume may continue from.
         saved: the steps of all checkpoints.
 
     Raises:
-        CommandRejectedError: there is no such checkpoint, or the run continues from it.
+        CommandRejectedError: there is no such checkpoint, or it is needed.
     """
     if step not in saved:
         available = ", ".join(map(str, saved)) if saved else "none yet"
         raise CommandRejectedError(
             f"there is no checkpoint of step {step} (there are: {available})"
         )
-    if step == max(timeline, default=0):
+    if step in needed:
         raise CommandRejectedError(
-            f"the checkpoint of step {step} is the last one, which a resume continues from"
+            f"the checkpoint of step {step} is the one that a resume continues from"
         )
 
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import sqlite3
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -15,7 +16,11 @@ from engine.config.settings import Settings
 from engine.errors import CommandRejectedError, JournalError, RlhfError
 from engine.examined import examined
 from engine.journal.writer import JournalWriter
-from engine.launch.start_checkpoints import checkpoint_steps, timeline_checkpoints
+from engine.launch.start_checkpoints import (
+    checkpoint_steps,
+    needed_checkpoints,
+    timeline_checkpoints,
+)
 from engine.launch.start_options import StartOptions
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
@@ -96,8 +101,9 @@ class CommandHandler:
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Records and checks a command, then carries it out or sends it to rank 0.
 
-        A stop is carried out even if the journal cannot be written, such as on a full disk. Every
-        other command is then rejected, unless it is already recorded as accepted.
+        A stop, and the deletion of a checkpoint, is carried out even if the journal cannot be
+        written, such as on a full disk. Every other command is then rejected, unless it is already
+        recorded as accepted.
         """
         try:
             return self._record_and_carry_out(request, who)
@@ -144,12 +150,16 @@ class CommandHandler:
 
     def _carry_out_unrecorded(self, request: CommandRequest, who: str, reason: str) -> CommandReply:
         command = request.command
-        if not isinstance(command, Stop):
+        if not isinstance(command, Stop | DeleteCheckpoint):
             return CommandReply(id=request.id, status="rejected", reason=reason)
         try:
             check_command(command, self._moment())
-        except RlhfError as error:
+        except (RlhfError, OSError) as error:
             return CommandReply(id=request.id, status="rejected", reason=str(error))
+        if isinstance(command, DeleteCheckpoint):
+            self._delete(command.step, partial(self._record_deletion, request, command.step, who))
+            step = self._journal.step + 1
+            return CommandReply(id=request.id, status="applied", step=step, reason=reason)
         if self._is_immediate(command):
             self._end_ranks()
             step = self._journal.step + 1
@@ -171,6 +181,7 @@ class CommandHandler:
             settings=msgspec.convert(self._state.settings, examined(Settings), strict=False),
             config=self._config,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
+            needed_steps=partial(needed_checkpoints, self._session),
             saved_steps=partial(checkpoint_steps, self._session),
         )
 
@@ -206,16 +217,33 @@ class CommandHandler:
             ready = self._state.attempt.ready
             self._publisher.set_state("running" if ready else "starting")
 
-    def _delete(self, step: int) -> None:
-        """Deletes the files of a checkpoint, which are gigabytes, beside the event loop."""
-        task = asyncio.create_task(self._delete_files(step))
+    def _delete(self, step: int, record: Callable[[], None] = lambda: None) -> None:
+        """Deletes the files of a checkpoint, which are gigabytes, beside the event loop.
+
+        Args:
+            step: of the checkpoint.
+            record: called afterwards, if the journal could not be written before.
+        """
+        task = asyncio.create_task(self._delete_files(step, record))
         self._deletions.add(task)
         task.add_done_callback(self._deletions.discard)
 
-    async def _delete_files(self, step: int) -> None:
+    def _record_deletion(self, request: CommandRequest, step: int, who: str) -> None:
+        """Records a deletion for which the files had to make room on a full disk."""
+        try:
+            name, args = request.command.name(), config_file.as_mapping(request.command)
+            self._journal.commands.record(request.id, name, args, who)
+            self._journal.remove_checkpoint(step)
+            self._journal.commands.apply(request.id, self._journal.step + 1, [])
+            self._publisher.rows_added()
+        except sqlite3.Error as error:
+            log.warning("the deletion of checkpoint %d could not be recorded: %s", step, error)
+
+    async def _delete_files(self, step: int, record: Callable[[], None]) -> None:
         folder = checkpoint_path(self._session.checkpoints, step)
         try:
             await in_daemon_thread(partial(remove, folder))
+            record()
         except Exception as error:  # such as no thread can be started
             text = f"the files of the deleted checkpoint of step {step} cannot be removed: {error}"
             self._publisher.notice("checkpoint", text, self._journal.step)

@@ -111,10 +111,13 @@ def _export_policy(
                 _merge(session, step, part, folder, target)
             else:
                 _copy(source, folder)
+            # A deletion that began meanwhile has already removed the marker.
+            check_step(session, step, checkpoint_steps(session))
             exported = ExportedPolicy(step, averaged=averaged, adapters=adapted and not merged)
             no_card = _write_card(session, exported, folder)
             open_to_umask(folder)
     except OSError as error:
+        check_step(session, step, checkpoint_steps(session))  # not deleted meanwhile
         reason = error.strerror or error
         raise UserInputError(f"--policy: cannot write {target}: {reason}") from error
     if adapted and merged:

@@ -38,6 +38,7 @@ def moment(**changed):
     values = {
         "state": "running", "paused": False, "settings": settings_of(CONFIG),
         "config": CONFIG, "checkpoint_steps": lambda: [2, 4],
+        "needed_steps": lambda: {4},
         "saved_steps": lambda: [2, 4, 6],
     }  # fmt: skip
     return Moment(**(values | changed))
@@ -87,7 +88,7 @@ def test_who_carries_a_command_out_is_its_union():
         (Rollback(step=3), {"checkpoint_steps": list}, "none yet"),
         (DeleteCheckpoint(step=3), {}, "there are: 2, 4, 6"),
         (DeleteCheckpoint(step=3), {"saved_steps": list}, "none yet"),
-        (DeleteCheckpoint(step=4), {}, "is the last one, which a resume continues from"),
+        (DeleteCheckpoint(step=4), {}, "is the one that a resume continues from"),
         (SetBeta(value=-1), {}, "beta must be"),
         (SetSetting(key="epochs", value=2**64 - 1), {}, "a whole number of at most 1000"),
         (SetSetting(key="learning_rate", value=5e-324), {}, "must be a number of at least 1e-12"),

@@ -13,10 +13,11 @@ from engine.config.sections.launch import LaunchConfig
 from engine.errors import SessionError
 from engine.journal import writer as journal_writer
 from engine.journal.reader import JournalReader
+from engine.launch import delete_checkpoint as deletion
 from engine.launch.start_options import StartOptions
 from engine.metrics import NONFINITE_UPDATES
 from engine.protocol import frames
-from engine.protocol.commands import Pause, SetBeta, Stop, Unpause
+from engine.protocol.commands import DeleteCheckpoint, Pause, SetBeta, Stop, Unpause
 from engine.protocol.rank_messages import (
     ROOM,
     Applied,
@@ -29,8 +30,9 @@ from engine.protocol.rank_messages import (
     StepReport,
     Unpaused,
 )
+from engine.session import checkpoints
 from engine.session.folder import SessionFolder
-from engine.supervisor import rank_handler, supervisor
+from engine.supervisor import command_handler, rank_handler, supervisor
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.processes.rank_processes import RankProcesses
@@ -59,6 +61,48 @@ async def test_a_stop_at_once_needs_no_journal(engine):
     assert reply.status == "applied"
     assert reply.reason.startswith("cannot write the journal")
     assert engine.shared.stop_now
+
+
+@pytest.fixture
+def full_until_removal(monkeypatch):
+    """A disk that is full until a checkpoint is removed; call the fixture to fill it."""
+    with ExitStack() as room:
+
+        def remove(folder):
+            checkpoints.remove(folder)
+            room.close()
+
+        monkeypatch.setattr(command_handler, "remove", remove)
+        monkeypatch.setattr(deletion, "remove", remove)
+        yield lambda: room.enter_context(no_room_for_files())
+
+
+async def test_a_checkpoint_is_deleted_on_a_full_disk_and_then_recorded(
+    engine, writer, full_until_removal
+):
+    for step in (1, 2):
+        writer.checkpoint(step)
+    full_until_removal()
+    reply = engine.send(DeleteCheckpoint(step=1))
+    assert (reply.status, reply.reason[:24]) == ("applied", "cannot write the journal")
+    await until(lambda: writer.journal.timeline() == [2])
+    assert writer.journal.commands.reply(reply.id).status == "applied"
+    assert list(checkpoints.complete_checkpoints(writer.session.checkpoints)) == [2]
+
+
+def test_a_checkpoint_of_a_session_without_an_engine_is_deleted_on_a_full_disk(
+    make_session, write_in, full_until_removal
+):
+    writer = write_in(make_session())
+    writer.journal.begin_attempt(0, fresh=False)
+    for step in (1, 2):
+        writer.checkpoint(step)
+    writer.journal.close()
+    full_until_removal()
+    deletion.delete_checkpoint(writer.session, 1, "ana")
+    with JournalReader(writer.session) as reader:
+        assert [c.step for c in reader.checkpoints()] == [2]
+        assert [c.status for c in reader.commands()] == ["applied"]
 
 
 @contextmanager

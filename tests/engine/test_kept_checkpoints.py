@@ -93,6 +93,18 @@ def test_the_last_one_is_not_deleted(saved):
     assert timeline_checkpoints(saved.session) == [2]
 
 
+async def test_the_one_of_a_roll_back_whose_attempt_has_not_begun_is_not_deleted(engine, saved):
+    rollback = engine.send(Rollback(step=2))
+    await until(lambda: engine.shared.next is not None)
+    assert saved.journal.commands.reply(rollback.id).status == "applied"
+    reply = engine.send(DeleteCheckpoint(step=2))
+    assert (reply.status, "a resume continues from" in reply.reason) == ("rejected", True)
+    with pytest.raises(CommandRejectedError, match="a resume continues from"):
+        delete_checkpoint(saved.session, 2, "ana")
+    saved.journal.begin_attempt(1, fresh=True)
+    assert engine.send(DeleteCheckpoint(step=2)).status == "applied"
+
+
 def test_a_live_engine_deletes_its_checkpoints_itself(saved):
     lock = saved.session.acquire()
     with pytest.raises(SessionLockedError, match="ctl run delete-checkpoint 2"):

@@ -7,6 +7,7 @@ import resource
 import shutil
 import sqlite3
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -244,6 +245,22 @@ def test_a_checkpoint_that_a_live_run_removes_while_it_is_copied_is_told(writer,
         link(source, target)
 
     monkeypatch.setattr(os, "link", link_late)
+    with pytest.raises(NoSuchSessionError, match=r"no checkpoint of step 2 \(it has: none yet\)"):
+        fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    assert [f.name for f in writer.session.folder.parent.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_whose_deletion_begins_while_it_is_copied_is_told(writer, monkeypatch):
+    """Whatever is copied then, files may be missing."""
+    writer.checkpoint(2)
+    link = os.link
+
+    def link_first(source, target):
+        link(source, target)
+        if Path(source).name == "COMPLETE":
+            Path(source).unlink()
+
+    monkeypatch.setattr(os, "link", link_first)
     with pytest.raises(NoSuchSessionError, match=r"no checkpoint of step 2 \(it has: none yet\)"):
         fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
     assert [f.name for f in writer.session.folder.parent.iterdir()] == ["run"]

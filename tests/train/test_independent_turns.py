@@ -8,6 +8,7 @@ import torch
 
 from engine.protocol.rollout.messages import NextTurns
 from engine.train.environment.response import FinishedResponse, Response
+from engine.train.experience.generation import generate_rollout
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
 from engine.train.rollout.conversation import SampledTurn
@@ -155,6 +156,56 @@ def test_an_error_ends_the_step_while_another_environment_hangs(make_run, engine
     thread.join(60)
     sys.modules["one_hangs"].end.set()
     assert "ValueError: no game" in raised[0]
+
+
+def test_progress_is_that_of_the_tokens_also_while_environments_are_waited_for(
+    make_run, engine, tmp_path
+):
+    (tmp_path / "watched.py").write_text(
+        "import threading\n"
+        "asked, end = threading.Event(), threading.Event()\n"
+        "class Watched:\n"
+        "    def reply(self, text):\n"
+        "        asked.set()\n"
+        "        assert end.wait(60)\n"
+    )
+    run, _ = make_run(
+        "environment.factory=watched:Watched", f"environment.path={tmp_path}", *INDEPENDENT,
+        "environment.max_tokens=40",
+    )  # fmt: skip
+    watched, waiting = sys.modules["watched"], []
+
+    def report(*progress):
+        if watched.asked.is_set():
+            waiting.append(progress)
+        if len(waiting) == 3:
+            watched.end.set()
+
+    rollout = generate_rollout(run, 1, report)
+    total = len(rollout.texts) * run.config.rollout.max_new_tokens
+    assert {of for _, of in waiting} == {total}
+
+
+def test_a_rank_says_so_while_an_engine_generates_turns(make_run, engine):
+    """Otherwise it, and the ranks that wait for it, would be taken for ones that hang."""
+    said, reports = threading.Event(), []
+
+    def generates(message):
+        if isinstance(message, NextTurns) and not said.wait(30):
+            raise ConnectionError
+
+    engine.faults = iter([generates])
+    run, _ = make_run(*ENVIRONMENT, STOPS, *INDEPENDENT)
+    tokens = run.config.rollout.batch_size * run.config.rollout.max_new_tokens
+
+    def report(_done, total):
+        if total == tokens:
+            reports.append(total)
+        if len(reports) == 2:
+            said.set()
+
+    generate_rollout(run, 1, report)
+    assert engine.engines == 1
 
 
 def test_a_step_and_a_probe_have_conversations(make_run, engine):

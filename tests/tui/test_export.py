@@ -1,5 +1,6 @@
 """The command export: whole or not at all, and from damaged sessions as well."""
 
+import shutil
 import sys
 
 import msgspec
@@ -98,3 +99,27 @@ def test_a_policy_is_exported_from_a_session_whose_journal_is_damaged(session_ma
     assert done.exit_code == 0
     assert "without a card: cannot read" in done.output
     assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("removed", ["COMPLETE", "policy/model.safetensors"])
+def test_a_policy_whose_checkpoint_is_deleted_meanwhile_is_not_exported(
+    session_maker, tmp_path, monkeypatch, removed
+):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    checkpoint = session.checkpoints / "step-000003"
+    (checkpoint / "policy").mkdir(parents=True)
+    for name in ("policy/config.json", "policy/model.safetensors", "state.json", "COMPLETE"):
+        (checkpoint / name).write_text("{}")
+    copy = shutil.copy2
+
+    def copy_late(source, target):
+        for name in ("COMPLETE", removed):
+            (checkpoint / name).unlink(missing_ok=True)
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copy2", copy_late)
+    target, folder = tmp_path / "to", str(tmp_path / "s")
+    arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
+    done = CliRunner().invoke(cli, arguments)
+    assert "has no checkpoint of step 3" in str(done.exception)
+    assert not target.exists()

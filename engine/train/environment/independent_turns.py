@@ -63,6 +63,8 @@ class IndependentTurns:
         self._calls: ConcurrentCalls | None = None
         self._futures: set[Future[None]] = set()
         self._waits: Callable[[], None] = lambda: None
+        self._engine_lives = False
+        """Whether an engine has taken turns, or asked for some, since :meth:`meanwhile`."""
         self._overdue = False
         """Whether a call has exceeded the limit, so that calls are no longer waited for."""
         self._error: BaseException | None = None
@@ -99,6 +101,7 @@ class IndependentTurns:
     def take(self, rows: range, at_most: int, *, wait: bool) -> list[NextTurn] | None:
         """See :class:`TurnSource`."""
         with self.lock:
+            self._engine_lives = True
             while self._error is None and any(row in self._open for row in rows):
                 ready = [row for row in rows if row in self._ready][:at_most]
                 if not ready and wait:
@@ -126,14 +129,16 @@ class IndependentTurns:
 
     def meanwhile(self) -> None:
         """See :class:`TurnSource`."""
-        if self._calls is None or not self._futures:
+        if self._calls is None:
             return
         try:
             self._calls.check()
         except CallTimeoutError as error:
             self._overdue = True
             self._fail(error.index, error)  # unless another call has raised before
-        self._waits()
+        if self._futures or self._engine_lives:  # otherwise an engine may hang
+            self._engine_lives = False
+            self._waits()
 
     def _count_idle_time(self) -> None:
         if self._idle_since is not None:
@@ -147,7 +152,8 @@ class IndependentTurns:
         """Context in which environments are called; waits for these calls at its end.
 
         Args:
-            waits: called regularly while there are calls, by :meth:`meanwhile`.
+            waits: called regularly while there are calls or an engine generates, by
+                :meth:`meanwhile`.
 
         Raises:
             CallTimeoutError: a call exceeds the limit.

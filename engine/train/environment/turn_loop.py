@@ -101,12 +101,20 @@ class TurnLoop:
         options, environments = self._options, self._environments
         batch = batch_prompts(prompts, options.per_prompt, self._tokenizer.eos_token_id or 0)
         responses = self._begun(batch.prompts)
-        turns = None
+        turns, progress = None, (0, len(responses) * options.max_new_tokens)
         if ranks.is_lead:
             turns = IndependentTurns(
                 self._config, environments, self._tokens, self._tokenizer, options, self._purpose,
                 responses,
             )  # fmt: skip
+
+        def report(done: int, total: int) -> None:
+            nonlocal progress
+            progress = (done, total)
+            self._report(done, total)
+
+        def waits() -> None:
+            self._report(*progress)
 
         def run(act: Callable[[], None]) -> None:
             def call(waits: Callable[[], None]) -> None:
@@ -114,9 +122,9 @@ class TurnLoop:
                     with turns.calling(waits):
                         act()
 
-            environments.on_rank_0(lambda: turns.when if turns else "", call, self._waits)
+            environments.on_rank_0(lambda: turns.when if turns else "", call, waits)
 
-        backend.converse(turns, options.temperature, run, self._report)
+        backend.converse(turns, options.temperature, run, report)
         self._share(responses, ranks)
         environments.log_failed_calls(self._purpose)
         return rollout_of(
