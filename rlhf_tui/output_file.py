@@ -1,4 +1,4 @@
-"""Files that commands write to a path given by the user."""
+"""Files and folders that commands write to a path given by the user."""
 
 import os
 from collections.abc import Iterable
@@ -11,6 +11,14 @@ def check_output(path: Path) -> None:
     """Rejects `-`, which means standard output in other programs. Raises UserInputError."""
     if path == Path("-"):
         raise UserInputError("- does not stand for standard output here: give the name of a file")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder can be written without changing anything: it is new or empty."""
+    try:
+        return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    except OSError:  # which the attempt to write it shows
+        return True
 
 
 def write_output(path: Path, data: bytes | Iterable[bytes]) -> int:

@@ -43,10 +43,25 @@ def nearest(key: str) -> str:
             return suggestion
         return f"{suggestion} (docs/from-*.md compare keys with those of other libraries)"
     sections = dict.fromkeys(k.rpartition(".")[0] for k in keys if "." in k)
-    close = difflib.get_close_matches(key, [*keys, *sections], n=1, cutoff=0.5)
-    if not close:
-        close = [k for k in keys if k.rsplit(".", 1)[-1] == last][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
+    same_name = [k for k in keys if k.rpartition(".")[2] == last]
+    close = "" if "." in key else _most_similar(key, same_name, 0.0)
+    close = close or _most_similar(key, [*keys, *sections], 0.5) or "".join(same_name[:1])
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def _most_similar(key: str, among: list[str], least: float) -> str:
+    """The most similar text, the first one of several; empty if none is as similar as `least`.
+
+    `difflib.get_close_matches` prefers the last one in the alphabet.
+    """
+    matcher = difflib.SequenceMatcher(b=key)
+
+    def similarity(text: str) -> float:
+        matcher.set_seq1(text)
+        return matcher.ratio()
+
+    found = max(among, key=similarity, default="")
+    return found if found and similarity(found) >= least else ""
 
 
 def explain(message: str, tree: dict[str, Any]) -> str:

@@ -23,6 +23,8 @@ def folder_error(key: str, folder: Path, what: str = "model", reason: str = "") 
         what: `model`, `tokenizer` or `configuration`.
         reason: the message of the library that could not load it.
     """
+    if is_file(folder):
+        return f"{key}: {folder} is a file (expected: a Hugging Face {what} folder)"
     if not folder.is_dir():
         problem, reason = "does not exist", ""
     elif what == "model" and not has_config(folder):

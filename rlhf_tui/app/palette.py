@@ -130,8 +130,8 @@ DESCRIPTIONS = {
 """Action → what it does, in a line."""
 TITLES = {"app.focus_next": "next panel", "app.focus_previous": "previous panel"}
 """Action of Textual → its title here."""
-OF_TEXTUAL = ("screen.copy_text", "help_quit")
-"""Actions of Textual that do not work here."""
+OF_TEXTUAL = ("screen.copy_text", "help_quit", "command_palette")
+"""Actions of Textual that do not work here, or that open the palette itself."""
 NAMED = 1.0
 """Added to the score of a command whose title matches: it stands before those whose description
 does."""
@@ -220,14 +220,13 @@ class PaletteCommands(Provider):
             # Enter runs the first one at once, so it must be harmless.
             rank = 0 if binding.action == "help" else 1 if binding.show else 2
             rank = rank if active.enabled else 3
-            found.setdefault(
-                binding.action,
-                PaletteCommand(
-                    title[0].upper() + title[1:],
-                    described(binding, ""),
-                    partial(self._run_or_explain, binding, active.node),
-                    rank,
-                ),
+            if binding.action in found and found[binding.action].rank <= rank:
+                continue  # of several keys, the one that the footer shows
+            found[binding.action] = PaletteCommand(
+                title[0].upper() + title[1:],
+                described(binding, ""),
+                partial(self._run_or_explain, binding, active.node),
+                rank,
             )
         return list(found.values())
 

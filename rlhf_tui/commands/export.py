@@ -24,7 +24,7 @@ from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import existing, name_argument, say, sessions_option
-from rlhf_tui.output_file import write_output
+from rlhf_tui.output_file import is_free, write_output
 from rlhf_tui.report.model_card import CARD, ExportedPolicy, model_card
 
 
@@ -97,7 +97,7 @@ def _export_policy(
     session: SessionFolder, step: int, target: Path, *, averaged: bool, merged: bool
 ) -> str:
     """Writes a model folder of a checkpoint. Returns a line that describes it."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_free(target):
         raise UserInputError(f"--policy: {target} exists already; give a new or empty folder")
     part, what = (AVERAGED_POLICY, "averaged policy") if averaged else (POLICY, "policy")
     source = checkpoint_path(session.checkpoints, step) / part

@@ -64,6 +64,10 @@ def init(
     if reward_model is not None and reward_function is not None:
         raise UserInputError("give one of --reward-model and --reward-function")
     given = {"policy": policy, "prompts": prompts}
+    rest = {"column": column, "reward-model": reward_model, "reward-function": reward_function}
+    for option, value in (given | rest).items():
+        if value is not None and not value.strip():
+            raise UserInputError(f"--{option} is empty; give a value, or leave it out")
     if reward_function is None and not _name_a_reward(overrides):
         given["reward_model"] = reward_model
     answers = asked(given, overrides)
@@ -101,7 +105,7 @@ def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str,
         if value is None and asking:
             check = partial(usable, name, overrides)
             value = click.prompt(titles[name], default=default, err=True, value_proc=check)
-        answers[name] = value or default
+        answers[name] = default if value is None else value
     return answers
 
 
@@ -112,6 +116,7 @@ def _name_a_reward(overrides: tuple[str, ...]) -> bool:
 
 def usable(name: str, overrides: tuple[str, ...], answer: str) -> str:
     """Returns the answer. Raises UsageError, upon which click asks again, if it cannot be used."""
+    answer = answer.strip() or STARTER[name]
     answers = STARTER | {name: answer}
     if _name_a_reward(overrides):
         del answers["reward_model"]

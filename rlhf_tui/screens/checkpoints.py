@@ -1,5 +1,6 @@
 """Checkpoints: save, roll back, fork, export."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -12,11 +13,14 @@ from engine.journal.rows import AlertEvent, CheckpointRow
 from engine.metrics import SCORE, describe, title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.output_file import is_free
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.state.messages import HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.table import Column, Table
 
+IS_TAKEN = "it exists already; give a new or empty folder"
+"""What is wrong with the folder of an export."""
 LEAST = float("-inf")
 """Sorts before all values."""
 ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
@@ -155,8 +159,8 @@ class CheckpointsScreen(SessionScreen):
         if found is None:
             return self.context.state.unread or "no checkpoint yet"
         if action == "delete_checkpoint":
-            last = self._last()
-            return "a resume continues from the last checkpoint" if found is last else ""
+            needed = "the last checkpoint cannot be deleted: a resume continues from it"
+            return needed if found is self._last() else ""
         return "" if found.status == "complete" else "this checkpoint is of an abandoned branch"
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
@@ -211,20 +215,30 @@ class CheckpointsScreen(SessionScreen):
         target = str(Path.cwd() / f"{name}-step-{step}")
         rows: list[Row] = [[(f"The policy of step {step} as a Hugging Face model folder.", "dim")]]
 
+        def check(text: str) -> tuple[bool, str]:
+            taken = not is_free(Path(os.path.expanduser(text.strip())))  # noqa: PTH111 - as below
+            return bool(text.strip()) and not taken, IS_TAKEN if text.strip() and taken else ""
+
         def take(text: str | None) -> None:
             if text:
+                folder = os.path.expanduser(text)  # noqa: PTH111 - Path raises for an unknown user
+                self.context.say(f"exporting the policy of step {step} to {folder}")
                 self.context.engines.run_command(
-                    ["export", name, "--policy", text, "--step", str(step)],
-                    f"the policy of step {step} is in {text}",
+                    ["export", name, "--policy", folder, "--step", str(step)],
+                    f"the policy of step {step} is in {folder}",
                 )
 
-        dialog = InputDialog(f"Export {name} to", rows, target, verb="export")
+        dialog = InputDialog(f"Export {name} to", rows, target, check, verb="export")
         self.app.push_screen(dialog, take)
 
     @on(RowSelected)
     def _enter(self) -> None:
-        reason = self.why_disabled("roll_back")
-        self.context.say(reason or "r rolls back to it, f forks from it, E exports its policy")
+        if reason := self.why_disabled("roll_back"):
+            self.context.say(reason)
+            return
+        deletes = "" if self.why_disabled("delete_checkpoint") else ", d deletes it"
+        keys = f"r rolls back to it, f forks from it, E exports its policy{deletes}"
+        self.context.say(keys)
 
 
 def _cells(c: CheckpointRow, remarks: list[str]) -> list[Piece]:

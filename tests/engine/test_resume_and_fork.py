@@ -383,6 +383,7 @@ def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
         ("data.prompts=/nowhere/p.jsonl", "data.prompts: no file at"),
         ("model.policy=/nowhere", "model.policy: the folder /nowhere does not exist"),
         ("reward.model=/", "reward.model: the folder / holds no config.json"),
+        (f"model.policy={__file__}", f"model.policy: {__file__} is a file"),
         ("eval={every: 1, prompts: /nowhere/p.jsonl}", "eval.prompts: no file at"),
     ],
 )

@@ -139,6 +139,8 @@ def test_a_missing_column_is_told_when_nobody_can_be_asked(tmp_path, monkeypatch
         (["run.yaml"], "run.yaml exists"),
         (["new.yaml", "--prompts", "none.jsonl"], r"data\.prompts: no file"),
         (["new.yaml", "--reward-function", "absent:f"], r"reward\.function: no module 'absent' in"),
+        (["new.yaml", "--policy", ""], "--policy is empty; give a value, or leave it out"),
+        (["new.yaml", "--column", " "], "--column is empty"),
         (["new.yaml", "-o", "train.stepz=1"], r"did you mean 'train\.steps'"),
         (["no/new.yaml"], "cannot write no/new.yaml"),
     ],
@@ -167,3 +169,12 @@ def test_an_answer_that_cannot_be_used_is_asked_for_again(tmp_path, monkeypatch)
     assert (config.data.prompts, config.reward.function) == (
         str(tmp_path / "p.jsonl"), "rewards:score",
     )  # fmt: skip
+
+
+def test_an_answer_of_spaces_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlhf_tui.commands.init.is_terminal", lambda: True)
+    done = CliRunner().invoke(init, ["run.yaml"], input="\n \n  \n")
+    assert done.exit_code == 0, done.output
+    config = config_file.load(tmp_path / "run.yaml")
+    assert (config.data.prompts, config.reward.model) == ("starter:prompts", "starter:reward")

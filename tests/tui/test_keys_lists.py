@@ -6,6 +6,7 @@ import sqlite3
 import threading
 
 import pytest
+from textual.widgets import Input
 
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
@@ -250,7 +251,7 @@ async def test_without_an_engine_d_deletes_the_checkpoint_too(checkpoints, ran, 
 async def test_the_last_checkpoint_cannot_be_deleted(checkpoints, until):
     async with checkpoints() as (app, pilot):
         await pilot.press("d")
-        reason = "a resume continues from the last checkpoint"
+        reason = "the last checkpoint cannot be deleted: a resume continues from it"
         await until(pilot, lambda: reason in notices(app))
 
 
@@ -289,6 +290,55 @@ async def test_branch_and_export_run_our_own_commands(checkpoints, ran, key, typ
         await pilot.press(*typed, "enter")
         await until(pilot, lambda: ran)
         assert ran[0][: len(words)] == words
+
+
+async def test_an_export_to_a_folder_with_files_is_refused_in_the_dialog(
+    checkpoints, ran, tmp_path, until
+):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    async with checkpoints() as (app, pilot):
+        await press_for(pilot, InputDialog, "E")
+        field, effect = app.screen.query_one(Input), app.screen.query_one("#effect", MessageLine)
+        for folder, says in (("full", "it exists already; give a new or empty folder"), ("", "")):
+            field.value = str(tmp_path / folder) if folder else ""
+            await until(pilot, lambda says=says: effect.text().strip() == says)
+            await pilot.press("enter")
+            assert isinstance(app.screen, InputDialog)
+        assert ran == []
+
+
+async def test_an_export_says_that_it_has_begun_and_knows_the_home_folder(
+    checkpoints, monkeypatch, tmp_path, until
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ran, may_end = [], threading.Event()
+
+    def run(_starter, arguments):
+        ran.append(arguments)
+        may_end.wait(60)
+        return CommandResult()
+
+    monkeypatch.setattr(EngineStarter, "run_cli", run)
+    async with checkpoints() as (app, pilot):
+        await press_for(pilot, InputDialog, "E")
+        app.screen.query_one(Input).value = "~/policy"
+        await pilot.press("enter")
+        footer, folder = app.screen.query_one(KeyFooter), str(tmp_path / "policy")
+        await until(pilot, lambda: "exporting the policy of step 200 to" in footer.text())
+        may_end.set()
+        await until(pilot, lambda: "the policy of step 200 is in" in footer.text())
+        assert ran == [["export", "frozen", "--policy", folder, "--step", "200"]]
+
+
+async def test_enter_on_a_checkpoint_names_the_keys_that_act_on_it(checkpoints, until):
+    async with checkpoints() as (app, pilot):
+        footer, keys = app.screen.query_one(KeyFooter), "E exports its policy"
+        await pilot.press("enter")
+        await until(pilot, lambda: keys in footer.text())
+        assert "d deletes it" not in footer.text()  # it is the last one
+        await pilot.press("j", "enter")
+        await until(pilot, lambda: f"{keys}, d deletes it" in footer.text())
 
 
 async def test_the_log_is_searched(run_app, until):

@@ -69,6 +69,16 @@ async def test_commands_of_all_screens_are_found_by_the_words_for_them(make_app,
         assert len(titles) == len(set(titles))  # also of an action with several keys
 
 
+async def test_the_palette_neither_lists_itself_nor_names_a_key_that_the_footer_does_not(
+    make_app, running
+):
+    app = make_app()
+    async with running(app):
+        listed = {command.title: command.help for command in commands(app)}
+        assert "Palette" not in listed
+        assert listed["Detach"].endswith("key q")
+
+
 async def test_a_command_of_another_screen_goes_there_and_names_its_key(run_app, until):
     async with run_app() as (app, pilot):
         (command,) = [c for c in commands(app) if c.title == "Checkpoints: roll back"]

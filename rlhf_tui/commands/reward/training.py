@@ -36,6 +36,7 @@ from rlhf_tui.commands.options import (
     sessions_option,
 )
 from rlhf_tui.engine_program import run_engine_program
+from rlhf_tui.output_file import is_free
 from rlhf_tui.text import one_line
 
 OTHER_SOURCES = {key for key in SOURCE_KEYS if key != "model"}
@@ -117,7 +118,7 @@ def train(
 def _new_folder(out: Path) -> Path:
     """The absolute path of a folder to be written. Raises UserInputError."""
     target = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays what it is
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_free(target):
         raise UserInputError(f"-o: {out} exists already; give a new or empty folder")
     if not (nearest := next(path for path in target.parents if path.exists())).is_dir():
         raise UserInputError(f"-o: {nearest} is not a folder")
