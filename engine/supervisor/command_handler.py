@@ -57,6 +57,8 @@ ACTIONS: dict[str, AnyCommand] = {
     "stop": Stop(),
 }
 """`action` of a guard rail → the command it issues; `notify` issues none."""
+DELETION_PATIENCE = 60.0
+"""Most seconds that a run that has ended waits for the files of deleted checkpoints."""
 TAKEN_ID = "its id is that of an earlier, different command: give each command a new id"
 ROLLING_BACK = "the checkpoint of another roll back is being read; try again once it has ended"
 
@@ -297,14 +299,20 @@ class CommandHandler:
             return f"step {step} is no longer a checkpoint of this run"
         return unusable
 
-    async def finish_rollbacks(self) -> None:
-        """Rejects the roll backs whose checkpoints are still being read when the run has ended."""
+    async def finish(self) -> None:
+        """Call it when the run has ended, before the journal is closed.
+
+        Rejects the roll backs whose checkpoints are still being read, and waits for the files of
+        deleted checkpoints, of which nothing would remove the rest.
+        """
         for command_id, task in list(self._rollbacks.items()):
             task.cancel()
             self._journal.commands.reject(command_id, "the run ended before it was carried out")
             self._pending.send_reply(self._journal.commands.reply(command_id))
         await asyncio.gather(*self._rollbacks.values(), return_exceptions=True)
         self._rollbacks.clear()
+        if self._deletions:
+            await asyncio.wait(self._deletions, timeout=DELETION_PATIENCE)
 
     def _is_immediate(self, stop: Stop) -> bool:
         """Whether a stop is immediate: while models load there is nothing to save."""

@@ -176,7 +176,7 @@ class Supervisor:
         while state.next is not None:
             start, state.next = state.next, None
             code = await self.run_attempt(start)
-        await self.commands.finish_rollbacks()
+        await self.commands.finish()
         self.pending.run_ended()
         return code
 

@@ -1,6 +1,8 @@
 """Checkpoints that an operator saved stay until somebody deletes them."""
 
+import asyncio
 import sqlite3
+import threading
 from contextlib import closing
 
 import pytest
@@ -13,8 +15,10 @@ from engine.launch.delete_checkpoint import delete_checkpoint
 from engine.launch.start_checkpoints import timeline_checkpoints
 from engine.protocol.commands import COMMANDS, DeleteCheckpoint, Rollback
 from engine.protocol.rank_messages import CheckpointKept
+from engine.session import checkpoints
 from engine.session import folder as session_folder
 from engine.session.checkpoints import checkpoint_path
+from engine.supervisor import command_handler
 from engine.verification.verify import verify
 from tests.engine.supervised import until
 
@@ -71,6 +75,22 @@ async def test_an_engine_deletes_a_checkpoint(engine, saved):
     await until(lambda: not folder.exists())
     assert engine.send(DeleteCheckpoint(step=2)).status == "rejected"
     assert engine.send(Rollback(step=2)).status == "rejected"
+
+
+async def test_the_end_of_a_run_waits_for_the_files_of_a_deleted_checkpoint(
+    engine, saved, monkeypatch
+):
+    ends = threading.Event()
+
+    def remove(folder):
+        assert ends.wait(60)
+        checkpoints.remove(folder)
+
+    monkeypatch.setattr(command_handler, "remove", remove)
+    engine.send(DeleteCheckpoint(step=2))
+    asyncio.get_running_loop().call_soon(ends.set)
+    await engine.supervisor.commands.finish()
+    assert not checkpoint_path(saved.session.checkpoints, 2).exists()
 
 
 def test_one_of_a_session_without_an_engine_is_deleted_and_recorded(saved):

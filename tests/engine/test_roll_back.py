@@ -100,7 +100,7 @@ async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, wri
 async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine, writer):
     writer.checkpoint(2)
     reply = engine.send(Rollback(step=2))
-    await engine.supervisor.commands.finish_rollbacks()
+    await engine.supervisor.commands.finish()
     reply = writer.journal.commands.reply(reply.id)
     assert (reply.status, engine.shared.next) == ("rejected", None)
     assert reply.reason == "the run ended before it was carried out"

@@ -126,6 +126,26 @@ def test_an_error_in_a_later_turn_ends_all_of_them_and_the_engine_goes_on(
     assert engine.engines == 1
 
 
+def test_an_engine_that_forgets_weights_gets_them_again_after_an_error(make_run, engine, tmp_path):
+    (tmp_path / "failing_once.py").write_text(
+        "class Failing:\n"
+        "    fails = True\n"
+        "    def reply(self, text):\n"
+        "        if Failing.fails:\n"
+        "            raise ValueError('no game')\n"
+    )
+    run, _ = make_run(
+        "environment.factory=failing_once:Failing", f"environment.path={tmp_path}", *INDEPENDENT,
+        "environment.max_tokens=40", "rollout.sleep=2",
+    )  # fmt: skip
+    with pytest.raises(RewardCallError):
+        respond(run)
+    sys.modules["failing_once"].Failing.fails = False
+    respond(run)
+    assert engine.messages.count("LoadWeights") == 2
+    assert engine.engines == 1
+
+
 def test_an_error_ends_the_step_while_another_environment_hangs(make_run, engine, tmp_path):
     (tmp_path / "one_hangs.py").write_text(
         "import itertools, threading\n"

@@ -241,9 +241,11 @@ class VllmBackend:
                 self._held = None
             return problem
 
-        self._until_it_works(attempt)
-        if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
-            self._held = None
+        try:
+            self._until_it_works(attempt)
+        finally:  # also after an error of an environment, which ends a probe and not the run
+            if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
+                self._held = None
 
     def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> VllmPending:
         """Makes the engines generate the policy's responses in the background; a collective.
