@@ -197,12 +197,7 @@ class SampleComparison:
             title += f" of attempt {other.attempt}" * other.left
             title += f" ({self._index + 1}/{count}{'+' * (count == MAX_COMPARED)})"
         better, who = self._preferred(row.response, other.response)
-        view.compare(
-            ComparisonTarget(
-                self._kind, title, row, other, better=better, who=who,
-                judged=not row.held_out,
-            )
-        )  # fmt: skip
+        view.compare(ComparisonTarget(self._kind, title, row, other, better=better, who=who))
 
     # -- the reference -------------------------------------------------------------------------
 
