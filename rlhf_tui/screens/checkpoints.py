@@ -54,7 +54,7 @@ class CheckpointsScreen(SessionScreen):
         yield Table(
             [
                 Column("step", 7, right=True),
-                Column("attempt", 7, right=True, least=66),
+                Column("attempt", 7, right=True, least=90),
                 Column("saved", 12),
                 Column("size", 8, right=True, least=74),
                 Column("score", 7, right=True),

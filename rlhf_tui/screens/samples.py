@@ -62,8 +62,8 @@ class SamplesScreen(SessionScreen):
     READ_ONLY = "responses cannot be judged"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
-        *sample_labels.BINDINGS,
         *sample_comparison.BINDINGS,
+        *sample_labels.BINDINGS,
         Binding("slash,f", "filter", "filter"),
         Binding("v", "view", "tokens"),
         *sample_list.BINDINGS,
@@ -135,7 +135,7 @@ class SamplesScreen(SessionScreen):
                 return "held-out responses cannot be judged; only training responses can"
             if action == "view":
                 return "token values are kept for training responses only"
-        return super().why_disabled(action)
+        return super().why_disabled(action) or self.comparison.why_disabled(action)
 
     # -- the list ------------------------------------------------------------------------------
 

@@ -190,12 +190,37 @@ async def test_what_is_typed_ahead_never_pairs_responses_to_two_prompts(
         assert {side.index for side in pairs(judged)[0]} == {1}
 
 
-async def test_without_another_response_the_keys_say_what_comes_first(samples, judged, until):
+@pytest.mark.parametrize("key", ["y", "o", "left", "right"])
+async def test_without_a_comparison_its_keys_say_what_comes_first(samples, judged, until, key):
     async with samples() as (app, pilot):
-        for key in ("y", "o", "left", "right"):
+        await pilot.press(key)
+        await until(pilot, lambda: notices(app))
+        assert notices(app)[0].startswith("press d to compare")
+        assert not judged.labels_file.exists()
+
+
+async def test_the_footer_shows_the_keys_of_a_comparison_while_there_is_one(samples, judged, until):
+    reference(judged)
+    choice, others = "y this is better  o other is better", "← newer  → older"
+    async with samples() as (app, pilot):
+        footer = app.screen.query_one("#keys")
+        for key, shown in (
+            ("d", f"{choice}  {others}  d compare"),  # with an earlier response
+            ("d", f"{choice}  d compare"),  # with the reference's
+            ("d", "d compare"),
+            ("d", f"{choice}  {others}  d compare"),
+            ("escape", "d compare"),
+        ):
             await pilot.press(key)
-            line = app.screen.query_one("#keys").text()
-            assert line.strip().startswith("press d to compare")
+            await until(pilot, lambda shown=shown: footer.text().startswith(f" {shown}"))
+
+
+async def test_while_token_values_are_shown_no_pair_is_judged(samples, judged, until):
+    async with samples() as (app, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: beside(app).row is not None)
+        await pilot.press("v", "y")
+        await until(pilot, lambda: "press d to show both" in app.screen.query_one("#keys").text())
         assert not judged.labels_file.exists()
 
 

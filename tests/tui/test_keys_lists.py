@@ -255,6 +255,20 @@ async def test_the_last_checkpoint_cannot_be_deleted(checkpoints, until):
         await until(pilot, lambda: reason in notices(app))
 
 
+async def test_all_remarks_on_a_checkpoint_are_whole_in_80_columns(
+    session_maker, tmp_path, running, until
+):
+    session = session_maker(tmp_path, "mine", 200)
+    with contextlib.closing(JournalWriter(session)) as journal:
+        alert = {"rule": "kl_high", "text": "high", "count": 1}
+        journal.record_event("alert", alert, 197)
+        journal.keep_checkpoint(150)
+    async with running(RlhfApp(tmp_path, "mine", follow=False), size=(80, 24)) as pilot:
+        await pilot.press("4")
+        table = pilot.app.screen.query_one(Table)
+        await until(pilot, lambda: "before alert @197, kept" in table.text())
+
+
 async def test_a_checkpoint_that_an_operator_saved_is_marked(
     session_maker, tmp_path, running, until
 ):

@@ -4,7 +4,7 @@ import pytest
 from textual.binding import Binding
 from textual.command import CommandPalette
 from textual.events import Key
-from textual.widgets import Input
+from textual.widgets import Input, OptionList
 
 from rlhf_tui.app import palette
 from rlhf_tui.app.app import RlhfApp
@@ -106,3 +106,23 @@ def test_every_key_with_words_is_described():
     bindings = [b for owner in owners for b in Binding.make_bindings(owner.BINDINGS)]
     missing = {b.action for b in bindings if b.description and not b.system}
     assert missing - palette.DESCRIPTIONS.keys() == set()
+
+
+async def test_without_colours_the_selected_command_is_underlined(
+    make_app, running, monkeypatch, until
+):
+    monkeypatch.setenv("NO_COLOR", "1")
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("ctrl+p")
+        await until(pilot, lambda: isinstance(app.screen, CommandPalette))
+        found = app.screen.query_one(OptionList)
+        await until(pilot, lambda: found.highlighted == 0)
+
+        def underlined(command):
+            """Whether each line of a command has this attribute throughout."""
+            lines = [found.render_line(2 * command + i) for i in range(2)]
+            return [all(s.style is not None and s.style.underline for s in line) for line in lines]
+
+        await until(pilot, lambda: underlined(0) == [True, True])
+        assert underlined(1) == [False, False]

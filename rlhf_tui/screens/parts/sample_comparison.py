@@ -33,15 +33,16 @@ KINDS = ("", "earlier", "reference")
 Other = SampleRow | ProbeResponse
 """What a sample is compared with: another sample, or the reference's response to a probe."""
 BINDINGS: list[BindingType] = [
+    Binding("y", "better('this')", "this is better"),
+    Binding("o", "better('other')", "other is better"),
+    Binding("left,h", "other(-1)", "newer"),
+    Binding("right,l", "other(1)", "older"),
     Binding("d", "compare", "compare"),
-    Binding("y", "better('this')", "this response is better", show=False),
-    Binding("o", "better('other')", "the other response is better", show=False),
-    Binding("left,h", "other(-1)", "compare with a newer response", show=False),
-    Binding("right,l", "other(1)", "compare with an older response", show=False),
     Binding("shift+left,H", "other(-200)", "compare with the newest response", show=False),
     Binding("shift+right,L", "other(200)", "compare with the oldest response", show=False),
 ]
-"""Keys of the screen whose actions call :class:`SampleComparison`."""
+"""Keys of the screen whose actions call :class:`SampleComparison`; the footer shows those of a
+comparison while there is one."""
 
 
 class ComparisonRead(Message):
@@ -100,6 +101,14 @@ class SampleComparison:
         self._probed.clear()
         self.leave()
 
+    def why_disabled(self, action: str) -> str:
+        """Why a key of a comparison is disabled; empty for one that is not."""
+        if action == "better" and not self._kind:
+            return "press d to compare with another response, then y or o"
+        if action == "other" and self._kind != "earlier":
+            return "press d to compare with an earlier response"
+        return ""
+
     # -- what it is compared with --------------------------------------------------------------
 
     def next_kind(self) -> None:
@@ -115,11 +124,13 @@ class SampleComparison:
             self._kind = KINDS[(KINDS.index(self._kind) + 1) % len(KINDS)]
             view.as_text()
             self.select(row, ask=True)
+        self._screen.refresh_keys()
 
     def leave(self) -> bool:
         """Ends the comparison; False if there was none."""
         was_comparing, self._kind = bool(self._kind), KINDS[0]
         self.select(None)
+        self._screen.refresh_keys()
         return was_comparing
 
     def select(self, row: SampleRow | None, *, ask: bool = False) -> None:
@@ -165,9 +176,6 @@ class SampleComparison:
 
     def show_other(self, by: int) -> None:
         """Shows another one of the earlier responses."""
-        if self._kind != "earlier":
-            self._context.say("press d to compare with an earlier response")
-            return
         self._index = min(max(self._index + by, 0), max(len(self._others) - 1, 0))
         self._show()
 
@@ -189,12 +197,7 @@ class SampleComparison:
             title += f" of attempt {other.attempt}" * other.left
             title += f" ({self._index + 1}/{count}{'+' * (count == MAX_COMPARED)})"
         better, who = self._preferred(row.response, other.response)
-        view.compare(
-            ComparisonTarget(
-                self._kind, title, row, other, better=better, who=who,
-                judged=not row.held_out,
-            )
-        )  # fmt: skip
+        view.compare(ComparisonTarget(self._kind, title, row, other, better=better, who=who))
 
     # -- the reference -------------------------------------------------------------------------
 
@@ -253,12 +256,13 @@ class SampleComparison:
         if row is not None and self._kind and key_of(row) != self._shown:
             self.select(row)  # the key came before the others of this sample were read
         if row is None or not self._others or not self._view.comparing:
-            reading = self._kind and not self._known
-            self._context.say(
-                "the other response is still loading; then press y or o"
-                if reading
-                else "press d to compare with another response, then y or o"
-            )
+            if not self._known:
+                why = "the other response is still loading; then press y or o"
+            elif self._others:
+                why = "press d to show both responses, then y or o"
+            else:
+                why = "there is no other response to compare with"
+            self._context.say(why)
             return
         other, prompt, who = self._others[self._index], row.prompt, self._context.who
         mine, theirs = Response.of(row), _response(other)

@@ -40,8 +40,6 @@ class ComparisonTarget(Struct, frozen=True, dict=True):
     """`this` or `other` if a preference was given."""
     who: str = ""
     """Who gave it."""
-    judged: bool = True
-    """Whether a preference can be given."""
 
     @functools.cached_property
     def diff(self) -> WordDiff:
@@ -110,21 +108,12 @@ def _side_by_side(left: list[Row], right: list[Row], half: int) -> list[Row]:
 
 
 def _legend(target: ComparisonTarget, width: int) -> list[Row]:
+    """The keys that the footer has no room for, and what the styles mean."""
     cycle: Row = [("d ", "key"), ("next", "dim")]
     if target.row is None:
         return [cycle]
-    choose: Row = [("← → ", "key"), ("choose", "dim")]
     oldest: Row = [("L ", "key"), ("first", "dim")]
-    prefer: list[Row] = [
-        [("y ", "key"), ("this is better", "dim")],
-        [("o ", "key"), ("other is better", "dim")],
-    ]
-    keys: list[Row] = [
-        *(prefer if target.judged else []),
-        *([choose] if target.kind == "earlier" else []),
-        *([oldest] if target.kind == "earlier" and not target.judged else []),
-        cycle,
-    ]
+    keys = [oldest, cycle] if target.kind == "earlier" else [cycle]
     legend: list[Row] = [
         [("only in this", "mine")],
         [("only in other", "theirs")],
