@@ -196,7 +196,7 @@ def test_rm_deletes_one_checkpoint_of_a_session(session_maker, tmp_path):
     asked = CliRunner().invoke(cli, [*rm, "50"], standalone_mode=False)
     assert "give -y to delete a checkpoint of 'mine'" in str(asked.exception)
     last = CliRunner().invoke(cli, [*rm, "100", "-y"], standalone_mode=False)
-    assert "is the last one" in str(last.exception)
+    assert "a resume continues from" in str(last.exception)
     assert CliRunner().invoke(cli, [*rm, "50", "-y"]).exit_code == 0
     assert list(complete_checkpoints(session.checkpoints)) == [100]
     with JournalReader(session) as reader:
