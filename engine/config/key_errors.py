@@ -15,6 +15,9 @@ from engine.examined import examined
 EMPTY = ", got `null`"
 """Suffix of msgspec's message for a key without a value."""
 
+LISTED, SHORT = 4, 40
+"""How many more unknown keys a message lists, and the characters that each has at most."""
+
 
 def known_keys() -> list[str]:
     """Every dotted key of a configuration, in the order of the schema."""
@@ -71,7 +74,7 @@ def explain(message: str, tree: dict[str, Any]) -> str:
     if match := re.search(r"unknown field `(.+)`", text):
         key = f"{path}.{match[1]}" if path else match[1]
         colon = "; YAML takes `key: value`, with a space after the colon" if ":" in match[1] else ""
-        return f"unknown key '{key}'{colon or nearest(key)}"
+        return f"unknown key '{key}'{colon or nearest(key)}{_also_unknown(tree, key)}"
     if match := re.search(r"missing required field `(.+)`", text):
         key = f"{path}.{match[1]}" if path else match[1]
         kind = "section" if key in ("model", "data", "reward") else "key"
@@ -84,6 +87,27 @@ def explain(message: str, tree: dict[str, Any]) -> str:
     if text.endswith(EMPTY):  # `key:` in YAML, `key=` on the command line
         return f"{path} is empty; it must be {wanted}"
     return f"{path} must be {wanted}, not {shown(value)}"
+
+
+def _also_unknown(tree: dict[str, Any], told: str) -> str:
+    """The other unknown keys, so that they need not be found one by one; without long ones."""
+    others = [k for k in _unknown_keys(RunConfig, tree, "") if k != told and len(k) <= SHORT]
+    if not others:
+        return ""
+    listed = ", ".join(f"'{key}'" for key in others[:LISTED])
+    return f" (also unknown: {listed}{' and others' if len(others) > LISTED else ''})"
+
+
+def _unknown_keys(section: type[msgspec.Struct], given: Any, prefix: str) -> Iterable[str]:
+    """The dotted keys of a tree that no section has, outside of lists."""
+    if not isinstance(given, dict):
+        return
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(section)}
+    for name, value in given.items():
+        if name not in fields:
+            yield f"{prefix}{name}"
+        elif isinstance(kind := fields[name], type) and issubclass(kind, msgspec.Struct):
+            yield from _unknown_keys(kind, value, f"{prefix}{name}.")
 
 
 def _parts(path: str) -> list[str]:

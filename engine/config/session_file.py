@@ -26,14 +26,17 @@ def read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at {path}") from None
-    except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, NUL, a loop of links
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # a folder, NUL, a loop of links
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ConfigError(f"cannot read {path}: {reason}") from error
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path} has more than {MAX_BYTES} bytes; it is not a configuration")
-    return text
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a YAML file: it holds no text in UTF-8") from error
 
 
 def read_session_text(path: Path) -> str:

@@ -93,6 +93,20 @@ def test_a_fork_keeps_the_defaults_of_its_parent_and_names_those_that_differ():
     assert longer == {"eval.max_new_tokens": (tokens, 99)}
 
 
+def test_all_unknown_keys_are_told_at_once():
+    def problem(keys):
+        with pytest.raises(ConfigError) as caught:
+            demo(*(f"{key}=1" for key in keys))
+        return str(caught.value)
+
+    assert problem(["ppo.epocs"]) == "unknown key 'ppo.epocs'; did you mean 'ppo.epochs'?"
+    told = problem(["ppo.epocs", "train.stepz", "lr"])
+    assert all(f"'{key}'" in told for key in ("ppo.epocs", "train.stepz", "lr"))
+    assert told.count("did you mean") == 1
+    many = problem([f"k{i}" for i in range(7)])
+    assert many.endswith(" (also unknown: 'k1', 'k2', 'k3', 'k4' and others)")
+
+
 def test_the_keys_that_other_libraries_names_stand_for_exist():
     assert set(KEYS_HERE.values()) <= set(known_keys())
 

@@ -149,6 +149,18 @@ def test_hostile_documents_are_refused_at_once_in_one_readable_line(tmp_path, te
     assert len(str(caught.value)) < 1000
 
 
+def test_what_is_no_yaml_file_is_told_without_the_words_of_python(tmp_path):
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF\xd0\x00")
+    for path, says in (
+        (program, f"{program} is not a YAML file: it holds no text in UTF-8"),
+        (tmp_path, f"cannot read {tmp_path}: Is a directory"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            config_file.load(path)
+        assert str(caught.value) == says
+
+
 @pytest.mark.parametrize("kind", ["a loop of links", "a long name", "NUL"])
 def test_a_path_that_cannot_be_opened_is_refused_in_one_line(tmp_path, kind):
     loop = tmp_path / "loop.yaml"
