@@ -8,7 +8,7 @@ from textual.app import App
 
 from engine.errors import SessionError
 from engine.journal.rows import ProbeResult
-from engine.protocol.commands import Command, Note, Probe
+from engine.protocol.commands import Command, Probe
 from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import Say
@@ -16,7 +16,7 @@ from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, Pendin
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.time_left import about
-from rlhf_tui.state.timeline import applied_text, effect_text
+from rlhf_tui.state.timeline import WITHOUT_STEP, applied_text, effect_text
 
 if TYPE_CHECKING:  # imported when a probe is answered
     from rlhf_tui.dialogs.text import ProbeDialog
@@ -129,8 +129,8 @@ class CommandTracker:
             self._say(f"{text}: {message.problem}", "error")
         elif reply.status == "rejected":
             self._say(f"{text}: rejected: {reply.reason}", "error")
-        elif reply.status == "applied" and isinstance(message.command, Note):
-            self._say(f"{session.name}: note added")
+        elif reply.status == "applied" and message.command.name() in WITHOUT_STEP:
+            self._say(f"{text}: {WITHOUT_STEP[message.command.name()]}")
         elif reply.status == "applied":
             name = message.command.name()
             if reply.step is not None and (effect := effect_text(name, reply.step)):

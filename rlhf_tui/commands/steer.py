@@ -51,7 +51,7 @@ from rlhf_tui.commands.options import (
     utf8_text,
 )
 from rlhf_tui.identity import who
-from rlhf_tui.state.timeline import changes_text, effect_text
+from rlhf_tui.state.timeline import WITHOUT_STEP, changes_text, effect_text
 from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
@@ -126,7 +126,8 @@ class CtlCall:
             done = changes_text(reply.changes)
             if reply.step is not None:
                 done = done or effect_text(command.name(), reply.step)
-            say(f"applied at step {reply.step}" + (f": {one_line(done)}" if done else ""))
+            applied = WITHOUT_STEP.get(command.name()) or f"applied at step {reply.step}"
+            say(applied + (f": {one_line(done)}" if done else ""))
             if isinstance(command, Probe):
                 say(f"prompt: {one_line(command.text)}")
             if reply.result:

@@ -28,7 +28,17 @@ from engine.journal.rows import (
     engine_died_before,
 )
 from engine.metrics import title_of
-from engine.protocol.commands import COMMANDS, Checkpoint, Pause, Rollback, Stop, Undo, Unpause
+from engine.protocol.commands import (
+    COMMANDS,
+    Checkpoint,
+    DeleteCheckpoint,
+    Note,
+    Pause,
+    Rollback,
+    Stop,
+    Undo,
+    Unpause,
+)
 from engine.session.states import ENDED_STATES
 from rlhf_tui.format import change, number, value_text
 
@@ -51,6 +61,8 @@ GUARD_RAIL = "guard rail "
 RESTART = "restart"
 """Rule of the notice that follows the error of an attempt and repeats its text."""
 PAUSED_STATES = ("paused", "pausing")
+WITHOUT_STEP = {Note.name(): "added", DeleteCheckpoint.name(): "done"}
+"""What is said of applied commands that apply to no step."""
 _BOUND = re.compile(
     r"(?P<metric>\S+) is (?P<value>\S+), (?P<side>above|below) (?P<bound>[^;\n]+)"
     r"(?:; (?P<again>alert \d+), .+)?"

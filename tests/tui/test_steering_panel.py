@@ -81,6 +81,10 @@ def test_beta_names_who_set_it():
         (command("applied", applied_step=51, ended=2.0), "✓ applied at step 51"),
         (command("applied", command="pause", applied_step=51), "✓ paused after step 50"),
         (command("applied", command="checkpoint", applied_step=51), "✓ step 50 saved"),
+        (
+            command("applied", command="delete-checkpoint", args={"step": 25}, applied_step=51),
+            "delete-checkpoint 25  ✓ done",
+        ),
         (command("rejected", reason="too much", ended=2.0), "✗ rejected: too much"),
     ],
 )

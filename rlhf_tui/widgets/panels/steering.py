@@ -7,12 +7,12 @@ import msgspec
 from engine import metrics
 from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
-from engine.protocol.commands import Note, Rollback
+from engine.protocol.commands import Rollback
 from rlhf_tui import format as fmt
 from rlhf_tui.format import value_text
 from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
-from rlhf_tui.state.timeline import command_text, effect_text
+from rlhf_tui.state.timeline import WITHOUT_STEP, command_text, effect_text
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
@@ -152,8 +152,8 @@ class SteeringPanel(Panel):
         mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
         abandoned = not command.live and command.command != Rollback.name()
         outcome = f"{mark} {status}"
-        if status == "applied" and command.command == Note.name():
-            outcome = f"{mark} added"  # it applies to nothing: the charts have it at its step
+        if status == "applied" and command.command in WITHOUT_STEP:
+            outcome = f"{mark} {WITHOUT_STEP[command.command]}"
         elif status == "applied" and command.applied_step is not None:
             at = f"applied at step {command.applied_step}"
             outcome = f"{mark} {effect_text(command.command, command.applied_step) or at}"
