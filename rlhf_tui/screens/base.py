@@ -54,7 +54,7 @@ class SessionScreen(Screen[None]):
             status = StatusLine(context.state, id="status")
             status.read_only = not context.steers
             if not context.read_only:
-                status.resume_key = "r" if self.MODE == "dashboard" else "r on 2 Dashboard"
+                status.resume_key = "r" if self.MODE == "dashboard" else "r on screen 2"
             yield status
             if context.replaying:
                 yield ReplayLine(context.state, id="replay")

@@ -94,7 +94,7 @@ class StatusLine(Panel):
 
     read_only = False
     resume_key = ""
-    """The key that resumes the run, shown if the command has no room: `r`, `r on 2 Dashboard`.
+    """The key that resumes the run, shown if the command has no room: `r`, `r on screen 2`.
     Empty if there is none."""
 
     def rows(self, width: int, height: int) -> list[Row]:

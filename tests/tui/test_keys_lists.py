@@ -21,6 +21,7 @@ from rlhf_tui.state.messages import CommandResult
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
+from rlhf_tui.widgets.status_lines import StatusLine
 from rlhf_tui.widgets.table import Table
 from tests.tui.screen import cells, notices, press_for
 
@@ -253,6 +254,23 @@ async def test_the_last_checkpoint_cannot_be_deleted(checkpoints, until):
         await pilot.press("d")
         reason = "the last checkpoint cannot be deleted: a resume continues from it"
         await until(pilot, lambda: reason in notices(app))
+
+
+async def test_how_to_resume_a_stopped_run_is_whole_on_every_screen_in_80_columns(
+    session_maker, tmp_path, running, until
+):
+    session = session_maker(tmp_path, "mine", 254)
+    with contextlib.closing(JournalWriter(session)) as journal:
+        message = "stopped at once, nothing was saved"
+        journal.set_meta(state="stopped", message=message, total_steps=100_000)
+    async with running(RlhfApp(tmp_path, "mine", follow=False), size=(80, 24)) as pilot:
+        for key in "2345":
+            where = "" if key == "2" else " on screen 2"
+            await pilot.press(key)
+            await until(pilot, lambda: pilot.app.screen.query("#status"))
+            line = pilot.app.screen.query_one("#status", StatusLine)
+            await until(pilot, lambda line=line: message in line.text())
+            assert line.text().rstrip().endswith(f"{message}; resume with r{where}")
 
 
 async def test_all_remarks_on_a_checkpoint_are_whole_in_80_columns(
