@@ -4,9 +4,11 @@ import asyncio
 
 from engine.launch.start_options import StartOptions
 from engine.monitoring.guardrails import Alert
+from engine.protocol import rank_messages
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.rank_messages import Applied, RankHello
+from engine.supervisor.server import receive
 from engine.supervisor.supervisor import Supervisor
 
 
@@ -73,3 +75,12 @@ async def rank_connection(engine, folder):
 
     server = await asyncio.start_unix_server(serve, path)
     return server, *await asyncio.open_unix_connection(path)
+
+
+async def begin_of(engine, folder):
+    """What a rank is sent when it connects."""
+    server, reader, to_engine = await rank_connection(engine, folder)
+    async with server:
+        begin = rank_messages.decode_to_rank(await receive(reader))
+        to_engine.close()
+        return begin

@@ -24,13 +24,12 @@ from engine.protocol.rank_messages import (
     Failed,
     Paused,
     Ready,
-    Unpaused,
 )
 from engine.supervisor import supervisor
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.server import receive
 from tests.engine.demo_config import demo
-from tests.engine.supervised import Engine, apply_pending, rank_connection, starting_attempt
+from tests.engine.supervised import Engine, begin_of, rank_connection, starting_attempt
 
 # -- to pause --------------------------------------------------------------------------------------
 
@@ -45,19 +44,6 @@ async def test_commands_are_checked_against_the_state_at_the_boundary(engine):
         if reply.status == "accepted":
             engine.receive(Applied(id=reply.id, step=1))
     assert engine.state == "paused"
-
-
-async def test_a_pause_that_was_taken_back_is_no_longer_shown(engine):
-    engine.receive(Ready(info={}, settings=engine.shared.settings))
-    engine.send(Pause())
-    engine.send(Unpause())
-    assert engine.state == "running"
-
-
-async def test_a_run_that_loads_is_not_shown_as_running_after_a_pause_was_taken_back(engine):
-    engine.send(Pause())
-    engine.send(Unpause())
-    assert engine.state == "starting"
 
 
 # -- to stop ---------------------------------------------------------------------------------------
@@ -107,81 +93,7 @@ async def test_a_command_after_the_end_is_rejected_while_the_engine_sends_its_me
 # -- guard rails -----------------------------------------------------------------------------------
 
 
-async def test_a_guard_rail_stops_a_run_that_is_about_to_pause(engine):
-    engine.send(Pause())
-    assert engine.state == "pausing"
-    engine.alert("stop")
-    assert engine.state == "stopping"
-
-
-def pause_reasons(engine, writer):
-    """The reason of the pause in the live status and in the journal."""
-    with JournalReader(writer.session) as reader:
-        return {engine.supervisor.status().pause_reason, reader.meta().pause_reason}
-
-
-async def test_a_pause_by_a_guard_rail_has_its_reason_until_it_is_ended(engine, writer):
-    engine.alert("pause")
-    assert pause_reasons(engine, writer) == {None}
-    apply_pending(engine)
-    assert pause_reasons(engine, writer) == {"much at step 3: too much"}
-    engine.supervisor.publisher.set_state("starting")  # its ranks died and are started again
-    engine.receive(Ready(info={}, settings=engine.shared.settings))
-    assert engine.state == "paused"
-    assert pause_reasons(engine, writer) == {"much at step 3: too much"}
-    engine.send(Unpause())
-    apply_pending(engine)
-    assert pause_reasons(engine, writer) == {None}
-
-
-async def test_a_pause_by_a_person_has_no_reason_whatever_alerts_meanwhile(engine, writer):
-    engine.send(Pause())
-    engine.alert("pause")
-    apply_pending(engine)
-    assert engine.state == "paused"
-    assert pause_reasons(engine, writer) == {None}
-
-
-async def test_a_pause_that_the_ranks_began_is_shown_and_can_be_ended(engine, writer):
-    engine.receive(Paused(step=3, rule="reward", reason="reward 'score' at step 4: ValueError"))
-    assert engine.state == "paused"
-    assert pause_reasons(engine, writer) == {"reward 'score' at step 4: ValueError"}
-    assert engine.send(Unpause()).status == "accepted"
-    apply_pending(engine)
-    assert engine.state == "running"
-    assert pause_reasons(engine, writer) == {None}
-
-
 OUTAGE = Paused(step=3, rule="reward", reason="no service", recovers=True)
-
-
-async def test_a_pause_that_the_ranks_end_themselves_is_shown_as_ended(engine, writer):
-    engine.receive(OUTAGE)
-    assert pause_reasons(engine, writer) == {"no service"}
-    engine.receive(Unpaused(step=3, rule="reward", text="it works again"))
-    assert engine.state == "running"
-    assert pause_reasons(engine, writer) == {None}
-
-
-async def test_a_pause_that_would_end_by_itself_can_be_turned_into_a_persons(engine, writer):
-    engine.receive(OUTAGE)
-    assert engine.send(Pause()).status == "accepted"
-    assert engine.state == "pausing"
-    assert engine.send(Pause()).status == "rejected"
-    apply_pending(engine)
-    assert engine.state == "paused"
-    assert pause_reasons(engine, writer) == {None}
-    assert not engine.shared.pause_recovers
-
-
-async def test_a_persons_pause_stays_if_the_ranks_end_theirs_before_it_arrives(engine, writer):
-    engine.receive(OUTAGE)
-    engine.send(Pause())
-    engine.receive(Unpaused(step=3, rule="reward", text="it works again"))
-    assert engine.state == "pausing"
-    apply_pending(engine)
-    assert engine.state == "paused"
-    assert pause_reasons(engine, writer) == {None}
 
 
 @pytest.mark.parametrize("ending", ["stopping", "finished"])
@@ -249,15 +161,6 @@ async def test_only_failures_of_ready_ranks_count_against_a_command(engine, writ
     assert "failed 2 times" in writer.journal.commands.reply(sent.id).reason
 
 
-async def test_a_pause_survives_failures_of_the_ranks(engine, writer):
-    sent = engine.send(Pause())
-    for _ in range(3):
-        engine.shared.attempt = Attempt(StartOptions())
-        engine.receive(Ready(info={}, settings=engine.shared.settings))
-        engine.supervisor.attempt_end.handle(-signal.SIGKILL)
-    assert [m.id for m in engine.supervisor.pending.messages()] == [sent.id]
-
-
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
@@ -279,24 +182,6 @@ async def test_ranks_are_told_of_the_alerts_that_have_not_cleared(engine, tmp_pa
         confirm = rank_messages.decode_to_rank(await receive(reader))
         to_engine.close()
     assert (confirm.step, confirm.alerts) == (4, [2])
-
-
-async def begin_of(engine, folder):
-    """What a rank is sent when it connects."""
-    server, reader, to_engine = await rank_connection(engine, folder)
-    async with server:
-        begin = rank_messages.decode_to_rank(await receive(reader))
-        to_engine.close()
-        return begin
-
-
-async def test_ranks_begin_paused_unless_the_pause_would_have_ended_by_itself(engine, tmp_path):
-    engine.shared.paused = True
-    assert (await begin_of(engine, tmp_path)).paused
-    engine.receive(OUTAGE)
-    (tmp_path / "link.sock").unlink(missing_ok=True)  # Python 3.13 has removed it
-    assert not (await begin_of(engine, tmp_path)).paused
-    assert not engine.shared.paused
 
 
 async def test_ranks_are_told_what_this_engine_has_recorded_of_their_step(

@@ -1,5 +1,6 @@
 """Fixtures of the rank tests: runs of the starter models in the test process."""
 
+import socket
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from transformers import AutoTokenizer
 from engine import starter
 from engine.config import file as config_file
 from engine.launch import environment
-from engine.protocol.rank_messages import Begin
+from engine.protocol.rank_messages import Begin, RankHello
 from engine.session.folder import create
+from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import RankGroup
 from engine.train.link import Link
 from engine.train.load import load_run
@@ -22,7 +24,7 @@ from engine.train.step import train_step
 from tests.train.half_models import write_half
 from tests.train.reward_inputs import three_responses
 from tests.train.stand_in_engine import StandInEngine
-from tests.train.supervisor_end import Supervisor
+from tests.train.supervisor_end import METRICS, Supervisor
 
 torch.set_num_threads(1)  # models this small gain nothing from more
 
@@ -174,3 +176,17 @@ def link(supervisor, monkeypatch):
     monkeypatch.setenv(environment.SOCKET_VARIABLE, str(supervisor.path))
     monkeypatch.setenv(environment.TOKEN_VARIABLE, "token")
     return Link(0)
+
+
+@pytest.fixture
+def trained(shared_run, supervisor, link):
+    """A run as after its first step, with its boundary and its supervisor."""
+    run, session = shared_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
+    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), link)
+    boundary.after_step(1, dict(METRICS), 0.1)
+    supervisor.wait_for(RankHello)
+    yield run, session, boundary, supervisor
+    supervisor.may_confirm.set()
+    boundary.close()
+    supervisor.peer.shutdown(socket.SHUT_RDWR)
+    supervisor.listener.close()
