@@ -27,10 +27,10 @@ def delete_checkpoint(session: SessionFolder, step: int, who: str) -> None:
     try:
         check_deletable(step, needed_checkpoints(session), checkpoint_steps(session))
         try:
-            _record(session, step, command_id, who)
+            _record(session, command_id, step, who)
         except (JournalError, sqlite3.Error):
             remove(folder)  # on a full disk, this makes the room for the record
-            _record(session, step, command_id, who)
+            _record(session, command_id, step, who)
         remove(folder)
     except sqlite3.Error as error:
         raise JournalError(f"cannot write {session.journal_file}: {error}") from error
@@ -40,8 +40,13 @@ def delete_checkpoint(session: SessionFolder, step: int, who: str) -> None:
         lock.release()
 
 
-def _record(session: SessionFolder, step: int, command_id: str, who: str) -> None:
+def _record(session: SessionFolder, command_id: str, step: int, who: str) -> None:
     with closing(JournalWriter(session)) as journal:
-        journal.commands.record(command_id, DeleteCheckpoint.name(), {"step": step}, who)
-        journal.remove_checkpoint(step)
-        journal.commands.apply(command_id, journal.step + 1, [])
+        record_deletion(journal, command_id, step, who)
+
+
+def record_deletion(journal: JournalWriter, command_id: str, step: int, who: str) -> None:
+    """Records a deletion as a command that has been applied. Raises sqlite3.Error."""
+    journal.commands.record(command_id, DeleteCheckpoint.name(), {"step": step}, who)
+    journal.remove_checkpoint(step)
+    journal.commands.apply(command_id, journal.step + 1, [])

@@ -16,6 +16,7 @@ from engine.config.settings import Settings
 from engine.errors import CommandRejectedError, JournalError, RlhfError
 from engine.examined import examined
 from engine.journal.writer import JournalWriter
+from engine.launch.delete_checkpoint import record_deletion
 from engine.launch.start_checkpoints import (
     checkpoint_steps,
     needed_checkpoints,
@@ -233,10 +234,7 @@ class CommandHandler:
     def _record_deletion(self, request: CommandRequest, step: int, who: str) -> None:
         """Records a deletion for which the files had to make room on a full disk."""
         try:
-            name, args = request.command.name(), config_file.as_mapping(request.command)
-            self._journal.commands.record(request.id, name, args, who)
-            self._journal.remove_checkpoint(step)
-            self._journal.commands.apply(request.id, self._journal.step + 1, [])
+            record_deletion(self._journal, request.id, step, who)
             self._publisher.rows_added()
         except sqlite3.Error as error:
             log.warning("the deletion of checkpoint %d could not be recorded: %s", step, error)

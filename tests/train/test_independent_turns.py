@@ -21,6 +21,12 @@ VLLM = "rollout.engine=vllm"
 INDEPENDENT = (VLLM, "environment.turns=independent")
 
 
+def written(factory, folder):
+    """Keys for an environment in a file of the folder, whose responses are independent."""
+    return (f"environment.factory={factory}", f"environment.path={folder}",
+            "environment.max_tokens=40", *INDEPENDENT)  # fmt: skip
+
+
 def same(one, other):
     assert torch.equal(one.ids, other.ids)
     assert torch.equal(one.ended, other.ended)
@@ -82,8 +88,8 @@ def test_responses_go_on_while_another_one_waits_for_its_environment(make_run, e
         "        return ' What else?'\n"
     )
     run, _ = make_run(
-        "environment.factory=waiting:Waiting", f"environment.path={tmp_path}", *INDEPENDENT,
-        "environment.max_tokens=40", "environment.max_turns=3", STOPS, "rollout.max_new_tokens=60",
+        *written("waiting:Waiting", tmp_path), "environment.max_turns=3", STOPS,
+        "rollout.max_new_tokens=60",
     )  # fmt: skip
     turns = [turns.count for turns in respond(run).conversation.turns]
     assert 3 in turns[1:]
@@ -110,10 +116,7 @@ def test_an_error_in_a_later_turn_ends_all_of_them_and_the_engine_goes_on(
         f"{FAILS}    def reply(self, text):\n        self.turns += 1\n"
         f"        if self.turns == 1:\n            return ' What else?'\n        {body}\n"
     )
-    run, _ = make_run(
-        f"environment.factory={name}:Failing", f"environment.path={tmp_path}", *INDEPENDENT,
-        "environment.max_tokens=40", "environment.timeout=0.5", STOPS,
-    )  # fmt: skip
+    run, _ = make_run(*written(f"{name}:Failing", tmp_path), "environment.timeout=0.5", STOPS)
     try:
         with pytest.raises(RewardCallError, match=expected) as raised:
             respond(run)
@@ -134,10 +137,7 @@ def test_an_engine_that_forgets_weights_gets_them_again_after_an_error(make_run,
         "        if Failing.fails:\n"
         "            raise ValueError('no game')\n"
     )
-    run, _ = make_run(
-        "environment.factory=failing_once:Failing", f"environment.path={tmp_path}", *INDEPENDENT,
-        "environment.max_tokens=40", "rollout.sleep=2",
-    )  # fmt: skip
+    run, _ = make_run(*written("failing_once:Failing", tmp_path), "rollout.sleep=2")
     with pytest.raises(RewardCallError):
         respond(run)
     sys.modules["failing_once"].Failing.fails = False
@@ -161,8 +161,7 @@ def test_an_error_ends_the_step_while_another_environment_hangs(make_run, engine
         "        raise ValueError('no game')\n"
     )
     run, _ = make_run(
-        "environment.factory=one_hangs:Failing", f"environment.path={tmp_path}", *INDEPENDENT,
-        "environment.max_tokens=40", "environment.timeout=0.5",
+        *written("one_hangs:Failing", tmp_path), "environment.timeout=0.5",
     )  # fmt: skip
     raised = []
 
@@ -190,8 +189,7 @@ def test_progress_is_that_of_the_tokens_also_while_environments_are_waited_for(
         "        assert end.wait(60)\n"
     )
     run, _ = make_run(
-        "environment.factory=watched:Watched", f"environment.path={tmp_path}", *INDEPENDENT,
-        "environment.max_tokens=40",
+        *written("watched:Watched", tmp_path),
     )  # fmt: skip
     watched, waiting = sys.modules["watched"], []
 
@@ -254,8 +252,7 @@ def test_a_call_that_takes_long_is_told_with_its_turn(make_run, engine, tmp_path
         "        assert told.event.wait(60)\n"
     )
     run, _ = make_run(
-        "environment.factory=slow_turn:Slow", f"environment.path={tmp_path}", *INDEPENDENT,
-        "environment.max_tokens=40",
+        *written("slow_turn:Slow", tmp_path),
     )  # fmt: skip
     monkeypatch.setattr(concurrent_calls, "LONG_CALL", 0.1)
     try:

@@ -182,8 +182,8 @@ class IndependentTurns:
             last = self._turns[row] == self._config.max_turns
 
             def tokens(messages: Messages) -> list[int]:
-                if last or not response.ended or not response.left(self.tokens):
-                    return []  # the reply is not used
+                if not response.uses_reply(self.tokens, last=last):
+                    return []
                 return self._reply_tokens(response.prompt, messages, response.ids[-1])
 
             answer = self._environments.answer(replied, tokens)

@@ -64,6 +64,10 @@ class Response:
         """How many tokens the policy may still sample, if `most` is the limit of a response."""
         return most - len(self.positions)
 
+    def uses_reply(self, most: int, *, last: bool) -> bool:
+        """Whether another turn follows a reply; the arguments are those of :meth:`goes_on`."""
+        return self.ended and not last and self.left(most) > 0
+
     def add_turn(self, turn: SampledTurn, tokenizer: PreTrainedTokenizerBase) -> str:
         """Appends a turn of the policy and returns its text, as the environment gets it.
 

@@ -190,8 +190,8 @@ class TurnLoop:
 
         def tokens(i: int, messages: Messages) -> list[int]:
             response = going_on[i]
-            if last or not response.ended or not response.left(most):
-                return []  # the reply is not used
+            if not response.uses_reply(most, last=last):
+                return []
             return self._tokens(response.prompt, messages, response.ids[-1])
 
         answers = self._environments.answers(
