@@ -1,11 +1,14 @@
 """Weighted sums of reward sources."""
 
+import threading
+
 import pytest
 
 from engine.errors import RewardError
 from engine.train.distributed import compute_on_rank_0
+from engine.train.rewards import calls
 from engine.train.rewards.mix import RewardMix, WeightedReward
-from engine.train.rewards.source import RunsOn
+from engine.train.rewards.source import IncompleteScoresError, RunsOn
 from tests.train.minibatch import SINGLE_RANK
 from tests.train.reward_inputs import TEXTS
 from tests.train.two_ranks import two_ranks
@@ -76,6 +79,58 @@ def test_a_source_is_normalised_within_groups_only_if_their_size_is_given(inputs
     want = [3 * (n - 16) / deviation + b for n, b in ((11, 1.5), (34, 0), (3, 0))]
     assert got == pytest.approx(want, rel=1e-6)
     assert scores.parts["a"] == [11, 34, 3]
+
+
+def test_remote_sources_are_called_together_and_beside_the_others(inputs):
+    meeting = threading.Barrier(3)
+
+    def meets(_inputs, _report):
+        meeting.wait(60)  # raises if a call waits for another one to end
+        return [1.0, 2.0, 3.0]
+
+    sources = {
+        "service": WeightedReward(1.0, RunsOn.RANK_0, meets, remote=True),
+        "function": WeightedReward(10.0, RunsOn.RANK_0, meets),
+        "judge": WeightedReward(100.0, RunsOn.RANK_0, meets, remote=True),
+    }
+    scores = RewardMix(sources, SINGLE_RANK)(inputs)
+    assert scores.total.tolist() == [111.0, 222.0, 333.0]
+    assert list(scores.parts) == ["service", "function", "judge"]
+
+
+def test_only_unscored_responses_are_sent_again_to_a_remote_source(inputs, monkeypatch):
+    monkeypatch.setattr(calls, "FIRST_DELAY", 0.0)
+    texts = []
+
+    def half_down(part, _report):
+        texts.append(part.texts)
+        if len(texts) == 1:
+            raise IncompleteScoresError("down", {1: 5.0}, retry_after=0, works_again=bool)
+        return [7.0] * len(part)
+
+    source = WeightedReward(1.0, RunsOn.RANK_0, half_down, remote=True)
+    scores = RewardMix({"service": source}, SINGLE_RANK, retries=1)(inputs)
+    assert scores.total.tolist() == [7.0, 5.0, 7.0]
+    assert texts == [TEXTS, [TEXTS[0], TEXTS[2]]]
+
+
+def test_the_progress_of_a_remote_source_is_reported_where_the_mix_is_called(inputs, monkeypatch):
+    monkeypatch.setattr(calls, "REPORT_INTERVAL", 0.01)
+    reports, told = [], threading.Event()
+
+    def slow(_inputs, report):
+        report(2, 3)
+        assert told.wait(60)
+        return [1.0, 1.0, 1.0]
+
+    def report(*progress):
+        reports.append((threading.current_thread(), progress))
+        if progress == (2, 3):
+            told.set()
+
+    source = WeightedReward(1.0, RunsOn.RANK_0, slow, remote=True)
+    RewardMix({"service": source}, SINGLE_RANK)(inputs, report)
+    assert {thread for thread, _ in reports} == {threading.current_thread()}
 
 
 def test_the_other_ranks_report_while_a_source_of_rank_0_does(inputs, monkeypatch):

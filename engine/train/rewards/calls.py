@@ -2,12 +2,14 @@
 
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
 from engine.errors import LinkError, RewardError
 from engine.progress import ReportProgress
 from engine.train.rewards.function import FunctionReward
+from engine.train.rewards.http_client import REPORT_INTERVAL
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import (
     IncompleteScoresError,
@@ -44,6 +46,17 @@ class SourceCall:
         self._reward = reward
         self._inputs = inputs
         self._scores: dict[int, Score] = {}
+        self._begun: Future[list[Score]] | None = None
+        self._progress = 0, len(inputs)
+
+    def begin(self) -> None:
+        """Makes the next call in a thread at once; calling the object waits for it."""
+        pool = ThreadPoolExecutor(1, "reward-source")
+        self._begun = pool.submit(self._call, self._set_progress)
+        pool.shutdown(wait=False)
+
+    def _set_progress(self, done: int, total: int) -> None:
+        self._progress = done, total
 
     def __call__(self, report: ReportProgress) -> list[Score]:
         """Calls the source once, with the responses that are not scored yet; returns B scores.
@@ -56,6 +69,14 @@ class SourceCall:
             RewardCallError: the source raised.
             LinkError: the supervisor is gone; raised by `report`.
         """
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return self._call(report)
+        while wait([begun], REPORT_INTERVAL).not_done:
+            report(*self._progress)
+        return begun.result()
+
+    def _call(self, report: ReportProgress) -> list[Score]:
         name, count = self._name, len(self._inputs)
         rows = [i for i in range(count) if i not in self._scores]
         part = self._inputs.select(torch.tensor(rows)) if self._scores else self._inputs

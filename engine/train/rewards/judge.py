@@ -164,4 +164,4 @@ def _load(source: RewardSource, context: LoadContext) -> JudgeReward:
     return JudgeReward(Endpoint.of(url, source.http), source.judging)
 
 
-KIND = SourceKind(runs_on=RunsOn.RANK_0, load=_load, default_name=lambda _: "judge")
+KIND = SourceKind(runs_on=RunsOn.RANK_0, load=_load, default_name=lambda _: "judge", remote=True)

@@ -57,6 +57,8 @@ class WeightedReward:
     """Whether the source's own `normalise` is `reference`."""
     in_groups: bool = False
     """Whether it is `group`."""
+    remote: bool = False
+    """See :attr:`SourceKind.remote`."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class RewardMix:
     ) -> Scores:
         """Scores all responses of a step; a None score adds nothing to the sum.
 
+        Remote sources are called together, while this process calls the other ones.
+
         Args:
             inputs: B responses.
             report: see :class:`Reward`.
@@ -150,15 +154,27 @@ class RewardMix:
             PeerRankError: that error on rank 0, raised on the other ranks.
             RewardCallError: a source that runs on rank 0 raised in every call.
         """
+        begun = self._begin_remote(inputs)
+        order = sorted(self._sources, key=lambda name: self._sources[name].remote)
         found = {
-            name: self.source_scores(name, inputs, report, retry=retry) for name in self._sources
+            name: self.source_scores(name, inputs, report, retry=retry, begun=begun.get(name))
+            for name in order
         }
-        parts = {name: [whole(score) for score in scores] for name, scores in found.items()}
+        parts = {name: [whole(score) for score in found[name]] for name in self._sources}
         turns = {
-            name: [score if isinstance(score, list) else None for score in scores]
-            for name, scores in found.items()
+            name: [score if isinstance(score, list) else None for score in found[name]]
+            for name in self._sources
         }
         return Scores(self.total(parts, inputs), parts, turns)
+
+    def _begin_remote(self, inputs: RewardInputs) -> dict[str, SourceCall]:
+        """Begins the calls of the remote sources; there are none on ranks other than 0."""
+        begun: dict[str, SourceCall] = {}
+        for name, source in self._sources.items():
+            if source.remote and source.reward is not None:
+                begun[name] = SourceCall(name, source.reward, inputs)
+                begun[name].begin()
+        return begun
 
     def total(
         self,
@@ -231,11 +247,18 @@ class RewardMix:
         report: ReportProgress = report_nothing,
         *,
         retry: bool = True,
+        begun: SourceCall | None = None,
     ) -> list[Score]:
-        """The B scores of one source. Raises what calling the mix raises."""
+        """The B scores of one source, whose call may have begun.
+
+        Raises what calling the mix raises.
+        """
         source = self._sources[name]
         if source.runs_on is RunsOn.RANK_0:
-            return self._score_on_rank_0(name, source.reward, inputs, report, retry=retry)
+            call = begun
+            if call is None and source.reward is not None:
+                call = SourceCall(name, source.reward, inputs)
+            return self._score_on_rank_0(call, report, len(inputs), retry=retry)
         if source.reward is None:
             raise TypeError(f"reward source '{name}' is not loaded on this rank")
         return self._score_on_every_rank(name, source.reward, inputs, report)
@@ -256,24 +279,23 @@ class RewardMix:
         return validate_scores(name, self._ranks.all_reduce_sum(scores).tolist(), inputs)
 
     def _score_on_rank_0(
-        self,
-        name: str,
-        reward: Reward | None,
-        inputs: RewardInputs,
-        report: ReportProgress,
-        *,
-        retry: bool,
+        self, call: SourceCall | None, report: ReportProgress, count: int, *, retry: bool
     ) -> list[Score]:
-        """Calls the source on rank 0, again if it raises.
+        """Calls a source on rank 0, again if it raises.
 
         The ranks synchronise after each call and each report, so that none waits in a collective,
         or stays silent, for longer than rank 0 itself.
+
+        Args:
+            call: None on ranks other than 0.
+            report: called on every rank.
+            count: number of responses.
+            retry: whether to call it again.
         """
-        call = None if reward is None else SourceCall(name, reward, inputs)
         delays = retry_delays(self._retries if retry else 0)
         while True:
             try:
-                return self._call_on_rank_0(call, report, len(inputs))
+                return self._call_on_rank_0(call, report, count)
             except RewardCallError as error:
                 delay = next(delays, None) if error.retry else None
                 if delay is None:
@@ -282,7 +304,7 @@ class RewardMix:
                 if call is not None:
                     log.warning("%s; it is called again in %.0f s", error, delay)
             time.sleep(delay)
-            report(0, len(inputs))
+            report(0, count)
 
     def _call_on_rank_0(
         self, call: SourceCall | None, report: ReportProgress, count: int
@@ -370,6 +392,7 @@ def load_rewards(
         sources[name] = WeightedReward(
             source.weight, kind.runs_on, reward,
             normalised=source.normalise == "reference", in_groups=source.normalise == "group",
+            remote=kind.remote,
         )  # fmt: skip
     return RewardMix(sources, context.ranks, context.config.retries)
 

@@ -201,4 +201,4 @@ def default_name(url: str) -> str:
     return parts.path.rstrip("/").rsplit("/", 1)[-1] or str(parts.hostname)
 
 
-KIND = SourceKind(runs_on=RunsOn.RANK_0, load=_load, default_name=default_name)
+KIND = SourceKind(runs_on=RunsOn.RANK_0, load=_load, default_name=default_name, remote=True)

@@ -150,6 +150,9 @@ class SourceKind:
     """Called on the ranks of `runs_on`. Raises UserInputError."""
     default_name: Callable[[str], str]
     """Maps the configuration value to the source's name in the metrics, if the user gives none."""
+    remote: bool = False
+    """Whether other machines compute the scores, so that the source can be called in a thread while
+    other sources are called; only with :attr:`RunsOn.RANK_0`."""
 
 
 WorksAgain = Callable[[], bool]
