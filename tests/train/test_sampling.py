@@ -390,6 +390,26 @@ def test_checks_shapes_and_refilled_slots_change_no_response(respond, schedule, 
 
 @pytest.mark.parametrize("at_once", some_of({"all": None, "three": 3}, "three"))
 @pytest.mark.parametrize("schedule", [EXACT, Schedule(5, fixed_shapes=False), Schedule(5, True)])
+def test_each_response_is_told_once_it_has_ended(respond, schedule, at_once):
+    told, reported = {}, []
+
+    def on_ended(row, ids):
+        assert row not in told
+        told[row] = ids, len(reported)
+
+    rollout = respond(
+        eos=EOS[:2], stop=["w7"], schedule=schedule, at_once=at_once, on_ended=on_ended,
+        report=lambda *_: reported.append(None),
+    )  # fmt: skip
+    lengths = rollout.lengths.tolist()
+    assert {row: ids for row, (ids, _) in told.items()} == {
+        row: rollout.ids[row, :length].tolist() for row, length in enumerate(lengths)
+    }
+    assert min(when for _, when in told.values()) < len(reported) - 1  # before the last check
+
+
+@pytest.mark.parametrize("at_once", some_of({"all": None, "three": 3}, "three"))
+@pytest.mark.parametrize("schedule", [EXACT, Schedule(5, fixed_shapes=False), Schedule(5, True)])
 def test_each_response_has_a_limit_of_its_own(respond, schedule, at_once):
     limits = [1, 2, 3, LIMIT, 5, 1, 7, 4]
     endless = respond(eos=EOS)

@@ -465,11 +465,9 @@ class CountingBackend:
     def sync(self, model, weights_version, report):
         self.backend.sync(model, weights_version, report)
 
-    def generate(self, model, batch, uniforms, temperature, *, per_prompt, limits, report):
+    def generate(self, model, batch, uniforms, temperature, **options):
         self.rows.append(len(batch.prompts))
-        return self.backend.generate(
-            model, batch, uniforms, temperature, per_prompt=per_prompt, limits=limits, report=report
-        )
+        return self.backend.generate(model, batch, uniforms, temperature, **options)
 
 
 def test_every_response_comes_from_the_run_s_rollout_backend(make_run):

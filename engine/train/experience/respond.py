@@ -4,7 +4,12 @@ from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt
 from engine.train.environment.turn_loop import TurnLoop
 from engine.train.models.language_model import AnyModel
-from engine.train.rollout.backend import SamplingOptions, TurnsBackend, generate_responses
+from engine.train.rollout.backend import (
+    OnResponse,
+    SamplingOptions,
+    TurnsBackend,
+    generate_responses,
+)
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 
@@ -17,6 +22,7 @@ def respond(
     report: ReportProgress = report_nothing,
     *,
     purpose: str | None = None,
+    on_ended: OnResponse | None = None,
 ) -> Rollout:
     """Generates responses to prompts; the rollout holds all of them, on every rank.
 
@@ -31,18 +37,23 @@ def respond(
         report: called with (tokens done, total), for each turn anew, and after each reply.
         purpose: what the responses are for, for errors of an environment and the log. Default: the
             step of the options.
+        on_ended: without an environment, may be called with responses of this rank that have ended
+            while others have not.
 
     Raises:
         RewardCallError: an environment raised, or the chat template cannot render its reply.
     """
 
-    def generate(prompts: list[Prompt], options: SamplingOptions) -> Rollout:
+    def generate(
+        prompts: list[Prompt], options: SamplingOptions, on_ended: OnResponse | None = None
+    ) -> Rollout:
         return generate_responses(
-            run.backend, model, prompts, options, run.tokenizer, run.ranks, report
-        )
+            run.backend, model, prompts, options, run.tokenizer, run.ranks, report,
+            on_ended=on_ended,
+        )  # fmt: skip
 
     if run.environments is None:
-        return generate(prompts, options)
+        return generate(prompts, options, on_ended)
     turns = TurnLoop(
         run.config, run.environments, run.tokenizer, options,
         purpose or f"step {options.step}", report,

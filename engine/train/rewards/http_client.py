@@ -140,16 +140,27 @@ class Endpoint:
                 f"{self.place}: unusable reply ({self.hide_secrets(error_text(error))}): {shown}"
             ) from None
 
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        """The threads that wait for replies, :attr:`concurrency` of them."""
+        return ThreadPoolExecutor(self.concurrency, "reward-request")
+
     def run_all(
         self, tasks: list[Callable[[], T]], report: Callable[[int], None]
     ) -> tuple[dict[int, T], dict[int, RequestError]]:
-        """Runs tasks of one request each, :attr:`concurrency` at a time.
+        """Runs tasks of one request each in :attr:`pool`; see :meth:`results`."""
+        return self.results([self.pool.submit(task) for task in tasks], report)
+
+    def results(
+        self, tasks: list[Future[T]], report: Callable[[int], None]
+    ) -> tuple[dict[int, T], dict[int, RequestError]]:
+        """Waits for tasks of one request each.
 
         Once :attr:`concurrency` tasks in a row have failed, the rest are not started: each would
         otherwise wait for the time limit if the service is down.
 
         Args:
-            tasks: each may raise RequestError; any other exception is raised here.
+            tasks: of :attr:`pool`. Each may raise RequestError; any other exception is raised here.
             report: called with the number of finished tasks, at least every
                 :data:`REPORT_INTERVAL` seconds.
 
@@ -159,8 +170,8 @@ class Endpoint:
         results: dict[int, T] = {}
         errors: dict[int, RequestError] = {}
         in_a_row = 0
-        with ThreadPoolExecutor(self.concurrency, "reward-request") as pool:
-            running: dict[Future[T], int] = {pool.submit(t): i for i, t in enumerate(tasks)}
+        running = {task: i for i, task in enumerate(tasks)}
+        try:
             while running:
                 finished, _ = wait(running, REPORT_INTERVAL, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -173,6 +184,9 @@ class Endpoint:
                     for future in [f for f in running if f.cancel()]:
                         del running[future]
                 report(len(results))
+        finally:
+            for future in running:
+                future.cancel()
         return results, errors
 
 

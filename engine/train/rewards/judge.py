@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -65,6 +66,14 @@ class JudgeReward:
     def __init__(self, endpoint: Endpoint, config: JudgeConfig) -> None:
         self._endpoint = endpoint
         self._config = config
+        self._early: dict[bytes, Future[list[Score]]] = {}
+        """Requests sent before the source is called, by their body."""
+
+    def ask_early(self, prompt: Prompt, text: str) -> None:
+        """See :class:`AsksEarly`."""
+        body = self._body(prompt, text)
+        if body not in self._early:
+            self._early[body] = self._endpoint.pool.submit(self._task(body))
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """B scores; see :class:`Reward`.
@@ -72,11 +81,11 @@ class JudgeReward:
         Raises:
             IncompleteScoresError: some requests failed, or some replies have no number.
         """
-        tasks = [
-            self._task(fill_template(self._config.template or TEMPLATE, prompt, inputs.plain(i)))
-            for i, prompt in enumerate(inputs.batch.prompts)
-        ]
-        results, errors = self._endpoint.run_all(tasks, lambda done: report(done, len(inputs)))
+        bodies = [self._body(p, inputs.plain(i)) for i, p in enumerate(inputs.batch.prompts)]
+        tasks = [self._task(body) for body in bodies]
+        replies = [self._reply(body, task) for body, task in zip(bodies, tasks, strict=True)]
+        self._drop_early()
+        results, errors = self._endpoint.results(replies, lambda done: report(done, len(inputs)))
         scores = {i: part[0] for i, part in results.items()}
         unparsed = [i for i, error in errors.items() if isinstance(error, UnparsedError)]
         default = self._config.unparsed
@@ -89,9 +98,26 @@ class JudgeReward:
         )  # fmt: skip
         return complete(scores | dict.fromkeys(unparsed, default), len(inputs), others, tasks)
 
-    def _task(self, text: str) -> Callable[[], list[Score]]:
-        body = request(text, self._config)
+    def _reply(self, body: bytes, task: Callable[[], list[Score]]) -> Future[list[Score]]:
+        """The reply to a request that was sent early, or, if that got none, to a new one."""
+        # Taken out, since two equal responses to a prompt have a request each.
+        early = self._early.pop(body, None)
+        error = early.exception() if early is not None and early.done() else None
+        if early is None or (isinstance(error, RequestError) and error.down):
+            return self._endpoint.pool.submit(task)
+        return early
 
+    def _drop_early(self) -> None:
+        """Forgets requests about responses that are not scored, as of a step that was repeated."""
+        for future in self._early.values():
+            future.cancel()
+        self._early.clear()
+
+    def _body(self, prompt: Prompt, response: str) -> bytes:
+        text = fill_template(self._config.template or TEMPLATE, prompt, response)
+        return request(text, self._config)
+
+    def _task(self, body: bytes) -> Callable[[], list[Score]]:
         def ask() -> list[Score]:
             completion = self._endpoint.decode(self._endpoint.post(body), _Completion)
             if not completion.choices:

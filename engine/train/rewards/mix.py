@@ -14,6 +14,7 @@ from engine.config.sections.reward import RewardSource
 from engine.errors import RewardError
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
+from engine.train.data.prompts import Prompt
 from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import environment, function, judge, model, service
@@ -21,6 +22,7 @@ from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
 from engine.train.rewards.normalise import Scale, group_scales
 from engine.train.rewards.scores import shown_prompt, validate_scores
 from engine.train.rewards.source import (
+    AsksEarly,
     LoadContext,
     Reward,
     RewardCallError,
@@ -166,6 +168,23 @@ class RewardMix:
             for name in self._sources
         }
         return Scores(self.total(parts, inputs), parts, turns)
+
+    @property
+    def ask_early(self) -> Callable[[Prompt, str], None] | None:
+        """Asks sources about single responses, before they are called with all; None without any.
+
+        Called with a prompt and the text of a response to it.
+        """
+        rewards: list[object] = [source.reward for source in self._sources.values()]
+        early = [r for r in rewards if isinstance(r, AsksEarly)]
+        if not early:
+            return None
+
+        def ask(prompt: Prompt, text: str) -> None:
+            for reward in early:
+                reward.ask_early(prompt, text)
+
+        return ask
 
     def _begin_remote(self, inputs: RewardInputs) -> dict[str, SourceCall]:
         """Begins the calls of the remote sources; there are none on ranks other than 0."""

@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.errors import RlhfError
 from engine.progress import ReportProgress
-from engine.train.data.prompts import PromptBatch, plain_conversation
+from engine.train.data.prompts import Prompt, PromptBatch, plain_conversation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rollout.conversation import Turns
 from engine.train.rollout.rollout import Rollout
@@ -108,6 +108,14 @@ class Reward(Protocol):
             inputs: B responses.
             report: call it with (responses done, B).
         """
+
+
+@runtime_checkable
+class AsksEarly(Protocol):
+    """A source that can begin to score a response while others are being generated."""
+
+    def ask_early(self, prompt: Prompt, text: str) -> None:
+        """Begins to score a response; a later call of the source waits for its score."""
 
 
 class RunsOn(Enum):

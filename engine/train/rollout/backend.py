@@ -21,7 +21,7 @@ from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.conversation import RunOnRank0, TurnSource
 from engine.train.rollout.native.backend import NativeBackend
-from engine.train.rollout.rollout import Rollout, merge_rollouts
+from engine.train.rollout.rollout import OnEnded, Rollout, merge_rollouts, response_text
 from engine.train.rollout.vllm.backend import VllmBackend
 
 
@@ -58,6 +58,7 @@ class RolloutBackend(Protocol):
         per_prompt: int,
         limits: Tensor | None,
         report: ReportProgress,
+        on_ended: OnEnded | None,
     ) -> Rollout:
         """Generates a response to each prompt, with log-probabilities at the temperature.
 
@@ -73,6 +74,7 @@ class RolloutBackend(Protocol):
             limits: for later turns, which continue the responses of the call before: maximum
                 number of new tokens of each, at most T; (B,) int64 on the host. None: T for all.
             report: call it regularly with (tokens done, T).
+            on_ended: may be called with responses that have ended while others have not.
         """
 
 
@@ -121,6 +123,9 @@ class TurnsBackend(RolloutBackend, Protocol):
             report: called regularly with (tokens done, total).
         """
 
+
+OnResponse = Callable[[Prompt, str], None]
+"""Called with a prompt and the text of a response that has ended."""
 
 MakeBackend = Callable[[BackendContext], RolloutBackend]
 
@@ -183,6 +188,16 @@ class Share:
         limits = self.options.limits
         return None if limits is None else torch.tensor(limits)[self.rows]
 
+    def on_ended(self, told: OnResponse) -> OnEnded:
+        """What tells of this rank's responses that have ended."""
+        prompts = self.prompts.prompts
+
+        def ended(row: int, ids: list[int]) -> None:
+            if self.counts:
+                told(prompts[row], response_text(ids, self.tokenizer))
+
+        return ended
+
     def merged(self, local: Rollout) -> Rollout:
         """Merges all ranks' parts into the rollout of the whole batch; a collective.
 
@@ -226,6 +241,8 @@ def generate_responses(
     tokenizer: PreTrainedTokenizerBase,
     ranks: RankGroup,
     report: ReportProgress = report_nothing,
+    *,
+    on_ended: OnResponse | None = None,
 ) -> Rollout:
     """Generates responses to prompts; the rollout holds all of them, on every rank.
 
@@ -237,11 +254,13 @@ def generate_responses(
         tokenizer: the policy's.
         ranks: the ranks that share the work. Each generates for a contiguous part of the prompts.
         report: called with (tokens done, total).
+        on_ended: may be called with responses of this rank that have ended while others have not.
     """
     share = share_of(prompts, options, tokenizer, ranks)
     backend.sync(model, options.weights_version, report)
     local = backend.generate(
         model, share.prompts, share.uniforms, options.temperature,
         per_prompt=options.per_prompt, limits=share.limits, report=report,
+        on_ended=None if on_ended is None else share.on_ended(on_ended),
     )  # fmt: skip
     return share.merged(local)

@@ -1,5 +1,6 @@
 """The responses of a step, with the log-probabilities and values recorded while sampling."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,9 @@ from engine.train.data.prompts import PromptBatch, replace_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.masked import response_mask
 from engine.train.rollout.conversation import Conversation, replaced_rows
+
+OnEnded = Callable[[int, list[int]], None]
+"""Called with row and tokens of a response that has ended while others have not."""
 
 
 @dataclass
@@ -207,11 +211,16 @@ def assemble(
     counts = lengths.tolist()
     width = max(counts)
     texts = [
-        str(tokenizer.decode(row[:n], skip_special_tokens=True))
+        response_text(row[:n], tokenizer)
         for row, n in zip(ids[:, :width].tolist(), counts, strict=True)
     ]
     logprobs, entropies, values = floats[:, :, :width].unbind(0)
     return Rollout(batch, ids[:, :width], lengths, eos, ended, logprobs, entropies, values, texts)
+
+
+def response_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a response's tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def merge_rollouts(

@@ -16,7 +16,7 @@ from engine.train.rollout.native.compiled_layers import CompiledLayers
 from engine.train.rollout.native.decoder import Decoder, Schedule, schedule_for
 from engine.train.rollout.native.slots import Responses
 from engine.train.rollout.native.transposed_weights import transposed_weights
-from engine.train.rollout.rollout import Rollout
+from engine.train.rollout.rollout import OnEnded, Rollout
 from engine.train.rollout.stop_criteria import StopCriteria
 
 
@@ -53,12 +53,13 @@ class NativeBackend:
         per_prompt: int = 1,
         limits: Tensor | None = None,
         report: ReportProgress = report_nothing,
+        on_ended: OnEnded | None = None,
     ) -> Rollout:
         """See :func:`generate`."""
         return generate(
             model, batch, uniforms, temperature, self.stop_criteria, self.tokenizer, report,
             per_prompt=per_prompt, limits=limits, at_once=self.config.at_once,
-            sampling=self.config.sampling, compiled=self.compiled,
+            sampling=self.config.sampling, compiled=self.compiled, on_ended=on_ended,
         )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def generate(
     sampling: str = "gumbel",
     schedule: Schedule | None = None,
     compiled: CompiledLayers | None = None,
+    on_ended: OnEnded | None = None,
 ) -> Rollout:
     """Samples a response to each prompt from the full distribution.
 
@@ -103,6 +105,7 @@ def generate(
         sampling: the scheme; a value of `rollout.sampling`.
         schedule: the schedule of checks and shapes; default: the device's.
         compiled: compiles the model's layers where that pays off; default: no compilation.
+        on_ended: called with each response that has ended.
     """
     device = next(model.parameters()).device
     compiled = compiled or CompiledLayers("never")
@@ -118,7 +121,7 @@ def generate(
         decoder = Decoder(
             model, responses, stop_criteria, schedule or schedule_for(device), report,
             per_prompt=per_prompt, at_once=at_once,
-            compiled=shapes,
+            compiled=shapes, on_ended=on_ended,
         )  # fmt: skip
         lengths, stopped = decoder.run()
     return responses.rollout(lengths, stopped, tokenizer)

@@ -18,7 +18,7 @@ from engine.train.rollout.native.kv_cache import (
     select_rows,
 )
 from engine.train.rollout.native.slots import Responses, Slots
-from engine.train.rollout.rollout import left_mask
+from engine.train.rollout.rollout import OnEnded, left_mask
 from engine.train.rollout.stop_criteria import StopCriteria
 
 READ_LENGTHS = 4
@@ -93,6 +93,7 @@ class Decoder:
         per_prompt: int,
         at_once: int | None,
         compiled: set[Hashable] | None,
+        on_ended: OnEnded | None,
     ) -> None:
         """Allocates no cache yet.
 
@@ -106,9 +107,10 @@ class Decoder:
             at_once: number of slots; default: B.
             compiled: shapes that the model's layers have been compiled for; None if they are not.
                 See :class:`~engine.train.rollout.native.compiled_layers.CompiledLayers`.
+            on_ended: called after the check at which a response has ended.
         """
         self._model, self._responses, self._stop_criteria = model, responses, stop_criteria
-        self._report = report
+        self._report, self._on_ended = report, on_ended
         self._per_prompt = per_prompt
         self._device = responses.ids.device
         self._slot_count = min(at_once or responses.count, responses.count)
@@ -277,7 +279,7 @@ class Decoder:
         ids: list[list[int]] = []
         if self._stop_criteria.has_strings:
             ids = self._responses.ids[self._slots.row].tolist()
-        at_stop_string = []
+        at_stop_string, ended = [], []
         for k, slot in enumerate(self._host_slots):
             if slot.ended:
                 continue
@@ -291,8 +293,14 @@ class Decoder:
             elif done[k]:
                 lengths[slot.row] = slot.token_count
             slot.ended = at is not None or done[k]
+            if slot.ended:
+                ended.append(slot.row)
         if at_stop_string:
             self._slots.done[torch.tensor(at_stop_string).to(self._device)] = True
+        if self._on_ended is not None and ended:
+            tokens = self._responses.ids[torch.tensor(ended).to(self._device)].tolist()
+            for row, sampled in zip(ended, tokens, strict=True):
+                self._on_ended(row, sampled[: lengths[row]])
 
     def _drop_ended(self) -> None:
         """Drops slots that have ended and that no waiting response will fill."""

@@ -26,7 +26,7 @@ from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.conversation import RunOnRank0, TurnSource
 from engine.train.rollout.native.backend import NativeBackend
-from engine.train.rollout.rollout import Rollout, assemble
+from engine.train.rollout.rollout import OnEnded, Rollout, assemble
 from engine.train.rollout.vllm.background import BackgroundGeneration
 from engine.train.rollout.vllm.client import EngineLostError
 from engine.train.rollout.vllm.remote_engine import FORGETS_WEIGHTS
@@ -166,8 +166,11 @@ class VllmBackend:
         per_prompt: int,
         limits: Tensor | None,
         report: ReportProgress,
+        on_ended: OnEnded | None = None,
     ) -> Rollout:
         """Generates the ranks' responses with the weights of the last :meth:`sync`; a collective.
+
+        An engine replies once all of its responses have ended, so `on_ended` is not called.
 
         Raises:
             RlhfError: several engines in a row failed.
@@ -175,7 +178,7 @@ class VllmBackend:
         if model is not self._context.policy:
             return self._native.generate(
                 model, batch, uniforms, temperature,
-                per_prompt=per_prompt, limits=limits, report=report,
+                per_prompt=per_prompt, limits=limits, report=report, on_ended=on_ended,
             )  # fmt: skip
         self._finish_pending(report)
         work = self._gather(batch, uniforms, limits)
