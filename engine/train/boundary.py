@@ -52,7 +52,7 @@ from engine.train.live_settings import LiveSettings
 from engine.train.models.language_model import fingerprint
 from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
-from engine.train.reports.trackers import FINISH_SECONDS
+from engine.train.reports.trackers import CLOSE_TIMEOUT
 from engine.train.rewards.recovery import Recovery
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
@@ -214,7 +214,7 @@ class Boundary:
         needed = self._longest_step + self.checkpoints.seconds_to_save()
         needed += self._run.config.train.deadline_margin
         if self._run.config.log.trackers:
-            needed += FINISH_SECONDS  # the end of the run may wait this long for them
+            needed += CLOSE_TIMEOUT  # the end of the run may wait this long for them
         if self._deadline is not None and self._deadline - time.time() < needed:
             return "deadline"
         if self._run.ranks.is_machine_leaving():
