@@ -13,7 +13,7 @@ from engine.journal.history.views import sample_views, views_of
 from engine.journal.json_values import decoded
 from engine.journal.judgements.labels import LabelReader, Response, attach
 from engine.journal.rows import Judgement, SampleRow
-from engine.protocol.rank_messages import Messages, TokenArrays
+from engine.protocol.rank_messages import SampleMessages, TokenArrays
 from engine.session.folder import SessionFolder
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
@@ -287,7 +287,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
         kl=kl, length=length, ended=bool(ended), parts=decoded(parts, dict[str, float | None]),
         weights_version=version,
         replies=None if replies is None else decoded(replies, list[tuple[int, int]]),
-        messages=None if messages is None else decoded(messages, Messages),
+        messages=None if messages is None else decoded(messages, SampleMessages),
         turn_scores={} if turn_scores is None else decoded(turn_scores, dict[str, list[float]]),
         judgement=judgement, left=left, held_out=held_out,
     )  # fmt: skip

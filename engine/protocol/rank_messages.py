@@ -83,12 +83,12 @@ class Sample(Struct, frozen=True, kw_only=True):
     replies: list[tuple[int, int]] | None = None
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment."""
-    messages: "Messages | None" = None
+    messages: "SampleMessages | None" = None
     """Of a conversation with an environment; None for others."""
     arrays: "TokenArrays | None" = None
 
 
-class Messages(Struct, frozen=True):
+class SampleMessages(Struct, frozen=True):
     """A prompt and its response as chat messages, with `role` and `content`."""
 
     prompt: list[dict[str, str]]

@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from engine.config.schema import RunConfig
 from engine.config.sections.reward_training import RewardTrainingConfig
-from engine.protocol.rank_messages import Messages
+from engine.protocol.rank_messages import SampleMessages
 
 
 class JudgedText(Struct, frozen=True, kw_only=True):
@@ -15,7 +15,7 @@ class JudgedText(Struct, frozen=True, kw_only=True):
     prompt: str
     """As the policy read it: chat messages rendered by the chat template."""
     response: str
-    messages: Messages | None = None
+    messages: SampleMessages | None = None
     """Of a conversation with an environment; None for others, and if they are not recorded."""
     ended: bool = True
     """False if it was truncated."""
