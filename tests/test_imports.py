@@ -67,7 +67,8 @@ FLOORS = [
         "engine.train.reward_scales",
     ),
     ("engine.train.boundary", "engine.train.step"),
-    ("engine.train.out_of_memory",),
+    ("engine.train.evaluation.scheduled", "engine.train.out_of_memory"),
+    ("engine.train.failure",),
     ("engine.train.load",),
     (
         "engine.train.check",

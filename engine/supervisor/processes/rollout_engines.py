@@ -37,7 +37,7 @@ class RolloutEngines:
         session: SessionFolder,
         config: RunConfig,
         state: SupervisorState,
-        secret: str = "",
+        secret: str,
         *,
         on_restart: Callable[[str], None],
         on_failure: Callable[[str], None],

@@ -119,7 +119,7 @@ class SavedState(TrainingState, kw_only=True):
         return cls(**msgspec.structs.asdict(state), settings=settings or settings_of(config))
 
     def restored(
-        self, config: RunConfig, warn: Callable[[str], None] = lambda _text: None
+        self, config: RunConfig, warn: Callable[[str], None]
     ) -> tuple[TrainingState, RunConfig]:
         """Splits into the run's state and `config` with the saved settings applied.
 
