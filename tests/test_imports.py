@@ -66,6 +66,7 @@ FLOORS = [
         "engine.train.reports",
         "engine.train.reward_scales",
     ),
+    ("engine.train.end_criteria",),
     ("engine.train.boundary", "engine.train.step"),
     ("engine.train.evaluation.scheduled", "engine.train.out_of_memory"),
     ("engine.train.failure",),
