@@ -171,7 +171,7 @@ class Supervisor:
         while state.next is not None:
             start, state.next = state.next, None
             code = await self.run_attempt(start)
-        await self.commands.finish()
+        await self.commands.checkpoints.finish()
         self.pending.run_ended()
         return code
 

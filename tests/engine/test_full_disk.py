@@ -32,7 +32,7 @@ from engine.protocol.rank_messages import (
 )
 from engine.session import checkpoints
 from engine.session.folder import SessionFolder
-from engine.supervisor import command_handler, journal_wait
+from engine.supervisor import checkpoint_commands, journal_wait
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.processes.rank_processes import RankProcesses
@@ -72,7 +72,7 @@ def full_until_removal(monkeypatch):
             checkpoints.remove(folder)
             room.close()
 
-        monkeypatch.setattr(command_handler, "remove", remove)
+        monkeypatch.setattr(checkpoint_commands, "remove", remove)
         monkeypatch.setattr(deletion, "remove", remove)
         yield lambda: room.enter_context(no_room_for_files())
 
