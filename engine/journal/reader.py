@@ -59,7 +59,7 @@ SELECT DISTINCT events.step FROM events
 JOIN steps ON steps.step = events.step + 1 AND steps.attempt = events.attempt
 WHERE kind = 'alert' AND json_extract(data, '$.rule') = ? ORDER BY events.step
 """
-"""Of the attempts that took the next step of the timeline."""
+"""Only those of attempts that took the next step of the timeline."""
 EVENT_COLUMNS = "id, time, attempt, step, kind, data"
 COMMAND_COLUMNS = """
 id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason, changes,

@@ -348,8 +348,8 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment, and in sessions of earlier versions."""
     messages: SampleMessages | None = None
-    """Of a conversation with an environment; None for others, for responses to held-out prompts,
-    and in sessions of earlier versions."""
+    """Set for conversations with an environment; None for responses to held-out prompts, and in
+    sessions of earlier versions."""
     judgement: Judgement | None = None
     """None if there is no judgement, or if it was not read."""
     left: bool = False
@@ -396,7 +396,7 @@ class ProbeResponse(Struct, frozen=True, kw_only=True):
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment."""
     messages: SampleMessages | None = None
-    """Of a conversation with an environment; None for others."""
+    """Set for conversations with an environment."""
     step: int | None = None
     """The step of the probe, None if unknown."""
 

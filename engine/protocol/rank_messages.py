@@ -25,7 +25,7 @@ class RankHello(Message, frozen=True, tag="rank_hello"):
     """The first message of a rank."""
 
     token: str
-    """From the environment that the supervisor set: shows that the rank is one of its own."""
+    """Shows that the rank is one of the supervisor's, which set it in the rank's environment."""
     rank: int
     version: int = VERSION
 
@@ -84,7 +84,7 @@ class Sample(Struct, frozen=True, kw_only=True):
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment."""
     messages: "SampleMessages | None" = None
-    """Of a conversation with an environment; None for others."""
+    """Set for conversations with an environment."""
     arrays: "TokenArrays | None" = None
 
 

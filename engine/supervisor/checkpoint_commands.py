@@ -50,7 +50,7 @@ class CheckpointCommands:
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         """The roll backs, by id, whose checkpoints are being read."""
         self._deletions: set[asyncio.Task[None]] = set()
-        """Of checkpoints, while their files are being removed."""
+        """The deletions of checkpoints whose files are still being removed."""
 
     @property
     def rolling_back(self) -> bool:

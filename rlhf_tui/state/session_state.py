@@ -108,7 +108,7 @@ class SessionState:
         self.labels: FileSignature = ()
         """Changes whenever somebody labels a response."""
         self.agreement = Agreement()
-        """Of the scores with the judgements."""
+        """How far the scores agree with the judgements."""
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
         self._reached: dict[int, int] = {}
         """Attempt → its last step, where a later attempt replaced that step."""

@@ -16,7 +16,7 @@ class JudgedText(Struct, frozen=True, kw_only=True):
     """As the policy read it: chat messages rendered by the chat template."""
     response: str
     messages: SampleMessages | None = None
-    """Of a conversation with an environment; None for others, and if they are not recorded."""
+    """Set for conversations with an environment, if they are recorded."""
     ended: bool = True
     """False if it was truncated."""
     score: float | None = None
@@ -109,13 +109,13 @@ class TrainedReward(Struct, frozen=True, kw_only=True):
     losses: list[tuple[float, float]]
     """Loss on the judgements for training and for validation, after each epoch."""
     in_force: HeldOutAgreement | None
-    """Of the recorded scores; None if none could be compared."""
+    """The agreement of the recorded scores; None if none could be compared."""
     at_start: HeldOutAgreement | None
-    """Of the model before training; None if its head is new."""
+    """The agreement of the model before training; None if its head is new."""
     trained: HeldOutAgreement
     calibration: Calibration
     old_scale: ScoreScale | None
-    """Of the recorded scores."""
+    """The scale of the recorded scores."""
     new_scale: ScoreScale
     label: int | None = None
     """The trained logit; None if the model has only one."""

@@ -52,7 +52,7 @@ class FrozenModels(msgspec.Struct, frozen=True):
     """Under adapters; also the reference, unless there is another one."""
     reference: str
     dtype: str
-    """In which they are held."""
+    """The dtype in which they are held."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> "FrozenModels":

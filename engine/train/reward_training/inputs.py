@@ -29,7 +29,7 @@ class JudgedInputs:
     messages: list[list[dict[str, str]]]
     """The responses as chat messages."""
     vocabularies: list[dict[str, int]]
-    """Of each session's policy: token ids by token."""
+    """The vocabulary of each session's policy: token ids by token."""
     notes: list[str]
 
 
