@@ -62,7 +62,7 @@ def csv_text(rows: Sequence[Row], names: Sequence[str] = ()) -> str:
     return text.getvalue()
 
 
-def write_file(rows: Iterable[Row], form: str, output: Path, names: Sequence[str] = ()) -> int:
+def write_file(rows: Iterable[Row], form: str, output: Path, names: Sequence[str]) -> int:
     """Writes rows to a file, which is replaced if it exists.
 
     Args:

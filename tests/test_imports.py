@@ -66,8 +66,10 @@ FLOORS = [
         "engine.train.reports",
         "engine.train.reward_scales",
     ),
+    ("engine.train.end_criteria",),
     ("engine.train.boundary", "engine.train.step"),
-    ("engine.train.out_of_memory",),
+    ("engine.train.evaluation.scheduled", "engine.train.out_of_memory"),
+    ("engine.train.failure",),
     ("engine.train.load",),
     (
         "engine.train.check",

@@ -6,7 +6,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
     "vocab.json", "vocab.txt",
 )  # fmt: skip
-"""Of which a folder with a tokenizer holds one, for almost all kinds."""
+"""The files of tokenizers: a folder with one of almost any kind holds one of them."""
 
 
 def has_config(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 
 MAX_BYTES = 1_000_000
-"""Of a configuration file."""
+"""Most bytes of a configuration file."""
 FIRST_LINE, LAST_LINE = "--- # every key of the run; the last line is three dots", "..."
 """YAML's markers of the start and the end of a document. Without the last one, a file that was cut
 off at the end of a line would be a valid configuration, with defaults for what is missing. Earlier

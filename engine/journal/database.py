@@ -91,6 +91,15 @@ class ReadOnlyDatabase:
                 f"cannot read the journal of {self._path.parent}: {error}"
             ) from error
 
+    def value(self, query: str, values: Values = ()) -> Any:
+        """Runs a query and returns the first column of its first row; None without rows.
+
+        Raises:
+            JournalError: the file cannot be read.
+        """
+        rows = self.rows(query, values)
+        return rows[0][0] if rows else None
+
 
 def limit(last: int | None) -> int:
     """The value for SQL's LIMIT that returns the last N rows, or all rows if None."""

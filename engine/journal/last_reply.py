@@ -20,7 +20,7 @@ def last_reply(
     session: SessionFolder,
     command: Command,
     command_id: str,
-    timeout: float | None = None,
+    timeout: float | None,
 ) -> CommandReply:
     """Waits until a command that the engine has accepted is applied or rejected.
 

@@ -59,7 +59,7 @@ SELECT DISTINCT events.step FROM events
 JOIN steps ON steps.step = events.step + 1 AND steps.attempt = events.attempt
 WHERE kind = 'alert' AND json_extract(data, '$.rule') = ? ORDER BY events.step
 """
-"""Of the attempts that took the next step of the timeline."""
+"""Only those of attempts that took the next step of the timeline."""
 EVENT_COLUMNS = "id, time, attempt, step, kind, data"
 COMMAND_COLUMNS = """
 id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason, changes,
@@ -142,8 +142,7 @@ class JournalReader:
         """The last completed step, 0 before the first."""
         if self.session.position is not None:
             return self.session.position.step
-        rows = self._db.rows("SELECT max(step) FROM steps")
-        return int(rows[0][0] or 0) if rows else 0
+        return self._db.value("SELECT max(step) FROM steps") or 0
 
     def attempts(self) -> list[AttemptRow]:
         """All attempts, in order."""
@@ -173,12 +172,12 @@ class JournalReader:
 
     def has_steps(self, attempt: int) -> bool:
         """Whether this attempt or a later one has completed a step, abandoned ones included."""
-        rows = self._db.rows(
+        found = self._db.value(
             "SELECT 1 WHERE EXISTS (SELECT 1 FROM steps WHERE attempt >= :attempt) "
             "OR EXISTS (SELECT 1 FROM steps_past WHERE attempt >= :attempt)",
             {"attempt": attempt},
         )
-        return bool(rows)
+        return found is not None
 
     def metric_names(self) -> list[str]:
         """The names of all metrics in the journal."""
@@ -247,10 +246,7 @@ class JournalReader:
         if not rows:
             return None
         step, attempt, time = rows[0]
-        values: dict[str, float | None] = {}
-        for name in names:
-            found = self._db.rows(VALUE_AT, {"name": name, "step": step})
-            values[name] = found[0][0] if found else None
+        values = {n: self._db.value(VALUE_AT, {"name": n, "step": step}) for n in names}
         return MetricRow(step=step, attempt=attempt, time=time, values=values)
 
     def newest_value(self, name: str) -> tuple[int, float] | None:
@@ -309,18 +305,17 @@ class JournalReader:
 
     def _before_first_step(self) -> list[tuple[int, int, None]]:
         """Step 0, as in the table `steps`, if it has metrics: the evaluation before the first."""
-        found = self._db.rows(
+        attempt = self._db.value(
             "SELECT max(attempt) FROM attempts WHERE from_step = 0 AND EXISTS "
             "(SELECT 1 FROM names CROSS JOIN metrics WHERE metrics.name = names.id AND step = 0)"
         )
-        attempt = found[0][0] if found else None  # no rows without a journal
         return [] if attempt is None else [(0, attempt, None)]
 
     def last_telemetry(self) -> Telemetry | None:
         """The newest telemetry; None if there is none or it is of another version."""
-        rows = self._db.rows("SELECT data FROM telemetry ORDER BY time DESC LIMIT 1")
+        data = self._db.value("SELECT data FROM telemetry ORDER BY time DESC LIMIT 1")
         try:
-            return msgspec.json.decode(rows[0][0], type=examined(Telemetry)) if rows else None
+            return None if data is None else msgspec.json.decode(data, type=examined(Telemetry))
         except (msgspec.DecodeError, RecursionError):
             return None
 
@@ -388,8 +383,7 @@ class JournalReader:
 
     def command_count(self) -> int:
         """The number of commands."""
-        rows = self._db.rows("SELECT count(*) FROM commands")
-        return int(rows[0][0]) if rows else 0
+        return self._db.value("SELECT count(*) FROM commands") or 0
 
     def _commands_of(self, ids: list[str]) -> dict[str, CommandRow]:
         """The commands of some events, by id: reading few events must not read all commands."""
@@ -450,8 +444,9 @@ class JournalReader:
         for checkpoint in self.checkpoints(("complete",)):
             if changes and checkpoint.step <= changes[-1]:
                 continue
-            rows = self._db.rows(VALUE_AT, {"name": metric, "step": checkpoint.step})
-            found += [(value, checkpoint.step) for (value,) in rows if value is not None]
+            value = self._db.value(VALUE_AT, {"name": metric, "step": checkpoint.step})
+            if value is not None:
+                found.append((value, checkpoint.step))
         return max(found)[1] if found else None
 
 

@@ -15,7 +15,7 @@ from engine.examined import examined
 from engine.journal.json_values import Json, decoded
 from engine.journal.turns import Turn, turns_of
 from engine.metrics import CONTRACT
-from engine.protocol.rank_messages import Messages
+from engine.protocol.rank_messages import SampleMessages
 
 
 class SessionMeta(Struct, frozen=True, kw_only=True):
@@ -347,9 +347,9 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     replies: list[tuple[int, int]] | None = None
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment, and in sessions of earlier versions."""
-    messages: Messages | None = None
-    """Of a conversation with an environment; None for others, for responses to held-out prompts,
-    and in sessions of earlier versions."""
+    messages: SampleMessages | None = None
+    """Set for conversations with an environment; None for responses to held-out prompts, and in
+    sessions of earlier versions."""
     judgement: Judgement | None = None
     """None if there is no judgement, or if it was not read."""
     left: bool = False
@@ -395,8 +395,8 @@ class ProbeResponse(Struct, frozen=True, kw_only=True):
     replies: list[tuple[int, int]] | None = None
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment."""
-    messages: Messages | None = None
-    """Of a conversation with an environment; None for others."""
+    messages: SampleMessages | None = None
+    """Set for conversations with an environment."""
     step: int | None = None
     """The step of the probe, None if unknown."""
 

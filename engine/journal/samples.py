@@ -13,7 +13,7 @@ from engine.journal.history.views import sample_views, views_of
 from engine.journal.json_values import decoded
 from engine.journal.judgements.labels import LabelReader, Response, attach
 from engine.journal.rows import Judgement, SampleRow
-from engine.protocol.rank_messages import Messages, TokenArrays
+from engine.protocol.rank_messages import SampleMessages, TokenArrays
 from engine.session.folder import SessionFolder
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
@@ -116,8 +116,7 @@ class SampleReader:
         if held_out and not self._keeps_evaluated:
             return 0
         table = _table(held_out=held_out)
-        rows = self._db.rows(f"SELECT max(step) FROM {table}", ())  # noqa: S608 - one of two names
-        return (rows[0][0] or 0) if rows else 0
+        return self._db.value(f"SELECT max(step) FROM {table}") or 0  # noqa: S608 - one of two names
 
     @property
     def _columns(self) -> str:
@@ -243,12 +242,12 @@ class SampleReader:
 
     def arrays(self, step: int, index: int, attempt: int) -> TokenArrays | None:
         """The per-token arrays of a sample of the current timeline; None if not recorded."""
-        rows = self._db.rows(
+        data = self._db.value(
             "SELECT data FROM arrays JOIN samples USING (step, idx) "
             "WHERE step = ? AND idx = ? AND attempt = ?",
             (step, index, attempt),
         )
-        return _arrays(rows[0][0]) if rows else None
+        return None if data is None else _arrays(data)
 
     def with_arrays(self, step: int, attempt: int) -> list[int]:
         """The indices of the samples of a step that were recorded with per-token arrays."""
@@ -287,7 +286,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
         kl=kl, length=length, ended=bool(ended), parts=decoded(parts, dict[str, float | None]),
         weights_version=version,
         replies=None if replies is None else decoded(replies, list[tuple[int, int]]),
-        messages=None if messages is None else decoded(messages, Messages),
+        messages=None if messages is None else decoded(messages, SampleMessages),
         turn_scores={} if turn_scores is None else decoded(turn_scores, dict[str, list[float]]),
         judgement=judgement, left=left, held_out=held_out,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from engine.nvml import chosen_gpus
 # What a rank reads from its environment. Others are PARENT_VARIABLE of engine.launch.parent_death
 # and, with several machines, SECRET_VARIABLE of engine.launch.secret.
 TOKEN_VARIABLE = "RLHF_TUI_LINK_TOKEN"  # noqa: S105 - the name of a variable
-"""With which a rank proves to its supervisor that it is one."""
+"""Holds the token that shows the supervisor that a rank is one of its own."""
 SOCKET_VARIABLE = "RLHF_TUI_LINK_SOCKET"
 """The path of its supervisor's socket."""
 NICE_VARIABLE = "RLHF_TUI_NICE"

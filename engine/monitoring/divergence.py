@@ -54,7 +54,7 @@ class _Series:
 
     length: int
     steps: int = 0
-    """Of the current block. They may be many: a judge may never score a step."""
+    """Steps of the current block. They may be many: a judge may never score a step."""
     trained: float = 0.0
     """The sum of their trained scores."""
     judged: list[float] = field(default_factory=list)

@@ -25,7 +25,7 @@ class RankHello(Message, frozen=True, tag="rank_hello"):
     """The first message of a rank."""
 
     token: str
-    """From the environment that the supervisor set: shows that the rank is one of its own."""
+    """Shows that the rank is one of the supervisor's, which set it in the rank's environment."""
     rank: int
     version: int = VERSION
 
@@ -83,12 +83,12 @@ class Sample(Struct, frozen=True, kw_only=True):
     replies: list[tuple[int, int]] | None = None
     """Start and end of each reply of the environment in the response, in characters; None without
     an environment."""
-    messages: "Messages | None" = None
-    """Of a conversation with an environment; None for others."""
+    messages: "SampleMessages | None" = None
+    """Set for conversations with an environment."""
     arrays: "TokenArrays | None" = None
 
 
-class Messages(Struct, frozen=True):
+class SampleMessages(Struct, frozen=True):
     """A prompt and its response as chat messages, with `role` and `content`."""
 
     prompt: list[dict[str, str]]

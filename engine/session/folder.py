@@ -68,9 +68,9 @@ class DiskUsage(msgspec.Struct, frozen=True):
     """The disk space that a session's files take, in bytes."""
 
     size: int
-    """Of all files. Files that a fork shares with its parent by hard links count for both."""
+    """All files. Those that a fork shares with its parent by hard links count for both."""
     freed: int
-    """Of the files without other hard links: what deleting the session frees."""
+    """The files without other hard links: what deleting the session frees."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Handles commands from clients, signals and guard rails."""
 
-import asyncio
 import contextlib
 import logging
 import signal
 import sqlite3
-from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -13,16 +11,14 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings
-from engine.errors import CommandRejectedError, JournalError, RlhfError
+from engine.errors import CommandRejectedError, RlhfError
 from engine.examined import examined
 from engine.journal.writer import JournalWriter
-from engine.launch.delete_checkpoint import record_deletion
 from engine.launch.start_checkpoints import (
     checkpoint_steps,
     needed_checkpoints,
     timeline_checkpoints,
 )
-from engine.launch.start_options import StartOptions
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandReply, CommandRequest
@@ -39,14 +35,13 @@ from engine.protocol.commands import (
     check_command,
 )
 from engine.protocol.rank_messages import RankCommand
-from engine.session.checkpoints import checkpoint_path, find_damage, remove
 from engine.session.folder import SessionFolder
 from engine.session.states import ENDED_STATES
+from engine.supervisor.checkpoint_commands import CheckpointCommands
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.state import Parts, SupervisorState
-from engine.supervisor.threads import in_daemon_thread
 
 log = logging.getLogger("engine")
 
@@ -58,8 +53,6 @@ ACTIONS: dict[str, AnyCommand] = {
     "stop": Stop(),
 }
 """`action` of a guard rail → the command it issues; `notify` issues none."""
-DELETION_PATIENCE = 60.0
-"""Most seconds that a run that has ended waits for the files of deleted checkpoints."""
 TAKEN_ID = "its id is that of an earlier, different command: give each command a new id"
 ROLLING_BACK = "the checkpoint of another roll back is being read; try again once it has ended"
 
@@ -96,10 +89,9 @@ class CommandHandler:
         self._publisher = publisher
         self._pending = pending
         self._ranks = ranks
-        self._rollbacks: dict[str, asyncio.Task[None]] = {}
-        """The roll backs, by id, whose checkpoints are being read."""
-        self._deletions: set[asyncio.Task[None]] = set()
-        """Of checkpoints, while their files are being removed."""
+        self.checkpoints = CheckpointCommands(
+            state, session, journal=journal, publisher=publisher, pending=pending, ranks=ranks
+        )
 
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Records and checks a command, then carries it out or sends it to rank 0.
@@ -145,7 +137,7 @@ class CommandHandler:
         """Why a command is rejected; None if it is accepted."""
         try:
             check_command(command, self._moment())
-            if isinstance(command, Rollback) and self._rollbacks:
+            if isinstance(command, Rollback) and self.checkpoints.rolling_back:
                 raise CommandRejectedError(ROLLING_BACK)
         except (RlhfError, OSError) as error:  # the latter of the folder of checkpoints
             return str(error)
@@ -160,7 +152,7 @@ class CommandHandler:
         except (RlhfError, OSError) as error:
             return CommandReply(id=request.id, status="rejected", reason=str(error))
         if isinstance(command, DeleteCheckpoint):
-            self._delete(command.step, partial(self._record_deletion, request, command.step, who))
+            self.checkpoints.delete_and_record(request.id, command.step, who)
             step = self._journal.step + 1
             return CommandReply(id=request.id, status="applied", step=step, reason=reason)
         if self._is_immediate(command):
@@ -197,12 +189,11 @@ class CommandHandler:
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
                 self._end_ranks()
             case Rollback() as rollback:
-                task = asyncio.create_task(self._roll_back(request.id, rollback, who))
-                self._rollbacks[request.id] = task
+                self.checkpoints.roll_back(request.id, rollback, who)
             case DeleteCheckpoint(step=step):
                 self._journal.remove_checkpoint(step)
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
-                self._delete(step)
+                self.checkpoints.delete(step)
             case Note():
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
             case command:
@@ -219,98 +210,6 @@ class CommandHandler:
         elif isinstance(command, Unpause) and self._publisher.state == "pausing":
             ready = self._state.attempt.ready
             self._publisher.set_state("running" if ready else "starting")
-
-    def _delete(self, step: int, record: Callable[[], None] = lambda: None) -> None:
-        """Deletes the files of a checkpoint, which are gigabytes, beside the event loop.
-
-        Args:
-            step: of the checkpoint.
-            record: called afterwards, if the journal could not be written before.
-        """
-        task = asyncio.create_task(self._delete_files(step, record))
-        self._deletions.add(task)
-        task.add_done_callback(self._deletions.discard)
-
-    def _record_deletion(self, request: CommandRequest, step: int, who: str) -> None:
-        """Records a deletion for which the files had to make room on a full disk."""
-        try:
-            record_deletion(self._journal, request.id, step, who)
-            self._publisher.rows_added()
-        except sqlite3.Error as error:
-            log.warning("the deletion of checkpoint %d could not be recorded: %s", step, error)
-
-    async def _delete_files(self, step: int, record: Callable[[], None]) -> None:
-        folder = checkpoint_path(self._session.checkpoints, step)
-        try:
-            await in_daemon_thread(partial(remove, folder))
-            record()
-        except Exception as error:  # such as no thread can be started
-            text = f"the files of the deleted checkpoint of step {step} cannot be removed: {error}"
-            self._publisher.notice("checkpoint", text, self._journal.step)
-
-    async def _roll_back(self, command_id: str, command: Rollback, who: str) -> None:
-        """Reads the checkpoint, then begins an attempt from it; a damaged one is rejected.
-
-        The run continues meanwhile: a large checkpoint takes minutes to read, and a damaged one
-        must not end the run.
-        """
-        step, commands = command.step, self._journal.commands
-        unusable = await self._unusable(step)
-        self._rollbacks.pop(command_id)
-        try:
-            if problem := self._rollback_problem(step, unusable):
-                commands.reject(command_id, problem)
-            else:
-                commands.apply(command_id, step + 1, [])
-                self._state.next = StartOptions(
-                    from_step=step, fresh=True, reseed=command.reseed, who=who
-                )
-                self._ranks.kill()
-            self._pending.send_reply(commands.reply(command_id))
-        except sqlite3.Error as error:  # the next start rejects it in the journal, too
-            reason = f"cannot write the journal: {error}"
-            log.error("%s from %s: %s", command.name(), who, reason)  # noqa: TRY400
-            self._pending.send_reply(CommandReply(id=command_id, status="rejected", reason=reason))
-        self._publisher.rows_added()
-
-    async def _unusable(self, step: int) -> str | None:
-        """Why the run cannot roll back to a checkpoint; None if all of its files are intact."""
-        folder = checkpoint_path(self._session.checkpoints, step)
-        try:
-            damage = await in_daemon_thread(partial(find_damage, folder))
-        except Exception as error:  # such as no thread can be started; the command must end
-            log.exception("the checkpoint of step %d cannot be read", step)
-            return f"the checkpoint of step {step} cannot be read: {error}; the run continues"
-        if damage is None:
-            return None
-        return f"the checkpoint of step {step} is damaged: {damage}; the run continues"
-
-    def _rollback_problem(self, step: int, unusable: str | None) -> str | None:
-        """Why a roll back whose checkpoint has been read cannot be carried out; None if it can."""
-        if self._state.stopping:
-            return "the run is stopping: resume it first"
-        try:
-            steps = timeline_checkpoints(self._session)
-        except (JournalError, OSError) as error:
-            return str(error)
-        if step not in steps:  # removed, or left behind by a restart, while it was read
-            return f"step {step} is no longer a checkpoint of this run"
-        return unusable
-
-    async def finish(self) -> None:
-        """Call it when the run has ended, before the journal is closed.
-
-        Rejects the roll backs whose checkpoints are still being read, and waits for the files of
-        deleted checkpoints, of which nothing would remove the rest.
-        """
-        for command_id, task in list(self._rollbacks.items()):
-            task.cancel()
-            self._journal.commands.reject(command_id, "the run ended before it was carried out")
-            self._pending.send_reply(self._journal.commands.reply(command_id))
-        await asyncio.gather(*self._rollbacks.values(), return_exceptions=True)
-        self._rollbacks.clear()
-        if self._deletions:
-            await asyncio.wait(self._deletions, timeout=DELETION_PATIENCE)
 
     def _is_immediate(self, stop: Stop) -> bool:
         """Whether a stop is immediate: while models load there is nothing to save."""

@@ -1,10 +1,8 @@
 """Handles the messages of ranks: each one is written to the journal before it is acted on."""
 
 import asyncio
-import errno
 import logging
 import sqlite3
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, assert_never
@@ -13,15 +11,13 @@ import msgspec
 
 from engine.config.settings import SettingChange, invalid_values
 from engine.errors import LinkError
-from engine.journal.writer import JournalWriter, is_busy
+from engine.journal.writer import JournalWriter
 from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages, sockets
 from engine.protocol.commands import BoundaryCommand, Pause, Unpause
 from engine.protocol.rank_messages import (
     REWARD_CHANGED,
-    ROOM,
-    WAIT_FOR,
     Adjusted,
     Applied,
     Begin,
@@ -45,6 +41,7 @@ from engine.protocol.rank_messages import (
 )
 from engine.session.states import State
 from engine.supervisor.attempt import Attempt
+from engine.supervisor.journal_wait import JournalWait
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.publisher import EventPublisher
@@ -56,19 +53,6 @@ log = logging.getLogger("engine")
 
 FAILURE_GRACE = 3.0
 """Seconds that the other ranks have for their own reports after a rank has failed."""
-RETRY_INTERVAL = 2.0
-"""Seconds between attempts to write a journal that cannot be written."""
-STOP_TIMEOUT = 30.0
-"""Seconds that a run that is being stopped waits for a locked journal or for files to close."""
-NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
-"""Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
-EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
-NO_FILES = (errno.EMFILE, errno.ENFILE)
-"""Errors of a process, or a machine, that cannot open another file."""
-UNLOCKED = "another program to unlock the journal"
-FILES = "open files to be closed"
-"""What the run waits for then, and while somebody else keeps the journal locked, such as a viewer
-that was stopped while it read: on a network file system readers lock it, too."""
 
 
 class RankMessageHandler:
@@ -152,58 +136,26 @@ class RankMessageHandler:
     async def _handle_when_writable(self, rank: int, attempt: Attempt, message: FromRank) -> None:
         """Handles one message; waits while the journal cannot be written.
 
-        That is while its disk has no room, it is locked, or no file can be opened.
-
-        The rank trains on until its reports fill the socket's buffer, and then waits, so no step is
-        lost. A run that is being stopped does not wait for room, and only briefly for a lock: then
-        the error ends it. Once the next attempt has begun, the message is dropped, because it would
-        be recorded under that attempt.
+        That is while its disk has no room, it is locked, or no file can be opened. The rank trains
+        on until its reports fill the socket's buffer, and then waits, so no step is lost. Once the
+        next attempt has begun, the message is dropped, because it would be recorded under that
+        attempt.
         """
-        waits_for, since = "", time.monotonic()
-        before = self._state.phases.get(rank)
+        wait = JournalWait(rank, self._state, self._journal, self._publisher)
         while attempt is self._state.attempt:
             self._watchdog.message_received(rank, message)  # waiting is no silence of the rank
             try:
-                if waits_for == UNLOCKED:
-                    self._journal.check_unlocked()  # without stopping the event loop
+                wait.check_unlocked()
                 self.handle(message)
             except (sqlite3.OperationalError, OSError) as error:
                 if self._state.stop_now:  # the ranks are dead
                     return
-                reason = _awaited(error)
-                late = reason == ROOM or time.monotonic() - since > STOP_TIMEOUT
-                if reason is None or (self._state.stopping and late):
+                self._watchdog.extend_silence()  # the other ranks may wait for this one
+                if not await wait.after(error):
                     raise
-                if not waits_for:
-                    text = f"cannot write the journal: {error}; waiting for {reason}"
-                    log.error(text)  # noqa: TRY400 - one line: a full disk needs no traceback
-                    rule = "disk" if reason == ROOM else "journal"
-                    self._publisher.notify_unrecorded(rule, text)
-                waits_for = reason
             else:
-                if waits_for:
-                    log.warning("the journal can be written again; the run continues")
-                    self._end_wait(rank, before, waits_for)
+                wait.end()
                 return
-            self._watchdog.extend_silence()  # the other ranks may wait for this one
-            phase = Phase(rank=rank, step=self._journal.step, name=f"{WAIT_FOR}{waits_for}")
-            self._state.phases[rank] = phase
-            self._publisher.phase(phase)
-            await asyncio.sleep(RETRY_INTERVAL)
-
-    def _end_wait(self, rank: int, before: Phase | None, waited_for: str) -> None:
-        """Shows the phase from before the wait again, unless the rank has reported another one.
-
-        A rank of a paused run that has finished its save reports no phase until it is unpaused.
-        """
-        now = self._state.phases.get(rank)
-        if now is None or now.waits_for != waited_for:
-            return
-        if before is None:
-            del self._state.phases[rank]
-        else:
-            self._state.phases[rank] = before
-            self._publisher.phase(before)
 
     def _send_begin(self) -> None:
         """Sends rank 0 its start and the commands that are still pending."""
@@ -416,13 +368,3 @@ class RankMessageHandler:
             reason = self._state.pause_reason if self._state.paused else None
             self._publisher.set_state(state, reason or "")
         return []
-
-
-def _awaited(error: sqlite3.OperationalError | OSError) -> str | None:
-    """What the run must wait for to write the journal; None if the error ends the run."""
-    if isinstance(error, OSError):
-        return FILES if error.errno in NO_FILES else None
-    code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
-    if code in NO_ROOM:
-        return ROOM
-    return UNLOCKED if is_busy(error) else None

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.launch.start_options import StartOptions
+from engine.monitoring.step_timer import StepTimer
 from engine.protocol.rank_messages import Phase
 from engine.supervisor.attempt import Attempt
-from engine.supervisor.step_timer import StepTimer
 
 Parts = list[Callable[[], "Parts"]]
 """The remaining parts of handling a message, in order. A part can be repeated until it succeeds; it

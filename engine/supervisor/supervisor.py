@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import sqlite3
-import time
 from pathlib import Path
 
 from engine.config import file as config_file
@@ -39,16 +38,12 @@ from engine.session.folder import SessionFolder
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.command_handler import CommandHandler
 from engine.supervisor.end_handler import EndHandler
+from engine.supervisor.journal_wait import JournalWait
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.processes.rollout_engines import RolloutEngines
 from engine.supervisor.publisher import EventPublisher, Observer
-from engine.supervisor.rank_handler import (
-    RETRY_INTERVAL,
-    STOP_TIMEOUT,
-    UNLOCKED,
-    RankMessageHandler,
-)
+from engine.supervisor.rank_handler import RankMessageHandler
 from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
@@ -176,7 +171,7 @@ class Supervisor:
         while state.next is not None:
             start, state.next = state.next, None
             code = await self.run_attempt(start)
-        await self.commands.finish()
+        await self.commands.checkpoints.finish()
         self.pending.run_ended()
         return code
 
@@ -217,27 +212,16 @@ class Supervisor:
 
         Not long if the run is being stopped: what is written next then raises the error.
         """
-        since, waiting = time.monotonic(), False
+        wait = JournalWait(0, self.state, self._journal, self.publisher)
         while True:
             try:
                 self._journal.check_unlocked()
             except sqlite3.OperationalError as error:
-                late = time.monotonic() - since > STOP_TIMEOUT
-                if not is_busy(error) or (self.state.stopping and late):
+                if not is_busy(error) or not await wait.after(error):
                     return
-                if not waiting:
-                    text = f"cannot write the journal: {error}; waiting for {UNLOCKED}"
-                    log.error(text)  # noqa: TRY400 - one line: a lock needs no traceback
-                    self.publisher.notify_unrecorded("journal", text)
-                waiting = True
-                phase = Phase(rank=0, step=self._journal.step, name=f"{WAIT_FOR}{UNLOCKED}")
-                self.state.phases[0] = phase
-                self.publisher.phase(phase)
             else:
-                if waiting:
-                    self.state.phases.pop(0, None)
+                wait.end()
                 return
-            await asyncio.sleep(RETRY_INTERVAL)
 
     async def _guardrails(self, from_step: int) -> Guardrails:
         """The guard rails in their state after a checkpoint's step, derived from the timeline.

@@ -5,13 +5,11 @@ same two steps.
 """
 
 import logging
-import os
 import time
 from typing import Any, assert_never
 
 import msgspec
 
-from engine.config.deadline import deadline
 from engine.config.settings import SettingChange, settings_of
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
 from engine.examined import examined
@@ -47,12 +45,12 @@ from engine.protocol.rank_messages import (
 from engine.session.folder import SessionFolder
 from engine.train.checkpoints.folder import lacks_room
 from engine.train.checkpoints.manager import CheckpointManager
+from engine.train.end_criteria import EndCriteria
 from engine.train.link import Link
 from engine.train.live_settings import LiveSettings
 from engine.train.models.language_model import fingerprint
 from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
-from engine.train.reports.trackers import FINISH_SECONDS
 from engine.train.rewards.recovery import Recovery
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
@@ -63,8 +61,6 @@ PAUSE_POLL_INTERVAL = 0.5
 """Seconds between polls for commands while paused; far below a collective's timeout."""
 SAVE_RETRY_INTERVAL = 5.0
 """Seconds between attempts to save the last step while the disk is full."""
-NO_TIME = ("deadline", "preempted", "leaving")
-"""Reasons to end before the last step, as in :class:`Ended`, that leave no time to wait."""
 PAUSE_REPORT_INTERVAL = 2.0
 """Seconds between `paused` messages, which tell the supervisor that the ranks are alive."""
 
@@ -79,7 +75,7 @@ class BoundaryBroadcast(msgspec.Struct):
     reached: bool
     """Whether `train.stop_at` is met. Ranks may differ in times, or in the last bit of a sum."""
     early: str = ""
-    """Why the run must save and end before its last step, as in :class:`Ended`; else ""."""
+    """See :attr:`EndCriteria.early`."""
     recovered: bool = False
     """Whether the reward source that caused the pause works again."""
 
@@ -115,11 +111,7 @@ class Boundary:
         self._recovery: Recovery | None = None
         self._stop_ids: list[str] = []
         self._ended = False
-        self._reached = False
-        self._early = ""
-        self._from_step = begin.from_step
-        self._deadline = deadline(run.config.train, os.environ)
-        self._longest_step = 0.0
+        self._end = EndCriteria(run, self.checkpoints, begin.from_step)
         self._pause_error: RewardCallError | None = None
 
     def before_step(self) -> bool:
@@ -134,12 +126,12 @@ class Boundary:
         self._begin_pause()
         self._execute_received(received)
         reported = time.monotonic()
-        while self._paused and not self._stop_ids and not self._early:
+        while self._paused and not self._stop_ids and not self._end.early:
             if time.monotonic() - reported > PAUSE_REPORT_INTERVAL:
                 reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
             self._execute_received(self._next_broadcast(PAUSE_POLL_INTERVAL))
-        return not self._stop_ids and self._end_reason() is None
+        return not self._stop_ids and self._end.reason() is None
 
     def next_settings(self) -> dict[str, Any]:
         """Returns the settings of the next step, including changes to repeat before it."""
@@ -166,7 +158,7 @@ class Boundary:
         step, reason = self._run.state.step, str(error)
         if self._run.ranks.is_lead:  # the error is that of all ranks
             log.error("%s", "\n".join(filter(None, [reason, error.trace])))
-        if self._end_reason() is not None:
+        if self._end.reason() is not None:
             self._link.send(Notice(step=step, rule=REWARD_FAILED, text=reason))
             return
         # An attempt that starts paused computes rewards before its first boundary.
@@ -193,40 +185,6 @@ class Boundary:
         if self._recovery is not None:
             self._recovery.cancel()
             self._recovery = None
-
-    def _end_reason(self) -> str | None:
-        train, state = self._run.config.train, self._run.state
-        if state.step >= train.steps:
-            return "finished"
-        if self._reached:
-            return "stop_at"
-        if train.max_hours is not None and state.seconds >= train.max_hours * 3600:
-            return "max_hours"
-        return self._early or None
-
-    def _early_end(self) -> str:
-        """Returns rank 0's reason to save and end before the next step; "" if there is none.
-
-        `deadline`: there is no time left for the longest step and the longest save. `preempted`:
-        another machine of the run is about to be taken away. `leaving`: the same, but the others
-        can continue. `joining`: another machine wants to join, and the last step is being saved.
-        """
-        needed = self._longest_step + self.checkpoints.seconds_to_save()
-        needed += self._run.config.train.deadline_margin
-        if self._run.config.log.trackers:
-            needed += FINISH_SECONDS  # the end of the run may wait this long for them
-        if self._deadline is not None and self._deadline - time.time() < needed:
-            return "deadline"
-        if self._run.ranks.is_machine_leaving():
-            return "preempted" if self._run.config.launch.min_nodes is None else "leaving"
-        state = self._run.state
-        saved = state.step > self._from_step and self.checkpoints.has_begun_to_save(state.step)
-        return "joining" if saved and self._run.ranks.is_machine_waiting() else ""
-
-    def _has_reached_aim(self, metrics: dict[str, float]) -> bool:
-        """Whether a step's metrics meet `train.stop_at`."""
-        aim = self._run.config.train.stop_at
-        return aim is not None and aim.metric in metrics and aim.reached(metrics[aim.metric])
 
     # -- commands -----------------------------------------------------------------------------
 
@@ -257,16 +215,16 @@ class Boundary:
                     commands=commands,
                     seconds=run.state.seconds,
                     beta=run.config.kl.beta,
-                    reached=self._reached,
+                    reached=self._end.reached,
                     recovered=self._recovery is not None and self._recovery.recovered,
-                    early=self._early_end(),
+                    early=self._end.early_reason(),
                 )
             )
         received = msgspec.msgpack.decode(
             run.ranks.broadcast_bytes(data), type=examined(BoundaryBroadcast)
         )
-        run.state.seconds, self._reached = received.seconds, received.reached
-        self._early = received.early
+        run.state.seconds = received.seconds
+        self._end.reached, self._end.early = received.reached, received.early
         self._settings.set({"beta": received.beta})
         return received
 
@@ -355,9 +313,8 @@ class Boundary:
         """
         state, config, kl = self._run.state, self._run.config, metrics["objective/kl"]
         state.step, state.seconds = step, state.seconds + seconds
-        self._longest_step = max(self._longest_step, seconds)
         metrics["time/checkpoint"] = self.checkpoints.step_done(metrics)
-        self._reached = self._has_reached_aim(metrics)
+        self._end.step_done(metrics, seconds)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
         if config.kl.beta == 0 and beta > 0:
             text = f"no factor changes a beta of 0: it begins again at beta_min, {beta:g}"
@@ -372,7 +329,7 @@ class Boundary:
         Call :meth:`before_step` again: the run may have reached its aim.
         """
         self.checkpoints.evaluated(metrics)
-        self._reached = self._reached or self._has_reached_aim(metrics)
+        self._end.evaluated(metrics)
 
     def close(self) -> None:
         """Waits for a running save to finish; also called when the run ends with an error."""
@@ -390,7 +347,7 @@ class Boundary:
             RlhfError: the reference's weights have changed, which is a bug.
         """
         run, self._ended = self._run, True
-        reason = "stopped" if self._stop_ids else self._end_reason() or "finished"
+        reason = "stopped" if self._stop_ids else self._end.reason() or "finished"
         self._save_last_step()
         if fingerprint(run.reference) != run.state.reference:
             raise RlhfError("the reference model's weights changed during the run; they must not")
@@ -408,7 +365,7 @@ class Boundary:
         """
         waits = False
         while problem := self.checkpoints.save():
-            if self._early in NO_TIME or not lacks_room(problem):
+            if self._end.has_no_time or not lacks_room(problem):
                 raise CheckpointError(problem)
             step = self._run.state.step
             if not waits:
@@ -423,5 +380,5 @@ class Boundary:
         for _ in range(round(SAVE_RETRY_INTERVAL / PAUSE_POLL_INTERVAL)):
             self._link.phase(self._run.state.step, f"{WAIT_FOR}{ROOM}")
             self._execute(self._next_broadcast(PAUSE_POLL_INTERVAL).commands)
-            if self._early in NO_TIME:
+            if self._end.has_no_time:
                 return

@@ -6,7 +6,6 @@ reports. A rank never outlives its supervisor.
 
 import contextlib
 import logging
-import math
 import os
 import sys
 import threading
@@ -17,31 +16,18 @@ from typing import Any, NoReturn
 
 import msgspec
 import torch
-from msgspec.structs import replace
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
 from engine.config.settings import SettingChange
-from engine.errors import (
-    MAX_MESSAGE,
-    DamagedCheckpointError,
-    LinkError,
-    RlhfError,
-    UserInputError,
-    error_text,
-    shortened,
-    traceback_text,
-)
+from engine.errors import LinkError
 from engine.examined import examined
 from engine.launch.environment import LAUNCH_VARIABLE
-from engine.metrics import EVAL_SOURCE
 from engine.protocol.rank_messages import (
     RESTART_REASONS,
-    REWARD_FAILED,
     Begin,
     EvaluationReport,
-    Failed,
     Notice,
     Ready,
     Sample,
@@ -49,35 +35,28 @@ from engine.protocol.rank_messages import (
 )
 from engine.session.folder import SessionFolder
 from engine.train.boundary import Boundary, update_reference
-from engine.train.distributed.ranks import RankGroup, is_peer_loss
-from engine.train.evaluation.evaluate import (
-    REWARD_FAILURES,
-    Evaluation,
-    evaluate_if_due,
-    recorded,
+from engine.train.distributed.ranks import RankGroup
+from engine.train.evaluation.evaluate import Evaluation, recorded
+from engine.train.evaluation.scheduled import (
+    evaluate_or_skip,
+    incomplete_evaluation,
+    make_up,
+    measure_before_training,
 )
+from engine.train.failure import failed_message
 from engine.train.link import Link, SupervisorEndedError
 from engine.train.load import load_run
 from engine.train.models import memory_check
 from engine.train.models.language_model import parameter_count
 from engine.train.models.trusted_code import trusted_code
-from engine.train.out_of_memory import (
-    LESS_MEMORY,
-    StepOutOfMemoryError,
-    is_out_of_memory,
-    memory_text,
-    run_step,
-)
-from engine.train.reports.recorders import StepRecorder, open_recorders
+from engine.train.out_of_memory import run_step
+from engine.train.reports.recorders import open_recorders
 from engine.train.reports.setup_notes import dtype_note, setup_notes
-from engine.train.reward_scales import fit_scales
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
-ADVISED = ("CUDA error: ", "HIP error: ")
-"""Beginnings of messages in which torch adds lines of advice for those who write kernels."""
 RESTARTS = 3
 """Exit code of a rank when the run is not over, so that other machines do not stop as well."""
 
@@ -137,50 +116,6 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Failed:
-    """Describes the error that ends this rank.
-
-    If the error only says that another rank is gone, returns the message that the other rank left
-    in the store. If there is none, sets `echo`: this error is only a consequence, and the
-    supervisor looks for the cause in the messages of other ranks.
-
-    Args:
-        error: what was raised.
-        ranks: None if this rank failed before the process group was formed.
-        rank: this rank.
-    """
-    if isinstance(error, UserInputError):
-        return Failed(rank=rank, text=shortened(error_text(error), MAX_MESSAGE), user_input=True)
-    # An RlhfError is raised deliberately and would recur after a restart, so none follows. Any
-    # other exception may be due to the hardware.
-    deliberate, full = isinstance(error, RlhfError), is_out_of_memory(error)
-    text = shortened(error_text(error), MAX_MESSAGE)
-    if full:  # a restart with the same settings would run out again
-        text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
-    elif not deliberate:
-        if text.startswith(ADVISED):
-            text = text.splitlines()[0]
-        text = f"{type(error).__name__}: {text}"
-    failed = Failed(
-        rank=rank, text=text, traceback=traceback_text(error), final=deliberate or full,
-        damaged=isinstance(error, DamagedCheckpointError),
-    )  # fmt: skip
-    if isinstance(error, StepOutOfMemoryError) and error.change is not None:
-        failed = replace(failed, step=error.step, changes=[error.change])
-    if ranks is None or ranks.size == 1 or failed.damaged:
-        return failed
-    if is_peer_loss(error) and not full:
-        with contextlib.suppress(RuntimeError):  # the store may be gone as well
-            for message in ranks.errors_left():
-                return msgspec.json.decode(message, type=examined(Failed))
-        text = f"rank {rank} lost contact with the other ranks: {text}"
-        return Failed(rank=rank, text=text, traceback=failed.traceback, echo=True)
-    failed = replace(failed, text=f"rank {rank}: {text}")
-    with contextlib.suppress(RuntimeError):
-        ranks.leave_error(msgspec.json.encode(failed))
-    return failed
-
-
 def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
     """Runs the training loop: commands, step, report, save. Returns the reason of the end."""
     begin, config = receive_start(session, link, ranks)
@@ -208,7 +143,7 @@ def train(session: SessionFolder, link: Link, ranks: RankGroup) -> str:
     recorders = open_recorders(session, config, begin.from_step, warn) if ranks.is_lead else []
 
     with contextlib.closing(boundary):
-        baseline = prepare(boundary, run, config)
+        baseline = measure_before_training(boundary, run, config)
         if baseline.metrics:
             link.send(EvaluationReport(baseline.metrics, recorded(baseline.samples)))
             for recorder in recorders:
@@ -274,104 +209,6 @@ def step_report(
         ranks=run.times.ranks,
         reference_mix=run.config.kl.reference_update.mix if 0 < update_step == step - 1 else None,
         evaluated=recorded(evaluation.samples),
-    )
-
-
-def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
-    """Takes the measurements that need rewards before training; pauses while rewards fail.
-
-    Args:
-        boundary: before the first step.
-        run: the run.
-        config: the configuration that it was loaded with.
-
-    Returns:
-        The evaluation before the first step. Empty for a resumed run, if none is due, or if the run
-        is stopped first.
-    """
-    fitted = False
-    while True:
-        try:
-            if not fitted:
-                fit_scales(run, config)
-                fitted = True
-            evaluation = Evaluation() if run.state.step else evaluate_if_due(run, 0)
-            evaluation.check()
-        except RewardCallError as error:
-            boundary.pause_before_step(error)
-            if not boundary.before_step():
-                return Evaluation()
-        else:
-            return evaluation
-
-
-def incomplete_evaluation(run: Run, begin: Begin) -> Evaluation | None:
-    """The evaluation that the journal has of the step that a run starts from, if it lacks a part.
-
-    It can lack all of it, or sources of `eval.rewards` that failed. :func:`make_up` does nothing at
-    a step without an evaluation.
-
-    Returns:
-        None if nothing is to be made up for; an evaluation whose metrics have no values otherwise.
-    """
-    if run.held_out is None:
-        return None
-    if begin.unevaluated:
-        return Evaluation()
-    sources = run.held_out.rewards.names if run.held_out.rewards is not None else []
-    expected = {EVAL_SOURCE.replace("NAME", name) for name in sources}
-    if not begin.recorded or expected <= set(begin.recorded):
-        return None
-    return Evaluation(dict.fromkeys(begin.recorded, math.nan))
-
-
-def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError | None]:
-    """Evaluates after a step if that is due.
-
-    Returns:
-        The evaluation, and an error to pause with if a reward could not be computed or used. In
-        that case the evaluation is empty, or lacks the sources of `eval.rewards` that failed.
-    """
-    try:
-        evaluation = evaluate_if_due(run, step)
-    except REWARD_FAILURES as error:
-        return Evaluation(), _pausing(error, f"step {step} is not evaluated")
-    if not evaluation.failed:
-        return evaluation, None
-    first, *others = evaluation.failed.values()
-    without = ", ".join(f"'{name}'" for name in evaluation.failed)
-    consequence = f"step {step} is evaluated without {without}"
-    return evaluation, _pausing(first, "; ".join([*map(str, others), consequence]))
-
-
-def make_up(
-    boundary: Boundary, run: Run, link: Link, recorders: list[StepRecorder], before: Evaluation
-) -> None:
-    """Evaluates the last step again after the pause that began because a reward had failed.
-
-    The weights are still those of the step, so only what `before`, the failed evaluation, lacks is
-    reported. If it fails again, the operator is notified and the run continues: if the reward still
-    fails, the next step pauses the run.
-    """
-    step = run.state.step
-    evaluation, problem = evaluate_or_skip(run, step)
-    if problem is not None:
-        link.send(Notice(step=step, rule=REWARD_FAILED, text=str(problem)))
-    metrics = {k: v for k, v in evaluation.metrics.items() if k not in before.metrics}
-    if metrics:
-        link.send(EvaluationReport(metrics, recorded(evaluation.samples), step))
-        for recorder in recorders:
-            recorder.step(step, metrics, [])
-        boundary.evaluated(metrics)
-
-
-def _pausing(error: RlhfError, more: str) -> RewardCallError:
-    """Returns the error that pauses the run after a step whose evaluation failed."""
-    text = f"{error}; {more}"
-    if not isinstance(error, RewardCallError):
-        return RewardCallError(text)
-    return RewardCallError(
-        text, error.trace, recovers=error.recovers, works_again=error.works_again
     )
 
 

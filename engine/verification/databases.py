@@ -18,7 +18,7 @@ _FRAME = struct.Struct(">6I")
 """Page, size of the database after a commit or 0, two salts, two sums."""
 _SMALLEST_PAGE = 512
 _MAGIC = 0x377F0682
-"""Of sums over little-endian words; one more for big-endian words."""
+"""The magic number if sums are over little-endian words; one more for big-endian words."""
 
 
 def check_databases(session: SessionFolder, *, live: bool) -> Iterator[Finding]:

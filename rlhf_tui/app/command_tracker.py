@@ -56,7 +56,7 @@ class CommandTracker:
         self._say = say
         self._sender = CommandSender(who)
         self._effects: dict[Path, PendingEffects] = {}
-        """By session folder."""
+        """The effects on each run, by session folder."""
         self._last_read: dict[Path, SteeringTarget] = {}
         """The newest state of each run, by session folder."""
 

@@ -29,42 +29,14 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     commands = _commands(state, seen)
     if 0 <= away < AWAY or (steps == 0 and not new and not commands):
         return []
-    rows: list[Row] = [[("the run is ", "dim"), (state.head.state, "strong")]]
+    heading: Row = [("the run is ", "dim"), (state.head.state, "strong")]
     if away >= 0:  # unknown if the clock was set back
-        rows[0] = [
-            ("you were away ", "dim"),
-            (fmt.duration(away), "strong"),
-            ("; ", "dim"),
-            *rows[0],
-        ]
-    if steps > 0:
-        rows.append([(f"steps {seen.step} → {state.head.step}", "strong")])
-        for name, label in ((metrics.SCORE, "score"), (metrics.KL, "KL"), (metrics.BETA, "beta")):
-            series = state.series(name)
-            old, now = (
-                # A setting has a value, whatever it was before.
-                series.latest(step) if metrics.describe(name).is_set
-                else series.mean(step - RECENT + 1, step)
-                for step in (seen.step, state.head.step)
-            )  # fmt: skip
-            rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
-    elif steps < 0:
-        # By a roll back, or because the run was resumed after a crash.
-        rows.append([(f"back to step {state.head.step}, from step {seen.step}", "warn")])
-    if commands:
-        rows += [[], *commands]
-    since = [m for m in state.markers() if m.after > seen.event]
-    if since:
-        rows.append([])
-    saved = [m for m in since if m.kind == "checkpoint"]
-    if len(since) > MOST and len(saved) > 1:
-        # There may be dozens, which must not keep an alert or a crash from being seen.
-        since = [m for m in since if m not in saved[:-1]]
-    rows += [_row(marker) for marker in since[-MOST:]]
-    if len(since) > MOST:
-        rows.append([(f"       and {len(since) - MOST} earlier", "dim")])
-    if len(saved) > 1 and saved[0] not in since:
-        rows.append([(f"       and {fmt.plural(len(saved) - 1, 'earlier checkpoint')}", "dim")])
+        absence: Row = [("you were away ", "dim"), (fmt.duration(away), "strong"), ("; ", "dim")]
+        heading = [*absence, *heading]
+    rows = [heading, *_progress(state, seen)]
+    for part in (commands, _entries(state, seen)):
+        if part:
+            rows += [[], *part]
     states = [e.payload for e in new if isinstance(e.payload, StateEvent | ErrorEvent)]
     if states and states[-1].text:
         rows.append([(states[-1].text.partition("\n")[0], "warn")])
@@ -75,6 +47,41 @@ def began(state: SessionState) -> float:
     """The time of the session's first event; 0 if unknown."""
     first = state.events[0] if state.events else None
     return first.time if first is not None and first.event == 1 else 0.0
+
+
+def _progress(state: SessionState, seen: Seen) -> list[Row]:
+    """The steps since then, and score, KL and beta before and after them."""
+    then, now = seen.step, state.head.step
+    if now == then:
+        return []
+    if now < then:  # by a roll back, or because the run was resumed after a crash
+        return [[(f"back to step {now}, from step {then}", "warn")]]
+    rows: list[Row] = [[(f"steps {then} → {now}", "strong")]]
+    for name, label in ((metrics.SCORE, "score"), (metrics.KL, "KL"), (metrics.BETA, "beta")):
+        series = state.series(name)
+        old, new = (
+            # A setting has a value, whatever it was before.
+            series.latest(step) if metrics.describe(name).is_set
+            else series.mean(step - RECENT + 1, step)
+            for step in (then, now)
+        )  # fmt: skip
+        rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(new)}", "")])
+    return rows
+
+
+def _entries(state: SessionState, seen: Seen) -> list[Row]:
+    """The newest entries of the timeline since then, and how many more there are."""
+    since = [m for m in state.markers() if m.after > seen.event]
+    saved = [m for m in since if m.kind == "checkpoint"]
+    if len(since) > MOST and len(saved) > 1:
+        # There may be dozens, which must not keep an alert or a crash from being seen.
+        since = [m for m in since if m not in saved[:-1]]
+    rows = [_row(marker) for marker in since[-MOST:]]
+    if len(since) > MOST:
+        rows.append([(f"       and {len(since) - MOST} earlier", "dim")])
+    if len(saved) > 1 and saved[0] not in since:
+        rows.append([(f"       and {fmt.plural(len(saved) - 1, 'earlier checkpoint')}", "dim")])
+    return rows
 
 
 def _row(marker: Marker) -> Row:

@@ -75,12 +75,11 @@ class SessionSource:
         database = ReadOnlyDatabase(self._session.journal_file, schema.JOURNAL)
         try:
             with database.snapshot():
-                rows = database.rows("SELECT max(attempt) FROM attempts")
-                attempt = (rows[0][0] if rows else 0) or 0
+                attempt = database.value("SELECT max(attempt) FROM attempts") or 0
                 fresh = self._fresh = attempt != self._attempt
-                rows = database.rows("SELECT max(step) FROM steps")
                 # Step 0, the evaluation before training, has no row in `steps`.
-                last = rows[0][0] if rows and rows[0][0] is not None else -1
+                last = database.value("SELECT max(step) FROM steps")
+                last = -1 if last is None else last
                 if fresh:
                     self._attempt, self._step = attempt, max(last - self._tail, -1)
                     self._sampled = max(last - SAMPLED_STEPS, -1)

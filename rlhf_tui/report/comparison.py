@@ -23,7 +23,7 @@ class Comparison(Struct, frozen=True):
     settings: list[Setting]
     """The keys that differ; `default` is the value of the other run."""
     curves: dict[str, Curve]
-    """By metric."""
+    """The other run's curves, by metric."""
 
     def overlaid(self, curves: list[Curve]) -> list[Curve]:
         """Adds the other run's curves to those of a report."""

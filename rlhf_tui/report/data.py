@@ -42,7 +42,7 @@ class Report(Struct, frozen=True):
     """Session and step."""
     first_time: float | None
     last_time: float | None
-    """Of the last step."""
+    """The time of the last step."""
     headlines: list[Headline]
     held_out: list[Headline]
     best_metric: str
@@ -54,7 +54,7 @@ class Report(Struct, frozen=True):
     samples: ReportSamples
     checkpoints: list[ReportCheckpoint]
     agreement: Agreement
-    """Of the scores with the judgements."""
+    """How far the scores agree with the judgements."""
     comparison: Comparison | None = None
     """The run beside it."""
 

@@ -32,9 +32,9 @@ class Headline(Struct, frozen=True):
     first: float | None
     last: float | None
     half_widths: tuple[float | None, float | None] = (None, None)
-    """Of the 95 % intervals of `first` and `last`."""
+    """Half the widths of the 95 % intervals of `first` and `last`."""
     steps: tuple[int, int] | None = None
-    """Of the two values; None for means of :data:`STEPS_AVERAGED` steps."""
+    """The steps of the two values; None for means of :data:`STEPS_AVERAGED` steps."""
 
 
 def read_headlines(reader: JournalReader, last_step: int) -> list[Headline]:

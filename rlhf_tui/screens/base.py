@@ -31,7 +31,7 @@ class SessionScreen(Screen[None]):
     WRITES: ClassVar[frozenset[str]] = frozenset()
     """Actions that `--read-only` removes."""
     READ_ONLY = "nothing can be changed"
-    """Says in the notice in place of an action of :attr:`WRITES` what is off."""
+    """Why those actions are disabled, for the notice."""
 
     LISTS: ClassVar[bool] = False
     """Whether the screen reads a list in a thread; it then calls :meth:`rows_read`."""

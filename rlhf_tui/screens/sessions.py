@@ -115,7 +115,7 @@ class SessionsScreen(SessionScreen):
     def read_sessions(self, *, replaces: bool = False) -> None:
         """Reads the folder in a thread, if the screen is visible.
 
-        `replaces`: something else of it is to be read than by a reading that has not ended.
+        `replaces`: also if a reading has not ended, because it does not read what is wanted now.
         """
         if not self.is_current:
             return

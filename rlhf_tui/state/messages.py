@@ -64,7 +64,7 @@ class CommandResult(Struct, frozen=True):
     problem: str = ""
     """The last line of its error output; empty if it succeeded."""
     last_line: str = ""
-    """Of its output."""
+    """The last line of its output."""
     notices: list[str] = []
     """The other lines that the CLI itself wrote to its error output, such as what a fork keeps."""
 

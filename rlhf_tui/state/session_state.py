@@ -25,6 +25,7 @@ from engine.metrics import (
     phase_time,
     with_drawn,
 )
+from engine.monitoring.step_timer import OptimiseEnd
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 from engine.session.file_signature import FileSignature
@@ -86,7 +87,7 @@ class SessionState:
         self.replay: ReplayStatus | None = None
         """Where the replay is that is shown; None for a session as it is now."""
         self.phase_since: dict[int, float] = {}
-        self._optimise = time_left.OptimiseEnd()
+        self._optimise = OptimiseEnd()
         self._before_sync = ""
         """The phase that `sync` was last seen to follow in its step; empty if it came first."""
         self._clear()
@@ -107,7 +108,7 @@ class SessionState:
         self.labels: FileSignature = ()
         """Changes whenever somebody labels a response."""
         self.agreement = Agreement()
-        """Of the scores with the judgements."""
+        """How far the scores agree with the judgements."""
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
         self._reached: dict[int, int] = {}
         """Attempt → its last step, where a later attempt replaced that step."""

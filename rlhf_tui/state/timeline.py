@@ -61,6 +61,12 @@ GUARD_RAIL = "guard rail "
 RESTART = "restart"
 """Rule of the notice that follows the error of an attempt and repeats its text."""
 PAUSED_STATES = ("paused", "pausing")
+EFFECTS_ON_STEP_BEFORE = {
+    Checkpoint.name(): "step {step} saved",
+    Pause.name(): "paused {after}",
+    Stop.name(): "stopped {after}",
+}
+"""What commands have done whose effect is on the step before the one that they are applied at."""
 WITHOUT_STEP = {Note.name(): "added", DeleteCheckpoint.name(): "done"}
 """What is said of applied commands that apply to no step."""
 _BOUND = re.compile(
@@ -128,12 +134,7 @@ def effect_text(command: str, step: int) -> str:
         `step 75 saved`, `paused after step 75` or `stopped after step 75`; empty for any other.
     """
     after = f"after step {step - 1}" if step > 1 else "before the first step"
-    texts = {
-        Checkpoint.name(): f"step {step - 1} saved",
-        Pause.name(): f"paused {after}",
-        Stop.name(): f"stopped {after}",
-    }
-    return texts.get(command, "")
+    return EFFECTS_ON_STEP_BEFORE.get(command, "").format(step=step - 1, after=after)
 
 
 def changes_text(changes: Sequence[SettingChange]) -> str:
@@ -308,7 +309,7 @@ class _Timeline:
             repeated = bool(command.changes)  # when the run is resumed
             left = self._left(command.attempt, step - 1)
             abandoned = not command.live or (left and not repeated)
-            if effect_text(command.command, step):  # as a pause, which is after the step before
+            if command.command in EFFECTS_ON_STEP_BEFORE:
                 step -= 1
         when = command.ended or command.queued
         text = command_text(command)

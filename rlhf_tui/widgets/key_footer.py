@@ -25,7 +25,7 @@ def key_name(key: str) -> str:
 class KeyFooter(Lines):
     """Shows the active bindings that have `show`, those of the screen before those of the app."""
 
-    def __init__(self, note: str = "") -> None:
+    def __init__(self, note: str) -> None:
         """`note` stands beside the help, such as `read-only`."""
         super().__init__(id="keys")
         self._note = note

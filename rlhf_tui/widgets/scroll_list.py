@@ -156,7 +156,7 @@ class ScrollList(Lines, can_focus=True):
 class ScrollText(ScrollList):
     """A fixed list of rows without a cursor."""
 
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002
+    def __init__(self, *, id: str) -> None:  # noqa: A002
         super().__init__(id=id)
         self._body: list[Row] = []
 

@@ -32,7 +32,7 @@ from engine.protocol.rank_messages import (
 )
 from engine.session import checkpoints
 from engine.session.folder import SessionFolder
-from engine.supervisor import command_handler, rank_handler, supervisor
+from engine.supervisor import checkpoint_commands, journal_wait
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.processes.rank_processes import RankProcesses
@@ -72,7 +72,7 @@ def full_until_removal(monkeypatch):
             checkpoints.remove(folder)
             room.close()
 
-        monkeypatch.setattr(command_handler, "remove", remove)
+        monkeypatch.setattr(checkpoint_commands, "remove", remove)
         monkeypatch.setattr(deletion, "remove", remove)
         yield lambda: room.enter_context(no_room_for_files())
 
@@ -158,7 +158,7 @@ async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(
 async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
     engine, writer, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(journal_wait, "RETRY_INTERVAL", 0.01)
     server, _, to_engine = await rank_connection(engine, tmp_path)
     writer.journal.record_checkpoint(4, 1, 0.0, 0.0)
     caplog.set_level("INFO", "engine")
@@ -179,7 +179,7 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
 async def test_a_checkpoint_is_recorded_once_a_file_can_be_opened_again(
     engine, writer, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(journal_wait, "RETRY_INTERVAL", 0.01)
     server, _, to_engine = await rank_connection(engine, tmp_path)
     caplog.set_level("INFO", "engine")
     async with server:
@@ -187,7 +187,7 @@ async def test_a_checkpoint_is_recorded_once_a_file_can_be_opened_again(
         with no_file_can_be_opened():
             to_engine.write(frames.encode(CheckpointWritten(step=4, size=1, score=0.0, kl=0.0)))
             await until(lambda: 0 in engine.shared.phases)
-            assert engine.shared.phases[0].waits_for == rank_handler.FILES
+            assert engine.shared.phases[0].waits_for == journal_wait.FILES
         await until(lambda: "can be written again" in caplog.text)
         to_engine.close()
     with JournalReader(writer.session) as reader:
@@ -208,8 +208,7 @@ async def test_the_ranks_are_killed_though_no_file_can_be_opened(tmp_path, monke
 @pytest.fixture
 def locked(engine, writer, monkeypatch):
     """A context in which another program keeps the journal locked, which nobody waits for long."""
-    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
-    monkeypatch.setattr(supervisor, "RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(journal_wait, "RETRY_INTERVAL", 0.01)
     monkeypatch.setattr(journal_writer, "LOCK_TIMEOUT", 0.0)
     writer.journal.begin_serving()
 
@@ -232,7 +231,7 @@ async def test_a_step_waits_while_another_program_locks_the_journal(
         with locked():
             to_engine.write(frames.encode(report))
             await until(lambda: 0 in engine.shared.phases)
-            assert engine.shared.phases[0].waits_for == rank_handler.UNLOCKED
+            assert engine.shared.phases[0].waits_for == journal_wait.UNLOCKED
             assert engine.send(SetBeta(value=0.2)).status == "rejected"
         await until(lambda: writer.journal.step == 1)
         await until(lambda: not engine.shared.phases)
@@ -261,7 +260,7 @@ async def test_a_run_begins_and_ends_once_another_program_unlocks_the_journal(
         await until(lambda: "waiting for another program" in caplog.text)
         assert not started.is_set()
         (phase,) = engine.supervisor.status().phases  # which is read without the journal
-        assert phase.waits_for == rank_handler.UNLOCKED
+        assert phase.waits_for == journal_wait.UNLOCKED
     await asyncio.wait_for(started.wait(), 60)
     engine.shared.attempt.ended = Ended(step=0, reason="finished")
     engine.receive(Ready(info={}, settings=engine.shared.settings))
@@ -278,7 +277,7 @@ async def test_a_run_begins_and_ends_once_another_program_unlocks_the_journal(
 async def test_a_run_that_is_stopped_does_not_wait_long_for_a_locked_journal(
     engine, locked, monkeypatch
 ):
-    monkeypatch.setattr(supervisor, "STOP_TIMEOUT", 0.0)
+    monkeypatch.setattr(journal_wait, "STOP_TIMEOUT", 0.0)
     engine.shared.next, engine.shared.stopping = StartOptions(), True
     with locked(), pytest.raises(sqlite3.OperationalError, match="locked"):
         await asyncio.wait_for(engine.supervisor.run(), 60)
@@ -298,7 +297,7 @@ def test_a_step_that_is_written_when_there_is_room_again_has_its_metrics(writer)
 async def test_what_a_killed_attempt_reported_is_not_written_into_the_next(
     engine, writer, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(journal_wait, "RETRY_INTERVAL", 0.01)
     killed = engine.shared.attempt
     server, _, to_engine = await rank_connection(engine, tmp_path)
     async with server:

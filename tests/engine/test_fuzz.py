@@ -104,7 +104,7 @@ def survives(writer, caplog, hostile):
         )
         supervisor.publisher.set_state("starting")
         status = await exchange(supervisor, session.folder, hostile)
-        await supervisor.commands.finish()
+        await supervisor.commands.checkpoints.finish()
         return status
 
     with caplog.at_level(logging.INFO):

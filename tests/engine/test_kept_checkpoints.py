@@ -18,7 +18,7 @@ from engine.protocol.rank_messages import CheckpointKept
 from engine.session import checkpoints
 from engine.session import folder as session_folder
 from engine.session.checkpoints import checkpoint_path
-from engine.supervisor import command_handler
+from engine.supervisor import checkpoint_commands
 from engine.verification.verify import verify
 from tests.engine.supervised import until
 
@@ -86,10 +86,10 @@ async def test_the_end_of_a_run_waits_for_the_files_of_a_deleted_checkpoint(
         assert ends.wait(60)
         checkpoints.remove(folder)
 
-    monkeypatch.setattr(command_handler, "remove", remove)
+    monkeypatch.setattr(checkpoint_commands, "remove", remove)
     engine.send(DeleteCheckpoint(step=2))
     asyncio.get_running_loop().call_soon(ends.set)
-    await engine.supervisor.commands.finish()
+    await engine.supervisor.commands.checkpoints.finish()
     assert not checkpoint_path(saved.session.checkpoints, 2).exists()
 
 

@@ -18,7 +18,7 @@ from engine.journal.judgements.labels import (
 )
 from engine.journal.judgements.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader
-from engine.protocol.rank_messages import Messages, StepReport
+from engine.protocol.rank_messages import SampleMessages, StepReport
 from tests.judging import answer, judgements
 
 FROM_REFERENCE = Response(response="the reference's")
@@ -90,7 +90,7 @@ def test_pairs_of_conversations_are_lists_of_messages(writer):
     def said(*texts):
         roles = ["assistant", "tool"] * len(texts)
         response = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
-        return Messages(asked, response)
+        return SampleMessages(asked, response)
 
     asked = [{"role": "user", "content": "p"}]
     given = [said("a"), said("b", "3", "c"), None]

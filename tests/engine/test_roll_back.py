@@ -10,7 +10,7 @@ from engine.journal.reader import JournalReader
 from engine.launch.start_options import StartOptions
 from engine.protocol.commands import Rollback, Stop
 from engine.session.checkpoints import checkpoint_path
-from engine.supervisor import command_handler
+from engine.supervisor import checkpoint_commands, command_handler
 from tests.engine.supervised import until
 
 
@@ -83,7 +83,7 @@ async def test_a_roll_back_is_rejected_while_the_checkpoints_cannot_be_listed(
         reply = engine.send(Rollback(step=2))
         assert (reply.status, "Stale file handle" in reply.reason) == ("rejected", True)
     reply = engine.send(Rollback(step=2))
-    monkeypatch.setattr(command_handler, "timeline_checkpoints", unreadable)
+    monkeypatch.setattr(checkpoint_commands, "timeline_checkpoints", unreadable)
     reply = await settled(writer, reply.id)
     assert (reply.status, "Stale file handle" in reply.reason) == ("rejected", True)
     assert engine.shared.next is None
@@ -100,7 +100,7 @@ async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, wri
 async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine, writer):
     writer.checkpoint(2)
     reply = engine.send(Rollback(step=2))
-    await engine.supervisor.commands.finish()
+    await engine.supervisor.commands.checkpoints.finish()
     reply = writer.journal.commands.reply(reply.id)
     assert (reply.status, engine.shared.next) == ("rejected", None)
     assert reply.reason == "the run ended before it was carried out"

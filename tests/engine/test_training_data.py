@@ -9,7 +9,7 @@ from engine.errors import ConfigError, UserInputError
 from engine.journal.judgements.labels import Response, prefer, set_label
 from engine.journal.judgements.training_data import NEWEST, collect_judgements
 from engine.journal.samples import SampleReader
-from engine.protocol.rank_messages import Messages, StepReport
+from engine.protocol.rank_messages import SampleMessages, StepReport
 from tests.judging import answer
 
 
@@ -49,7 +49,7 @@ def test_the_newest_responses_come_along_whether_they_are_judged_or_not(writer):
 
 def test_a_judged_conversation_has_its_messages(writer):
     def said(text):
-        return Messages(
+        return SampleMessages(
             [{"role": "user", "content": "p"}], [{"role": "assistant", "content": text}]
         )
 

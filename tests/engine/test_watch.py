@@ -14,13 +14,13 @@ from engine import starter
 from engine.config import file as config_file
 from engine.journal.reader import JournalReader
 from engine.launch.start_options import StartOptions
+from engine.monitoring.step_timer import OptimiseEnd, StepTimer
 from engine.protocol.client_messages import Gpu
 from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
 from engine.supervisor import watchdog as watchdog_module
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.server import Server
-from engine.supervisor.step_timer import StepTimer
 from engine.supervisor.supervisor import Supervisor
 from engine.supervisor.watchdog import CHECK_INTERVAL, Watchdog
 from tests.engine.supervised import until
@@ -340,3 +340,27 @@ def test_the_time_left_follows_the_epochs_not_the_steps_before():
     assert timer.remaining() == pytest.approx(390)
     timer.finish_step()
     assert timer.remaining() == pytest.approx(timer.step_seconds)
+
+
+def test_the_end_of_optimise_follows_its_progress_and_not_the_steps_before():
+    end = OptimiseEnd()
+    for done, now in ((0, 10.0), (2, 14.0)):
+        end.take(Phase(rank=0, step=7, name="optimise", done=done, total=10), now)
+    assert end.ends == 30.0
+    end.take(Phase(rank=0, step=8, name="generate"), 31.0)
+    assert end.ends is None
+
+
+def test_an_optimise_that_is_joined_midway_is_timed_from_there():
+    end = OptimiseEnd()
+    for done, now in ((6, 10.0), (6, 12.0), (8, 14.0)):
+        end.take(Phase(rank=0, step=7, name="optimise", done=done, total=10), now)
+    assert end.ends == 18.0
+
+
+def test_an_optimise_that_begins_again_is_timed_from_its_new_beginning():
+    """As it does with a smaller micro-batch, after the step ran out of memory."""
+    end = OptimiseEnd()
+    for done, now in ((0, 10.0), (6, 12.0), (0, 20.0), (2, 24.0)):
+        end.take(Phase(rank=0, step=7, name="optimise", done=done, total=10), now)
+    assert end.ends == 40.0

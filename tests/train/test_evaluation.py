@@ -22,10 +22,11 @@ from engine.train.evaluation.evaluate import (
     evaluate_if_due,
     recorded,
 )
+from engine.train.evaluation.scheduled import evaluate_or_skip, incomplete_evaluation, make_up
 from engine.train.link import Link
 from engine.train.rewards.source import RewardCallError
 from engine.train.step import train_step
-from engine.train.worker import evaluate_or_skip, incomplete_evaluation, make_up, step_report
+from engine.train.worker import step_report
 
 EVALUATED = ("eval.every=1", "eval.holdout=6", "eval.per_prompt=2", "data.shuffle=true")
 

@@ -9,9 +9,9 @@ from engine.config.settings import change_settings
 from engine.errors import RlhfError
 from engine.train.distributed.ranks import PeerRankError
 from engine.train.experience import targets
+from engine.train.failure import failed_message
 from engine.train.out_of_memory import StepOutOfMemoryError, run_step, smaller_micro_batch
 from engine.train.ppo import forward, optimise
-from engine.train.worker import failed_message
 from tests.train.gpu.pretend import GPU, pretend_gpu
 from tests.variants import some_of
 

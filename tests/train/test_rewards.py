@@ -20,11 +20,11 @@ from engine.protocol import frames
 from engine.protocol.rank_messages import Paused, decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
+from engine.train.failure import failed_message
 from engine.train.rewards import calls
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.source import LoadContext, RewardCallError, RunsOn
-from engine.train.worker import failed_message
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 

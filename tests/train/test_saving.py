@@ -25,8 +25,8 @@ from engine.session.checkpoints import checkpoint_path, complete_checkpoints, sa
 from engine.train.boundary import Boundary
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.manager import settings_digest
+from engine.train.evaluation.scheduled import measure_before_training
 from engine.train.rewards.source import RewardCallError
-from engine.train.worker import prepare
 from tests.train.supervisor_end import METRICS
 from tests.waiting import until
 
@@ -356,7 +356,7 @@ def test_a_run_that_is_stopped_before_its_scores_are_normalised_evaluates_nothin
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), link)
     supervisor.wait_for(RankHello)
     supervisor.send(RankCommand(id="1", command=Stop()))
-    assert prepare(boundary, run, run.config).metrics == {}
+    assert measure_before_training(boundary, run, run.config).metrics == {}
     assert len(calls) == 1
     boundary.close()
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from engine.protocol.rank_messages import Phase
 from rlhf_tui.state import time_left
 
 
@@ -25,19 +24,3 @@ def test_the_mean_of_steps_follows_the_newest_by_a_tenth():
     mean.add(10.0)
     mean.add(20.0)
     assert mean.mean == pytest.approx(11.0)
-
-
-def test_the_end_of_optimise_follows_its_progress_and_not_the_steps_before():
-    end = time_left.OptimiseEnd()
-    for done, now in ((0, 10.0), (2, 14.0)):
-        end.take(Phase(rank=0, step=7, name="optimise", done=done, total=10), now)
-    assert end.ends == 30.0
-    end.take(Phase(rank=0, step=8, name="generate"), 31.0)
-    assert end.ends is None
-
-
-def test_an_optimise_that_is_joined_midway_is_timed_from_there():
-    end = time_left.OptimiseEnd()
-    for done, now in ((6, 10.0), (6, 12.0), (8, 14.0)):
-        end.take(Phase(rank=0, step=7, name="optimise", done=done, total=10), now)
-    assert end.ends == 18.0

@@ -59,7 +59,7 @@ class Recording:
         self._live = live
         """Whether an engine ran when this was read."""
         self.last_step = steps[-1][1] if steps else 0
-        """Of today's timeline."""
+        """The last step of today's timeline."""
         self._attempts = array("q")
         self._steps = array("q")
         self._events = array("q")

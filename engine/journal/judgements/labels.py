@@ -227,10 +227,10 @@ class LabelReader:
 
     def count(self) -> int:
         """The number of judgements and preferences."""
-        rows = self._db.rows(
+        count = self._db.value(
             "SELECT (SELECT count(*) FROM judgements) + (SELECT count(*) FROM preferences)"
         )
-        return int(rows[0][0]) if rows else 0
+        return count or 0
 
     def judgements(self) -> dict[Key, JudgedResponse]:
         """All judgements, in the order in which they were made."""

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from engine.journal.reader import JournalReader
-from engine.protocol.rank_messages import Messages
+from engine.protocol.rank_messages import SampleMessages
 from engine.session.folder import SessionFolder
 
 
@@ -14,7 +14,7 @@ class RecordedConversation:
 
     replies: list[tuple[int, int]] | None = None
     """See :attr:`engine.journal.rows.SampleRow.replies`."""
-    messages: Messages | None = None
+    messages: SampleMessages | None = None
 
 
 def conversations_of_reference(

@@ -73,7 +73,7 @@ class _Collector:
         self._preferences: dict[tuple[int, int], None] = {}
         self._newest: list[int] = []
         self._probed: dict[tuple[str, str], RecordedConversation] = {}
-        """Of the session that is read."""
+        """The reference's responses in the session that is read, by prompt and response."""
 
     def read(self, number: int, session: SessionFolder) -> None:
         """Adds the judgements of a session; `number` is its index."""

@@ -20,7 +20,7 @@ class GetKeys(Message, frozen=True, tag="get"):
 
     keys: list[str]
     seconds: float
-    """To wait at most."""
+    """The longest wait."""
     values: bool = True
 
 
@@ -82,7 +82,7 @@ class StoreReply(Message, frozen=True, tag="reply"):
 
     values: list[bytes] = []
     number: int = 0
-    """Of an addition or a count; 1 and 0 for yes and no."""
+    """The result of an addition or a count; 1 and 0 for yes and no."""
     missing: str | None = None
     """A key that did not appear in time."""
     error: str = ""

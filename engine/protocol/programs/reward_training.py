@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from engine.config.schema import RunConfig
 from engine.config.sections.reward_training import RewardTrainingConfig
-from engine.protocol.rank_messages import Messages
+from engine.protocol.rank_messages import SampleMessages
 
 
 class JudgedText(Struct, frozen=True, kw_only=True):
@@ -15,8 +15,8 @@ class JudgedText(Struct, frozen=True, kw_only=True):
     prompt: str
     """As the policy read it: chat messages rendered by the chat template."""
     response: str
-    messages: Messages | None = None
-    """Of a conversation with an environment; None for others, and if they are not recorded."""
+    messages: SampleMessages | None = None
+    """Set for conversations with an environment, if they are recorded."""
     ended: bool = True
     """False if it was truncated."""
     score: float | None = None
@@ -109,13 +109,13 @@ class TrainedReward(Struct, frozen=True, kw_only=True):
     losses: list[tuple[float, float]]
     """Loss on the judgements for training and for validation, after each epoch."""
     in_force: HeldOutAgreement | None
-    """Of the recorded scores; None if none could be compared."""
+    """The agreement of the recorded scores; None if none could be compared."""
     at_start: HeldOutAgreement | None
-    """Of the model before training; None if its head is new."""
+    """The agreement of the model before training; None if its head is new."""
     trained: HeldOutAgreement
     calibration: Calibration
     old_scale: ScoreScale | None
-    """Of the recorded scores."""
+    """The scale of the recorded scores."""
     new_scale: ScoreScale
     label: int | None = None
     """The trained logit; None if the model has only one."""

@@ -56,7 +56,7 @@ class FilePart(Message, frozen=True, tag="file_part"):
     name: str
     offset: int
     size: int
-    """Of the whole file."""
+    """Bytes of the whole file."""
     data: bytes
 
 

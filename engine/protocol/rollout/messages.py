@@ -71,7 +71,7 @@ class LoadWeights(Message, frozen=True, tag="load_weights"):
     tensors: list[TensorInfo]
     """All tensors, in order."""
     checksum: Checksum | None
-    """Of all tensors that are not tied; None if it is known only when all are sent."""
+    """The checksum of all tensors that are not tied; None if it is known only when all are sent."""
     transfer: str = "file"
     """`rollout.transfer`."""
     handles: bytes = b""
@@ -87,7 +87,7 @@ class WeightsLoaded(Message, frozen=True, tag="weights_loaded"):
     tensors: int
     """Number of tensors loaded."""
     checksum: Checksum | None
-    """Of what the engine's model holds; None where it cannot be computed (tensor parallel)."""
+    """The checksum of what the model holds; None where it cannot be computed (tensor parallel)."""
     seconds: float
 
 
@@ -176,7 +176,7 @@ class EndedTurn(Struct, frozen=True, array_like=True):
     """A turn of the policy."""
 
     row: int
-    """Of the response, in the batch."""
+    """The response's row in the batch."""
     ids: list[int]
     """The sampled tokens; some may be after a stop string."""
     logprobs: bytes
@@ -189,7 +189,7 @@ class NextTurn(Struct, frozen=True, array_like=True):
     """A turn of the policy to generate."""
 
     row: int
-    """Of the response, in the batch."""
+    """The response's row in the batch."""
     prompt: list[int]
     """Everything before the turn."""
     uniforms: bytes

@@ -37,7 +37,7 @@ class RolloutEngines:
         session: SessionFolder,
         config: RunConfig,
         state: SupervisorState,
-        secret: str = "",
+        secret: str,
         *,
         on_restart: Callable[[str], None],
         on_failure: Callable[[str], None],
@@ -66,7 +66,7 @@ class RolloutEngines:
         ]  # fmt: skip
         self._folders: list[TemporaryFolder] = []
         self._port: socket.socket | None = None
-        """At which other machines join."""
+        """The port at which other machines join."""
 
     def listen(self) -> None:
         """Opens the port at which machines that generate join, if the run uses any.

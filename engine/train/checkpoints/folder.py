@@ -52,7 +52,7 @@ class FrozenModels(msgspec.Struct, frozen=True):
     """Under adapters; also the reference, unless there is another one."""
     reference: str
     dtype: str
-    """In which they are held."""
+    """The dtype in which they are held."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> "FrozenModels":
@@ -119,7 +119,7 @@ class SavedState(TrainingState, kw_only=True):
         return cls(**msgspec.structs.asdict(state), settings=settings or settings_of(config))
 
     def restored(
-        self, config: RunConfig, warn: Callable[[str], None] = lambda _text: None
+        self, config: RunConfig, warn: Callable[[str], None]
     ) -> tuple[TrainingState, RunConfig]:
         """Splits into the run's state and `config` with the saved settings applied.
 

@@ -219,9 +219,7 @@ def has_average(folder: Path) -> bool:
     return (folder / AVERAGE).is_dir()
 
 
-def load_average(
-    folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
-) -> None:
+def load_average(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Restores an averaged policy bit for bit. All ranks must call it.
 
     Args:

@@ -46,7 +46,7 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     offset: int
-    """Of its first byte, from the beginning of the file."""
+    """Position of its first byte in the file."""
     shape: tuple[int, ...]
     dtype: str
     """A key of :data:`DTYPES`."""

@@ -25,7 +25,7 @@ class ToolAnswers:
     """The results of the calls of a turn."""
 
     messages: list[dict[str, str]]
-    """Of the role `tool`, one for each call."""
+    """One for each call, with the role `tool`."""
     problems: list[str]
     """What went wrong, with the tool's name if it was given: one for each call that failed."""
 

@@ -37,11 +37,11 @@ RECORDED_BYTES = 8_000_000
 """Most bytes of recorded responses with their prompts. A message contains those of a step and of an
 evaluation."""
 RECORDED_TOKENS = 600_000
-"""Of the responses that are recorded with per-token arrays: 30 MB of a message's 64, and the bytes
-of their texts once more."""
+"""Most tokens of the responses that are recorded with per-token arrays: 30 MB of a message's 64,
+and the bytes of their texts once more."""
 KL_TEMPERATURE = 1.0
-"""Of the log-probabilities under both models, so that a change of `rollout.temperature` during the
-run does not move the curve."""
+"""The temperature of the log-probabilities under both models: a constant, so that a change of
+`rollout.temperature` during the run does not move the curve."""
 
 
 AVERAGED = {

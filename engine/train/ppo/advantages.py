@@ -357,10 +357,6 @@ def length_weighted_mean(returns: Tensor, lengths: Tensor, per_prompt: int) -> T
     return means.repeat_interleave(per_prompt).to(returns.dtype)
 
 
-GROUP_STD_EPS = 1e-4
-"""Added to the standard deviation that GRPO divides by, as in TRL."""
-
-
 def group_advantages(returns: Tensor, per_prompt: int, scale: str) -> Tensor:
     """Each return (B,) minus the mean of the responses to its prompt, :func:`scaled`.
 
@@ -381,9 +377,9 @@ def scaled(differences: Tensor, groups: Tensor, scale: str) -> Tensor:
     """
     match scale:
         case "group":
-            return differences / (groups.std(1, keepdim=True) + GROUP_STD_EPS)
+            return differences / (groups.std(1, keepdim=True) + masked.GROUP_STD_EPS)
         case "batch":
-            return differences / (groups.std() + GROUP_STD_EPS)
+            return differences / (groups.std() + masked.GROUP_STD_EPS)
         case _:
             return differences
 

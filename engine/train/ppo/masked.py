@@ -5,6 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+GROUP_STD_EPS = 1e-4
+"""Added to the standard deviation of a group's scores or returns before dividing by it, as in TRL:
+where they do not vary, the quotients are 0."""
+
 
 def response_mask(lengths: Tensor, width: int) -> Tensor:
     """True on the first `lengths` tokens of each row: (B,) int64 → (B, width) bool.

@@ -24,7 +24,7 @@ PENDING = 10_000
 """Number of steps that wait for the trackers at most; further ones are dropped."""
 LEFT_OUT = ("RLHF_TUI_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MASTER_")
 """Prefixes of variables that would make accelerate look for other processes."""
-FINISH_SECONDS = 70.0
+CLOSE_TIMEOUT = 70.0
 """Seconds that the end of a run waits for trackers; the program ends itself a little earlier."""
 Notify = Callable[[int, str], None]
 """Called from another thread with the last step and one line."""
@@ -83,11 +83,11 @@ class TrackerProcess:
                 self._report(f"trackers are {PENDING} steps behind: they miss steps from {step} on")
 
     def close(self) -> None:
-        """Waits until the trackers have everything, at most :data:`FINISH_SECONDS`."""
+        """Waits until the trackers have everything, at most :data:`CLOSE_TIMEOUT`."""
         self._closing = True
-        end = time.monotonic() + FINISH_SECONDS
+        end = time.monotonic() + CLOSE_TIMEOUT
         with contextlib.suppress(queue.Full):
-            self._pending.put(None, timeout=FINISH_SECONDS)
+            self._pending.put(None, timeout=CLOSE_TIMEOUT)
         try:
             status = self._process.wait(timeout=max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:

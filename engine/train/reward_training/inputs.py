@@ -10,7 +10,7 @@ from engine import starter
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
 from engine.protocol.programs.reward_training import JudgedText, RewardTrainingRequest
-from engine.protocol.rank_messages import Messages
+from engine.protocol.rank_messages import SampleMessages
 from engine.train.data.load_prompts import load_prompts
 from engine.train.data.prompts import Prompt
 from engine.train.data.tokenise import tokenise_texts
@@ -29,7 +29,7 @@ class JudgedInputs:
     messages: list[list[dict[str, str]]]
     """The responses as chat messages."""
     vocabularies: list[dict[str, int]]
-    """Of each session's policy: token ids by token."""
+    """The vocabulary of each session's policy: token ids by token."""
     notes: list[str]
 
 
@@ -115,7 +115,7 @@ def _find_prompts(
 
 
 def _conversation_ids(
-    prompt: Prompt, messages: Messages, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt, messages: SampleMessages, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """What follows the prompt of a conversation with an environment, as in a run."""
     encode_reply = ReplyTokens(config, tokenizer)

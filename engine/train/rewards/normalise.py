@@ -8,10 +8,7 @@ from torch import Tensor
 
 from engine.config.sections.reward import OverlongConfig, RewardConfig
 from engine.errors import RewardError
-
-GROUP_STD_EPS = 1e-4
-"""Added to a standard deviation within a group before dividing by it, as in TRL."""
-
+from engine.train.ppo.masked import GROUP_STD_EPS
 
 Scale = tuple[float, float]
 """Mean and standard deviation."""
@@ -22,8 +19,7 @@ def group_scales(scores: list[float | None], per_prompt: int) -> list[Scale]:
 
     (score − mean) / deviation is the score normalised within its group (GDPO, Liu et al. 2026,
     arXiv 2601.05242; `normalize_then_sum` in TRL). The deviation has n − 1 in its denominator, and
-    1e-4 is added to it, so that scores that do not vary become 0. Both are of the scores that are
-    not None.
+    :data:`GROUP_STD_EPS` is added to it. Both are of the scores that are not None.
 
     Args:
         scores: those of one prompt are adjacent.

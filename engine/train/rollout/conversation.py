@@ -47,7 +47,7 @@ class SampledTurn:
     """One turn of the policy."""
 
     row: int
-    """Of the response."""
+    """The response's row in the batch."""
     ids: list[int]
     floats: Tensor
     """(3, n) float32, on the host: log-probabilities, entropies and values."""

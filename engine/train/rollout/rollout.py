@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.protocol.rank_messages import Messages
+from engine.protocol.rank_messages import SampleMessages
 from engine.train.data.prompts import PromptBatch, replace_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.masked import response_mask
@@ -88,12 +88,12 @@ class Rollout:
         before = [] if self.conversation is None else self.conversation.turns[row].before_replies
         return [*before, int(self.host_lengths[1, row])]
 
-    def messages(self, row: int) -> Messages | None:
+    def messages(self, row: int) -> SampleMessages | None:
         """A response as messages; None unless it is a conversation with an environment."""
         prompt = self.batch.prompts[row].messages
         if self.conversation is None or prompt is None:
             return None
-        return Messages(prompt, self.conversation.turns[row].messages)
+        return SampleMessages(prompt, self.conversation.turns[row].messages)
 
     def select(self, rows: Tensor) -> "Rollout":
         """Selects responses by indices on the host; P and T stay the same."""

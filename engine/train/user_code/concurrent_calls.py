@@ -25,7 +25,7 @@ class CallTimeoutError(Exception):
     def __init__(self, text: str, index: int, stack: str) -> None:
         super().__init__(text)
         self.index = index
-        """Of the call."""
+        """The index of the call."""
         self.stack = stack
         """Where it was at that time."""
 

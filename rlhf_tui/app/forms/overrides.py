@@ -50,9 +50,9 @@ class EarlierRun(Struct, frozen=True):
     """The run to resume or fork, as it was at the chosen step."""
 
     config: RunConfig
-    """Of the session's file."""
+    """The configuration in the session's file."""
     in_force: RunConfig
-    """With the live settings that the start would restore."""
+    """The same with the live settings that the start would restore."""
 
     @classmethod
     def of(cls, config: RunConfig, settings: dict[str, Any]) -> "EarlierRun":

@@ -19,7 +19,7 @@ from rlhf_tui.widgets.samples.judgement import key_of
 
 PAGE = 500
 PAGES = "pages"
-"""The group of what reads pages, see :meth:`SessionScreen.read_in_thread`."""
+"""The group of the threads that read pages, see :meth:`SessionScreen.read_in_thread`."""
 ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 BINDINGS: list[BindingType] = [
     Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),

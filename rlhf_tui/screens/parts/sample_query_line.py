@@ -8,7 +8,7 @@ from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.samples.sample_view import VIEWS
 
 AGREEMENT_SHOWN_FROM = 10
-"""Judgements below which the agreement is mostly chance."""
+"""Least number of judgements for which the agreement is shown; with fewer it is mostly chance."""
 
 
 def query_line(

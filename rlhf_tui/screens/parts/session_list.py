@@ -55,7 +55,7 @@ class SessionColumns:
     def __init__(self) -> None:
         """The usual columns, with the score."""
         self.metric = metrics.SCORE
-        """Whose last value and sparkline are shown."""
+        """The metric whose last value and sparkline are shown."""
         self.with_settings = False
         self._keys: dict[str, str] = {}
         """Configuration key → title of its column."""

@@ -66,7 +66,7 @@ class JournalChanges:
         self._past: set[str] = set()
         self._names: list[str] = []
         self._commands: dict[int, CommandRow] = {}
-        """By number, see :meth:`JournalReader.numbered_commands`."""
+        """The commands by number, see :meth:`JournalReader.numbered_commands`."""
         self._ended = 0
         """The commands up to this number have ended; later ones are read again."""
         self._checkpoints: list[CheckpointRow] = []

@@ -39,7 +39,7 @@ class ReplayMark(Struct, frozen=True):
     share: float
     """Its place in the replay, from 0 to 1."""
     kind: str
-    """Of the marker."""
+    """The kind of the marker."""
 
 
 class ReplayStatus(Struct, frozen=True):
@@ -49,7 +49,7 @@ class ReplayStatus(Struct, frozen=True):
     share: float
     """Share of the replay that was played, from 0 to 1."""
     last_step: int
-    """Of the recording."""
+    """The last step of the recording."""
     speed: float
     """Seconds of the recording per second."""
     playing: bool
@@ -78,7 +78,7 @@ class SessionUpdate(Struct, frozen=True):
     labels: FileSignature | None = None
     """Changes whenever somebody labels a response."""
     agreement: Agreement | None = None
-    """Of the scores with the judgements; computed again whenever `labels` changes."""
+    """How far the scores agree with the judgements; computed again whenever `labels` changes."""
     phases: list[Phase] | None = None
     telemetry: Telemetry | None = None
     connected: bool | None = None

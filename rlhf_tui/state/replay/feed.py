@@ -48,7 +48,7 @@ class ReplayFeed:
         player: Player,
         names: Iterable[str],
         post: Post,
-        from_step: int = 0,
+        from_step: int,
     ) -> None:
         """Starts nothing yet.
 

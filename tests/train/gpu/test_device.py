@@ -17,9 +17,9 @@ from engine.memory.capacity import Capacity
 from engine.protocol.rank_messages import Begin, Placed
 from engine.train.distributed import ranks
 from engine.train.distributed.ranks import RankGroup
+from engine.train.failure import failed_message
 from engine.train.load_checks import check_device
 from engine.train.reports.setup_notes import dtype_note
-from engine.train.worker import failed_message
 from tests.train.gpu.pretend import GPU
 
 

@@ -110,14 +110,13 @@ class RolloutClient:
         except OSError as error:
             raise RlhfError(f"{self._the_engine}'s socket cannot be reached: {error}") from error
 
-    def wait_ready(self) -> EngineReady:
+    def wait_ready(self) -> None:
         """Waits until the model is built. Raises EngineLostError, UserInputError or RlhfError."""
         if self.ready is None:
             self.ready = self._receive(EngineReady)
             packages = ", ".join(f"{k} {v}" for k, v in self.ready.packages.items())
             log.info("%s: %s (%s) on %s", self.name, self.ready.engine, packages,
                      self.ready.device)  # fmt: skip
-        return self.ready
 
     def load(self, update: LoadWeights) -> None:
         """Makes the engine replace its weights, and checks the result.

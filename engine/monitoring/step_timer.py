@@ -1,9 +1,36 @@
-"""Estimates the duration of a step."""
+"""Estimates when a step is done."""
 
 import time
 from collections.abc import Callable
 
 from engine.protocol.rank_messages import Phase
+
+
+class OptimiseEnd:
+    """Estimates when `optimise`, the last phase of a step but evaluation and checkpoint, ends.
+
+    Its responses take about the same time each. Its length depends on `ppo.epochs`, which may have
+    changed since the steps of a mean.
+    """
+
+    def __init__(self) -> None:
+        self.ends: float | None = None
+        """None if no `optimise` runs, or before the first of its responses are done."""
+        self._step: int | None = None
+        self._first = self._done = 0
+        self._since = 0.0
+
+    def take(self, phase: Phase, now: float) -> None:
+        """Takes the progress of a rank, at `now` in seconds."""
+        if phase.name != "optimise":
+            self.ends, self._step = None, None
+        elif phase.step != self._step or phase.done < self._done:  # it began, or begins again
+            self.ends, self._step, self._since = None, phase.step, now
+            self._first = self._done = phase.done  # some may be done already
+        elif phase.done > self._done:
+            self._done = phase.done
+            seconds = (now - self._since) / (phase.done - self._first)
+            self.ends = now + seconds * (phase.total - phase.done)
 
 
 class StepTimer:
@@ -19,8 +46,7 @@ class StepTimer:
     def restart(self) -> None:
         """Starts the clock of a step."""
         self._began = self._clock()
-        self._optimise_began: float | None = None
-        self._optimise_ends: float | None = None
+        self._optimise = OptimiseEnd()
 
     def finish_step(self, measured: float | None = None) -> None:
         """Adds a finished step to the average and starts the clock of the next one.
@@ -34,23 +60,13 @@ class StepTimer:
         self.step_seconds = taken if before is None else 0.7 * before + 0.3 * taken
 
     def phase(self, phase: Phase) -> None:
-        """Takes the progress of rank 0 into account.
-
-        Uses only `optimise`, the last phase, in which each response takes about the same time. Its
-        length depends on `ppo.epochs`, which may have changed since the averaged steps.
-        """
-        if phase.rank != 0 or phase.name != "optimise":
-            return
-        now = self._clock()
-        if self._optimise_began is None or not phase.done:
-            self._optimise_began = now
-        elif phase.total:
-            left = (now - self._optimise_began) * (phase.total / phase.done - 1)
-            self._optimise_ends = now + left
+        """Takes the progress of rank 0 into account."""
+        if phase.rank == 0:
+            self._optimise.take(phase, self._clock())
 
     def remaining(self) -> float | None:
         """Estimated seconds until the current step is done; None if nothing is known yet."""
-        ends = self._optimise_ends
+        ends = self._optimise.ends
         if ends is None and self.step_seconds is not None:
             ends = self._began + self.step_seconds
         return None if ends is None else max(0.0, ends - self._clock())
