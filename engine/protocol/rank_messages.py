@@ -356,6 +356,10 @@ class RankCommand(Message, frozen=True, tag="order"):
     command: BoundaryCommand
 
 
+class Preempted(Message, frozen=True, tag="preempted"):
+    """A scheduler's signal has arrived: the run has no time to wait for room on the disk."""
+
+
 JOIN_INFO_KEY = "join_info"
 """The key of the :class:`JoinInfo` of the current start, in the store of the first machine."""
 LEAVING_KEY = "leaving"
@@ -402,7 +406,7 @@ FromRank = (
     | Ended
 )
 
-ToRank = Begin | Confirm | RankCommand
+ToRank = Begin | Confirm | RankCommand | Preempted
 
 decode_from_rank: Callable[[bytes], FromRank] = decoder(FromRank, "a rank's message")
 """Decodes a message of a rank. Raises LinkError if the body is not one."""

@@ -36,6 +36,7 @@ from engine.protocol.rank_messages import (
     Notice,
     Paused,
     Phase,
+    Preempted,
     RankHello,
     Ready,
     Rejected,
@@ -234,6 +235,8 @@ class RankMessageHandler:
         )
         for message in self._pending.messages():
             attempt.send(message)
+        if self._state.in_haste:
+            attempt.send(Preempted())
 
     def _without_invalid(self, repeated: RepeatedChange) -> RepeatedChange:
         """Leaves out values that an earlier version accepted but no rank can work with."""

@@ -36,6 +36,8 @@ class SupervisorState:
     """The run stops without another save."""
     preempted: bool = False
     """A scheduler's signal asked for the stop."""
+    in_haste: bool = False
+    """Such a signal has arrived, perhaps after another stop: the ranks must not wait for room."""
     began: bool = False
     """Whether any attempt has loaded the models: later errors are not due to the user's input."""
     rollout_restarts: Counter[int] = field(default_factory=Counter)

@@ -39,6 +39,7 @@ from engine.protocol.rank_messages import (
     Ended,
     Notice,
     Paused,
+    Preempted,
     RankCommand,
     Rejected,
     ToRank,
@@ -117,6 +118,8 @@ class Boundary:
         self._ended = False
         self._reached = False
         self._early = ""
+        self._preempted = False
+        """Whether a scheduler is about to end the run, by a signal to its supervisor."""
         self._from_step = begin.from_step
         self._deadline = deadline(run.config.train, os.environ)
         self._longest_step = 0.0
@@ -272,6 +275,9 @@ class Boundary:
 
     def _execute(self, commands: list[ToRank]) -> None:
         for message in commands:
+            if isinstance(message, Preempted):
+                self._preempted = True
+                continue
             if not isinstance(message, RankCommand):
                 raise LinkError(f"expected a command, got {message}")
             if self._ended and not isinstance(message.command, Stop):
@@ -404,13 +410,18 @@ class Boundary:
 
         Raises:
             CheckpointError: it could not be written for another reason, or there is no time to wait
-                because the run must end before its last step.
+                because the run must end before its last step or a scheduler ends it.
         """
         waits = False
         while problem := self.checkpoints.save():
-            if self._early in NO_TIME or not lacks_room(problem):
+            if not lacks_room(problem):
                 raise CheckpointError(problem)
             step = self._run.state.step
+            if self._has_no_time():
+                raise CheckpointError(
+                    f"{problem}; step {step}, the last one, is not saved: resume the run once there "
+                    "is room, which repeats the steps since the last checkpoint"
+                )
             if not waits:
                 text = f"step {step}, the last one, is not saved yet, and the run waits: {problem}"
                 log.error("%s", text)
@@ -423,5 +434,9 @@ class Boundary:
         for _ in range(round(SAVE_RETRY_INTERVAL / PAUSE_POLL_INTERVAL)):
             self._link.phase(self._run.state.step, f"{WAIT_FOR}{ROOM}")
             self._execute(self._next_broadcast(PAUSE_POLL_INTERVAL).commands)
-            if self._early in NO_TIME:
+            if self._has_no_time():
                 return
+
+    def _has_no_time(self) -> bool:
+        """Whether the run must end now, also without the checkpoint of its last step."""
+        return self._preempted or self._early in NO_TIME

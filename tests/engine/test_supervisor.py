@@ -23,6 +23,8 @@ from engine.protocol.rank_messages import (
     Ended,
     Failed,
     Paused,
+    Preempted,
+    RankCommand,
     Ready,
 )
 from engine.supervisor import supervisor
@@ -340,6 +342,27 @@ async def test_only_a_run_that_a_scheduler_ended_has_its_exit_code(
             engine.supervisor.commands.on_signal(number)
         engine.receive(Ended(step=4, reason=reason))
         assert engine.supervisor.attempt_end.handle(0) == code
+
+
+@pytest.mark.parametrize("stopped_before", [False, True])
+async def test_ranks_are_told_of_a_schedulers_signal_also_after_a_stop_and_a_restart(
+    engine, tmp_path, stopped_before
+):
+    if stopped_before:
+        engine.send(Stop())
+    for attempt in ("present", "next"):
+        engine.shared.attempt = Attempt(StartOptions())
+        (folder := tmp_path / attempt).mkdir()
+        server, reader, to_engine = await rank_connection(engine, folder)
+        async with server:
+            received = [rank_messages.decode_to_rank(await receive(reader))]
+            if attempt == "present":
+                engine.supervisor.commands.on_signal(signal.SIGTERM)
+            while not isinstance(received[-1], Preempted):
+                received.append(rank_messages.decode_to_rank(await receive(reader)))
+            to_engine.close()
+        (stop,) = [message for message in received if isinstance(message, RankCommand)]
+        assert stop.command == Stop()
 
 
 # -- the end of an attempt -------------------------------------------------------------------------
