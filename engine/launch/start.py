@@ -30,7 +30,7 @@ from engine.launch.start_checkpoints import (
     checkpoint_steps,
     has_history,
     last_checkpoint,
-    timeline_checkpoints,
+    resumable_checkpoints,
     unfinished_rollback,
 )
 from engine.launch.start_options import StartOptions
@@ -255,8 +255,7 @@ def _check_history(session: SessionFolder) -> None:
 
 
 def _check_step(session: SessionFolder, step: int) -> None:
-    steps = timeline_checkpoints(session) if has_history(session) else checkpoint_steps(session)
-    check_step(session, step, steps)
+    check_step(session, step, resumable_checkpoints(session))
 
 
 def _check_whole(session: SessionFolder, step: int) -> None:

@@ -45,6 +45,11 @@ def check_step(session: SessionFolder, step: int, steps: Sequence[int]) -> None:
         )
 
 
+def resumable_checkpoints(session: SessionFolder) -> list[int]:
+    """The steps that a resume can name: without a journal, those of all complete checkpoints."""
+    return timeline_checkpoints(session) if has_history(session) else checkpoint_steps(session)
+
+
 def has_history(session: SessionFolder) -> bool:
     """Whether the session's journal holds an attempt; False if it is missing or empty."""
     with JournalReader(session) as reader:

@@ -172,7 +172,7 @@ class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):
 
     step: int
     removed: list[int] = []
-    """Steps of older checkpoints whose folders are deleted next."""
+    """Steps of older checkpoints whose folders are deleted next, unless they are needed."""
 
 
 class CheckpointKept(Message, frozen=True, tag="checkpoint_kept"):
@@ -347,6 +347,8 @@ class Confirm(Message, frozen=True, tag="confirm"):
     step: int
     alerts: list[int] = []
     """For each guard rail whose alert has not cleared, the step of the first one, in order."""
+    needed: list[int] = []
+    """Steps of checkpoints that must not be removed now: a roll back to one is under way."""
 
 
 class RankCommand(Message, frozen=True, tag="order"):

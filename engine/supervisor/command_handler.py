@@ -184,7 +184,7 @@ class CommandHandler:
             settings=msgspec.convert(self._state.settings, examined(Settings), strict=False),
             config=self._config,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
-            needed_steps=partial(needed_checkpoints, self._session),
+            needed_steps=lambda: needed_checkpoints(self._session) | self._state.needed(),
             saved_steps=partial(checkpoint_steps, self._session),
         )
 
@@ -197,6 +197,7 @@ class CommandHandler:
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
                 self._end_ranks()
             case Rollback() as rollback:
+                state.rolling_back_to = rollback.step
                 task = asyncio.create_task(self._roll_back(request.id, rollback, who))
                 self._rollbacks[request.id] = task
             case DeleteCheckpoint(step=step):
@@ -257,6 +258,7 @@ class CommandHandler:
         step, commands = command.step, self._journal.commands
         unusable = await self._unusable(step)
         self._rollbacks.pop(command_id)
+        self._state.rolling_back_to = None
         try:
             if problem := self._rollback_problem(step, unusable):
                 commands.reject(command_id, problem)

@@ -419,8 +419,8 @@ class Boundary:
             step = self._run.state.step
             if self._has_no_time():
                 raise CheckpointError(
-                    f"{problem}; step {step}, the last one, is not saved: resume the run once there "
-                    "is room, which repeats the steps since the last checkpoint"
+                    f"{problem}; step {step}, the last one, is not saved: resume the run once "
+                    "there is room, which repeats the steps since the last checkpoint"
                 )
             if not waits:
                 text = f"step {step}, the last one, is not saved yet, and the run waits: {problem}"

@@ -26,6 +26,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
+from engine.launch import delete_checkpoint
 from engine.launch.failed_start import is_new
 from engine.launch.inputs import check_files, check_inputs
 from engine.launch.secret import SECRET_VARIABLE
@@ -37,6 +38,7 @@ from engine.launch.start_checkpoints import (
     timeline_checkpoints,
 )
 from engine.launch.start_options import StartOptions
+from engine.protocol.commands import DeleteCheckpoint
 from engine.session.checkpoints import checkpoint_path
 from engine.supervisor.serve import supervise
 from engine.verification.verify import verify
@@ -136,6 +138,41 @@ async def test_a_resume_is_refused_if_another_engine_ran_since_its_checkpoint_wa
     with JournalReader(session) as reader:
         assert (len(reader.attempts()), reader.last_step()) == (2, 4)
     assert session.config_file.read_text() == before
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_resume_is_refused_if_its_checkpoint_was_deleted_since_it_was_chosen(
+    make_session, write_in, monkeypatch, killed
+):
+    session = make_session()
+    writer = write_in(session)
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(1, 2, 3, 4)
+    for step in (2, 4):
+        writer.checkpoint(step)
+    writer.journal.close()
+    start = resume(session, from_step=2, reseed=False, overrides=["train.steps=7"], who="me")
+    if killed:  # before it removed the files
+        monkeypatch.setattr(delete_checkpoint, "remove", lambda _folder: None)
+    delete_checkpoint.delete_checkpoint(session, 2, "ana")
+    before = session.config_file.read_text()
+    with pytest.raises(SessionError, match=r"step 2 of session 'run' was deleted .*it has: 4"):
+        await supervise(session, start)
+    with JournalReader(session) as reader:
+        assert (len(reader.attempts()), reader.last_step()) == (1, 4)
+    assert timeline_checkpoints(session) == [4]
+    assert session.config_file.read_text() == before
+
+
+async def test_the_checkpoint_of_a_resume_is_not_deleted_before_its_attempt_has_begun(
+    engine, writer
+):
+    writer.steps(1, 2, 3, 4)
+    for step in (2, 4):
+        writer.checkpoint(step)
+    engine.shared.next = StartOptions(from_step=2, fresh=True)
+    reply = engine.send(DeleteCheckpoint(step=2))
+    assert (reply.status, "a resume continues from" in reply.reason) == ("rejected", True)
 
 
 def test_a_resume_chooses_nothing_while_the_session_has_an_engine(writer):
