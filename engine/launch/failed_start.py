@@ -1,6 +1,7 @@
 """Sessions in which nothing was trained: new ones, and those whose start failed."""
 
 import contextlib
+import shutil
 
 from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
@@ -13,11 +14,21 @@ def is_new(session: SessionFolder, start: StartOptions) -> bool:
     """Whether the session was created for this start, and holds nothing but its configuration.
 
     Such a session is removed when the start fails because of the user's input. One whose journal
-    is lost but which has checkpoints is not new.
+    is lost but which has checkpoints, samples or judgements is not new.
     """
+    databases = (session.journal_file, session.samples_file, session.labels_file)
     return bool(start.origin) or not (
-        session.journal_file.exists() or any(session.checkpoints.glob("step-*"))
+        any(file.exists() for file in databases) or any(session.checkpoints.glob("*step-*"))
     )
+
+
+def remove_new(session: SessionFolder) -> None:
+    """Removes a new session whose start failed.
+
+    It stays if another engine has it, or if something in it was judged meanwhile.
+    """
+    if not session.may_be_live() and not session.labels_file.exists():
+        shutil.rmtree(session.folder, ignore_errors=True)
 
 
 def is_failed_start(session: SessionFolder) -> bool:

@@ -26,7 +26,11 @@ from engine.launch.environment import (
     torch_is_built_for_gpus,
 )
 from engine.launch.secret import needs_secret, secret_of_run
-from engine.launch.start_checkpoints import adopted_checkpoint, checkpoint_steps
+from engine.launch.start_checkpoints import (
+    adopted_checkpoint,
+    checkpoint_steps,
+    missing_checkpoints,
+)
 from engine.launch.start_options import StartOptions
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
@@ -185,6 +189,7 @@ class Supervisor:
         state = self.state
         state.attempt = Attempt(start)
         await self._journal_unlocked()
+        missing = [] if start.fresh else missing_checkpoints(self._session, start.from_step)
         self._journal.begin_attempt(
             start.from_step,
             fresh=start.fresh,
@@ -196,6 +201,10 @@ class Supervisor:
         if state.next is start:
             state.next = None
         self._finish_removals()
+        if missing:
+            text = f"the checkpoint of step {missing[-1]} is recorded, but is not on disk: "
+            text += f"resuming from the one before, of step {start.from_step}"
+            self.publisher.notice("checkpoint", text, start.from_step)
         self._record_start_settings(start)
         self.publisher.set_state("starting")
         if state.stop_now:  # no rank has to start; a roll back that was applied holds

@@ -70,6 +70,31 @@ def test_a_checkpoint_of_an_abandoned_timeline_cannot_be_resumed_from(writer):
     assert timeline_checkpoints(writer.session) == [2]
 
 
+def test_a_resume_does_not_start_over_while_none_of_the_recorded_checkpoints_is_there(writer):
+    """As on a disk that is not mounted. Later, it continues from the last one."""
+    writer.steps(1, 2, 3, 4)
+    for step in (2, 4):
+        writer.checkpoint(step)
+    writer.journal.set_meta(state="stopped")
+    given = {"from_step": None, "reseed": False, "overrides": [], "who": "me"}
+    writer.session.checkpoints.rename(writer.session.folder / "away")
+    with pytest.raises(UserInputError, match=r"of steps 2, 4.*none of them.*not mounted"):
+        resume(writer.session, **given)
+    (writer.session.folder / "away").rename(writer.session.checkpoints)
+    assert resume(writer.session, **given).from_step == 4
+
+
+def test_a_checkpoint_that_a_restored_journal_lacks_can_be_resumed_from_by_its_step(writer):
+    writer.checkpoint(2)
+    copied = checkpoint_path(writer.session.checkpoints, 4)
+    shutil.copytree(checkpoint_path(writer.session.checkpoints, 2), copied)
+    assert last_checkpoint(writer.session) == 2
+    start = resume(writer.session, from_step=4, reseed=False, overrides=[], who="me")
+    adopted = adopted_checkpoint(writer.session, start.from_step)
+    writer.journal.begin_attempt(start.from_step, fresh=True, adopt=adopted)
+    assert timeline_checkpoints(writer.session) == [2, 4]
+
+
 def test_a_checkpoint_whose_end_was_not_recorded_counts_until_its_timeline_is_abandoned(
     writer,
 ):
