@@ -2,11 +2,13 @@
 
 import contextlib
 import shutil
+from pathlib import Path
 
 from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
+from engine.journal.rows import ForkOrigin
 from engine.launch.start_options import StartOptions
-from engine.session.checkpoints import checkpoint_path
+from engine.session.checkpoints import COMPLETE, checkpoint_path
 from engine.session.folder import SessionFolder
 
 
@@ -35,8 +37,7 @@ def is_failed_start(session: SessionFolder) -> bool:
     """Whether a session has ended without a step, a checkpoint or a judgement of its own.
 
     Such a session does not block its name, unless an operator has left a note in it or changed a
-    setting. What a fork has copied does not count, because the session it was forked from still
-    has it.
+    setting. What a fork has copied does not count while the session it was forked from has it.
     """
     if session.is_live():
         return False
@@ -58,8 +59,19 @@ def _has_nothing(session: SessionFolder, reader: JournalReader) -> bool:
     with LabelReader(session) as labels:
         if labels.count():
             return False
-    copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
+    copied = set() if origin is None else _copied(session, origin)
     return set(session.checkpoints.glob("step-*")) <= copied
+
+
+def _copied(session: SessionFolder, origin: ForkOrigin) -> set[Path]:
+    """The checkpoint that a fork shares with its source; none if only the fork has it now."""
+    source = SessionFolder(session.folder.parent / origin.session)
+    folders = [checkpoint_path(s.checkpoints, origin.step) for s in (session, source)]
+    try:
+        sums = {(folder / COMPLETE).read_bytes() for folder in folders}
+    except OSError:
+        return set()
+    return set() if len(sums) > 1 else {folders[0]}
 
 
 def remove_failed_start(session: SessionFolder) -> None:

@@ -12,8 +12,10 @@ from engine.launch.background import start_engine, start_or_remove
 from engine.launch.failed_start import is_failed_start, remove_failed_start, remove_new
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import fork, resume
+from engine.launch.start_checkpoints import checkpoint_steps
 from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
+from engine.session.checkpoints import remove
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.serve import supervise
@@ -128,6 +130,28 @@ def test_a_fork_that_failed_can_be_made_again_and_its_source_is_whole(writer, wr
     of_again.journal.set_meta(state="failed")
     with pytest.raises(SessionNameError):
         fork(writer.session, "child", **given)
+
+
+@pytest.mark.parametrize("source", ["deleted", "without the checkpoint", "another one"])
+def test_a_failed_fork_that_alone_has_its_checkpoint_is_kept(writer, write_in, source):
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    child, start = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    of_child = write_in(child)
+    of_child.journal.begin_attempt(2, fresh=True, origin=start.origin)
+    of_child.journal.set_meta(state="failed")
+    assert is_failed_start(child)
+    folder = writer.session.checkpoints / "step-000002"
+    if source == "deleted":
+        shutil.rmtree(writer.session.folder)
+    elif source == "another one":  # a session that took the name of the first
+        (folder / "COMPLETE").unlink()
+        (folder / "COMPLETE").write_text("another sum\n")
+    else:
+        remove(folder)
+    assert not is_failed_start(child)
+    remove_failed_start(child)
+    assert checkpoint_steps(child) == [2]
 
 
 def test_an_engine_that_cannot_write_its_log_is_not_explained_by_an_old_line(failed):
