@@ -19,7 +19,7 @@ from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.launch.failed_start import is_new
+from engine.launch.failed_start import is_new, remove_new
 from engine.launch.start_options import StartOptions, received_start
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, Ready, StepReport
 from engine.session.folder import SessionFolder
@@ -202,7 +202,7 @@ def main() -> None:
         code = 130
     if code == 2 and new:
         # Nothing was trained: a new session with wrong input is removed.
-        shutil.rmtree(session.folder, ignore_errors=True)
+        remove_new(session)
     _flush()
     sys.exit(code)
 

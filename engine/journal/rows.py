@@ -82,6 +82,9 @@ class MetricRow(Struct, frozen=True, kw_only=True):
         return row | {name: None for name in CONTRACT if name not in row}
 
 
+CHECKPOINT_STATUSES = ("written", "complete", "superseded", "abandoned", "replaced", "removed")
+
+
 class CheckpointRow(Struct, frozen=True):
     """One checkpoint. The fields are the columns, in order."""
 
@@ -93,7 +96,7 @@ class CheckpointRow(Struct, frozen=True):
     score: float | None
     kl: float | None
     status: str
-    """written, complete, superseded, abandoned, replaced or removed."""
+    """One of :data:`CHECKPOINT_STATUSES`."""
     kept: bool = False
     """Whether an operator saved it, so that it stays until somebody deletes it."""
 

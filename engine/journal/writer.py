@@ -296,6 +296,11 @@ class JournalWriter:
         query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"
         return [row[0] for row in self._db.execute(query)]
 
+    def removed_checkpoints(self) -> set[int]:
+        """Steps of the checkpoints that are removed: no attempt has one that is not."""
+        query = "SELECT step FROM checkpoints GROUP BY step HAVING min(status = 'removed')"
+        return {row[0] for row in self._db.execute(query)}
+
     def kept_checkpoints(self) -> list[int]:
         """Those of :meth:`timeline` that stay until somebody deletes them."""
         query = "SELECT step FROM checkpoints WHERE kept AND status IN ('complete', 'written')"

@@ -12,7 +12,7 @@ from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, ReadyEvent
 from engine.launch.environment import LOG_ENCODING
-from engine.launch.failed_start import is_new
+from engine.launch.failed_start import is_new, remove_new
 from engine.launch.start_options import StartOptions, start_variable
 from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
@@ -91,7 +91,7 @@ def start_or_remove(
         return start_engine(session, start, timeout=timeout, notice=notice)
     except (UserInputError, SessionError) as error:
         if new and (isinstance(error, UserInputError) or not session.journal_file.exists()):
-            shutil.rmtree(session.folder, ignore_errors=True)
+            remove_new(session)
         raise
 
 

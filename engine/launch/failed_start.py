@@ -1,11 +1,14 @@
 """Sessions in which nothing was trained: new ones, and those whose start failed."""
 
 import contextlib
+import shutil
+from pathlib import Path
 
 from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
+from engine.journal.rows import ForkOrigin
 from engine.launch.start_options import StartOptions
-from engine.session.checkpoints import checkpoint_path
+from engine.session.checkpoints import COMPLETE, checkpoint_path
 from engine.session.folder import SessionFolder
 
 
@@ -13,19 +16,28 @@ def is_new(session: SessionFolder, start: StartOptions) -> bool:
     """Whether the session was created for this start, and holds nothing but its configuration.
 
     Such a session is removed when the start fails because of the user's input. One whose journal
-    is lost but which has checkpoints is not new.
+    is lost but which has checkpoints, samples or judgements is not new.
     """
+    databases = (session.journal_file, session.samples_file, session.labels_file)
     return bool(start.origin) or not (
-        session.journal_file.exists() or any(session.checkpoints.glob("step-*"))
+        any(file.exists() for file in databases) or any(session.checkpoints.glob("*step-*"))
     )
+
+
+def remove_new(session: SessionFolder) -> None:
+    """Removes a new session whose start failed.
+
+    It stays if another engine has it, or if something in it was judged meanwhile.
+    """
+    if not session.may_be_live() and not session.labels_file.exists():
+        shutil.rmtree(session.folder, ignore_errors=True)
 
 
 def is_failed_start(session: SessionFolder) -> bool:
     """Whether a session has ended without a step, a checkpoint or a judgement of its own.
 
     Such a session does not block its name, unless an operator has left a note in it or changed a
-    setting. What a fork has copied does not count, because the session it was forked from still
-    has it.
+    setting. What a fork has copied does not count while the session it was forked from has it.
     """
     if session.is_live():
         return False
@@ -47,8 +59,19 @@ def _has_nothing(session: SessionFolder, reader: JournalReader) -> bool:
     with LabelReader(session) as labels:
         if labels.count():
             return False
-    copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
+    copied = set() if origin is None else _copied(session, origin)
     return set(session.checkpoints.glob("step-*")) <= copied
+
+
+def _copied(session: SessionFolder, origin: ForkOrigin) -> set[Path]:
+    """The checkpoint that a fork shares with its source; none if only the fork has it now."""
+    source = SessionFolder(session.folder.parent / origin.session)
+    folders = [checkpoint_path(s.checkpoints, origin.step) for s in (session, source)]
+    try:
+        sums = {(folder / COMPLETE).read_bytes() for folder in folders}
+    except OSError:
+        return set()
+    return set() if len(sums) > 1 else {folders[0]}
 
 
 def remove_failed_start(session: SessionFolder) -> None:

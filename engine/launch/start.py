@@ -25,11 +25,13 @@ from engine.launch.inputs import check_inputs
 from engine.launch.rollout.engine import check_rollout_engine
 from engine.launch.secret import check_secret
 from engine.launch.start_checkpoints import (
+    all_lost,
     check_average,
     check_step,
     checkpoint_steps,
     has_history,
     last_checkpoint,
+    resumable_checkpoints,
     timeline_checkpoints,
     unfinished_rollback,
 )
@@ -114,8 +116,9 @@ def resume(
         DamagedCheckpointError: that checkpoint is damaged.
         SessionLockedError: the session has a live engine.
         SessionError: the session belongs to another user, or its path is not valid UTF-8.
-        UserInputError: there are checkpoints but no journal, and no step is chosen; the rollout
-            engine is not installed, or a secret cannot be used.
+        UserInputError: there are checkpoints but no journal, or a journal with checkpoints of which
+            none is there, and no step is chosen; the rollout engine is not installed, or a secret
+            cannot be used.
     """
     session.check_owner()
     check_path(session.folder)
@@ -124,10 +127,12 @@ def resume(
     new = resumed_config(old, overrides)
     _check_machine(new)
     if from_step is not None:
-        _check_step(session, from_step)
+        check_step(session, from_step, resumable_checkpoints(session))
         _check_whole(session, from_step)
     else:
         _check_history(session)
+        if problem := all_lost(session):
+            raise UserInputError(problem)
         if (rollback := unfinished_rollback(session)) is not None:
             from_step, reseed = rollback.step, reseed or rollback.reseed
     return StartOptions(

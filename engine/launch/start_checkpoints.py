@@ -7,6 +7,7 @@ import msgspec
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.examined import examined
 from engine.journal.reader import JournalReader
+from engine.journal.rows import CHECKPOINT_STATUSES
 from engine.journal.writer import AdoptedCheckpoint
 from engine.launch.start_options import StartOptions
 from engine.protocol.commands import Rollback
@@ -43,6 +44,41 @@ def check_step(session: SessionFolder, step: int, steps: Sequence[int]) -> None:
         raise NoSuchSessionError(
             f"session '{session.name}' has no checkpoint of step {step} (it has: {available})"
         )
+
+
+def resumable_checkpoints(session: SessionFolder) -> list[int]:
+    """The steps that a resume can name: those of the timeline, and those unknown to the journal.
+
+    A journal that was restored from a copy lacks the newest checkpoints.
+    """
+    timeline = timeline_checkpoints(session)
+    with JournalReader(session) as reader:
+        known = {row.step for row in reader.checkpoints(CHECKPOINT_STATUSES)}
+    return [s for s in checkpoint_steps(session) if s in timeline or s not in known]
+
+
+def missing_checkpoints(session: SessionFolder, after: int = 0) -> list[int]:
+    """The steps of complete checkpoints of the timeline that are not on disk, after a step."""
+    on_disk = checkpoint_steps(session)
+    with JournalReader(session) as reader:
+        steps = [row.step for row in reader.checkpoints(("complete",))]
+    return [step for step in steps if step > after and step not in on_disk]
+
+
+def all_lost(session: SessionFolder) -> str | None:
+    """Says that the journal has checkpoints and the disk none of them; None if that is not so.
+
+    Their disk may not be mounted. A run that began at step 0 would abandon them.
+    """
+    missing = missing_checkpoints(session)
+    if not missing or timeline_checkpoints(session):
+        return None
+    steps = ", ".join(map(str, missing))
+    return (
+        f"the journal of session '{session.name}' has checkpoints (of steps {steps}), and none of "
+        f"them is in {session.checkpoints}: is a disk not mounted? Restore one, or begin a new run "
+        f"with {session.config_file}"
+    )
 
 
 def has_history(session: SessionFolder) -> bool:

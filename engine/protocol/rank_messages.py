@@ -172,7 +172,7 @@ class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):
 
     step: int
     removed: list[int] = []
-    """Steps of older checkpoints whose folders are deleted next."""
+    """Steps of older checkpoints whose folders are deleted next, unless they are needed."""
 
 
 class CheckpointKept(Message, frozen=True, tag="checkpoint_kept"):
@@ -347,6 +347,8 @@ class Confirm(Message, frozen=True, tag="confirm"):
     step: int
     alerts: list[int] = []
     """For each guard rail whose alert has not cleared, the step of the first one, in order."""
+    needed: list[int] = []
+    """Steps of checkpoints that must not be removed now: a roll back to one is under way."""
 
 
 class RankCommand(Message, frozen=True, tag="order"):
@@ -354,6 +356,10 @@ class RankCommand(Message, frozen=True, tag="order"):
 
     id: str
     command: BoundaryCommand
+
+
+class Preempted(Message, frozen=True, tag="preempted"):
+    """A scheduler's signal has arrived: the run has no time to wait for room on the disk."""
 
 
 JOIN_INFO_KEY = "join_info"
@@ -402,7 +408,7 @@ FromRank = (
     | Ended
 )
 
-ToRank = Begin | Confirm | RankCommand
+ToRank = Begin | Confirm | RankCommand | Preempted
 
 decode_from_rank: Callable[[bytes], FromRank] = decoder(FromRank, "a rank's message")
 """Decodes a message of a rank. Raises LinkError if the body is not one."""

@@ -71,13 +71,18 @@ def mark_complete(folder: Path) -> None:
         raise
 
 
+def unmark(folder: Path) -> None:
+    """Makes a checkpoint incomplete, the first part of its removal. Raises OSError."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+
+
 def remove(folder: Path) -> None:
     """Removes a checkpoint, ``COMPLETE`` first: a partly removed checkpoint never counts.
 
     Raises:
         OSError: it cannot be removed. One that is gone, or that a save clears away, is no error.
     """
-    (folder / COMPLETE).unlink(missing_ok=True)
+    unmark(folder)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
 

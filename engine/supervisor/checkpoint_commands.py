@@ -63,6 +63,7 @@ class CheckpointCommands:
         The run continues meanwhile: a large checkpoint takes minutes to read, and a damaged one
         must not end the run.
         """
+        self._state.rolling_back_to = command.step
         task = asyncio.create_task(self._roll_back(command_id, command, who))
         self._rollbacks[command_id] = task
 
@@ -93,6 +94,7 @@ class CheckpointCommands:
         step, commands = command.step, self._journal.commands
         unusable = await self._unusable(step)
         self._rollbacks.pop(command_id)
+        self._state.rolling_back_to = None
         try:
             if problem := self._rollback_problem(step, unusable):
                 commands.reject(command_id, problem)

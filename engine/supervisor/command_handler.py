@@ -34,7 +34,7 @@ from engine.protocol.commands import (
     Unpause,
     check_command,
 )
-from engine.protocol.rank_messages import RankCommand
+from engine.protocol.rank_messages import Preempted, RankCommand
 from engine.session.folder import SessionFolder
 from engine.session.states import ENDED_STATES
 from engine.supervisor.checkpoint_commands import CheckpointCommands
@@ -176,7 +176,7 @@ class CommandHandler:
             settings=msgspec.convert(self._state.settings, examined(Settings), strict=False),
             config=self._config,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
-            needed_steps=partial(needed_checkpoints, self._session),
+            needed_steps=lambda: needed_checkpoints(self._session) | self._state.needed(),
             saved_steps=partial(checkpoint_steps, self._session),
         )
 
@@ -220,11 +220,19 @@ class CommandHandler:
         self._ranks.kill()
 
     def on_signal(self, number: signal.Signals) -> None:
-        """Stops after the current step, with a save; at once on a second SIGINT (ctrl+c)."""
-        again = self._state.stopping and number == signal.SIGINT
-        if again or not self._state.stopping:
-            self._state.preempted = number in PREEMPTIONS
+        """Stops after the current step, with a save; at once on a second SIGINT (ctrl+c).
+
+        A second signal of a scheduler does no more than the first: some send it twice at once. The
+        ranks end soon after either, because they do not wait for room to save.
+        """
+        state = self._state
+        again = state.stopping and number == signal.SIGINT
+        if again or not state.stopping:
+            state.preempted = number in PREEMPTIONS
             self.handle(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
+        if number in PREEMPTIONS:  # after the stop, which is then the reason of the end
+            state.in_haste = True
+            state.attempt.send(Preempted())
 
     def on_alert(self, alert: Alert) -> Parts:
         """Publishes an alert; the command of its action is the part that follows.

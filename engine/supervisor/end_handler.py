@@ -12,6 +12,7 @@ from engine.config.settings import SettingChange
 from engine.errors import SessionError
 from engine.journal.writer import JournalWriter
 from engine.launch.start_checkpoints import (
+    all_lost,
     checkpoint_steps,
     earlier_checkpoint,
     last_checkpoint,
@@ -100,16 +101,21 @@ class EndHandler:
                 return 1
             text = f"{failure.text}; {self._advice(attempt.start.from_step)}"
             failure = msgspec.structs.replace(failure, text=text)
+        final = failure.final or failure.user_input or state.stop_now
+        other_settings = bool(failure.changes) and not state.stop_now
+        again = not final and self._restarts < self._config.launch.max_restarts
+        if (again or other_settings) and (problem := all_lost(self._session)):
+            again = other_settings = False
+            failure = msgspec.structs.replace(failure, text=f"{failure.text}; {problem}")
         data = {
             "text": failure.text,
             "traceback": failure.traceback,
             "user_input": failure.user_input,
         }
         self._journal.record_event("error", data)
-        final = failure.final or failure.user_input or state.stop_now
-        if failure.changes and not state.stop_now:
+        if other_settings:
             self._restart_with_changes(failure)
-        elif not final and self._restarts < self._config.launch.max_restarts:
+        elif again:
             self._restart(failure)
         else:
             log.info(failure.text)

@@ -32,6 +32,7 @@ from engine.protocol.rank_messages import (
     Notice,
     Paused,
     Phase,
+    Preempted,
     RankHello,
     Ready,
     Rejected,
@@ -186,6 +187,8 @@ class RankMessageHandler:
         )
         for message in self._pending.messages():
             attempt.send(message)
+        if self._state.in_haste:
+            attempt.send(Preempted())
 
     def _without_invalid(self, repeated: RepeatedChange) -> RepeatedChange:
         """Leaves out values that an earlier version accepted but no rank can work with."""
@@ -227,8 +230,7 @@ class RankMessageHandler:
                 journal.record_checkpoint(step, size, score, kl)
                 state.attempt.send(Confirm(step=step, alerts=self.guardrails.first_alerts()))
             case CheckpointComplete(step=step, removed=removed):
-                journal.complete_checkpoint(step, removed)
-                state.attempt.send(Confirm(step=step))
+                self._complete_checkpoint(step, removed)
             case CheckpointKept(step=step):
                 journal.keep_checkpoint(step)
             case Applied():
@@ -256,6 +258,11 @@ class RankMessageHandler:
             case _:
                 assert_never(message)
         self._publisher.rank_message(message)
+
+    def _complete_checkpoint(self, step: int, removed: list[int]) -> None:
+        needed = sorted(self._state.needed().intersection(removed))
+        self._journal.complete_checkpoint(step, [s for s in removed if s not in needed])
+        self._state.attempt.send(Confirm(step=step, needed=needed))
 
     def _handle_in_parts(self, message: FromRank, first: Callable[[], Parts]) -> None:
         """Handles the first part of a message, then the parts that it returns.

@@ -19,6 +19,7 @@ from engine.config.deadline import deadline
 from engine.config.schema import RunConfig
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
+from engine.launch.start_checkpoints import resumable_checkpoints
 from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
 from engine.session import registry
@@ -91,12 +92,18 @@ def _check_choices(session: SessionFolder, journal: JournalWriter, start: StartO
     """Checks, with the session locked, that what a resume has chosen still holds.
 
     Raises:
-        SessionError: another engine has run the session since.
+        SessionError: another engine has run the session, or its checkpoint was deleted, since.
     """
     if start.after_attempt is not None and start.after_attempt != journal.attempt:
         raise SessionError(
             f"another engine has run session '{session.name}' since this resume began; nothing was "
             f"changed; look at it ({session.command('status')}) before you resume again"
+        )
+    if start.from_step and start.from_step not in (steps := resumable_checkpoints(session)):
+        left = ", ".join(map(str, steps)) or "none"
+        raise SessionError(
+            f"the checkpoint of step {start.from_step} of session '{session.name}' was deleted "
+            f"since this resume began; nothing was changed; choose another one (it has: {left})"
         )
 
 

@@ -24,7 +24,10 @@ class SupervisorState:
     attempt: Attempt
     """The current or the last attempt."""
     next: StartOptions | None
-    """The start of the next attempt: the first one, a restart or a roll back; None if none."""
+    """The start of the next attempt: the first one, a restart or a roll back. None if there is
+    none, also once the journal has its attempt."""
+    rolling_back_to: int | None = None
+    """The step of an accepted roll back while its checkpoint is being read."""
     paused: bool = False
     pause_reason: str | None = None
     """What asked for the current or coming pause; None if a person did, or without a pause."""
@@ -36,6 +39,8 @@ class SupervisorState:
     """The run stops without another save."""
     preempted: bool = False
     """A scheduler's signal asked for the stop."""
+    in_haste: bool = False
+    """Such a signal has arrived, perhaps after another stop: the ranks must not wait for room."""
     began: bool = False
     """Whether any attempt has loaded the models: later errors are not due to the user's input."""
     rollout_restarts: Counter[int] = field(default_factory=Counter)
@@ -45,3 +50,11 @@ class SupervisorState:
     phases: dict[int, Phase] = field(default_factory=dict)
     """The latest phase of each rank."""
     timer: StepTimer = field(default_factory=StepTimer)
+
+    def needed(self) -> set[int]:
+        """The steps of checkpoints from which the next attempt starts, or may start.
+
+        Nothing may remove them before the journal has that attempt, which needs them.
+        """
+        steps = set() if self.next is None else {self.next.from_step}
+        return steps if self.rolling_back_to is None else steps | {self.rolling_back_to}

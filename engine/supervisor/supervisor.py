@@ -25,7 +25,11 @@ from engine.launch.environment import (
     torch_is_built_for_gpus,
 )
 from engine.launch.secret import needs_secret, secret_of_run
-from engine.launch.start_checkpoints import adopted_checkpoint
+from engine.launch.start_checkpoints import (
+    adopted_checkpoint,
+    checkpoint_steps,
+    missing_checkpoints,
+)
 from engine.launch.start_options import StartOptions
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
@@ -34,6 +38,7 @@ from engine.monitoring.recorded_steps import rebuild
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol.client_messages import JournalAdvanced, Status
 from engine.protocol.rank_messages import WAIT_FOR, Failed, Phase
+from engine.session.checkpoints import checkpoint_path, unmark
 from engine.session.folder import SessionFolder
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.command_handler import CommandHandler
@@ -169,8 +174,7 @@ class Supervisor:
         for text in missing_variables(self._notifier.channels):
             self.publisher.notice("notify", text, self._journal.step)
         while state.next is not None:
-            start, state.next = state.next, None
-            code = await self.run_attempt(start)
+            code = await self.run_attempt(state.next)
         await self.commands.checkpoints.finish()
         self.pending.run_ended()
         return code
@@ -180,6 +184,7 @@ class Supervisor:
         state = self.state
         state.attempt = Attempt(start)
         await self._journal_unlocked()
+        missing = [] if start.fresh else missing_checkpoints(self._session, start.from_step)
         self._journal.begin_attempt(
             start.from_step,
             fresh=start.fresh,
@@ -188,6 +193,13 @@ class Supervisor:
             adopt=adopted_checkpoint(self._session, start.from_step),
             total_steps=self._config.train.steps,
         )
+        if state.next is start:
+            state.next = None
+        self._finish_removals()
+        if missing:
+            text = f"the checkpoint of step {missing[-1]} is recorded, but is not on disk: "
+            text += f"resuming from the one before, of step {start.from_step}"
+            self.publisher.notice("checkpoint", text, start.from_step)
         self._record_start_settings(start)
         self.publisher.set_state("starting")
         if state.stop_now:  # no rank has to start; a roll back that was applied holds
@@ -206,6 +218,18 @@ class Supervisor:
         if state.next is not None:  # rolled back
             return 0
         return self.attempt_end.handle(status)
+
+    def _finish_removals(self) -> None:
+        """Makes checkpoints that a killed process was to remove incomplete, as it would have first.
+
+        The ranks delete incomplete ones before they save.
+        """
+        left = self._journal.removed_checkpoints() & {*checkpoint_steps(self._session)}
+        for step in sorted(left):
+            try:
+                unmark(checkpoint_path(self._session.checkpoints, step))
+            except OSError as error:
+                log.warning("the removed checkpoint of step %d is still there: %s", step, error)
 
     async def _journal_unlocked(self) -> None:
         """Waits while another program keeps the journal locked.

@@ -37,6 +37,7 @@ from engine.protocol.rank_messages import (
     Ended,
     Notice,
     Paused,
+    Preempted,
     RankCommand,
     Rejected,
     ToRank,
@@ -112,6 +113,8 @@ class Boundary:
         self._stop_ids: list[str] = []
         self._ended = False
         self._end = EndCriteria(run, self.checkpoints, begin.from_step)
+        self._preempted = False
+        """Whether a scheduler is about to end the run, by a signal to its supervisor."""
         self._pause_error: RewardCallError | None = None
 
     def before_step(self) -> bool:
@@ -230,6 +233,9 @@ class Boundary:
 
     def _execute(self, commands: list[ToRank]) -> None:
         for message in commands:
+            if isinstance(message, Preempted):
+                self._preempted = True
+                continue
             if not isinstance(message, RankCommand):
                 raise LinkError(f"expected a command, got {message}")
             if self._ended and not isinstance(message.command, Stop):
@@ -361,13 +367,18 @@ class Boundary:
 
         Raises:
             CheckpointError: it could not be written for another reason, or there is no time to wait
-                because the run must end before its last step.
+                because the run must end before its last step or a scheduler ends it.
         """
         waits = False
         while problem := self.checkpoints.save():
-            if self._end.has_no_time or not lacks_room(problem):
+            if not lacks_room(problem):
                 raise CheckpointError(problem)
             step = self._run.state.step
+            if self._has_no_time():
+                raise CheckpointError(
+                    f"{problem}; step {step}, the last one, is not saved: resume the run once "
+                    "there is room, which repeats the steps since the last checkpoint"
+                )
             if not waits:
                 text = f"step {step}, the last one, is not saved yet, and the run waits: {problem}"
                 log.error("%s", text)
@@ -380,5 +391,9 @@ class Boundary:
         for _ in range(round(SAVE_RETRY_INTERVAL / PAUSE_POLL_INTERVAL)):
             self._link.phase(self._run.state.step, f"{WAIT_FOR}{ROOM}")
             self._execute(self._next_broadcast(PAUSE_POLL_INTERVAL).commands)
-            if self._end.has_no_time:
+            if self._has_no_time():
                 return
+
+    def _has_no_time(self) -> bool:
+        """Whether the run must end now, also without the checkpoint of its last step."""
+        return self._preempted or self._end.has_no_time

@@ -44,7 +44,7 @@ def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator
     left = [step for step in unknown if step in removed]
     if left:
         text = f"checkpoints were to be removed and are still there, of steps {listed(left)}"
-        yield note("checkpoints", text, f"remove them in {session.checkpoints} if space is needed")
+        yield note("checkpoints", text, "the next engine removes them")
     unknown = [step for step in unknown if step not in removed]
     if unknown:
         yield problem(

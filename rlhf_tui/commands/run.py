@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine, start_or_remove
-from engine.launch.failed_start import is_failed_start, is_new
+from engine.launch.failed_start import is_failed_start, is_new, remove_new
 from engine.launch.start import create_session, steps_done
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
@@ -259,7 +258,7 @@ def _watch(session: SessionFolder, start: StartOptions) -> None:
         errors = [e.payload for e in reader.events() if isinstance(e.payload, ErrorEvent)]
         trained = reader.last_step() > start.from_step
     if new and errors and errors[-1].user_input and not trained and not session.is_live():
-        shutil.rmtree(session.folder, ignore_errors=True)
+        remove_new(session)
         raise UserInputError(errors[-1].text)
     sys.exit(code)
 

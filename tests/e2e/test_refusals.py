@@ -206,6 +206,32 @@ def test_a_disk_too_full_for_a_checkpoint_is_reported_and_the_last_step_waits_fo
     assert [path.name for path in run.session.checkpoints.iterdir()] == ["step-000008"]
 
 
+@pytest.mark.slow
+def test_a_run_that_waits_for_room_ends_at_sigterm_and_a_resume_saves_its_last_step(
+    make_lab, small_disk
+):
+    run = make_lab("full-stopped").run("full-stopped", "train.save_every=0")
+    process = run.lab.popen(*run.arguments, "--headless", "--sessions", small_disk)
+    run.session = type(run.session)(small_disk / run.name)
+    where = ("--sessions", small_disk)
+
+    def waits():
+        return run.session.is_live() and run.lab.json("status", run.name, *where)["waits_for"]
+
+    until(waits, "the wait for room", 120)
+    assert run.lab.cli("ctl", run.name, "stop", *where).returncode == 0
+    process.terminate()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "step 8, the last one, is not saved: resume the run once there is room" in stderr
+    assert "Traceback" not in stderr
+    assert (run.state, run.step) == ("failed", 8)
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    assert run.lab.cli("resume", run.name, "--headless", *where).returncode == 0
+    assert run.state == "finished"
+    assert [path.name for path in run.session.checkpoints.iterdir()] == ["step-000008"]
+
+
 def test_a_disk_too_full_for_the_journal_ends_a_stopped_run_with_a_line(either_lab, small_disk):
     run = either_lab.run("fuller", "train.save_every=0")
     run.session = type(run.session)(small_disk / run.name)

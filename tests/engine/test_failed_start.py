@@ -8,15 +8,18 @@ import pytest
 from engine.errors import ConfigError, SessionError, SessionNameError, UserInputError
 from engine.journal.judgements.labels import Response, set_label
 from engine.journal.reader import JournalReader
-from engine.launch.background import start_engine
-from engine.launch.failed_start import is_failed_start, remove_failed_start
+from engine.launch.background import start_engine, start_or_remove
+from engine.launch.failed_start import is_failed_start, remove_failed_start, remove_new
 from engine.launch.secret import SECRET_VARIABLE
-from engine.launch.start import fork
+from engine.launch.start import fork, resume
+from engine.launch.start_checkpoints import checkpoint_steps
 from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
+from engine.session.checkpoints import remove
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.serve import supervise
+from tests.waiting import LONG
 
 
 @pytest.fixture
@@ -129,6 +132,28 @@ def test_a_fork_that_failed_can_be_made_again_and_its_source_is_whole(writer, wr
         fork(writer.session, "child", **given)
 
 
+@pytest.mark.parametrize("source", ["deleted", "without the checkpoint", "another one"])
+def test_a_failed_fork_that_alone_has_its_checkpoint_is_kept(writer, write_in, source):
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    child, start = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    of_child = write_in(child)
+    of_child.journal.begin_attempt(2, fresh=True, origin=start.origin)
+    of_child.journal.set_meta(state="failed")
+    assert is_failed_start(child)
+    folder = writer.session.checkpoints / "step-000002"
+    if source == "deleted":
+        shutil.rmtree(writer.session.folder)
+    elif source == "another one":  # a session that took the name of the first
+        (folder / "COMPLETE").unlink()
+        (folder / "COMPLETE").write_text("another sum\n")
+    else:
+        remove(folder)
+    assert not is_failed_start(child)
+    remove_failed_start(child)
+    assert checkpoint_steps(child) == [2]
+
+
 def test_an_engine_that_cannot_write_its_log_is_not_explained_by_an_old_line(failed):
     session = failed()
     session.log_file.write_text("what went wrong last time\n")
@@ -169,3 +194,27 @@ async def test_a_file_that_cannot_be_removed_does_not_hide_why_an_engine_has_end
     with pytest.raises(ConfigError, match=r"restore it from a copy"):
         await supervise(session, StartOptions())
     session.acquire().release()
+
+
+@pytest.mark.parametrize("left", ["samples.db", "labels.db"])
+def test_what_is_left_of_a_session_that_lost_its_journal_is_not_removed_with_a_failed_resume(
+    make_session, left
+):
+    session = make_session("run", "model.policy=/no/such/model")
+    sample = Response(response="answer", attempt=1, step=1, index=0)
+    if left == "labels.db":
+        set_label(session, "prompt", sample, "good", "me")
+    else:
+        (session.folder / left).touch()
+    start = resume(session, from_step=None, reseed=False, overrides=[], who="me")
+    with pytest.raises(UserInputError, match="/no/such/model"):
+        start_or_remove(session, start, timeout=LONG)
+    assert (session.folder / left).exists()
+
+
+def test_a_fork_in_which_something_was_judged_is_not_removed_with_its_failed_start(make_session):
+    session = make_session()
+    sample = Response(response="answer", attempt=1, step=1, index=0)
+    set_label(session, "prompt", sample, "good", "me")
+    remove_new(session)
+    assert session.labels_file.exists()

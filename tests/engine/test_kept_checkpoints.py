@@ -1,6 +1,9 @@
 """Checkpoints that an operator saved stay until somebody deletes them."""
 
 import asyncio
+import errno
+import os
+import shutil
 import sqlite3
 import threading
 from contextlib import closing
@@ -12,13 +15,14 @@ from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.delete_checkpoint import delete_checkpoint
-from engine.launch.start_checkpoints import timeline_checkpoints
-from engine.protocol.commands import COMMANDS, DeleteCheckpoint, Rollback
+from engine.launch.start_checkpoints import checkpoint_steps, timeline_checkpoints
+from engine.launch.start_options import StartOptions
+from engine.protocol.commands import COMMANDS, DeleteCheckpoint, Rollback, Stop
 from engine.protocol.rank_messages import CheckpointKept
 from engine.session import checkpoints
 from engine.session import folder as session_folder
-from engine.session.checkpoints import checkpoint_path
-from engine.supervisor import checkpoint_commands
+from engine.session.checkpoints import checkpoint_path, incomplete_checkpoints
+from engine.supervisor import checkpoint_commands, supervisor
 from engine.verification.verify import verify
 from tests.engine.supervised import until
 
@@ -122,6 +126,7 @@ async def test_the_one_of_a_roll_back_whose_attempt_has_not_begun_is_not_deleted
     with pytest.raises(CommandRejectedError, match="a resume continues from"):
         delete_checkpoint(saved.session, 2, "ana")
     saved.journal.begin_attempt(1, fresh=True)
+    engine.shared.next = None
     assert engine.send(DeleteCheckpoint(step=2)).status == "applied"
 
 
@@ -130,3 +135,38 @@ def test_a_live_engine_deletes_its_checkpoints_itself(saved):
     with pytest.raises(SessionLockedError, match="ctl run delete-checkpoint 2"):
         delete_checkpoint(saved.session, 2, "ana")
     lock.release()
+
+
+async def test_the_next_attempt_finishes_removals_that_a_kill_interrupted(engine, saved):
+    """And touches no checkpoint of which the journal has an attempt that did not remove it."""
+    saved.checkpoint(4)
+    for step in (1, 2):
+        saved.journal.remove_checkpoint(step)  # the kill follows
+    saved.journal.begin_attempt(1, fresh=True)
+    saved.journal.record_checkpoint(2, 1000, 0.5, 1.5)  # another one of this step
+    shutil.copytree(
+        checkpoint_path(saved.session.checkpoints, 3), checkpoint_path(saved.session.checkpoints, 9)
+    )
+    notes = [f.text for f in verify(saved.session).findings if f.check == "checkpoints"]
+    assert "checkpoints were to be removed and are still there, of steps 1" in notes
+    engine.shared.next = StartOptions(from_step=2)
+    engine.send(Stop(now=True))
+    assert await engine.supervisor.run() == 0
+    assert checkpoint_steps(saved.session) == [2, 3, 4, 9]
+    assert incomplete_checkpoints(saved.session.checkpoints) == [
+        checkpoint_path(saved.session.checkpoints, 1)  # which the ranks delete when they load
+    ]
+
+
+async def test_a_removal_that_cannot_be_finished_does_not_keep_a_run_from_starting(
+    engine, saved, monkeypatch, caplog
+):
+    def unmark(_folder):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(supervisor, "unmark", unmark)
+    saved.journal.remove_checkpoint(1)
+    engine.shared.next = StartOptions(from_step=3)
+    engine.send(Stop(now=True))
+    assert await engine.supervisor.run() == 0
+    assert "the removed checkpoint of step 1 is still there" in caplog.text

@@ -26,6 +26,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
+from engine.launch import delete_checkpoint
 from engine.launch.failed_start import is_new
 from engine.launch.inputs import check_files, check_inputs
 from engine.launch.secret import SECRET_VARIABLE
@@ -37,6 +38,7 @@ from engine.launch.start_checkpoints import (
     timeline_checkpoints,
 )
 from engine.launch.start_options import StartOptions
+from engine.protocol.commands import DeleteCheckpoint
 from engine.session.checkpoints import checkpoint_path
 from engine.supervisor.serve import supervise
 from engine.verification.verify import verify
@@ -66,6 +68,31 @@ def test_a_checkpoint_of_an_abandoned_timeline_cannot_be_resumed_from(writer):
         with pytest.raises(NoSuchSessionError, match=r"it has: 2\)"):
             going_on()
     assert timeline_checkpoints(writer.session) == [2]
+
+
+def test_a_resume_does_not_start_over_while_none_of_the_recorded_checkpoints_is_there(writer):
+    """As on a disk that is not mounted. Later, it continues from the last one."""
+    writer.steps(1, 2, 3, 4)
+    for step in (2, 4):
+        writer.checkpoint(step)
+    writer.journal.set_meta(state="stopped")
+    given = {"from_step": None, "reseed": False, "overrides": [], "who": "me"}
+    writer.session.checkpoints.rename(writer.session.folder / "away")
+    with pytest.raises(UserInputError, match=r"of steps 2, 4.*none of them.*not mounted"):
+        resume(writer.session, **given)
+    (writer.session.folder / "away").rename(writer.session.checkpoints)
+    assert resume(writer.session, **given).from_step == 4
+
+
+def test_a_checkpoint_that_a_restored_journal_lacks_can_be_resumed_from_by_its_step(writer):
+    writer.checkpoint(2)
+    copied = checkpoint_path(writer.session.checkpoints, 4)
+    shutil.copytree(checkpoint_path(writer.session.checkpoints, 2), copied)
+    assert last_checkpoint(writer.session) == 2
+    start = resume(writer.session, from_step=4, reseed=False, overrides=[], who="me")
+    adopted = adopted_checkpoint(writer.session, start.from_step)
+    writer.journal.begin_attempt(start.from_step, fresh=True, adopt=adopted)
+    assert timeline_checkpoints(writer.session) == [2, 4]
 
 
 def test_a_checkpoint_whose_end_was_not_recorded_counts_until_its_timeline_is_abandoned(
@@ -136,6 +163,41 @@ async def test_a_resume_is_refused_if_another_engine_ran_since_its_checkpoint_wa
     with JournalReader(session) as reader:
         assert (len(reader.attempts()), reader.last_step()) == (2, 4)
     assert session.config_file.read_text() == before
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_resume_is_refused_if_its_checkpoint_was_deleted_since_it_was_chosen(
+    make_session, write_in, monkeypatch, killed
+):
+    session = make_session()
+    writer = write_in(session)
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(1, 2, 3, 4)
+    for step in (2, 4):
+        writer.checkpoint(step)
+    writer.journal.close()
+    start = resume(session, from_step=2, reseed=False, overrides=["train.steps=7"], who="me")
+    if killed:  # before it removed the files
+        monkeypatch.setattr(delete_checkpoint, "remove", lambda _folder: None)
+    delete_checkpoint.delete_checkpoint(session, 2, "ana")
+    before = session.config_file.read_text()
+    with pytest.raises(SessionError, match=r"step 2 of session 'run' was deleted .*it has: 4"):
+        await supervise(session, start)
+    with JournalReader(session) as reader:
+        assert (len(reader.attempts()), reader.last_step()) == (1, 4)
+    assert timeline_checkpoints(session) == [4]
+    assert session.config_file.read_text() == before
+
+
+async def test_the_checkpoint_of_a_resume_is_not_deleted_before_its_attempt_has_begun(
+    engine, writer
+):
+    writer.steps(1, 2, 3, 4)
+    for step in (2, 4):
+        writer.checkpoint(step)
+    engine.shared.next = StartOptions(from_step=2, fresh=True)
+    reply = engine.send(DeleteCheckpoint(step=2))
+    assert (reply.status, "a resume continues from" in reply.reason) == ("rejected", True)
 
 
 def test_a_resume_chooses_nothing_while_the_session_has_an_engine(writer):

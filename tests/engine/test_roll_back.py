@@ -6,12 +6,18 @@ import sqlite3
 import threading
 from contextlib import closing
 
+import pytest
+
 from engine.journal.reader import JournalReader
+from engine.launch.start_checkpoints import timeline_checkpoints
 from engine.launch.start_options import StartOptions
+from engine.protocol import rank_messages
 from engine.protocol.commands import Rollback, Stop
+from engine.protocol.rank_messages import CheckpointComplete
 from engine.session.checkpoints import checkpoint_path
 from engine.supervisor import checkpoint_commands, command_handler
-from tests.engine.supervised import until
+from engine.supervisor.server import receive
+from tests.engine.supervised import rank_connection, until
 
 
 async def settled(writer, command_id):
@@ -135,3 +141,41 @@ async def test_a_roll_back_is_rejected_after_a_stop_at_once(engine, writer):
     reply = engine.send(Rollback(step=2))
     assert (reply.status, engine.shared.next) == ("rejected", None)
     assert "stopping" in reply.reason
+
+
+@pytest.mark.parametrize("read", [False, True])
+async def test_no_save_removes_the_checkpoint_of_a_roll_back_until_its_attempt_has_begun(
+    engine, writer, tmp_path, read
+):
+    writer.steps(1, 2, 3, 4)
+    writer.checkpoint(1)
+    writer.checkpoint(2)
+    server, reader, to_engine = await rank_connection(engine, tmp_path)
+    async with server:
+        await receive(reader)  # where to begin
+        reply = engine.send(Rollback(step=2))
+        if read:
+            assert (await settled(writer, reply.id)).status == "applied"
+        writer.journal.record_checkpoint(4, 1, 0.0, 0.0)
+        engine.receive(CheckpointComplete(step=4, removed=[1, 2]))
+        confirm = rank_messages.decode_to_rank(await receive(reader))
+        to_engine.close()
+    assert (confirm.step, confirm.needed) == (4, [2])
+    assert 2 in timeline_checkpoints(writer.session)
+    with JournalReader(writer.session) as journal:
+        assert [c.step for c in journal.checkpoints(("removed",))] == [1]
+    assert (await settled(writer, reply.id)).status == "applied"
+    engine.send(Stop(now=True))
+    assert await engine.supervisor.run() == 0
+    assert writer.journal.timeline() == [2]
+    assert engine.shared.needed() == set()  # from now on it is as any other
+    writer.journal.record_checkpoint(3, 1, 0.0, 0.0)
+    engine.receive(CheckpointComplete(step=3, removed=[2]))
+    assert writer.journal.timeline() == [3]
+
+
+async def test_the_checkpoint_of_a_rejected_roll_back_can_be_removed(engine, writer):
+    writer.checkpoint(2)
+    (checkpoint_path(writer.session.checkpoints, 2) / "state.json").write_text("{}")
+    assert (await settled(writer, engine.send(Rollback(step=2)).id)).status == "rejected"
+    assert engine.shared.needed() == set()

@@ -23,8 +23,11 @@ from engine.protocol.rank_messages import (
     Ended,
     Failed,
     Paused,
+    Preempted,
+    RankCommand,
     Ready,
 )
+from engine.session.checkpoints import checkpoint_path
 from engine.supervisor import supervisor
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.server import receive
@@ -250,6 +253,41 @@ async def test_no_other_checkpoint_replaces_the_first_or_a_chosen_one(engine, wr
     assert message.endswith(f"resume from another one ({6 - start.from_step}) with --from STEP")
 
 
+async def test_a_checkpoint_that_is_recorded_and_gone_is_named_where_an_earlier_one_takes_its_place(
+    engine, writer
+):
+    for step in (2, 4):
+        writer.checkpoint(step)
+    checkpoint_path(writer.session.checkpoints, 4).rename(writer.session.folder / "away")
+    engine.shared.next = StartOptions(from_step=2)
+    engine.send(Stop(now=True))
+    await engine.supervisor.run()
+    with JournalReader(writer.session) as reader:
+        alerts = [e.payload.text for e in reader.events() if e.kind == "alert"]
+    assert alerts == [
+        "the checkpoint of step 4 is recorded, but is not on disk: resuming from the one before, "
+        "of step 2"
+    ]
+
+
+@pytest.mark.parametrize("changes", [[], [SettingChange(key="micro_batch_size", old=16, new=8)]])
+async def test_ranks_do_not_start_again_at_step_0_while_the_checkpoints_cannot_be_found(
+    engine, writer, changes
+):
+    """As on a disk that is no longer mounted: they stay checkpoints of the timeline."""
+    writer.steps(1, 2, 3, 4)
+    writer.checkpoint(2)
+    writer.session.checkpoints.rename(writer.session.folder / "away")
+    engine.receive(Failed(rank=0, text="input/output error", step=4, changes=changes))
+    assert engine.supervisor.attempt_end.handle(1) == 1
+    assert (engine.shared.next, engine.state) == (None, "failed")
+    with JournalReader(writer.session) as reader:
+        message = reader.meta().message
+    assert message.startswith("input/output error; the journal of session 'run' has checkpoints")
+    (writer.session.folder / "away").rename(writer.session.checkpoints)
+    assert last_checkpoint(writer.session) == 2
+
+
 # -- out of memory ---------------------------------------------------------------------------------
 
 HALVED = SettingChange(key="micro_batch_size", old=16, new=8)
@@ -340,6 +378,27 @@ async def test_only_a_run_that_a_scheduler_ended_has_its_exit_code(
             engine.supervisor.commands.on_signal(number)
         engine.receive(Ended(step=4, reason=reason))
         assert engine.supervisor.attempt_end.handle(0) == code
+
+
+@pytest.mark.parametrize("stopped_before", [False, True])
+async def test_ranks_are_told_of_a_schedulers_signal_also_after_a_stop_and_a_restart(
+    engine, tmp_path, stopped_before
+):
+    if stopped_before:
+        engine.send(Stop())
+    for attempt in ("present", "next"):
+        engine.shared.attempt = Attempt(StartOptions())
+        (folder := tmp_path / attempt).mkdir()
+        server, reader, to_engine = await rank_connection(engine, folder)
+        async with server:
+            received = [rank_messages.decode_to_rank(await receive(reader))]
+            if attempt == "present":
+                engine.supervisor.commands.on_signal(signal.SIGTERM)
+            while not isinstance(received[-1], Preempted):
+                received.append(rank_messages.decode_to_rank(await receive(reader)))
+            to_engine.close()
+        (stop,) = [message for message in received if isinstance(message, RankCommand)]
+        assert stop.command == Stop()
 
 
 # -- the end of an attempt -------------------------------------------------------------------------

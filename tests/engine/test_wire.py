@@ -102,7 +102,7 @@ def test_what_a_rank_says_arrives(message):
 
 
 @modest
-@given(values(rank_messages.Begin | rank_messages.Confirm | rank_messages.RankCommand))
+@given(values(rank_messages.ToRank))
 def test_what_a_supervisor_says_arrives(message):
     assert same(rank_messages.decode_to_rank(body_of(message)), message)
 

@@ -266,8 +266,8 @@ class LightRank:
         counted = [s for s in found if s in self._branch and s not in self._kept]
         removed = [s for s in counted if s <= self._step][: -self._config.train.keep_last]
         self.send(CheckpointComplete(step=self._step, removed=removed))
-        self._take(self._step)
-        for step in removed:
+        confirm = self._take(self._step)
+        for step in [step for step in removed if step not in confirm.needed]:
             folder = checkpoint_path(self._session.checkpoints, step)
             (folder / "COMPLETE").unlink()
             shutil.rmtree(folder)

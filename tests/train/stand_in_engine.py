@@ -124,6 +124,7 @@ class StandInEngine:
                 return reply
             if message.last:
                 return Conversed(weights_version=engine.version)
+            assert len(message.turns) <= request.at_once
             self.turns.append([turn.row for turn in message.turns])
             ended = [engine.turn(request, turn) for turn in message.turns]
 

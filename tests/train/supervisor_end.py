@@ -20,6 +20,8 @@ class Supervisor:
         self.may_confirm = threading.Event()
         self.alerts = []
         """The first steps of alerts, as each confirmation names them."""
+        self.needed = []
+        """Steps of checkpoints that must not be removed, the same."""
         self._arrived = threading.Condition()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -36,7 +38,7 @@ class Supervisor:
 
     def _confirm(self, step):
         if self.may_confirm.wait(DEADLINE):
-            self.send(Confirm(step=step, alerts=self.alerts))
+            self.send(Confirm(step=step, alerts=self.alerts, needed=self.needed))
 
     def send(self, message):
         self.peer.sendall(frames.encode(message))

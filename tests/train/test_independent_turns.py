@@ -60,6 +60,48 @@ def test_two_engines_generate_the_turns_of_one(make_run, engine, second_engine, 
     assert {row for turns in second_engine.turns for row in turns} == set(range(half, 2 * half))
 
 
+def test_the_responses_of_an_engine_that_is_lost_are_taken_by_the_other_at_once(
+    make_run, engine, second_engine, tmp_path
+):
+    """The first environment replies only when one of the lost engine's responses has a turn."""
+    (tmp_path / "waiting_for_lost.py").write_text(
+        "import itertools, threading\n"
+        "numbers, over = itertools.count(), threading.Event()\n"
+        "class Waiting:\n"
+        "    def __init__(self):\n"
+        "        self.number = next(numbers)\n"
+        "    def reply(self, text):\n"
+        "        if self.number == 0:\n"
+        "            assert over.wait(30)\n"
+        "        elif self.number >= 2:\n"
+        "            over.set()\n"
+    )
+    second_engine.faults = iter([dies_at(NextTurns)])
+    run, _ = make_run(
+        *written("waiting_for_lost:Waiting", tmp_path), "rollout.engines=2", "rollout.batch_size=4"
+    )
+    assert len(respond(run).texts) == 4
+    assert sorted(row for turns in engine.turns for row in turns) == [0, 1, 2, 3]
+    assert not second_engine.turns
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_responses_that_another_engine_generates_are_the_same(
+    make_run, engine, second_engine, together, after
+):
+    second_engine.faults = iter([dies_at(NextTurns, after)])
+    run, _ = make_run(*ENVIRONMENT, STOPS, *INDEPENDENT, "rollout.engines=2")
+    same(respond(run), together)
+
+
+def test_two_engines_that_are_lost_are_both_replaced(make_run, engine, second_engine, together):
+    for each in (engine, second_engine):
+        each.faults = iter([dies_at(NextTurns, 1)])
+    run, _ = make_run(*ENVIRONMENT, STOPS, *INDEPENDENT, "rollout.engines=2")
+    same(respond(run), together)
+    assert engine.engines == second_engine.engines == 2
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_an_engine_that_ends_is_replaced_and_no_environment_gets_a_turn_twice(
     make_run, engine, together, after

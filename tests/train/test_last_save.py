@@ -18,6 +18,7 @@ from engine.protocol.rank_messages import (
     Ended,
     Notice,
     Phase,
+    Preempted,
     RankCommand,
     RankHello,
     Rejected,
@@ -89,6 +90,25 @@ def test_while_the_last_step_waits_for_room_a_stop_is_accepted_and_nothing_else(
     room.set()
     assert end.result(LONG) == "finished"
     assert supervisor.wait_for(Applied).id == "stop"
+
+
+def test_a_signal_of_a_scheduler_ends_the_wait_for_room_after_one_more_attempt(full_disk):
+    session, supervisor, _, end = full_disk
+    until(lambda: is_waiting(supervisor))
+    supervisor.send(Preempted())
+    with pytest.raises(CheckpointError, match=r"No space left.*step 1, .* is not saved: resume"):
+        end.result(LONG)
+    assert not complete_checkpoints(session.checkpoints)
+    assert not supervisor.of(Ended)
+
+
+def test_a_step_for_which_there_is_room_by_then_is_saved_after_the_signal(full_disk):
+    session, supervisor, room, end = full_disk
+    until(lambda: is_waiting(supervisor))
+    room.set()
+    supervisor.send(Preempted())
+    assert end.result(LONG) == "finished"
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
 def test_a_run_that_must_end_before_its_deadline_does_not_wait_for_room(

@@ -157,7 +157,7 @@ def test_parts_that_are_not_in_order_are_refused(parts):
 
 def test_an_engine_is_given_the_turns_of_responses():
     request = Converse(
-        weights_version=1, rows=2, first=0, max_new_tokens=8, at_most=9, temperature=1.0,
+        weights_version=1, at_once=2, max_new_tokens=8, at_most=9, temperature=1.0,
         sampling="gumbel", eos=[0], look=False,
     )  # fmt: skip
     with contextlib.closing(ReceivedFiles()) as files:

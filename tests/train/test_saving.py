@@ -182,6 +182,21 @@ def test_a_checkpoint_command_waits_for_a_running_save_of_the_same_step(trained)
     assert [m.step for m in supervisor.of(CheckpointWritten)] == [1]
 
 
+def test_a_checkpoint_that_the_supervisor_needs_is_removed_after_a_later_save(trained):
+    _, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    supervisor.needed = [1]
+    assert boundary.checkpoints.save() is None
+    boundary.after_step(2, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
+    assert supervisor.wait_for(CheckpointComplete).removed == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1, 2]
+    supervisor.needed = []
+    boundary.after_step(3, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
+    assert [*complete_checkpoints(session.checkpoints)] == [3]
+
+
 def test_older_checkpoints_are_removed_after_each_save(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()

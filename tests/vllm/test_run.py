@@ -178,15 +178,26 @@ ENVIRONMENT = (
 """Its stop strings are found while vLLM generates."""
 
 
-def test_responses_that_do_not_wait_for_each_other_are_those_that_do(lab):
-    together = make(lab, "together", *ENVIRONMENT)
+@pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "an engine is killed"])
+def test_responses_that_do_not_wait_for_each_other_are_those_that_do(lab, killed):
+    name = "killed" if killed else "whole"
+    together = make(lab, f"together-{name}", *ENVIRONMENT)
+    other = Lab(lab.root, lab.root.parent / f"gates-{name}")
+    if killed:  # after Start, LoadWeights and Converse to both engines, when one has got turns
+        point = "engine.train.rollout.vllm.client:RolloutClient._send|after|9|kill rollout engine 1"
+        other.environment |= {
+            "PYTHONPATH": str(HOOKS),
+            "RLHF_TUI_TEST_POINT": f"{point}|{lab.root.parent / 'killed-amid-turns'}",
+        }
     independent = make(
-        lab, "independent", *ENVIRONMENT, "environment.turns=independent", "launch.processes=2",
-        "rollout.engines=2",
+        other, f"independent-{name}", *ENVIRONMENT, "environment.turns=independent",
+        "launch.processes=2", "rollout.engines=2",
     )  # fmt: skip
     for run in (together, independent):
         run.start()
         finish(run)
+    said = [e["text"] for e in independent.events("alert")]
+    assert len([t for t in said if "rollout engine 1 was ended by SIGKILL" in t]) == killed
     first = [[s for s in responses(run) if s[0] == 1] for run in (together, independent)]
     assert first[0] == first[1] != []
     for ours, theirs in zip(together.numbers(), independent.numbers(), strict=True):

@@ -156,10 +156,8 @@ class Converse(Message, frozen=True, tag="converse"):
 
     weights_version: int
     """The weights that must be loaded."""
-    rows: int
-    """Number of responses, n."""
-    first: int
-    """The first of their rows in the batch; they are `first` … `first + n - 1`."""
+    at_once: int
+    """Maximum number of turns that have been sent and have not ended."""
     max_new_tokens: int
     """Maximum number of new tokens of a turn."""
     at_most: int

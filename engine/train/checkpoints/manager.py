@@ -226,9 +226,11 @@ class CheckpointManager:
         # Recorded first: a crash in between leaves a spare folder instead of a missing one.
         self._link.send(CheckpointComplete(step=step, removed=removable))
         # Bounded: on a full disk the journal may be waiting for the space that the removal frees.
-        self._link.wait_for_confirm(step, at_most=REMOVAL_PATIENCE)
+        confirm = self._link.wait_for_confirm(step, at_most=REMOVAL_PATIENCE)
+        needed = [] if confirm is None else confirm.needed
         for old_step in removable:
-            self._remove(old_step, step)
+            if old_step not in needed:
+                self._remove(old_step, step)
         log.info(
             "checkpoint of step %d: %.1f MB in %.1f s", step, outcome.size / 1e6, outcome.seconds
         )

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
@@ -59,6 +59,8 @@ class IndependentTurns:
         """Responses that go on."""
         self._ready = {row: self._next(row) for row in range(self.count)}
         self._taken: dict[int, NextTurn] = {}
+        self._released: list[int] = []
+        """Responses whose engine is gone."""
         self._idle_since: float | None = None
         self._calls: ConcurrentCalls | None = None
         self._futures: set[Future[None]] = set()
@@ -91,19 +93,18 @@ class IndependentTurns:
 
     # -- the backend's side --------------------------------------------------------------------
 
-    def begin(self, rows: range) -> None:
+    def begin(self) -> None:
         """See :class:`TurnSource`."""
         with self.lock:
-            for row in rows:
-                if row in self._taken:
-                    self._ready[row] = self._taken.pop(row)
+            self._ready |= self._taken
+            self._taken, self._released = {}, []
 
     def take(self, rows: range, at_most: int, *, wait: bool) -> list[NextTurn] | None:
         """See :class:`TurnSource`."""
         with self.lock:
             self._engine_lives = True
-            while self._error is None and any(row in self._open for row in rows):
-                ready = [row for row in rows if row in self._ready][:at_most]
+            while self._error is None and any(r in self._open for r in (*rows, *self._released)):
+                ready = [r for r in (*rows, *self._released) if r in self._ready][:at_most]
                 if not ready and wait:
                     self._changed.wait()
                     continue
@@ -113,6 +114,13 @@ class IndependentTurns:
                     self._count_idle_time()
                 return turns
             return None
+
+    def release(self, rows: range, taken: Collection[int]) -> None:
+        """See :class:`TurnSource`."""
+        with self.lock:
+            self._ready |= {row: self._taken.pop(row) for row in taken}
+            self._released = sorted({*self._released, *rows})
+            self._changed.notify_all()
 
     def add(self, turn: SampledTurn) -> None:
         """See :class:`TurnSource`."""

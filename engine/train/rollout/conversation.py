@@ -6,7 +6,7 @@ the first one of the next. The replies of an environment are context, as the pro
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,16 +75,24 @@ class TurnSource(Protocol):
     tokens: int
     """The most tokens that the policy samples in a response."""
 
-    def begin(self, rows: range) -> None:
-        """Makes turns ready again that were taken for some responses and never added."""
+    def begin(self) -> None:
+        """Makes turns ready again that were taken and never added, before any are taken."""
 
     def take(self, rows: range, at_most: int, *, wait: bool) -> list[NextTurn] | None:
         """Takes turns to generate; None if no more are to come, or none is needed any more.
 
         Args:
-            rows: the responses to take turns of.
+            rows: the responses to take turns of, besides those that were released.
             at_most: how many.
             wait: whether to wait until there is one.
+        """
+
+    def release(self, rows: range, taken: Collection[int]) -> None:
+        """Lets everybody take turns of responses whose engine is gone.
+
+        Args:
+            rows: the responses that it took turns of.
+            taken: responses whose turn it has taken and not added; the turn is ready again.
         """
 
     def add(self, turn: SampledTurn) -> None:

@@ -213,7 +213,7 @@ class VllmBackend:
         criteria = self._context.stop_criteria
         request = Converse(
             weights_version=self._wanted,
-            rows=0, first=0, at_most=0,  # for each engine
+            at_once=0, at_most=0,  # for each engine
             max_new_tokens=0 if turns is None else turns.tokens,
             temperature=temperature,
             sampling=self._context.config.rollout.sampling,

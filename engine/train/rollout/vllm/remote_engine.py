@@ -119,6 +119,7 @@ class RemoteEngine:
     def converse(
         self,
         request: Converse,
+        rows: range,
         turns: TurnSource,
         criteria: StopCriteria,
         report: Callable[[int], None],
@@ -127,15 +128,15 @@ class RemoteEngine:
 
         Args:
             request: what the turns have in common.
-            turns: those of the request's rows are taken.
+            rows: the responses whose turns it takes.
+            turns: the turns.
             criteria: finds stop strings.
             report: called regularly with the tokens done.
 
         Raises:
-            EngineLostError: the engine ended. The turns that it has not generated are ready again.
+            EngineLostError: the engine ended. Others can take the turns that it has not generated.
         """
-        rows = range(request.first, request.first + request.rows)
-        turns.begin(rows)
+        taken: set[int] = set()
         searched: dict[int, int] = {}
         running: dict[int, int] = {}
         done = 0
@@ -146,6 +147,7 @@ class RemoteEngine:
             for turn in progress.ended:
                 done += len(turn.ids)
                 running.pop(turn.row, None)
+                taken.remove(turn.row)
                 with turns.lock:
                     turns.add(sampled_turn(turn, criteria, request.weights_version))
             with turns.lock:
@@ -155,14 +157,18 @@ class RemoteEngine:
                         stop.append(row)
                     searched[row] = len(ids)
             report(done + sum(running.values()))
-            ready = turns.take(rows, request.at_most, wait=not progress.busy and not stop)
+            at_most = min(request.at_most, request.at_once - len(taken))
+            ready = turns.take(rows, at_most, wait=not progress.busy and not stop)
+            taken.update(turn.row for turn in ready or ())
             searched.update((turn.row, 0) for turn in ready or ())
             return NextTurns(turns=ready or [], stop=stop, last=ready is None)
 
         try:
             self.client.converse(request, exchange)
-        except BaseException:
+        except BaseException as error:
             self.client.close()
+            if isinstance(error, EngineLostError):
+                turns.release(rows, taken)
             raise
         if self.start.sleep == FORGETS_WEIGHTS:
             self.client.held = None

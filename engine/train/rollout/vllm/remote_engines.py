@@ -191,7 +191,8 @@ class RemoteEngines:
     def converse(self, request: Converse, turns: TurnSource, report: ReportProgress) -> None:
         """Makes all engines generate turns of responses, each as soon as it can begin.
 
-        Each engine has a contiguous part of the responses.
+        Each engine has a contiguous part of the responses. Those of an engine that is lost are
+        taken by the others, as soon as these have fewer turns than responses of their own.
 
         Args:
             request: what the turns have in common, for all responses.
@@ -207,10 +208,12 @@ class RemoteEngines:
         cuts = [turns.count * i // len(self._engines) for i in range(len(self._engines) + 1)]
         # A token of EndedTurn is up to 13 bytes, one of NextTurn also, and one of TurnsProgress 5.
         at_most = max(1, BUDGET // 2 // (13 * turns.longest))
+        turns.begin()
         jobs = {
             i: partial(
                 engine.converse,
-                replace(request, first=a, rows=b - a, at_most=at_most),
+                replace(request, at_once=max(b - a, 1), at_most=at_most),
+                range(a, b),
                 turns,
                 self._context.stop_criteria,
             )

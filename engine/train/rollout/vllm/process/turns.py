@@ -33,13 +33,17 @@ class Turns:
         self._changed: dict[int, None] = {}
         """Rows with tokens that the client has not looked at, in order."""
         self._turns = 0
+        self._free = list(range(request.at_once))
+        """Where numbers of no turn are stored."""
+        self._places: dict[int, int] = {}
+        """Where the numbers of each turn are that has not been sent, by row."""
 
     def run(self) -> None:
         """Generates until the client says that there are no more turns."""
         request = self._request
         self._llm.collective_rpc(
             "begin_turns",
-            args=(request.rows, request.max_new_tokens, request.temperature, request.sampling),
+            args=(request.at_once, request.max_new_tokens, request.temperature, request.sampling),
         )
         steps = 0
         while True:
@@ -76,9 +80,9 @@ class Turns:
         """The turns of rows, which have ended."""
         if not rows:
             return []
-        first = self._request.first
-        lengths = [(row - first, len(self._tokens[row])) for row in rows]
+        lengths = [(self._places[row], len(self._tokens[row])) for row in rows]
         recorded = self._llm.collective_rpc("recorded_turns", args=(lengths,))[0]
+        self._free += [self._places.pop(row) for row in rows]
         return [
             EndedTurn(row, self._tokens.pop(row), *floats)
             for row, floats in zip(rows, recorded, strict=True)
@@ -91,8 +95,8 @@ class Turns:
 
         if not turns:
             return
-        first = self._request.first
-        numbers = [(turn.row - first, turn.uniforms) for turn in turns]
+        self._places.update((turn.row, self._free.pop()) for turn in turns)
+        numbers = [(self._places[turn.row], turn.uniforms) for turn in turns]
         self._llm.collective_rpc("add_turns", args=(numbers,))
         for turn in turns:
             params = SamplingParams(
@@ -101,7 +105,7 @@ class Turns:
                 stop_token_ids=self._request.eos,
                 ignore_eos=True,
                 detokenize=False,
-                extra_args={ROW: turn.row - first},
+                extra_args={ROW: self._places[turn.row]},
             )
             self._turns += 1
             ours = f"turn-{self._turns}"
