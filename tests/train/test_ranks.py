@@ -176,7 +176,8 @@ def weights(run):
 def outcomes(request, tmp_path_factory, half_models):
     """Metrics and weights after one step, and a probe before, by variant and by how the ranks run.
 
-    Only of the variants and strategies that some selected test needs.
+    Only of the variants and strategies that some selected test needs. At "printed", the output of
+    all ranks.
     """
     folder = tmp_path_factory.mktemp("ranks")
     specs = [getattr(item, "callspec", None) for item in request.session.items]
@@ -200,7 +201,8 @@ def outcomes(request, tmp_path_factory, half_models):
             jobs.append(
                 job | {"result": folder / f"{strategy}-{i}.json", "as": (variant, strategy)}
             )
-    on_two_ranks(folder, [{k: str(v) for k, v in job.items()} for job in jobs])
+    printed = on_two_ranks(folder, [{k: str(v) for k, v in job.items()} for job in jobs])
+    found["printed"] = printed
     for job in jobs:
         result = json.loads(job["result"].read_text())
         found[job["as"]] = (
@@ -223,11 +225,15 @@ def record(folder, name, config):
 
 
 def on_two_ranks(folder, jobs):
+    """Returns what the ranks printed."""
+    printed = ""
     for first in range(0, len(jobs), JOBS_OF_A_GROUP):
         path = folder / f"jobs-{first}.json"
         path.write_text(json.dumps(jobs[first : first + JOBS_OF_A_GROUP]))
         done = run_ranks(2, SCRIPT, path, folder=folder)
         assert done.code == 0, done.output
+        printed += done.output
+    return printed
 
 
 @pytest.mark.parametrize(
@@ -288,6 +294,13 @@ def test_two_ranks_end_with_the_parameters_of_one(outcomes, variant, strategy):
     # A last bit may round a moment to the next of its 256 values.
     allowed = 4e-4 if "8-bit" in variant else 1e-4
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < allowed
+
+
+@layouts
+def test_no_rank_prints_a_warning_of_fsdp(outcomes, variant, strategy):
+    """A session's log has what ranks print."""
+    assert "--- rank 1" in outcomes["printed"], (variant, strategy)
+    assert "FSDP" not in outcomes["printed"]
 
 
 @variants

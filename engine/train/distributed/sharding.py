@@ -39,6 +39,10 @@ M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# An operation in place on a view would drop FSDP's hook on it, so torch warns of outputs that are
+# views. Logits are, and values before they are copied; no forward pass changes them in place.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+
 
 def place_model(
     module: nn.Module,
