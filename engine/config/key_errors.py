@@ -1,5 +1,6 @@
 """Describes each mistake in a configuration in one sentence that names the dotted key."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable
@@ -16,7 +17,18 @@ EMPTY = ", got `null`"
 """Suffix of msgspec's message for a key without a value."""
 
 LISTED, SHORT = 4, 40
-"""How many more unknown keys a message lists, and the characters that each has at most."""
+"""How many more unknown keys, or other mistakes, a message lists, and the characters that each of
+these keys has at most."""
+ALSO_UNKNOWN = " (also unknown: "
+"""Begins what a message adds about other unknown keys."""
+MOST_MISTAKES = 10
+"""How many mistakes are looked for."""
+REQUIRED_SECTIONS: dict[str, dict[str, Any]] = {
+    "model": {"policy": "x"},
+    "data": {"prompts": "x"},
+    "reward": {},
+}
+"""What stands for a missing section while the other mistakes are looked for."""
 
 
 def known_keys() -> list[str]:
@@ -67,16 +79,87 @@ def _most_similar(key: str, among: list[str], least: float) -> str:
     return found if found and similarity(found) >= least else ""
 
 
-def explain(message: str, tree: dict[str, Any]) -> str:
-    """Turns an error message of msgspec into one sentence about a dotted key."""
+def explain(message: str, tree: dict[str, Any], kind: type[msgspec.Struct] = RunConfig) -> str:
+    """Turns an error message of msgspec into a sentence about a dotted key, and adds the others.
+
+    Args:
+        message: the error of the first mistake.
+        tree: the configuration with mistakes, as nested dictionaries.
+        kind: what it could not be decoded as.
+    """
+    found = _mistakes(message, tree, kind)
+    first, *others = sorted(found, key=lambda told: not told.startswith("unknown key"))
+    if not others:
+        return first
+    listed = "; ".join(others[:LISTED]) + ("; and others" if len(others) > LISTED else "")
+    if ALSO_UNKNOWN in first:
+        return f"{first[:-1]}; {listed})"
+    return f"{first} (also: {listed})"
+
+
+def _mistakes(message: str, tree: dict[str, Any], kind: type[msgspec.Struct]) -> Iterable[str]:
+    """One sentence for each value that cannot be decoded, and one for all unknown keys.
+
+    msgspec reports one mistake. To find the next one, it is mended in a copy. A key is not said to
+    be missing after an unknown one, which is probably that key, nor after its own wrong value.
+    """
+    rest = copy.deepcopy(tree)
+    unknown, told = False, set[str]()
+    for _ in range(MOST_MISTAKES):
+        text, path = _text_and_path(message)
+        missing = _missing_key(text, path)
+        if not (missing and (unknown or missing in told)):
+            yield _explain_one(text, path, rest)
+        unknown |= "unknown field" in text
+        told.add(path)
+        if not _mend(text, path, rest):
+            return
+        try:
+            msgspec.convert(rest, examined(kind), strict=True)
+        except msgspec.ValidationError as error:
+            message = str(error)
+        else:
+            return
+
+
+def _mend(text: str, path: str, tree: dict[str, Any]) -> bool:
+    """Takes the mistake that msgspec reports out of a tree, in place; returns whether it could."""
+    if "unknown field" in text and "[" not in path:
+        for key in list(_unknown_keys(RunConfig, tree, "")):
+            section, _, name = key.rpartition(".")
+            del _lookup(tree, section)[name]
+        return True
+    missing = _missing_key(text, path)
+    *parents, name = _parts(missing or path) or [""]
+    section = _lookup(tree, ".".join(parents))
+    if not isinstance(section, dict) or not name:
+        return False
+    if missing:
+        section[name] = copy.deepcopy(REQUIRED_SECTIONS.get(missing, "x"))
+    else:
+        del section[name]
+    return True
+
+
+def _missing_key(text: str, path: str) -> str:
+    """The dotted key that an error message of msgspec misses; empty for any other message."""
+    match = re.search(r"missing required field `(.+)`", text)
+    return f"{path}.{match[1]}".lstrip(".") if match else ""
+
+
+def _text_and_path(message: str) -> tuple[str, str]:
+    """The parts of an error message of msgspec: what is wrong, and the dotted key."""
     text, _, at = message.partition(" - at `$")
-    path = at.rstrip("`").lstrip(".")
+    return text, at.rstrip("`").lstrip(".")
+
+
+def _explain_one(text: str, path: str, tree: dict[str, Any]) -> str:
+    """One sentence about a dotted key, from an error message of msgspec."""
     if match := re.search(r"unknown field `(.+)`", text):
         key = f"{path}.{match[1]}" if path else match[1]
         colon = "; YAML takes `key: value`, with a space after the colon" if ":" in match[1] else ""
         return f"unknown key '{key}'{colon or nearest(key)}{_also_unknown(tree, key)}"
-    if match := re.search(r"missing required field `(.+)`", text):
-        key = f"{path}.{match[1]}" if path else match[1]
+    if key := _missing_key(text, path):
         kind = "section" if key in ("model", "data", "reward") else "key"
         return f"the {kind} '{key}' is required, but missing"
     wanted = expected(text)
@@ -95,7 +178,7 @@ def _also_unknown(tree: dict[str, Any], told: str) -> str:
     if not others:
         return ""
     listed = ", ".join(f"'{key}'" for key in others[:LISTED])
-    return f" (also unknown: {listed}{' and others' if len(others) > LISTED else ''})"
+    return f"{ALSO_UNKNOWN}{listed}{' and others' if len(others) > LISTED else ''})"
 
 
 def _unknown_keys(section: type[msgspec.Struct], given: Any, prefix: str) -> Iterable[str]:

@@ -125,6 +125,8 @@ def parse_yaml(text: str, where: str, key: str = "") -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not a YAML document"
+        if "'\\t'" in problem:
+            problem = "a tab, where YAML only takes spaces"
         raise ConfigError(f"{where}{line}: {problem}") from error
     except _MALFORMED as error:
         raise ConfigError(f"{where}: {_malformed(error)}") from error

@@ -107,6 +107,26 @@ def test_all_unknown_keys_are_told_at_once():
     assert many.endswith(" (also unknown: 'k1', 'k2', 'k3', 'k4' and others)")
 
 
+def test_mistakes_of_several_kinds_are_told_at_once():
+    def problem(*overrides):
+        with pytest.raises(ConfigError) as caught:
+            demo(*overrides)
+        return str(caught.value)
+
+    assert problem("train.stepz=2", "lr=3", "model.dtype=float16", "kl.beta=high") == (
+        "unknown key 'train.stepz'; did you mean 'train.steps'? (also unknown: 'lr'; model.dtype "
+        "must be one of bfloat16, float32, not 'float16'; kl.beta must be a number, not 'high')"
+    )
+    assert problem("train.steps=2.5", "guardrails.rules=[{name: 3}]") == (
+        "train.steps must be a whole number, not 2.5 (also: guardrails.rules[0].name must be text, "
+        "not 3; the key 'guardrails.rules[0].metric' is required, but missing)"
+    )
+    assert problem("model=3", "reward.model=[]", "rollout=3").count(" must be ") == 3
+    many = problem(*(f"train.{key}=x" for key in ("steps", "seed", "save_every", "max_hours")),
+                   "kl.beta=x", "kl.target=x", "kl.horizon=x")  # fmt: skip
+    assert many.endswith("; and others)")
+
+
 def test_the_keys_that_other_libraries_names_stand_for_exist():
     assert set(KEYS_HERE.values()) <= set(known_keys())
 

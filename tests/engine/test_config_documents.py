@@ -133,6 +133,7 @@ LAUGHS = "\n".join(
         (LAUGHS, "too large or contains itself"),
         ("model: &a [*a]", "too large or contains itself"),
         ("1: 2", "a key must be text, not 1"),
+        ("model:\n\tpolicy: x", "line 2: a tab, where YAML only takes spaces"),
         ("model: {policy: x}\nnull: 3", "a key must be text, not null"),
         ("seed: !!timestamp x", "a value does not fit its tag"),
         ('model: {policy: "\\ud800"}', "model.policy is not valid Unicode text"),

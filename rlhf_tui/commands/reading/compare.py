@@ -163,6 +163,6 @@ def _rules(path: Path) -> GuardrailConfig:
     try:
         rules = msgspec.convert(whole, examined(_RulesFile)).guardrails
     except msgspec.ValidationError as error:
-        raise UserInputError(f"--rules {path}: {explain(str(error), whole)}") from None
+        raise UserInputError(f"--rules {path}: {explain(str(error), whole, _RulesFile)}") from None
     check_guardrails(rules)
     return rules
