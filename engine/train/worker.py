@@ -60,7 +60,6 @@ from engine.train.link import Link, SupervisorEndedError
 from engine.train.load import load_run
 from engine.train.models import memory_check
 from engine.train.models.language_model import parameter_count
-from engine.train.models.trusted_code import trusted_code
 from engine.train.out_of_memory import (
     LESS_MEMORY,
     StepOutOfMemoryError,
@@ -70,6 +69,7 @@ from engine.train.out_of_memory import (
 )
 from engine.train.reports.recorders import StepRecorder, open_recorders
 from engine.train.reports.setup_notes import dtype_note, setup_notes
+from engine.train.reports.trusted_code import trusted_code
 from engine.train.reward_scales import fit_scales
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
