@@ -4,7 +4,7 @@ docs/from-trl.md, docs/from-openrlhf.md and docs/from-verl.md list all of them, 
 """
 
 _NAMES = {
-    "model.policy": "sft_model_path model_name_or_path pretrain",
+    "model.policy": "sft_model_path model_name_or_path pretrain lora_adapter_path",
     "model.dtype": "bf16 param_dtype",
     "model.float32_logits": "cast_lm_head_to_fp32",
     "data.prompts": "dataset_name prompt_data prompt_dataset train_files",

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from engine.config.model_folder import folder_error, has_config, is_file
+from engine.config.model_folder import (
+    ADAPTER_CONFIG,
+    check_adapters,
+    folder_error,
+    has_config,
+    is_file,
+)
 from engine.config.paths import DATA_FILES
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
@@ -57,6 +63,8 @@ def check_files(config: RunConfig) -> None:
         if key == "model.policy" and config.model.gguf_file is not None:
             if folder.is_absolute() and not is_file(folder / config.model.gguf_file):
                 raise ConfigError(f"model.gguf_file: no file at {folder / config.model.gguf_file}")
+        elif folder.is_absolute() and is_file(folder / ADAPTER_CONFIG):
+            check_adapters(key, folder)
         elif folder.is_absolute() and not has_config(folder):
             raise ConfigError(folder_error(key, folder))
 

@@ -24,6 +24,9 @@ POLICY = "policy"
 AVERAGED_POLICY = "policy-ema"
 """Folders of a checkpoint that transformers or peft can load: the policy, and its average over
 the steps if the run has `train.ema`."""
+BASE_ADAPTERS = "base_adapter_config.json"
+"""In these folders if they hold adapters: peft's configuration of other adapters, which were merged
+into the base model when it was loaded. The folder's own adapters then fit no model on disk."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 

@@ -30,9 +30,9 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.language_model import parameter_count
 from engine.train.models.memory_check import free_memory
-from engine.train.models.trusted_code import trusted_code
 from engine.train.out_of_memory import is_out_of_memory, memory_text
 from engine.train.reports.setup_notes import dtype_note, setup_notes
+from engine.train.reports.trusted_code import trusted_code
 from engine.train.reward_scales import fit_scales
 from engine.train.run import Run
 from engine.train.step import train_step

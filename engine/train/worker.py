@@ -48,10 +48,10 @@ from engine.train.link import Link, SupervisorEndedError
 from engine.train.load import load_run
 from engine.train.models import memory_check
 from engine.train.models.language_model import parameter_count
-from engine.train.models.trusted_code import trusted_code
 from engine.train.out_of_memory import run_step
 from engine.train.reports.recorders import open_recorders
 from engine.train.reports.setup_notes import dtype_note, setup_notes
+from engine.train.reports.trusted_code import trusted_code
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 

@@ -18,7 +18,12 @@ from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
 from engine.launch.start_checkpoints import check_average, check_step, checkpoint_steps
 from engine.session.access import open_to_umask
-from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
+from engine.session.checkpoints import (
+    AVERAGED_POLICY,
+    BASE_ADAPTERS,
+    POLICY,
+    checkpoint_path,
+)
 from engine.session.folder import SessionFolder
 from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
@@ -105,6 +110,9 @@ def _export_policy(
         check_average(session, step)
     config = session.config()
     adapted = config.lora.rank is not None
+    # Without it, they would be adapters for adapters, which peft would not load together.
+    with_base = (source / BASE_ADAPTERS).is_file()
+    merged = merged or with_base
     try:
         with written_whole(Path(os.path.realpath(target))) as folder:
             if adapted and merged:
@@ -121,7 +129,8 @@ def _export_policy(
         reason = error.strerror or error
         raise UserInputError(f"--policy: cannot write {target}: {reason}") from error
     if adapted and merged:
-        return f"the {what} of step {step} is in {target}, adapters merged{no_card}"
+        both = f", with those in {config.model.policy}" if with_base else ""
+        return f"the {what} of step {step} is in {target}, adapters merged{both}{no_card}"
     if adapted:
         which = "averaged adapters" if averaged else "adapters"
         base = config.model.policy

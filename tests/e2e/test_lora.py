@@ -37,6 +37,21 @@ def test_both_exports_report_their_kind(adapted, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_on_adapters_exports_a_whole_model(adapted, tmp_path):
+    options = [part for key in SMALL for part in ("-o", key)]
+    done = adapted.cli("export", "adapted", "--policy", tmp_path / "sft")
+    assert done.returncode == 0, done.stderr
+    first = ["demo", "--headless", "--name", "on-adapters", "--steps", 2, *options]
+    done = adapted.cli(*first, "-o", f"model.policy={tmp_path / 'sft'}")
+    assert done.returncode == 0, done.stderr
+    done = adapted.cli("export", "on-adapters", "--policy", tmp_path / "both")
+    assert done.returncode == 0, done.stderr
+    assert f"adapters merged, with those in {tmp_path / 'sft'}" in done.stdout
+    assert (tmp_path / "both" / "config.json").exists()
+    assert not (tmp_path / "both" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
 def test_a_failed_merge_is_one_line_and_leaves_nothing(adapted, tmp_path):
     weights = adapted.root / "adapted" / "checkpoints" / "step-000002" / "policy"
     weights = weights / "adapter_model.safetensors"

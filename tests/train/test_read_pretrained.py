@@ -83,7 +83,9 @@ MODELS = {
     ),
     "a pickle": (as_pickle, r"pytorch_model\.bin, and a pickle can run code"),
     "code of its own": (with_code, "needs Python code of its own, which is never run unless you"),
-    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds adapters for"),
+    "a note of adapters": (
+        lambda f: (f / "adapter_config.json").write_text("{}"), "no adapter_model.safetensors"
+    ),
     "quantised weights": (quantised, "no model that can be loaded"),
     "a configuration of garbage": (
         lambda f: (f / "config.json").write_text("{"), "no model that can be loaded"

@@ -67,7 +67,8 @@ class ModelConfig(Section, frozen=True):
     """The policy, the reference and the value function."""
 
     policy: PathOrName
-    """The model to train: a Hugging Face model folder, a hub id, or `starter:policy`."""
+    """The model to train: a Hugging Face model folder, a hub id, or `starter:policy`. A folder of
+    LoRA adapters is merged into the base model that it names."""
     revision: str | None = None
     """Branch, tag or commit of a policy on the hub. Default: its main branch."""
     gguf_file: str | None = None

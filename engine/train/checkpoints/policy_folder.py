@@ -1,6 +1,7 @@
 """Writes a checkpoint's ``policy/``: a folder that transformers or peft loads."""
 
 import errno
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.errors import first_line
 from engine.session.access import make_folders
+from engine.session.checkpoints import BASE_ADAPTERS
 from engine.train.models import lora
+from engine.train.models.adapter_folder import MERGED
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.pretrained import save_configs
 
@@ -55,6 +58,8 @@ def policy_files(
     with tempfile.TemporaryDirectory() as folder:
         if lora.adapted_layers(lm):
             lora.save_adapter_config(lm, Path(folder))
+            if (merged := getattr(lm, MERGED, None)) is not None:
+                shutil.copyfile(merged, Path(folder) / BASE_ADAPTERS)
         else:
             save_configs(lm, folder)
         files = _read_files(Path(folder))

@@ -1,20 +1,24 @@
 """Reads models, their configurations and tokenizers from folders and the hub.
 
+A source may hold adapters (:mod:`engine.train.models.adapter_folder`): what is read then is their
+base model with the adapters merged, its configuration, or the tokenizer of either.
+
 All reads go through :func:`read_pretrained`: custom code runs only if the user allows it, no pickle
 is loaded, and any problem is reported to the user in one sentence.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from engine.config.model_folder import folder_error
 from engine.errors import UserInputError, first_line
+from engine.train.models.adapter_folder import Adapters, cast, find_adapters, merge_adapters
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """File extensions of weights stored in pickles."""
@@ -82,6 +86,9 @@ def read_pretrained(
             any type of exception for damaged or unexpected files.
     """
     try:
+        adapters = None if read.gguf_file else find_adapters(source, key, read.revision)
+        if adapters is not None:
+            return _read_adapted(kind, adapters, key, what, read, new_head=new_head, **options)
         if what != "model":
             return kind.from_pretrained(source, **read.of_any(), **options)
         return _read_model(kind, source, key, read, new_head=new_head, **options)
@@ -96,6 +103,43 @@ def read_pretrained(
         if read.gguf_file is not None:
             raise UserInputError(_explain_gguf(source, read.gguf_file, error)) from error
         raise UserInputError(_explain(source, key, what, error)) from error
+
+
+def _read_adapted(
+    kind: Any,
+    adapters: Adapters,
+    key: str,
+    what: str,
+    read: ReadOptions,
+    *,
+    new_head: bool,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
+    """Reads the base model of adapters and merges them in float32, or reads what else is asked."""
+    base, of_base = adapters.base.name, replace(read, revision=adapters.base.revision)
+    try:
+        if what == "configuration":
+            return read_pretrained(kind, base, key, what, of_base, **options)
+        if what == "tokenizer":
+            if not adapters.has_tokenizer:
+                return read_pretrained(kind, base, key, what, of_base, **options)
+            config = read_pretrained(AutoConfig, base, key, "configuration", of_base)
+            return kind.from_pretrained(adapters.source, config=config, **read.of_any(), **options)
+        labels = adapters.labels() if kind is not AutoModelForCausalLM else None
+        if labels is not None:
+            options["num_labels"], new_head = labels, True
+        whole = AutoModelForCausalLM if kind is AutoModel else kind
+        model = read_pretrained(
+            whole, base, key, what, of_base, new_head=new_head, dtype=torch.float32, **options
+        )
+    except UserInputError as error:
+        reason = str(error).removeprefix(f"{key}: ")
+        raise UserInputError(
+            f"{key}: the adapters in {adapters.source} were trained on {base}: {reason}"
+        ) from error
+    model = cast(merge_adapters(model, adapters), dtype)
+    return model.base_model if kind is AutoModel else model
 
 
 def _read_model(
@@ -146,15 +190,10 @@ def _explain_gguf(source: str, name: str, error: Exception) -> str:
 
 
 def check_weights(source: str, key: str) -> None:
-    """Checks that a source is a whole model and does not store its weights in pickles.
+    """Checks that a source does not store its weights in pickles.
 
-    Raises: UserInputError: it is not; the message says what to do instead.
+    Raises: UserInputError: it does; the message says what to do instead.
     """
-    if find_adapter_config_file(source) is not None:
-        raise UserInputError(
-            f"{key}: {source} holds adapters for another model; merge the two first "
-            "(rlhf-tui export NAME --policy DIR --merged, or peft)"
-        )
     folder = Path(source)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return

@@ -27,6 +27,7 @@ from engine.train.distributed.stored_tensor import (
     mark_stored,
     stored_tensors,
 )
+from engine.train.models.adapter_folder import find_adapters
 from engine.train.models.read_pretrained import (
     NO_OPTIONS,
     ReadOptions,
@@ -70,6 +71,9 @@ def empty_model(
         UserInputError: the model cannot be loaded.
     """
     if read.trust_remote_code or read.gguf_file is not None:
+        return None
+    if find_adapters(source, key, read.revision) is not None:
+        log.info("load: rank 0 reads all of %s: it merges adapters", source)
         return None
     check_weights(source, key)
     config = read_pretrained(AutoConfig, source, key, "configuration", read)
