@@ -195,8 +195,9 @@ def _respond(
         per_prompt=evaluation.per_prompt,
     )
     rollout = respond(
-        run, run.policy, prompts, options, report, purpose=f"the evaluation after step {step}"
-    )
+        run, run.policy, prompts, options, report,
+        purpose=f"the evaluation after step {step}", on_ended=run.ask_early,
+    )  # fmt: skip
     inputs = RewardInputs.of(rollout, step)
     raw = run.rewards(inputs, report)
     scores = scores_for_training(run, raw.total, rollout, options.max_new_tokens)
