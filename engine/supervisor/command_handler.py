@@ -198,7 +198,8 @@ class CommandHandler:
                 self._end_ranks()
             case Rollback() as rollback:
                 state.rolling_back_to = rollback.step
-                task = asyncio.create_task(self._roll_back(request.id, rollback, who))
+                saves = self._pending.ids_of(Checkpoint)
+                task = asyncio.create_task(self._roll_back(request.id, rollback, who, saves))
                 self._rollbacks[request.id] = task
             case DeleteCheckpoint(step=step):
                 self._journal.remove_checkpoint(step)
@@ -249,14 +250,19 @@ class CommandHandler:
             text = f"the files of the deleted checkpoint of step {step} cannot be removed: {error}"
             self._publisher.notice("checkpoint", text, self._journal.step)
 
-    async def _roll_back(self, command_id: str, command: Rollback, who: str) -> None:
+    async def _roll_back(
+        self, command_id: str, command: Rollback, who: str, saves: list[str]
+    ) -> None:
         """Reads the checkpoint, then begins an attempt from it; a damaged one is rejected.
 
         The run continues meanwhile: a large checkpoint takes minutes to read, and a damaged one
-        must not end the run.
+        must not end the run. It also continues until the saves that were asked for before are
+        done: of the state that is to be abandoned.
         """
         step, commands = command.step, self._journal.commands
         unusable = await self._unusable(step)
+        if unusable is None:
+            await self._pending.wait_for(saves)
         self._rollbacks.pop(command_id)
         self._state.rolling_back_to = None
         try:
