@@ -1,6 +1,7 @@
 """Deletes a checkpoint of a session without an engine; a live engine does it itself."""
 
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 
 from engine.errors import JournalError, SessionError
@@ -12,8 +13,19 @@ from engine.session.checkpoints import checkpoint_path, remove
 from engine.session.folder import SessionFolder
 
 
-def delete_checkpoint(session: SessionFolder, step: int, who: str) -> None:
+def delete_checkpoint(
+    session: SessionFolder,
+    step: int,
+    who: str,
+    notice: Callable[[str], None] = lambda _text: None,
+) -> None:
     """Deletes a checkpoint, holding the session's lock, and records that like the command.
+
+    Args:
+        session: of the checkpoint.
+        step: of the checkpoint.
+        who: the operator, for the journal.
+        notice: called with a sentence before a wait.
 
     Raises:
         CommandRejectedError: there is no such checkpoint, or a resume would continue from it.
@@ -25,6 +37,7 @@ def delete_checkpoint(session: SessionFolder, step: int, who: str) -> None:
     lock = session.acquire(f"use its command: {session.command('ctl', name, str(step))}")
     folder, command_id = checkpoint_path(session.checkpoints, step), new_id()
     try:
+        session.check_other_machine(notice)
         check_deletable(step, needed_checkpoints(session), checkpoint_steps(session))
         try:
             _record(session, command_id, step, who)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,10 @@ LONGEST_PATH = 512 - len("/journal.db-journal")
 """Bytes in the path of a session's folder: SQLite takes 512 for each of its files."""
 ENDING = 15.0
 """Seconds to wait for the lock of an engine that was killed: a thread of it may still write."""
+SUPERVISORS = {b"engine", b"rlhf_tui.headless"}
+"""The modules of the processes that serve a session, with its folder as an argument."""
+SIGN_INTERVAL = 5.0
+"""Seconds after which an engine shows machines that do not see its lock that it lives."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
@@ -62,6 +66,17 @@ class EngineInfo(msgspec.Struct, frozen=True):
         status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
         killed = int(status.get("SigPnd", "0"), 16) >> (signal.SIGKILL - 1) & 1
         return bool(killed) or status.get("State", "")[:1] in ("Z", "X")
+
+    def serves(self, folder: Path) -> bool:
+        """Whether its process, on this machine, is another one than this and serves a session."""
+        if self.host != socket.gethostname() or self.pid == os.getpid():
+            return False
+        try:
+            words = Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        of_folder = any(w and os.path.realpath(w) == os.fsencode(folder.resolve()) for w in words)
+        return of_folder and not SUPERVISORS.isdisjoint(words)
 
 
 class DiskUsage(msgspec.Struct, frozen=True):
@@ -220,14 +235,59 @@ class SessionFolder:
         self.check_owner()
         self.wait_for_killed_engine()
         try:
-            return lock.SessionLock(self.lock_file)
+            held = lock.SessionLock(self.lock_file)
         except SessionLockedError:
             engine = self.engine()
             holder = f"pid {engine.pid} on {engine.host}" if engine else "another process"
-            raise SessionLockedError(
-                f"session '{self.name}' already has an engine ({holder}); "
-                + (advice or f"see: {self.command('status')}")
-            ) from None
+            raise self._locked(holder, advice) from None
+        if (engine := self.engine()) and engine.serves(self.folder):  # engine.lock was deleted
+            held.release()
+            raise self._locked(f"pid {engine.pid} on {engine.host}", advice)
+        return held
+
+    def _locked(self, holder: str, advice: str | None = None) -> SessionLockedError:
+        return SessionLockedError(
+            f"session '{self.name}' already has an engine ({holder}); "
+            + (advice or f"see: {self.command('status')}")
+        )
+
+    def show_life(self) -> None:
+        """Shows other machines that this engine lives, see :meth:`check_other_machine`."""
+        with contextlib.suppress(OSError):
+            os.utime(self.engine_file)
+
+    def check_other_machine(self, notice: Callable[[str], None]) -> None:
+        """Checks that no engine on another machine serves a session whose lock is free here.
+
+        Some network file systems are mounted so that each machine has locks of its own. If
+        engine.json is from another machine, its engine either was killed or still changes the
+        file's time: this waits long enough to see that.
+
+        Args:
+            notice: called with a sentence before a wait.
+
+        Raises:
+            SessionLockedError: its engine lives.
+        """
+        engine, before = self.engine(), self._sign()
+        if engine is None or engine.host == socket.gethostname():
+            return
+        seconds = 2 * SIGN_INTERVAL + 1.0
+        holder = f"pid {engine.pid} on {engine.host}"
+        notice(f"waiting {seconds:.0f} s to see whether the last engine ({holder}) still lives")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            if (now := self._sign()) is not None and now != before:
+                raise self._locked(f"{holder}, whose lock is not seen here")
+
+    def _sign(self) -> int | None:
+        """The time of engine.json, as its file system has it when it is opened; None without it."""
+        try:
+            with self.engine_file.open("rb") as file:
+                return os.fstat(file.fileno()).st_mtime_ns
+        except OSError:
+            return None
 
     def wait_for_killed_engine(self) -> None:
         """Waits, at most :data:`ENDING` seconds, until an engine that was killed has ended.

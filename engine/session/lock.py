@@ -5,6 +5,7 @@ has the file open ends, so it cannot become stale after a kill -9 or a reboot. U
 can be tested without being taken, so readers do not interfere with an engine that starts.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -27,6 +28,7 @@ class SessionLock:
             SessionLockedError: another process holds it.
             SessionError: the file cannot be created, as in a read-only folder.
         """
+        self._path = path
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -38,6 +40,25 @@ class SessionLock:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise SessionLockedError(f"{path} is held by another engine") from None
             raise SessionError(f"cannot lock {path}: {error.strerror}") from error
+
+    def restore(self) -> bool:
+        """Takes the lock on a new file if its own was deleted or replaced.
+
+        Returns:
+            Whether that was so.
+
+        Raises:
+            SessionLockedError: another process holds the new file's.
+            SessionError: the file cannot be created.
+            OSError: the file cannot be looked at.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._fd), self._path.stat()):
+                return False
+        new = SessionLock(self._path)
+        self._fd, new._fd = new._fd, self._fd
+        new.release()
+        return True
 
     def release(self) -> None:
         """Releases the lock; does nothing if it was released before."""

@@ -12,7 +12,7 @@ from engine.launch.delete_checkpoint import record_deletion
 from engine.launch.start_checkpoints import timeline_checkpoints
 from engine.launch.start_options import StartOptions
 from engine.protocol.client_messages import CommandReply
-from engine.protocol.commands import Rollback
+from engine.protocol.commands import Checkpoint, Rollback
 from engine.session.checkpoints import checkpoint_path, find_damage, remove
 from engine.session.folder import SessionFolder
 from engine.supervisor.pending_commands import PendingCommands
@@ -61,10 +61,12 @@ class CheckpointCommands:
         """Reads the checkpoint, then begins an attempt from it; a damaged one is rejected.
 
         The run continues meanwhile: a large checkpoint takes minutes to read, and a damaged one
-        must not end the run.
+        must not end the run. It also continues until the saves that were asked for before are done:
+        of the state that is to be abandoned.
         """
         self._state.rolling_back_to = command.step
-        task = asyncio.create_task(self._roll_back(command_id, command, who))
+        saves = self._pending.ids_of(Checkpoint)
+        task = asyncio.create_task(self._roll_back(command_id, command, who, saves))
         self._rollbacks[command_id] = task
 
     def delete(self, step: int) -> None:
@@ -90,9 +92,13 @@ class CheckpointCommands:
         if self._deletions:
             await asyncio.wait(self._deletions, timeout=DELETION_PATIENCE)
 
-    async def _roll_back(self, command_id: str, command: Rollback, who: str) -> None:
+    async def _roll_back(
+        self, command_id: str, command: Rollback, who: str, saves: list[str]
+    ) -> None:
         step, commands = command.step, self._journal.commands
         unusable = await self._unusable(step)
+        if unusable is None:
+            await self._pending.wait_for(saves)
         self._rollbacks.pop(command_id)
         self._state.rolling_back_to = None
         try:

@@ -1,11 +1,12 @@
 """Commands that are accepted but not yet carried out by the ranks."""
 
+import asyncio
 from dataclasses import dataclass
 
 from engine.config import file as config_file
 from engine.journal.command_log import CommandLog
 from engine.protocol.client_messages import CommandReply, PendingCommand
-from engine.protocol.commands import BoundaryCommand, Pause, Unpause
+from engine.protocol.commands import BoundaryCommand, Command, Pause, Unpause
 from engine.protocol.rank_messages import Applied, RankCommand
 from engine.supervisor.server import Server
 
@@ -28,6 +29,7 @@ class PendingCommands:
     def __init__(self, commands: CommandLog, server: Server) -> None:
         self._commands, self._server = commands, server
         self._pending: dict[str, _Pending] = {}
+        self._removed = asyncio.Event()
 
     def add(self, message: RankCommand, who: str, *, recorded: bool = True) -> None:
         """Adds a command; if the journal does not have it yet, it is recorded when it ends."""
@@ -35,6 +37,20 @@ class PendingCommands:
 
     def __contains__(self, command_id: str) -> bool:
         return command_id in self._pending
+
+    def ids_of(self, kind: type[Command]) -> list[str]:
+        """The ids of the commands of a type."""
+        return [i for i, p in self._pending.items() if isinstance(p.message.command, kind)]
+
+    async def wait_for(self, command_ids: list[str]) -> None:
+        """Waits until none of these commands is pending any more."""
+        while any(i in self._pending for i in command_ids):
+            self._removed.clear()
+            await self._removed.wait()
+
+    def _remove(self, command_id: str) -> None:
+        self._pending.pop(command_id, None)
+        self._removed.set()
 
     def messages(self) -> list[RankCommand]:
         """The messages for rank 0, which each attempt sends again."""
@@ -64,14 +80,14 @@ class PendingCommands:
         """
         pending = self._recorded(applied.id)
         self._commands.apply(applied.id, applied.step, applied.changes, applied.result)
-        self._pending.pop(applied.id, None)
+        self._remove(applied.id)
         return None if pending is None else pending.message.command
 
     def reject(self, command_id: str, reason: str) -> None:
         """Removes a command that was not carried out, and replies to its client."""
         self._recorded(command_id)
         self._commands.reject(command_id, reason)
-        self._pending.pop(command_id, None)
+        self._remove(command_id)
         self.send_reply(self._commands.reply(command_id))
 
     def send_reply(self, reply: CommandReply) -> None:

@@ -24,6 +24,7 @@ from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
 from engine.session import registry
 from engine.session.folder import SessionFolder
+from engine.supervisor.keep_lock import keep_lock
 from engine.supervisor.publisher import Observer
 from engine.supervisor.supervisor import Supervisor
 
@@ -55,11 +56,16 @@ async def supervise(
     """
     lock = session.acquire()
     try:
+        session.check_other_machine(log.warning)
         with _open_folder(session.folder) as folder:
             journal = JournalWriter(session)
             try:
                 _check_choices(session, journal, start)
-                return await _serve(session, journal, start, observer)
+                keeping = asyncio.create_task(keep_lock(session, lock, journal))
+                try:
+                    return await _serve(session, journal, start, observer)
+                finally:
+                    keeping.cancel()
             finally:
                 try:
                     journal.close()

@@ -9,7 +9,7 @@ from engine.errors import CommandRejectedError, RlhfError, SessionError, UserInp
 from engine.launch.delete_checkpoint import delete_checkpoint
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.options import complete_name, existing, sessions_option
+from rlhf_tui.commands.options import complete_name, existing, sessions_option, show_wait
 from rlhf_tui.identity import who
 
 
@@ -49,7 +49,7 @@ def _delete_checkpoint(session: SessionFolder, step: int, *, yes: bool) -> None:
     if not yes and not click.confirm(question, err=True):
         return
     try:
-        delete_checkpoint(session, step, who())
+        delete_checkpoint(session, step, who(), show_wait)
     except CommandRejectedError as error:
         raise RlhfError(str(error)) from error
 
@@ -58,6 +58,7 @@ def _delete(session: SessionFolder, *, yes: bool) -> None:
     """Deletes a session, unless the answer to the question is no."""
     lock = session.acquire(f"stop it first: {session.command('ctl', 'stop', '--wait')}")
     try:
+        session.check_other_machine(show_wait)
         freed = fmt.freed(session.disk_usage())
         question = f"delete session '{session.name}' and its checkpoints ({freed})?"
         if not yes and not click.confirm(question, err=True):

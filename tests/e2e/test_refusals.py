@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 
 from engine.errors import RlhfError
+from engine.session.lock import SessionLock
 from tests.e2e.terminal import Terminal
 from tests.waiting import until
 
@@ -39,6 +40,33 @@ def test_the_engine_itself_refuses_to_be_the_second(endless, lab):
     with pytest.raises(SessionError, match=str(endless.engine().pid)):
         start_engine(endless.session, StartOptions(), timeout=240)
     assert endless.state == "paused"
+
+
+def test_a_session_whose_lock_file_is_deleted_gets_no_second_engine_and_is_locked_again(endless):
+    endless.session.lock_file.unlink()
+    assert not endless.session.is_live()
+    for command in (("resume", "--detach"), ("rm", "--yes"), ("rm", "--checkpoint", "3", "--yes")):
+        line = one_line(endless.lab.cli(command[0], endless.name, *command[1:]), 1)
+        assert f"already has an engine (pid {endless.engine().pid} on" in line
+    until(endless.session.is_live, "the lock")
+    assert endless.state == "paused"
+
+
+def test_an_engine_whose_session_another_one_has_taken_ends_and_writes_nothing(either_lab):
+    run = either_lab.run("taken", steps=100_000)
+    run.slow_down()
+    run.start()
+    run.session.lock_file.unlink()
+    other = SessionLock(run.session.lock_file)  # as of an engine on another machine
+    try:
+        run.wait_gone()
+        assert "another engine has taken the session" in run.session.log_file.read_text()
+        with run.reader() as reader:
+            assert reader.attempts()[-1].ended is None
+    finally:
+        other.release()
+    run.resume()
+    run.end()
 
 
 def test_a_running_session_is_not_deleted(endless):

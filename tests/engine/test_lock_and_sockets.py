@@ -84,6 +84,33 @@ def test_a_lock_goes_with_its_process_however_that_ends(holder):
     lock.SessionLock(path).release()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_whose_file_was_deleted_is_taken_again(tmp_path, replaced):
+    path = tmp_path / "engine.lock"
+    held = lock.SessionLock(path)
+    assert not held.restore()
+    path.unlink()
+    if replaced:
+        path.touch()
+    assert not lock.is_held(path)
+    assert held.restore()
+    assert lock.is_held(path)
+    held.release()
+    assert not lock.is_held(path)
+
+
+def test_a_lock_that_another_process_took_after_its_file_was_deleted_is_lost(tmp_path):
+    path = tmp_path / "engine.lock"
+    held = lock.SessionLock(path)
+    path.unlink()
+    other = lock.SessionLock(path)
+    with pytest.raises(SessionLockedError):
+        held.restore()
+    other.release()
+    assert held.restore()
+    held.release()
+
+
 def test_a_child_does_not_inherit_it(tmp_path):
     path = tmp_path / "engine.lock"
     held = lock.SessionLock(path)

@@ -1,5 +1,6 @@
 """Roll backs: their checkpoint is read while the run goes on, and may be gone afterwards."""
 
+import asyncio
 import errno
 import os
 import sqlite3
@@ -12,8 +13,8 @@ from engine.journal.reader import JournalReader
 from engine.launch.start_checkpoints import timeline_checkpoints
 from engine.launch.start_options import StartOptions
 from engine.protocol import rank_messages
-from engine.protocol.commands import Rollback, Stop
-from engine.protocol.rank_messages import CheckpointComplete
+from engine.protocol.commands import Checkpoint, Rollback, Stop
+from engine.protocol.rank_messages import Applied, CheckpointComplete, Rejected
 from engine.session.checkpoints import checkpoint_path
 from engine.supervisor import checkpoint_commands, command_handler
 from engine.supervisor.server import receive
@@ -179,3 +180,20 @@ async def test_the_checkpoint_of_a_rejected_roll_back_can_be_removed(engine, wri
     (checkpoint_path(writer.session.checkpoints, 2) / "state.json").write_text("{}")
     assert (await settled(writer, engine.send(Rollback(step=2)).id)).status == "rejected"
     assert engine.shared.needed() == set()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+async def test_a_checkpoint_that_was_asked_for_before_a_roll_back_is_saved_first(
+    engine, writer, saved
+):
+    writer.checkpoint(2)
+    save = engine.send(Checkpoint())
+    reply = engine.send(Rollback(step=2))
+    engine.send(Checkpoint())  # this one is of the steps after the roll back
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await settled(writer, reply.id)
+    assert engine.shared.next is None
+    engine.receive(Applied(id=save.id, step=5) if saved else Rejected(id=save.id, reason="full"))
+    assert (await settled(writer, reply.id)).status == "applied"
+    assert engine.shared.next == StartOptions(from_step=2, fresh=True, who="me")

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,43 @@ def test_an_engine_on_another_host_is_named(make_session):
     with pytest.raises(NoSuchSessionError, match="far-away"):
         Client(made, "me")
     held.release()
+
+
+@pytest.fixture
+def of_another_machine(make_session, monkeypatch):
+    """A session with the engine.json of an engine on a machine whose locks are not seen here."""
+    monkeypatch.setattr(session_folder, "SIGN_INTERVAL", 0.2)
+    made = make_session()
+    info = {"pid": 1, "host": "far-away", "socket": "/x", "version": "1"}
+    made.engine_file.write_text(json.dumps(info))
+    return made
+
+
+def test_a_session_is_not_served_while_an_engine_on_another_machine_shows_that_it_lives(
+    of_another_machine,
+):
+    said = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def notice(text):
+            said.append(text)
+            pool.submit(of_another_machine.show_life)
+
+        with pytest.raises(SessionLockedError, match="pid 1 on far-away, whose lock is not seen"):
+            of_another_machine.check_other_machine(notice)
+    assert len(said) == 1
+
+
+def test_the_session_of_an_engine_that_was_killed_on_another_machine_is_served(of_another_machine):
+    of_another_machine.check_other_machine(lambda _text: None)
+
+
+def test_nobody_waits_for_an_engine_of_this_machine_or_for_none(make_session):
+    made, said = make_session(), []
+    made.check_other_machine(said.append)
+    made.write_engine("/a/socket", "1.0")
+    made.check_other_machine(said.append)
+    assert not said
 
 
 @pytest.mark.parametrize("state", LIVE_STATES)

@@ -32,6 +32,7 @@ _SAVE = [
     ("engine.session.checkpoints:mark_complete", "before", 1),
     ("engine.session.checkpoints:mark_complete", "after", 1),
     ("engine.session.checkpoints:remove", "before", 1),
+    ("engine.session.checkpoints:unmark", "after", 1),
     ("engine.session.checkpoints:remove", "after", 1),
     ("engine.journal.writer:JournalWriter.record_checkpoint", "before", 1),
     ("engine.journal.writer:JournalWriter.record_checkpoint", "after", 1),

@@ -1,0 +1,36 @@
+"""Keeps other engines away from a session while one serves it, beside the lock itself."""
+
+import asyncio
+import logging
+import os
+import sys
+
+from engine.errors import SessionError, SessionLockedError
+from engine.journal.writer import JournalWriter
+from engine.session.folder import SIGN_INTERVAL, SessionFolder
+from engine.session.lock import SessionLock
+
+log = logging.getLogger("engine")
+
+
+async def keep_lock(session: SessionFolder, lock: SessionLock, journal: JournalWriter) -> None:
+    """Shows that this engine lives, and takes the lock again if its file is deleted.
+
+    If another engine has taken it by then, this process ends at once, and its ranks with it: two
+    engines would write the same files.
+    """
+    while True:
+        await asyncio.sleep(SIGN_INTERVAL)
+        if not journal.is_in_place():  # what is at its path now may be another session
+            continue
+        session.show_life()
+        try:
+            if lock.restore():
+                log.warning("%s was deleted; it is locked again", session.lock_file)
+        except SessionLockedError:
+            text = f"{session.lock_file} was deleted, and another engine has taken the session"
+            log.error("%s: this one ends at once", text)  # noqa: TRY400 - one line
+            sys.stdout.flush()
+            os._exit(1)
+        except (SessionError, OSError) as error:  # such as on a disk that is read-only for a moment
+            log.debug("cannot look at %s: %s", session.lock_file, error)
