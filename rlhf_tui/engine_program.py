@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import IO
+from typing import IO, TypeVar
 
 import msgspec
 
@@ -15,32 +15,32 @@ from engine.examined import examined
 from engine.launch.environment import rank_environment
 from engine.protocol.programs.result import ProgramFailure
 
+T = TypeVar("T")
 END_TIMEOUT = 10.0
 """Seconds that an interrupted program has to remove the files it has written."""
 
 
 def run_engine_program(
+    kind: type[T],
     module: str,
     *arguments: str,
     given: msgspec.Struct,
     launch: LaunchConfig,
     failed: str,
     on_line: Callable[[bytes], None] = lambda _line: None,
-) -> bytes:
-    """Runs a module of the engine that reads a struct and prints JSON on its last line.
+) -> T:
+    """Runs a module of the engine that reads a struct and prints another one on its last line.
 
     If this process is interrupted, the program is sent SIGTERM and waited for.
 
     Args:
+        kind: the struct that it prints, as JSON.
         module: its name.
         arguments: of its command line.
         given: passed on standard input as JSON.
         launch: the section of the configuration that determines the environment.
         failed: how the message begins if the program ends without a result.
         on_line: called with each line of its output as it comes.
-
-    Returns:
-        The JSON.
 
     Raises:
         UserInputError: the program reports that part of its input cannot be used.
@@ -59,7 +59,9 @@ def run_engine_program(
         except BaseException:
             _end(program)
             raise
-        return _result(program.returncode, result, errors, failed)
+        return msgspec.json.decode(
+            _checked(program.returncode, result, errors, failed), type=examined(kind)
+        )
 
 
 def _talk(
@@ -89,7 +91,8 @@ def _end(program: "subprocess.Popen[bytes]") -> None:
         program.wait()
 
 
-def _result(code: int, result: bytes, errors: IO[bytes], failed: str) -> bytes:
+def _checked(code: int, result: bytes, errors: IO[bytes], failed: str) -> bytes:
+    """Returns the last line, unless it is no result. Raises what it reports."""
     if code or not result.startswith(b"{"):
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines() or ["no reason given"]

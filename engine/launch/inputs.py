@@ -11,6 +11,8 @@ from engine.config.model_folder import (
 )
 from engine.config.paths import DATA_FILES
 from engine.config.schema import RunConfig
+from engine.config.sections.environment import EnvironmentConfig
+from engine.config.sections.model import ModelConfig
 from engine.errors import ConfigError
 from engine.launch.function_lookup import check_function
 from engine.launch.packages import missing_packages
@@ -36,8 +38,9 @@ def check_files(config: RunConfig) -> None:
     single = isinstance(config.data.prompts, str)
     for i, prompts in enumerate(config.data.sources):
         _check_prompts("data.prompts" if single else f"data.prompts[{i}].path", prompts.path)
-    models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
     _check_chat_template(config.data.chat_template)
+    _check_policy(config.model)
+    _check_model("model.reference", config.model.reference)
     many = len(config.reward.sources()) > 1
     sources = {
         f"reward.mix[{i}]" if many else "reward": source
@@ -47,10 +50,31 @@ def check_files(config: RunConfig) -> None:
         _check_prompts("eval.prompts", config.eval.prompts or "")
         sources |= {f"eval.rewards[{i}]": s for i, s in enumerate(config.eval.rewards)}
     for key, source in sources.items():
-        models[f"{key}.model"] = source.model
+        _check_model(f"{key}.model", source.model)
         if source.function is not None:
             check_function(f"{key}.function", source.function, config.reward.path)
-    environment = config.environment
+    _check_environment(config.environment)
+
+
+def _check_policy(model: ModelConfig) -> None:
+    folder = Path(model.policy)
+    if model.gguf_file is None:
+        _check_model("model.policy", model.policy)
+    elif folder.is_absolute() and not is_file(folder / model.gguf_file):
+        raise ConfigError(f"model.gguf_file: no file at {folder / model.gguf_file}")
+
+
+def _check_model(key: str, name: str | None) -> None:
+    folder = Path(name or "")  # relative: a model on the hub, or none
+    if not folder.is_absolute():
+        return
+    if is_file(folder / ADAPTER_CONFIG):
+        check_adapters(key, folder)
+    elif not has_config(folder):
+        raise ConfigError(folder_error(key, folder))
+
+
+def _check_environment(environment: EnvironmentConfig) -> None:
     if environment.factory is not None:
         check_function(
             "environment.factory", environment.factory, environment.path, "class or function"
@@ -58,15 +82,6 @@ def check_files(config: RunConfig) -> None:
     for i, tool in enumerate(environment.tools):
         if ":" in tool:
             check_function(f"environment.tools[{i}]", tool, environment.path)
-    for key, name in models.items():
-        folder = Path(name or "")
-        if key == "model.policy" and config.model.gguf_file is not None:
-            if folder.is_absolute() and not is_file(folder / config.model.gguf_file):
-                raise ConfigError(f"model.gguf_file: no file at {folder / config.model.gguf_file}")
-        elif folder.is_absolute() and is_file(folder / ADAPTER_CONFIG):
-            check_adapters(key, folder)
-        elif folder.is_absolute() and not has_config(folder):
-            raise ConfigError(folder_error(key, folder))
 
 
 def _check_prompts(key: str, source: str) -> None:

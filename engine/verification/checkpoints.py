@@ -1,6 +1,7 @@
 """Checks checkpoints: the sums of their files, and that journal and disk have the same ones."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow
@@ -13,6 +14,12 @@ def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator
     """Reads every file of every complete checkpoint, and compares with the journal."""
     rows = _all(reader)
     on_disk = complete_checkpoints(session.checkpoints)
+    yield from _damaged(on_disk)
+    yield from _lost(session, reader, rows)
+    yield from _unknown(session, reader, rows, on_disk)
+
+
+def _damaged(on_disk: dict[int, Path]) -> Iterator[Finding]:
     for step, folder in on_disk.items():
         damage = find_damage(folder)
         if damage and folder.is_dir():  # an engine may have removed it in the meantime
@@ -23,9 +30,14 @@ def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator
                 f"remove {folder}"
                 + (f", and resume from another one (of steps {listed(others)})" if others else ""),
             )
-    reported = [row.step for row in rows if row.status == "complete"]
-    there = complete_checkpoints(session.checkpoints)
-    lost = [step for step in reported if step not in there]
+
+
+def _lost(
+    session: SessionFolder, reader: JournalReader, rows: list[CheckpointRow]
+) -> Iterator[Finding]:
+    """Checkpoints that only the journal has."""
+    on_disk = complete_checkpoints(session.checkpoints)
+    lost = [row.step for row in rows if row.status == "complete" and row.step not in on_disk]
     if lost and session.is_live():  # they may have been removed since the journal was read
         kept = {row.step for row in _all(reader) if row.status == "complete"}
         lost = [step for step in lost if step in kept]
@@ -35,18 +47,25 @@ def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator
             f"the disk lacks complete checkpoints of the journal, of steps {listed(lost)}",
             f"restore them in {session.checkpoints}, or resume from another one with --from",
         )
+
+
+def _unknown(
+    session: SessionFolder,
+    reader: JournalReader,
+    rows: list[CheckpointRow],
+    on_disk: dict[int, Path],
+) -> Iterator[Finding]:
+    """Checkpoints that only the disk has."""
     known = {row.step for row in rows}
     unknown = [step for step in on_disk if step not in known]
     if unknown and session.is_live():  # it may have been written after the journal was read
         known = {row.step for row in _all(reader)}
         unknown = [step for step in unknown if step not in known]
     removed = {row.step for row in reader.checkpoints(("removed",))}
-    left = [step for step in unknown if step in removed]
-    if left:
+    if left := [step for step in unknown if step in removed]:
         text = f"checkpoints were to be removed and are still there, of steps {listed(left)}"
         yield note("checkpoints", text, "the next engine removes them")
-    unknown = [step for step in unknown if step not in removed]
-    if unknown:
+    if unknown := [step for step in unknown if step not in removed]:
         yield problem(
             "checkpoints",
             f"the journal lacks the checkpoints of steps {listed(unknown)}: its newest rows are "

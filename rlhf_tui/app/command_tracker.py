@@ -16,7 +16,7 @@ from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, Pendin
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.time_left import about
-from rlhf_tui.state.timeline import WITHOUT_STEP, applied_text, effect_text
+from rlhf_tui.state.timeline import applied_text, effect_text, outcome_text
 
 if TYPE_CHECKING:  # imported when a probe is answered
     from rlhf_tui.dialogs.text import ProbeDialog
@@ -129,8 +129,6 @@ class CommandTracker:
             self._say(f"{text}: {message.problem}", "error")
         elif reply.status == "rejected":
             self._say(f"{text}: rejected: {reply.reason}", "error")
-        elif reply.status == "applied" and message.command.name() in WITHOUT_STEP:
-            self._say(f"{text}: {WITHOUT_STEP[message.command.name()]}")
         elif reply.status == "applied":
             name = message.command.name()
             if reply.step is not None and (effect := effect_text(name, reply.step)):
@@ -139,8 +137,7 @@ class CommandTracker:
             if reply.changes:  # beta may have moved since the command was sent
                 what = applied_text(name, reply.changes)
                 text = f"{session.name}: {what}"
-            at = f" at step {reply.step}" if reply.step is not None else ""
-            self._say(f"{text}: applied{at}")
+            self._say(f"{text}: {outcome_text(name, reply.step)}")
             if reply.result and isinstance(message.command, Probe):
                 from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps start-up short
 

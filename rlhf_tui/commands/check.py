@@ -8,7 +8,6 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.examined import examined
 from engine.journal.turns import turns_of
 from engine.launch.environment import ranks_per_node
 from engine.launch.inputs import check_inputs
@@ -50,12 +49,9 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     check_inputs(loaded)
     check_rollout_engine(loaded)
     show_wait("loading models and data, and taking a small step")
-    result = msgspec.json.decode(
-        run_engine_program(
-            "engine.train.check",
-            given=loaded, launch=loaded.launch, failed="the configuration cannot be tried",
-        ),
-        type=examined(CheckResult),
+    result = run_engine_program(
+        CheckResult, "engine.train.check",
+        given=loaded, launch=loaded.launch, failed="the configuration cannot be tried",
     )  # fmt: skip
     if as_json:
         print_json(msgspec.to_builtins(result))

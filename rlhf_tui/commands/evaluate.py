@@ -1,8 +1,6 @@
 """The command that evaluates a checkpoint on held-out prompts: eval."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -13,8 +11,8 @@ from engine.errors import RlhfError, UserInputError
 from engine.examined import examined
 from engine.launch.start_checkpoints import check_step, checkpoint_steps
 from engine.metrics import EVAL_TIME, describe
+from engine.protocol.programs.evaluation_result import EvaluationResult
 from engine.protocol.programs.result import ProgramNotice
-from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import (
@@ -52,23 +50,25 @@ def evaluate(
     step = checkpoint_step(session, choice)
     check_step(session, step, checkpoint_steps(session))
     show_wait(f"evaluating the checkpoint of step {step}")
-    result = run_program(session, config, step)
-    failed: dict[str, str] = result.pop("failed")
+    result = run_engine_program(
+        EvaluationResult, "engine.train.evaluation", str(session.folder), str(step),
+        given=config, launch=config.launch, failed="the evaluation failed", on_line=_show_notice,
+    )  # fmt: skip
     if as_json:
-        print_json({"step": step} | result)
+        print_json({"step": step, "metrics": result.metrics, "samples": result.samples})
     else:
         _print(step, result)
-    if failed:
+    if failed := result.failed:
         reasons, without = "; ".join(failed.values()), ", ".join(f"'{name}'" for name in failed)
         raise RlhfError(f"{reasons}; evaluated without {without}: evaluate again once it works")
 
 
-def _print(step: int, result: dict[str, Any]) -> None:
-    count = fmt.plural(len(result["samples"]), "response")
+def _print(step: int, result: EvaluationResult) -> None:
+    count = fmt.plural(len(result.samples), "response")
     say(f"step {step}, {count} to held-out prompts")
     rows = [
         [metric, fmt.number(value, describe(metric).digits), describe(metric).unit]
-        for metric, value in result["metrics"].items()
+        for metric, value in result.metrics.items()
         if metric != EVAL_TIME
     ]
     say(fmt.table(rows, ["metric", "value", "unit"]))
@@ -103,28 +103,6 @@ def evaluation_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfi
     launch = msgspec.structs.replace(config.launch, processes=1, nodes=1, rendezvous=None)
     evaluation = msgspec.structs.replace(config.eval, every=every)
     return msgspec.structs.replace(config, eval=evaluation, launch=launch)
-
-
-def run_program(session: SessionFolder, config: RunConfig, step: int) -> dict[str, Any]:
-    """Evaluates in a subprocess, because this process never imports torch.
-
-    Returns:
-        `metrics` by name, `samples` as `samples --json` prints them, and `failed`: the sources
-        without a metric, each with the reason. A mapping, because the metrics depend on the reward
-        sources.
-
-    Raises:
-        UserInputError: the evaluation's prompts or reward sources cannot be used.
-        RlhfError: the checkpoint cannot be used, or the subprocess failed.
-    """
-    result: dict[str, Any] = json.loads(
-        run_engine_program(
-            "engine.train.evaluation", str(session.folder), str(step),
-            given=config, launch=config.launch, failed="the evaluation failed",
-            on_line=_show_notice,
-        )
-    )  # fmt: skip
-    return result
 
 
 def _show_notice(line: bytes) -> None:

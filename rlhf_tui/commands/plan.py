@@ -8,7 +8,6 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.examined import examined
 from engine.journal.json_values import Json
 from engine.launch.inputs import check_files
 from engine.launch.packages import missing_packages
@@ -75,11 +74,10 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     loaded = config_file.load(config, overrides)
     check_files(loaded)
     show_wait("reading the models' shapes and the prompts' lengths")
-    result = run_engine_program(
-        "engine.train.models.shapes",
+    models = run_engine_program(
+        Models, "engine.train.models.shapes",
         given=loaded, launch=loaded.launch, failed="the models' shapes cannot be read",
     )  # fmt: skip
-    models = msgspec.json.decode(result, type=examined(Models))
     here = of_device(models.device, loaded.launch.gpus).less(beside_ranks(loaded, models))
     capacity = msgspec.structs.replace(here, nodes=loaded.launch.nodes)
     ranks = processes or _several(loaded, capacity)

@@ -137,6 +137,20 @@ def effect_text(command: str, step: int) -> str:
     return EFFECTS_ON_STEP_BEFORE.get(command, "").format(step=step - 1, after=after)
 
 
+def outcome_text(command: str, step: int | None) -> str:
+    """Returns what an applied command has done: :func:`effect_text`, `applied at step 76`, `added`.
+
+    Args:
+        command: its name.
+        step: at which it was applied; None if it is not recorded.
+    """
+    if command in WITHOUT_STEP:
+        return WITHOUT_STEP[command]
+    if step is None:
+        return "applied"
+    return effect_text(command, step) or f"applied at step {step}"
+
+
 def changes_text(changes: Sequence[SettingChange]) -> str:
     """Returns `beta 0.05 → 0.08, target 6 → 8`.
 

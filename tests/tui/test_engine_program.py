@@ -1,7 +1,5 @@
 """The programs of the engine that the command line starts: their environment is that of ranks."""
 
-import json
-
 from engine.config.sections.launch import LaunchConfig
 from rlhf_tui.engine_program import run_engine_program
 
@@ -18,8 +16,9 @@ def test_check_rounds_products_as_a_run_does(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     launch = LaunchConfig(device="cuda", gpus=[1])
-    result = run_engine_program("shows_environment", given=launch, launch=launch, failed="")
-    found = json.loads(result)
+    found = run_engine_program(
+        dict[str, str], "shows_environment", given=launch, launch=launch, failed=""
+    )
     assert found["CUDA_VISIBLE_DEVICES"] == "1"
     assert found["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert not {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "WORLD_SIZE"} & set(found)

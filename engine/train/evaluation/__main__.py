@@ -1,9 +1,8 @@
 """Evaluates a checkpoint: ``python -m engine.train.evaluation SESSION_FOLDER STEP``.
 
-Reads the configuration as JSON on standard input. The last line of standard output is a JSON object
-with `metrics`, `samples` and `failed` (the sources without a metric, each with the reason), or with
-`error`; each warning before it, such as that a service is asked again, is a `ProgramNotice`. Reads
-the session and writes nothing to it.
+Reads the configuration as JSON on standard input. The last line of standard output is an
+`EvaluationResult` or a `ProgramFailure`; each warning before it, such as that a service is asked
+again, is a `ProgramNotice`. Reads the session and writes nothing to it.
 """
 
 import logging
@@ -16,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError
 from engine.examined import examined
+from engine.protocol.programs.evaluation_result import EvaluationResult
 from engine.protocol.programs.result import NoticeHandler, print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import SessionFolder
@@ -33,7 +33,7 @@ def main() -> None:
     print_result(lambda: _evaluated(SessionFolder(folder), config, step))
 
 
-def _evaluated(session: SessionFolder, config: RunConfig, step: int) -> dict[str, object]:
+def _evaluated(session: SessionFolder, config: RunConfig, step: int) -> EvaluationResult:
     # No supervisor keeps rollout engines of their own here.
     config = msgspec.structs.replace(config, rollout=config.rollout.in_process())
     ranks = RankGroup(config.launch)
@@ -46,11 +46,11 @@ def _evaluated(session: SessionFolder, config: RunConfig, step: int) -> dict[str
         raise RlhfError(
             f"{error}; nothing can be evaluated without it: evaluate again once it works"
         ) from error
-    return {
-        "metrics": evaluation.metrics,
-        "samples": msgspec.to_builtins(evaluation.samples),
-        "failed": {name: str(error) for name, error in evaluation.failed.items()},
-    }
+    return EvaluationResult(
+        dict(evaluation.metrics),
+        msgspec.to_builtins(evaluation.samples),
+        {name: str(error) for name, error in evaluation.failed.items()},
+    )
 
 
 if __name__ == "__main__":

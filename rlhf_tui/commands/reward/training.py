@@ -98,12 +98,9 @@ def train(
             text = msgspec.json.decode(line, type=examined(TrainingProgress)).text
             click.echo(one_line(text), err=True)
 
-    result = msgspec.json.decode(
-        run_engine_program(
-            "engine.train.reward_training",
-            given=request, launch=configs[0].launch, failed="the training failed", on_line=show,
-        ),
-        type=examined(TrainedReward),
+    result = run_engine_program(
+        TrainedReward, "engine.train.reward_training",
+        given=request, launch=configs[0].launch, failed="the training failed", on_line=show,
     )  # fmt: skip
     if as_json:
         print_json(msgspec.to_builtins(result))

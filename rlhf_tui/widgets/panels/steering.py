@@ -12,7 +12,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.format import value_text
 from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
-from rlhf_tui.state.timeline import WITHOUT_STEP, command_text, effect_text
+from rlhf_tui.state.timeline import command_text, outcome_text
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
@@ -152,11 +152,8 @@ class SteeringPanel(Panel):
         mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
         abandoned = not command.live and command.command != Rollback.name()
         outcome = f"{mark} {status}"
-        if status == "applied" and command.command in WITHOUT_STEP:
-            outcome = f"{mark} {WITHOUT_STEP[command.command]}"
-        elif status == "applied" and command.applied_step is not None:
-            at = f"applied at step {command.applied_step}"
-            outcome = f"{mark} {effect_text(command.command, command.applied_step) or at}"
+        if status == "applied":
+            outcome = f"{mark} {outcome_text(command.command, command.applied_step)}"
         elif status in ("queued", "accepted"):
             if wait := about(self.state.boundary_in()):
                 outcome += f", at step {self.state.head.step + 2} in {wait}"
