@@ -177,7 +177,7 @@ class SessionReader:
         with SampleReader(self._files) as reader:
             if query is not None:
                 return reader.page(query, -1 if last is None else last)
-            return with_judgements(self._files, reader.newest(last))
+            return list(with_judgements(self._files, reader.iter_newest(last)))
 
     def events(self, last: int | None = None, *, after: int = 0) -> list[EventRow]:
         """The log of the run, oldest first: states, commands, alerts, checkpoints, notes, errors.

@@ -1,6 +1,6 @@
 """Reads the recorded responses (samples.db) together with their judgements (labels.db)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import msgspec
@@ -8,7 +8,7 @@ import msgspec
 from engine.errors import JournalError
 from engine.examined import examined
 from engine.journal import schema
-from engine.journal.database import ReadOnlyDatabase, limit
+from engine.journal.database import ReadOnlyDatabase
 from engine.journal.history.views import sample_views, views_of
 from engine.journal.json_values import decoded
 from engine.journal.judgements.labels import LabelReader, Response, attach
@@ -41,6 +41,9 @@ UNION SELECT rejected_attempt, rejected_step, rejected_idx, rejected FROM labels
 """
 """The responses with a judgement or in a preference. Responses of the reference have no key, so no
 sample matches them."""
+NEWEST_KEYS = "SELECT step, idx, attempt FROM samples ORDER BY step DESC, idx DESC LIMIT ? OFFSET ?"
+PAGE = 1000
+"""Number of samples that :meth:`SampleReader.iter_newest` reads at a time."""
 MAX_COMPARED = 200
 """Maximum number of other responses to a prompt that :meth:`SampleReader.earlier` returns."""
 
@@ -96,12 +99,35 @@ class SampleReader:
         self._db.close()
 
     def newest(self, last: int | None = None) -> list[SampleRow]:
-        """The last samples of the current timeline, oldest first, without their judgements."""
-        rows = self._db.rows(
-            f"SELECT {self._columns} FROM samples ORDER BY step DESC, idx DESC LIMIT ?",  # noqa: S608 - constants
-            (limit(last),),
-        )
-        return [_sample(row) for row in reversed(rows)]
+        """The rows of :meth:`iter_newest`."""
+        return list(self.iter_newest(last))
+
+    def iter_newest(self, last: int | None = None) -> Iterator[SampleRow]:
+        """The last samples of the current timeline, oldest first, without their judgements.
+
+        Reads :data:`PAGE` of them at a time, so that not all have to be in memory. Those that are
+        recorded meanwhile are left out.
+
+        Args:
+            last: maximum number of samples; None for all.
+        """
+        newest = self._db.rows(NEWEST_KEYS, (1, 0))
+        if not newest or last == 0:
+            return
+        last_step, _, last_attempt = newest[0]
+        oldest = [] if last is None else self._db.rows(NEWEST_KEYS, (1, last - 1))
+        step, index, _ = oldest[0] if oldest else (-1, -1, 0)
+        while True:
+            # A later attempt has replaced steps after a roll back meanwhile.
+            rows = self._db.rows(
+                f"SELECT {self._columns} FROM samples WHERE (step, idx) >= (?, ?) "  # noqa: S608 - constants
+                "AND step <= ? AND attempt <= ? ORDER BY step, idx LIMIT ?",
+                (step, index, last_step, last_attempt, PAGE),
+            )
+            yield from map(_sample, rows)
+            if len(rows) < PAGE:
+                return
+            step, index = rows[-1][0], rows[-1][1] + 1
 
     def of_step(self, step: int) -> list[SampleRow]:
         """The samples of a step of the current timeline, by index, without their judgements."""
@@ -292,17 +318,15 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
     )  # fmt: skip
 
 
-def with_judgements(session: SessionFolder, samples: Iterable[SampleRow]) -> list[SampleRow]:
+def with_judgements(session: SessionFolder, samples: Iterable[SampleRow]) -> Iterator[SampleRow]:
     """Adds judgements to samples. Raises JournalError.
 
     A judgement of another response under the same key is ignored: samples.db was replaced.
     """
     with LabelReader(session) as labels:
         judgements = labels.judgements()
-    judged = []
     for sample in samples:
         match = judgements.get((sample.attempt, sample.step, sample.index))
         same = match is not None and match.response.response == sample.response
         judgement = match.judgement if match is not None and same else None
-        judged.append(msgspec.structs.replace(sample, judgement=judgement))
-    return judged
+        yield msgspec.structs.replace(sample, judgement=judgement)

@@ -1,5 +1,6 @@
 """The command that exports parts of a session: its policy, samples or preferences."""
 
+import itertools
 import json
 import os
 import shutil
@@ -85,9 +86,9 @@ def export(
         say(_export_policy(session, step, policy, averaged=averaged, merged=merged))
     if samples is not None:
         with SampleReader(session) as reader:
-            rows = with_judgements(session, reader.newest())
-        _write_lines(samples, (row.as_json() for row in rows))
-        say(f"wrote {fmt.plural(len(rows), 'sample')} to {samples}")
+            rows = with_judgements(session, reader.iter_newest())
+            count = _write_lines(samples, (row.as_json() for row in rows))
+        say(f"wrote {fmt.plural(count, 'sample')} to {samples}")
     if preferences is not None:
         found = preference_pairs(session)
         _write_lines(preferences, (msgspec.structs.asdict(pair) for pair in found.pairs))
@@ -174,9 +175,12 @@ def _merge(session: SessionFolder, step: int, part: str, folder: Path, target: P
         raise kind(errors[-1].replace(str(folder), str(target)))
 
 
-def _write_lines(target: Path, rows: Iterable[Json]) -> None:
+def _write_lines(target: Path, rows: Iterable[Json]) -> int:
+    """Writes rows while they are read. Returns their number."""
+    count = itertools.count()
+    counted = (row for row, _ in zip(rows, count, strict=False))
     try:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_output(target, "".join(lines).encode())
+        write_output(target, (f"{json.dumps(r, ensure_ascii=False)}\n".encode() for r in counted))
     except OSError as error:
         raise UserInputError(f"cannot write {target}: {error.strerror}") from error
+    return next(count)

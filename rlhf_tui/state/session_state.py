@@ -37,6 +37,7 @@ from rlhf_tui.state.feeds.updates import (
     SessionUpdate,
     newest_events,
 )
+from rlhf_tui.state.marked_steps import MarkedSteps
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
 
@@ -114,6 +115,7 @@ class SessionState:
         """Attempt → its last step, where a later attempt replaced that step."""
         self._timeline: list[Marker] | None = None
         self._markers: list[Marker] | None = None
+        self._marked_steps: MarkedSteps | None = None
 
     def command(self, *words: str) -> str:
         """A command of rlhf-tui about this session, as it can be typed once the app is left."""
@@ -375,7 +377,15 @@ class SessionState:
         if self._markers is None:
             shown = [m for m in entries if m.kind != "end" and m.step >= 1]
             self._markers = sorted(shown, key=lambda m: m.step)
+            self._marked_steps = None
         return self._markers
+
+    def marked_steps(self) -> MarkedSteps:
+        """The steps of :meth:`markers`, by kind."""
+        markers = self.markers()
+        if self._marked_steps is None:
+            self._marked_steps = MarkedSteps(markers)
+        return self._marked_steps
 
     def before_and_after(self, name: str, step: int) -> tuple[float | None, float | None]:
         """A metric's mean over the steps before one, and over those from it on."""

@@ -15,8 +15,8 @@ from engine.journal.database import open_read_only
 from engine.journal.fork import copy_until
 from engine.journal.history.recording import Recording
 from engine.journal.reader import JournalReader
-from engine.journal.rows import AlertEvent, MetricRow, engine_died_before
-from engine.journal.samples import SampleQuery, SampleReader
+from engine.journal.rows import AlertEvent, MetricRow, SampleRow, engine_died_before
+from engine.journal.samples import SampleQuery, SampleReader, with_judgements
 from engine.metrics import SCORE
 from engine.protocol.rank_messages import REWARD_CHANGED, StepReport
 
@@ -390,3 +390,41 @@ def test_the_rows_of_all_steps_are_made_one_at_a_time(writer):
     assert next(rows).step == 1
     assert sum(type(o) is MetricRow for o in gc.get_objects()) <= 1
     assert [row.step for row in rows] == list(range(2, 51))
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    """Samples are read three at a time."""
+    monkeypatch.setattr("engine.journal.samples.PAGE", 3)
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("last", [None, 0, 1, 3, 5, 8, 100])
+def test_samples_that_are_read_in_pages_are_complete_and_in_order(writer, last):
+    writer.steps(*range(1, 5))
+    keys = [(step, index) for step in range(1, 5) for index in range(2)]
+    with JournalReader(writer.session) as reader:
+        found = [(s.step, s.index) for s in reader.samples.iter_newest(last)]
+    assert found == keys[len(keys) - (len(keys) if last is None else min(last, len(keys))) :]
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_only_a_page_of_samples_is_in_memory(writer):
+    writer.steps(*range(1, 51))
+    with JournalReader(writer.session) as reader:
+        rows = with_judgements(writer.session, reader.samples.iter_newest())
+        for row in rows:
+            assert row.step <= 50
+            assert sum(type(o) is SampleRow for o in gc.get_objects()) <= 3
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_samples_that_are_recorded_while_others_are_read_are_left_out(writer):
+    writer.steps(1, 2, 3)
+    with JournalReader(writer.session) as reader:
+        rows = reader.samples.iter_newest()
+        first = next(rows)
+        writer.journal.begin_attempt(2, fresh=True)
+        writer.steps(3, 4)
+        found = [(s.step, s.attempt) for s in (first, *rows)]
+    assert found == [(1, 1), (1, 1), (2, 1), (2, 1)]

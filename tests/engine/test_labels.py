@@ -47,7 +47,7 @@ def test_a_judgement_never_stands_on_other_words(session):
     set_note(session, "p", answer(1), "dull", "ana")
     other = answer(1, response="after samples.db was replaced")
     row = sample(1, response=other.response)
-    assert with_judgements(session, [row])[0].label is None
+    assert next(with_judgements(session, [row])).label is None
     set_label(session, "p", other, "good", "ben")
     with LabelReader(session) as labels:
         (found,) = labels.judgements().values()
@@ -75,7 +75,7 @@ def test_after_a_roll_back_the_same_step_has_another_response(writer):
     writer.steps(2)
     set_label(writer.session, "prompt 0", answer(2, attempt=2), "good", "ana")
     with JournalReader(writer.session) as reader:
-        rows = with_judgements(writer.session, reader.samples.newest())
+        rows = list(with_judgements(writer.session, reader.samples.newest()))
         (found,) = reader.samples.page(SampleQuery(judged=True), 10)
         (left,) = [r for r in reader.samples.earlier(found) if r.attempt == 1 and r.step == 2]
     assert [r.label for r in rows] == [None, None, "good", None]

@@ -1,6 +1,10 @@
 """Optimised implementations compute the same as the plain ones."""
 
 import copy
+import ctypes
+import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -10,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config.sections.launch import LaunchConfig
+from engine.launch.environment import rank_environment
 from engine.train.distributed.file_backed import back_by_file, drop_pages
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models import cpu_matmul
@@ -22,6 +27,26 @@ MAKING = {"aten::zeros_like", "aten::fill_", "aten::embedding_dense_backward", "
 """Operators by which autograd would make and add a gradient of an embedding."""
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 needs_onednn = pytest.mark.skipif(not cpu_matmul.has_onednn(), reason="torch without oneDNN")
+needs_mallinfo = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="a C library without mallinfo2"
+)
+PRODUCTS_OF_MANY_SHAPES = """
+import ctypes, json
+import torch
+from engine.train.models.cpu_matmul import onednn_linear
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Info
+weight = torch.ones(64, 64)
+in_use = []
+for rows in range(1, 601):
+    onednn_linear(torch.ones(rows, 64), weight)
+    if rows % 200 == 0:
+        in_use.append(info().h)
+print(json.dumps(in_use))
+"""
+"""Prints the bytes of allocated blocks after 200, 400 and 600 shapes."""
 
 
 def ranks_with(**changes):
@@ -77,6 +102,17 @@ def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-5)
     for a, b in zip(plain.parameters(), quick.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+@needs_mallinfo
+def test_the_memory_of_a_rank_does_not_grow_with_the_number_of_shapes():
+    printed = subprocess.run(
+        [sys.executable, "-c", PRODUCTS_OF_MANY_SHAPES], env=rank_environment(LaunchConfig()),
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    first, *later = json.loads(printed.stdout)
+    assert max(later) < first + 10e6
 
 
 def test_a_layer_without_rows_has_a_result_without_rows():

@@ -2,29 +2,34 @@
 
 import itertools
 import math
+import random
 
 import pytest
 
+from rlhf_tui.state.marked_steps import MarkedSteps
 from rlhf_tui.state.series import Series, Smoothed
-from rlhf_tui.state.timeline import Marker
+from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
 from rlhf_tui.widgets.charts.plot import (
     BAND,
     CURSOR,
     GUTTER,
+    PRIORITY,
     STYLE,
     Line,
     Plot,
     labels,
     paint,
     scale_of,
+    steps_text,
 )
-from rlhf_tui.widgets.charts.raster import BRAILLE, Scale, decimate
+from rlhf_tui.widgets.charts.raster import BRAILLE, Scale, column_of, decimate
 
 RISE = Series([(s, s / 10) for s in range(1, 101)])
 
 
 def plot_of(**given):
     base = {"title": "KL", "value": "1.0", "first": 1, "last": 100, "lines": [Line(RISE, "s1")]}
+    given["markers"] = MarkedSteps(given.get("markers", []))
     return Plot(**(base | given))
 
 
@@ -175,6 +180,41 @@ def test_the_crosshair_is_a_line_with_its_step():
 def test_markers_outside_the_window_are_not_drawn():
     picture = paint(plot_of(first=60, markers=[Marker(50, "command", "x")]), 60, 12)
     assert "◆" not in picture.row_text(11)
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 100), (1, 5000), (37, 1234), (2, 3), (7, 59)])
+@pytest.mark.parametrize("width", [13, 60, 61, 110])
+def test_each_cell_shows_the_most_important_of_its_markers(first, last, width):
+    draw = random.Random(last)  # noqa: S311 - no secret
+    markers = [Marker(draw.randint(1, last), draw.choice(PRIORITY), "x") for _ in range(last // 4)]
+    cells = width - GUTTER
+    seen = {}
+    for marker in sorted(markers, key=lambda m: PRIORITY.index(m.kind)):
+        if first <= marker.step <= last:
+            cell = column_of(marker.step, first, last, 2 * cells) // 2
+            seen[cell] = MARKER_GLYPHS[marker.kind]
+    axis = paint(plot_of(first=first, last=last, markers=markers, lines=[]), width, 12).row_text(11)
+    label = len(steps_text(last)) + 1 if first > 1000 else 0
+    assert "".join(seen.get(x, "─") for x in range(cells - label)) == axis[GUTTER : width - label]
+
+
+def test_of_many_markers_in_a_cell_only_one_of_each_kind_is_looked_at():
+    looked_up = []
+
+    class Counted(MarkedSteps):
+        def first_from(self, step, kind, *, abandoned):
+            looked_up.append(kind)
+            return super().first_from(step, kind, abandoned=abandoned)
+
+    markers = Counted(Marker(step, "alert", "!") for step in range(1, 100_001))
+    paint(Plot("KL", "", 1, 100_000, [Line(RISE, "s1")], markers=markers), GUTTER + 50, 12)
+    assert looked_up.count("alert") <= 2 * 50
+
+
+def test_markers_of_abandoned_branches_are_only_drawn_with_their_curves():
+    markers = [Marker(50, "command", "beta", abandoned=True)]
+    assert "◆" in paint(plot_of(markers=markers, past=True), 60, 12).row_text(11)
+    assert "◆" not in paint(plot_of(markers=markers), 60, 12).row_text(11)
 
 
 def test_without_values_it_says_so():

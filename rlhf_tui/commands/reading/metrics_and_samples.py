@@ -1,10 +1,12 @@
 """Commands that print what the steps of a session recorded: metrics, samples."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from engine.journal.reader import JournalReader
+from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader, with_judgements
 from engine.metrics import (
     BETA,
@@ -93,14 +95,16 @@ def samples(
     """
     session = existing_or_live(root, name)
     count = last if last or as_json or form or output else 16
-    with SampleReader(session) as reader:
-        if held_out:
-            rows = reader.evaluated()[-count if count else 0 :]
-        else:
-            rows = with_judgements(session, reader.newest(count))
     form = "json" if as_json else form
-    if printed_rows((r.as_json() for r in rows), form, output, SAMPLE_FIELDS):
-        return
+    with SampleReader(session) as reader:
+        found: Iterable[SampleRow]
+        if held_out:
+            found = reader.evaluated()[-count if count else 0 :]
+        else:
+            found = with_judgements(session, reader.iter_newest(count))
+        if printed_rows((r.as_json() for r in found), form, output, SAMPLE_FIELDS):
+            return
+        rows = list(found)
     if not rows:
         say("no responses to held-out prompts" if held_out else "no samples")
     for row in rows:

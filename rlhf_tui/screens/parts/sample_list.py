@@ -334,7 +334,7 @@ def _read_page(session: SessionFolder, request: PageRequest) -> PageRead:
 def _read_judgements(
     session: SessionFolder, query: SampleQuery, rows: list[SampleRow]
 ) -> JudgementsRead:
-    return JudgementsRead(query, with_judgements(session, rows))
+    return JudgementsRead(query, list(with_judgements(session, rows)))
 
 
 def _count_after(session: SessionFolder, query: SampleQuery, after: int) -> NewCounted:

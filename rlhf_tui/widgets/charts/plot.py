@@ -1,14 +1,16 @@
 """Painting of a chart as characters and styles, independent of Textual."""
 
 import math
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import chain, pairwise
 
 import msgspec
 from msgspec import Struct
 
 from rlhf_tui import format as fmt
+from rlhf_tui.state.marked_steps import MarkedSteps
 from rlhf_tui.state.series import Series, bounded, is_flat
-from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
+from rlhf_tui.state.timeline import MARKER_GLYPHS
 from rlhf_tui.widgets.charts.raster import BRAILLE, Column, Raster, Scale, column_of, decimate
 
 STYLES = (
@@ -31,6 +33,8 @@ BAR_SPACING = 6
 """Mean number of dot columns between the points of a curve below which it has no bars."""
 PRIORITY = ("checkpoint", "attempt", "note", "command", "alert", "crash")
 """Kinds of markers; of those in one cell the last is visible, and abandoned ones are below all."""
+MarkedCells = dict[tuple[str, bool], list[int]]
+"""(kind, abandoned) → the cells of the axis that have such a marker."""
 
 
 class Line(Struct, frozen=True):
@@ -66,7 +70,9 @@ class Plot(Struct, frozen=True):
     """How the curve is drawn. Takes precedence over the unit if only one of them fits."""
     log: bool = False
     target: float | None = None
-    markers: list[Marker] = msgspec.field(default_factory=list)
+    markers: MarkedSteps = msgspec.field(default_factory=MarkedSteps)
+    past: bool = False
+    """Whether the markers of abandoned branches are drawn as well."""
     cursor: int | None = None
     focused: bool = False
     empty: str = "no values yet"
@@ -123,13 +129,14 @@ def paint(plot: Plot, width: int, height: int, last: Canvas | None = None) -> Ca
     if drawing is None or drawing.key != _key(plot, cells, rows):
         drawing = _draw(plot, cells, rows)
     canvas.drawing = drawing
+    marked = _marked_cells(plot, cells)
     if (scale := drawing.scale) is None:
         canvas.write(GUTTER, 1 + rows // 2, plot.empty[: cells - 1], STYLE["dim"])
     else:
-        _curves(canvas, plot, drawing, scale, cells, rows)
+        _curves(canvas, plot, drawing, scale, cells, rows, marked)
         for y, label in labels(scale, rows):
             canvas.write(0, 1 + y, label.rjust(GUTTER - 1), STYLE["dim"])
-    _axis(canvas, plot, cells, rows)
+    _axis(canvas, plot, cells, rows, marked)
     return canvas
 
 
@@ -226,11 +233,17 @@ def _overlays(canvas: Canvas, plot: Plot, x: int, end: int) -> None:
 
 
 def _curves(
-    canvas: Canvas, plot: Plot, drawing: Drawing, scale: Scale, cells: int, rows: int
+    canvas: Canvas,
+    plot: Plot,
+    drawing: Drawing,
+    scale: Scale,
+    cells: int,
+    rows: int,
+    marked: MarkedCells,
 ) -> None:
     raster, band_rows = drawing.raster, drawing.band_rows
-    marked = [m.step for m in plot.markers if m.kind != "checkpoint" and not m.abandoned]
-    ruled = {_cell(step, plot, cells) for step in marked}
+    lines = (cells for (kind, past), cells in marked.items() if kind != "checkpoint" and not past)
+    ruled = set(chain.from_iterable(lines))
     cursor = None if plot.cursor is None else _cell(plot.cursor, plot, cells)
     for y in range(rows):
         chars, styles = canvas.chars[1 + y], canvas.styles[1 + y]
@@ -278,17 +291,17 @@ def _target(raster: Raster, plot: Plot, scale: Scale) -> range:
     return range(top // 4, bottom // 4 + 1)
 
 
-def _axis(canvas: Canvas, plot: Plot, cells: int, rows: int) -> None:
+def _axis(canvas: Canvas, plot: Plot, cells: int, rows: int, marked: MarkedCells) -> None:
     y = 1 + rows
     first, last = steps_text(plot.first), steps_text(plot.last)
     both = [f"{first}–{last}", f"{first}–{_thousands(plot.last)}"]
     label = next((text for text in both if len(text) < GUTTER), first)
     canvas.write(0, y, label.rjust(GUTTER - 1), STYLE["dim"])
     canvas.write(GUTTER, y, "─" * cells, STYLE["dim"])
-    for marker in sorted(plot.markers, key=_priority):
-        if (x := _cell(marker.step, plot, cells)) is not None:
-            style = STYLE["past" if marker.abandoned else marker.kind]
-            canvas.write(GUTTER + x, y, MARKER_GLYPHS[marker.kind], style)
+    for (kind, abandoned), found in marked.items():
+        for x in found:
+            style = STYLE["past" if abandoned else kind]
+            canvas.write(GUTTER + x, y, MARKER_GLYPHS[kind], style)
     if label == first:
         canvas.write(canvas.width - len(last) - 1, y, f" {last}", STYLE["dim"])
     if plot.cursor is not None and (x := _cell(plot.cursor, plot, cells)) is not None:
@@ -297,8 +310,24 @@ def _axis(canvas: Canvas, plot: Plot, cells: int, rows: int) -> None:
         canvas.write(at, y, label, STYLE["rule"])
 
 
-def _priority(marker: Marker) -> tuple[bool, int]:
-    return not marker.abandoned, PRIORITY.index(marker.kind)
+def _marked_cells(plot: Plot, cells: int) -> MarkedCells:
+    """The cells of the axis that have a marker, by (kind, abandoned), in the order of drawing."""
+    return {
+        (kind, abandoned): list(_cells_of(plot, cells, kind, abandoned=abandoned))
+        for abandoned in ((True, False) if plot.past else (False,))
+        for kind in PRIORITY
+    }
+
+
+def _cells_of(plot: Plot, cells: int, kind: str, *, abandoned: bool) -> Iterator[int]:
+    """The cells with a marker of a kind. Skips the others in a cell: a run may have thousands."""
+    width = max(plot.last - plot.first, 1) / max(cells * 2 - 1, 1)
+    step = plot.markers.first_from(plot.first, kind, abandoned=abandoned)
+    while step is not None and (x := _cell(step, plot, cells)) is not None:
+        yield x
+        # Rounded down: of a step on the edge, only `_cell` knows the cell.
+        next_cell = math.floor(plot.first + (2 * x + 1.5) * width)
+        step = plot.markers.first_from(max(next_cell, step + 1), kind, abandoned=abandoned)
 
 
 def _cell(step: float, plot: Plot, cells: int) -> int | None:
