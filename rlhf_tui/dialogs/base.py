@@ -25,6 +25,8 @@ REFRESH_INTERVAL = 0.5
 """Seconds between two readings of a text that changes while its dialog is open."""
 MARGIN, WIDEST = 4, 84
 """Width of border and padding, and the greatest width of a dialog (app.tcss)."""
+BETWEEN = 2
+"""Width of the margin between two buttons (app.tcss)."""
 
 
 def text_width(terminal: int) -> int:
@@ -146,6 +148,15 @@ class ChoiceDialog(Dialog[str]):
         """Lets a text that changes do so."""
         if callable(rows := self._rows):
             self.set_interval(REFRESH_INTERVAL, lambda: self.say(rows()))
+
+    def on_resize(self) -> None:
+        """Puts the buttons below each other if they do not fit beside each other."""
+        self.call_after_refresh(self._stack)
+
+    def _stack(self) -> None:
+        for answers in self.query(".answers"):
+            needed = sum(button.outer_size.width + BETWEEN for button in answers.children) - BETWEEN
+            answers.set_class(needed > answers.size.width, "stacked")
 
     def say(self, rows: list[Row]) -> None:
         """Replaces the text; does nothing while the dialog is being closed."""

@@ -14,7 +14,13 @@ from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts.overlaying import OverlaysRead, RunOverlays
-from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
+from rlhf_tui.state.messages import (
+    ChartPanned,
+    ChartZoomed,
+    CursorMoved,
+    RowHighlighted,
+    RowSelected,
+)
 from rlhf_tui.state.preferences import names_of
 from rlhf_tui.state.viewport import WEIGHTS
 from rlhf_tui.widgets.charts.chart import Chart
@@ -157,6 +163,15 @@ class DashboardScreen(SessionScreen):
         """Puts the crosshair on the step under the mouse."""
         self.context.view.put(self.context.state, message.step)
         self.refresh_view()
+
+    def on_chart_zoomed(self, message: ChartZoomed) -> None:
+        """Zooms around the step under the mouse."""
+        self.context.view.zoom(self.context.state, message.factor, message.step)
+        self.refresh_view()
+
+    def on_chart_panned(self, message: ChartPanned) -> None:
+        """Moves the window of steps."""
+        self.action_pan(message.share)
 
     # -- the crosshair -------------------------------------------------------------------------
 

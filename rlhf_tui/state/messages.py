@@ -113,6 +113,24 @@ class HeaderSelected(Message):
         self.title = title
 
 
+class ChartZoomed(Message):
+    """The mouse wheel was turned over a chart; `factor` is that of the steps shown."""
+
+    def __init__(self, factor: float, step: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.step = step
+        """The one under the pointer, which keeps its place."""
+
+
+class ChartPanned(Message):
+    """The wheel was turned sideways, or with shift; `share` is that of the window's width."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+
 class CursorMoved(Message):
     """The crosshair of a chart was moved to a step."""
 

@@ -67,8 +67,14 @@ class Viewport(Struct):
             for i, (name, curves) in enumerate(self.others.items())
         ]
 
-    def zoom(self, state: SessionState, factor: float) -> None:
-        """Shows fewer (factor below 1) or more steps, around the crosshair or the newest step."""
+    def zoom(self, state: SessionState, factor: float, around: float | None = None) -> None:
+        """Shows fewer (factor below 1) or more steps.
+
+        Args:
+            state: the session.
+            factor: of the number of steps.
+            around: the step that keeps its place. Default: the crosshair, or else the newest step.
+        """
         first, last = self.window(state)
         newest = max(state.head.step, 1)
         width = max((last - first) * factor, NARROWEST)
@@ -76,10 +82,11 @@ class Viewport(Struct):
             self.width = self.end = None
             return
         self.width = width
-        if self.cursor is None and (self.end is None or self.end >= newest):
+        centre = self.cursor if around is None else around
+        if centre is None and (self.end is None or self.end >= newest):
             self.end = None
             return
-        centre = self.cursor if self.cursor is not None else (first + last) / 2
+        centre = centre if centre is not None else (first + last) / 2
         share = (centre - first) / max(last - first, 1)
         self._end_at(state, centre + width * (1 - min(max(share, 0), 1)))
 

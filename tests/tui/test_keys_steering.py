@@ -222,6 +222,20 @@ async def test_stop_asks_and_the_safe_answer_has_the_focus(run_app, engine, keys
         await until(pilot, lambda: engine == sent)
 
 
+@pytest.mark.parametrize("width", [80, 60, 40])
+async def test_all_answers_are_in_sight_in_a_narrow_terminal(run_app, engine, width, until):
+    def in_sight():
+        box = app.screen.query_one(".dialog").content_region
+        return all(button.region in box for button in app.screen.query(".answers Button"))
+
+    async with run_app(size=(width, 24)) as (app, pilot):
+        await press_for(pilot, ChoiceDialog, "S")
+        await until(pilot, in_sight)
+        await pilot.resize_terminal(120, 40)
+        answers = app.screen.query_one(".answers")
+        await until(pilot, lambda: in_sight() and answers.size.height == 1)
+
+
 async def test_w_writes_a_note(run_app, engine, until):
     async with run_app() as (app, pilot):
         await press_for(pilot, InputDialog, "w")

@@ -1,11 +1,14 @@
 """What is clicked: keys of the footer and titles of columns. Tabs, rows and charts have theirs."""
 
 import pytest
+from textual import events
 
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.dialogs.help import HelpDialog
 from rlhf_tui.dialogs.picker import PickerDialog
+from rlhf_tui.widgets.charts.chart import Chart
+from rlhf_tui.widgets.charts.plot import GUTTER
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.table import Table
 
@@ -30,6 +33,34 @@ async def test_a_click_between_the_keys_and_help_does_nothing(run_app):
         await pilot.click("#keys", offset=(line.index("? help") - 5, 0))
         await pilot.pause()
         assert len(app.screen_stack) == 1
+
+
+def turn_wheel(chart, kind, *, shift=False):
+    """Turns the wheel by one notch over a chart, at its middle."""
+    x, y = chart.size.width // 2, 3
+    chart.post_message(kind(chart, x, y, 0, 0, 0, shift, meta=False, ctrl=False))
+
+
+async def test_the_wheel_zooms_a_chart_around_the_step_under_the_mouse(run_app, until):
+    async with run_app() as (app, pilot):
+        await until(pilot, lambda: app.screen.query(Chart))
+        chart = app.screen.query(Chart).first()
+        whole = chart.view.window(chart.state)
+        for _ in range(4):
+            turn_wheel(chart, events.MouseScrollUp)
+        width = (whole[1] - whole[0]) / 1.25**4
+        await until(pilot, lambda: chart.view.width == pytest.approx(width))
+        first, last = chart.view.window(chart.state)
+        share = (chart.size.width // 2 - GUTTER) / chart.cells
+        before, after = (a + share * (b - a) for a, b in (whole, (first, last)))
+        assert after == pytest.approx(before, abs=2)
+        turn_wheel(chart, events.MouseScrollUp, shift=True)
+        await until(pilot, lambda: chart.view.window(chart.state)[0] < first)
+        turn_wheel(chart, events.MouseScrollRight)
+        await until(pilot, lambda: chart.view.window(chart.state) == pytest.approx((first, last)))
+        for _ in range(4):
+            turn_wheel(chart, events.MouseScrollDown)
+        await until(pilot, lambda: chart.view.window(chart.state) == whole)
 
 
 async def test_a_click_on_a_title_sorts_by_it_and_again_reverses(run_app, until):

@@ -10,7 +10,7 @@ from textual.widget import Widget
 
 from engine import metrics
 from rlhf_tui import format as fmt
-from rlhf_tui.state.messages import CursorMoved
+from rlhf_tui.state.messages import ChartPanned, ChartZoomed, CursorMoved
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
@@ -30,6 +30,9 @@ from rlhf_tui.widgets.tones import style_of
 
 COLOURS = 6
 """Number of curve colours. Overlaid runs cycle through the unused ones; letters also mark them."""
+WHEEL_FACTOR, WHEEL_SHARE = 1.25, 0.1
+"""Of the steps shown, per notch of the mouse wheel: by how much they become more, and the share by
+which they move."""
 
 
 class Chart(Widget, can_focus=True):
@@ -277,11 +280,41 @@ class Chart(Widget, can_focus=True):
         if event.button:
             self._move_crosshair(event)
 
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """Zooms in; with shift, shows earlier steps."""
+        self._turn_wheel(event, -1)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """Zooms out; with shift, shows later steps."""
+        self._turn_wheel(event, 1)
+
+    def on_mouse_scroll_left(self, event: events.MouseScrollLeft) -> None:
+        """Shows earlier steps."""
+        self._pan(event, -1)
+
+    def on_mouse_scroll_right(self, event: events.MouseScrollRight) -> None:
+        """Shows later steps."""
+        self._pan(event, 1)
+
+    def _turn_wheel(self, event: events.MouseEvent, way: int) -> None:
+        if event.shift:
+            self._pan(event, way)
+            return
+        event.stop()
+        self.post_message(ChartZoomed(WHEEL_FACTOR**way, self._step_at(max(event.x, GUTTER))))
+
+    def _pan(self, event: events.MouseEvent, way: int) -> None:
+        event.stop()
+        self.post_message(ChartPanned(way * WHEEL_SHARE))
+
     def _move_crosshair(self, event: events.MouseEvent) -> None:
-        first, last = self.view.window(self.state)
         if event.x >= GUTTER:
-            step = step_of(event.x - GUTTER, first, last, self.cells)
-            self.post_message(CursorMoved(round(step)))
+            self.post_message(CursorMoved(round(self._step_at(event.x))))
+
+    def _step_at(self, x: int) -> float:
+        """The step under a column of the chart."""
+        first, last = self.view.window(self.state)
+        return step_of(x - GUTTER, first, last, self.cells)
 
 
 def one_cell_each(text: str) -> str:
