@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.engine_side import settings
-from benchmarks.side import Side
+from benchmarks.side import NO_TRL, Side, has_ppo_trainer
 from benchmarks.task import SMALL_TASK, TINY, Task, write_models
 from engine.config.sections.launch import LaunchConfig
 from engine.launch.environment import OPENMP_WAITING, rank_environment
@@ -45,6 +45,8 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of both engine sides"
     )
     options = parser.parse_args()
+    if not has_ppo_trainer():
+        sys.exit(NO_TRL)
     task = Task(TINY) if options.tiny else SMALL_TASK
     if options.layers:
         task = replace(task, shape=replace(task.shape, layers=options.layers))

@@ -41,7 +41,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from benchmarks import machine
 from benchmarks.learning import load_starter_run
 from benchmarks.learning_curves import BETA, Curve, print_table, read
-from benchmarks.side import OFFLINE
+from benchmarks.side import NO_TRL, OFFLINE, has_ppo_trainer
 from engine import metrics as names
 from engine import starter
 from engine.train.evaluation.evaluate import evaluate
@@ -257,6 +257,8 @@ def main() -> None:
     if options.child:
         child(options.child[0], int(options.child[1]), options.steps, options.out)
         return
+    if "trl" in options.sides and not has_ppo_trainer():
+        sys.exit(NO_TRL)
     deadline = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or Path(folder) / "curves.jsonl"

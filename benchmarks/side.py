@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 OFFLINE = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+NO_TRL = "TRL 1.12, the last version with a PPOTrainer, is not installed (make bench-extra)"
+
+
+def has_ppo_trainer() -> bool:
+    """Whether a TRL with a PPOTrainer is installed."""
+    try:
+        return find_spec("trl.experimental.ppo") is not None
+    except ModuleNotFoundError:  # no TRL
+        return False
 
 
 def _onednn_linear_flop(x: Any, weight: Any, *_args: Any, **_named: Any) -> int:

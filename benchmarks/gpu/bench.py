@@ -29,7 +29,7 @@ from benchmarks.engine_vs_trl import OURS, median_seconds, print_phases, print_t
 from benchmarks.gpu import decoding_speed
 from benchmarks.gpu.decoding_speed import HALF, parameters
 from benchmarks.gpu.findings import Finding, Part, Results, Target, chosen_parts, run_parts
-from benchmarks.side import Side
+from benchmarks.side import NO_TRL, Side, has_ppo_trainer
 from benchmarks.task import GPU_TASK, TINY, Task, write_models
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
@@ -91,8 +91,8 @@ def iterations(task: Task, count: int, target: Target, *, with_trl: bool) -> Ite
         share = flop / seconds / peak / 1e9
         text = f"{seconds:.2f} s, {share:.0%} of the peak of matrix products"
         yield Finding(f"time of {phase}", True, text, {"seconds": seconds, "share": share})
-    if with_trl and find_spec("trl") is None:
-        yield Finding("TRL", True, "not installed, so not measured")
+    if with_trl and not has_ppo_trainer():
+        yield Finding("TRL", True, f"not measured: {NO_TRL}")
     elif with_trl:
         arguments = [str(folder), json.dumps(asdict(task)), "bf16"]
         sides.insert(0, measure(folder, count, "TRL", "benchmarks.trl_side", arguments))

@@ -43,6 +43,7 @@ def overrides(folder):
 
 
 @architectures
+@pytest.mark.filterwarnings("error:The following .*_pattern keys")  # a session's log has warnings
 @pytest.mark.parametrize("adapters", [(), ("lora.rank=2",)], ids=["full", "lora"])
 def test_a_run_starts_at_ratio_1_and_kl_0_and_samples_what_it_trains_on(
     make_run, tmp_path, kind, adapters

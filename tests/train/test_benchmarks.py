@@ -2,13 +2,25 @@
 
 import json
 import pkgutil
+import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import detectors, growth, learning, loss_memory, memory, prompts, sick_runs
+from benchmarks import (
+    detectors,
+    engine_vs_trl,
+    growth,
+    learning,
+    learning_vs_trl,
+    loss_memory,
+    memory,
+    prompts,
+    sick_runs,
+)
 from benchmarks.recorded_runs import read
+from benchmarks.side import NO_TRL
 from engine import starter
 from engine.config import file as config_file
 from engine.train.ppo import chunked_loss
@@ -54,6 +66,19 @@ def test_the_detectors_read_what_a_sick_run_leaves(tmp_path, capsys):
     file.write_text(json.dumps(row) + "\n", encoding="utf-8")
     detectors.print_recorded(read(file, range(1)))
     assert "dead-groups" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [engine_vs_trl, learning_vs_trl])
+def test_a_comparison_needs_the_trl_that_has_a_ppo_trainer(tmp_path, monkeypatch, program):
+    (tmp_path / "trl" / "experimental").mkdir(parents=True)  # since TRL 1.13 without `ppo`
+    for name in [n for n in sys.modules if n.partition(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit, match=r"TRL 1\.12") as ended:
+        program.main()
+    assert ended.value.code == NO_TRL
+    del sys.modules["trl.experimental"], sys.modules["trl"]  # those that the program has found
 
 
 def test_a_start_of_the_prompts_benchmark_takes_time_for_the_prompts(tmp_path):

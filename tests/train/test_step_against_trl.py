@@ -1,7 +1,9 @@
 """A whole PPO step compared with TRL's trainer on the same rollout, prompts and minibatches.
 
-TRL is not a dependency: `make bench-extra` installs it, and without it these tests are skipped. The
-engine gets TRL's settings where its defaults differ; docs/from-trl.md lists them.
+TRL is not a dependency: `make bench-extra` installs TRL 1.12, the last version with this trainer,
+and without it these tests are skipped. It computes GAE and the loss inside its training loop, where
+no test can call them; `benchmarks/learning_vs_trl.py` compares what both learn. The engine gets
+TRL's settings where its defaults differ; docs/from-trl.md lists them.
 """
 
 import pytest
@@ -12,20 +14,39 @@ from transformers import (
     AutoTokenizer,
 )
 
+from benchmarks.side import NO_TRL, has_ppo_trainer
 from engine import starter
 from engine.config import file as config_file
 from engine.train.data.randomness import permutation
 from engine.train.experience.generation import generate_rollout
+from engine.train.ppo import masked
 from engine.train.step import train_step
 
-REASON = "TRL is not installed (make bench-extra)"
-pytest.importorskip("trl", minversion="1.12", reason=REASON)
-datasets = pytest.importorskip("datasets", reason=REASON)
+if not has_ppo_trainer():
+    pytest.skip(NO_TRL, allow_module_level=True)
+datasets = pytest.importorskip("datasets", reason=NO_TRL)
 
 from trl.experimental import ppo  # noqa: E402 - see above
 from trl.experimental.ppo import ppo_trainer  # noqa: E402
 
 RESPONSES, EPOCHS, MINIBATCHES, RATE, BETA = 8, 2, 2, 1e-4, 0.05
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_whitening_is_trl_s_but_for_the_denominator_of_the_variance(shift):
+    values = 3 + 2 * torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    mask = masked.response_mask(torch.tensor([9, 3, 1, 7]), 9)
+    count = int(mask.sum())
+    theirs = ppo_trainer.masked_whiten(values, mask, shift)
+    mean = 0.0 if shift else float(masked.masked_mean(values, mask))
+    # Theirs divides by n − 1, ours by n as lm-human-preferences does.
+    wanted = (theirs - mean) * (count / (count - 1)) ** 0.5 + mean
+    torch.testing.assert_close(
+        masked.whiten(values, mask, shift_mean=shift)[mask], wanted[mask], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        masked.masked_mean(values, mask), ppo_trainer.masked_mean(values, mask)
+    )
 
 
 def run_config(new_tokens):

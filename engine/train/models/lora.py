@@ -8,6 +8,7 @@ takes several tenths of a second.
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,10 +67,13 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    try:
-        inject_adapter_in_model(adapters, lm)
-    except ValueError as error:  # a target also matches layers of other types
-        raise UserInputError(f"lora.targets: {first_line(error)}") from error
+    with warnings.catch_warnings():
+        # For a mixture of experts, peft itself sets ranks of the experts, which get no adapters.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+        try:
+            inject_adapter_in_model(adapters, lm)
+        except ValueError as error:  # a target also matches layers of other types
+            raise UserInputError(f"lora.targets: {first_line(error)}") from error
     for name, layer in _named_layers(lm):
         _initialise(layer, derived_key(seed, f"adapter {name}"))
 
