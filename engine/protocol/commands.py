@@ -247,7 +247,7 @@ class Note(Command, frozen=True, tag="note"):
 
 
 SupervisorCommand = Stop | Rollback | DeleteCheckpoint | Note
-"""Executed at once by :class:`~engine.supervisor.command_handler.CommandHandler`."""
+"""Executed at once by :class:`~engine.supervisor.commands.command_handler.CommandHandler`."""
 
 BoundaryCommand = (
     Pause | Unpause | Stop | Checkpoint | SetBeta | SetKLController | SetSetting | Undo | Probe

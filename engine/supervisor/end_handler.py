@@ -22,7 +22,7 @@ from engine.launch.start_options import StartOptions
 from engine.protocol.rank_messages import RESTART_REASONS, Failed
 from engine.session.folder import SessionFolder
 from engine.session.states import State
-from engine.supervisor.pending_commands import PendingCommands
+from engine.supervisor.commands.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.state import SupervisorState
 

@@ -42,8 +42,8 @@ from engine.protocol.rank_messages import (
 )
 from engine.session.states import State
 from engine.supervisor.attempt import Attempt
+from engine.supervisor.commands.pending_commands import PendingCommands
 from engine.supervisor.journal_wait import JournalWait
-from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.server import receive

@@ -1,7 +1,7 @@
 """The supervisor of one live session, a coroutine that never imports torch.
 
 It starts and monitors the ranks, and is the only writer of the journal. Commands are handled by
-:mod:`engine.supervisor.command_handler`, messages of ranks by
+:mod:`engine.supervisor.commands.command_handler`, messages of ranks by
 :mod:`engine.supervisor.rank_handler`, their end by :mod:`engine.supervisor.end_handler`;
 :mod:`engine.supervisor.serve` runs it.
 """
@@ -41,10 +41,10 @@ from engine.protocol.rank_messages import WAIT_FOR, Failed, Phase
 from engine.session.checkpoints import checkpoint_path, unmark
 from engine.session.folder import SessionFolder
 from engine.supervisor.attempt import Attempt
-from engine.supervisor.command_handler import CommandHandler
+from engine.supervisor.commands.command_handler import CommandHandler
+from engine.supervisor.commands.pending_commands import PendingCommands
 from engine.supervisor.end_handler import EndHandler
 from engine.supervisor.journal_wait import JournalWait
-from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.processes.rollout_engines import RolloutEngines
 from engine.supervisor.publisher import EventPublisher, Observer

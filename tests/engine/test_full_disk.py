@@ -32,8 +32,9 @@ from engine.protocol.rank_messages import (
 )
 from engine.session import checkpoints
 from engine.session.folder import SessionFolder
-from engine.supervisor import checkpoint_commands, journal_wait
+from engine.supervisor import journal_wait
 from engine.supervisor.attempt import Attempt
+from engine.supervisor.commands import checkpoint_commands
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.processes.rank_processes import RankProcesses
 from tests.engine.supervised import apply_pending, rank_connection, until

@@ -22,7 +22,7 @@ from engine.monitoring.guardrails import (
     worst_samples,
 )
 from engine.protocol.rank_messages import Sample
-from engine.supervisor.command_handler import ACTIONS
+from engine.supervisor.commands.command_handler import ACTIONS
 
 
 def rails(*rules, defaults=False):

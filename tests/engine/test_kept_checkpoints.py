@@ -22,7 +22,8 @@ from engine.protocol.rank_messages import CheckpointKept
 from engine.session import checkpoints
 from engine.session import folder as session_folder
 from engine.session.checkpoints import checkpoint_path, incomplete_checkpoints
-from engine.supervisor import checkpoint_commands, supervisor
+from engine.supervisor import supervisor
+from engine.supervisor.commands import checkpoint_commands
 from engine.verification.verify import verify
 from tests.engine.supervised import until
 

@@ -16,7 +16,7 @@ from engine.protocol import rank_messages
 from engine.protocol.commands import Checkpoint, Rollback, Stop
 from engine.protocol.rank_messages import Applied, CheckpointComplete, Rejected
 from engine.session.checkpoints import checkpoint_path
-from engine.supervisor import checkpoint_commands, command_handler
+from engine.supervisor.commands import checkpoint_commands, command_handler
 from engine.supervisor.server import receive
 from tests.engine.supervised import rank_connection, until
 

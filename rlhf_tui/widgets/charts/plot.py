@@ -304,9 +304,9 @@ def _axis(canvas: Canvas, plot: Plot, cells: int, rows: int, marked: MarkedCells
             canvas.write(GUTTER + x, y, MARKER_GLYPHS[kind], style)
     if label == first:
         canvas.write(canvas.width - len(last) - 1, y, f" {last}", STYLE["dim"])
-    if plot.cursor is not None and (x := _cell(plot.cursor, plot, cells)) is not None:
+    if plot.cursor is not None and (at := _cell(plot.cursor, plot, cells)) is not None:
         label = steps_text(plot.cursor)
-        at = min(max(GUTTER + x - len(label) // 2, GUTTER), canvas.width - len(label))
+        at = min(max(GUTTER + at - len(label) // 2, GUTTER), canvas.width - len(label))
         canvas.write(at, y, label, STYLE["rule"])
 
 

@@ -15,7 +15,7 @@ from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Checkpoint, Rollback
 from engine.session.checkpoints import checkpoint_path, find_damage, remove
 from engine.session.folder import SessionFolder
-from engine.supervisor.pending_commands import PendingCommands
+from engine.supervisor.commands.pending_commands import PendingCommands
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.state import SupervisorState

@@ -37,8 +37,8 @@ from engine.protocol.commands import (
 from engine.protocol.rank_messages import Preempted, RankCommand
 from engine.session.folder import SessionFolder
 from engine.session.states import ENDED_STATES
-from engine.supervisor.checkpoint_commands import CheckpointCommands
-from engine.supervisor.pending_commands import PendingCommands
+from engine.supervisor.commands.checkpoint_commands import CheckpointCommands
+from engine.supervisor.commands.pending_commands import PendingCommands
 from engine.supervisor.processes.rank_processes import RankProcesses
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.state import Parts, SupervisorState

@@ -1,0 +1,1 @@
+"""Commands of the operators: checked, carried out here or passed on to the ranks."""
