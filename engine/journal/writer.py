@@ -306,6 +306,14 @@ class JournalWriter:
         query = "SELECT step FROM checkpoints WHERE kept AND status IN ('complete', 'written')"
         return [row[0] for row in self._db.execute(query)]
 
+    def kept_on_branches(self) -> dict[int, int]:
+        """Step → attempt of the checkpoints that an operator saved on an abandoned branch."""
+        query = (
+            "SELECT step, max(attempt) FROM checkpoints WHERE kept AND status = 'superseded' "
+            "GROUP BY step"
+        )
+        return dict(self._db.execute(query).fetchall())
+
     def best_values(self, metric: str) -> dict[int, float]:
         """A metric by the step of the current timeline's checkpoints, where it is known."""
         values = self._db.execute(

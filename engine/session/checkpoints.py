@@ -38,6 +38,11 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:06d}"
 
 
+def aside_path(checkpoints: Path, step: int, attempt: int) -> Path:
+    """Where a checkpoint of an abandoned branch stays when its step has another one."""
+    return checkpoints / f"step-{step:06d}-attempt-{attempt}"
+
+
 def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """All complete checkpoints by step, in ascending order."""
     found = {}

@@ -50,6 +50,15 @@ def test_a_kept_checkpoint_is_kept_in_the_next_attempt(saved):
     assert saved.journal.kept_checkpoints() == []  # of an abandoned branch, which stays anyway
 
 
+def test_the_ranks_are_told_what_an_operator_saved_on_an_abandoned_branch(saved):
+    assert saved.journal.kept_on_branches() == {}
+    first = saved.journal.attempt
+    saved.journal.begin_attempt(1, fresh=True)
+    assert saved.journal.kept_on_branches() == {2: first}
+    saved.checkpoint(2)
+    assert saved.journal.kept_on_branches() == {}
+
+
 def test_a_fork_does_not_keep_what_an_operator_saved_in_its_source(saved):
     config = saved.session.config()
     child = session_folder.create(saved.session.folder.parent, "child", config)
