@@ -76,6 +76,11 @@ def mark_complete(folder: Path) -> None:
         raise
 
 
+def completed_at(folder: Path) -> float:
+    """When a checkpoint became complete, or its copy was made. Raises OSError."""
+    return (folder / COMPLETE).stat().st_ctime  # which no program that copies can set
+
+
 def unmark(folder: Path) -> None:
     """Makes a checkpoint incomplete, the first part of its removal. Raises OSError."""
     (folder / COMPLETE).unlink(missing_ok=True)

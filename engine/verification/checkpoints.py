@@ -44,7 +44,8 @@ def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator
     left = [step for step in unknown if step in removed]
     if left:
         text = f"checkpoints were to be removed and are still there, of steps {listed(left)}"
-        yield note("checkpoints", text, "the next engine removes them")
+        advice = f"the next engine removes them; remove copies yourself, in {session.checkpoints}"
+        yield note("checkpoints", text, advice)
     unknown = [step for step in unknown if step not in removed]
     if unknown:
         yield problem(

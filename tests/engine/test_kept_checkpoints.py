@@ -167,6 +167,20 @@ async def test_the_next_attempt_finishes_removals_that_a_kill_interrupted(engine
     ]
 
 
+async def test_a_removed_checkpoint_that_was_put_back_from_a_copy_stays(engine, saved):
+    folder = checkpoint_path(saved.session.checkpoints, 1)
+    saved.journal.remove_checkpoint(1)
+    with closing(sqlite3.connect(saved.session.journal_file)) as db, db:  # it was long ago
+        db.execute("UPDATE checkpoints SET time = time - 86400 WHERE step = 1")
+    shutil.copytree(folder, copy := saved.session.folder / "copy")
+    shutil.rmtree(folder)
+    copy.rename(folder)
+    engine.shared.next = StartOptions(from_step=3)
+    engine.send(Stop(now=True))
+    assert await engine.supervisor.run() == 0
+    assert checkpoint_steps(saved.session) == [1, 2, 3]
+
+
 async def test_a_removal_that_cannot_be_finished_does_not_keep_a_run_from_starting(
     engine, saved, monkeypatch, caplog
 ):
