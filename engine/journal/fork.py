@@ -41,21 +41,27 @@ TRUNCATE_SAMPLES = (
 def copy_until(source: SessionFolder, target: SessionFolder, step: int) -> None:
     """Copies journal and samples up to a step to a new session.
 
+    The journal comes last and appears at once: if this process is killed, the new session does not
+    have a journal with steps of its source.
+
     Raises:
         JournalError: a file of the source cannot be read.
         sqlite3.Error: a file cannot be copied.
+        OSError: the same.
     """
     for old, new, migrations, queries in (
-        (source.journal_file, target.journal_file, schema.JOURNAL, TRUNCATE_JOURNAL),
         (source.samples_file, target.samples_file, schema.SAMPLES, TRUNCATE_SAMPLES),
+        (source.journal_file, target.journal_file, schema.JOURNAL, TRUNCATE_JOURNAL),
     ):
         reader = open_read_only(old, len(migrations))
         if reader is None:
             continue
-        access.create_file(new)
-        with closing(reader), closing(sqlite3.connect(new)) as writer:
+        part = new.with_name(f"{new.name}.part")
+        access.create_file(part)
+        with closing(reader), closing(sqlite3.connect(part)) as writer:
             reader.backup(writer)
-            schema.migrate(writer, migrations, new)
+            schema.migrate(writer, migrations, part)
             with writer:
                 for query in queries:
                     writer.execute(query, {"step": step})
+        part.replace(new)

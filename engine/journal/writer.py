@@ -296,15 +296,28 @@ class JournalWriter:
         query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"
         return [row[0] for row in self._db.execute(query)]
 
-    def removed_checkpoints(self) -> set[int]:
-        """Steps of the checkpoints that are removed: no attempt has one that is not."""
-        query = "SELECT step FROM checkpoints GROUP BY step HAVING min(status = 'removed')"
-        return {row[0] for row in self._db.execute(query)}
+    def removed_checkpoints(self) -> dict[int, float]:
+        """Step → time of the checkpoints that are removed: no attempt has one that is not.
+
+        The time is that of the last save, just before COMPLETE was written.
+        """
+        query = (
+            "SELECT step, max(time) FROM checkpoints GROUP BY step HAVING min(status = 'removed')"
+        )
+        return dict(self._db.execute(query).fetchall())
 
     def kept_checkpoints(self) -> list[int]:
         """Those of :meth:`timeline` that stay until somebody deletes them."""
         query = "SELECT step FROM checkpoints WHERE kept AND status IN ('complete', 'written')"
         return [row[0] for row in self._db.execute(query)]
+
+    def kept_on_branches(self) -> dict[int, int]:
+        """Step → attempt of the checkpoints that an operator saved on an abandoned branch."""
+        query = (
+            "SELECT step, max(attempt) FROM checkpoints WHERE kept AND status = 'superseded' "
+            "GROUP BY step"
+        )
+        return dict(self._db.execute(query).fetchall())
 
     def best_values(self, metric: str) -> dict[int, float]:
         """A metric by the step of the current timeline's checkpoints, where it is known."""

@@ -67,7 +67,8 @@ def start_engine(
         if code is not None:
             _pass_on(session, last_event, notice)
             return _ended(session, code, state, process.pid, log_size)
-        if state != "starting" and state in LIVE_STATES:
+        engine = session.engine()  # of two that start at once, one is refused
+        if state != "starting" and state in LIVE_STATES and engine and engine.pid == process.pid:
             break
         time.sleep(POLL_INTERVAL)
     _pass_on(session, last_event, notice)

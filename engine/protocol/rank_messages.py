@@ -305,6 +305,9 @@ class Begin(Message, frozen=True, tag="begin"):
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
     kept: list[int] = []
     """Those of them that are not deleted, because an operator saved them."""
+    kept_aside: dict[int, int] = {}
+    """Step → attempt of checkpoints that an operator saved on branches that are abandoned now. A
+    checkpoint of the same step does not replace them."""
     best: dict[int, float] = {}
     """`train.best_metric` of these steps in the journal, where they have it. A checkpoint whose
     evaluation was made up for after it was saved does not have it."""

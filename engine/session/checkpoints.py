@@ -41,6 +41,11 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:06d}"
 
 
+def aside_path(checkpoints: Path, step: int, attempt: int) -> Path:
+    """Where a checkpoint of an abandoned branch stays when its step has another one."""
+    return checkpoints / f"step-{step:06d}-attempt-{attempt}"
+
+
 def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """All complete checkpoints by step, in ascending order."""
     found = {}
@@ -72,6 +77,11 @@ def mark_complete(folder: Path) -> None:
         part.unlink(missing_ok=True)
         marker.unlink(missing_ok=True)  # a save reported as failed must not count later
         raise
+
+
+def completed_at(folder: Path) -> float:
+    """When a checkpoint became complete, or its copy was made. Raises OSError."""
+    return (folder / COMPLETE).stat().st_ctime  # which no program that copies can set
 
 
 def unmark(folder: Path) -> None:

@@ -174,6 +174,7 @@ class RankMessageHandler:
                 recorded=journal.recorded_metrics(step),
                 checkpoints=journal.timeline(),
                 kept=journal.kept_checkpoints(),
+                kept_aside=journal.kept_on_branches(),
                 best=journal.best_values(self._best_metric),
                 placed=journal.placed(),
                 paused=self._state.paused,

@@ -38,7 +38,7 @@ from engine.monitoring.recorded_steps import rebuild
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol.client_messages import JournalAdvanced, Status
 from engine.protocol.rank_messages import WAIT_FOR, Failed, Phase
-from engine.session.checkpoints import checkpoint_path, unmark
+from engine.session.checkpoints import checkpoint_path, completed_at, unmark
 from engine.session.folder import SessionFolder
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.commands.command_handler import CommandHandler
@@ -54,6 +54,9 @@ from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
+
+COMPLETION = 600.0
+"""Most seconds from the row of a checkpoint in the journal to its COMPLETE; usually a fraction."""
 
 
 class Supervisor:
@@ -222,12 +225,14 @@ class Supervisor:
     def _finish_removals(self) -> None:
         """Makes checkpoints that a killed process was to remove incomplete, as it would have first.
 
-        The ranks delete incomplete ones before they save.
+        The ranks delete incomplete ones before they save. A copy that was put there later stays.
         """
-        left = self._journal.removed_checkpoints() & {*checkpoint_steps(self._session)}
-        for step in sorted(left):
+        removed = self._journal.removed_checkpoints()
+        for step in sorted(removed.keys() & {*checkpoint_steps(self._session)}):
+            folder = checkpoint_path(self._session.checkpoints, step)
             try:
-                unmark(checkpoint_path(self._session.checkpoints, step))
+                if completed_at(folder) < removed[step] + COMPLETION:
+                    unmark(folder)
             except OSError as error:
                 log.warning("the removed checkpoint of step %d is still there: %s", step, error)
 

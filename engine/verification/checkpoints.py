@@ -64,7 +64,8 @@ def _unknown(
     removed = {row.step for row in reader.checkpoints(("removed",))}
     if left := [step for step in unknown if step in removed]:
         text = f"checkpoints were to be removed and are still there, of steps {listed(left)}"
-        yield note("checkpoints", text, "the next engine removes them")
+        advice = f"the next engine removes them; remove copies yourself, in {session.checkpoints}"
+        yield note("checkpoints", text, advice)
     if unknown := [step for step in unknown if step not in removed]:
         yield problem(
             "checkpoints",

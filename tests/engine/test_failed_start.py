@@ -2,7 +2,9 @@
 
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from engine.errors import ConfigError, SessionError, SessionNameError, UserInputError
@@ -19,7 +21,7 @@ from engine.session.checkpoints import remove
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.serve import supervise
-from tests.waiting import LONG
+from tests.waiting import LONG, until
 
 
 @pytest.fixture
@@ -218,3 +220,20 @@ def test_a_fork_in_which_something_was_judged_is_not_removed_with_its_failed_sta
     set_label(session, "prompt", sample, "good", "me")
     remove_new(session)
     assert session.labels_file.exists()
+
+
+def test_of_two_engines_that_start_at_once_the_refused_one_is_not_taken_for_the_other(
+    make_session, write_in
+):
+    session = make_session()
+    held, writer = session.acquire(), write_in(session)
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(start_engine, session, StartOptions(), timeout=LONG)
+        until(lambda: psutil.Process().children())
+        session.write_engine("/a/socket", "1")
+        writer.journal.begin_attempt(0, fresh=False)
+        writer.journal.set_meta(state="running")
+        with pytest.raises(SessionError, match="already has an engine"):
+            refused.result()
+    held.release()
+    writer.journal.close()

@@ -51,6 +51,15 @@ def test_a_kept_checkpoint_is_kept_in_the_next_attempt(saved):
     assert saved.journal.kept_checkpoints() == []  # of an abandoned branch, which stays anyway
 
 
+def test_the_ranks_are_told_what_an_operator_saved_on_an_abandoned_branch(saved):
+    assert saved.journal.kept_on_branches() == {}
+    first = saved.journal.attempt
+    saved.journal.begin_attempt(1, fresh=True)
+    assert saved.journal.kept_on_branches() == {2: first}
+    saved.checkpoint(2)
+    assert saved.journal.kept_on_branches() == {}
+
+
 def test_a_fork_does_not_keep_what_an_operator_saved_in_its_source(saved):
     config = saved.session.config()
     child = session_folder.create(saved.session.folder.parent, "child", config)
@@ -157,6 +166,20 @@ async def test_the_next_attempt_finishes_removals_that_a_kill_interrupted(engine
     assert incomplete_checkpoints(saved.session.checkpoints) == [
         checkpoint_path(saved.session.checkpoints, 1)  # which the ranks delete when they load
     ]
+
+
+async def test_a_removed_checkpoint_that_was_put_back_from_a_copy_stays(engine, saved):
+    folder = checkpoint_path(saved.session.checkpoints, 1)
+    saved.journal.remove_checkpoint(1)
+    with closing(sqlite3.connect(saved.session.journal_file)) as db, db:  # it was long ago
+        db.execute("UPDATE checkpoints SET time = time - 86400 WHERE step = 1")
+    shutil.copytree(folder, copy := saved.session.folder / "copy")
+    shutil.rmtree(folder)
+    copy.rename(folder)
+    engine.shared.next = StartOptions(from_step=3)
+    engine.send(Stop(now=True))
+    assert await engine.supervisor.run() == 0
+    assert checkpoint_steps(saved.session) == [1, 2, 3]
 
 
 async def test_a_removal_that_cannot_be_finished_does_not_keep_a_run_from_starting(

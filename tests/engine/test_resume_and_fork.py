@@ -5,7 +5,9 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,12 +36,14 @@ from engine.launch.start import fork, forked_config, resume
 from engine.launch.start_checkpoints import (
     adopted_checkpoint,
     checkpoint_steps,
+    has_history,
     last_checkpoint,
     timeline_checkpoints,
 )
 from engine.launch.start_options import StartOptions
 from engine.protocol.commands import DeleteCheckpoint
 from engine.session.checkpoints import checkpoint_path
+from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise
 from engine.verification.verify import verify
 
@@ -264,6 +268,38 @@ def test_an_override_of_a_whole_section_is_a_change_of_each_setting_in_it(writer
     given = {"beta": 0.7, "controller": "adaptive"}
     assert changed == given | {key: defaults[key] for key in keys}
     assert not start.fresh
+
+
+FORK = """
+import sys
+from pathlib import Path
+from engine.launch.start import fork
+from engine.session.folder import SessionFolder
+session = SessionFolder(Path(sys.argv[1]))
+fork(session, "child", from_step=2, reseed=False, overrides=[], who="me")
+"""
+
+
+@pytest.mark.parametrize("copied", [1, 2])
+def test_a_fork_that_is_killed_amid_its_copies_does_not_seem_to_have_made_the_steps_of_its_source(
+    writer, tmp_path, copied
+):
+    writer.steps(1, 2, 3, 4)
+    writer.checkpoint(2)
+    root = Path(__file__).parents[2]
+    point = f"engine.journal.schema:migrate|after|{copied}|kill|{tmp_path / 'marker'}"
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, writer.session.folder],
+        env=os.environ | {"PYTHONPATH": f"{root}/tests/faults/hooks:{root}",
+                          "RLHF_TUI_TEST_POINT": point},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    child = SessionFolder(writer.session.folder.with_name("child"))
+    assert checkpoint_steps(child) == [2]
+    assert not has_history(child)
+    with pytest.raises(UserInputError, match="its journal .* is missing"):
+        resume(child, from_step=None, reseed=False, overrides=[], who="me")
 
 
 def test_a_fork_that_is_refused_leaves_nothing(writer):

@@ -221,6 +221,28 @@ def test_checkpoints_of_an_abandoned_branch_are_neither_counted_nor_removed(trai
     assert [*complete_checkpoints(session.checkpoints)] == [1, 2, 3]
 
 
+def test_what_an_operator_saved_on_an_abandoned_branch_is_moved_by_a_save_of_its_step(
+    trained, link
+):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    for step in (2, 3):
+        shutil.copytree(
+            checkpoint_path(session.checkpoints, 1), checkpoint_path(session.checkpoints, step)
+        )
+    (checkpoint_path(session.checkpoints, 2) / "mine").touch()
+    begin = Begin(attempt=3, from_step=1, checkpoints=[1], kept=[1], kept_aside={2: 1, 4: 1})
+    later = Boundary(session, run, begin, link)
+    for step in (2, 3, 4):
+        later.after_step(step, dict(METRICS), 0.1)
+        assert later.checkpoints.save() is None
+    assert [*complete_checkpoints(session.checkpoints)] == [1, 4]
+    assert (session.checkpoints / "step-000002-attempt-1" / "mine").exists()
+    (told,) = [n.text for n in supervisor.of(Notice) if "abandoned branch" in n.text]
+    assert told.endswith(f"(attempt 1) stays in {session.checkpoints}/step-000002-attempt-1")
+
+
 def test_checkpoints_of_earlier_attempts_of_the_branch_are_removed(trained, link):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()

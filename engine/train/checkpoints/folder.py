@@ -188,11 +188,17 @@ def lacks_room(problem: str) -> bool:
     return any(text in problem for text in FULL)
 
 
-def publish(part: Path, final: Path, content: StateFile) -> int:
+def publish(part: Path, final: Path, content: StateFile, aside: Path | None = None) -> int:
     """Writes state.json, syncs the folders to disk and renames `part` to `final`.
 
     All other files must be synced already (:func:`sync_and_hash`). Does not mark the checkpoint as
     complete; see :func:`engine.session.checkpoints.mark_complete`.
+
+    Args:
+        part: what is written.
+        final: its place. What is there is removed.
+        content: of state.json.
+        aside: where to what is there is moved instead, if nothing is at that path yet.
 
     Returns:
         The size of the checkpoint in bytes.
@@ -202,7 +208,8 @@ def publish(part: Path, final: Path, content: StateFile) -> int:
     for path in [part / STATE, *(d for d in part.rglob("*") if d.is_dir()), part]:
         sync(path)
     if final.exists():  # incomplete, or of an abandoned branch
-        final.rename(final.with_name(f".{final.name}.old"))
+        old = final.with_name(f".{final.name}.old")
+        final.rename(old if aside is None or aside.exists() else aside)
     part.rename(final)
     sync(final.parent)
     clear_parts(final.parent)

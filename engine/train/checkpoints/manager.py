@@ -18,6 +18,7 @@ from engine.protocol.rank_messages import (
     Notice,
 )
 from engine.session.checkpoints import (
+    aside_path,
     checkpoint_path,
     complete_checkpoints,
     mark_complete,
@@ -72,6 +73,7 @@ class CheckpointManager:
             conclude=self._conclude,
             confirm=self._confirm,
             notice=self._notice,
+            aside=self._aside,
         )
         self._saved_step = begin.from_step
         """The step of the last save that was started."""
@@ -79,6 +81,8 @@ class CheckpointManager:
         """Steps of the checkpoints on this branch of the run, including removed ones."""
         self._kept = set(begin.kept)
         """Steps of those that an operator saved, or wanted to."""
+        self._kept_aside = dict(begin.kept_aside)
+        """Step → attempt of those that an operator saved on abandoned branches."""
         self._score = self._kl = math.nan
         self._best: MetricValue | None = None
         self._recorded = dict(begin.best)
@@ -263,6 +267,20 @@ class CheckpointManager:
         except OSError as error:
             text = f"the old checkpoint of step {step} cannot be removed: {error}"
             self._link.send(Notice(step=saved_step, rule="checkpoint", text=text))
+
+    def _aside(self, step: int) -> Path | None:
+        """Where a checkpoint is moved that an operator saved before its step was abandoned."""
+        if step not in self._kept_aside or step not in complete_checkpoints(self._folder):
+            return None
+        attempt = self._kept_aside[step]
+        path = aside_path(self._folder, step, attempt)
+        if path.exists():  # since a save that was interrupted
+            return None
+        self._notice(
+            f"the checkpoint of step {step} that was saved on an abandoned branch (attempt "
+            f"{attempt}) stays in {path}"
+        )
+        return path
 
     def _notice(self, text: str) -> None:
         self._link.send(Notice(step=self._run.state.step, rule="checkpoint", text=text))

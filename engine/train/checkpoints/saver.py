@@ -103,6 +103,7 @@ class Saver:
         conclude: Callable[[int, Outcome], None] | None = None,
         confirm: Callable[[Saved], None] | None = None,
         notice: Callable[[str], None] = lambda _text: None,
+        aside: Callable[[int], Path | None] = lambda _step: None,
     ) -> None:
         """Initialises a saver.
 
@@ -114,6 +115,7 @@ class Saver:
             confirm: the last stage of a save, called in rank 0's thread: marks the published
                 checkpoint as complete. Like that of any other stage, its OSError fails the save.
             notice: called on rank 0 with a sentence if checkpoints lack the tokenizer.
+            aside: where an earlier checkpoint of a step is moved; None if it is removed.
         """
         self._checkpoints = checkpoints
         self._group = group
@@ -122,6 +124,7 @@ class Saver:
         self._conclude = conclude
         self._confirm = confirm
         self._notice = notice
+        self._aside = aside
         self._files: dict[str, bytes] = {}
         self._host_copies = HostCopies()
         self._running: Future[Outcome] | None = None
@@ -276,7 +279,10 @@ class Saver:
             content.hashes |= hashes
         content.hashes = dict(sorted(content.hashes.items()))
         size = self._on_rank_0(
-            final, lambda: checkpoint_folder.publish(folders.part, final, content)
+            final,
+            lambda: checkpoint_folder.publish(
+                folders.part, final, content, self._aside(content.state.step)
+            ),
         )
         saved = Saved(
             step=content.state.step,
