@@ -6,8 +6,8 @@ import msgspec
 
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.examined import examined
+from engine.journal.checkpoint_log import AdoptedCheckpoint
 from engine.journal.reader import JournalReader
-from engine.journal.writer import AdoptedCheckpoint
 from engine.launch.start_options import StartOptions
 from engine.protocol.commands import Rollback
 from engine.session.checkpoints import (

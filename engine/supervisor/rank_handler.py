@@ -171,9 +171,9 @@ class RankMessageHandler:
                 average=journal.forked_from_average(step),
                 unevaluated=journal.lacks_evaluation(step),
                 recorded=journal.recorded_metrics(step),
-                checkpoints=journal.timeline(),
-                kept=journal.kept_checkpoints(),
-                best=journal.best_values(self._best_metric),
+                checkpoints=journal.checkpoints.steps(),
+                kept=journal.checkpoints.kept(),
+                best=journal.checkpoints.values(self._best_metric),
                 placed=journal.placed(),
                 paused=self._state.paused,
                 repeat=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
@@ -224,13 +224,13 @@ class RankMessageHandler:
                 if not journal.is_in_place():  # it was written where another session may be now
                     self._ranks.kill()
                     return
-                journal.record_checkpoint(step, size, score, kl)
+                journal.checkpoints.record(step, size, score, kl)
                 state.attempt.send(Confirm(step=step, alerts=self.guardrails.first_alerts()))
             case CheckpointComplete(step=step, removed=removed):
-                journal.complete_checkpoint(step, removed)
+                journal.checkpoints.complete(step, removed)
                 state.attempt.send(Confirm(step=step))
             case CheckpointKept(step=step):
-                journal.keep_checkpoint(step)
+                journal.checkpoints.keep(step)
             case Applied():
                 self._handle_in_parts(message, partial(self._applied, message))
             case Rejected(id=command_id, reason=reason):

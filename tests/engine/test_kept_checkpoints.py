@@ -34,16 +34,16 @@ def saved(writer):
     for step in (1, 2, 3):
         writer.steps(step)
         writer.checkpoint(step)
-    writer.journal.keep_checkpoint(2)
+    writer.journal.checkpoints.keep(2)
     return writer
 
 
 def test_a_kept_checkpoint_is_kept_in_the_next_attempt(saved):
-    assert kept(saved.session) == saved.journal.kept_checkpoints() == [2]
+    assert kept(saved.session) == saved.journal.checkpoints.kept() == [2]
     saved.journal.begin_attempt(2, fresh=True)
-    assert saved.journal.kept_checkpoints() == [2]
+    assert saved.journal.checkpoints.kept() == [2]
     saved.journal.begin_attempt(1, fresh=True)
-    assert saved.journal.kept_checkpoints() == []  # of an abandoned branch, which stays anyway
+    assert saved.journal.checkpoints.kept() == []  # of an abandoned branch, which stays anyway
 
 
 def test_a_fork_does_not_keep_what_an_operator_saved_in_its_source(saved):
@@ -59,13 +59,13 @@ def test_checkpoints_of_an_earlier_journal_are_read(saved):
         db.execute("PRAGMA user_version = 2")
     assert kept(saved.session) == []
     with closing(JournalWriter(saved.session)) as journal:
-        journal.keep_checkpoint(3)
+        journal.checkpoints.keep(3)
     assert kept(saved.session) == [3]
 
 
 async def test_an_engine_keeps_what_a_rank_says_and_tells_the_next_ranks(engine, saved):
     engine.receive(CheckpointKept(step=3))
-    assert saved.journal.kept_checkpoints() == [2, 3]
+    assert saved.journal.checkpoints.kept() == [2, 3]
 
 
 async def test_an_engine_deletes_a_checkpoint(engine, saved):

@@ -72,7 +72,7 @@ def test_a_checkpoint_whose_end_was_not_recorded_counts_until_its_timeline_is_ab
     writer,
 ):
     writer.checkpoint(2)
-    writer.journal.record_checkpoint(4, 1000, 0.5, 1.5)
+    writer.journal.checkpoints.record(4, 1000, 0.5, 1.5)
     (writer.session.checkpoints / "step-000004").mkdir()
     (writer.session.checkpoints / "step-000004" / "COMPLETE").touch()
     assert last_checkpoint(writer.session) == 4
@@ -160,7 +160,7 @@ def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journ
     new.journal.begin_attempt(8, fresh=True, adopt=adopted)
     # An attempt that fails before its first save starts again from there.
     assert last_checkpoint(without_journal) == 8
-    assert new.journal.timeline() == [8]
+    assert new.journal.checkpoints.steps() == [8]
     with JournalReader(without_journal) as reader:
         assert [(c.step, c.score) for c in reader.checkpoints()] == [(8, 0.5)]
     assert adopted_checkpoint(without_journal, 8) is None

@@ -83,8 +83,8 @@ def make_evaluated(root: Path, steps: int = 60, name: str = "evaluated") -> Sess
             )
         )  # fmt: skip
         if step % EVERY == 0:
-            journal.record_checkpoint(step, 49_000_000, -step, 7.5)
-            journal.complete_checkpoint(step)
+            journal.checkpoints.record(step, 49_000_000, -step, 7.5)
+            journal.checkpoints.complete(step)
     journal.set_meta(state="finished")
     journal.record_event("state", {"state": "finished", "text": ""})
     journal.close()
