@@ -11,7 +11,6 @@ import re
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import msgspec
 from engine import __version__
 from engine.errors import JournalError
 from engine.journal import schema
+from engine.journal.checkpoint_log import AdoptedCheckpoint, CheckpointLog
 from engine.journal.command_log import CommandLog
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
@@ -27,7 +27,6 @@ from engine.metrics import EVAL_SCORE
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Placed, Sample, StepReport
 from engine.session import access
-from engine.session.checkpoints import sync
 from engine.session.folder import SessionFolder
 
 NETWORK_FILE_SYSTEMS = {
@@ -39,16 +38,6 @@ OPEN_TIMEOUT = 30.0
 """Seconds to wait for other programs that lock the files, at the start and at the end."""
 LOCK_TIMEOUT = 2.0
 """The same while the run lives. The event loop is blocked meanwhile."""
-
-
-class AdoptedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A complete checkpoint on disk that is missing from the journal."""
-
-    size: int
-    """Bytes."""
-    score: float | None
-    kl: float | None
-    """Score and KL of its step; None if they cannot be read."""
 
 
 class JournalWriter:
@@ -63,7 +52,6 @@ class JournalWriter:
         mode = "TRUNCATE" if on_network(session.folder) else "WAL"
         self._db = _open(session.journal_file, schema.JOURNAL, mode)
         self._samples = _open(session.samples_file, schema.SAMPLES, mode)
-        self._samples_wal = session.samples_file.with_name(f"{session.samples_file.name}-wal")
         self._file = session.journal_file
         self._opened = os.stat(self._file)  # noqa: PTH116 - like the check
         self._events = EventLog(self._db)
@@ -72,6 +60,8 @@ class JournalWriter:
         self._earlier_attempts = self._events.attempt
         """Number of the last attempt of other processes."""
         self.commands = CommandLog(self._db, self._events)
+        samples_wal = session.samples_file.with_name(f"{session.samples_file.name}-wal")
+        self.checkpoints = CheckpointLog(self._db, self._events, samples_wal)
 
     def begin_serving(self) -> None:
         """Waits only briefly for a locked file from now on: the event loop has other work."""
@@ -178,10 +168,7 @@ class JournalWriter:
                  __version__),
             )  # fmt: skip
             if adopt is not None:
-                self._db.execute(
-                    "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'complete', 0)",
-                    (from_step, self.attempt, time.time(), adopt.size, adopt.score, adopt.kl),
-                )
+                self.checkpoints.adopt(from_step, adopt)
             data = {
                 "attempt": self.attempt, "from_step": from_step, "fresh": fresh,
                 "new_engine": new_engine, "total_steps": total_steps,
@@ -229,16 +216,7 @@ class JournalWriter:
             )
         self._db.execute("DELETE FROM metrics WHERE step > ?", (from_step or -1,))
         self._db.execute("DELETE FROM steps WHERE step > ?", parameters)
-        # The checkpoint we resume from is complete, even if its rank died before reporting it.
-        written = "SELECT attempt FROM checkpoints WHERE step = ? AND status = 'written'"
-        for (attempt,) in self._db.execute(written, parameters).fetchall():
-            self._complete(from_step, attempt)
-        # A written checkpoint may be complete on disk or become so, but must not be resumed from.
-        self._db.execute(
-            "UPDATE checkpoints SET status = iif(status = 'written', 'abandoned', 'superseded') "
-            "WHERE step > ? AND status IN ('complete', 'written')",
-            parameters,
-        )
+        self.checkpoints.supersede(from_step)
         self._db.execute(
             "DELETE FROM meta WHERE key = 'reseed' AND (? OR json_extract(value, '$[0]') > ?)",
             (fresh, from_step),
@@ -290,44 +268,6 @@ class JournalWriter:
         return Placed(
             ranks=info["ranks"], strategy=info["strategy"], device=str(info.get("device", ""))
         )
-
-    def timeline(self) -> list[int]:
-        """Steps of the checkpoints of the current timeline."""
-        query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"
-        return [row[0] for row in self._db.execute(query)]
-
-    def removed_checkpoints(self) -> dict[int, float]:
-        """Step → time of the checkpoints that are removed: no attempt has one that is not.
-
-        The time is that of the last save, just before COMPLETE was written.
-        """
-        query = (
-            "SELECT step, max(time) FROM checkpoints GROUP BY step HAVING min(status = 'removed')"
-        )
-        return dict(self._db.execute(query).fetchall())
-
-    def kept_checkpoints(self) -> list[int]:
-        """Those of :meth:`timeline` that stay until somebody deletes them."""
-        query = "SELECT step FROM checkpoints WHERE kept AND status IN ('complete', 'written')"
-        return [row[0] for row in self._db.execute(query)]
-
-    def kept_on_branches(self) -> dict[int, int]:
-        """Step → attempt of the checkpoints that an operator saved on an abandoned branch."""
-        query = (
-            "SELECT step, max(attempt) FROM checkpoints WHERE kept AND status = 'superseded' "
-            "GROUP BY step"
-        )
-        return dict(self._db.execute(query).fetchall())
-
-    def best_values(self, metric: str) -> dict[int, float]:
-        """A metric by the step of the current timeline's checkpoints, where it is known."""
-        values = self._db.execute(
-            "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
-            "AND value IS NOT NULL AND step IN "
-            "(SELECT step FROM checkpoints WHERE status IN ('complete', 'written'))",
-            (metric,),
-        )
-        return dict(values.fetchall())
 
     # -- rows of an attempt ---------------------------------------------------------------
 
@@ -400,70 +340,7 @@ class JournalWriter:
                 (telemetry.time, msgspec.json.encode(telemetry).decode()),
             )
 
-    def record_checkpoint(
-        self, step: int, size: int, score: float | None, kl: float | None
-    ) -> None:
-        """Records a checkpoint whose files are on disk except COMPLETE.
-
-        Syncs the samples and the journal to disk: a complete checkpoint must never be ahead of
-        them, not even after a power failure.
-
-        Args:
-            step: of the checkpoint.
-            size: in bytes.
-            score: mean score of the step.
-            kl: mean KL of the step, in nats per response.
-        """
-        if self._samples_wal.exists():  # without WAL, each transaction has been synced
-            sync(self._samples_wal)
-        self._db.execute("PRAGMA synchronous = FULL")
-        try:
-            with self._db:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'written', 0)",
-                    (step, self.attempt, time.time(), size, score, kl),
-                )
-        finally:
-            self._db.execute("PRAGMA synchronous = NORMAL")
-
-    def complete_checkpoint(self, step: int, removed: Iterable[int] = ()) -> None:
-        """Records that COMPLETE is written, and that older checkpoints are removed."""
-        with self._db:
-            self._complete(step, self.attempt)
-            for old_step in removed:
-                self._remove_checkpoint(old_step)
-
-    def keep_checkpoint(self, step: int) -> None:
-        """Records that the checkpoint of a step of the timeline stays until somebody deletes it."""
-        with self._db:
-            self._db.execute(
-                "UPDATE checkpoints SET kept = 1 "
-                "WHERE step = ? AND status IN ('complete', 'written')",
-                (step,),
-            )
-
-    def remove_checkpoint(self, step: int) -> None:
-        """Records that the checkpoint of a step is removed; call it before its files are."""
-        with self._db:
-            self._remove_checkpoint(step)
-
     # -- inside a transaction -----------------------------------------------------------------
-
-    def _complete(self, step: int, attempt: int) -> None:
-        """Marks a checkpoint as complete, and those of earlier attempts at its step as replaced."""
-        self._db.execute(
-            "UPDATE checkpoints SET status = 'replaced' WHERE step = ? AND attempt <> ?",
-            (step, attempt),
-        )
-        size, score, kl = self._db.execute(
-            "UPDATE checkpoints SET status = 'complete' WHERE step = ? AND attempt = ? "
-            "RETURNING size, score, kl",
-            (step, attempt),
-        ).fetchone()
-        self._events.write("checkpoint", {"size": size, "score": score, "kl": kl}, step)
-
-    def _remove_checkpoint(self, step: int) -> None:
-        self._db.execute("UPDATE checkpoints SET status = 'removed' WHERE step = ?", (step,))
 
     def _set_meta(self, values: dict[str, Any]) -> None:
         self._db.executemany(

@@ -6,9 +6,9 @@ import msgspec
 
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.examined import examined
+from engine.journal.checkpoint_log import AdoptedCheckpoint
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CHECKPOINT_STATUSES
-from engine.journal.writer import AdoptedCheckpoint
 from engine.launch.start_options import StartOptions
 from engine.protocol.commands import Rollback
 from engine.session.checkpoints import (

@@ -185,7 +185,7 @@ class EndHandler:
     def _unrecorded_end(self, status: int, error: sqlite3.Error) -> str:
         """How the attempt ended and what is saved, for when the journal cannot be written."""
         step = self._journal.step
-        known = self._journal.timeline()
+        known = self._journal.checkpoints.steps()
         saved = max((s for s in checkpoint_steps(self._session) if s in known), default=0)
         if self._state.attempt.ended is not None:
             text = f"training has ended after step {step}"

@@ -172,10 +172,10 @@ class RankMessageHandler:
                 average=journal.forked_from_average(step),
                 unevaluated=journal.lacks_evaluation(step),
                 recorded=journal.recorded_metrics(step),
-                checkpoints=journal.timeline(),
-                kept=journal.kept_checkpoints(),
-                kept_aside=journal.kept_on_branches(),
-                best=journal.best_values(self._best_metric),
+                checkpoints=journal.checkpoints.steps(),
+                kept=journal.checkpoints.kept(),
+                kept_aside=journal.checkpoints.kept_on_branches(),
+                best=journal.checkpoints.values(self._best_metric),
                 placed=journal.placed(),
                 paused=self._state.paused,
                 repeat=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
@@ -228,12 +228,12 @@ class RankMessageHandler:
                 if not journal.is_in_place():  # it was written where another session may be now
                     self._ranks.kill()
                     return
-                journal.record_checkpoint(step, size, score, kl)
+                journal.checkpoints.record(step, size, score, kl)
                 state.attempt.send(Confirm(step=step, alerts=self.guardrails.first_alerts()))
             case CheckpointComplete(step=step, removed=removed):
                 self._complete_checkpoint(step, removed)
             case CheckpointKept(step=step):
-                journal.keep_checkpoint(step)
+                journal.checkpoints.keep(step)
             case Applied():
                 self._handle_in_parts(message, partial(self._applied, message))
             case Rejected(id=command_id, reason=reason):
@@ -262,7 +262,7 @@ class RankMessageHandler:
 
     def _complete_checkpoint(self, step: int, removed: list[int]) -> None:
         needed = sorted(self._state.needed().intersection(removed))
-        self._journal.complete_checkpoint(step, [s for s in removed if s not in needed])
+        self._journal.checkpoints.complete(step, [s for s in removed if s not in needed])
         self._state.attempt.send(Confirm(step=step, needed=needed))
 
     def _handle_in_parts(self, message: FromRank, first: Callable[[], Parts]) -> None:

@@ -227,7 +227,7 @@ class Supervisor:
 
         The ranks delete incomplete ones before they save. A copy that was put there later stays.
         """
-        removed = self._journal.removed_checkpoints()
+        removed = self._journal.checkpoints.removed()
         for step in sorted(removed.keys() & {*checkpoint_steps(self._session)}):
             folder = checkpoint_path(self._session.checkpoints, step)
             try:

@@ -60,8 +60,8 @@ class Writer:
 
     def checkpoint(self, step: int) -> None:
         """A whole checkpoint, in the journal and in the folder."""
-        self.journal.record_checkpoint(step, 1000, 0.5, 1.5)
-        self.journal.complete_checkpoint(step)
+        self.journal.checkpoints.record(step, 1000, 0.5, 1.5)
+        self.journal.checkpoints.complete(step)
         folder = self.session.checkpoints / f"step-{step:06d}"
         folder.mkdir(exist_ok=True)
         (folder / "state.json").write_text('{"hashes": {}}')

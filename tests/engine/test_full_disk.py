@@ -86,7 +86,7 @@ async def test_a_checkpoint_is_deleted_on_a_full_disk_and_then_recorded(
     full_until_removal()
     reply = engine.send(DeleteCheckpoint(step=1))
     assert (reply.status, reply.reason[:24]) == ("applied", "cannot write the journal")
-    await until(lambda: writer.journal.timeline() == [2])
+    await until(lambda: writer.journal.checkpoints.steps() == [2])
     assert writer.journal.commands.reply(reply.id).status == "applied"
     assert list(checkpoints.complete_checkpoints(writer.session.checkpoints)) == [2]
 
@@ -161,7 +161,7 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
 ):
     monkeypatch.setattr(journal_wait, "RETRY_INTERVAL", 0.01)
     server, _, to_engine = await rank_connection(engine, tmp_path)
-    writer.journal.record_checkpoint(4, 1, 0.0, 0.0)
+    writer.journal.checkpoints.record(4, 1, 0.0, 0.0)
     caplog.set_level("INFO", "engine")
     async with server:
         with no_room_for_files():

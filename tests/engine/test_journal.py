@@ -185,8 +185,8 @@ def test_checkpoints_after_a_resume_belong_to_the_past(writer):
     with JournalReader(writer.session) as reader:
         assert [c.step for c in reader.checkpoints(("complete",))] == [2]
         assert [c.step for c in reader.checkpoints()] == [2, 4]
-    writer.journal.record_checkpoint(4, 1000, math.nan, math.nan)
-    writer.journal.complete_checkpoint(4, removed=[2])
+    writer.journal.checkpoints.record(4, 1000, math.nan, math.nan)
+    writer.journal.checkpoints.complete(4, removed=[2])
     with JournalReader(writer.session) as reader:
         assert [(c.step, c.attempt) for c in reader.checkpoints(("complete",))] == [(4, 2)]
 
@@ -213,8 +213,8 @@ def test_the_best_checkpoint_is_one_of_the_reward_in_force(writer):
 
 
 def test_a_checkpoint_that_is_resumed_from_is_complete_although_no_rank_reported_it(writer):
-    writer.journal.record_checkpoint(2, 1000, 1.0, 2.0)
-    writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
+    writer.journal.checkpoints.record(2, 1000, 1.0, 2.0)
+    writer.journal.checkpoints.record(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
     with JournalReader(writer.session) as reader:
         assert [c.step for c in reader.checkpoints(("complete",))] == [4]
@@ -239,7 +239,7 @@ def test_one_folder_is_one_checkpoint_although_its_rank_died_before_reporting_it
     writer.checkpoint(2)
     writer.checkpoint(4)
     writer.journal.begin_attempt(2, fresh=True)
-    writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
+    writer.journal.checkpoints.record(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
     with JournalReader(writer.session) as reader:
         assert [(c.step, c.attempt) for c in reader.checkpoints()] == [(2, 1), (4, 2)]

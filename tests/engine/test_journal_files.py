@@ -195,5 +195,5 @@ def test_the_samples_up_to_a_checkpoint_are_on_disk_before_it_counts(writer, mon
     monkeypatch.setattr(os, "fsync", recorded)
     writer.steps(1)
     assert synced == []
-    writer.journal.record_checkpoint(1, 1000, 0.5, 1.5)
+    writer.journal.checkpoints.record(1, 1000, 0.5, 1.5)
     assert synced == [f"{writer.session.samples_file}-wal"]

@@ -39,25 +39,25 @@ def saved(writer):
     for step in (1, 2, 3):
         writer.steps(step)
         writer.checkpoint(step)
-    writer.journal.keep_checkpoint(2)
+    writer.journal.checkpoints.keep(2)
     return writer
 
 
 def test_a_kept_checkpoint_is_kept_in_the_next_attempt(saved):
-    assert kept(saved.session) == saved.journal.kept_checkpoints() == [2]
+    assert kept(saved.session) == saved.journal.checkpoints.kept() == [2]
     saved.journal.begin_attempt(2, fresh=True)
-    assert saved.journal.kept_checkpoints() == [2]
+    assert saved.journal.checkpoints.kept() == [2]
     saved.journal.begin_attempt(1, fresh=True)
-    assert saved.journal.kept_checkpoints() == []  # of an abandoned branch, which stays anyway
+    assert saved.journal.checkpoints.kept() == []  # of an abandoned branch, which stays anyway
 
 
 def test_the_ranks_are_told_what_an_operator_saved_on_an_abandoned_branch(saved):
-    assert saved.journal.kept_on_branches() == {}
+    assert saved.journal.checkpoints.kept_on_branches() == {}
     first = saved.journal.attempt
     saved.journal.begin_attempt(1, fresh=True)
-    assert saved.journal.kept_on_branches() == {2: first}
+    assert saved.journal.checkpoints.kept_on_branches() == {2: first}
     saved.checkpoint(2)
-    assert saved.journal.kept_on_branches() == {}
+    assert saved.journal.checkpoints.kept_on_branches() == {}
 
 
 def test_a_fork_does_not_keep_what_an_operator_saved_in_its_source(saved):
@@ -73,13 +73,13 @@ def test_checkpoints_of_an_earlier_journal_are_read(saved):
         db.execute("PRAGMA user_version = 2")
     assert kept(saved.session) == []
     with closing(JournalWriter(saved.session)) as journal:
-        journal.keep_checkpoint(3)
+        journal.checkpoints.keep(3)
     assert kept(saved.session) == [3]
 
 
 async def test_an_engine_keeps_what_a_rank_says_and_tells_the_next_ranks(engine, saved):
     engine.receive(CheckpointKept(step=3))
-    assert saved.journal.kept_checkpoints() == [2, 3]
+    assert saved.journal.checkpoints.kept() == [2, 3]
 
 
 async def test_an_engine_deletes_a_checkpoint(engine, saved):
@@ -151,9 +151,9 @@ async def test_the_next_attempt_finishes_removals_that_a_kill_interrupted(engine
     """And touches no checkpoint of which the journal has an attempt that did not remove it."""
     saved.checkpoint(4)
     for step in (1, 2):
-        saved.journal.remove_checkpoint(step)  # the kill follows
+        saved.journal.checkpoints.remove(step)  # the kill follows
     saved.journal.begin_attempt(1, fresh=True)
-    saved.journal.record_checkpoint(2, 1000, 0.5, 1.5)  # another one of this step
+    saved.journal.checkpoints.record(2, 1000, 0.5, 1.5)  # another one of this step
     shutil.copytree(
         checkpoint_path(saved.session.checkpoints, 3), checkpoint_path(saved.session.checkpoints, 9)
     )
@@ -170,7 +170,7 @@ async def test_the_next_attempt_finishes_removals_that_a_kill_interrupted(engine
 
 async def test_a_removed_checkpoint_that_was_put_back_from_a_copy_stays(engine, saved):
     folder = checkpoint_path(saved.session.checkpoints, 1)
-    saved.journal.remove_checkpoint(1)
+    saved.journal.checkpoints.remove(1)
     with closing(sqlite3.connect(saved.session.journal_file)) as db, db:  # it was long ago
         db.execute("UPDATE checkpoints SET time = time - 86400 WHERE step = 1")
     shutil.copytree(folder, copy := saved.session.folder / "copy")
@@ -189,7 +189,7 @@ async def test_a_removal_that_cannot_be_finished_does_not_keep_a_run_from_starti
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(supervisor, "unmark", unmark)
-    saved.journal.remove_checkpoint(1)
+    saved.journal.checkpoints.remove(1)
     engine.shared.next = StartOptions(from_step=3)
     engine.send(Stop(now=True))
     assert await engine.supervisor.run() == 0

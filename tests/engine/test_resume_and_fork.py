@@ -103,7 +103,7 @@ def test_a_checkpoint_whose_end_was_not_recorded_counts_until_its_timeline_is_ab
     writer,
 ):
     writer.checkpoint(2)
-    writer.journal.record_checkpoint(4, 1000, 0.5, 1.5)
+    writer.journal.checkpoints.record(4, 1000, 0.5, 1.5)
     (writer.session.checkpoints / "step-000004").mkdir()
     (writer.session.checkpoints / "step-000004" / "COMPLETE").touch()
     assert last_checkpoint(writer.session) == 4
@@ -226,7 +226,7 @@ def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journ
     new.journal.begin_attempt(8, fresh=True, adopt=adopted)
     # An attempt that fails before its first save starts again from there.
     assert last_checkpoint(without_journal) == 8
-    assert new.journal.timeline() == [8]
+    assert new.journal.checkpoints.steps() == [8]
     with JournalReader(without_journal) as reader:
         assert [(c.step, c.score) for c in reader.checkpoints()] == [(8, 0.5)]
     assert adopted_checkpoint(without_journal, 8) is None
@@ -298,7 +298,7 @@ def test_a_fork_that_is_killed_amid_its_copies_does_not_seem_to_have_made_the_st
     child = SessionFolder(writer.session.folder.with_name("child"))
     assert checkpoint_steps(child) == [2]
     assert not has_history(child)
-    with pytest.raises(UserInputError, match="its journal .* is missing"):
+    with pytest.raises(UserInputError, match=r"its journal .* is missing"):
         resume(child, from_step=None, reseed=False, overrides=[], who="me")
 
 

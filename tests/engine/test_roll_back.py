@@ -157,7 +157,7 @@ async def test_no_save_removes_the_checkpoint_of_a_roll_back_until_its_attempt_h
         reply = engine.send(Rollback(step=2))
         if read:
             assert (await settled(writer, reply.id)).status == "applied"
-        writer.journal.record_checkpoint(4, 1, 0.0, 0.0)
+        writer.journal.checkpoints.record(4, 1, 0.0, 0.0)
         engine.receive(CheckpointComplete(step=4, removed=[1, 2]))
         confirm = rank_messages.decode_to_rank(await receive(reader))
         to_engine.close()
@@ -168,11 +168,11 @@ async def test_no_save_removes_the_checkpoint_of_a_roll_back_until_its_attempt_h
     assert (await settled(writer, reply.id)).status == "applied"
     engine.send(Stop(now=True))
     assert await engine.supervisor.run() == 0
-    assert writer.journal.timeline() == [2]
+    assert writer.journal.checkpoints.steps() == [2]
     assert engine.shared.needed() == set()  # from now on it is as any other
-    writer.journal.record_checkpoint(3, 1, 0.0, 0.0)
+    writer.journal.checkpoints.record(3, 1, 0.0, 0.0)
     engine.receive(CheckpointComplete(step=3, removed=[2]))
-    assert writer.journal.timeline() == [3]
+    assert writer.journal.checkpoints.steps() == [3]
 
 
 async def test_the_checkpoint_of_a_rejected_roll_back_can_be_removed(engine, writer):

@@ -34,10 +34,10 @@ _SAVE = [
     ("engine.session.checkpoints:remove", "before", 1),
     ("engine.session.checkpoints:unmark", "after", 1),
     ("engine.session.checkpoints:remove", "after", 1),
-    ("engine.journal.writer:JournalWriter.record_checkpoint", "before", 1),
-    ("engine.journal.writer:JournalWriter.record_checkpoint", "after", 1),
-    ("engine.journal.writer:JournalWriter.complete_checkpoint", "before", 1),
-    ("engine.journal.writer:JournalWriter.complete_checkpoint", "after", 1),
+    ("engine.journal.checkpoint_log:CheckpointLog.record", "before", 1),
+    ("engine.journal.checkpoint_log:CheckpointLog.record", "after", 1),
+    ("engine.journal.checkpoint_log:CheckpointLog.complete", "before", 1),
+    ("engine.journal.checkpoint_log:CheckpointLog.complete", "after", 1),
 ]
 _COMMAND = [
     ("engine.journal.command_log:CommandLog.record", "before", 2),

@@ -119,8 +119,8 @@ def write_steps(journal: JournalWriter, settings: dict, first: int, last: int, r
             )
         )  # fmt: skip
         if step % 50 == 0:
-            journal.record_checkpoint(step, 49_000_000, 1.2, 7.5)
-            journal.complete_checkpoint(step)
+            journal.checkpoints.record(step, 49_000_000, 1.2, 7.5)
+            journal.checkpoints.complete(step)
         if step == 62:
             change(journal, settings, "beta", 0.08, 63, "ana on pts/1")
         if step == 120:

@@ -47,8 +47,8 @@ def saved(tmp_path):
             metrics = {"objective/scores": score}
             journal.record_step(StepReport(step=step, metrics=metrics, samples=[], settings={}))
             if step != 2:
-                journal.record_checkpoint(step, 1000, score, 0.0)
-                journal.complete_checkpoint(step)
+                journal.checkpoints.record(step, 1000, score, 0.0)
+                journal.checkpoints.complete(step)
                 policy = session.checkpoints / f"step-{step:06d}" / "policy"
                 policy.mkdir(parents=True)
                 (policy.parent / "COMPLETE").touch()

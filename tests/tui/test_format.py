@@ -11,7 +11,7 @@ from engine.session.command_line import mark_copies
 from engine.session.folder import SessionFolder
 from rlhf_tui.format import NUMBER_WIDTH, command, number, value_text
 from rlhf_tui.screens.parts.sample_table import cells_of
-from rlhf_tui.widgets.charts.plot import axis_text
+from rlhf_tui.widgets.charts.axis import axis_text
 from rlhf_tui.widgets.samples.common_affixes import CommonAffixes
 
 

@@ -24,8 +24,9 @@ from rlhf_tui.format import size
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_row import read_session_row
+from rlhf_tui.widgets.charts.axis import GUTTER
 from rlhf_tui.widgets.charts.chart import Chart
-from rlhf_tui.widgets.charts.plot import GUTTER, POINT, Line, Plot, paint
+from rlhf_tui.widgets.charts.plot import POINT, Line, Plot, paint
 from rlhf_tui.widgets.panels.phases import PhaseStrip
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Table
@@ -82,8 +83,8 @@ def make_evaluated(root: Path, steps: int = 60, name: str = "evaluated") -> Sess
             )
         )  # fmt: skip
         if step % EVERY == 0:
-            journal.record_checkpoint(step, 49_000_000, -step, 7.5)
-            journal.complete_checkpoint(step)
+            journal.checkpoints.record(step, 49_000_000, -step, 7.5)
+            journal.checkpoints.complete(step)
     journal.set_meta(state="finished")
     journal.record_event("state", {"state": "finished", "text": ""})
     journal.close()

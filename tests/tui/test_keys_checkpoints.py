@@ -141,7 +141,7 @@ async def test_all_remarks_on_a_checkpoint_are_whole_in_80_columns(
     with contextlib.closing(JournalWriter(session)) as journal:
         alert = {"rule": "kl_high", "text": "high", "count": 1}
         journal.record_event("alert", alert, 197)
-        journal.keep_checkpoint(150)
+        journal.checkpoints.keep(150)
     async with running(RlhfApp(tmp_path, "mine", follow=False), size=(80, 24)) as pilot:
         await pilot.press("4")
         table = pilot.app.screen.query_one(Table)
@@ -153,7 +153,7 @@ async def test_a_checkpoint_that_an_operator_saved_is_marked(
 ):
     session = session_maker(tmp_path, "mine", 100)
     with contextlib.closing(JournalWriter(session)) as journal:
-        journal.keep_checkpoint(50)
+        journal.checkpoints.keep(50)
     async with running(RlhfApp(tmp_path, "mine", follow=False)) as pilot:
         await pilot.press("4")
         table = pilot.app.screen.query_one(Table)

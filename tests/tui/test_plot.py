@@ -9,17 +9,15 @@ import pytest
 from rlhf_tui.state.marked_steps import MarkedSteps
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
+from rlhf_tui.widgets.charts.axis import GUTTER, labels, scale_of
 from rlhf_tui.widgets.charts.plot import (
     BAND,
     CURSOR,
-    GUTTER,
     PRIORITY,
     STYLE,
     Line,
     Plot,
-    labels,
     paint,
-    scale_of,
     steps_text,
 )
 from rlhf_tui.widgets.charts.raster import BRAILLE, Scale, column_of, decimate
@@ -58,13 +56,13 @@ def test_the_window_can_be_read_however_many_markers_there_are(first, last, star
 
 def test_the_scale_ends_on_round_numbers_beyond_the_values():
     columns = [decimate(RISE, 1, 100, 60)]
-    scale = scale_of(columns, plot_of())
+    scale = scale_of(columns)
     assert (scale.low, scale.high) == (0.0, 10.0)
 
 
 def test_labels_are_round_however_many_cells_the_scale_has():
     shifted = Series([(s, 0.89 + s * 0.009) for s in range(1, 101)])  # 0.75 to 2: five cells
-    scale = scale_of([decimate(shifted, 1, 100, 60)], plot_of())
+    scale = scale_of([decimate(shifted, 1, 100, 60)])
     assert [text for _, text in labels(scale, 20)] == [
         "0.75",
         "1.00",
@@ -90,7 +88,7 @@ def test_labels_are_apart_by_about_as_many_rows(cells, rows):
 def test_labels_of_a_narrow_range_differ():
     for pace in (1e-6, 2e-6, 3e-6):
         narrow = Series([(s, 0.05 - s * pace) for s in range(1, 101)])
-        scale = scale_of([decimate(narrow, 1, 100, 60)], plot_of())
+        scale = scale_of([decimate(narrow, 1, 100, 60)])
         texts = [text for _, text in labels(scale, 20)]
         assert len(set(texts)) == len(texts) > 2
         assert max(map(len, texts)) < GUTTER
@@ -98,14 +96,14 @@ def test_labels_of_a_narrow_range_differ():
 
 def test_a_curve_that_never_moves_has_room_above_and_below():
     flat = Series([(s, 0.05) for s in range(1, 20)])
-    scale = scale_of([decimate(flat, 1, 20, 40)], plot_of())
+    scale = scale_of([decimate(flat, 1, 20, 40)])
     assert scale.low < 0.05 < scale.high
 
 
 def test_the_band_covers_the_rows_within_a_fifth_of_the_target():
     picture = paint(plot_of(target=5.0), 60, 22)
     banded = [y for y in range(1, 21) if picture.styles[y][GUTTER + 1] & BAND]
-    scale = scale_of([decimate(RISE, 1, 100, 104)], plot_of(target=5.0))
+    scale = scale_of([decimate(RISE, 1, 100, 104)], target=5.0)
     assert banded == list(range(1 + scale.row(6.0, 80) // 4, 1 + scale.row(4.0, 80) // 4 + 1))
 
 
@@ -131,7 +129,7 @@ def test_a_dotted_curve_has_the_extremes_of_each_column_and_no_line_between():
 
 
 def test_a_far_target_does_not_squeeze_the_curve():
-    scale = scale_of([decimate(RISE, 1, 100, 60)], plot_of(target=500.0))
+    scale = scale_of([decimate(RISE, 1, 100, 60)], target=500.0)
     assert scale.high == 10.0
 
 
@@ -150,7 +148,7 @@ def test_a_far_target_does_not_squeeze_the_curve():
 )
 def test_a_logarithmic_axis_has_round_labels(low, high, rows, texts):
     rise = Series([(1, low), (2, high)])
-    scale = scale_of([decimate(rise, 1, 2, 60)], plot_of(log=True))
+    scale = scale_of([decimate(rise, 1, 2, 60)], log=True)
     assert [text for _, text in labels(scale, rows)] == texts
     assert scale.low <= low <= high <= scale.high
 

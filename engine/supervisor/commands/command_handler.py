@@ -191,7 +191,7 @@ class CommandHandler:
             case Rollback() as rollback:
                 self.checkpoints.roll_back(request.id, rollback, who)
             case DeleteCheckpoint(step=step):
-                self._journal.remove_checkpoint(step)
+                self._journal.checkpoints.remove(step)
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
                 self.checkpoints.delete(step)
             case Note():

@@ -15,9 +15,9 @@ from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line
+from rlhf_tui.widgets.charts.axis import GUTTER
 from rlhf_tui.widgets.charts.plot import (
     BACKGROUNDS,
-    GUTTER,
     POINT,
     STYLES,
     Canvas,

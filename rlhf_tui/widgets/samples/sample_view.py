@@ -125,6 +125,20 @@ def body(
     Without `arrays` the response is plain text in every view, below which samples of the step have
     token values (`kept`, None: not known yet).
     """
+    before, after = _prompt_rows(sample.prompt, width)
+    rows = [*_number_rows(sample, width), [], *before, []]
+    if mode != VIEWS[0] and arrays is not None:
+        values = token_rows(arrays, mode, width, reply_texts(sample.response, sample.replies))
+        return [*rows, *values, *after]
+    if mode != VIEWS[0] and kept is not None:
+        rows += [[(line, "warn")] for line in wrap(_not_kept(sample, kept), width)]
+        rows.append([])
+    response = response_rows(sample.response, sample.replies, width)
+    return [*rows, heading(sample.replies), *response, *after]
+
+
+def _number_rows(sample: SampleRow, width: int) -> list[Row]:
+    """The numbers of a sample, its judgement, and the scores of each source and turn."""
     s = sample
     numbers: list[Row] = [
         [("score ", "dim"), (fmt.number(s.score), "strong")],
@@ -143,16 +157,7 @@ def body(
     for name, scores in s.turn_scores.items():
         title = "by turn" if len(s.turn_scores) == 1 else f"{name} by turn"
         rows += flowed([[(title, "dim")], *([(fmt.number(x), "")] for x in scores)], width, "  ")
-    before, after = _prompt_rows(s.prompt, width)
-    rows += [[], *before, []]
-    if mode != VIEWS[0] and arrays is not None:
-        values = token_rows(arrays, mode, width, reply_texts(s.response, s.replies))
-        return [*rows, *values, *after]
-    if mode != VIEWS[0] and kept is not None:
-        rows += [[(line, "warn")] for line in wrap(_not_kept(s, kept), width)]
-        rows.append([])
-    response = response_rows(s.response, s.replies, width)
-    return [*rows, heading(s.replies), *response, *after]
+    return rows
 
 
 def _prompt_rows(prompt: str, width: int) -> tuple[list[Row], list[Row]]:
