@@ -17,7 +17,9 @@ from transformers import (
 
 from engine import starter
 from engine.train.distributed.stored_tensor import file_digest, stored_tensors
+from engine.train.models.read_pretrained import read_pretrained
 from engine.train.models.stored_weights import empty_model
+from tests.train.adapters import write_adapters
 from tests.train.ranks.launch import run_ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "loading.py"
@@ -30,7 +32,14 @@ SHAPE = {
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
 }
-LOADS = ("every-rank", "bfloat16", "rank-0")
+LOADS = (
+    "every-rank",
+    "bfloat16",
+    "rank-0",
+    "adapters",
+    "adapters-bfloat16",
+    "adapters-rank-0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +50,9 @@ def loads(tmp_path_factory):
     layer = 4 * sum(p.numel() for p in lm.model.layers[0].parameters())
     lm.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20MB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    results = tmp_path_factory.mktemp("results")
-    done = run_ranks(2, SCRIPT, folder, results, folder=results)
+    adapters, results = (tmp_path_factory.mktemp(name) for name in ("adapters", "results"))
+    write_adapters(folder, adapters, tokenizer=False, target_modules="all-linear")
+    done = run_ranks(2, SCRIPT, folder, adapters, results, folder=results)
     assert done.code == 0, done.output
     found = {
         n: [json.loads((results / f"{n}-{r}.json").read_text()) for r in (0, 1)] for n in LOADS
@@ -60,7 +70,7 @@ def test_a_rank_holds_its_share_and_at_most_one_layer_more(loads, name):
 
 
 @pytest.mark.parametrize("name", LOADS)
-def test_sharded_weights_and_buffers_are_those_that_transformers_loads(loads, name):
+def test_sharded_weights_and_buffers_are_those_that_transformers_loads_and_peft_merges(loads, name):
     found, _ = loads
     assert found[name][0]["different"] == []
 
@@ -113,6 +123,44 @@ def test_names_and_buffers_of_other_families_are_found(tmp_path, family, kind):
     for name, buffer in model.named_buffers():
         assert buffer.dtype == buffers[name].dtype
         assert torch.equal(buffer, buffers[name])
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_each_rank_can_merge_plain_adapters_into_its_rows(tmp_path, family, kind):
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 40,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    base, first, second = (tmp_path / name for name in ("base", "first", "second"))
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(base)
+    lora = {"target_modules": "all-linear", "tokenizer": False}
+    write_adapters(base, first, **lora, alpha_pattern={"c_fc": 5, "q_proj": 5})
+    write_adapters(base, second, **lora, use_rslora=True, named=first, seed=1)
+    for source in (first, second):
+        merged = read_pretrained(kind, str(source), "model.policy", dtype=torch.bfloat16)
+        model, stored = empty_model(kind, str(source), "model.policy", torch.bfloat16)
+        wanted = dict(merged.named_parameters())
+        assert stored.tensors.keys() == wanted.keys() == dict(model.named_parameters()).keys()
+        for name, tensor in stored.tensors.items():
+            assert torch.equal(tensor.read(dtype=torch.bfloat16), wanted[name]), name
+            rows = tensor.read(1, 2, torch.bfloat16)
+            assert torch.equal(rows, wanted[name][1:3]), name
+        assert all(p.requires_grad for p in model.parameters())
+
+
+OTHERS = {
+    "with magnitudes": {"use_dora": True},
+    "with a whole module": {"modules_to_save": ["norm"]},
+    "on other weights": {"init_lora_weights": "olora"},
+}
+
+
+@pytest.mark.parametrize("lora", OTHERS.values(), ids=OTHERS.keys())
+def test_other_adapters_are_left_to_peft(half_policy, tmp_path, lora):
+    write_adapters(half_policy, tmp_path / "sft", tokenizer=False, **lora)
+    found = empty_model(AutoModelForCausalLM, str(tmp_path / "sft"), "model.policy", torch.float32)
+    assert found is None
 
 
 def test_a_model_whose_weights_are_converted_or_missing_is_left_to_transformers(tmp_path):

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import cast
 
@@ -349,6 +350,17 @@ def set_threads_and_nice(ranks: RankGroup, launch: LaunchConfig) -> int:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads_per_rank(launch, local_ranks))
     return torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Context in which sums round in the same way with any number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def threads_per_rank(launch: LaunchConfig, ranks: int) -> int:

@@ -12,13 +12,17 @@ import functools
 import hashlib
 import io
 import math
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
+
+from engine.train.distributed.ranks import one_thread
 
 DTYPES = {
     "F64": torch.float64,
@@ -52,6 +56,8 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
     """A key of :data:`DTYPES`."""
     on_every_rank: bool = False
     """Whether every rank can read the file; otherwise rank 0 reads and sends."""
+    changes: "tuple[LowRankChange, ...]" = ()
+    """Adapters that are merged, in this order."""
 
     def read(
         self, first: int = 0, count: int | None = None, dtype: torch.dtype | None = None
@@ -87,6 +93,19 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             OSError: the file cannot be read, or has become shorter.
         """
+        if not self.changes:
+            self._read_stored(tensor, skip)
+            return
+        exact = tensor
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            exact = temporary_tensor(tensor.shape)
+        self._read_stored(exact, skip)
+        for change in self.changes:
+            change.add_to(exact, skip // self.shape[1])
+        if exact is not tensor:
+            tensor.copy_(exact)
+
+    def _read_stored(self, tensor: Tensor, skip: int) -> None:
         stored, values = DTYPES[self.dtype], tensor.view(-1)
         converts = tensor.dtype != stored or tensor.device.type != "cpu"
         buffer = _buffer().view(stored) if converts else values
@@ -105,6 +124,42 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
             if not read:
                 raise OSError(f"{self.path} has become shorter while it was read")
             content = content[read:]
+
+
+class LowRankChange(msgspec.Struct, frozen=True):
+    """What a LoRA adapter adds to a weight."""
+
+    first: StoredTensor
+    """(rank, inputs)."""
+    second: StoredTensor
+    """(outputs, rank)."""
+    scale: float
+    transposed: bool
+    """Whether the weight is (inputs, outputs)."""
+
+    def add_to(self, rows: Tensor, first: int) -> None:
+        """Adds the change to float32 rows of the weight, of which the first has that index.
+
+        The whole product is computed even for some rows, like peft does, to have the same bits.
+        """
+        inner, outer = (part.read(dtype=torch.float32) for part in (self.first, self.second))
+        change = temporary_tensor((outer.shape[0], inner.shape[1]))
+        with one_thread():
+            torch.mm(outer, inner, out=change)
+        change.mul_(self.scale)
+        rows.add_((change.T if self.transposed else change)[first : first + len(rows)])
+
+
+def temporary_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the CPU with memory of its own, not written to.
+
+    Not from the heap: tensors that stay would fill the holes left by freed ones, so that each next
+    one would need new memory.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(tuple(shape))
 
 
 @functools.cache

@@ -1,14 +1,12 @@
 """The weights that a model receives when it is sharded: read from files, or sent by rank 0."""
 
-import mmap
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.train.distributed.ranks import RankGroup
-from engine.train.distributed.stored_tensor import StoredTensor, stored_of
+from engine.train.distributed.stored_tensor import StoredTensor, stored_of, temporary_tensor
 
 
 class WeightSource:
@@ -83,11 +81,8 @@ class WeightSource:
 
     def _full(self, target: Tensor, value: Tensor | None) -> Tensor:
         """The value on the device; on ranks without it, memory that is not yet written to."""
-        if self._ranks.device.type == "cpu" and target.numel():
-            # Not from the heap: shards would fill the holes left by freed tensors, so that each
-            # next tensor would need new memory.
-            pages = mmap.mmap(-1, target.numel() * target.element_size())
-            full = torch.frombuffer(pages, dtype=target.dtype).view(target.shape)
+        if self._ranks.device.type == "cpu":
+            full = temporary_tensor(target.shape, target.dtype)
         else:
             full = torch.empty(target.shape, dtype=target.dtype, device=self._ranks.device)
         return full if value is None else full.copy_(value)

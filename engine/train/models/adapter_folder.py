@@ -6,8 +6,6 @@ ordinary model. :mod:`engine.train.models.read_pretrained` reads both.
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,8 @@ from engine.config.model_folder import (
     no_adapter_weights,
 )
 from engine.errors import UserInputError, first_line
+from engine.train.distributed.ranks import one_thread
+from engine.train.distributed.stored_tensor import LowRankChange, stored_tensors
 
 log = logging.getLogger("engine")
 
@@ -35,6 +35,8 @@ PREFIX = "base_model.model."
 """The prefix of parameter names in peft's files."""
 MERGED = "merged_adapters"
 """Attribute of a model into which adapters were merged: the path of their configuration."""
+PLAIN = (True, False, "gaussian", "orthogonal", "eva")
+"""Ways to initialise adapters that leave the weights under them as they are."""
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Names of the last weight of a classifier's head."""
 
@@ -108,7 +110,8 @@ def merge_adapters(model: Any, adapters: Adapters) -> Any:
         UserInputError: they cannot be merged, or are not adapters of this model. peft raises almost
             any type of exception.
     """
-    with _one_thread(), warnings.catch_warnings():
+    # With another number of threads a resume would find that the model has changed.
+    with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about tied weights, which are checked here
         try:
             merged = _merge(model, adapters)
@@ -150,24 +153,56 @@ def _shapes(error: RuntimeError) -> str:
     return lines[min(1, len(lines) - 1)].strip()
 
 
+def low_rank_changes(model: Any, adapters: Adapters) -> dict[str, LowRankChange] | None:
+    """What adapters add to each weight, to be merged by every rank into its rows.
+
+    Args:
+        model: the base model on the meta device; unchanged after the call.
+        adapters: to be merged.
+
+    Returns:
+        By the name of the parameter; None for any but the plain adapters of linear layers, and for
+        those that cannot be used, about which :func:`merge_adapters` raises.
+    """
+    from peft import LoraConfig, PeftConfig, PeftModel  # noqa: PLC0415 - slow
+    from peft.tuners.lora import Linear, LoraLayer  # noqa: PLC0415 - slow
+
+    found = {}
+    try:
+        stored = stored_tensors(adapters.folder / ADAPTER_WEIGHTS)
+        config = PeftConfig.from_pretrained(str(adapters.folder))
+        # The others begin with other weights under the adapters.
+        if not isinstance(config, LoraConfig) or config.init_lora_weights not in PLAIN:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = PeftModel(model, config)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            pair = [stored.pop(f"{PREFIX}{name}.lora_{part}.weight", None) for part in "AB"]
+            inner, outer = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            if (
+                type(layer) is not Linear
+                or layer.lora_variant
+                or [t and t.shape for t in pair] != [tuple(inner.shape), tuple(outer.shape)]
+                or not all(t.read().isfinite().all() for t in pair)
+            ):
+                return None
+            found[f"{name}.weight"] = LowRankChange(
+                *pair, scale=layer.scaling["default"], transposed=layer.fan_in_fan_out
+            )
+        wrapped.unload().requires_grad_(True)
+    except Exception as error:  # merge_adapters explains it
+        log.info("load: the adapters in %s: %s", adapters.source, first_line(error))
+        return None
+    return None if stored else found
+
+
 def _unusable(adapters: Adapters, reason: str) -> UserInputError:
     return UserInputError(
         f"{adapters.key}: the adapters in {adapters.source} for {adapters.base.name}: {reason}"
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Context in which products round as with any number of threads.
-
-    Otherwise a resume with another number would find that the model has changed.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _resize_embeddings(model: Any, adapters: Adapters) -> None:

@@ -7,6 +7,7 @@ to convert tensors (joining experts into one tensor, quantised weights) or initi
 :func:`empty_model` returns None and rank 0 reads the whole model.
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,17 @@ import torch
 from accelerate import init_empty_weights
 from msgspec.structs import replace
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file
 
+from engine.config.model_folder import ADAPTER_WEIGHTS
+from engine.errors import UserInputError
 from engine.examined import examined
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.stored_tensor import (
@@ -27,7 +36,12 @@ from engine.train.distributed.stored_tensor import (
     mark_stored,
     stored_tensors,
 )
-from engine.train.models.adapter_folder import find_adapters
+from engine.train.models.adapter_folder import (
+    MERGED,
+    Adapters,
+    find_adapters,
+    low_rank_changes,
+)
 from engine.train.models.read_pretrained import (
     NO_OPTIONS,
     ReadOptions,
@@ -72,9 +86,8 @@ def empty_model(
     """
     if read.trust_remote_code or read.gguf_file is not None:
         return None
-    if find_adapters(source, key, read.revision) is not None:
-        log.info("load: rank 0 reads all of %s: it merges adapters", source)
-        return None
+    if (adapters := find_adapters(source, key, read.revision)) is not None:
+        return _empty_adapted(kind, adapters, key, dtype, read)
     check_weights(source, key)
     config = read_pretrained(AutoConfig, source, key, "configuration", read)
     if getattr(config, "quantization_config", None) is not None:
@@ -101,6 +114,37 @@ def empty_model(
     if model.can_generate():
         _read_generation_config(model, source, read.revision)
     return model.eval(), StoredModel(found, {str(f): file_digest(f) for f in files})
+
+
+def _empty_adapted(
+    kind: Any, adapters: Adapters, key: str, dtype: torch.dtype, read: ReadOptions
+) -> tuple[Any, StoredModel] | None:
+    """Like :func:`empty_model`; each rank merges the adapters into the rows that it reads."""
+    whole = AutoModelForCausalLM if kind is AutoModel else kind
+    of_base = dataclasses.replace(read, revision=adapters.base.revision)
+    try:
+        found = empty_model(whole, adapters.base.name, key, dtype, of_base)
+    except UserInputError:  # explained when rank 0 reads it
+        found = None
+    if found is None:
+        return None
+    model, stored = found
+    changes = low_rank_changes(model, adapters)
+    if changes is None or not changes.keys() <= stored.tensors.keys():
+        log.info("load: rank 0 reads all of %s: peft merges its adapters", adapters.source)
+        return None
+    tensors = dict(stored.tensors)
+    for name, change in changes.items():
+        tensors[name] = replace(tensors[name], changes=(*tensors[name].changes, change))
+    file = adapters.folder / ADAPTER_WEIGHTS
+    digests = stored.digests | {str(file): file_digest(file)}
+    if kind is AutoModel:
+        prefix = f"{model.base_model_prefix}."
+        tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        model = model.base_model
+    vars(model)[MERGED] = adapters.config
+    log.info("load: each rank merges the adapters in %s into its shards", adapters.source)
+    return model, StoredModel(tensors, digests)
 
 
 def share_stored(model: nn.Module, stored: StoredModel | None, ranks: RankGroup) -> None:

@@ -1,8 +1,9 @@
 """Loads and shards a model as one of several ranks, and measures the memory that this takes.
 
-``loading.py FOLDER RESULTS``: FOLDER holds the model. Each rank writes a JSON file per load
-to RESULTS: the bytes of its shards, the growth of its resident memory at the peak of the load, and,
-on rank 0, the tensors that differ from those that transformers loads.
+``loading.py FOLDER ADAPTERS RESULTS``: FOLDER holds the model, ADAPTERS some for it. Each rank
+writes a JSON file per load to RESULTS: the bytes of its shards, the growth of its resident memory
+at the peak of the load, and, on rank 0, the tensors that differ from those that transformers loads,
+or that peft merges.
 """
 
 import ctypes
@@ -22,18 +23,22 @@ from engine.train.distributed.sharding import full_tensor, place_model
 from engine.train.distributed.stored_tensor import mark_stored, stored_of
 from engine.train.models.language_model import LanguageModel, fingerprint
 from engine.train.models.pretrained import load_lm
+from engine.train.models.read_pretrained import read_pretrained
 
 
 def main():
-    folder, results = sys.argv[1:]
+    folder, adapters, results = sys.argv[1:]
     ranks = RankGroup(LaunchConfig(device="cpu"))
-    for name, dtype, on_every_rank in (
-        ("warm-up", torch.float32, True),  # imports what a load needs
-        ("every-rank", torch.float32, True),
-        ("bfloat16", torch.bfloat16, True),
-        ("rank-0", torch.float32, False),
+    for name, source, dtype, on_every_rank in (
+        ("warm-up", adapters, torch.float32, True),  # imports what a load needs
+        ("every-rank", folder, torch.float32, True),
+        ("bfloat16", folder, torch.bfloat16, True),
+        ("rank-0", folder, torch.float32, False),
+        ("adapters", adapters, torch.float32, True),
+        ("adapters-bfloat16", adapters, torch.bfloat16, True),
+        ("adapters-rank-0", adapters, torch.float32, False),
     ):
-        result = load(folder, ranks, dtype, on_every_rank=on_every_rank)
+        result = load(source, ranks, dtype, on_every_rank=on_every_rank)
         (Path(results) / f"{name}-{ranks.rank}.json").write_text(json.dumps(result))
     ranks.final_barrier()
     os._exit(0)  # like a rank
@@ -56,7 +61,10 @@ def load(folder, ranks, dtype, *, on_every_rank):
     tensors |= dict(model.lm.named_buffers())
     different = []
     if ranks.is_lead:
-        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        if (Path(folder) / "config.json").exists():
+            whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        else:
+            whole = read_pretrained(AutoModelForCausalLM, folder, "model.policy", dtype=dtype)
         wanted = whole.state_dict() | dict(whole.named_buffers())
         same = {n for n in wanted if n in tensors and torch.equal(wanted[n], tensors[n])}
         different = sorted(wanted.keys() ^ tensors.keys() | wanted.keys() - same)
