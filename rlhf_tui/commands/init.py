@@ -44,7 +44,9 @@ FUNCTION = re.compile(r"(?!starter:)[\w.]+:\w+")
     help="How to train; the files in examples/ have the details.",
 )  # fmt: skip
 @click.option("--policy", metavar="MODEL", help="The model to train: a folder or a hub id.")
-@click.option("--prompts", metavar="DATA", help="A .jsonl, .csv or .parquet file, a folder, or a hub id.")
+@click.option(
+    "--prompts", metavar="DATA", help="A .jsonl, .csv or .parquet file, a folder, or a hub id."
+)
 @click.option("--column", metavar="NAME", help="The column with the prompts.  [default: prompt]")
 @click.option("--reward-model", metavar="MODEL", help="A sequence classifier: a folder or hub id.")
 @click.option("--reward-function", metavar="MODULE:NAME", help="A Python function that scores.")
