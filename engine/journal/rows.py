@@ -391,6 +391,8 @@ class ProbeResponse(Struct, frozen=True, kw_only=True):
 
     response: str = ""
     score: float | None = None
+    unscored: str = ""
+    """Why there is no score; empty if there is one."""
     kl: float | None = None
     """KL to the reference in nats, summed over the response."""
     length: int = 0

@@ -89,6 +89,8 @@ def _check_prompts(key: str, source: str) -> None:
     if not prompts.is_absolute():  # a data set on the hub, or none
         return
     if not is_file(prompts):
+        if prompts.is_dir():  # of a data set; what is in it, its loader finds out
+            return
         raise ConfigError(f"{key}: no file at {prompts}")
     if prompts.suffix.lower() not in DATA_FILES:
         endings = ", ".join(DATA_FILES)

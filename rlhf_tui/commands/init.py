@@ -44,7 +44,9 @@ FUNCTION = re.compile(r"(?!starter:)[\w.]+:\w+")
     help="How to train; the files in examples/ have the details.",
 )  # fmt: skip
 @click.option("--policy", metavar="MODEL", help="The model to train: a folder or a hub id.")
-@click.option("--prompts", metavar="DATA", help="A .jsonl, .csv or .parquet file, or a hub id.")
+@click.option(
+    "--prompts", metavar="DATA", help="A .jsonl, .csv or .parquet file, a folder, or a hub id."
+)
 @click.option("--column", metavar="NAME", help="The column with the prompts.  [default: prompt]")
 @click.option("--reward-model", metavar="MODEL", help="A sequence classifier: a folder or hub id.")
 @click.option("--reward-function", metavar="MODULE:NAME", help="A Python function that scores.")
@@ -95,7 +97,7 @@ def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str,
     """The given values; missing ones are asked for, or are the starter's."""
     titles = {
         "policy": "The model to train (a folder or a hub id)",
-        "prompts": "The prompts (a file or a hub id)",
+        "prompts": "The prompts (a file, a folder or a hub id)",
         "reward_model": "The reward (a model's folder or hub id, or module:function)",
     }
     asking = is_terminal() and not all(given.values())

@@ -135,6 +135,8 @@ class CtlCall:
                 for model, found in (("policy", probed.policy), ("reference", probed.reference)):
                     say(f"{model}: score {fmt.number(found.score)}, KL {fmt.number(found.kl)}")
                     say_turns("", found.turns)
+                if unscored := probed.policy.unscored or probed.reference.unscored:
+                    say(f"no score: {one_line(unscored)}")
 
 
 class Verbs(click.Group):

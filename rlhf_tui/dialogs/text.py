@@ -88,4 +88,6 @@ class ProbeDialog(TextDialog):
                 numbers += f"  KL {fmt.number(found.kl, 2)}"
             rows += [[], [(f"{name}  ", "strong"), (numbers, "dim")]]
             rows += response_rows(found.response, found.replies, self.width)
+        if unscored := result.policy.unscored or result.reference.unscored:
+            rows += [[], *([(x, "dim")] for x in wrap(f"no score: {unscored}", self.width))]
         return rows

@@ -111,11 +111,12 @@ def undisturbed(either_lab: Lab, once: Once, request: pytest.FixtureRequest) -> 
 
 @pytest.fixture(scope="session")
 def branch(lab: Lab, whole: Run, once: Once) -> Run:
-    """A fork of the uninterrupted run at step 4, with another beta; in step 9 its reward is NaN."""
+    """A fork of the uninterrupted run at step 4, with another beta; its update of step 9 fails."""
 
     def make(run: Run) -> None:
-        run.score_at(9, "nan")
-        keys = ("kl.beta=0.5", f"reward.path={run.gate}", "train.steps=9")
+        run.score_at(9, "fail no more")
+        limit = "launch.max_restarts=0"
+        keys = ("kl.beta=0.5", f"reward.path={run.gate}", "train.steps=9", limit)
         options = [word for key in keys for word in ("-o", key)]
         fork = ("fork", "whole", "--from", "4", "--name", "branch")
         done = lab.cli(*fork, *options, "--headless")

@@ -12,6 +12,16 @@ FOLDER = Path(__file__).parent
 DEADLY = "the last words of a rank"
 
 
+def fail_to_update(text):
+    """Lets the update of the step raise, which ends the run; an error of a reward pauses it."""
+    import torch  # noqa: PLC0415 - not in processes without a model
+
+    def backward(*_arguments, **_options):
+        raise RuntimeError(text)
+
+    torch.Tensor.backward = backward
+
+
 def score(prompts, completions, trainer_state, **_):
     if DEADLY in prompts:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -26,5 +36,8 @@ def score(prompts, completions, trainer_state, **_):
     if override.exists() and (text := override.read_text()):
         if text.startswith("raise "):
             raise ValueError(text.removeprefix("raise "))
+        if text.startswith("fail "):
+            fail_to_update(text.removeprefix("fail "))
+            return scores
         return [float(text)] * len(scores)
     return scores

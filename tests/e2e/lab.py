@@ -210,7 +210,8 @@ class Run:
     def score_at(self, step: int, score: str) -> None:
         """Replaces the scores of a step by a number.
 
-        `raise TEXT` raises an error with that text instead; an empty string ends the replacement.
+        `raise TEXT` raises an error with that text instead, `fail TEXT` one in the update; an
+        empty string ends the replacement.
         """
         (self.gate / f"score-{step}").write_text(score)
 

@@ -23,12 +23,13 @@ PHASES = ("load policy", "generate", "score", "reference", "optimise", "checkpoi
 def pair(lab, tmp_path_factory):
     """8 steps on two ranks, with a pause after the fifth that is longer than both time-outs.
 
-    The reward function raises in step 7, until the run has paused for it. Inside step 9 one of the
-    ranks is killed.
+    The reward function returns NaN in step 6 and raises in step 7, until the run has paused for it.
+    Inside step 9 one of the ranks is killed.
     """
     limits = (f"launch.timeout={TIMEOUT}", f"launch.silence={SILENCE}", "launch.max_restarts=0")
     run = lab.run("pair", *TWO, *limits, "reward.retries=1", steps=9)
     run.hold(5, 9)
+    run.score_at(6, "nan")
     run.score_at(7, "raise no service")
     run.temporary = tmp_path_factory.mktemp("temporary")
     lab.environment["TMPDIR"] = str(run.temporary)
@@ -51,6 +52,10 @@ def pair(lab, tmp_path_factory):
     run.step_after_pause = run.step
     with run.client() as client:
         run.rank_loads = client.status().telemetry.ranks
+    assert run.command("unpause")["status"] == "applied"
+    run.wait_for("paused")
+    run.with_nan = lab.json("status", run.name)
+    run.score_at(6, "")
     assert run.command("unpause")["status"] == "applied"
     run.wait_for("paused")
     run.without_reward = lab.json("status", run.name)
@@ -100,12 +105,18 @@ def test_a_reward_that_raises_pauses_all_ranks_until_it_can_be_called(pair):
     assert status["pause_reason"].startswith(
         "reward 'score' at step 7: ValueError: no service at gate.py:"
     )
-    (alert,) = [e for e in pair.events("alert") if e["rule"] == "reward"]
+    _, alert = [e for e in pair.events("alert") if e["rule"] == "reward"]
     assert alert["text"] == status["pause_reason"]
     assert "in score" in alert["traceback"]
     log = pair.session.log_file.read_text()
     assert "called again in 1 s" in log
     assert log.count("Traceback") == 1, "it is logged once, not by each rank"
+
+
+def test_a_score_that_cannot_be_used_pauses_all_ranks_until_it_can(pair):
+    status = pair.with_nan
+    assert status["step"] == 5
+    assert status["pause_reason"].startswith("reward 'score' returned nan for response 0 of step 6")
 
 
 def test_paused_ranks_use_almost_no_processor_time(pair):

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,37 @@ def test_parquet_is_read_too(tokenizer, tmp_path):
     path = tmp_path / "p.parquet"
     datasets.Dataset.from_dict({"prompt": ["The film", "This phone"]}).to_parquet(path)
     assert len(load(tokenizer, str(path))) == 2
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Folders: `files` and `splits` have two splits, `one` is a single one that was saved."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    splits = {"train": ["one two", "three"], "test": ["four"]}
+    sets = {k: datasets.Dataset.from_dict({"prompt": texts}) for k, texts in splits.items()}
+    (tmp_path / "files").mkdir()
+    for name, rows in sets.items():
+        rows.to_parquet(tmp_path / "files" / f"{name}-00000-of-00001.parquet")
+    datasets.DatasetDict(sets).save_to_disk(tmp_path / "splits")
+    sets["train"].save_to_disk(tmp_path / "one")
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", ["files", "splits", "one"])
+def test_a_folder_is_read_like_a_file(tokenizer, saved, folder):
+    read = load(tokenizer, str(saved / folder), shuffle=False)
+    assert [p.text for p in read.for_step(1)] == ["one two", "three"]
+    if folder != "one":
+        read = load(tokenizer, str(saved / folder), split="test")
+        assert {p.text for p in read.for_step(1)} == {"four"}
+        with pytest.raises(UserInputError, match=r"cannot read the folder .*'?train'?, '?test'?"):
+            load(tokenizer, str(saved / folder), split="val")
+
+
+def test_a_folder_without_data_is_named(tokenizer, saved):
+    (saved / "empty").mkdir()
+    with pytest.raises(UserInputError, match=r"cannot read the folder /.*empty: .*\bdata files"):
+        load(tokenizer, str(saved / "empty"))
 
 
 def test_chat_messages_are_rendered_by_the_models_template(tokenizer, write_prompts):

@@ -8,7 +8,7 @@ import pytest
 
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import HTTPConfig, RewardConfig, RewardSource
-from engine.errors import RewardError, UserInputError
+from engine.errors import UserInputError
 from engine.progress import report_nothing
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
@@ -193,7 +193,7 @@ def test_a_score_beside_a_failure_is_checked_like_any_other(inputs):
     call = calls.SourceCall("own", half_down, inputs)
     with pytest.raises(RewardCallError, match="2 of 3"):
         call(report_nothing)
-    with pytest.raises(RewardError, match=r"returned 1e\+300 for response 1 of step 7"):
+    with pytest.raises(RewardCallError, match=r"returned 1e\+300 for response 1 of step 7"):
         call(report_nothing)
 
 

@@ -12,14 +12,17 @@ from engine.train.reports.probe import answer_probe, probed_prompt
 from tests.train.arithmetic import CHAT
 
 
-def test_a_probe_that_a_reward_function_cannot_score_is_rejected(make_run, tmp_path, monkeypatch):
+def test_a_probe_that_a_reward_function_cannot_score_says_why_it_has_no_score(make_run, tmp_path):
     text = "def by_answer(completions, answer):\n    return [0.0] * len(completions)\n"
     (tmp_path / "needs_a_column.py").write_text(text)
     run, _ = make_run(
         "reward.model=null", "reward.function=needs_a_column:by_answer", f"reward.path={tmp_path}"
     )
-    with pytest.raises(CommandRejectedError, match=r"cannot be scored.*'answer'"):
-        answer_probe(run, "hello there")
+    for found in answer_probe(run, "hello there").values():
+        assert found["score"] is None
+        assert "it takes 'answer', which is not one of prompt" in found["unscored"]
+        assert found["response"]
+        assert isinstance(found["kl"], float)
 
 
 def test_a_probe_with_a_prompt_of_the_data_has_its_other_columns(make_run, tmp_path, write_prompts):

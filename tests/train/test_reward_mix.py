@@ -4,11 +4,10 @@ import threading
 
 import pytest
 
-from engine.errors import RewardError
 from engine.train.distributed import compute_on_rank_0
 from engine.train.rewards import calls
 from engine.train.rewards.mix import RewardMix, WeightedReward
-from engine.train.rewards.source import IncompleteScoresError, RunsOn
+from engine.train.rewards.source import IncompleteScoresError, RewardCallError, RunsOn
 from tests.train.minibatch import SINGLE_RANK
 from tests.train.reward_inputs import TEXTS
 from tests.train.two_ranks import two_ranks
@@ -52,7 +51,7 @@ def test_a_response_that_only_a_source_of_weight_zero_scores_has_no_score(inputs
         "obeyed": WeightedReward(1.0, RunsOn.RANK_0, SOMETIMES),
         "watched": WeightedReward(0.0, RunsOn.RANK_0, LENGTH),
     }
-    with pytest.raises(RewardError, match="scored response 1"):
+    with pytest.raises(RewardCallError, match="scored response 1"):
         RewardMix(sources, SINGLE_RANK)(inputs)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import SOURCE_KEYS, RewardConfig, RewardSource
-from engine.errors import RewardError, UserInputError
+from engine.errors import UserInputError
 from engine.progress import report_nothing
 from engine.protocol import frames
 from engine.protocol.rank_messages import Paused, decode_from_rank
@@ -283,9 +283,22 @@ BAD = {
 
 @pytest.mark.parametrize(("name", "message"), BAD.items())
 def test_invalid_scores_raise_an_error_that_names_the_response(module, inputs, name, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardCallError, match=message):
         source = WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, name))
         RewardMix({name: source}, SINGLE_RANK)(inputs)
+
+
+@pytest.mark.parametrize("name", ["nan", "sometimes"])
+def test_a_function_whose_scores_cannot_be_used_is_not_called_again_until_its_file_is_mended(
+    module, inputs, name
+):
+    source = WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, name))
+    mix = RewardMix({name: source}, SINGLE_RANK, retries=3)
+    with pytest.raises(RewardCallError):
+        mix(inputs)
+    mended = f"def {name}(completions, **kwargs): return [2.0] * len(completions)\n"
+    Path(module, "rewards_for_test.py").write_text(mended, encoding="utf-8")
+    assert mix(inputs).total.tolist() == [2.0] * 3
 
 
 @pytest.fixture

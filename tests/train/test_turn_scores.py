@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.sections.ppo import PPOConfig
-from engine.errors import RewardError
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.ppo import masked
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.rewards.mix import RewardMix, WeightedReward
-from engine.train.rewards.source import RunsOn
+from engine.train.rewards.source import RewardCallError, RunsOn
 from engine.train.rollout.conversation import Turns
 from engine.train.step import train_step
 from tests.train.minibatch import SINGLE_RANK
@@ -159,7 +158,9 @@ def test_scores_of_turns_are_divided_by_the_deviation_of_their_group(inputs):
     "score", [[1.0, 2.0], [], [1.0, 2.0, None], [1.0, 2.0, [3.0]], [3e38] * 3, [1.0, 2.0, "x"]]
 )
 def test_a_list_that_is_not_one_finite_number_for_each_turn_is_refused(inputs, score):
-    with pytest.raises(RewardError, match="a list of 3, one for each turn of the policy, or None"):
+    with pytest.raises(
+        RewardCallError, match="a list of 3, one for each turn of the policy, or None"
+    ):
         mix_of(a=(1.0, [0.0, score, 0.0], {}))(inputs)
 
 

@@ -283,6 +283,20 @@ async def test_x_probes_and_shows_both_responses(run_app, engine, until):
         assert "reference says" in text
 
 
+async def test_responses_to_a_probe_without_a_score_say_why(make_app, running, until):
+    app = make_app()
+    told = {"response": "some words", "score": None, "kl": 2.0, "unscored": "it takes 'answer'"}
+    result = {"policy": told, "reference": told}
+    answer = CommandReply(id="1", status="applied", step=201, result=result)
+    async with running(app) as pilot:
+        app.post_message(CommandAnswered(app.session, "probe", steering.Probe(text="x"), answer))
+        await until(pilot, lambda: len(app.screen_stack) == 2)
+        await until(pilot, lambda: app.screen.query_one(ScrollText).size.height > 0)
+        text = app.screen.query_one(ScrollText).text()
+        assert "some words" in text
+        assert text.count("no score: it takes 'answer'") == 1
+
+
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
 async def test_long_responses_to_a_probe_are_whole_and_scroll(make_app, size, running, until):
     app = make_app()

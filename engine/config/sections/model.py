@@ -14,21 +14,23 @@ class PromptSource(Section, frozen=True):
     """One of several data sets."""
 
     path: PathOrName
-    """A file, the id of a data set on the hub, or `starter:prompts`, like `data.prompts`."""
+    """A file, a folder, the id of a data set on the hub, or `starter:prompts`, like
+    `data.prompts`."""
     weight: Positive = 1.0
     """Share of the prompts that are drawn from this data set, relative to the other weights."""
     column: str | None = None
     """The column that holds the prompt. Default: `data.column`."""
     split: str | None = None
-    """The split of a data set on the hub. Default: `data.split`."""
+    """The split of a data set on the hub, or of a folder. Default: `data.split`."""
 
 
 class DataConfig(Section, frozen=True):
     """The prompts that the policy is trained on."""
 
     prompts: PathOrName | list[PromptSource]
-    """A .jsonl, .json, .csv or .parquet file, the id of a data set on the hub, or
-    `starter:prompts`; or a list of several, each with its weight."""
+    """A .jsonl, .json, .csv or .parquet file, a folder of such files or one that `save_to_disk` of
+    the library `datasets` has written, the id of a data set on the hub, or `starter:prompts`; or a
+    list of several, each with its weight."""
     column: str = "prompt"
     """The column that holds the prompt: text, or a list of chat messages (`role`, `content`). Data
     without a column `prompt` may have `chosen` and `rejected`, or `messages` (docs/data.md)."""
@@ -42,7 +44,7 @@ class DataConfig(Section, frozen=True):
     template_arguments: dict[str, Any] | None = None
     """Variables of the chat template, such as `{enable_thinking: false}`."""
     split: str = "train"
-    """The split of a data set on the hub."""
+    """The split of a data set on the hub, or of a folder."""
     max_prompt_tokens: Count = 512
     """Longer prompts are skipped; the log states how many."""
     min_prompt_tokens: Count = 1

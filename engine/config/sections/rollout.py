@@ -32,7 +32,7 @@ class EvalConfig(Section, frozen=True):
     column: str | None = None
     """The column that holds the prompt. Default: `data.column`."""
     split: str = "test"
-    """The split of a data set on the hub."""
+    """The split of a data set on the hub, or of a folder."""
     holdout: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     """Number of prompts of `data.prompts` that are never trained on but evaluated; the seed
     determines which."""

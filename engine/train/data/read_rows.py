@@ -1,4 +1,4 @@
-"""Reads the rows of a data set: a file, or a data set on the hub."""
+"""Reads the rows of a data set: a file, a folder, or a data set on the hub."""
 
 import errno
 import json
@@ -21,17 +21,19 @@ JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
 """Matches brackets, and strings, because these may contain brackets."""
 ROW = re.compile(r" in row \d+$")
 """The end of pyarrow's error about a line of JSON. It counts from 0 in each block that it reads."""
+SAVED_SPLITS = "dataset_dict.json"
+"""Names the splits in a folder that `save_to_disk` has written of several."""
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def local_file(source: PromptSource) -> Path | None:
-    """Returns the file of a data set; None for one on the hub.
+    """Returns the file of a data set; None for a folder, or one on the hub.
 
     Raises:
         UserInputError: there is no such file, or it is empty.
     """
     path = Path(starter.resolve(source.path))
-    if path.suffix.lower() not in DATA_FILES:
+    if path.suffix.lower() not in DATA_FILES or path.is_dir():
         return None
     if not path.is_file():
         raise UserInputError(f"data.prompts: no file at {path}")
@@ -46,7 +48,8 @@ def read_rows(source: PromptSource, work: Path | None = None) -> "datasets.Datas
     Args:
         source: the data set.
         work: folder for the copy of a file, from which the rows are memory-mapped. Without it,
-            they are in memory. A data set on the hub is mapped from the cache of `datasets`.
+            they are in memory. A data set on the hub, or one of several files in a folder, is
+            mapped from the cache of `datasets`.
 
     Raises:
         UserInputError: it cannot be read, or has no rows.
@@ -61,7 +64,9 @@ def read_rows(source: PromptSource, work: Path | None = None) -> "datasets.Datas
         _check_nesting(file)
     datasets.disable_progress_bars()
     try:
-        if kind is None:
+        if kind is None and is_saved_data_set(Path(name)):
+            data = _saved_rows(name, source.split)
+        elif kind is None:
             data = datasets.load_dataset(name, split=source.split)
         elif work is not None:
             data = datasets.load_dataset(kind, data_files=name, split="train", cache_dir=str(work))
@@ -79,6 +84,23 @@ def read_rows(source: PromptSource, work: Path | None = None) -> "datasets.Datas
     if not len(data):
         raise UserInputError(f"data.prompts: {name} holds no rows; give at least one prompt")
     return data
+
+
+def is_saved_data_set(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk` of the library `datasets`."""
+    return any((folder / file).is_file() for file in (SAVED_SPLITS, "state.json"))
+
+
+def _saved_rows(folder: str, split: str | None) -> "datasets.Dataset":
+    """The rows that `save_to_disk` has written; of several splits, those of one."""
+    import datasets  # noqa: PLC0415 - as above
+
+    saved = datasets.load_from_disk(folder)
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise ValueError(f"no split '{split}'; it has {', '.join(saved)}")
+    return saved[split]
 
 
 def _check_nesting(source: Path) -> None:
@@ -110,6 +132,8 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
     if "corresponds to no data" in error_text(error):  # said by `datasets` of no rows
         return f"data.prompts: {source} holds no rows; give at least one prompt"
     first = first_line(error.__cause__ or error)
+    if kind is None and Path(source).is_dir():
+        return f"data.prompts: cannot read the folder {source}: {first}"
     if kind is None:
         if (unwritable := _unwritable(error)) is not None:
             return (
@@ -118,8 +142,8 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
             )
         endings = ", ".join(DATA_FILES)
         return (
-            f"data.prompts: '{source}' is neither a local file ({endings}) nor a data set that the "
-            f"hub provides: {first}"
+            f"data.prompts: '{source}' is neither a local file ({endings}), a folder, nor a data "
+            f"set that the hub provides: {first}"
         )
     if kind == "json":
         line = _bad_line(Path(source))

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # not in its __all__
 
 from engine.config.sections.launch import LaunchConfig
-from engine.errors import RlhfError, UserInputError
+from engine.errors import UserInputError
 from engine.examined import examined
 from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
@@ -48,10 +48,6 @@ PEER_LOSS_TEXTS = (
     "first machine of the run",
 )
 """Parts of the error messages of a collective whose peer has ended."""
-
-
-class PeerRankError(RlhfError):
-    """Another rank failed, and reported it in a collective that all ranks take part in."""
 
 
 class RankGroup:
@@ -205,7 +201,7 @@ class RankGroup:
 
 def is_peer_loss(error: BaseException) -> bool:
     """Whether an error is only a consequence of another rank having ended."""
-    return isinstance(error, dist.DistError | PeerRankError) or (
+    return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_LOSS_TEXTS)
     )
 

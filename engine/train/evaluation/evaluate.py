@@ -20,7 +20,6 @@ from engine.progress import ReportProgress
 from engine.protocol.rank_messages import Sample
 from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import derived_seed
-from engine.train.distributed.ranks import PeerRankError
 from engine.train.evaluation.held_out import HeldOut
 from engine.train.experience.respond import respond
 from engine.train.experience.scoring import scores_for_training
@@ -53,7 +52,7 @@ AVERAGED = {
 """Metric of the policy → that of its average."""
 
 
-REWARD_FAILURES = (RewardCallError, RewardError, PeerRankError)
+REWARD_FAILURES = (RewardCallError, RewardError)
 """Errors that a failed reward source raises on all ranks."""
 
 
@@ -109,7 +108,7 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
         step: the last finished step, for reward functions and progress.
 
     Raises:
-        RewardCallError, RewardError, PeerRankError: a reward of the training failed.
+        RewardCallError, RewardError: a reward of the training failed.
     """
     started = time.perf_counter()
     watched = _Watched(held_out.rewards)

@@ -7,7 +7,6 @@ import msgspec
 from engine.errors import CommandRejectedError, RewardError
 from engine.train.data.prompts import Prompt
 from engine.train.data.tokenise import PromptTokenizer, tokenise_texts
-from engine.train.distributed.ranks import PeerRankError
 from engine.train.experience.respond import respond
 from engine.train.experience.scoring import scores_for_training
 from engine.train.models.language_model import AnyModel
@@ -31,13 +30,13 @@ def answer_probe(run: Run, text: str) -> dict[str, Any]:
         text: the prompt; see :func:`probed_prompt`.
 
     Returns:
-        For each of `policy` and `reference`: `response`, `score`, `kl` (nats per response),
+        For each of `policy` and `reference`: `response`, `score`, `unscored` (why there is no
+        score: a reward function may need other columns of the data), `kl` (nats per response),
         `length` (tokens), `replies` and `messages`, as a sample has them.
 
     Raises:
-        CommandRejectedError: the prompt has no tokens or too many, an environment fails, or the
-            rewards cannot score it, for example because a reward function needs other columns of
-            the data. Raised on all ranks.
+        CommandRejectedError: the prompt has no tokens or too many, or an environment fails. Raised
+            on all ranks.
     """
     prompt = probed_prompt(run, text)
     return {
@@ -94,17 +93,21 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
         rollout = respond(run, model, [prompt], options, purpose="a probe")
     except RewardCallError as error:
         raise CommandRejectedError(f"a probe cannot be answered: {error}") from error
+    score, unscored = None, ""
     try:
         raw = run.rewards(RewardInputs.of(rollout, state.step), retry=False)
-    except (RewardError, RewardCallError, PeerRankError) as error:
-        raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
-    score = scores_for_training(run, raw.total, rollout, config.rollout.max_new_tokens)
+    except (RewardError, RewardCallError) as error:
+        unscored = str(error)
+    else:
+        most = config.rollout.max_new_tokens
+        score = float(scores_for_training(run, raw.total, rollout, most)[0])
     reference, _ = score_tokens(
         run.reference, rollout, config.rollout.temperature, MicroBatchLimit(1), want="logits"
     )
     return {
         "response": rollout.texts[0],
-        "score": float(score[0]),
+        "score": score,
+        "unscored": unscored,
         "kl": float(masked.sequence_kl(rollout.logprobs, reference, rollout.mask)[0]),
         "length": int(rollout.lengths[0]),
         "replies": rollout.replies(0),

@@ -8,6 +8,7 @@ import torch
 
 from engine.errors import LinkError, RewardError
 from engine.progress import ReportProgress
+from engine.train.rewards.environment import EnvironmentReward
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.http_client import REPORT_INTERVAL
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
@@ -64,9 +65,8 @@ class SourceCall:
         Args: report: see :class:`Reward`.
 
         Raises:
-            RewardError: the scores cannot be used. There is no retry, since a function would return
-                the same scores again.
-            RewardCallError: the source raised.
+            RewardCallError: the source raised, or its scores cannot be used. In the latter case
+                there is no retry, since a function would return the same scores again.
             LinkError: the supervisor is gone; raised by `report`.
         """
         begun, self._begun = self._begun, None
@@ -81,8 +81,8 @@ class SourceCall:
         rows = [i for i in range(count) if i not in self._scores]
         part = self._inputs.select(torch.tensor(rows)) if self._scores else self._inputs
         try:
-            scores = validate_scores(name, self._reward(part, report), part)
-        except (RewardError, LinkError):
+            scores = self._validated(self._reward(part, report), part)
+        except (RewardCallError, LinkError):
             raise
         except IncompleteScoresError as error:
             self._scores |= {rows[i]: score for i, score in error.scores.items()}
@@ -103,7 +103,21 @@ class SourceCall:
             raise RewardCallError(text, user_traceback_text(error)) from error
         self._scores |= zip(rows, scores, strict=True)
         # Includes scores from earlier calls in which other responses failed.
-        return validate_scores(name, [self._scores[i] for i in range(count)], self._inputs)
+        return self._validated([self._scores[i] for i in range(count)], self._inputs)
+
+    def _validated(self, scores: object, inputs: RewardInputs) -> list[Score]:
+        """Converts scores to floats. Raises RewardCallError if they cannot be used."""
+        try:
+            return validate_scores(self._name, scores, inputs)
+        except RewardError as error:
+            allow_reload(self._reward)
+            raise RewardCallError(str(error), retry=False) from error
+
+
+def allow_reload(reward: Reward | None) -> None:
+    """Lets the next call import the code of a source again if its scores could not be used."""
+    if isinstance(reward, FunctionReward | EnvironmentReward):
+        reward.code.result_was_unusable()
 
 
 def retry_delays(retries: int) -> Iterator[float]:

@@ -29,7 +29,7 @@ class EnvironmentReward:
             factory: what makes the environments.
             timeout: seconds that a call may take.
         """
-        self._method, self._factory, self._timeout = method, factory, timeout
+        self._method, self.code, self._timeout = method, factory, timeout
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """Calls the methods one after the other; see :class:`Reward`.
@@ -47,7 +47,7 @@ class EnvironmentReward:
                 self._method, inputs.step, seconds, shown(texts[i]),
             )  # fmt: skip
 
-        with self._factory.running():
+        with self.code.running():
             scores = call_each(
                 lambda i: self._score(environments[i], texts[i]), len(inputs),
                 waits=lambda: report(0, len(inputs)),

@@ -36,17 +36,17 @@ class FunctionReward:
         Raises:
             UserInputError: the module cannot be imported, or has no such function.
         """
-        self._function = UserFunction(source, path, f"{key}.function")
+        self.code = UserFunction(source, path, f"{key}.function")
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """Calls the function once for the whole batch; see :class:`Reward`."""
-        with self._function.running():
+        with self.code.running():
             scores = self._scores(inputs)
         report(len(inputs), len(inputs))
         return scores
 
     def _scores(self, inputs: RewardInputs) -> list[Score]:
-        scores = result_of(self._function.call(self._arguments(inputs)))
+        scores = result_of(self.code.call(self._arguments(inputs)))
         if isinstance(scores, Tensor | np.ndarray):
             return list(scores.tolist()) if scores.ndim else [scores.item()]
         # Anything else is refused by the check of the scores, which says what it is.

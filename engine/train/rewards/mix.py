@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from engine.config.sections.reward import RewardSource
-from engine.errors import RewardError
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
-from engine.train.distributed.ranks import PeerRankError, RankGroup
+from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import environment, function, judge, model, service
-from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
+from engine.train.rewards.calls import MAX_DELAY, SourceCall, allow_reload, retry_delays
 from engine.train.rewards.normalise import Scale, group_scales
 from engine.train.rewards.scores import shown_prompt, validate_scores
 from engine.train.rewards.source import (
@@ -151,10 +150,11 @@ class RewardMix:
             retry: whether a source of rank 0 that raises is called again, `reward.retries` times.
 
         Raises:
-            RewardError: a source returned the wrong number of scores or one that is not a finite
-                number, or every source whose weight is not 0 returned None for a response.
-            PeerRankError: that error on rank 0, raised on the other ranks.
-            RewardCallError: a source that runs on rank 0 raised in every call.
+            RewardError: a source that runs on every rank returned a score that is not a finite
+                number.
+            RewardCallError: a source that runs on rank 0 raised in every call, or returned the
+                wrong number of scores or one that is not a finite number; or every source whose
+                weight is not 0 returned None for a response.
         """
         begun = self._begin_remote(inputs)
         order = sorted(self._sources, key=lambda name: self._sources[name].remote)
@@ -211,7 +211,7 @@ class RewardMix:
                 scores of the sources that ask for it; None leaves these as they are.
 
         Raises:
-            RewardError: every source whose weight is not 0 returned None for a response.
+            RewardCallError: every source whose weight is not 0 returned None for a response.
         """
         total = [0.0] * len(inputs)
         scored = [False] * len(inputs)
@@ -223,9 +223,12 @@ class RewardMix:
                     scored[i] = True
         if not all(scored):
             i = scored.index(False)
-            raise RewardError(
+            for source in self._sources.values():
+                allow_reload(source.reward)
+            raise RewardCallError(
                 f"no reward source scored response {i} of step {inputs.step} "
-                f"(prompt: {shown_prompt(inputs, i)}): each returned None or has weight 0"
+                f"(prompt: {shown_prompt(inputs, i)}): each returned None or has weight 0",
+                retry=False,
             )
         return torch.tensor(total, dtype=torch.float32)
 
@@ -335,7 +338,7 @@ class RewardMix:
             report: called on every rank.
             count: number of responses.
         """
-        failure: RewardError | RewardCallError | None = None
+        failure: RewardCallError | None = None
 
         def compute(others_wait: Callable[[], None]) -> bytes:
             nonlocal failure
@@ -347,9 +350,7 @@ class RewardMix:
             outcome = _Outcome()
             try:
                 outcome = _Outcome(scores=[] if call is None else call(reported))
-            except RewardError as error:  # raised below, once the other ranks know
-                failure, outcome = error, _Outcome(unusable=str(error))
-            except RewardCallError as error:
+            except RewardCallError as error:  # raised below, once the other ranks know
                 failure = error
                 outcome = _Outcome(
                     raised=str(error), trace=error.trace, recovers=error.recovers,
@@ -361,8 +362,6 @@ class RewardMix:
         outcome = msgspec.msgpack.decode(data, type=examined(_Outcome))
         if failure is not None:
             raise failure
-        if outcome.unusable:
-            raise PeerRankError(outcome.unusable)
         if outcome.raised:
             raise RewardCallError(
                 outcome.raised, outcome.trace, recovers=outcome.recovers,
@@ -372,10 +371,9 @@ class RewardMix:
 
 
 class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of a source, sent by rank 0; one of the texts is set if the source failed."""
+    """The outcome of a source, sent by rank 0."""
 
     scores: list[Score] = []
-    unusable: str = ""
     raised: str = ""
     trace: str = ""
     recovers: bool = False

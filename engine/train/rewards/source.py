@@ -187,7 +187,9 @@ class IncompleteScoresError(Exception):
 
 
 class RewardCallError(RlhfError):
-    """A rank-0 source raised in every retry, or took too long. Raised on all ranks.
+    """A rank-0 source raised in every retry, took too long or returned scores that cannot be used.
+
+    Raised on all ranks.
 
     The step has not changed anything yet, so it can be repeated from its beginning.
     """

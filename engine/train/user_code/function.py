@@ -26,8 +26,9 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class UserFunction:
     """A callable of a user's module.
 
-    After a call that raised, the module is reloaded if its file has changed, so that it can be
-    fixed while the run is paused. Modules that it imports are not reloaded.
+    After a call that raised, or whose result could not be used, the module is reloaded if its file
+    has changed, so that it can be fixed while the run is paused. Modules that it imports are not
+    reloaded.
     """
 
     def __init__(self, source: str, path: str | None, key: str) -> None:
@@ -43,7 +44,7 @@ class UserFunction:
         """
         let_children_be_terminated()
         self._source, self._key = source, key
-        self._raised = False
+        self._failed = False
         module_name = source.partition(":")[0]
         self._folders = [path, "."] if path else ["."]
         try:
@@ -72,6 +73,10 @@ class UserFunction:
             p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC
         ]
 
+    def result_was_unusable(self) -> None:
+        """Lets the next call reload the module if its file has changed, as after an error."""
+        self._failed = True
+
     @property
     def function(self) -> Callable[..., Any]:
         """The function itself."""
@@ -94,14 +99,14 @@ class UserFunction:
     def running(self) -> Iterator[None]:
         """Context manager in which code of the module runs, without effects on the rank.
 
-        Reloads the module first if the code raised the last time and the file has changed.
+        Reloads the module first if the last call failed and the file has changed.
         """
-        if self._raised:
+        if self._failed:
             self._reload_if_changed()
-        self._raised = True
+        self._failed = True
         with forks_ended(), _own_streams(), _restored_torch_settings():
             yield
-        self._raised = False
+        self._failed = False
 
     def call(self, arguments: dict[str, Any]) -> Any:
         """Calls the function with those keyword arguments that it takes.
