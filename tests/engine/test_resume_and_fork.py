@@ -298,7 +298,7 @@ def test_a_fork_that_is_killed_amid_its_copies_does_not_seem_to_have_made_the_st
     child = SessionFolder(writer.session.folder.with_name("child"))
     assert checkpoint_steps(child) == [2]
     assert not has_history(child)
-    with pytest.raises(UserInputError, match="its journal .* is missing"):
+    with pytest.raises(UserInputError, match=r"its journal .* is missing"):
         resume(child, from_step=None, reseed=False, overrides=[], who="me")
 
 
