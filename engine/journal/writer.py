@@ -442,10 +442,14 @@ class JournalWriter:
                 (step,),
             )
 
-    def remove_checkpoint(self, step: int) -> None:
-        """Records that the checkpoint of a step is removed; call it before its files are."""
+    def delete_checkpoint(self, step: int, command_id: str) -> None:
+        """Records that a command has removed a checkpoint; call it before its files are removed.
+
+        This is one transaction: a command that a kill leaves unfinished has removed nothing.
+        """
         with self._db:
             self._remove_checkpoint(step)
+            self.commands.apply(command_id, self.step + 1, [])  # commits both
 
     # -- inside a transaction -----------------------------------------------------------------
 

@@ -202,8 +202,7 @@ class CommandHandler:
                 task = asyncio.create_task(self._roll_back(request.id, rollback, who, saves))
                 self._rollbacks[request.id] = task
             case DeleteCheckpoint(step=step):
-                self._journal.remove_checkpoint(step)
-                self._journal.commands.apply(request.id, self._journal.step + 1, [])
+                self._journal.delete_checkpoint(step, request.id)
                 self._delete(step)
             case Note():
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
