@@ -64,7 +64,7 @@ class CheckpointLog:
         with self._db:
             self._complete(step, self._events.attempt)
             for old_step in removed:
-                self._remove(old_step)
+                self.remove(old_step)
 
     def keep(self, step: int) -> None:
         """Records that the checkpoint of a step of the timeline stays until somebody deletes it."""
@@ -74,11 +74,6 @@ class CheckpointLog:
                 "WHERE step = ? AND status IN ('complete', 'written')",
                 (step,),
             )
-
-    def remove(self, step: int) -> None:
-        """Records that the checkpoint of a step is removed; call it before its files are."""
-        with self._db:
-            self._remove(step)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints of the current timeline."""
@@ -128,6 +123,10 @@ class CheckpointLog:
              checkpoint.kl),
         )  # fmt: skip
 
+    def remove(self, step: int) -> None:
+        """Records that the checkpoint of a step is removed."""
+        self._db.execute("UPDATE checkpoints SET status = 'removed' WHERE step = ?", (step,))
+
     def supersede(self, from_step: int) -> None:
         """Leaves the checkpoints after a step behind, for an attempt that starts from it."""
         # The checkpoint we resume from is complete, even if its rank died before reporting it.
@@ -153,6 +152,3 @@ class CheckpointLog:
             (step, attempt),
         ).fetchone()
         self._events.write("checkpoint", {"size": size, "score": score, "kl": kl}, step)
-
-    def _remove(self, step: int) -> None:
-        self._db.execute("UPDATE checkpoints SET status = 'removed' WHERE step = ?", (step,))

@@ -340,6 +340,15 @@ class JournalWriter:
                 (telemetry.time, msgspec.json.encode(telemetry).decode()),
             )
 
+    def delete_checkpoint(self, step: int, command_id: str) -> None:
+        """Records that a command has removed a checkpoint; call it before its files are removed.
+
+        This is one transaction: a command that a kill leaves unfinished has removed nothing.
+        """
+        with self._db:
+            self.checkpoints.remove(step)
+            self.commands.apply(command_id, self.step + 1, [])  # commits both
+
     # -- inside a transaction -----------------------------------------------------------------
 
     def _set_meta(self, values: dict[str, Any]) -> None:

@@ -61,5 +61,4 @@ def _record(session: SessionFolder, command_id: str, step: int, who: str) -> Non
 def record_deletion(journal: JournalWriter, command_id: str, step: int, who: str) -> None:
     """Records a deletion as a command that has been applied. Raises sqlite3.Error."""
     journal.commands.record(command_id, DeleteCheckpoint.name(), {"step": step}, who)
-    journal.checkpoints.remove(step)
-    journal.commands.apply(command_id, journal.step + 1, [])
+    journal.delete_checkpoint(step, command_id)

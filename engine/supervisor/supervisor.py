@@ -187,7 +187,8 @@ class Supervisor:
         state = self.state
         state.attempt = Attempt(start)
         await self._journal_unlocked()
-        missing = [] if start.fresh else missing_checkpoints(self._session, start.from_step)
+        resumes = start.from_step and not start.fresh
+        missing = missing_checkpoints(self._session, start.from_step) if resumes else []
         self._journal.begin_attempt(
             start.from_step,
             fresh=start.fresh,

@@ -150,8 +150,7 @@ def test_a_live_engine_deletes_its_checkpoints_itself(saved):
 async def test_the_next_attempt_finishes_removals_that_a_kill_interrupted(engine, saved):
     """And touches no checkpoint of which the journal has an attempt that did not remove it."""
     saved.checkpoint(4)
-    for step in (1, 2):
-        saved.journal.checkpoints.remove(step)  # the kill follows
+    saved.journal.checkpoints.complete(4, [1, 2])  # the kill follows
     saved.journal.begin_attempt(1, fresh=True)
     saved.journal.checkpoints.record(2, 1000, 0.5, 1.5)  # another one of this step
     shutil.copytree(
@@ -170,7 +169,7 @@ async def test_the_next_attempt_finishes_removals_that_a_kill_interrupted(engine
 
 async def test_a_removed_checkpoint_that_was_put_back_from_a_copy_stays(engine, saved):
     folder = checkpoint_path(saved.session.checkpoints, 1)
-    saved.journal.checkpoints.remove(1)
+    saved.journal.checkpoints.complete(3, [1])
     with closing(sqlite3.connect(saved.session.journal_file)) as db, db:  # it was long ago
         db.execute("UPDATE checkpoints SET time = time - 86400 WHERE step = 1")
     shutil.copytree(folder, copy := saved.session.folder / "copy")
@@ -189,8 +188,23 @@ async def test_a_removal_that_cannot_be_finished_does_not_keep_a_run_from_starti
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(supervisor, "unmark", unmark)
-    saved.journal.checkpoints.remove(1)
+    saved.journal.checkpoints.complete(3, [1])
     engine.shared.next = StartOptions(from_step=3)
     engine.send(Stop(now=True))
     assert await engine.supervisor.run() == 0
     assert "the removed checkpoint of step 1 is still there" in caplog.text
+
+
+def test_a_deletion_is_recorded_with_its_command_or_not_at_all(saved):
+    saved.order("a", DeleteCheckpoint.name(), step=2)
+    with closing(sqlite3.connect(saved.session.journal_file)) as db:
+        db.execute(
+            "CREATE TRIGGER full BEFORE UPDATE ON commands BEGIN SELECT RAISE(ABORT, 'full'); END"
+        )
+        with pytest.raises(sqlite3.Error, match="full"):
+            saved.journal.delete_checkpoint(2, "a")
+        db.execute("DROP TRIGGER full")
+    assert saved.journal.timeline() == [1, 2, 3]
+    saved.journal.delete_checkpoint(2, "a")
+    assert saved.journal.timeline() == [1, 3]
+    assert saved.journal.commands.reply("a").status == "applied"

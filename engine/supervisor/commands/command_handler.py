@@ -191,8 +191,7 @@ class CommandHandler:
             case Rollback() as rollback:
                 self.checkpoints.roll_back(request.id, rollback, who)
             case DeleteCheckpoint(step=step):
-                self._journal.checkpoints.remove(step)
-                self._journal.commands.apply(request.id, self._journal.step + 1, [])
+                self._journal.delete_checkpoint(step, request.id)
                 self.checkpoints.delete(step)
             case Note():
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
