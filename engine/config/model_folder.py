@@ -39,6 +39,11 @@ def has_config(folder: Path) -> bool:
     return is_file(folder / "config.json")
 
 
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model, or adapters for one."""
+    return has_config(folder) or is_file(folder / ADAPTER_CONFIG)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer."""
     return any(is_file(folder / name) for name in TOKENIZER_FILES)
@@ -70,7 +75,7 @@ def adapter_base(config: Path, source: str, key: str) -> AdapterBase:
         )
     folder = Path(source)
     for start in (folder, *folder.parents) if folder.is_dir() else ():
-        if _is_model(found := start / name) and found.resolve() != folder.resolve():
+        if is_model(found := start / name) and found.resolve() != folder.resolve():
             return AdapterBase(str(found.resolve()))
     # An id on the hub has at most one slash.
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -79,10 +84,6 @@ def adapter_base(config: Path, source: str, key: str) -> AdapterBase:
             f"here: write its path or hub id into {config}, as base_model_name_or_path"
         )
     return AdapterBase(name, content.revision)
-
-
-def _is_model(folder: Path) -> bool:
-    return has_config(folder) or is_file(folder / ADAPTER_CONFIG)
 
 
 def check_adapters(key: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """A model that is given as a folder of adapters is its base model with them merged."""
 
+import importlib.util
 import json
 import pickle
 import shutil
@@ -199,8 +200,8 @@ def as_pickle(folder, _base):
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
 
 
-def describe(folder, **values):
-    path = folder / "adapter_config.json"
+def describe(folder, name="adapter_config.json", **values):
+    path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
@@ -246,6 +247,10 @@ UNUSABLE = {
     "a configuration of garbage": (
         lambda f, _b: (f / "adapter_config.json").write_text("{"), "cannot be read"
     ),
+    "a base with packed weights": (
+        lambda _f, b: describe(b, "config.json", quantization_config={"quant_method": "gptq"}),
+        "its weights are packed; write the model",
+    ),
     "no base": (lambda f, _b: describe(f, base_model_name_or_path=None), "an unknown model"),
     "a base that is gone": (
         lambda f, _b: describe(f, base_model_name_or_path="../gone"),
@@ -285,7 +290,17 @@ def test_a_run_starts_from_the_merged_model_which_is_its_reference(make_run, sft
     assert torch.allclose(reference, logits(merged), atol=1e-3)
 
 
-@pytest.mark.parametrize("keys", [(), ("lora.rank=4",)], ids=["all weights", "new adapters"])
+PACKED = pytest.param(
+    ("lora.rank=4", "lora.quantise=nf4"),
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "keys", [(), ("lora.rank=4",), PACKED], ids=["all weights", "new adapters", "packed weights"]
+)
 def test_a_run_goes_on_with_the_same_bits_and_notices_other_adapters(
     make_run, sft, keys, assert_same_step
 ):

@@ -157,7 +157,7 @@ def low_rank_changes(model: Any, adapters: Adapters) -> dict[str, LowRankChange]
     """What adapters add to each weight, to be merged by every rank into its rows.
 
     Args:
-        model: the base model on the meta device; unchanged after the call.
+        model: the base model on the meta device; of no use any more if the result is None.
         adapters: to be merged.
 
     Returns:
@@ -180,17 +180,15 @@ def low_rank_changes(model: Any, adapters: Adapters) -> dict[str, LowRankChange]
         for name, layer in model.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            pair = [stored.pop(f"{PREFIX}{name}.lora_{part}.weight", None) for part in "AB"]
-            inner, outer = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            if (
-                type(layer) is not Linear
-                or layer.lora_variant
-                or [t and t.shape for t in pair] != [tuple(inner.shape), tuple(outer.shape)]
-                or not all(t.read().isfinite().all() for t in pair)
-            ):
+            if type(layer) is not Linear or layer.lora_variant:
                 return None
+            first, second = (stored.pop(f"{PREFIX}{name}.lora_{part}.weight") for part in "AB")
+            for part, wanted in ((first, layer.lora_A), (second, layer.lora_B)):
+                shape: Any = wanted["default"].weight.shape
+                if part.shape != tuple(shape) or not part.read().isfinite().all():
+                    return None
             found[f"{name}.weight"] = LowRankChange(
-                *pair, scale=layer.scaling["default"], transposed=layer.fan_in_fan_out
+                first, second, layer.scaling["default"], layer.fan_in_fan_out
             )
         wrapped.unload().requires_grad_(True)
     except Exception as error:  # merge_adapters explains it

@@ -119,13 +119,12 @@ def _read_adapted(
     """Reads the base model of adapters and merges them in float32, or reads what else is asked."""
     base, of_base = adapters.base.name, replace(read, revision=adapters.base.revision)
     try:
-        if what == "configuration":
+        if what == "configuration" or (what == "tokenizer" and not adapters.has_tokenizer):
             return read_pretrained(kind, base, key, what, of_base, **options)
+        config = read_pretrained(AutoConfig, base, key, "configuration", of_base)
         if what == "tokenizer":
-            if not adapters.has_tokenizer:
-                return read_pretrained(kind, base, key, what, of_base, **options)
-            config = read_pretrained(AutoConfig, base, key, "configuration", of_base)
             return kind.from_pretrained(adapters.source, config=config, **read.of_any(), **options)
+        _check_not_packed(config)
         labels = adapters.labels() if kind is not AutoModelForCausalLM else None
         if labels is not None:
             options["num_labels"], new_head = labels, True
@@ -140,6 +139,14 @@ def _read_adapted(
         ) from error
     model = cast(merge_adapters(model, adapters), dtype)
     return model.base_model if kind is AutoModel else model
+
+
+def _check_not_packed(config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserInputError(
+            "its weights are packed; write the model from which it was made into "
+            "adapter_config.json, as base_model_name_or_path"
+        )
 
 
 def _read_model(

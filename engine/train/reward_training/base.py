@@ -13,6 +13,7 @@ from engine.errors import UserInputError
 from engine.protocol.programs.reward_training import RewardTrainingRequest
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup
+from engine.train.models.adapter_folder import find_adapters
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.mixed_precision import ExpertCasts
 from engine.train.models.pretrained import copy_weights, load_tokenizer, reward_options
@@ -106,5 +107,7 @@ def _source(request: RewardTrainingRequest) -> tuple[RewardSource, str]:
 
 
 def _is_classifier(path: str, key: str, read: ReadOptions) -> bool:
+    if (adapters := find_adapters(path, key, read.revision)) and adapters.labels() is not None:
+        return True
     config = read_pretrained(AutoConfig, path, key, "configuration", read)
     return any("SequenceClassification" in name for name in config.architectures or [])

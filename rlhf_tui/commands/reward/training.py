@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from engine.config.model_folder import has_config
+from engine.config.model_folder import is_model
 from engine.config.reward_training import parse_settings
 from engine.config.rules.reward import SOURCE_OPTIONS
 from engine.config.schema import RunConfig
@@ -124,7 +124,7 @@ def _new_folder(out: Path) -> Path:
 
 def _anchored(base: str | None) -> str | None:
     """A model folder as an absolute path; anything else is an id on the hub."""
-    if base is None or not has_config(Path(base).expanduser()):
+    if base is None or not is_model(Path(base).expanduser()):
         return base
     return str(Path(base).expanduser().resolve())
 
