@@ -322,8 +322,9 @@ def kept_for_backward(
     In float32 a layer keeps 6·H (each norm's input, normalised input and output), 4·A
     (queries, expanded keys and values, output) and 4·I of a gated MLP (gate, its activation, up,
     their product). Under autocast the norms stay float32, and each product keeps a bfloat16 copy of
-    its input. If there is a mask, each layer converts it, L×L per row. Without a fused kernel a
-    layer keeps the float32 softmax of its scores, a bfloat16 copy, and what a soft cap returns.
+    its input. If there is a mask, each layer of a fused kernel converts it, L×L per row; one for
+    each head is float32 already, so that all layers keep the same. Without a fused kernel a layer
+    keeps the float32 softmax of its scores, a bfloat16 copy, and what a soft cap returns.
 
     Args:
         shape: the model's shape.
@@ -336,11 +337,15 @@ def kept_for_backward(
     layer = 4 * (6 * h + 4 * a + 4 * i) if width == MASTER else 26 * h + 8 * a + 8 * i
     tokens = rows * length
     one_layer = tokens * layer
-    if shape.needs_mask(length):
-        one_layer += rows * length**2 * width
+    outside = 3 * MASTER * h * tokens
+    if shape.needs_mask(length) and not shape.score_heads:
+        mask = rows * length**2 * shape.mask_heads * width
+        if shape.mask_heads > 1 and width == MASTER:
+            outside += mask
+        else:
+            one_layer += mask
     of_score = MASTER + (width if width != MASTER else 0) + (width if shape.capped_scores else 0)
     one_layer += rows * length**2 * shape.score_heads * of_score
-    outside = 3 * MASTER * h * tokens
     if checkpointing:
         return shape.layers * tokens * MASTER * h + one_layer + outside
     return shape.layers * one_layer + outside
@@ -349,10 +354,14 @@ def kept_for_backward(
 def forward_activations(shape: Shape, rows: int, length: int, width: int, *, masked: bool) -> int:
     """Bytes of a forward pass without gradients: the residual stream and one layer's tensors.
 
-    With a mask also its L×L per row, as bool and in the compute dtype. Without a fused kernel also
-    float32 tensors of L×L per row and head, of which :attr:`Shape.score_tensors` are alive at once.
+    With a mask also its L×L per row, as bool and in the compute dtype; one for each head as float32
+    and, in bfloat16, as two copies of it. Without a fused kernel also float32 tensors of L×L per
+    row and head, of which :attr:`Shape.score_tensors` are alive at once.
     """
     h, a, i = shape.hidden, shape.attention, shape.intermediate
-    mask = rows * length**2 * (1 + width) if masked else 0
+    of_mask = 1 + width
+    if shape.mask_heads > 1:
+        of_mask = shape.mask_heads * (MASTER if width == MASTER else MASTER + 2 * width)
+    mask = rows * length**2 * of_mask if masked else 0
     scores = shape.score_tensors * MASTER * rows * length**2 * shape.score_heads
     return rows * length * (2 * MASTER * h + width * max(h + 3 * i, 2 * h + 6 * a)) + mask + scores

@@ -52,13 +52,15 @@ class Shape(Struct, frozen=True, kw_only=True):
     window: int | None = None
     """Positions that a token attends to in layers with a sliding window or chunks, 1 if the model
     makes a mask in any case; None if it needs none."""
+    mask_heads: int = 1
+    """Masks per row: one, or one for each head if the mask has the bias of positions (ALiBi)."""
     score_heads: int = 0
     """Heads whose attention scores, L×L per row, are in memory; 0 with a fused kernel."""
     capped_scores: bool = False
     """Whether these scores have a soft cap."""
     score_tensors: int = 3
-    """float32 tensors of these scores that are alive at once in a forward pass: measured 2 to 3 for
-    most architectures."""
+    """float32 tensors of these scores that are alive at once in a forward pass, besides the mask:
+    measured 2 to 3 for most architectures."""
     ignores_padding: bool = False
     """Whether it is a classifier whose score does not change with padding at the end, so that it
     gets no mask for it."""

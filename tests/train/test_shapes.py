@@ -1,13 +1,12 @@
 """Model shapes that are read from a configuration match the model built from it."""
 
+import copy
 import json
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     Qwen2Config,
 )
 
@@ -53,6 +53,14 @@ UNFUSED = {
     "gemma2": Gemma2Config(num_hidden_layers=3, head_dim=16, **GROUPED),
     "gptj": GPTJConfig(n_embd=64, n_layer=3, n_head=4, rotary_dim=8, vocab_size=128, **SPECIAL),
     "falcon": FalconConfig(num_hidden_layers=3, **SIZES, **SPECIAL),
+    "falcon with ALiBi": FalconConfig(num_hidden_layers=3, alibi=True, **SIZES, **SPECIAL),
+    "falcon with ALiBi and a key for each head": FalconConfig(
+        num_hidden_layers=3, alibi=True, multi_query=False, **SIZES, **SPECIAL
+    ),
+    "mpt": MptConfig(
+        d_model=64, n_layers=3, n_heads=4, expansion_ratio=3, vocab_size=128, max_seq_len=1024,
+        **SPECIAL,
+    ),
     "llama4": Llama4TextConfig(
         num_hidden_layers=4, head_dim=16, intermediate_size_mlp=160, num_local_experts=2,
         attention_chunk_size=32, **GROUPED,
@@ -129,7 +137,7 @@ def test_tensors_of_length_times_length_are_counted_as_autograd_saves_them(kind,
     formula = of_length_squared(
         lambda length: kept_for_backward(shape, 2, length, width, checkpointing=False)
     )
-    # Llama 4 has chunks in three of four layers; a Falcon keeps no bfloat16 copy.
+    # Llama 4 has chunks in three of four layers; a Falcon without a kernel keeps no bfloat16 copy.
     assert kept * 0.95 <= formula <= kept * 2.3
 
 
@@ -164,6 +172,33 @@ def test_scores_of_a_forward_pass_are_counted_where_no_kernel_is_fused(kind, dty
     assert peak * 0.95 <= formula <= peak * 2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [k for k in UNFUSED if k.startswith("falcon")])
+def test_scores_of_a_falcon_with_eager_attention_are_counted(kind, dtype, tmp_path):
+    config, width = copy.copy(UNFUSED[kind]), 4 if dtype == "float32" else 2
+    config.save_pretrained(tmp_path)
+    read = ReadOptions(attn_implementation="eager")
+    shape = shape_of(str(tmp_path), "model.policy", AutoModelForCausalLM, read)
+    config._attn_implementation = "eager"
+    peak = of_length_squared(lambda length: forward_peak(config, dtype, 2, length))
+    formula = of_length_squared(
+        lambda length: forward_activations(shape, 2, length, width, masked=True)
+    )
+    assert peak * 0.95 <= formula <= peak * 1.2
+
+
+@pytest.mark.parametrize(("version", "on_cpu", "counted"), [
+    ((2, 14), True, 4), ((2, 15), True, 0), ((2, 15), False, 4),
+])  # fmt: skip
+def test_one_key_for_all_heads_has_a_kernel_on_a_cpu_since_torch_2_15(
+    version, on_cpu, counted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("engine.train.models.shapes.torch_version", lambda: version)
+    UNFUSED["falcon"].save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path), "model.policy", AutoModelForCausalLM, on_cpu=on_cpu)
+    assert shape.score_heads == counted
+
+
 def test_padding_is_ignored_by_classifiers_on_decoders(tmp_path):
     encoder = BertConfig(num_hidden_layers=3, **SIZES, pad_token_id=0)
     ignores = [
@@ -186,17 +221,13 @@ def forward_peak(config, dtype, rows, length):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     ids = torch.ones(rows, length, dtype=torch.int64)
     half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    kernels = sdpa_kernel(SDPBackend.MATH) if config.model_type == "falcon" else nullcontext()
-    with torch.no_grad(), half, kernels, PeakMemory() as memory:
+    with torch.no_grad(), half, PeakMemory() as memory:
         model(input_ids=ids, logits_to_keep=1, use_cache=False)
     return memory.peak
 
 
 def autograd_keeps(config, dtype, rows, length):
-    """Bytes that a forward pass saves for its backward pass, without parameters.
-
-    A Falcon gets no fused kernel: torch 2.15 has one for it on a CPU, which is not counted on.
-    """
+    """Bytes that a forward pass saves for its backward pass, without parameters."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
@@ -209,8 +240,7 @@ def autograd_keeps(config, dtype, rows, length):
     ids = torch.ones(rows, length, dtype=torch.int64)
     mask = torch.ones(rows, length, dtype=torch.int64)  # padding at the end needs no mask
     half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    kernels = sdpa_kernel(SDPBackend.MATH) if config.model_type == "falcon" else nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half, kernels:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
         model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
     return sum(s.nbytes() for pointer, s in found.items() if pointer not in weights)
 

@@ -8,6 +8,7 @@ nor needed.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from engine.config.paths import DATA_FILES
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError, first_line
 from engine.examined import examined
+from engine.launch.environment import torch_version
 from engine.memory.model import Models, Shape
 from engine.protocol.programs.result import print_result
 from engine.train.data.load_prompts import load_prompts
@@ -33,9 +35,12 @@ from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pr
 MAX_PROMPT_FILE = 20_000_000
 """In bytes. For larger files `data.max_prompt_tokens` is used instead of the longest prompt."""
 
-MANY_SCORE_TENSORS = {"bloom": 5, "gpt_oss": 5}
-"""Architecture → :attr:`Shape.score_tensors`, where it is more than for others: BLOOM adds the bias
-of positions and the mask to its scores, gpt-oss a column, and a bfloat16 copy becomes float32."""
+MANY_SCORE_TENSORS = {"bloom": 5, "gpt_oss": 5, "mpt": 4}
+"""Architecture → :attr:`Shape.score_tensors`, where it is more than for others: BLOOM and MPT add
+the bias of positions and the mask to their scores, gpt-oss a column, and a bfloat16 copy becomes
+float32."""
+KERNEL_FOR_ONE_KEY = (2, 15)
+"""The version of torch since which it has a fused kernel for one key for all heads, on a CPU."""
 
 
 def main() -> None:
@@ -74,17 +79,18 @@ def models_of(
         UserInputError: the shape of a model cannot be determined.
     """
     read = policy_options(config, starter.resolve(config.model.policy))
-    policy = shape_of(config.model.policy, "model.policy", AutoModelForCausalLM, read)
+    shape = partial(shape_of, on_cpu=device.type == "cpu")
+    policy = shape(config.model.policy, "model.policy", AutoModelForCausalLM, read)
     reference = policy
     if config.model.reference is not None:
         read = replace(read, revision=config.model.reference_revision, gguf_file=None)
-        reference = shape_of(config.model.reference, "model.reference", AutoModelForCausalLM, read)
+        reference = shape(config.model.reference, "model.reference", AutoModelForCausalLM, read)
     kind = AutoModelForSequenceClassification
     return Models(
         policy=policy,
         reference=reference,
         rewards=[
-            shape_of(str(s.model), "reward.model", kind, reward_options(s))
+            shape(str(s.model), "reward.model", kind, reward_options(s))
             for s in config.reward.models()
         ],
         prompt_tokens=prompt_tokens,
@@ -94,7 +100,9 @@ def models_of(
     )
 
 
-def shape_of(name: str, key: str, kind: Any, read: ReadOptions = NO_OPTIONS) -> Shape:
+def shape_of(
+    name: str, key: str, kind: Any, read: ReadOptions = NO_OPTIONS, *, on_cpu: bool = True
+) -> Shape:
     """Determines the shape of a model.
 
     Args:
@@ -102,6 +110,7 @@ def shape_of(name: str, key: str, kind: Any, read: ReadOptions = NO_OPTIONS) -> 
         key: the configuration key that names the model, for error messages.
         kind: the transformers Auto class that loads it.
         read: how it is read.
+        on_cpu: whether it runs on a CPU.
 
     Raises:
         UserInputError: transformers cannot build the model from its configuration.
@@ -110,14 +119,15 @@ def shape_of(name: str, key: str, kind: Any, read: ReadOptions = NO_OPTIONS) -> 
         config = read_pretrained(AutoConfig, starter.resolve(name), key, "configuration", read)
         with torch.device("meta"):
             model = kind.from_config(config, trust_remote_code=read.trust_remote_code)
-        return _shape(model, config.get_text_config(), eager=read.attn_implementation == "eager")
+        eager = read.attn_implementation == "eager"
+        return _shape(model, config.get_text_config(), eager=eager, on_cpu=on_cpu)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         # The type of the error depends on the architecture.
         text = f"{key}: cannot determine the shape of '{name}': {first_line(error)}"
         raise UserInputError(text) from error
 
 
-def _shape(model: Any, config: Any, *, eager: bool) -> Shape:
+def _shape(model: Any, config: Any, *, eager: bool, on_cpu: bool) -> Shape:
     layers = transformer_layers(model, config.num_hidden_layers)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -143,9 +153,10 @@ def _shape(model: Any, config: Any, *, eager: bool) -> Shape:
         ),
         linear=_linear(layers),
         window=_window(config),
-        score_heads=heads if eager or _shares_keys_without_kernel(config) else 0,
+        mask_heads=heads if config.model_type == "falcon" and config.alibi else 1,
+        score_heads=heads if eager or _shares_keys_without_kernel(config, on_cpu=on_cpu) else 0,
         capped_scores=getattr(config, "attn_logit_softcapping", None) is not None,
-        score_tensors=MANY_SCORE_TENSORS.get(config.model_type, 3),
+        score_tensors=_score_tensors(config, eager=eager),
         ignores_padding=is_classifier_on_decoder(model),
     )
 
@@ -167,13 +178,17 @@ def _window(config: Any) -> int | None:
     return next((int(w) for w in (getattr(config, n, None) for n in names) if w), None)
 
 
-def _shares_keys_without_kernel(config: Any) -> bool:
-    """Whether it is a Falcon with one key for all heads, for which no fused kernel may be used.
+def _score_tensors(config: Any, *, eager: bool) -> int:
+    if config.model_type != "falcon":
+        return MANY_SCORE_TENSORS.get(config.model_type, 3)
+    return (5 if config.alibi else 4) if eager else 2
 
-    None is before torch 2.15, which uses one on a CPU; the estimate is then too high.
-    """
+
+def _shares_keys_without_kernel(config: Any, *, on_cpu: bool) -> bool:
+    """Whether it is a Falcon with one key for all heads, for which no fused kernel may be used."""
     one_key = getattr(config, "multi_query", False) and not config.new_decoder_architecture
-    return config.model_type == "falcon" and bool(one_key)
+    has_kernel = on_cpu and torch_version() >= KERNEL_FOR_ONE_KEY
+    return config.model_type == "falcon" and bool(one_key) and not has_kernel
 
 
 def transformer_layers(model: nn.Module, count: int) -> list[nn.Module]:
