@@ -8,6 +8,7 @@ takes several tenths of a second.
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,12 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
         base_model_name_or_path=base,
     )
     try:
-        inject_adapter_in_model(adapters, lm)
+        with warnings.catch_warnings():
+            # Ranks that peft itself has set for experts that are one tensor, without adapters.
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys did not match"
+            )
+            inject_adapter_in_model(adapters, lm)
     except ValueError as error:  # a target also matches layers of other types
         raise UserInputError(f"lora.targets: {first_line(error)}") from error
     for name, layer in _named_layers(lm):
