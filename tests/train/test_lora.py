@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
 )
@@ -319,6 +321,15 @@ def test_a_router_that_computes_more_than_a_product_has_no_adapter():
     lora.add_adapters(model, LoRAConfig(rank=2, alpha=2), seed=0, base="b")
     assert len(lora.adapted_layers(model)) == 4
     torch.testing.assert_close(model(input_ids=tokens).logits, before)
+
+
+def test_experts_without_adapters_are_no_warning(recwarn):
+    shape = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    lora.add_adapters(MixtralForCausalLM(shape), LoRAConfig(rank=2, alpha=2), seed=0, base="b")
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 @pytest.mark.parametrize("targets", [[], ["c_attn"]])
