@@ -71,7 +71,7 @@ class CheckpointManager:
             run.ranks.checkpoint_group,
             conclude=self._conclude,
             confirm=self._confirm,
-            notice=self._notice,
+            notice=lambda text: self._notice(run.state.step, text),
         )
         self._saved_step = begin.from_step
         """The step of the last save that was started."""
@@ -218,7 +218,7 @@ class CheckpointManager:
         """Reports an outcome, then removes older checkpoints; called in the saving thread."""
         if isinstance(outcome, CheckpointError):
             if step != self._failed_step:
-                self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
+                self._notice(step, str(outcome))
             self._failed_step = step
             return
         self._longest_save = max(self._longest_save, outcome.seconds)
@@ -259,11 +259,12 @@ class CheckpointManager:
         try:
             remove(checkpoint_path(self._folder, step))
         except OSError as error:
-            text = f"the old checkpoint of step {step} cannot be removed: {error}"
-            self._link.send(Notice(step=saved_step, rule="checkpoint", text=text))
+            self._notice(
+                saved_step, f"the old checkpoint of step {step} cannot be removed: {error}"
+            )
 
-    def _notice(self, text: str) -> None:
-        self._link.send(Notice(step=self._run.state.step, rule="checkpoint", text=text))
+    def _notice(self, step: int, text: str) -> None:
+        self._link.send(Notice(step=step, rule="checkpoint", text=text))
 
     def close(self) -> None:
         """Waits for a running save, at most :data:`CLOSE_TIMEOUT`, so that a resume can use it."""
