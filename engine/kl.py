@@ -47,7 +47,7 @@ def horizon_for(change: float, episodes: int) -> float:
 
 
 def usual_horizon(episodes: int) -> int:
-    """The horizon at which beta changes by at most 1 % in a step of so many responses."""
+    """The horizon at which beta changes by at most 1 % in a step of `episodes` responses."""
     return round(horizon_for(USUAL_CHANGE, episodes))
 
 

@@ -24,8 +24,8 @@ CHECK_INTERVAL = 5.0
 CHECKS_PER_ROW = 6
 """The journal keeps the telemetry of one in this many checks."""
 CHECKS_OF_FOLDER = 6
-"""In so many checks one after the other, the session's folder must be missing before the run ends:
-a network file system that is mounted again is away for a moment."""
+"""The run ends if the session's folder is missing in this many checks in a row: a network file
+system that is mounted again is away for a moment."""
 GPU_TIMEOUT = 10.0
 """Seconds that a check waits for the GPUs' driver. Opening it takes seconds on some machines."""
 

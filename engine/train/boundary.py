@@ -12,7 +12,6 @@ import msgspec
 
 from engine.config.settings import SettingChange, settings_of
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
-from engine.examined import examined
 from engine.kl import next_beta
 from engine.protocol.commands import (
     BoundaryCommand,
@@ -210,24 +209,21 @@ class Boundary:
         with them, because they must be bitwise equal on all ranks. While paused this runs every
         :data:`PAUSE_POLL_INTERVAL`, so that no rank waits in a collective until it times out.
         """
-        run, data = self._run, b""
-        if run.ranks.is_lead:
-            commands = self._link.commands(wait)
-            data = msgspec.msgpack.encode(
-                BoundaryBroadcast(
-                    commands=commands,
-                    seconds=run.state.seconds,
-                    beta=run.config.kl.beta,
-                    reached=self._end.reached,
-                    recovered=self._recovery is not None and self._recovery.recovered,
-                    early=self._end.early_reason(),
-                )
+        run, end = self._run, self._end
+
+        def make() -> BoundaryBroadcast:
+            return BoundaryBroadcast(
+                commands=self._link.commands(wait),
+                seconds=run.state.seconds,
+                beta=run.config.kl.beta,
+                reached=end.reached,
+                recovered=self._recovery is not None and self._recovery.recovered,
+                early=end.early_reason(),
             )
-        received = msgspec.msgpack.decode(
-            run.ranks.broadcast_bytes(data), type=examined(BoundaryBroadcast)
-        )
+
+        received = run.ranks.broadcast(make, BoundaryBroadcast)
         run.state.seconds = received.seconds
-        self._end.reached, self._end.early = received.reached, received.early
+        end.reached, end.early = received.reached, received.early
         self._settings.set({"beta": received.beta})
         return received
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from engine import starter
 from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
-from engine.examined import examined
 from engine.progress import report_nothing
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
@@ -308,5 +307,4 @@ def read_state(folder: Path, ranks: RankGroup) -> SavedState:
     Raises:
         CheckpointError: on rank 0; a file is missing or damaged.
     """
-    data = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
-    return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=examined(SavedState))
+    return ranks.broadcast(lambda: checkpoint_folder.read_state(folder), SavedState)

@@ -214,11 +214,9 @@ def step_report(
 
 def receive_start(session: SessionFolder, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
     """Receives `Begin` on rank 0 and reads the configuration; returns both on every rank."""
-    kind = tuple[Begin, RunConfig]
-    data = b""
-    if ranks.is_lead:
-        data = msgspec.msgpack.encode((link.wait_for_begin(), session.config()))
-    return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=examined(kind))
+    return ranks.broadcast(
+        lambda: (link.wait_for_begin(), session.config()), tuple[Begin, RunConfig]
+    )
 
 
 def run_info(run: Run) -> dict[str, object]:

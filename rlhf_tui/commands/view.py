@@ -174,7 +174,7 @@ def open_screen(
     started.daemon = True
     started.start()
     terminal_colors.choose(os.environ)
-    # Textual draws on it, and whatever the locale says, hardly a terminal does not take UTF-8.
+    # Textual draws on it. Nearly all terminals take UTF-8, whatever the locale says.
     if isinstance(sys.__stderr__, io.TextIOWrapper):
         sys.__stderr__.reconfigure(encoding="utf-8")
     first_read = begin_first_read(session) if session is not None and replay is None else None

@@ -35,7 +35,7 @@ ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
 
 
 class CheckpointsScreen(SessionScreen):
-    """Mode 4."""
+    """Lists the checkpoints; the screen of the key 4."""
 
     MODE = "checkpoints"
     WRITES = frozenset({"roll_back", "fork", "export", "delete_checkpoint"})

@@ -40,7 +40,7 @@ PAGES = ("timeline", "latest", "machine")
 
 
 class DashboardScreen(SessionScreen):
-    """Mode 2."""
+    """Shows the open session; the screen of the key 2."""
 
     MODE = "dashboard"
     AUTO_FOCUS = "Chart"

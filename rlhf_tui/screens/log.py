@@ -108,7 +108,7 @@ class LogView(ScrollList):
 
 
 class LogScreen(SessionScreen):
-    """Mode 5."""
+    """Shows the log; the screen of the key 5."""
 
     MODE = "log"
     AUTO_FOCUS = "LogView"

@@ -54,7 +54,7 @@ class ArraysRead(Message):
 
 
 class SamplesScreen(SessionScreen):
-    """Mode 3."""
+    """Lists the responses and shows the selected one; the screen of the key 3."""
 
     MODE = "samples"
     LISTS = True

@@ -53,7 +53,7 @@ STILL = 10.0
 
 
 class SessionsScreen(SessionScreen):
-    """Mode 1."""
+    """Lists the sessions; the screen of the key 1."""
 
     MODE = "sessions"
     LISTS = True

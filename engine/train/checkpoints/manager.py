@@ -72,7 +72,7 @@ class CheckpointManager:
             run.ranks.checkpoint_group,
             conclude=self._conclude,
             confirm=self._confirm,
-            notice=self._notice,
+            notice=lambda text: self._notice(run.state.step, text),
             aside=self._aside,
         )
         self._saved_step = begin.from_step
@@ -222,7 +222,7 @@ class CheckpointManager:
         """Reports an outcome, then removes older checkpoints; called in the saving thread."""
         if isinstance(outcome, CheckpointError):
             if step != self._failed_step:
-                self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
+                self._notice(step, str(outcome))
             self._failed_step = step
             return
         self._longest_save = max(self._longest_save, outcome.seconds)
@@ -265,8 +265,9 @@ class CheckpointManager:
         try:
             remove(checkpoint_path(self._folder, step))
         except OSError as error:
-            text = f"the old checkpoint of step {step} cannot be removed: {error}"
-            self._link.send(Notice(step=saved_step, rule="checkpoint", text=text))
+            self._notice(
+                saved_step, f"the old checkpoint of step {step} cannot be removed: {error}"
+            )
 
     def _aside(self, step: int) -> Path | None:
         """Where a checkpoint is moved that an operator saved before its step was abandoned."""
@@ -277,13 +278,14 @@ class CheckpointManager:
         if path.exists():  # since a save that was interrupted
             return None
         self._notice(
+            self._run.state.step,
             f"the checkpoint of step {step} that was saved on an abandoned branch (attempt "
-            f"{attempt}) stays in {path}"
+            f"{attempt}) stays in {path}",
         )
         return path
 
-    def _notice(self, text: str) -> None:
-        self._link.send(Notice(step=self._run.state.step, rule="checkpoint", text=text))
+    def _notice(self, step: int, text: str) -> None:
+        self._link.send(Notice(step=step, rule="checkpoint", text=text))
 
     def close(self) -> None:
         """Waits for a running save, at most :data:`CLOSE_TIMEOUT`, so that a resume can use it."""

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import UserInputError, first_line
+from engine.train.data.prompts import Messages
 
 TIME_LIMIT = 10.0
 """Seconds to render one conversation, which usually takes less than a millisecond."""
@@ -35,7 +36,7 @@ def read_chat_template(value: str) -> str:
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], key: str, **options: Any
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, key: str, **options: Any
 ) -> str:
     """Renders a conversation with the tokenizer's chat template.
 

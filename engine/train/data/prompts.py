@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Messages = list[dict[str, str]]
+"""Chat messages, with `role` and `content`."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -17,7 +20,7 @@ class Prompt:
     """The text that `ids` encode: chat messages are rendered by the chat template."""
     row: dict[str, Any]
     """The data set's row, for reward functions; empty on ranks other than 0."""
-    messages: list[dict[str, str]] | None = None
+    messages: Messages | None = None
     """The chat messages, if the prompt is a conversation."""
 
     @property

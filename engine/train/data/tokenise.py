@@ -13,6 +13,7 @@ from engine.config.sections.model import DataConfig
 from engine.errors import UserInputError
 from engine.train.data.chat_template import render_chat
 from engine.train.data.prompt_table import SCHEMA
+from engine.train.data.prompts import Messages
 
 LONG_TEXT = 10_000
 """A prompt of at most this many characters is always tokenised."""
@@ -59,7 +60,7 @@ class PromptTokenizer:
         ]
         return pa.record_batch(arrays, schema=SCHEMA)
 
-    def _rendered(self, content: Any, row: int) -> tuple[str, list[dict[str, str]] | None]:
+    def _rendered(self, content: Any, row: int) -> tuple[str, Messages | None]:
         """Returns the text of a prompt, and its messages if it is a conversation."""
         config = self._config
         if config.chat and isinstance(content, str):
@@ -144,7 +145,7 @@ def parallel_tokenizers() -> Iterator[None]:
             os.environ[PARALLEL_VARIABLE] = before
 
 
-def _messages(content: Any) -> list[dict[str, str]] | None:
+def _messages(content: Any) -> Messages | None:
     """Returns `content` as chat messages, or None if it is not a list of them."""
     if not isinstance(content, list) or not content:
         return None

@@ -11,9 +11,9 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
 import torch
@@ -36,6 +36,7 @@ from engine.train.distributed.rank_store import RankStore
 
 log = logging.getLogger("engine")
 
+T = TypeVar("T")
 FINAL_BARRIER_TIMEOUT = 20.0
 """Seconds a finished rank waits for the other ranks."""
 PEER_LOSS_TEXTS = (
@@ -115,6 +116,16 @@ class RankGroup:
         return self.rank == 0
 
     # -- collectives --------------------------------------------------------------------------
+
+    def broadcast(self, make: Callable[[], T], kind: type[T]) -> T:
+        """Returns what `make` returns on rank 0, where alone it is called, on every rank.
+
+        Args:
+            make: makes the value, which is sent in MessagePack.
+            kind: the type of the value.
+        """
+        data = msgspec.msgpack.encode(make()) if self.is_lead else b""
+        return msgspec.msgpack.decode(self.broadcast_bytes(data), type=examined(kind))
 
     def broadcast_bytes(self, data: bytes = b"") -> bytes:
         """Returns rank 0's bytes on every rank; the argument of the other ranks is ignored."""

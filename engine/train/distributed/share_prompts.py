@@ -14,7 +14,6 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.model import DataConfig, PromptSource
-from engine.examined import examined
 from engine.train.data.load_prompts import (
     BeginPart,
     LoadedSet,
@@ -70,11 +69,8 @@ def load_on_all_ranks(
     if ranks.size == 1:
         sets = load_sets(config, tokenizer, key, begin)
         return ordered(sets, config, per_step=per_step, seed=seed)
-    sets, message = [], b""
-    if ranks.is_lead:
-        sets = load_sets(config, tokenizer, key, begin)
-        message = msgspec.msgpack.encode([_shared(one) for one in sets])
-    shared = msgspec.msgpack.decode(ranks.broadcast_bytes(message), type=examined(list[_SharedSet]))
+    sets = load_sets(config, tokenizer, key, begin) if ranks.is_lead else []
+    shared = ranks.broadcast(lambda: [_shared(one) for one in sets], list[_SharedSet])
     caches = PromptCaches(config.cache)
     for one in shared:
         folder = _folder_of(one, caches)

@@ -12,7 +12,7 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.errors import LinkError, UserInputError, shortened
 from engine.examined import examined
-from engine.train.data.prompts import Prompt
+from engine.train.data.prompts import Messages, Prompt
 from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.distributed.ranks import RankGroup
 from engine.train.environment.plain_text import plain_text
@@ -27,8 +27,6 @@ from engine.train.user_code.function import UserFunction
 log = logging.getLogger("engine")
 
 T = TypeVar("T")
-Messages = list[dict[str, str]]
-"""Chat messages, with `role` and `content`."""
 Reply = str | Messages | None
 """Text, chat messages, or the end of the response."""
 Replied = ToolAnswers | Messages | None
@@ -167,8 +165,7 @@ class Environments:
                     raise
 
         self.on_rank_0(lambda: when, run, waits)
-        data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(found))
-        return msgspec.msgpack.decode(data, type=examined(list[Answer]))
+        return self._ranks.broadcast(lambda: found, list[Answer])
 
     def reply(self, environment: Any, turn: str) -> Replied:
         """Passes a turn to one environment, on rank 0; see :meth:`answer`.

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.environment import EnvironmentConfig
 from engine.protocol.rollout.messages import NextTurn
+from engine.train.data.prompts import Messages
 from engine.train.data.randomness import derived_seed, sample_uniforms
-from engine.train.environment.environments import Environments, Messages
+from engine.train.environment.environments import Environments
 from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.environment.response import Response
 from engine.train.rollout.backend import SamplingOptions

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
 from engine.train.data.chat_template import render_chat
-from engine.train.data.prompts import Prompt
+from engine.train.data.prompts import Messages, Prompt
 from engine.train.data.tokenise import tokenise_texts
 
 TURN = "rlhf-tui:turn"
@@ -19,7 +19,7 @@ class ReplyTokens:
         self._template_arguments = config.data.template_arguments or {}
         self._tokenizer = tokenizer
 
-    def __call__(self, prompt: Prompt, reply: list[dict[str, str]], last: int) -> list[int]:
+    def __call__(self, prompt: Prompt, reply: Messages, last: int) -> list[int]:
         """Returns the tokens from the end of the policy's turn to the beginning of its next one.
 
         Plain text is continued by the text of the reply. A conversation is continued as its chat

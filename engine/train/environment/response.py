@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.train.data.prompts import Prompt, PromptBatch
+from engine.train.data.prompts import Messages, Prompt, PromptBatch
 from engine.train.environment.environments import Answer
 from engine.train.rollout.conversation import Conversation, SampledTurn, Turns
 from engine.train.rollout.rollout import Rollout
@@ -28,7 +28,7 @@ class Response:
     """Those that the policy sampled, as indices of :attr:`ids`."""
     floats: list[Tensor] = field(default_factory=list)
     """For each turn, (3, n) float32: log-probabilities, entropies and values."""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: Messages = field(default_factory=list)
     sampled: list[str] = field(default_factory=list)
     """The texts of the policy's turns."""
     replies: list[tuple[int, int]] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Response:
         self.add_reply(answer.ids, answer.messages)
         return True
 
-    def add_reply(self, ids: list[int], messages: list[dict[str, str]]) -> None:
+    def add_reply(self, ids: list[int], messages: Messages) -> None:
         """Appends a reply of the environment: its tokens and its messages."""
         self.replies.append((len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
@@ -122,7 +122,7 @@ class FinishedResponse(msgspec.Struct, frozen=True, array_like=True):
     positions: list[int]
     floats: bytes
     """(3, tokens) float32."""
-    messages: list[dict[str, str]]
+    messages: Messages
     sampled: list[str]
     replies: list[tuple[int, int]]
     eos: bool

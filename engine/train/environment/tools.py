@@ -11,6 +11,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 
 from engine.config.sections.environment import EnvironmentConfig
 from engine.errors import UserInputError, encodable, error_text, first_line, shortened
+from engine.train.data.prompts import Messages
 from engine.train.environment.plain_text import plain_text
 from engine.train.environment.tool_calls import ToolCall, find_calls
 from engine.train.user_code.coroutines import result_of
@@ -24,7 +25,7 @@ LONGEST_ERROR = 500
 class ToolAnswers:
     """The results of the calls of a turn."""
 
-    messages: list[dict[str, str]]
+    messages: Messages
     """One for each call, with the role `tool`."""
     problems: list[str]
     """What went wrong, with the tool's name if it was given: one for each call that failed."""

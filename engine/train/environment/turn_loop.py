@@ -4,17 +4,15 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-import msgspec
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
-from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
-from engine.train.data.prompts import Prompt, batch_prompts
+from engine.train.data.prompts import Messages, Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup
-from engine.train.environment.environments import Environments, Messages
+from engine.train.environment.environments import Environments
 from engine.train.environment.independent_turns import IndependentTurns
 from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.environment.response import FinishedResponse, Response, rollout_of
@@ -135,11 +133,11 @@ class TurnLoop:
     @staticmethod
     def _share(responses: list[Response], ranks: RankGroup) -> None:
         """Gives rank 0's finished responses to all ranks; a collective."""
-        finished = [FinishedResponse.of(r) for r in responses] if ranks.is_lead else []
-        data = ranks.broadcast_bytes(msgspec.msgpack.encode(finished))
+        finished = ranks.broadcast(
+            lambda: [FinishedResponse.of(r) for r in responses], list[FinishedResponse]
+        )
         if not ranks.is_lead:
-            sent = msgspec.msgpack.decode(data, type=examined(list[FinishedResponse]))
-            for response, given in zip(responses, sent, strict=True):
+            for response, given in zip(responses, finished, strict=True):
                 given.give(response)
 
     def _begun(self, prompts: list[Prompt]) -> list[Response]:

@@ -169,45 +169,52 @@ class LanguageModel(nn.Module):
         if self._takes_positions:
             inputs["position_ids"] = positions
         logits: Tensor | tuple[Tensor, ...] | None = None
-        values = None
-        separate = self.value_trunk is not None
-        count = len(tokens) * keep if isinstance(keep, int) else len(keep)
-        if want != "values" or not separate:
-            inputs_of_lm = {
-                "input_ids": tokens, self._cache_name: cache, "use_cache": cache is not None,
-                "logits_to_keep": keep if isinstance(keep, int) else 0, **inputs,  # 0: all
-            }  # fmt: skip
-            self._read_at = None if isinstance(keep, int) else keep
-            try:
-                if read is not None and self._is_read(read, count):
-                    with self.output.reading(partial(read, self.output)) as results:
-                        self.lm(**inputs_of_lm)
-                    logits = results[0]
-                else:
-                    logits = self.lm(**inputs_of_lm).logits
-            except BaseException:
-                self._hidden = None  # it keeps all activations alive
-                raise
-            finally:
-                self._read_at = None
+        if want != "values" or self.value_trunk is None:
+            logits = self._logits(tokens, inputs, keep, cache, read)
+        hidden: Any = self._hidden  # of a shared trunk
+        self._hidden = None  # it keeps all activations alive
         # A separate value trunk has no cache: it reads complete responses.
-        if self.value_head is None or want == "logits" or (separate and cache is not None):
-            self._hidden = None
+        separate_and_cached = self.value_trunk is not None and cache is not None
+        if self.value_head is None or want == "logits" or separate_and_cached:
             return logits, None
-        if separate:
-            trunk = self.value_trunk(input_ids=tokens, use_cache=False, **inputs)  # type: ignore[misc]  # checked above
-            hidden = trunk.last_hidden_state
+        if self.value_trunk is not None:  # always trained together with the value head
+            hidden = self.value_trunk(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
             hidden = hidden[:, -keep:] if isinstance(keep, int) else hidden_at(hidden, keep)
-        else:
-            hidden, self._hidden = self._hidden, None
-        # A separate trunk is always trained together with the value head.
-        hidden = hidden.detach() if detach_trunk and not separate else hidden
+        elif detach_trunk:
+            hidden = hidden.detach()
         # Only one product per token, so float32 is cheap.
         with torch.autocast(tokens.device.type, enabled=False):
             # A copy, not a view: FSDP2 registers hooks on the outputs, and an in-place operation on
             # a view would lose them.
             values = self.value_head(hidden.float()).squeeze(-1).clone()
         return logits, values
+
+    def _logits(
+        self,
+        tokens: Tensor,
+        inputs: dict[str, Any],
+        keep: int | Tensor,
+        cache: Any,
+        read: HiddenReader | None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Runs the language model; stores the hidden states for a shared value head."""
+        inputs = inputs | {
+            "input_ids": tokens, self._cache_name: cache, "use_cache": cache is not None,
+            "logits_to_keep": keep if isinstance(keep, int) else 0,  # 0: all
+        }  # fmt: skip
+        self._read_at = None if isinstance(keep, int) else keep
+        count = len(tokens) * keep if isinstance(keep, int) else len(keep)
+        try:
+            if read is None or not self._is_read(read, count):
+                return self.lm(**inputs).logits
+            with self.output.reading(partial(read, self.output)) as results:
+                self.lm(**inputs)
+            return results[0]
+        except BaseException:
+            self._hidden = None
+            raise
+        finally:
+            self._read_at = None
 
     def _is_read(self, read: HiddenReader, tokens: int) -> bool:
         known = self.output.after is not None

@@ -52,7 +52,7 @@ def check_memory(
         if ranks.is_lead
         else ("", None, None)
     )
-    return ranks.broadcast_bytes(strategy.encode()).decode(), models, estimated
+    return ranks.broadcast(lambda: strategy, str), models, estimated
 
 
 def _check_memory(

@@ -1,6 +1,7 @@
 """The optimiser and its learning-rate schedule."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,19 +56,11 @@ def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Opti
         {"params": [p for p in trainable if id(p) in trunk], "lr_scale": config.ppo.value_rate},
     ]
     train = config.train
-    if train.optimiser == "adamw_8bit":
-        return AdamW8bit(
-            groups,
-            lr=train.learning_rate,
-            betas=train.adam_betas,
-            eps=train.adam_eps,
-            weight_decay=train.weight_decay,
-        )
-    return torch.optim.AdamW(
+    kind = AdamW8bit if train.optimiser == "adamw_8bit" else partial(torch.optim.AdamW, fused=True)
+    return kind(
         groups,
         lr=train.learning_rate,
         betas=train.adam_betas,
         eps=train.adam_eps,
         weight_decay=train.weight_decay,
-        fused=True,
     )

@@ -12,7 +12,7 @@ from engine.errors import UserInputError
 from engine.protocol.programs.reward_training import JudgedText, RewardTrainingRequest
 from engine.protocol.rank_messages import SampleMessages
 from engine.train.data.load_prompts import load_prompts
-from engine.train.data.prompts import Prompt
+from engine.train.data.prompts import Messages, Prompt
 from engine.train.data.tokenise import tokenise_texts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.environment.reply_tokens import ReplyTokens
@@ -26,7 +26,7 @@ class JudgedInputs:
     prompts: list[Prompt]
     ids: list[list[int]]
     texts: list[str]
-    messages: list[list[dict[str, str]]]
+    messages: list[Messages]
     """The responses as chat messages."""
     vocabularies: list[dict[str, int]]
     """The vocabulary of each session's policy: token ids by token."""

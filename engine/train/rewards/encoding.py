@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.errors import UserInputError
 from engine.train.data.chat_template import render_chat
-from engine.train.data.prompts import Prompt
+from engine.train.data.prompts import Messages, Prompt
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class RewardEncoding:
         prompts: Sequence[Prompt],
         ids: Sequence[list[int]],
         texts: Sequence[str],
-        messages: Sequence[list[dict[str, str]]] | None = None,
+        messages: Sequence[Messages] | None = None,
     ) -> EncodedResponses:
         """Encodes B responses; keeps only the last tokens of those that are too long.
 
@@ -149,7 +149,7 @@ class RewardEncoding:
     ) -> EncodedResponses:
         return EncodedResponses(sequences, types, self._pad, self._vocabulary)
 
-    def _encode(self, prompt: Prompt, response: str, messages: list[dict[str, str]]) -> Any:
+    def _encode(self, prompt: Prompt, response: str, messages: Messages) -> Any:
         """Encodes a prompt and a response with the classifier's own tokenizer."""
         if self._pair:
             return self._encode_pair(prompt.plain, response)

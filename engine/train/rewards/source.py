@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.errors import RlhfError
 from engine.progress import ReportProgress
-from engine.train.data.prompts import Prompt, PromptBatch, plain_conversation
+from engine.train.data.prompts import Messages, Prompt, PromptBatch, plain_conversation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rollout.conversation import Turns
 from engine.train.rollout.rollout import Rollout
@@ -80,7 +80,7 @@ class RewardInputs:
         """Number of turns of the policy in a response."""
         return 1 if self.turns is None else self.turns[index].count
 
-    def messages(self, index: int) -> list[dict[str, str]]:
+    def messages(self, index: int) -> Messages:
         """A response as chat messages, those of its environment included."""
         if self.turns is None:
             return [{"role": "assistant", "content": self.texts[index]}]

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from engine.protocol.rollout.messages import NextTurn
+from engine.train.data.prompts import Messages
 
 
 @dataclass(frozen=True)
 class Turns:
     """One response as messages."""
 
-    messages: list[dict[str, str]]
+    messages: Messages
     """Those of the policy, `assistant`, and of its environment, in turn."""
     replies: list[tuple[int, int]]
     """Start and end of each reply in the text of the response, in characters."""

@@ -41,7 +41,7 @@ class Player:
         """Set by everything but the passing of time."""
 
     def load(self, duration: float, offset: float) -> None:
-        """Begins to play a recording of so many seconds, from an offset."""
+        """Begins to play a recording of `duration` seconds, from an offset."""
         with self._lock:
             self._duration = duration
             self._go(offset)

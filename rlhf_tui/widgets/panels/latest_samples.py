@@ -61,7 +61,7 @@ def _response(sample: SampleRow, width: int, affixes: CommonAffixes) -> Row:
 
 
 def _end_of(text: str, most: int) -> str:
-    """The end of a text, in at most so many cells."""
+    """The end of a text, in at most `most` cells."""
     if cell_len(text) <= most:
         return text
     text = text[1 - most :]

@@ -314,11 +314,10 @@ class VllmBackend:
             work: what was generated.
             replies: rank 0's, by engine; ignored on other ranks.
         """
-        data = b""
-        if self._engines is not None:
-            data = msgspec.msgpack.encode(join([replies[i] for i in sorted(replies)]))
-        data = self._context.ranks.broadcast_bytes(data)
-        return self._rollout(work, msgspec.msgpack.decode(data, type=examined(Generated)))
+        result = self._context.ranks.broadcast(
+            lambda: join([replies[i] for i in sorted(replies)]), Generated
+        )
+        return self._rollout(work, result)
 
     def _rollout(self, work: _Work, result: Generated) -> Rollout:
         """The rollout of this rank's prompts; tokens after a stop string are dropped."""
