@@ -204,7 +204,7 @@ def test_a_deletion_is_recorded_with_its_command_or_not_at_all(saved):
         with pytest.raises(sqlite3.Error, match="full"):
             saved.journal.delete_checkpoint(2, "a")
         db.execute("DROP TRIGGER full")
-    assert saved.journal.timeline() == [1, 2, 3]
+    assert saved.journal.checkpoints.steps() == [1, 2, 3]
     saved.journal.delete_checkpoint(2, "a")
-    assert saved.journal.timeline() == [1, 3]
+    assert saved.journal.checkpoints.steps() == [1, 3]
     assert saved.journal.commands.reply("a").status == "applied"
