@@ -30,8 +30,10 @@ from engine.train.load import load_run
 from engine.train.models.language_model import fingerprint
 from engine.train.models.pretrained import load_tokenizer
 from engine.train.models.read_pretrained import read_pretrained
+from engine.train.reward_training.base import read_base
 from engine.train.step import train_step
 from tests.train.adapters import write_adapters
+from tests.train.test_reward_training import request
 
 RANKS = RankGroup(LaunchConfig(device="cpu"))
 IDS = torch.arange(3, 15).view(2, 6)
@@ -249,7 +251,7 @@ UNUSABLE = {
     ),
     "a base with packed weights": (
         lambda _f, b: describe(b, "config.json", quantization_config={"quant_method": "gptq"}),
-        "its weights are packed; write the model",
+        "its weights are packed; name the model",
     ),
     "no base": (lambda f, _b: describe(f, base_model_name_or_path=None), "an unknown model"),
     "a base that is gone": (
@@ -257,7 +259,8 @@ UNUSABLE = {
         r"trained on \.\./gone, which is not a model folder here: write its path",
     ),
     "a base that cannot be read": (
-        lambda _f, b: (b / "config.json").write_text("{"), "were trained on .*: the folder"
+        lambda _f, b: (b / "config.json").write_text("{"),
+        r"in their adapter_config\.json says: the folder",
     ),
 }  # fmt: skip
 
@@ -313,6 +316,16 @@ def test_a_run_goes_on_with_the_same_bits_and_notices_other_adapters(
     change(sft)
     with pytest.raises(CheckpointError, match=r"sft was changed; put it back to resume"):
         load_run(session, session.config(), Begin(attempt=2, from_step=1), RANKS)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["of a policy", "of a classifier"])
+def test_training_of_a_reward_model_can_start_from_adapters(half_policy, tmp_path, head):
+    kind = AutoModelForSequenceClassification if head else AutoModelForCausalLM
+    adapted = write_adapters(half_policy, tmp_path / "sft", kind=kind)
+    base = read_base(request(base=str(tmp_path / "sft")), RANKS, print)
+    assert base.new_head is not head
+    trunk, trained = base.model.base_model, adapted.merge_and_unload().base_model
+    assert fingerprint(trunk) == fingerprint(trained)
 
 
 def test_new_adapters_are_exported_with_those_under_them(make_run, sft, half_policy, tmp_path):

@@ -135,7 +135,8 @@ def _read_adapted(
     except UserInputError as error:
         reason = str(error).removeprefix(f"{key}: ")
         raise UserInputError(
-            f"{key}: the adapters in {adapters.source} were trained on {base}: {reason}"
+            f"{key}: the adapters in {adapters.source} were trained on {base}, as "
+            f"base_model_name_or_path in their adapter_config.json says: {reason}"
         ) from error
     model = cast(merge_adapters(model, adapters), dtype)
     return model.base_model if kind is AutoModel else model
@@ -143,10 +144,7 @@ def _read_adapted(
 
 def _check_not_packed(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
-        raise UserInputError(
-            "its weights are packed; write the model from which it was made into "
-            "adapter_config.json, as base_model_name_or_path"
-        )
+        raise UserInputError("its weights are packed; name the model from which it was made there")
 
 
 def _read_model(
