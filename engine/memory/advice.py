@@ -9,7 +9,7 @@ from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 from engine.memory.capacity import Capacity
 from engine.memory.estimate import estimate
-from engine.memory.model import WHAT_IF_RANK, Estimate, Layout, Models
+from engine.memory.model import WHAT_IF_RANK, Estimate, Layout, Models, configured
 
 MARGIN = 1.1
 """A run fits if this multiple of its estimate fits."""
@@ -25,6 +25,19 @@ def fits(found: Estimate, capacity: Capacity) -> bool:
 def can_start(layout: Layout, capacity: Capacity) -> bool:
     """Whether there is a GPU for each rank; on a CPU always true."""
     return capacity.device == "cpu" or layout.ranks <= capacity.gpus * capacity.nodes
+
+
+def can_choose(config: RunConfig, ranks: int) -> bool:
+    """Whether a run chooses its strategy itself: with `auto`. Packed weights cannot be sharded."""
+    return config.parallel.strategy == "auto" and ranks > 1 and config.lora.quantise == "none"
+
+
+def layout_at_start(config: RunConfig, models: Models, ranks: int, capacity: Capacity) -> Layout:
+    """The layout of a run that starts: with `auto`, fsdp if ddp does not fit."""
+    layout = configured(config, ranks)
+    if can_choose(config, ranks) and not fits(estimate(config, models, layout), capacity):
+        return replace(layout, strategy="fsdp")
+    return layout
 
 
 def changes_to_fit(

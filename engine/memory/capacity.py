@@ -27,6 +27,8 @@ class Capacity(Struct, frozen=True, kw_only=True):
     """The number of chosen GPUs."""
     nodes: int = 1
     """The number of machines that share the run's ranks, each with as much memory and GPUs."""
+    supposed: bool = False
+    """Whether it is that of other machines, not measured here."""
 
     def less(self, taken: int) -> "Capacity":
         """Returns the capacity left if another program takes some of it."""
@@ -60,6 +62,12 @@ def of_gpus(chosen: list[int]) -> Capacity | None:
     total = min(int(m.total) for m in memories)
     free = min(int(m.free) for m in memories)
     return Capacity(device="cuda", total=total, free=free, gpus=len(memories))
+
+
+def supposed_gpus(count: int, gigabytes: float) -> Capacity:
+    """The memory of GPUs of another machine; `gigabytes` is that of each, in 10⁹ bytes."""
+    total = round(gigabytes * 1e9)
+    return Capacity(device="cuda", total=total, free=total, gpus=count, supposed=True)
 
 
 def of_device(device: Literal["cpu", "cuda"], chosen: list[int]) -> Capacity:

@@ -143,7 +143,7 @@ def layouts(config: RunConfig, ranks: int) -> list[Layout]:
 
 
 def configured(config: RunConfig, ranks: int) -> Layout:
-    """The configured layout; the strategy `auto` counts as ddp."""
+    """The configured layout; the strategy `auto` counts as ddp, see :func:`.layout_at_start`."""
     strategy: Strategy = "one"
     if ranks > 1:
         strategy = "fsdp" if config.parallel.strategy == "fsdp" else "ddp"

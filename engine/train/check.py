@@ -17,9 +17,9 @@ from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError, error_text
 from engine.examined import examined
 from engine.launch.environment import ranks_per_node
-from engine.memory.advice import shortage
+from engine.memory.advice import layout_at_start, shortage
 from engine.memory.estimate import estimate
-from engine.memory.model import Estimate, configured
+from engine.memory.model import Estimate
 from engine.metrics import PEAK_MEMORY, PHASES, REPLIES_LEFT_OUT, STEP_TIME, phase_time
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
 from engine.protocol.programs.result import print_result
@@ -191,8 +191,8 @@ def planned_memory(config: RunConfig, run: Run, warnings: list[str]) -> Estimate
     if run.models is None:
         return None
     nodes, ranks = config.launch.nodes, ranks_per_node(config.launch)
-    layout = configured(config, ranks * nodes)
     free = replace(free_memory(run.device, ranks), nodes=nodes)
+    layout = layout_at_start(config, run.models, ranks * nodes, free)
     if (warning := shortage(config, run.models, layout, free)) is not None:
         warnings.append(warning)
     return estimate(config, run.models, layout)

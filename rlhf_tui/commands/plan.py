@@ -1,7 +1,9 @@
 """The command that estimates a run's memory before it starts: plan."""
 
+import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -11,11 +13,18 @@ from engine.config.schema import RunConfig
 from engine.journal.json_values import Json
 from engine.launch.inputs import check_files
 from engine.launch.packages import missing_packages
-from engine.memory.advice import can_start, changes_to_fit, fits, room_for_micro_batch
-from engine.memory.capacity import Capacity, of_device
+from engine.memory.advice import (
+    can_start,
+    changes_to_fit,
+    fits,
+    layout_at_start,
+    room_for_micro_batch,
+)
+from engine.memory.capacity import Capacity, of_device, supposed_gpus
 from engine.memory.estimate import estimate
-from engine.memory.model import Estimate, Layout, Models, configured, layouts
+from engine.memory.model import Estimate, Layout, Models, layouts
 from engine.memory.rollout_engine import beside_ranks, engine_memory
+from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     config_argument,
     json_option,
@@ -34,6 +43,24 @@ NUMBER = 9
 """Columns of a number; six of them and the labels fit on a line."""
 GATHERED_SHARE = 0.25
 """Share of the memory: if fsdp gathers more weights than that, a line says so."""
+
+
+class GpusType(click.ParamType[tuple[int, float]]):
+    """The number of GPUs and the memory of each in 10⁹ bytes, as in `8x80`."""
+
+    name = "gpus"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        """Parses the text."""
+        match = re.fullmatch(r"(\d{1,4})[x×](\d{1,5}(?:\.\d+)?)", str(value))
+        if match is None or not int(match[1]) or not float(match[2]):
+            self.fail(f"{value!r} is not a number of GPUs and GB, such as 8x80", param, ctx)
+        return int(match[1]), float(match[2])
+
+
+GPUS = GpusType()
 LABELS = {
     "process": "process",
     "CUDA context": "CUDA context",
@@ -65,8 +92,21 @@ LABELS = {
     metavar="N",
     help="Ranks of the ddp and fsdp layouts.",
 )
+@click.option(
+    "--gpus",
+    "supposed",
+    type=GPUS,
+    metavar="NxGB",
+    help="Plan for N GPUs of this size on each machine, such as 8x80, instead of for this machine.",
+)
 @json_option
-def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_json: bool) -> None:
+def plan(
+    config: Path,
+    overrides: tuple[str, ...],
+    processes: int | None,
+    supposed: tuple[int, float] | None,
+    as_json: bool,
+) -> None:
     """Estimate the memory that each rank of a run needs.
 
     Loads no weights.
@@ -74,15 +114,24 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     loaded = config_file.load(config, overrides)
     check_files(loaded)
     show_wait("reading the models' shapes and the prompts' lengths")
+    given = loaded
+    if supposed is not None:  # this machine may have no GPU, or others
+        launch = msgspec.structs.replace(loaded.launch, device="cpu", gpus=[])
+        given = msgspec.structs.replace(loaded, launch=launch)
     models = run_engine_program(
         Models, "engine.train.models.shapes",
-        given=loaded, launch=loaded.launch, failed="the models' shapes cannot be read",
+        given=given, launch=given.launch, failed="the models' shapes cannot be read",
     )  # fmt: skip
-    here = of_device(models.device, loaded.launch.gpus).less(beside_ranks(loaded, models))
-    capacity = msgspec.structs.replace(here, nodes=loaded.launch.nodes)
+    if supposed is None:
+        memory = of_device(models.device, loaded.launch.gpus)
+    else:
+        models = msgspec.structs.replace(models, device="cuda")
+        memory = supposed_gpus(*supposed)
+    left = memory.less(beside_ranks(loaded, models))
+    capacity = msgspec.structs.replace(left, nodes=loaded.launch.nodes)
     ranks = processes or _several(loaded, capacity)
     estimates = [estimate(loaded, models, layout) for layout in layouts(loaded, ranks)]
-    layout = configured(loaded, _configured_ranks(loaded, capacity))
+    layout = layout_at_start(loaded, models, _configured_ranks(loaded, capacity), capacity)
     if as_json:
         print_json(_as_data(loaded, models, capacity, estimates, layout))
         return
@@ -93,7 +142,7 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
         say(_wrapped(line))
     for line in _conclusion(loaded, models, capacity, estimates, layout):
         say(_wrapped(line))
-    for line in missing_packages(loaded):
+    for line in missing_packages(loaded) if supposed is None else []:
         say(_wrapped(f"A run on this machine would be refused: {line}"))
 
 
@@ -141,7 +190,9 @@ def _table(estimates: list[Estimate], capacity: Capacity) -> str:
             rows.append([label, *(f"{v / GB:.2f}" if v else "–" for v in values)])
     rows.append(["peak of a step", *(f"{e.peak / GB:.2f}" for e in estimates)])
     rows.append(["… during", *(e.fullest for e in estimates)])
-    rows.append(["fits here", *(_verdict(e, capacity) for e in estimates)])
+    rows.append(
+        ["fits" if capacity.supposed else "fits here", *(_verdict(e, capacity) for e in estimates)]
+    )
     lines = [["", *(t[0] for t in titles)], ["", *(t[1] for t in titles)], *rows]
     widths = [max(NUMBER, *map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_row(line, widths) for line in lines)
@@ -230,6 +281,9 @@ def _engine_lines(config: RunConfig, models: Models) -> list[str]:
 def _machine(capacity: Capacity) -> str:
     total, free = f"{capacity.total / GB:.1f} GB", f"{capacity.free / GB:.1f} free now"
     others = f"; the ranks are on {capacity.nodes} such machines" if capacity.nodes > 1 else ""
+    if capacity.supposed:
+        of = f"{fmt.plural(capacity.gpus, 'GPU')} of {total}"
+        return f"Planned for {of}" + (f" on each of {capacity.nodes} machines" if others else "")
     if capacity.device == "cuda":
         gpus = f"{capacity.gpus} GPUs of" if capacity.gpus > 1 else "a GPU of"
         return f"This machine has {gpus} {total} ({free}){others}"

@@ -74,6 +74,20 @@ def test_the_replies_of_an_environment_are_named(lab):
     assert "responses of 32, replies of 40" in done.stdout
 
 
+def test_a_run_is_planned_for_gpus_that_are_not_here(lab):
+    options = ("-o", "launch.device=cuda", "-o", "log.trackers=['absent_package.x:Tracker']")
+    done = lab.cli("plan", DEMO, "--gpus", "4x80", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("GPU memory of each rank")
+    assert "ddp ×4" in done.stdout
+    assert "Planned for 4 GPUs of 80.0 GB. Layouts that fit: all." in done.stdout
+    assert "refused" not in done.stdout
+    for wrong in ("4", "0x80", "4x0", "x"):
+        done = lab.cli("plan", DEMO, "--gpus", wrong)
+        assert done.returncode == 2
+        assert "such as 8x80" in done.stderr
+
+
 def test_a_package_that_a_run_here_lacks_is_named_and_the_estimate_is_made(lab):
     done = lab.cli(
         "plan", DEMO, "-o", "launch.device=cpu", "-o", "log.trackers=['absent_package.x:Tracker']"

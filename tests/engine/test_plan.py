@@ -7,8 +7,15 @@ from hypothesis import strategies as st
 
 from engine import starter
 from engine.config import file as config_file
-from engine.memory.advice import can_start, changes_to_fit, fits, room_for_micro_batch, shortage
-from engine.memory.capacity import Capacity, of_host
+from engine.memory.advice import (
+    can_start,
+    changes_to_fit,
+    fits,
+    layout_at_start,
+    room_for_micro_batch,
+    shortage,
+)
+from engine.memory.capacity import Capacity, of_host, supposed_gpus
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout, Models, Shape, configured, layouts
 from engine.memory.rollout_engine import beside_ranks, engine_memory
@@ -209,6 +216,20 @@ def test_the_configured_layout_follows_the_strategy_and_the_number_of_ranks():
 def room(gigabytes, device="cpu", gpus=0, nodes=1):
     size = int(gigabytes * 1e9)
     return Capacity(device=device, total=size, free=size, gpus=gpus, nodes=nodes)
+
+
+def test_a_run_shards_by_itself_only_if_it_would_not_fit_otherwise():
+    def strategy(gigabytes, *overrides, ranks=2):
+        given = config(*overrides)
+        capacity = supposed_gpus(ranks, gigabytes)
+        return layout_at_start(given, models("cuda"), ranks, capacity).strategy
+
+    need = one(device="cuda", layout=Layout(strategy="ddp", ranks=2)).peak / 1e9
+    assert strategy(2 * need) == "ddp"
+    assert strategy(need) == "fsdp"
+    assert strategy(need, "parallel.strategy=ddp") == "ddp"
+    assert strategy(2 * need, "parallel.strategy=fsdp") == "fsdp"
+    assert strategy(need, ranks=1) == "one"
 
 
 def test_ranks_share_the_host_and_have_a_gpu_each():

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
-from engine.memory.advice import shortage
+from engine.memory.advice import can_choose, layout_at_start, shortage
 from engine.memory.capacity import Capacity, of_host
 from engine.memory.estimate import CUDA_CONTEXT, estimate
 from engine.memory.model import Estimate, Layout, Models, configured
@@ -64,9 +64,7 @@ def _check_memory(
     free: Capacity,
 ) -> tuple[str, Models | None, Estimate | None]:
     layout = configured(config, ranks.size)
-    # Packed weights cannot be sharded.
-    can_shard = config.lora.quantise == "none"
-    chosen = config.parallel.strategy == "auto" and ranks.size > 1 and can_shard
+    chosen = can_choose(config, ranks.size)
     if chosen and placed is not None and placed.ranks == ranks.size:
         chosen = False
         layout = replace(layout, strategy="fsdp" if placed.strategy == "fsdp" else "ddp")
@@ -76,10 +74,9 @@ def _check_memory(
         # An estimate must not end the run. If the model is unusable, loading it raises the error.
         log.warning("memory: not estimated: %s", error)
         return _strategy(layout), None, None
+    if chosen:
+        layout = layout_at_start(config, models, ranks.size, free)
     warning = shortage(config, models, layout, free)
-    if warning is not None and chosen:
-        layout = replace(layout, strategy="fsdp")
-        warning = shortage(config, models, layout, free)
     estimated = estimate(config, models, layout)
     gathered = estimated.parts.get("gathered", 0)  # with fsdp only
     log.info(
