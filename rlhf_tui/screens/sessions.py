@@ -25,7 +25,6 @@ from rlhf_tui.screens.parts.session_list import (
     SessionColumns,
     line_of_marks,
     lines_about,
-    ordered,
     sessions_table,
     short_path,
 )
@@ -198,7 +197,8 @@ class SessionsScreen(SessionScreen):
         longest = max((len(s.row.name) for s in sessions), default=0) + len(MARK) * bool(compared)
         table.columns[NAME].most = max(longest, table.columns[NAME].width)
         order = columns.orders().get(table.sorted_by)
-        rows = ordered(sessions, order, descending=table.descending)
+        # Without a column, in the order of the listing.
+        rows = sorted(sessions, key=order, reverse=table.descending) if order else sessions
         cells = [
             (s.row.name, columns.cells(s, now, marked=s.row.name in self._marked)) for s in rows
         ]

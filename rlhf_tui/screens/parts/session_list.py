@@ -148,13 +148,6 @@ def _setting(session: ListedSession, key: str) -> str:
     return text if len(text) <= WIDEST_SETTING else f"…{text[1 - WIDEST_SETTING :]}"
 
 
-def ordered(
-    sessions: list[ListedSession], order: Order | None, *, descending: bool
-) -> list[ListedSession]:
-    """Sorts; None keeps the order of the list."""
-    return sessions if order is None else sorted(sessions, key=order, reverse=descending)
-
-
 class Sessions(Table):
     """The table of sessions. Its enter key is shown in the line of keys."""
 
