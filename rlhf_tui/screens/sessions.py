@@ -2,11 +2,9 @@
 
 import functools
 import re
-import threading
 from pathlib import Path
 from typing import ClassVar
 
-import msgspec
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -17,6 +15,7 @@ from engine.session.folder import SessionFolder, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.screens.parts.engine_waits import EngineWaits
 from rlhf_tui.screens.parts.highlighted_preview import HighlightedPreview
 from rlhf_tui.screens.parts.session_list import (
     ASCENDING,
@@ -36,19 +35,13 @@ from rlhf_tui.state.messages import (
     SessionPreviewed,
     SessionsListed,
 )
-from rlhf_tui.state.session_row import (
-    ListedSession,
-    SessionRow,
-    awaited,
-)
+from rlhf_tui.state.session_row import ListedSession, SessionRow
 from rlhf_tui.state.steering_target import NO_SESSION, SteeringTarget
 from rlhf_tui.widgets.lines import Lines, Row
 from rlhf_tui.widgets.panels.preview import PreviewPanel
 
 READ_INTERVAL = 2.0
 """Seconds between two readings of the folder."""
-STILL = 10.0
-"""Seconds without a step after which an engine is asked what it waits for."""
 
 
 class SessionsScreen(SessionScreen):
@@ -84,9 +77,7 @@ class SessionsScreen(SessionScreen):
         self._listed = False
         self._reading_settings = False
         """Whether the settings that differ were asked for and are still being read."""
-        self._waits: dict[str, str] = {}
-        """What engines wait for, by the names of their sessions."""
-        self._asking = False
+        self._waits = EngineWaits(self.post_message)
 
     @functools.cached_property
     def preview(self) -> HighlightedPreview:
@@ -129,8 +120,8 @@ class SessionsScreen(SessionScreen):
         """Shows the rows."""
         self._rows = {s.row.name: s for s in message.rows}
         self._reading_settings = False
-        self._ask_engines()
-        self._show_waits()
+        self._waits.ask([s.row for s in message.rows], self.context.now())
+        self._rows = self._waits.added_to(self._rows)
         table = self._table
         first, self._listed = not self._listed, True
         self._marked = [name for name in self._marked if name in self._rows]
@@ -159,33 +150,12 @@ class SessionsScreen(SessionScreen):
             [(f" {command('run', 'CONFIG')}", "key")],
         ]
 
-    def _ask_engines(self) -> None:
-        """Asks engines that are not making progress what they wait for, in a thread."""
-        now = self.context.now()
-        rows = [s.row for s in self._rows.values() if s.row.pid and s.row.state != "paused"]
-        rows = [r for r in rows if r.updated is None or now - r.updated > STILL]
-        self._waits = {r.name: self._waits[r.name] for r in rows if r.name in self._waits}
-        if not rows or self._asking:
-            return
-        self._asking = True
-
-        def ask() -> None:
-            found = {row.name: awaited(SessionFolder(Path(row.folder))) for row in rows}
-            self.post_message(EnginesAsked({name: text for name, text in found.items() if text}))
-
-        threading.Thread(target=ask, daemon=True, name="ask").start()
-
     def on_engines_asked(self, message: EnginesAsked) -> None:
         """Shows what the engines wait for."""
-        self._asking, self._waits = False, message.waits
-        self._show_waits()
+        self._waits.take(message)
+        self._rows = self._waits.added_to(self._rows)
         self._show_rows()
         self._about()
-
-    def _show_waits(self) -> None:
-        for name, listed in self._rows.items():
-            row = msgspec.structs.replace(listed.row, waits_for=self._waits.get(name))
-            self._rows[name] = msgspec.structs.replace(listed, row=row)
 
     def _show_rows(self, empty: list[Row] | None = None) -> None:
         """Shows the rows in the order of the table; the cursor stays on its session."""

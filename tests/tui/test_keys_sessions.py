@@ -10,7 +10,8 @@ from engine.protocol.commands import Note, Pause, SetBeta, Stop, Unpause
 from engine.session.folder import EngineInfo, SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
-from rlhf_tui.screens import base, sessions
+from rlhf_tui.screens import base
+from rlhf_tui.screens.parts import engine_waits
 from rlhf_tui.state import command_sender
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.table import Table
@@ -78,7 +79,7 @@ async def test_p_pauses_the_highlighted_run_and_not_the_open_one(
 async def test_a_run_that_takes_no_steps_says_what_it_waits_for(
     two_runs, engine, monkeypatch, until
 ):
-    monkeypatch.setattr(sessions, "awaited", lambda session: f"room for {session.name}")
+    monkeypatch.setattr(engine_waits, "awaited", lambda session: f"room for {session.name}")
     async with two_runs() as (app, pilot):
         for name in ("one", "two"):
             with contextlib.closing(JournalWriter(SessionFolder(app.root / name))) as journal:
