@@ -23,6 +23,7 @@ from engine.journal import schema
 from engine.journal.command_log import CommandLog
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
+from engine.journal.write_ahead_log import WriteAheadLog
 from engine.metrics import EVAL_SCORE
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Placed, Sample, StepReport
@@ -63,7 +64,8 @@ class JournalWriter:
         mode = "TRUNCATE" if on_network(session.folder) else "WAL"
         self._db = _open(session.journal_file, schema.JOURNAL, mode)
         self._samples = _open(session.samples_file, schema.SAMPLES, mode)
-        self._samples_wal = session.samples_file.with_name(f"{session.samples_file.name}-wal")
+        self._log = WriteAheadLog(self._db, session.journal_file)
+        self._samples_log = WriteAheadLog(self._samples, session.samples_file)
         self._file = session.journal_file
         self._opened = os.stat(self._file)  # noqa: PTH116 - like the check
         self._events = EventLog(self._db)
@@ -333,6 +335,8 @@ class JournalWriter:
             self._metrics(report.step, report.metrics)
             self._set_meta({"settings": report.settings})
         self._events.step = report.step
+        for log in (self._samples_log, self._log):
+            log.shorten()
 
     def record_evaluation(
         self, step: int, metrics: dict[str, float], samples: list[Sample]
@@ -396,8 +400,8 @@ class JournalWriter:
             score: mean score of the step.
             kl: mean KL of the step, in nats per response.
         """
-        if self._samples_wal.exists():  # without WAL, each transaction has been synced
-            sync(self._samples_wal)
+        if self._samples_log.file.exists():  # without WAL, each transaction has been synced
+            sync(self._samples_log.file)
         self._db.execute("PRAGMA synchronous = FULL")
         try:
             with self._db:
