@@ -1,6 +1,5 @@
 """Model shapes that are read from a configuration match the model built from it."""
 
-import copy
 import json
 import weakref
 
@@ -175,12 +174,11 @@ def test_scores_of_a_forward_pass_are_counted_where_no_kernel_is_fused(kind, dty
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [k for k in UNFUSED if k.startswith("falcon")])
 def test_scores_of_a_falcon_with_eager_attention_are_counted(kind, dtype, tmp_path):
-    config, width = copy.copy(UNFUSED[kind]), 4 if dtype == "float32" else 2
+    config, width = UNFUSED[kind], 4 if dtype == "float32" else 2
     config.save_pretrained(tmp_path)
     read = ReadOptions(attn_implementation="eager")
     shape = shape_of(str(tmp_path), "model.policy", AutoModelForCausalLM, read)
-    config._attn_implementation = "eager"
-    peak = of_length_squared(lambda length: forward_peak(config, dtype, 2, length))
+    peak = of_length_squared(lambda length: forward_peak(config, dtype, 2, length, "eager"))
     formula = of_length_squared(
         lambda length: forward_activations(shape, 2, length, width, masked=True)
     )
@@ -216,9 +214,11 @@ def test_eager_attention_is_counted_if_it_is_configured(tmp_path):
     assert (eager.score_heads, fused.score_heads) == (4, 0)
 
 
-def forward_peak(config, dtype, rows, length):
+def forward_peak(config, dtype, rows, length, attention=None):
     """The most bytes of tensors at one time in a forward pass without gradients."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    ).eval()
     ids = torch.ones(rows, length, dtype=torch.int64)
     half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     with torch.no_grad(), half, PeakMemory() as memory:
