@@ -178,9 +178,17 @@ class SampleReader:
         )
         return [_sample(row, held_out=query.held_out) for row in rows]
 
-    def count_after(self, query: SampleQuery, step: int) -> int:
-        """The number of samples of the current timeline after a step that match a query."""
-        rows = self._matching(query, "count(*)", "AND step > :step", {"step": step})
+    def count_after(self, query: SampleQuery, step: int, last_step: int | None = None) -> int:
+        """The number of samples of the current timeline after a step that match a query.
+
+        Args:
+            query: the filter.
+            step: count samples of later steps.
+            last_step: count no samples of later steps than this one.
+        """
+        condition = "AND step > :step AND (:last_step IS NULL OR step <= :last_step)"
+        values = {"step": step, "last_step": last_step}
+        rows = self._matching(query, "count(*)", condition, values)
         return rows[0][0] if rows else 0
 
     def _matching(

@@ -19,10 +19,11 @@ import msgspec
 from engine import __version__
 from engine.errors import JournalError
 from engine.journal import schema
-from engine.journal.checkpoint_log import AdoptedCheckpoint, CheckpointLog
-from engine.journal.command_log import CommandLog
-from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
+from engine.journal.logs.checkpoint_log import AdoptedCheckpoint, CheckpointLog
+from engine.journal.logs.command_log import CommandLog
+from engine.journal.logs.event_log import EventLog
+from engine.journal.write_ahead_log import WriteAheadLog
 from engine.metrics import EVAL_SCORE
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Placed, Sample, StepReport
@@ -52,6 +53,8 @@ class JournalWriter:
         mode = "TRUNCATE" if on_network(session.folder) else "WAL"
         self._db = _open(session.journal_file, schema.JOURNAL, mode)
         self._samples = _open(session.samples_file, schema.SAMPLES, mode)
+        self._log = WriteAheadLog(self._db, session.journal_file)
+        self._samples_log = WriteAheadLog(self._samples, session.samples_file)
         self._file = session.journal_file
         self._opened = os.stat(self._file)  # noqa: PTH116 - like the check
         self._events = EventLog(self._db)
@@ -60,8 +63,7 @@ class JournalWriter:
         self._earlier_attempts = self._events.attempt
         """Number of the last attempt of other processes."""
         self.commands = CommandLog(self._db, self._events)
-        samples_wal = session.samples_file.with_name(f"{session.samples_file.name}-wal")
-        self.checkpoints = CheckpointLog(self._db, self._events, samples_wal)
+        self.checkpoints = CheckpointLog(self._db, self._events, self._samples_log.file)
 
     def begin_serving(self) -> None:
         """Waits only briefly for a locked file from now on: the event loop has other work."""
@@ -291,6 +293,8 @@ class JournalWriter:
             self._metrics(report.step, report.metrics)
             self._set_meta({"settings": report.settings})
         self._events.step = report.step
+        for log in (self._samples_log, self._log):
+            log.shorten()
 
     def record_evaluation(
         self, step: int, metrics: dict[str, float], samples: list[Sample]

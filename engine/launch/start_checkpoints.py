@@ -6,7 +6,7 @@ import msgspec
 
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.examined import examined
-from engine.journal.checkpoint_log import AdoptedCheckpoint
+from engine.journal.logs.checkpoint_log import AdoptedCheckpoint
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CHECKPOINT_STATUSES
 from engine.launch.start_options import StartOptions

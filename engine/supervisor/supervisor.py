@@ -16,7 +16,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import JournalError
-from engine.journal.command_log import OF_START
+from engine.journal.logs.command_log import OF_START
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter, is_busy
 from engine.launch.environment import (

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from engine.journal import schema
-from engine.journal.command_log import OF_START
 from engine.journal.database import ReadOnlyDatabase
+from engine.journal.logs.command_log import OF_START
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CommandRow
 from engine.protocol.commands import COMMANDS, Command, Note, Probe, SettingCommand, Undo

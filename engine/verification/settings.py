@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.config.settings import LIVE_SETTINGS, invalid_values
 from engine.journal import schema
-from engine.journal.command_log import OF_START
 from engine.journal.database import ReadOnlyDatabase
+from engine.journal.logs.command_log import OF_START
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CommandRow
 from engine.kl import next_beta

@@ -24,6 +24,7 @@ from rlhf_tui.screens.parts.sample_comparison import ComparisonRead, SampleCompa
 from rlhf_tui.screens.parts.sample_filter import HINT, check_filter
 from rlhf_tui.screens.parts.sample_labels import SampleLabels
 from rlhf_tui.screens.parts.sample_list import (
+    COUNT,
     ORDER_TITLES,
     PAGES,
     JudgementsRead,
@@ -168,7 +169,7 @@ class SamplesScreen(SessionScreen):
 
     def on_worker_state_changed(self, message: Worker.StateChanged) -> None:
         """Reads what the run has recorded while a page was read."""
-        if message.worker.group == PAGES and message.worker.is_finished:
+        if message.worker.group in (PAGES, COUNT) and message.worker.is_finished:
             self.samples.refresh()
 
     def on_judgements_read(self, message: JudgementsRead) -> None:

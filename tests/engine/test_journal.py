@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sqlite3
+import threading
 import time
 from contextlib import closing
 
@@ -17,6 +18,7 @@ from engine.journal.history.recording import Recording
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, MetricRow, SampleRow, engine_died_before
 from engine.journal.samples import SampleQuery, SampleReader, with_judgements
+from engine.journal.writer import JournalWriter
 from engine.metrics import SCORE
 from engine.protocol.rank_messages import REWARD_CHANGED, StepReport
 
@@ -428,3 +430,37 @@ def test_samples_that_are_recorded_while_others_are_read_are_left_out(writer):
         writer.steps(3, 4)
         found = [(s.step, s.attempt) for s in (first, *rows)]
     assert found == [(1, 1), (1, 1), (2, 1), (2, 1)]
+
+
+def test_readers_at_all_times_do_not_make_a_file_grow_without_end(writer, monkeypatch):
+    monkeypatch.setattr("engine.journal.write_ahead_log.WAL_LIMIT", 1_000_000)
+    journal, file = JournalWriter(writer.session), writer.session.samples_file
+    journal.begin_serving()
+    ended, sizes = threading.Event(), []
+
+    def read():
+        db = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)
+        db.execute("BEGIN")
+        db.execute("SELECT count(*) FROM samples").fetchall()
+        return db
+
+    def read_all_the_time():
+        current = read()
+        while not ended.is_set():
+            later = read()
+            current.close()
+            current = later
+        current.close()
+
+    reader = threading.Thread(target=read_all_the_time)
+    reader.start()
+    try:
+        for step in range(1, 201):
+            sample = writer.sample(step, 1, response="x" * 100_000)
+            journal.record_step(StepReport(step=step, metrics={}, samples=[sample], settings={}))
+            sizes.append(file.with_name("samples.db-wal").stat().st_size)
+    finally:
+        ended.set()
+        reader.join()
+        journal.close()
+    assert max(sizes) < 10_000_000

@@ -8,11 +8,11 @@ import pytest
 
 from engine.config.settings import SettingChange
 from engine.journal import schema
-from engine.journal.command_log import CommandLog
 from engine.journal.database import ReadOnlyDatabase
-from engine.journal.event_log import EventLog
 from engine.journal.history.recording import Recording
 from engine.journal.history.views import journal_views, views_of
+from engine.journal.logs.command_log import CommandLog
+from engine.journal.logs.event_log import EventLog
 from engine.journal.reader import JournalReader
 
 

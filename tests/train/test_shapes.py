@@ -178,9 +178,7 @@ def test_scores_of_a_falcon_with_eager_attention_are_counted(kind, dtype, tmp_pa
     config.save_pretrained(tmp_path)
     read = ReadOptions(attn_implementation="eager")
     shape = shape_of(str(tmp_path), "model.policy", AutoModelForCausalLM, read)
-    peak = of_length_squared(
-        lambda length: forward_peak(config, dtype, 2, length, attn_implementation="eager")
-    )
+    peak = of_length_squared(lambda length: forward_peak(config, dtype, 2, length, "eager"))
     formula = of_length_squared(
         lambda length: forward_activations(shape, 2, length, width, masked=True)
     )
@@ -216,9 +214,11 @@ def test_eager_attention_is_counted_if_it_is_configured(tmp_path):
     assert (eager.score_heads, fused.score_heads) == (4, 0)
 
 
-def forward_peak(config, dtype, rows, length, **options):
+def forward_peak(config, dtype, rows, length, attention=None):
     """The most bytes of tensors at one time in a forward pass without gradients."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    ).eval()
     ids = torch.ones(rows, length, dtype=torch.int64)
     half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     with torch.no_grad(), half, PeakMemory() as memory:

@@ -103,6 +103,23 @@ async def test_what_the_run_records_moves_nothing_under_a_reader(samples, judged
         assert (selected(app), table.keys) == (before, listed)
 
 
+async def test_of_what_is_new_only_the_last_steps_are_counted(samples, judged, until, monkeypatch):
+    counted, count_after = [], SampleReader.count_after
+
+    def count(reader, query, step, last_step):
+        counted.append((step, last_step))
+        return count_after(reader, query, step, last_step)
+
+    monkeypatch.setattr(SampleReader, "count_after", count)
+    async with samples(follow=True) as (app, pilot):
+        await pilot.press("j")
+        await until(pilot, lambda: settled(app))
+        for last in range(STEPS + 1, STEPS + 4):
+            train(judged, last, first=last)
+            await until(pilot, lambda new=8 * (last - STEPS): f"{new} new" in line(app))
+    assert set(counted) == {(STEPS + n, STEPS + n + 1) for n in range(3)}
+
+
 async def test_f_shows_what_is_new_and_follows_the_run(samples, judged, until):
     async with samples(follow=True) as (app, pilot):
         table = app.screen.query_one(Table)

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 from engine.config import file as config_file
-from engine.journal.command_log import CommandLog
+from engine.journal.logs.command_log import CommandLog
 from engine.protocol.client_messages import CommandReply, PendingCommand
 from engine.protocol.commands import BoundaryCommand, Command, Pause, Unpause
 from engine.protocol.rank_messages import Applied, RankCommand

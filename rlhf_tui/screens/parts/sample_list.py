@@ -18,8 +18,8 @@ from rlhf_tui.screens.parts.sample_filter import parse_filter
 from rlhf_tui.widgets.samples.judgement import key_of
 
 PAGE = 500
-PAGES = "pages"
-"""The group of the threads that read pages, see :meth:`SessionScreen.read_in_thread`."""
+PAGES, COUNT = "pages", "count"
+"""Groups of threads that read pages and counts, see :meth:`SessionScreen.read_in_thread`."""
 ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 BINDINGS: list[BindingType] = [
     Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),
@@ -61,12 +61,32 @@ class JudgementsRead(Message):
         self.query, self.rows = query, rows
 
 
+class CountOf(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the number of samples after a step depends on, except for the newest step."""
+
+    session: str
+    query: SampleQuery
+    after: int
+    attempts: int
+    labels: FileSignature
+    evaluations: int
+
+
+class NewSamples(msgspec.Struct, frozen=True, kw_only=True):
+    """The number of samples that a page does not show yet."""
+
+    of: CountOf
+    until: int
+    """The last step that was counted."""
+    number: int = 0
+
+
 class NewCounted(Message):
     """The samples that the page does not show yet were counted."""
 
-    def __init__(self, query: SampleQuery, after: int, number: int) -> None:
+    def __init__(self, counted: NewSamples) -> None:
         super().__init__()
-        self.query, self.after, self.number = query, after, number
+        self.counted = counted
 
 
 class SampleList:
@@ -103,7 +123,9 @@ class SampleList:
         self._asked = True
         """Whether the reader waits for a page."""
         self._wanted: tuple[object, ...] = ()
-        self._counted: tuple[object, ...] = ()
+        self._counted: NewSamples | None = None
+        self._count_asked: tuple[CountOf, int] | None = None
+        """What was counted last, or is being counted, and the newest step."""
         self._labels: FileSignature | None = None
         """The value of `state.labels` for which the rows were read; None: read them again."""
         self._before: tuple[SampleQuery, str, int, int | None, Key] | None = None
@@ -264,20 +286,35 @@ class SampleList:
             self._screen.read_in_thread("judgements", read)
 
     def _count_new(self, session: SessionFolder) -> None:
-        head = self._context.state.head
         if self._last_step is None:
             return
+        step, of = self._context.state.head.step, self._counted_for(self._last_step)
+        counted = self._counted
+        if counted is None or counted.of != of:
+            counted = NewSamples(of=of, until=of.after)
+        if step <= counted.until:
+            self._counted, self.new = counted, counted.number
+        elif (of, step) != self._count_asked:
+            # Only what is new: counting all of a long run may take longer than a step.
+            read = functools.partial(_count, session, counted, step)
+            if self._screen.read_in_thread(COUNT, read, replaces=False):
+                self._count_asked = of, step
+
+    def _counted_for(self, last_step: int) -> CountOf:
+        """What is to be counted for a list whose newest step is `last_step`."""
+        state, query = self._context.state, self.query
+        attempts = state.head.attempts
         # A later attempt has recorded the steps after its first checkpoint again.
-        after = min([self._last_step, *(a.from_step for a in head.attempts[self._attempts :])])
-        wanted = (head.step, len(head.attempts), after, self.query)
-        if wanted == self._counted:
-            return
-        self._counted = wanted
-        if head.step <= after:
-            self.new = 0
-            return
-        read = functools.partial(_count_after, session, self.query, after)
-        self._screen.read_in_thread("count", read)
+        after = min([last_step, *(a.from_step for a in attempts[self._attempts :])])
+        return CountOf(
+            session=state.name,
+            query=query,
+            after=after,
+            attempts=len(attempts),
+            labels=state.labels if query.labels or query.judged is not None else (),
+            # One that was made up for belongs to a step that may have been counted.
+            evaluations=len(state.series(EVAL_SCORE)) if query.held_out else 0,
+        )
 
     # -- what was read -------------------------------------------------------------------------
 
@@ -302,7 +339,7 @@ class SampleList:
         self.rows = {key_of(row): row for row in message.rows}
         self._last_step, self._attempts = message.last_step, request.attempts
         self._asked = False
-        self._counted, self.new = (), 0
+        self._counted, self._count_asked, self.new = None, None, 0
         return True
 
     def take_judgements(self, message: JudgementsRead) -> list[SampleRow]:
@@ -315,8 +352,9 @@ class SampleList:
 
     def take_count(self, message: NewCounted) -> None:
         """Takes the number of new samples, unless the list was read again meanwhile."""
-        if message.query == self.query and self._counted[2:3] == (message.after,):
-            self.new = message.number
+        counted = message.counted
+        if self._last_step is not None and counted.of == self._counted_for(self._last_step):
+            self._counted, self.new = counted, counted.number
 
 
 # -- in a worker thread ----------------------------------------------------------------------------
@@ -337,6 +375,7 @@ def _read_judgements(
     return JudgementsRead(query, list(with_judgements(session, rows)))
 
 
-def _count_after(session: SessionFolder, query: SampleQuery, after: int) -> NewCounted:
+def _count(session: SessionFolder, counted: NewSamples, until: int) -> NewCounted:
     with SampleReader(session) as samples:
-        return NewCounted(query, after, samples.count_after(query, after))
+        number = samples.count_after(counted.of.query, counted.until, until)
+    return NewCounted(msgspec.structs.replace(counted, until=until, number=counted.number + number))

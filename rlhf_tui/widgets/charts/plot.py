@@ -298,9 +298,9 @@ def _axis(canvas: Canvas, plot: Plot, cells: int, rows: int, marked: MarkedCells
     canvas.write(0, y, label.rjust(GUTTER - 1), STYLE["dim"])
     canvas.write(GUTTER, y, "─" * cells, STYLE["dim"])
     for (kind, abandoned), found in marked.items():
-        for x in found:
+        for cell in found:
             style = STYLE["past" if abandoned else kind]
-            canvas.write(GUTTER + x, y, MARKER_GLYPHS[kind], style)
+            canvas.write(GUTTER + cell, y, MARKER_GLYPHS[kind], style)
     if label == first:
         canvas.write(canvas.width - len(last) - 1, y, f" {last}", STYLE["dim"])
     if plot.cursor is not None and (at := _cell(plot.cursor, plot, cells)) is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.journal.event_log import EventLog
+from engine.journal.logs.event_log import EventLog
 from engine.session.checkpoints import sync
 
 

@@ -13,8 +13,8 @@ import msgspec
 
 from engine.config.settings import SettingChange, have_effect
 from engine.errors import JournalError
-from engine.journal.event_log import EventLog
 from engine.journal.json_values import decoded, finite
+from engine.journal.logs.event_log import EventLog
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Note, SetSetting, Undo
 from engine.protocol.rank_messages import RepeatedChange

@@ -1,0 +1,1 @@
+"""What the writer of a journal records of commands, checkpoints and events."""
