@@ -40,6 +40,7 @@ from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.serve import supervise
 from engine.supervisor.server import Server
 from engine.supervisor.supervisor import Supervisor
+from tests.waiting import until
 
 ALERT = Alert("kl_high", "notify", "KL is\n<!channel> & high", 7, {"value": float("nan")})
 MESSAGE = of_alert("run", ALERT)
@@ -337,6 +338,7 @@ async def test_a_slow_service_delays_nobody_and_holds_one_thread(service, caplog
     assert len(other.messages) == 3
     assert caplog.text.count("failed: it took more than 0 s") == 1
     assert caplog.text.count("failed: the server still keeps an earlier message waiting") == 2
+    until(lambda: service.requests, "request that the service has read")
     assert len(service.requests) == 1
     assert threading.active_count() <= threads + 2  # ours, and the server's
 

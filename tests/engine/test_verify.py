@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from engine.journal import schema
@@ -20,6 +21,7 @@ from engine.session.folder import SessionFolder
 from engine.verification import checkpoints, leftovers
 from engine.verification.settings import SettingHistory
 from engine.verification.verify import verify
+from tests.waiting import until
 
 DATA = Path(__file__).parents[1] / "data" / "sessions-0.1.0"
 
@@ -210,6 +212,8 @@ def test_a_process_that_outlives_its_engine_is_found(whole, program, monkeypatch
     words = ["-c", "import time; time.sleep(60)", program, str(whole.folder)]
     with subprocess.Popen([sys.executable, *words]) as process:
         try:
+            # A process that has just been started has no command line for an instant.
+            until(lambda: psutil.Process(process.pid).cmdline()[1:] == words, "command line")
             text = f"leftovers: processes of the session outlive its engine: {process.pid}"
             assert text in found(whole)
         finally:
