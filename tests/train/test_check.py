@@ -103,6 +103,9 @@ def test_a_run_that_generates_ahead_is_tried_with_native_rollouts(temporary):
     assert result.ratio == pytest.approx(1, abs=1e-4)
 
 
+WATCHED = f"[{{function: '{__name__}:rewards'}}, {{model: starter:reward, weight: 0}}]"
+
+
 @pytest.mark.parametrize(
     ("overrides", "suggested"),
     [
@@ -111,6 +114,7 @@ def test_a_run_that_generates_ahead_is_tried_with_native_rollouts(temporary):
         (("ppo.advantage=rloo", "rollout.per_prompt=2"), False),
         (("rollout.dynamic=true", "rollout.per_prompt=2"), False),
         (("reward.model=null", f"reward.function={__name__}:rewards"), False),
+        (("reward.model=null", f"reward.mix={WATCHED}"), False),
     ],
 )
 def test_a_fitted_value_function_is_suggested_where_it_can_be_used(make_run, overrides, suggested):
