@@ -60,8 +60,8 @@ class Printer:
         elif state == "paused":
             # An alert has been printed with what paused it.
             session = self._session
-            resume = fmt.command("ctl", session.name, "unpause", root=session.folder.parent)
-            self._print_above(f"paused; resume with: {resume}", sys.stderr)
+            unpause = fmt.command("ctl", session.name, "unpause", root=session.folder.parent)
+            self._print_above(f"paused; unpause with: {unpause}", sys.stderr)
         elif state in ("finished", "stopped") and text:
             self._print_above(one_line(text))
 

@@ -109,8 +109,13 @@ def reduced(config: RunConfig) -> RunConfig:
 
 
 def suggested_value(config: RunConfig, run: Run) -> list[str]:
-    """Suggests fitting the value function to the reward model's states if that is possible."""
+    """Suggests fitting the value function to the reward model's states if that is possible.
+
+    The states of a model that is only recorded, with weight 0, say little about the returns.
+    """
     if config.model.value != "shared" or not config.ppo.traits.value_function:
+        return []
+    if not any(source.weight for source in config.reward.models()):
         return []
     fitted = replace(config, model=replace(config.model, value="reward_model"))
     try:

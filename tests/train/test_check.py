@@ -14,6 +14,7 @@ from engine.memory.model import Layout
 from engine.protocol.programs.check_result import TimedStep
 from engine.train.check import check, planned_memory, reduced, suggested_value
 from engine.train.reports.setup_notes import (
+    few_prompts,
     ignored_keys,
     plain_prompts,
     slow_controller,
@@ -103,6 +104,17 @@ def test_a_run_that_generates_ahead_is_tried_with_native_rollouts(temporary):
     assert result.ratio == pytest.approx(1, abs=1e-4)
 
 
+def test_fewer_prompts_than_a_step_takes_are_a_finding(temporary, write_prompts):
+    file = write_prompts("p.jsonl", '{"prompt": "The film"}\n')
+    result = check(config(f"data.prompts={file}", "rollout.batch_size=6", "rollout.per_prompt=2"))
+    said = "there is only 1 prompt in data.prompts, and each step takes 3: they are repeated"
+    assert said in result.warnings
+    assert few_prompts(config("rollout.batch_size=6"), 6) == []
+
+
+WATCHED = f"[{{function: '{__name__}:rewards'}}, {{model: starter:reward, weight: 0}}]"
+
+
 @pytest.mark.parametrize(
     ("overrides", "suggested"),
     [
@@ -111,6 +123,7 @@ def test_a_run_that_generates_ahead_is_tried_with_native_rollouts(temporary):
         (("ppo.advantage=rloo", "rollout.per_prompt=2"), False),
         (("rollout.dynamic=true", "rollout.per_prompt=2"), False),
         (("reward.model=null", f"reward.function={__name__}:rewards"), False),
+        (("reward.model=null", f"reward.mix={WATCHED}"), False),
     ],
 )
 def test_a_fitted_value_function_is_suggested_where_it_can_be_used(make_run, overrides, suggested):

@@ -224,6 +224,19 @@ def test_a_template_that_fails_or_never_ends_is_an_error_on_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_an_empty_text_is_no_user_message(chatty, write_prompts):
+    rows = [{"prompt": text} for text in ("", " \n", "hello")]
+    file = write_prompts("p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    prompts = load(chatty, file, chat=True)
+    assert (len(prompts), prompts.left_out["empty"]) == (1, 2)
+
+
+def test_a_prompt_that_is_null_is_named(tokenizer, write_prompts):
+    file = write_prompts("p.jsonl", '{"prompt": "hello"}\n{"prompt": null}\n')
+    with pytest.raises(UserInputError, match=r"row 2 of .* in column 'prompt' but null"):
+        load(tokenizer, file)
+
+
 def test_a_missing_file_is_named(tokenizer):
     with pytest.raises(UserInputError, match=r"no file at /nowhere/p\.jsonl"):
         load(tokenizer, "/nowhere/p.jsonl")

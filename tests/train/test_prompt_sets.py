@@ -306,7 +306,7 @@ def test_a_file_needs_no_cache_of_datasets(tokenizer, write_rows, monkeypatch):
 def test_a_cache_of_datasets_that_cannot_be_written_is_named_with_its_remedy(
     tokenizer, write_rows, monkeypatch, tmp_path
 ):
-    (folder := tmp_path / "set").mkdir()  # read as a data set on the hub is
+    (folder := tmp_path / "set").mkdir()
     path = write_rows("set/train.jsonl", ROWS[:3])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(path, "no folder"))
     with pytest.raises(UserInputError, match=r"cannot be written .*Not a directory.*set HF_HOME"):

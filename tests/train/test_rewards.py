@@ -43,6 +43,7 @@ def module(tmp_path, monkeypatch):
         "def words(completions, **kwargs): return ['good'] * len(completions)\n"
         "def nothing(completions, **kwargs): completions.clear()\n"
         "def one(completions, **kwargs): return 1.0\n"
+        "def named(completions, **kwargs): return {'scores': [1.0] * len(completions)}\n"
         "def wide(completions, **kwargs): return [1e39] * len(completions)\n"
         "def huge(completions, **kwargs): return [10**400] * len(completions)\n"
         "def vast(completions, **kwargs): return [10**5000] * len(completions)\n"
@@ -274,6 +275,7 @@ BAD = {
     "words": "returned 'good' for response 0",
     "nothing": "reward 'nothing' returned None at step 7: it must return a list of 3 scores",
     "one": "reward 'one' returned 1.0 at step 7: it must return a list of 3 scores",
+    "named": "returned {'scores': .*} at step 7: it must return a list of 3 scores",
     "wide": "returned 1e\\+39 for response 0",
     "huge": "returned 10000.*… for response 0",
     "vast": "returned a huge integer for response 0",

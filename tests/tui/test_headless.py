@@ -84,4 +84,4 @@ def test_the_tiny_kl_of_the_first_step_is_not_printed_as_zero(capsys):
 
 def test_a_pause_names_the_command_that_resumes_this_run(capsys):
     Printer(RUN, 8, live=False).state("paused", "kl_high at step 4: KL 7.26 > 6")
-    assert capsys.readouterr().err == "paused; resume with: rlhf-tui ctl run unpause\n"
+    assert capsys.readouterr().err == "paused; unpause with: rlhf-tui ctl run unpause\n"

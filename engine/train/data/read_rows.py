@@ -132,14 +132,16 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
     if "corresponds to no data" in error_text(error):  # said by `datasets` of no rows
         return f"data.prompts: {source} holds no rows; give at least one prompt"
     first = first_line(error.__cause__ or error)
-    if kind is None and Path(source).is_dir():
-        return f"data.prompts: cannot read the folder {source}: {first}"
     if kind is None:
+        folder = Path(source).is_dir()
         if (unwritable := _unwritable(error)) is not None:
+            what = "a folder" if folder else "a data set on the hub"
             return (
-                f"data.prompts: '{source}' is a data set on the hub, whose cache cannot be written "
+                f"data.prompts: '{source}' is {what}, whose cache cannot be written "
                 f"({unwritable}); set HF_HOME to a folder that you can write"
             )
+        if folder:
+            return f"data.prompts: cannot read the folder {source}: {first}"
         endings = ", ".join(DATA_FILES)
         return (
             f"data.prompts: '{source}' is neither a local file ({endings}), a folder, nor a data "

@@ -37,7 +37,8 @@ class PromptTokenizer:
 
         Returns:
             A row for each, of :data:`~engine.train.data.prompt_table.SCHEMA`. A prompt that
-            certainly has more than `data.max_prompt_tokens` tokens is not tokenised.
+            certainly has more than `data.max_prompt_tokens` tokens is not tokenised. A user message
+            made of a text without characters has no tokens, although a template would add some.
 
         Raises:
             UserInputError: a prompt is neither text nor a conversation, or cannot be rendered.
@@ -54,6 +55,10 @@ class PromptTokenizer:
             tokens = tokenise_texts(self._tokenizer, texts, special=plain)
             for i, one in zip(at, tokens, strict=True):
                 ids[i] = one
+        if self._config.chat:
+            for i, content in enumerate(contents):
+                if isinstance(content, str) and not content.strip():
+                    ids[i] = []
         columns = [ids, [text for text, _ in found], [messages for _, messages in found]]
         arrays = [
             pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)
@@ -76,7 +81,7 @@ class PromptTokenizer:
         if messages is None:
             raise UserInputError(
                 f"data.prompts: row {row + 1} of {self._name} has neither text nor chat messages "
-                f"in column '{config.column}' but {type(content).__name__}"
+                f"in column '{config.column}' but {_kind(content)}"
             )
         if not self._tokenizer.chat_template:
             raise UserInputError(
@@ -103,6 +108,11 @@ class PromptTokenizer:
     @cached_property
     def _longest_token(self) -> int:
         return max(map(len, self._tokenizer.get_vocab()))
+
+
+def _kind(content: Any) -> str:
+    """What stands in place of a prompt, in an error: the name of its type, or `null`."""
+    return "null" if content is None else type(content).__name__
 
 
 def tokenise_texts(

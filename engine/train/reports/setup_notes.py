@@ -31,7 +31,21 @@ def setup_notes(config: RunConfig, run: Run) -> list[str]:
         config: the configuration of the run.
         run: with its prompts and tokenizer loaded. Its own configuration may be a smaller one.
     """
-    return [*plain_prompts(run), *slow_controller(config), *ignored_keys(config)]
+    return [
+        *few_prompts(config, len(run.prompts)),
+        *plain_prompts(run),
+        *slow_controller(config),
+        *ignored_keys(config),
+    ]
+
+
+def few_prompts(config: RunConfig, count: int) -> list[str]:
+    """Returns a line if a step takes more prompts than there are."""
+    wanted = config.rollout.batch_size // config.responses_per_prompt
+    if count >= wanted:
+        return []
+    found = "is only 1 prompt" if count == 1 else f"are only {count} prompts"
+    return [f"there {found} in data.prompts, and each step takes {wanted}: they are repeated"]
 
 
 def plain_prompts(run: Run) -> list[str]:

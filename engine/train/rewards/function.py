@@ -50,7 +50,8 @@ class FunctionReward:
         if isinstance(scores, Tensor | np.ndarray):
             return list(scores.tolist()) if scores.ndim else [scores.item()]
         # Anything else is refused by the check of the scores, which says what it is.
-        return list(scores) if isinstance(scores, Iterable) else scores
+        values = isinstance(scores, Iterable) and not isinstance(scores, dict | set | str)
+        return list(scores) if values else scores
 
     @staticmethod
     def _arguments(inputs: RewardInputs) -> dict[str, Any]:

@@ -152,4 +152,4 @@ def status(root: Path, name: str | None, as_json: bool) -> None:
         say(f"  resume with {fmt.command('resume', row.name, root=Path(row.folder).parent)}")
     elif row.state == "paused":
         unpause = fmt.command("ctl", row.name, "unpause", root=Path(row.folder).parent)
-        say(f"  resume with {unpause}")
+        say(f"  unpause with {unpause}")
