@@ -74,7 +74,7 @@ ONEDNN_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY":
 """Number of products of different shapes that oneDNN, and torch on top of it, keep prepared.
 
 By default each keeps 1024. Responses differ in length from step to step, so nearly every step
-brings new shapes, and one takes 0.5 MB: a run of the starter grew from 0.8 to 1.4 GB within 50
+brings new shapes, and one takes 0.5 MB: a run of the starter grew from 0.8 to 1.3 GB within 50
 steps. A layer's shapes recur in each of the others and in the next token, which 128 are enough for:
 a step takes the same processor time."""
 
