@@ -164,6 +164,8 @@ class PeakMemory(TorchDispatchMode):
 def test_scores_of_a_forward_pass_are_counted_where_no_kernel_is_fused(kind, dtype, tmp_path):
     config, width = (UNFUSED | {"gpt-oss": GPT_OSS})[kind], 4 if dtype == "float32" else 2
     shape = shape_from(config, tmp_path)
+    if kind == "falcon" and not shape.score_heads:
+        pytest.skip("torch 2.15 has a kernel for one key")
     peak = of_length_squared(lambda length: forward_peak(config, dtype, 2, length))
     formula = of_length_squared(
         lambda length: forward_activations(shape, 2, length, width, masked=shape.needs_mask(length))
