@@ -3,6 +3,7 @@
 import pytest
 
 from tests.reward_service import RewardService
+from tests.waiting import until
 
 SECRET = "s3cret-t0ken"  # noqa: S105 - looked for in the session's files
 
@@ -21,11 +22,12 @@ def outage(request, make_lab):
         "log.tensorboard=true",
         steps=5,
     )
-    run.hold(3)
+    run.hold(2)
     run.start()
-    run.wait_at(3)
+    run.wait_at(2)
+    until(lambda: len(service.requests) == 2, "request of step 2, which is sent meanwhile")
     service.stop()
-    run.release(3)
+    run.release(2)
     run.wait_for("paused")
     run.without_service = lab.json("status", run.name)
     run.headers = service.headers[0]

@@ -148,7 +148,7 @@ async def test_a_wait_for_an_engine_that_ends_without_a_word_says_so(crowded, li
         reply = await asyncio.to_thread(client.send, Pause())
         with await asyncio.to_thread(Client, live, "another"):
             waiting = asyncio.create_task(
-                asyncio.to_thread(last_reply, client, live, Pause(), reply.id)
+                asyncio.to_thread(last_reply, client, live, Pause(), reply.id, None)
             )
             live.lock_file.unlink()  # as if the lock's holder were gone
         with pytest.raises(LinkError, match="has ended, and its journal does not say"):
@@ -161,7 +161,7 @@ async def test_a_stop_that_no_journal_could_take_is_carried_out_once_its_engine_
     with await asyncio.to_thread(Client, live, "me") as client:
         await asyncio.to_thread(client.send, Pause())
         with await asyncio.to_thread(Client, live, "another"):
-            given = (client, live, Stop(), "of a stop on a full disk")
+            given = (client, live, Stop(), "of a stop on a full disk", None)
             waiting = asyncio.create_task(asyncio.to_thread(last_reply, *given))
             live.lock_file.unlink()  # as if the lock's holder were gone
         assert (await waiting).status == "applied"
