@@ -110,7 +110,7 @@ def _mistakes(message: str, tree: dict[str, Any], kind: type[msgspec.Struct]) ->
         missing = _missing_key(text, path)
         if not (missing and (unknown or missing in told)):
             yield _explain_one(text, path, rest)
-        unknown |= "unknown field" in text
+        unknown |= _unknown_field(text) is not None
         told.add(path)
         if not _mend(text, path, rest):
             return
@@ -124,11 +124,14 @@ def _mistakes(message: str, tree: dict[str, Any], kind: type[msgspec.Struct]) ->
 
 def _mend(text: str, path: str, tree: dict[str, Any]) -> bool:
     """Takes the mistake that msgspec reports out of a tree, in place; returns whether it could."""
-    if "unknown field" in text and "[" not in path:
-        for key in list(_unknown_keys(RunConfig, tree, "")):
-            section, _, name = key.rpartition(".")
-            del _lookup(tree, section)[name]
-        return True
+    if (field := _unknown_field(text)) is not None:
+        places = [(section, name) for section, name, _ in _unknown_keys(RunConfig, tree, "")]
+        section = _lookup(tree, path)
+        if isinstance(section, dict) and field in section:  # also in a list
+            places.append((section, field))
+        for section, name in places:
+            section.pop(name, None)
+        return bool(places)
     missing = _missing_key(text, path)
     *parents, name = _parts(missing or path) or [""]
     section = _lookup(tree, ".".join(parents))
@@ -139,6 +142,12 @@ def _mend(text: str, path: str, tree: dict[str, Any]) -> bool:
     else:
         del section[name]
     return True
+
+
+def _unknown_field(text: str) -> str | None:
+    """The name of the unknown key in an error message of msgspec; None for any other message."""
+    match = re.search(r"unknown field `(.*)`", text, re.DOTALL)
+    return match[1] if match else None
 
 
 def _missing_key(text: str, path: str) -> str:
@@ -155,10 +164,9 @@ def _text_and_path(message: str) -> tuple[str, str]:
 
 def _explain_one(text: str, path: str, tree: dict[str, Any]) -> str:
     """One sentence about a dotted key, from an error message of msgspec."""
-    if match := re.search(r"unknown field `(.+)`", text):
-        key = f"{path}.{match[1]}" if path else match[1]
-        colon = "; YAML takes `key: value`, with a space after the colon" if ":" in match[1] else ""
-        return f"unknown key '{key}'{colon or nearest(key)}{_also_unknown(tree, key)}"
+    if (name := _unknown_field(text)) is not None:
+        key = f"{path}.{name}" if path else name
+        return f"unknown key '{key}'{_remedy(name, key)}{_also_unknown(tree, key)}"
     if key := _missing_key(text, path):
         kind = "section" if key in ("model", "data", "reward") else "key"
         return f"the {kind} '{key}' is required, but missing"
@@ -172,23 +180,45 @@ def _explain_one(text: str, path: str, tree: dict[str, Any]) -> str:
     return f"{path} must be {wanted}, not {shown(value)}"
 
 
+def _remedy(name: str, key: str) -> str:
+    """What to do about an unknown key, as the end of a sentence; empty if that is not known.
+
+    Args:
+        name: of the key in its section.
+        key: the dotted key.
+    """
+    if ":" in name:
+        return "; YAML takes `key: value`, with a space after the colon"
+    if "." in name and key in known_keys():
+        section, _, last = key.rpartition(".")
+        return f"; in a file, write '{last}' in the section '{section}'"
+    return nearest(key)
+
+
 def _also_unknown(tree: dict[str, Any], told: str) -> str:
     """The other unknown keys, so that they need not be found one by one; without long ones."""
-    others = [k for k in _unknown_keys(RunConfig, tree, "") if k != told and len(k) <= SHORT]
+    keys = (key for _, _, key in _unknown_keys(RunConfig, tree, ""))
+    others = [key for key in keys if key != told and len(key) <= SHORT]
     if not others:
         return ""
     listed = ", ".join(f"'{key}'" for key in others[:LISTED])
     return f"{ALSO_UNKNOWN}{listed}{' and others' if len(others) > LISTED else ''})"
 
 
-def _unknown_keys(section: type[msgspec.Struct], given: Any, prefix: str) -> Iterable[str]:
-    """The dotted keys of a tree that no section has, outside of lists."""
+def _unknown_keys(
+    section: type[msgspec.Struct], given: Any, prefix: str
+) -> Iterable[tuple[dict[str, Any], str, str]]:
+    """The keys of a tree that no section has, outside of lists and of optional sections.
+
+    Yields:
+        The dictionary with the key, its name there, and the dotted key.
+    """
     if not isinstance(given, dict):
         return
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(section)}
     for name, value in given.items():
         if name not in fields:
-            yield f"{prefix}{name}"
+            yield given, name, f"{prefix}{name}"
         elif isinstance(kind := fields[name], type) and issubclass(kind, msgspec.Struct):
             yield from _unknown_keys(kind, value, f"{prefix}{name}.")
 

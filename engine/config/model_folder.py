@@ -74,7 +74,7 @@ def adapter_base(config: Path, source: str, key: str) -> AdapterBase:
             "base_model_name_or_path"
         )
     folder = Path(source)
-    for start in (folder, *folder.parents) if folder.is_dir() else ():
+    for start in (folder, *folder.parents) if is_folder(folder) else ():
         if is_model(found := start / name) and found.resolve() != folder.resolve():
             return AdapterBase(str(found.resolve()))
     # An id on the hub has at most one slash.
@@ -124,7 +124,7 @@ def folder_error(key: str, folder: Path, what: str = "model", reason: str = "") 
     """
     if is_file(folder):
         return f"{key}: {folder} is a file (expected: a Hugging Face {what} folder)"
-    if not folder.is_dir():
+    if not is_folder(folder):
         problem, reason = "does not exist", ""
     elif what == "model" and not has_config(folder):
         problem, reason = "holds no config.json", ""
@@ -140,5 +140,13 @@ def is_file(path: Path) -> bool:
     """Like :meth:`Path.is_file`, which raises for some paths, such as one with a very long name."""
     try:
         return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Like :meth:`Path.is_dir`, which raises as well."""
+    try:
+        return path.is_dir()
     except OSError:
         return False

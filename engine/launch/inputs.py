@@ -8,6 +8,7 @@ from engine.config.model_folder import (
     folder_error,
     has_config,
     is_file,
+    is_folder,
 )
 from engine.config.paths import DATA_FILES
 from engine.config.schema import RunConfig
@@ -89,7 +90,7 @@ def _check_prompts(key: str, source: str) -> None:
     if not prompts.is_absolute():  # a data set on the hub, or none
         return
     if not is_file(prompts):
-        if prompts.is_dir():  # of a data set; what is in it, its loader finds out
+        if is_folder(prompts):  # of a data set; what is in it, its loader finds out
             return
         raise ConfigError(f"{key}: no file at {prompts}")
     if prompts.suffix.lower() not in DATA_FILES:

@@ -127,6 +127,36 @@ def test_mistakes_of_several_kinds_are_told_at_once():
     assert many.endswith("; and others)")
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("kl.beta: 1", "unknown key 'kl.beta'; in a file, write 'beta' in the section 'kl'"),
+        ("a.b.c: 1", "unknown key 'a.b.c'"),
+        ("kl: {a.b: 1}", "unknown key 'kl.a.b'; did you mean 'kl.beta'?"),
+        ("'': 1", "unknown key ''"),
+        ("'.': 1", "unknown key '.'"),
+        (
+            "train: {stop_at: {metric: x, abov: 1}}\nkl: {beta: x}",
+            "unknown key 'train.stop_at.abov'; did you mean 'train.stop_at'? (also: kl.beta must "
+            "be a number, not 'x')",
+        ),
+        (
+            "reward: {mix: [{modle: x}]}\nkl: {beta: x}",
+            "unknown key 'reward.mix[0].modle'; did you mean 'reward.mix[0].model'? (also: kl.beta "
+            "must be a number, not 'x')",
+        ),
+    ],
+)
+def test_an_unknown_key_is_told_once_wherever_it_is(tmp_path, text, problem):
+    sections = "model: {policy: p}\ndata: {prompts: p}\nreward: {model: m}\n"
+    if text.startswith("reward"):
+        sections = sections.rpartition("reward")[0]
+    (file := tmp_path / "run.yaml").write_text(sections + text)
+    with pytest.raises(ConfigError) as caught:
+        config_file.load(file)
+    assert str(caught.value) == problem
+
+
 def test_the_keys_that_other_libraries_names_stand_for_exist():
     assert set(KEYS_HERE.values()) <= set(known_keys())
 

@@ -170,8 +170,9 @@ def test_a_path_that_cannot_be_opened_is_refused_in_one_line(tmp_path, kind):
     with pytest.raises(ConfigError, match="cannot read"):
         config_file.load(Path(path))
     if kind != "NUL":
-        with pytest.raises(ConfigError, match=r"data\.prompts"):
-            check_inputs(demo(f"data.prompts={path}"))
+        for key in ("data.prompts", "model.policy", "reward.model"):
+            with pytest.raises(ConfigError, match=key):
+                check_inputs(demo(f"{key}={path}"))
 
 
 def test_text_that_looks_like_a_number_is_written_in_quotes(tmp_path):
