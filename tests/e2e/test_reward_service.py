@@ -3,13 +3,14 @@
 import pytest
 
 from tests.reward_service import RewardService
+from tests.waiting import until
 
 SECRET = "s3cret-t0ken"  # noqa: S105 - looked for in the session's files
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def outage(request, make_lab):
-    """5 steps; the service is down in the third, until the run has paused for it."""
+    """5 steps; the service goes down during the second, until the run has paused for it."""
     lab, service = make_lab(f"service-{request.param}"), RewardService()
     lab.environment["REWARD_TOKEN"] = SECRET
     source = f"{{service: '{service.url}', http: {{token_env: REWARD_TOKEN}}}}"
@@ -21,11 +22,12 @@ def outage(request, make_lab):
         "log.tensorboard=true",
         steps=5,
     )
-    run.hold(3)
+    run.hold(2)
     run.start()
-    run.wait_at(3)
+    run.wait_at(2)
+    until(lambda: len(service.requests) == 2, "request for each step")
     service.stop()
-    run.release(3)
+    run.release(2)
     run.wait_for("paused")
     run.without_service = lab.json("status", run.name)
     run.headers = service.headers[0]
@@ -47,6 +49,10 @@ def test_a_run_pauses_while_its_service_is_down_and_resumes_by_itself(outage):
     assert outage.commands() == {}
     with outage.reader() as reader:
         assert len(reader.attempts()) == 1, "nothing was restarted"
+
+
+def test_the_end_of_a_run_does_not_speak_of_threads_for_requests(outage):
+    assert "not waiting for" not in outage.lab.cli("logs", outage.name).stdout
 
 
 def test_the_token_is_in_no_file_of_the_session(outage):
