@@ -52,6 +52,7 @@ from engine.train.out_of_memory import run_step
 from engine.train.reports.recorders import open_recorders
 from engine.train.reports.setup_notes import dtype_note, setup_notes
 from engine.train.reports.trusted_code import trusted_code
+from engine.train.rewards.http_client import REQUEST_THREADS
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 
@@ -95,12 +96,13 @@ def main() -> None:
         ranks.final_barrier()
         exit_now(RESTARTS if reason in RESTART_REASONS else 0)
     if left := threads_left():
-        log.warning("the run has ended; not waiting for %s", ", ".join(left))
+        if others := [name for name in left if not name.startswith(REQUEST_THREADS)]:
+            log.warning("the run has ended; not waiting for %s", ", ".join(others))
         exit_now(0)
 
 
 def threads_left() -> list[str]:
-    """The names of threads that would keep the process alive, as a user's code may start them."""
+    """The names of threads that may keep the process alive: of requests, or of a user's code."""
     others = (t for t in threading.enumerate() if t is not threading.main_thread())
     return [thread.name for thread in others if not thread.daemon]
 

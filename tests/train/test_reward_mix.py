@@ -97,6 +97,33 @@ def test_remote_sources_are_called_together_and_beside_the_others(inputs):
     assert list(scores.parts) == ["service", "function", "judge"]
 
 
+def test_no_more_requests_are_sent_for_a_step_whose_other_source_failed(inputs):
+    begun, failed, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def service(_inputs, report):
+        begun.set()
+        assert failed.wait(60)
+        try:
+            report(1, 3)
+        except calls.AbandonedError:
+            ended.set()
+            raise
+        return [1.0, 1.0, 1.0]
+
+    def function(_inputs, _report):
+        assert begun.wait(60)
+        raise ValueError
+
+    sources = {
+        "service": WeightedReward(1.0, RunsOn.RANK_0, service, remote=True),
+        "function": WeightedReward(1.0, RunsOn.RANK_0, function),
+    }
+    with pytest.raises(RewardCallError):
+        RewardMix(sources, SINGLE_RANK)(inputs)
+    failed.set()
+    assert ended.wait(60)
+
+
 def test_only_unscored_responses_are_sent_again_to_a_remote_source(inputs, monkeypatch):
     monkeypatch.setattr(calls, "FIRST_DELAY", 0.0)
     texts = []

@@ -10,7 +10,7 @@ from engine.errors import LinkError, RewardError
 from engine.progress import ReportProgress
 from engine.train.rewards.environment import EnvironmentReward
 from engine.train.rewards.function import FunctionReward
-from engine.train.rewards.http_client import REPORT_INTERVAL
+from engine.train.rewards.http_client import REPORT_INTERVAL, REQUEST_THREADS
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import (
     IncompleteScoresError,
@@ -26,6 +26,10 @@ FIRST_DELAY = 1.0
 """Seconds before the first retry; doubled for each further one."""
 MAX_DELAY = 60.0
 """Most seconds to wait before a retry; no commands are executed meanwhile."""
+
+
+class AbandonedError(Exception):
+    """Nobody waits any more for the scores of a call."""
 
 
 class SourceCall:
@@ -49,14 +53,21 @@ class SourceCall:
         self._scores: dict[int, Score] = {}
         self._begun: Future[list[Score]] | None = None
         self._progress = 0, len(inputs)
+        self._abandoned = False
 
     def begin(self) -> None:
         """Makes the next call in a thread at once; calling the object waits for it."""
-        pool = ThreadPoolExecutor(1, "reward-source")
+        pool = ThreadPoolExecutor(1, REQUEST_THREADS)
         self._begun = pool.submit(self._call, self._set_progress)
         pool.shutdown(wait=False)
 
+    def abandon(self) -> None:
+        """Ends a call that has begun at its next report: nobody waits for its scores."""
+        self._abandoned = True
+
     def _set_progress(self, done: int, total: int) -> None:
+        if self._abandoned:
+            raise AbandonedError
         self._progress = done, total
 
     def __call__(self, report: ReportProgress) -> list[Score]:
@@ -82,7 +93,7 @@ class SourceCall:
         part = self._inputs.select(torch.tensor(rows)) if self._scores else self._inputs
         try:
             scores = self._validated(self._reward(part, report), part)
-        except (RewardCallError, LinkError):
+        except (RewardCallError, LinkError, AbandonedError):
             raise
         except IncompleteScoresError as error:
             self._scores |= {rows[i]: score for i, score in error.scores.items()}

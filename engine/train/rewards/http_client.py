@@ -32,6 +32,8 @@ SHOWN_CHARACTERS = 200
 """Characters of a reply in an error message."""
 REPORT_INTERVAL = 1.0
 """Seconds between reports of progress while requests are on their way."""
+REQUEST_THREADS = "reward-request"
+"""Beginning of the names of threads that wait for replies."""
 
 T = TypeVar("T")
 
@@ -143,7 +145,7 @@ class Endpoint:
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
         """The threads that wait for replies, :attr:`concurrency` of them."""
-        return ThreadPoolExecutor(self.concurrency, "reward-request")
+        return ThreadPoolExecutor(self.concurrency, REQUEST_THREADS)
 
     def run_all(
         self, tasks: list[Callable[[], T]], report: Callable[[int], None]

@@ -158,10 +158,14 @@ class RewardMix:
         """
         begun = self._begin_remote(inputs)
         order = sorted(self._sources, key=lambda name: self._sources[name].remote)
-        found = {
-            name: self.source_scores(name, inputs, report, retry=retry, begun=begun.get(name))
-            for name in order
-        }
+        try:
+            found = {
+                name: self.source_scores(name, inputs, report, retry=retry, begun=begun.get(name))
+                for name in order
+            }
+        finally:  # another source may have failed
+            for call in begun.values():
+                call.abandon()
         parts = {name: [whole(score) for score in found[name]] for name in self._sources}
         turns = {
             name: [score if isinstance(score, list) else None for score in found[name]]
