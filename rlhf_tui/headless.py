@@ -187,6 +187,8 @@ def main() -> None:
     session = SessionFolder(Path(sys.argv[1]))
     start = received_start()
     new = is_new(session, start)
+    attempt = _last_attempt(session)
+    unused = False
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by who started it
         total = _total_steps(session, start)
@@ -200,11 +202,22 @@ def main() -> None:
     except KeyboardInterrupt:  # before a stop could be asked for, or after the end
         print("rlhf-tui: interrupted", file=sys.stderr)  # noqa: T201
         code = 130
-    if code == 2 and new:
-        # Nothing was trained: a new session with wrong input is removed.
+        unused = new and attempt is not None and _last_attempt(session) == attempt
+    if unused or (code == 2 and new):
+        # Nothing was trained: a new session with wrong input is removed, or one that was
+        # interrupted before its first attempt.
         remove_new(session)
     _flush()
     sys.exit(code)
+
+
+def _last_attempt(session: SessionFolder) -> int | None:
+    """The number of the last attempt, 0 before the first; None if the journal cannot be read."""
+    try:
+        with JournalReader(session) as reader:
+            return max((attempt.attempt for attempt in reader.attempts()), default=0)
+    except RlhfError:
+        return None
 
 
 def _total_steps(session: SessionFolder, start: StartOptions) -> int:

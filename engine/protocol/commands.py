@@ -9,7 +9,7 @@ The journal records the status of a command: `queued → accepted → applied at
 `rejected: reason`. All commands work during a pause.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import msgspec
@@ -151,10 +151,23 @@ class SettingCommand(Command, frozen=True):
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
+        self.checked_values(moment.settings, moment.config)
+
+    def checked_values(self, settings: Settings, config: "RunConfig") -> dict[str, Any]:
+        """Like :meth:`new_values`, also checked against the rules between keys.
+
+        Args:
+            settings: the current ones.
+            config: the other keys of the run.
+
+        Raises:
+            CommandRejectedError: as :meth:`new_values`, or keys would contradict each other.
+        """
         from engine.config.rules.run_config import check_change  # noqa: PLC0415 - not in the app
 
-        values = self.new_values(moment.settings)
-        check_change(apply_settings(moment.config, moment.settings), values)
+        values = self.new_values(settings)
+        check_change(apply_settings(config, settings), values)
+        return values
 
 
 class SetBeta(SettingCommand, frozen=True, tag="beta"):
@@ -187,7 +200,7 @@ class SetKLController(SettingCommand, frozen=True, tag="kl"):
 class SetSetting(SettingCommand, frozen=True, tag="set"):
     """Changes one setting, given its name or its configuration key."""
 
-    summary: ClassVar[str] = "Change a setting, such as learning_rate=1e-5."
+    summary: ClassVar[str] = "Change settings, such as learning_rate=1e-5."
 
     key: str
     value: Any
@@ -278,6 +291,24 @@ def check_command(command: Command, moment: Moment) -> None:
     if moment.state == "stopping" and not command.while_stopping:
         raise CommandRejectedError("the run is stopping: resume it first")
     command.check(moment)
+
+
+def check_in_order(
+    commands: Sequence[SettingCommand], settings: Settings, config: "RunConfig"
+) -> None:
+    """Checks commands that follow each other, each against the settings that those before it leave.
+
+    Args:
+        commands: none of them is sent yet.
+        settings: the current ones.
+        config: the other keys of the run.
+
+    Raises:
+        CommandRejectedError: one of them would be rejected.
+    """
+    for command in commands:
+        values = command.checked_values(settings, config)
+        settings = msgspec.structs.replace(settings, **values)
 
 
 def check_deletable(step: int, needed: Collection[int], saved: list[int]) -> None:

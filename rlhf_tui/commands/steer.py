@@ -1,16 +1,19 @@
 """Commands that steer a live engine: ctl, note."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import click
+import msgspec
 
 from engine.api.session import Session
 from engine.config import file as config_file
+from engine.config.settings import Settings
 from engine.config.yaml_document import parse_yaml
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
 from engine.journal.json_values import Json
@@ -33,6 +36,7 @@ from engine.protocol.commands import (
     Stop,
     Undo,
     Unpause,
+    check_in_order,
 )
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
@@ -79,34 +83,90 @@ class CtlCall:
         Raises:
             RlhfError: the command was rejected, or there is no engine.
         """
-        command_id = self.command_id or new_id()
         session = existing(self.root, self.name)
-        root = session.folder.parent
+        command_id = self.command_id or new_id()
         with Client(session, who()) as client:
             # Before the command: a stop may end the engine as soon as it has replied.
             seconds_left = client.status().boundary_in
             reply = client.send(command, command_id)
             # A probe always waits: its result is the reason to send it.
-            if (self.wait or isinstance(command, Probe)) and not reply.final:
-                try:
-                    reply = last_reply(client, session, command, command_id, self.timeout)
-                except TimeoutError:
-                    click.echo(
-                        f"rlhf-tui: not applied within {self.timeout:g} s; still pending, "
-                        f"see: {fmt.command('events', self.name, root=root)}",
-                        err=True,
-                    )
-                    sys.exit(TIMED_OUT)
+            if self.wait or isinstance(command, Probe):
+                reply = self._last(client, session, command, reply, self.timeout)
         if reply.reason and reply.status != "rejected":
             click.echo(f"rlhf-tui: {one_line(reply.reason)}", err=True)
         if self.wait and isinstance(command, Stop) and reply.status == "applied":
             self._wait_for_exit(session)
-        self._print(command, reply, seconds_left)
+        if self.as_json:
+            print_json(_row(reply))
+        else:
+            self._print(command, reply, seconds_left)
         if isinstance(command, Stop) and reply.status == "accepted" and not self.as_json:
-            now = fmt.command("ctl", self.name, "stop", "--now", root=root)
+            now = fmt.command("ctl", self.name, "stop", "--now", root=session.folder.parent)
             say(f"to end at once, without this step: {now}")
         if reply.status == "rejected":
             raise RlhfError(f"rejected: {reply.reason}")
+
+    def send_in_order(self, commands: Sequence[SetSetting]) -> None:
+        """Like :meth:`send`, for several changes of settings; sends none if one is wrong.
+
+        The id of each but the first is the given one with `-2`, `-3` and so on.
+
+        Raises:
+            RlhfError: a command was rejected, or there is no engine.
+        """
+        session = existing(self.root, self.name)
+        first = self.command_id or new_id()
+        ids = [first, *(f"{first}-{n}" for n in range(2, len(commands) + 1))]
+        replies = []
+        with contextlib.ExitStack() as stack:
+            # A client each, because while one waits it drops the replies to other commands.
+            clients = [stack.enter_context(Client(session, who())) for _ in commands]
+            status = clients[0].status()
+            settings = msgspec.convert(status.settings, Settings, strict=False)
+            try:
+                check_in_order(commands, settings, session.config())
+            except CommandRejectedError as error:
+                raise RlhfError(f"rejected: {error}; nothing is changed") from error
+            for client, command, command_id in zip(clients, commands, ids, strict=True):
+                replies.append(client.send(command, command_id))
+                if replies[-1].status == "rejected":  # somebody else has changed a setting
+                    break
+            if self.wait:
+                deadline = time.monotonic() + self.timeout
+                for i, reply in enumerate(replies):
+                    left = max(deadline - time.monotonic(), 0)
+                    replies[i] = self._last(clients[i], session, commands[i], reply, left)
+        if self.as_json:
+            print_json([_row(reply) for reply in replies])
+        else:
+            accepted = [reply for reply in replies if reply.status == "accepted"]
+            for command, reply in zip(commands, replies, strict=False):
+                if reply not in accepted[1:]:  # its line is the same for all
+                    self._print(command, reply, status.boundary_in)
+        for reply in replies:
+            if reply.status == "rejected":
+                raise RlhfError(f"rejected: {reply.reason}")
+
+    def _last(
+        self,
+        client: Client,
+        session: SessionFolder,
+        command: AnyCommand,
+        reply: CommandReply,
+        timeout: float,
+    ) -> CommandReply:
+        """Waits for the last reply to a command. Exits with 4 on timeout."""
+        if reply.final:
+            return reply
+        try:
+            return last_reply(client, session, command, reply.id, timeout)
+        except TimeoutError:
+            events = fmt.command("events", self.name, root=session.folder.parent)
+            click.echo(
+                f"rlhf-tui: not applied within {self.timeout:g} s; still pending, see: {events}",
+                err=True,
+            )
+            sys.exit(TIMED_OUT)
 
     @staticmethod
     def _wait_for_exit(session: SessionFolder) -> None:
@@ -116,10 +176,7 @@ class CtlCall:
             time.sleep(0.05)
 
     def _print(self, command: AnyCommand, reply: CommandReply, seconds_left: float | None) -> None:
-        if self.as_json:
-            row: Json = config_file.as_mapping(reply)
-            print_json(row | {"applied_step": row.pop("step")})
-        elif reply.status == "accepted":
+        if reply.status == "accepted":
             soon = "" if seconds_left is None else f", in about {fmt.duration(seconds_left)}"
             say(f"accepted: applies at the next step boundary{soon}")
         elif reply.status == "applied":
@@ -137,6 +194,12 @@ class CtlCall:
                     say_turns("", found.turns)
                 if unscored := probed.policy.unscored or probed.reference.unscored:
                     say(f"no score: {one_line(unscored)}")
+
+
+def _row(reply: CommandReply) -> Json:
+    """A reply as printed with --json."""
+    row: Json = config_file.as_mapping(reply)
+    return row | {"applied_step": row.pop("step")}
 
 
 class Verbs(click.Group):
@@ -256,13 +319,22 @@ def kl(call: CtlCall, /, **given: Any) -> None:
 
 
 @_verb(SetSetting)
-@click.argument("assignment", metavar="KEY=VALUE")
+@click.argument("assignments", metavar="KEY=VALUE...", nargs=-1, required=True)
 @click.pass_obj
-def set_(call: CtlCall, assignment: str) -> None:
+def set_(call: CtlCall, assignments: tuple[str, ...]) -> None:
+    commands = [_setting(assignment) for assignment in assignments]
+    if len(commands) == 1:
+        call.send(commands[0])
+    else:
+        call.send_in_order(commands)
+
+
+def _setting(assignment: str) -> SetSetting:
+    """The command for `key=value`. Raises UserInputError."""
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UserInputError(f"set takes key=value, not '{assignment}'")
-    call.send(SetSetting(key=key.strip(), value=parse_yaml(text, key, key.strip())))
+    return SetSetting(key=key.strip(), value=parse_yaml(text, key, key.strip()))
 
 
 @_verb(Probe)

@@ -1,5 +1,6 @@
 """Commands: when they are applied, how they are reported, and that a pause changes no numbers."""
 
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -188,6 +189,27 @@ def test_a_rejected_command_says_why_in_one_line_and_exits_1(endless, command, r
     assert done.stderr.startswith("rlhf-tui: rejected: ")
     assert reason in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_of_several_settings_none_is_changed_if_one_is_wrong(endless):
+    before = endless.lab.json("status", endless.name)["settings"]
+    known = len(endless.commands())
+    done = endless.ctl("set", "save_every=7", "clip_range=1.5", "--wait")
+    assert done.returncode == 1
+    assert "clip_range must be" in done.stderr
+    assert "nothing is changed" in done.stderr
+    assert len(endless.commands()) == known
+    assert endless.lab.json("status", endless.name)["settings"] == before
+
+
+def test_several_settings_are_changed_by_one_call(endless):
+    arguments = ("set", "save_every=7", "clip_range=0.3", "--id", "two", "--wait", "--json")
+    done = endless.ctl(*arguments)
+    assert done.returncode == 0, done.stderr
+    replies = json.loads(done.stdout)
+    assert [(r["id"], r["status"]) for r in replies] == [("two", "applied"), ("two-2", "applied")]
+    settings = endless.lab.json("status", endless.name)["settings"]
+    assert (settings["save_every"], settings["clip_range"]) == (7, 0.3)
 
 
 def test_responses_longer_than_the_models_positions_are_refused(held):

@@ -27,6 +27,7 @@ from engine.protocol.commands import (
     SupervisorCommand,
     Unpause,
     check_command,
+    check_in_order,
 )
 from engine.session.states import ENDED_STATES, LIVE_STATES, STATES, TRANSITIONS, is_legal
 from rlhf_tui.commands.steer import ctl, note
@@ -188,3 +189,11 @@ def test_a_session_is_live_until_no_state_can_follow():
     assert is_legal(None, "starting")
     assert not is_legal(None, "running")
     assert set().union(*TRANSITIONS.values()) == set(STATES)
+
+
+def test_changes_in_order_are_each_checked_against_those_before_them():
+    bounds = [SetSetting(key="beta_max", value=50.0), SetSetting(key="beta_min", value=20.0)]
+    settings = settings_of(CONFIG)
+    check_in_order(bounds, settings, CONFIG)
+    with pytest.raises(CommandRejectedError, match="beta_min"):
+        check_in_order(bounds[::-1], settings, CONFIG)

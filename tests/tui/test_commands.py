@@ -296,6 +296,19 @@ def test_an_interrupt_of_a_run_that_becomes_the_engine_is_one_line(tmp_path):
     started, interrupted = done.stderr.splitlines()
     assert started.startswith("session mine: starting")
     assert interrupted == "rlhf-tui: interrupted"
+    assert not (tmp_path / "mine").exists()  # nothing was trained: its name is free again
+
+
+def test_a_resume_that_is_interrupted_as_early_keeps_the_session(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, "resume", "mine", "--headless", "--sessions",
+         str(session.folder.parent), "-o", "train.steps=9"],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    with JournalReader(session) as reader:
+        assert reader.last_step() == 3
 
 
 def test_doctor_prints_words_not_python(tmp_path):

@@ -48,7 +48,8 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
     """
     names = [name, *others]
     sessions = [existing(root, n) for n in names]
-    changed = _differences([session.config() for session in sessions])
+    configs = [session.config() for session in sessions]
+    changed = _differences(configs)
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(JournalReader(session)) for session in sessions]
         step = min(reader.last_step() for reader in readers)
@@ -65,7 +66,12 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
         found = {"config": changed, "step": step, "metrics": metrics, "held_out": held_out}
         print_json(found)
         return
-    parts = [part for key, values in changed.items() for part in _parts(key, values)]
+    entries = [_entries(config) for config in configs]
+    parts = [
+        part
+        for key, values in changed.items()
+        for part in _parts(key, [of.get(key, v) for of, v in zip(entries, values, strict=True)])
+    ]
     rows = [[key, *map(_shown, values)] for key, values in parts]
     rows += [[f"{k} @ {step}", *map(fmt.number, values)] for k, values in metrics.items()]
     if common is not None:
@@ -87,15 +93,28 @@ def _differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
     return differences
 
 
+def _entries(section: msgspec.Struct, prefix: str = "") -> dict[str, list[Any]]:
+    """The lists whose entries are sections, such as `reward.mix`, by key."""
+    found: dict[str, list[Any]] = {}
+    for name, value in msgspec.structs.asdict(section).items():
+        if isinstance(value, msgspec.Struct):
+            found |= _entries(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(v, msgspec.Struct) for v in value):
+            found[prefix + name] = value
+    return found
+
+
 def _parts(key: str, values: list[Any]) -> Iterator[tuple[str, list[Any]]]:
     """The parts in which the values of a key differ: by list entry and by key of an entry."""
     if all(value == values[0] for value in values):
         return
+    if all(isinstance(value, msgspec.Struct) for value in values):
+        values = [msgspec.structs.asdict(value) for value in values]
     if all(isinstance(value, dict) for value in values):
         for name in dict.fromkeys(name for value in values for name in value):
             yield from _parts(f"{key}.{name}", [value.get(name) for value in values])
     elif all(isinstance(value, list) for value in values) and any(
-        isinstance(entry, dict) for value in values for entry in value
+        isinstance(entry, dict | msgspec.Struct) for value in values for entry in value
     ):
         for i, entries in enumerate(itertools.zip_longest(*values)):
             yield from _parts(f"{key}[{i}]", list(entries))
@@ -107,7 +126,23 @@ def _shown(value: object) -> str:
     """A configuration value as in YAML, on one line; `–` if it is not set."""
     if value is None:
         return "–"
-    return one_line(fmt.value_text(value))
+    return one_line(fmt.value_text(_without_defaults(value)))
+
+
+def _without_defaults(value: object) -> Any:
+    """A section as a mapping of the keys whose values are not their defaults."""
+    if isinstance(value, list):
+        return [_without_defaults(entry) for entry in value]
+    if not isinstance(value, msgspec.Struct):
+        return value
+    given = {}
+    for field in msgspec.structs.fields(value):
+        default = field.default
+        if field.default_factory is not msgspec.NODEFAULT:
+            default = field.default_factory()
+        if (own := getattr(value, field.name)) != default:
+            given[field.name] = _without_defaults(own)
+    return given
 
 
 @click.command()
