@@ -56,7 +56,7 @@ def copy_until(source: SessionFolder, target: SessionFolder, step: int) -> None:
         reader = open_read_only(old, len(migrations))
         if reader is None:
             continue
-        part = new.with_name(f"{new.name}.part")
+        part = target.folder / "part.db"  # not longer than the names of files that SQLite writes
         access.create_file(part)
         with closing(reader), closing(sqlite3.connect(part)) as writer:
             reader.backup(writer)

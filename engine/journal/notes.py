@@ -24,6 +24,7 @@ def add_note(session: SessionFolder, text: str, who: str) -> int:
     Note(text=text).check_arguments()
     lock = session.acquire()  # only the holder of the lock may write the journal
     try:
+        session.check_other_machine()
         with closing(JournalWriter(session)) as journal:
             journal.record_event("note", {"text": text, "who": who})
             step = journal.step

@@ -78,6 +78,7 @@ def remove_failed_start(session: SessionFolder) -> None:
     """Removes a session if its start failed, so that another one can have its name.
 
     Raises:
+        SessionLockedError: an engine has started it meanwhile, or serves it on another machine.
         SessionError: the session belongs to another user.
     """
     if not session.folder.exists():
@@ -87,6 +88,7 @@ def remove_failed_start(session: SessionFolder) -> None:
         return
     held = session.acquire()
     try:
+        session.check_other_machine()
         # Another start may have replaced or resumed it meanwhile. Nobody runs it now.
         with JournalReader(session) as reader:
             failed = reader.meta().state != "finished" and _has_nothing(session, reader)

@@ -256,7 +256,7 @@ class SessionFolder:
         with contextlib.suppress(OSError):
             os.utime(self.engine_file)
 
-    def check_other_machine(self, notice: Callable[[str], None]) -> None:
+    def check_other_machine(self, notice: Callable[[str], None] = lambda _text: None) -> None:
         """Checks that no engine on another machine serves a session whose lock is free here.
 
         Some network file systems are mounted so that each machine has locks of its own. If

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import sys
 
 from engine.errors import SessionError, SessionLockedError
 from engine.journal.writer import JournalWriter
@@ -30,7 +29,6 @@ async def keep_lock(session: SessionFolder, lock: SessionLock, journal: JournalW
         except SessionLockedError:
             text = f"{session.lock_file} was deleted, and another engine has taken the session"
             log.error("%s: this one ends at once", text)  # noqa: TRY400 - one line
-            sys.stdout.flush()
             os._exit(1)
         except (SessionError, OSError) as error:  # such as on a disk that is read-only for a moment
             log.debug("cannot look at %s: %s", session.lock_file, error)

@@ -7,7 +7,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,13 @@ from engine.errors import (
     SessionLockedError,
     SessionNameError,
 )
+from engine.journal.fork import copy_until
 from engine.journal.judgements import labels
+from engine.journal.notes import add_note
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch import start
+from engine.launch.failed_start import remove_failed_start
 from engine.launch.start import fork, resume
 from engine.protocol.client import Client
 from engine.session import folder as session_folder
@@ -264,6 +269,7 @@ def test_the_longest_path_of_a_session_is_one_that_sqlite_takes(make_session, tm
     made = session_folder.create(of_length(longest), "run", config)
     assert len(os.fsencode(made.folder)) == longest
     JournalWriter(made).close()
+    copy_until(made, session_folder.create(of_length(longest), "new", config), 0)
     with pytest.raises(SessionError, match=rf"'run' is too long for SQLite: {longest + 1} bytes"):
         session_folder.create(of_length(longest + 1), "run", config)
     assert not of_length(longest + 1).exists()
@@ -385,8 +391,33 @@ def test_a_session_is_not_served_while_an_engine_on_another_machine_shows_that_i
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("write", [remove_failed_start, partial(add_note, text="a", who="me")])
+def test_nothing_writes_to_the_session_of_an_engine_that_lives_on_another_machine(
+    of_another_machine, write_in, write
+):
+    writer = write_in(of_another_machine)
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.journal.set_meta(state="starting")
+    writer.journal.close()
+    ended = threading.Event()
+
+    def live():
+        while not ended.wait(0.05):
+            of_another_machine.show_life()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(live)
+        try:
+            with pytest.raises(SessionLockedError, match="far-away, whose lock is not seen"):
+                write(of_another_machine)
+        finally:
+            ended.set()
+    with JournalReader(of_another_machine) as reader:
+        assert [e.kind for e in reader.events()] == ["attempt"]
+
+
 def test_the_session_of_an_engine_that_was_killed_on_another_machine_is_served(of_another_machine):
-    of_another_machine.check_other_machine(lambda _text: None)
+    of_another_machine.check_other_machine()
 
 
 def test_nobody_waits_for_an_engine_of_this_machine_or_for_none(make_session):
