@@ -15,20 +15,30 @@ log = logging.getLogger("engine")
 async def keep_lock(session: SessionFolder, lock: SessionLock, journal: JournalWriter) -> None:
     """Shows that this engine lives, and takes the lock again if its file is deleted.
 
-    If another engine has taken it by then, this process ends at once, and its ranks with it: two
-    engines would write the same files.
+    If another engine has taken the session by then, this process ends at once, and its ranks with
+    it: two engines would write the same files. Where the locks of other machines are not seen, that
+    can be one that started while this process or its file system stood still.
+
+    Call it once engine.json is written.
     """
+    this = session.engine()
     while True:
         await asyncio.sleep(SIGN_INTERVAL)
         if not journal.is_in_place():  # what is at its path now may be another session
             continue
+        engine = session.engine()
+        if this and engine and engine != this:
+            _end(f"another engine (pid {engine.pid} on {engine.host}) has taken the session")
         session.show_life()
         try:
             if lock.restore():
                 log.warning("%s was deleted; it is locked again", session.lock_file)
         except SessionLockedError:
-            text = f"{session.lock_file} was deleted, and another engine has taken the session"
-            log.error("%s: this one ends at once", text)  # noqa: TRY400 - one line
-            os._exit(1)
+            _end(f"{session.lock_file} was deleted, and another engine has taken the session")
         except (SessionError, OSError) as error:  # such as on a disk that is read-only for a moment
             log.debug("cannot look at %s: %s", session.lock_file, error)
+
+
+def _end(reason: str) -> None:
+    log.error("%s: this one ends at once", reason)
+    os._exit(1)

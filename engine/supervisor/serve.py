@@ -24,6 +24,7 @@ from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
 from engine.session import registry
 from engine.session.folder import SessionFolder
+from engine.session.lock import SessionLock
 from engine.supervisor.keep_lock import keep_lock
 from engine.supervisor.publisher import Observer
 from engine.supervisor.supervisor import Supervisor
@@ -61,11 +62,7 @@ async def supervise(
             journal = JournalWriter(session)
             try:
                 _check_choices(session, journal, start)
-                keeping = asyncio.create_task(keep_lock(session, lock, journal))
-                try:
-                    return await _serve(session, journal, start, observer)
-                finally:
-                    keeping.cancel()
+                return await _serve(session, lock, journal, start, observer)
             finally:
                 try:
                     journal.close()
@@ -114,7 +111,11 @@ def _check_choices(session: SessionFolder, journal: JournalWriter, start: StartO
 
 
 async def _serve(
-    session: SessionFolder, journal: JournalWriter, start: StartOptions, observer: Observer | None
+    session: SessionFolder,
+    lock: SessionLock,
+    journal: JournalWriter,
+    start: StartOptions,
+    observer: Observer | None,
 ) -> int:
     """Runs all attempts, with the socket open and the session in the registry."""
     before = session.config()
@@ -128,7 +129,11 @@ async def _serve(
         session.write_engine(str(path), __version__)
         registry.announce(session)
         journal.begin_serving()
-        code = await _run(supervisor, listener)
+        keeping = asyncio.create_task(keep_lock(session, lock, journal))
+        try:
+            code = await _run(supervisor, listener)
+        finally:
+            keeping.cancel()
     except UserInputError:
         _use(before, session, journal)
         raise

@@ -27,7 +27,7 @@ class SupervisorState:
     """The start of the next attempt: the first one, a restart or a roll back. None if there is
     none, also once the journal has its attempt."""
     rolling_back_to: int | None = None
-    """The step of an accepted roll back while its checkpoint is being read."""
+    """The step of a roll back that is accepted and not carried out yet."""
     paused: bool = False
     pause_reason: str | None = None
     """What asked for the current or coming pause; None if a person did, or without a pause."""

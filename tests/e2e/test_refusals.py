@@ -69,6 +69,21 @@ def test_an_engine_whose_session_another_one_has_taken_ends_and_writes_nothing(e
     run.end()
 
 
+def test_an_engine_ends_when_one_on_another_machine_has_begun_although_its_lock_is_not_seen(
+    either_lab,
+):
+    run = either_lab.run("unseen", steps=100_000)
+    run.slow_down()
+    run.start()
+    run.session.write_engine("/of/another/machine", "1")
+    run.wait_gone()
+    assert "has taken the session: this one ends at once" in run.session.log_file.read_text()
+    with run.reader() as reader:
+        assert reader.attempts()[-1].ended is None
+    run.resume()
+    run.end()
+
+
 def test_a_running_session_is_not_deleted(endless):
     line = one_line(endless.lab.cli("rm", endless.name, "--yes"), 1)
     assert str(endless.engine().pid) in line

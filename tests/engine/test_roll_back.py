@@ -197,3 +197,19 @@ async def test_a_checkpoint_that_was_asked_for_before_a_roll_back_is_saved_first
     engine.receive(Applied(id=save.id, step=5) if saved else Rejected(id=save.id, reason="full"))
     assert (await settled(writer, reply.id)).status == "applied"
     assert engine.shared.next == StartOptions(from_step=2, fresh=True, who="me")
+
+
+async def test_a_stop_at_once_ends_the_wait_of_a_roll_back_for_a_save(engine, writer):
+    writer.checkpoint(2)
+    save, reply = engine.send(Checkpoint()), engine.send(Rollback(step=2))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await settled(writer, reply.id)
+    engine.send(Stop(now=True))
+    assert await engine.supervisor.run() == 0
+    for command_id in (save.id, reply.id):
+        ended = writer.journal.commands.reply(command_id)
+        assert (ended.status, ended.reason) == (
+            "rejected", "the run ended before it was carried out"
+        )  # fmt: skip
+    assert engine.shared.next is None

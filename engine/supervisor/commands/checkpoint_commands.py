@@ -48,13 +48,13 @@ class CheckpointCommands:
         self._pending = pending
         self._ranks = ranks
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
-        """The roll backs, by id, whose checkpoints are being read."""
+        """The roll backs, by id, that read their checkpoint or wait for saves."""
         self._deletions: set[asyncio.Task[None]] = set()
         """The deletions of checkpoints whose files are still being removed."""
 
     @property
     def rolling_back(self) -> bool:
-        """Whether the checkpoint of a roll back is being read."""
+        """Whether a roll back is accepted and not carried out yet."""
         return bool(self._rollbacks)
 
     def roll_back(self, command_id: str, command: Rollback, who: str) -> None:
@@ -80,7 +80,7 @@ class CheckpointCommands:
     async def finish(self) -> None:
         """Call it when the run has ended, before the journal is closed.
 
-        Rejects the roll backs whose checkpoints are still being read, and waits for the files of
+        Rejects the roll backs that are not carried out yet, and waits for the files of
         deleted checkpoints, of which nothing would remove the rest.
         """
         for command_id, task in list(self._rollbacks.items()):

@@ -54,7 +54,7 @@ ACTIONS: dict[str, AnyCommand] = {
 }
 """`action` of a guard rail → the command it issues; `notify` issues none."""
 TAKEN_ID = "its id is that of an earlier, different command: give each command a new id"
-ROLLING_BACK = "the checkpoint of another roll back is being read; try again once it has ended"
+ROLLING_BACK = "another roll back has not been carried out yet; try again once it has ended"
 
 
 class CommandHandler:
