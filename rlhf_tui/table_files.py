@@ -42,14 +42,16 @@ def _flat(row: Row) -> Iterable[tuple[str, Any]]:
 
 
 def json_parts(rows: Iterable[Row]) -> Iterator[str]:
-    """Rows as one JSON list on a line, in parts, so that not all of them have to be in memory."""
-    yield "["
+    """Rows as one JSON list on a line, in parts, so that not all of them have to be in memory.
+
+    Reads the first rows before it begins: if that fails, nothing has been printed.
+    """
     rows = iter(rows)
-    separator = ""
+    before = "["
     while texts := [json.dumps(row, allow_nan=False) for row in itertools.islice(rows, PART)]:
-        yield separator + ", ".join(texts)
-        separator = ", "
-    yield "]\n"
+        yield before + ", ".join(texts)
+        before = ", "
+    yield "[]\n" if before == "[" else "]\n"
 
 
 def csv_text(rows: Sequence[Row], names: Sequence[str] = ()) -> str:

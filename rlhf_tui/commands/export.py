@@ -1,12 +1,11 @@
 """The command that exports parts of a session: its policy, samples or preferences."""
 
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -177,10 +176,16 @@ def _merge(session: SessionFolder, step: int, part: str, folder: Path, target: P
 
 def _write_lines(target: Path, rows: Iterable[Json]) -> int:
     """Writes rows while they are read. Returns their number."""
-    count = itertools.count()
-    counted = (row for row, _ in zip(rows, count, strict=False))
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        for row in rows:
+            count += 1
+            yield f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+
     try:
-        write_output(target, (f"{json.dumps(r, ensure_ascii=False)}\n".encode() for r in counted))
+        write_output(target, lines())
     except OSError as error:
         raise UserInputError(f"cannot write {target}: {error.strerror}") from error
-    return next(count)
+    return count

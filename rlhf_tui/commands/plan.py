@@ -119,13 +119,12 @@ def plan(
         launch = msgspec.structs.replace(loaded.launch, device="cpu", gpus=[])
         given = msgspec.structs.replace(loaded, launch=launch)
     models = run_engine_program(
-        Models, "engine.train.models.shapes",
+        Models, "engine.train.models.shapes", *([] if supposed is None else ["cuda"]),
         given=given, launch=given.launch, failed="the models' shapes cannot be read",
     )  # fmt: skip
     if supposed is None:
         memory = of_device(models.device, loaded.launch.gpus)
     else:
-        models = msgspec.structs.replace(models, device="cuda")
         memory = supposed_gpus(*supposed)
     left = memory.less(beside_ranks(loaded, models))
     capacity = msgspec.structs.replace(left, nodes=loaded.launch.nodes)

@@ -177,3 +177,24 @@ def test_the_other_ranks_report_while_a_source_of_rank_0_does(inputs, monkeypatc
         reports.append(len(reported))
     assert reports == [5, 5]
     assert not sent
+
+
+def test_all_ranks_raise_the_error_of_a_source_beside_which_others_are_asked(inputs):
+    def down(_inputs, _report):
+        raise IncompleteScoresError("down", {}, retry_after=0, works_again=bool)
+
+    def broken(_inputs, _report):
+        raise ValueError("broken")
+
+    lead, other, sent = two_ranks()
+    errors = []
+    for rank, service, function in ((lead, down, broken), (other, None, None)):
+        sources = {
+            "service": WeightedReward(1.0, RunsOn.RANK_0, service, remote=True),
+            "function": WeightedReward(1.0, RunsOn.RANK_0, function),
+        }
+        with pytest.raises(RewardCallError, match="'function' at step 7: ValueError") as raised:
+            RewardMix(sources, rank)(inputs)
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+    assert not sent

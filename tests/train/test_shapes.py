@@ -199,6 +199,16 @@ def test_one_key_for_all_heads_has_a_kernel_on_a_cpu_since_torch_2_15(
     assert shape.score_heads == counted
 
 
+def test_shapes_are_those_of_the_device_that_is_planned_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.train.models.shapes.torch_version", lambda: (2, 15))
+    UNFUSED["falcon"].save_pretrained(tmp_path / "reference")
+    demo = starter.FOLDER / "demo.yaml"
+    config = config_file.load(demo, [f"model.reference={tmp_path / 'reference'}"])
+    for device, counted in (("cpu", 0), ("cuda", 4)):
+        found = describe_models(config, torch.device(device))
+        assert (found.device, found.reference.score_heads) == (device, counted)
+
+
 def test_padding_is_ignored_by_classifiers_on_decoders(tmp_path):
     encoder = BertConfig(num_hidden_layers=3, **SIZES, pad_token_id=0)
     ignores = [

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from engine.errors import UserInputError
+from engine.errors import RlhfError, UserInputError
 from engine.metrics import METRICS
 from rlhf_tui.cli import cli
 from rlhf_tui.commands.reading.row_formats import printed_rows
@@ -81,6 +81,15 @@ class Row(dict):
 def test_a_json_list_is_written_in_parts_with_the_text_that_it_has_as_a_whole(count):
     rows = [{"step": i, "note": "é"} for i in range(count)]
     assert "".join(json_parts(rows)) == json.dumps(rows) + "\n"
+
+
+def test_nothing_is_printed_of_rows_that_cannot_be_read():
+    def unreadable():
+        raise RlhfError("labels.db is damaged")
+        yield {}
+
+    with pytest.raises(RlhfError):
+        next(json_parts(unreadable()))
 
 
 @pytest.mark.parametrize("output", [None, "rows.json"])

@@ -44,13 +44,18 @@ KERNEL_FOR_ONE_KEY = (2, 15)
 
 
 def main() -> None:
-    """Reads one configuration and prints the result."""
+    """Reads one configuration and prints the result; a device may be the argument."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=examined(RunConfig))
-    print_result(lambda: describe_models(config))
+    device = torch.device(sys.argv[1]) if len(sys.argv) > 1 else None
+    print_result(lambda: describe_models(config, device))
 
 
-def describe_models(config: RunConfig) -> Models:
+def describe_models(config: RunConfig, device: torch.device | None = None) -> Models:
     """Returns the shapes of all models, and the longest prompt's length if the file is small.
+
+    Args:
+        config: the configuration of the run.
+        device: of the ranks, which this machine need not have. Default: the configured one.
 
     Raises:
         UserInputError: a model or the prompts cannot be read.
@@ -61,7 +66,7 @@ def describe_models(config: RunConfig) -> Models:
         source = starter.resolve(config.model.policy)
         tokenizer = load_policy_tokenizer(config, source, ranks)
         tokens, exact = load_prompts(config.data, tokenizer, per_step=1, seed=0).longest, True
-    return models_of(config, tokens, ranks.device, exact=exact)
+    return models_of(config, tokens, device or ranks.device, exact=exact)
 
 
 def models_of(

@@ -149,11 +149,8 @@ def _key(plot: Plot, cells: int, rows: int) -> object:
 def _draw(plot: Plot, cells: int, rows: int) -> Drawing:
     columns = [_columns(line, plot, cells * 2) for line in plot.lines]
     bars = [_bars(line, plot, cells * 2) for line in plot.lines]
-    scale, raster, band_rows = (
-        scale_of(columns + bars, target=plot.target, log=plot.log),
-        Raster(cells, rows),
-        range(0),
-    )
+    scale = scale_of(columns + bars, target=plot.target, log=plot.log)
+    raster, band_rows = Raster(cells, rows), range(0)
     if scale is not None:
         band_rows = _target(raster, plot, scale)
         for line, points, intervals in zip(plot.lines, columns, bars, strict=True):
@@ -236,7 +233,7 @@ def _curves(
     canvas: Canvas, plot: Plot, drawing: Drawing, cells: int, rows: int, marked: MarkedCells
 ) -> None:
     raster, band_rows = drawing.raster, drawing.band_rows
-    lines = (cells for (kind, past), cells in marked.items() if kind != "checkpoint" and not past)
+    lines = (at for (kind, past), at in marked.items() if kind != "checkpoint" and not past)
     ruled = set(chain.from_iterable(lines))
     cursor = None if plot.cursor is None else _cell(plot.cursor, plot, cells)
     for y in range(rows):
