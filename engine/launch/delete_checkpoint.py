@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from engine.errors import JournalError, SessionError
+from engine.journal.database import write_problem
 from engine.journal.writer import JournalWriter
 from engine.launch.start_checkpoints import checkpoint_steps, needed_checkpoints
 from engine.protocol.client import new_id
@@ -46,7 +47,9 @@ def delete_checkpoint(
             _record(session, command_id, step, who)
         remove(folder)
     except sqlite3.Error as error:
-        raise JournalError(f"cannot write {session.journal_file}: {error}") from error
+        raise JournalError(
+            f"cannot write {session.journal_file}: {write_problem(error)}"
+        ) from error
     except OSError as error:
         raise SessionError(f"cannot remove the checkpoint of step {step}: {error}") from error
     finally:
