@@ -18,7 +18,7 @@ def checkpoint_name(text: str) -> int | str:
     """A step, or `120-attempt-2` for a checkpoint that was moved aside. Raises BadParameter."""
     if match := re.fullmatch(r"(?:step-0*)?(\d+-attempt-\d+)", text):
         return match[1]
-    return int(click.IntRange(min=1).convert(text, None, None))
+    return int(click.IntRange(min=1)(text))
 
 
 @click.command()
