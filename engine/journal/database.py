@@ -1,5 +1,6 @@
 """Read-only access to one SQLite file of a session, in short reads."""
 
+import errno
 import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,10 @@ Values = Iterable[Any] | Mapping[str, Any]
 """The parameters of a query, positional or named."""
 Views = Callable[[int], list[str]]
 """Returns the statements that create temporary views, for a version of the file's schema."""
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
+EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
+MAKE_ROOM = "the disk, or your quota on it, is full: free some space"
 
 
 class ReadOnlyDatabase:
@@ -169,3 +174,15 @@ def _connect_without_shared_memory(path: Path, uri: str) -> tuple[sqlite3.Connec
     db = sqlite3.connect(uri, uri=True, timeout=5.0)
     db.execute("PRAGMA locking_mode = EXCLUSIVE")
     return db, uri
+
+
+def has_no_room(error: Exception) -> bool:
+    """Whether an error means that a file cannot grow: on a full disk, or beyond a quota."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", 0) in NO_ROOM  # none if Python raised it
+
+
+def write_problem(error: sqlite3.Error | OSError) -> str:
+    """An error's message, with what to do if there is no room for the file."""
+    return f"{error}; {MAKE_ROOM}" if has_no_room(error) else str(error)

@@ -4,6 +4,7 @@ import sqlite3
 from contextlib import closing
 
 from engine.errors import JournalError
+from engine.journal.database import write_problem
 from engine.journal.writer import JournalWriter
 from engine.protocol.commands import Note
 from engine.session.folder import SessionFolder
@@ -29,7 +30,9 @@ def add_note(session: SessionFolder, text: str, who: str) -> int:
             journal.record_event("note", {"text": text, "who": who})
             step = journal.step
     except sqlite3.Error as error:
-        raise JournalError(f"cannot write {session.journal_file}: {error}") from error
+        raise JournalError(
+            f"cannot write {session.journal_file}: {write_problem(error)}"
+        ) from error
     finally:
         lock.release()
     return step

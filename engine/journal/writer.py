@@ -19,6 +19,7 @@ import msgspec
 from engine import __version__
 from engine.errors import JournalError
 from engine.journal import schema
+from engine.journal.database import write_problem
 from engine.journal.json_values import finite
 from engine.journal.logs.checkpoint_log import AdoptedCheckpoint, CheckpointLog
 from engine.journal.logs.command_log import CommandLog
@@ -391,5 +392,5 @@ def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = NORMAL")
         schema.migrate(db, migrations, path)
     except (OSError, sqlite3.Error) as error:
-        raise JournalError(f"cannot open {path}: {error}") from error
+        raise JournalError(f"cannot open {path}: {write_problem(error)}") from error
     return db

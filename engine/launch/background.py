@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.errors import RlhfError, SessionError, UserInputError
+from engine.errors import NoSuchSessionError, RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, ReadyEvent
 from engine.launch.environment import LOG_ENCODING
@@ -46,7 +46,21 @@ def start_engine(
     Raises:
         UserInputError: something that the configuration names cannot be used.
         SessionError: the engine ended before the training began; the message is its reason.
+        NoSuchSessionError: the session was deleted meanwhile, such as with `rm` in another shell.
     """
+    try:
+        return _start(session, start, timeout, notice)
+    except FileNotFoundError as error:
+        if session.folder.exists():
+            raise
+        raise NoSuchSessionError(
+            f"session '{session.name}' was deleted while it was started; nothing runs"
+        ) from error
+
+
+def _start(
+    session: SessionFolder, start: StartOptions, timeout: float, notice: Callable[[str], None]
+) -> int:
     attempts, last_event = _attempts(session), _last_event(session)
     log_size = _size(session.log_file)
     # The engine inherits no open file: a script that reads our output must see its end.

@@ -4,12 +4,13 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 
-from engine.errors import JournalError, SessionError
+from engine.errors import CommandRejectedError, JournalError, SessionError
+from engine.journal.database import write_problem
 from engine.journal.writer import JournalWriter
 from engine.launch.start_checkpoints import checkpoint_steps, needed_checkpoints
 from engine.protocol.client import new_id
 from engine.protocol.commands import DeleteCheckpoint, check_deletable
-from engine.session.checkpoints import checkpoint_path, remove
+from engine.session.checkpoints import aside_checkpoints, checkpoint_path, remove
 from engine.session.folder import SessionFolder
 
 
@@ -46,9 +47,40 @@ def delete_checkpoint(
             _record(session, command_id, step, who)
         remove(folder)
     except sqlite3.Error as error:
-        raise JournalError(f"cannot write {session.journal_file}: {error}") from error
+        raise JournalError(
+            f"cannot write {session.journal_file}: {write_problem(error)}"
+        ) from error
     except OSError as error:
         raise SessionError(f"cannot remove the checkpoint of step {step}: {error}") from error
+    finally:
+        lock.release()
+
+
+def delete_aside(
+    session: SessionFolder, name: str, notice: Callable[[str], None] = lambda _text: None
+) -> None:
+    """Deletes a checkpoint of an abandoned branch that was moved aside; the journal has none.
+
+    Args:
+        session: of the checkpoint.
+        name: one of :func:`aside_checkpoints`.
+        notice: called with a sentence before a wait.
+
+    Raises:
+        CommandRejectedError: there is no such checkpoint.
+        SessionLockedError: the session has a live engine.
+        SessionError: the session belongs to another user, or the files cannot be removed.
+    """
+    lock = session.acquire(f"stop it first: {session.command('ctl', 'stop', '--wait')}")
+    try:
+        session.check_other_machine(notice)
+        found = aside_checkpoints(session.checkpoints)
+        if name not in found:
+            there = ", ".join(found) or "none"
+            raise CommandRejectedError(f"there is no checkpoint {name} (there are: {there})")
+        remove(found[name])
+    except OSError as error:
+        raise SessionError(f"cannot remove the checkpoint {name}: {error}") from error
     finally:
         lock.release()
 

@@ -28,6 +28,7 @@ BASE_ADAPTERS = "base_adapter_config.json"
 """In these folders if they hold adapters: peft's configuration of other adapters, which were merged
 into the base model when it was loaded. The folder's own adapters then fit no model on disk."""
 _NAME = re.compile(r"step-(\d{6,})")
+_ASIDE = re.compile(r"step-(\d{6,})-attempt-(\d+)")
 
 
 class _Sums(msgspec.Struct):
@@ -53,6 +54,15 @@ def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
         if match := _NAME.fullmatch(marker.parent.name):
             found[int(match[1])] = marker.parent
     return dict(sorted(found.items()))
+
+
+def aside_checkpoints(checkpoints: Path) -> dict[str, Path]:
+    """The checkpoints at :func:`aside_path`, sorted: `120-attempt-2` → its folder."""
+    found = {}
+    for folder in checkpoints.glob("step-*-attempt-*"):
+        if match := _ASIDE.fullmatch(folder.name):
+            found[int(match[1]), int(match[2])] = folder
+    return {f"{step}-attempt-{attempt}": found[step, attempt] for step, attempt in sorted(found)}
 
 
 def incomplete_checkpoints(checkpoints: Path) -> list[Path]:

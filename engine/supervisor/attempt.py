@@ -16,6 +16,25 @@ DRAIN_TIMEOUT = 10.0
 """Seconds to read the last messages of ranks whose processes have ended."""
 
 
+def description(start: StartOptions, number: int, *, first: bool) -> str:
+    """A line for the log: `attempt 2 begins from step 120: roll back by ana`.
+
+    Args:
+        start: of the attempt.
+        number: of the attempt.
+        first: whether it is the first one of this engine.
+    """
+    reason = "restart"
+    if start.origin:
+        reason = f"fork of '{start.origin['from']}'"
+    elif first:
+        reason = "start" if number == 1 else "resume"
+    elif start.fresh:
+        reason = "roll back"
+    by = f" by {' '.join(start.who.split())}" if start.who else ""
+    return f"attempt {number} begins from step {start.from_step}: {reason}{by}"
+
+
 class Attempt:
     """The ranks of one start: what is known of them from their messages and connections."""
 

@@ -6,6 +6,7 @@ import logging
 import sqlite3
 import time
 
+from engine.journal.database import has_no_room
 from engine.journal.writer import JournalWriter, is_busy
 from engine.protocol.rank_messages import ROOM, WAIT_FOR, Phase
 from engine.supervisor.publisher import EventPublisher
@@ -17,9 +18,6 @@ RETRY_INTERVAL = 2.0
 """Seconds between attempts to write a journal that cannot be written."""
 STOP_TIMEOUT = 30.0
 """Seconds that a run that is being stopped waits for a locked journal or for files to close."""
-NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
-"""Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
-EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
 NO_FILES = (errno.EMFILE, errno.ENFILE)
 """Errors of a process, or a machine, that cannot open another file."""
 FILES = "open files to be closed"
@@ -99,7 +97,6 @@ def _awaited(error: sqlite3.OperationalError | OSError) -> str | None:
     """What the run must wait for to write the journal; None if the error ends the run."""
     if isinstance(error, OSError):
         return FILES if error.errno in NO_FILES else None
-    code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
-    if code in NO_ROOM:
+    if has_no_room(error):
         return ROOM
     return UNLOCKED if is_busy(error) else None

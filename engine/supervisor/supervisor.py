@@ -40,7 +40,7 @@ from engine.protocol.client_messages import JournalAdvanced, Status
 from engine.protocol.rank_messages import WAIT_FOR, Failed, Phase
 from engine.session.checkpoints import checkpoint_path, completed_at, unmark
 from engine.session.folder import SessionFolder
-from engine.supervisor.attempt import Attempt
+from engine.supervisor.attempt import Attempt, description
 from engine.supervisor.commands.command_handler import CommandHandler
 from engine.supervisor.commands.pending_commands import PendingCommands
 from engine.supervisor.end_handler import EndHandler
@@ -88,6 +88,7 @@ class Supervisor:
         self._session = session
         self._config = config
         self._journal = journal
+        self._first = start
         settings = config_file.as_mapping(settings_of(config))
         self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
         self.server = Server()
@@ -197,6 +198,7 @@ class Supervisor:
             adopt=adopted_checkpoint(self._session, start.from_step),
             total_steps=self._config.train.steps,
         )
+        log.info(description(start, self._journal.attempt, first=start is self._first))
         if state.next is start:
             state.next = None
         self._finish_removals()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow
-from engine.session.checkpoints import complete_checkpoints, find_damage
+from engine.session.checkpoints import aside_checkpoints, complete_checkpoints, find_damage
 from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, listed, note, problem
 
@@ -15,6 +15,7 @@ def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator
     rows = _all(reader)
     on_disk = complete_checkpoints(session.checkpoints)
     yield from _damaged(on_disk)
+    yield from _damaged_aside(session)
     yield from _lost(session, reader, rows)
     yield from _unknown(session, reader, rows, on_disk)
 
@@ -30,6 +31,16 @@ def _damaged(on_disk: dict[int, Path]) -> Iterator[Finding]:
                 f"remove {folder}"
                 + (f", and resume from another one (of steps {listed(others)})" if others else ""),
             )
+
+
+def _damaged_aside(session: SessionFolder) -> Iterator[Finding]:
+    """Those that were moved aside: no run continues from one, but its policy can be copied."""
+    for name, folder in aside_checkpoints(session.checkpoints).items():
+        damage = find_damage(folder)
+        if damage and folder.is_dir():
+            text = f"the checkpoint {name}, of an abandoned branch, is damaged: {damage}"
+            advice = session.command("rm", "--checkpoint", name)
+            yield problem("checkpoints", text, f"no run needs it; delete it with {advice}")
 
 
 def _lost(

@@ -1,16 +1,24 @@
 """The command that deletes sessions: rm."""
 
 import os
+import re
 from pathlib import Path
 
 import click
 
 from engine.errors import CommandRejectedError, RlhfError, SessionError, UserInputError
-from engine.launch.delete_checkpoint import delete_checkpoint
+from engine.launch.delete_checkpoint import delete_aside, delete_checkpoint
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import complete_name, existing, sessions_option, show_wait
 from rlhf_tui.identity import who
+
+
+def checkpoint_name(text: str) -> int | str:
+    """A step, or `120-attempt-2` for a checkpoint that was moved aside. Raises BadParameter."""
+    if match := re.fullmatch(r"(?:step-0*)?(\d+-attempt-\d+)", text):
+        return match[1]
+    return int(click.IntRange(min=1)(text))
 
 
 @click.command()
@@ -20,10 +28,11 @@ from rlhf_tui.identity import who
     "-y", "--yes", is_flag=True, help="Delete without confirmation; needed without a terminal."
 )
 @click.option(
-    "--checkpoint", "step", type=click.IntRange(min=1), metavar="STEP",
-    help="Delete only this checkpoint of the session.",
+    "--checkpoint", "step", type=checkpoint_name, metavar="STEP",
+    help="Delete only this checkpoint of the session, or one that was moved aside: "
+    "STEP-attempt-N.",
 )  # fmt: skip
-def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | None) -> None:
+def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | str | None) -> None:
     """Delete sessions with all their checkpoints.
 
     They must have ended. A live engine deletes a checkpoint with ctl NAME delete-checkpoint STEP.
@@ -44,12 +53,16 @@ def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | None) -> None:
             _delete_checkpoint(session, step, yes=yes)
 
 
-def _delete_checkpoint(session: SessionFolder, step: int, *, yes: bool) -> None:
-    question = f"delete the checkpoint of step {step} of '{session.name}'?"
+def _delete_checkpoint(session: SessionFolder, step: int | str, *, yes: bool) -> None:
+    what = f"of step {step}" if isinstance(step, int) else step
+    question = f"delete the checkpoint {what} of '{session.name}'?"
     if not yes and not click.confirm(question, err=True):
         return
     try:
-        delete_checkpoint(session, step, who(), show_wait)
+        if isinstance(step, int):
+            delete_checkpoint(session, step, who(), show_wait)
+        else:
+            delete_aside(session, step, show_wait)
     except CommandRejectedError as error:
         raise RlhfError(str(error)) from error
 

@@ -16,6 +16,7 @@ from engine.config import file as config_file
 from engine.config.settings import Settings
 from engine.config.yaml_document import parse_yaml
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
+from engine.examined import examined
 from engine.journal.json_values import Json
 from engine.journal.last_reply import last_reply
 from engine.journal.rows import ProbeResult
@@ -122,7 +123,7 @@ class CtlCall:
             # A client each, because while one waits it drops the replies to other commands.
             clients = [stack.enter_context(Client(session, who())) for _ in commands]
             status = clients[0].status()
-            settings = msgspec.convert(status.settings, Settings, strict=False)
+            settings = msgspec.convert(status.settings, examined(Settings), strict=False)
             try:
                 check_in_order(commands, settings, session.config())
             except CommandRejectedError as error:

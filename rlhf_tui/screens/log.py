@@ -18,8 +18,11 @@ from rlhf_tui.widgets.scroll_list import ScrollList
 MOST_BYTES = 8_000_000
 MOST_LINES = 100_000
 EVERY = 1.0
+NARROW = 100
+"""Below this many columns, a line begins with the time of day instead of date and milliseconds."""
 STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 """The time stamp of lines that the engine's loggers write."""
+DATE_AND_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d)(,\d{3})?")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class LogView(ScrollList):
     def __init__(self) -> None:
         super().__init__(id="log")
         self.lines: list[str] = []
+        self._short: list[str] = []
+        """The same lines for a narrow screen."""
+        self._date = ""
+        """The date of the last line."""
         self.cut = False
         """Whether the log has lines before the first one here."""
         self.hint: list[Row] = []
@@ -70,7 +77,7 @@ class LogView(ScrollList):
 
     def row(self, index: int, width: int) -> Row:
         """A line from the column it is shifted to; errors have another tone."""
-        line = self.lines[index]
+        line = (self._short if width < NARROW else self.lines)[index]
         lower = line.lower()
         tone = ""
         if "error" in lower or "traceback" in lower:
@@ -95,16 +102,27 @@ class LogView(ScrollList):
 
         `cut`: the log has lines before these fresh ones.
         """
-        lines = lines if fresh else self.lines + lines
+        self._date = "" if fresh else self._date
+        short = [self._shortened(line) for line in lines]
+        lines, short = (lines, short) if fresh else (self.lines + lines, self._short + short)
         dropped = max(len(lines) - MOST_LINES, 0)
         self.cut = dropped > 0 or (cut if fresh else self.cut)
-        self.lines = lines[dropped:]
+        self.lines, self._short = lines[dropped:], short[dropped:]
         self._at_end |= fresh
         # The same line as before stays on top, and is the one that the search has led to.
         self.top = max(self.top - dropped, 0)
         if self.match is not None:
             self.match = None if fresh or self.match < dropped else self.match - dropped
         self.update()
+
+    def _shortened(self, line: str) -> str:
+        """The line with the time of day alone, and with the date if it is another day's."""
+        found = DATE_AND_TIME.match(line)
+        if found is None:
+            return line
+        date, self._date = self._date, found[1]
+        day = "" if date == found[1] else f"{found[1]} "
+        return f"{day}{found[2]}{line[found.end() :]}"
 
 
 class LogScreen(SessionScreen):

@@ -307,6 +307,16 @@ def test_a_roll_back_continues_from_the_checkpoint_in_the_same_engine(held):
     assert held.seen.roll_back["status"] == "applied"
     assert held.seen.rolled_back_to == 3
     assert held.seen.same_engine
+
+
+def test_the_log_says_where_and_why_each_attempt_begins(held):
+    who = held.commands()[held.seen.roll_back["id"]]["who"]
+    log = held.session.log_file.read_text()
+    begun = [line.partition(" INFO ")[2] for line in log.splitlines() if " begins from " in line]
+    assert begun == [
+        f"attempt 1 begins from step 0: start by {who}",
+        f"attempt 2 begins from step 3: roll back by {who}",
+    ]
     with held.reader() as reader:
         assert [a.from_step for a in reader.attempts()] == [0, 3]
 

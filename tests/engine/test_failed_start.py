@@ -7,7 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from engine.errors import ConfigError, SessionError, SessionNameError, UserInputError
+from engine.errors import (
+    ConfigError,
+    NoSuchSessionError,
+    SessionError,
+    SessionNameError,
+    UserInputError,
+)
 from engine.journal.judgements.labels import Response, set_label
 from engine.journal.reader import JournalReader
 from engine.launch.background import start_engine, start_or_remove
@@ -220,6 +226,13 @@ def test_a_fork_in_which_something_was_judged_is_not_removed_with_its_failed_sta
     set_label(session, "prompt", sample, "good", "me")
     remove_new(session)
     assert session.labels_file.exists()
+
+
+def test_a_start_beside_a_deletion_of_the_session_says_so(make_session):
+    session = make_session()
+    shutil.rmtree(session.folder)
+    with pytest.raises(NoSuchSessionError, match="was deleted while it was started"):
+        start_engine(session, StartOptions(), timeout=0)
 
 
 def test_of_two_engines_that_start_at_once_the_refused_one_is_not_taken_for_the_other(

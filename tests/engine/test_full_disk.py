@@ -10,8 +10,9 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 
 from engine.config.sections.launch import LaunchConfig
-from engine.errors import SessionError
+from engine.errors import JournalError, SessionError
 from engine.journal import writer as journal_writer
+from engine.journal.notes import add_note
 from engine.journal.reader import JournalReader
 from engine.launch import delete_checkpoint as deletion
 from engine.launch.start_options import StartOptions
@@ -54,6 +55,19 @@ def no_room_for_files(limit=resource.RLIMIT_FSIZE):
 def no_file_can_be_opened():
     """As in a process that has too many open."""
     return no_room_for_files(resource.RLIMIT_NOFILE)
+
+
+def test_a_note_on_a_full_disk_says_what_to_do(make_session):
+    session = make_session()
+    with no_room_for_files(), pytest.raises(JournalError, match=r"is full: free some space$"):
+        add_note(session, "look", "ana")
+
+
+async def test_a_command_on_a_full_disk_says_what_to_do(engine):
+    with no_room_for_files():
+        reply = engine.send(SetBeta(value=0.3))
+    assert reply.status == "rejected"
+    assert reply.reason.endswith("is full: free some space")
 
 
 async def test_a_stop_at_once_needs_no_journal(engine):

@@ -29,7 +29,7 @@ from engine.protocol.rank_messages import (
 )
 from engine.session.checkpoints import checkpoint_path
 from engine.supervisor import supervisor
-from engine.supervisor.attempt import Attempt
+from engine.supervisor.attempt import Attempt, description
 from engine.supervisor.server import receive
 from tests.engine.demo_config import demo
 from tests.engine.supervised import Engine, begin_of, rank_connection, starting_attempt
@@ -448,3 +448,20 @@ async def test_a_run_warns_of_its_own_gpus_that_others_fill(
     with JournalReader(writer.session) as reader:
         alerts = [e.as_json()["text"] for e in reader.events() if e.kind == "alert"]
     assert alerts == ["GPU 4 already holds 9.0 GB"] * len(asked)
+
+
+@pytest.mark.parametrize(
+    ("start", "number", "first", "reason"),
+    [
+        (StartOptions(who="ana"), 1, True, "start by ana"),
+        (StartOptions(from_step=4, who="ana"), 2, True, "resume by ana"),
+        (StartOptions(from_step=4), 2, False, "restart"),
+        (StartOptions(from_step=4, fresh=True, who="guard rail kl_high"), 2, False,
+         "roll back by guard rail kl_high"),
+        (StartOptions(from_step=4, fresh=True, origin={"from": "mine", "step": 4}), 3, True,
+         "fork of 'mine'"),
+    ],
+)  # fmt: skip
+def test_the_log_names_the_reason_of_an_attempt(start, number, first, reason):
+    found = description(start, number, first=first)
+    assert found == f"attempt {number} begins from step {start.from_step}: {reason}"

@@ -16,7 +16,7 @@ from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.judgements.labels import Response, set_label
 from engine.launch.rollout.engine import START
-from engine.session.checkpoints import checkpoint_path, mark_complete
+from engine.session.checkpoints import aside_path, checkpoint_path, mark_complete
 from engine.session.folder import SessionFolder
 from engine.verification import checkpoints, leftovers
 from engine.verification.settings import SettingHistory
@@ -73,6 +73,16 @@ def test_nothing_is_found_in_a_whole_session(whole):
     contents = verify(whole).contents
     assert (contents.state, contents.steps, contents.commands) == ("finished", 6, 3)
     assert (contents.checkpoints, contents.samples, contents.labels) == (1, 12, 1)
+
+
+def test_a_checkpoint_that_was_moved_aside_is_checked_too(whole):
+    aside = aside_path(whole.checkpoints, 4, 1)
+    shutil.copytree(checkpoint_path(whole.checkpoints, 4), aside)
+    assert found(whole) == []
+    (aside / "weights").write_bytes(b"x")
+    (problem,) = verify(whole).findings
+    assert problem.text.startswith("the checkpoint 4-attempt-1, of an abandoned branch, is damaged")
+    assert problem.advice.endswith(whole.command("rm", "--checkpoint", "4-attempt-1"))
 
 
 def test_it_changes_no_file(whole):

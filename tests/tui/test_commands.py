@@ -18,7 +18,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import ConfigError, NoSuchSessionError, SessionError
 from engine.journal.reader import JournalReader
-from engine.session.checkpoints import checkpoint_path, complete_checkpoints
+from engine.session.checkpoints import aside_path, checkpoint_path, complete_checkpoints
 from engine.session.folder import create
 from rlhf_tui import identity
 from rlhf_tui.cli import MODULES, cli, in_plain_words
@@ -201,6 +201,21 @@ def test_rm_deletes_one_checkpoint_of_a_session(session_maker, tmp_path):
     assert list(complete_checkpoints(session.checkpoints)) == [100]
     with JournalReader(session) as reader:
         assert [c.step for c in reader.checkpoints()] == [100]
+
+
+def test_a_checkpoint_that_was_moved_aside_is_listed_and_deleted(session_maker, tmp_path):
+    session = session_maker(tmp_path, "mine", 100)
+    aside = aside_path(session.checkpoints, 50, 2)
+    aside.mkdir()
+    (aside / "COMPLETE").touch()
+    given = ["mine", "--sessions", str(tmp_path)]
+    assert "moved aside 50-attempt-2," in CliRunner().invoke(cli, ["status", *given]).output
+    rm = ["rm", *given, "-y", "--checkpoint"]
+    other = CliRunner().invoke(cli, [*rm, "50-attempt-1"], standalone_mode=False)
+    assert "no checkpoint 50-attempt-1 (there are: 50-attempt-2)" in str(other.exception)
+    assert CliRunner().invoke(cli, [*rm, "50-attempt-2"]).exit_code == 0
+    assert not aside.exists()
+    assert "moved aside" not in CliRunner().invoke(cli, ["status", *given]).output
 
 
 def test_a_name_that_is_like_no_other_gets_no_suggestion(root):

@@ -166,6 +166,26 @@ async def test_the_log_is_searched(run_app, until):
         assert view.lines[-1] == "weights: 100%"
 
 
+async def test_a_narrow_log_shows_the_time_of_day_and_the_date_where_it_changes(run_app, until):
+    lines = [
+        "2026-11-28 23:59:58,001 INFO one", "a line without a time", "2026-11-28 23:59:59,002 two",
+        "2026-11-29 00:00:01,003 three",
+    ]  # fmt: skip
+    async with run_app(size=(80, 24)) as (app, pilot):
+        await pilot.press("5")
+        view = app.screen.query_one("#log")
+        await until(pilot, lambda: view.count() == 303)
+        view.add(lines[:2], fresh=True)
+        view.add(lines[2:], fresh=False)
+        assert view.text().splitlines() == [
+            " 2026-11-28 23:59:58 INFO one", " a line without a time", " 23:59:59 two",
+            " 2026-11-29 00:00:01 three",
+        ]  # fmt: skip
+        await pilot.resize_terminal(120, 24)
+        await until(pilot, lambda: view.size.width == 120)
+        assert view.text().splitlines() == [f" {line}" for line in lines]
+
+
 async def test_a_log_that_takes_longer_to_read_than_until_the_next_reading_is_shown(
     run_app, until, monkeypatch
 ):

@@ -20,7 +20,7 @@ import msgspec
 
 from engine.errors import JournalError, UserInputError
 from engine.journal import schema
-from engine.journal.database import ReadOnlyDatabase, connect
+from engine.journal.database import MAKE_ROOM, ReadOnlyDatabase, connect, has_no_room
 from engine.journal.history.views import label_views, views_of
 from engine.journal.rows import Judgement, SampleRow
 from engine.session import access
@@ -179,17 +179,17 @@ def _writing(path: Path) -> Iterator[sqlite3.Connection]:
                 db.execute("BEGIN IMMEDIATE")
                 yield db
     except OSError as error:
-        raise JournalError(f"cannot write {path}: {error.strerror}; {DEFAULT_ADVICE}") from error
+        advice = MAKE_ROOM if has_no_room(error) else DEFAULT_ADVICE
+        raise JournalError(f"cannot write {path}: {error.strerror}; {advice}") from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended part
-        advice = ADVICE.get(code, DEFAULT_ADVICE)
+        advice = MAKE_ROOM if has_no_room(error) else ADVICE.get(code, DEFAULT_ADVICE)
         raise JournalError(f"cannot write {path}: {error}; {advice}") from error
 
 
 DEFAULT_ADVICE = "you need write permission for the session's folder"
 ADVICE = {
     sqlite3.SQLITE_BUSY: "another program has locked it: try again",
-    sqlite3.SQLITE_FULL: "free some disk space and try again",
     sqlite3.SQLITE_CORRUPT: "move the file away to start a new one",
     sqlite3.SQLITE_NOTADB: "move the file away to start a new one",
 }

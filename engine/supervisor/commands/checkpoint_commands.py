@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from engine.errors import JournalError
+from engine.journal.database import write_problem
 from engine.journal.writer import JournalWriter
 from engine.launch.delete_checkpoint import record_deletion
 from engine.launch.start_checkpoints import timeline_checkpoints
@@ -112,7 +113,7 @@ class CheckpointCommands:
                 self._ranks.kill()
             self._pending.send_reply(commands.reply(command_id))
         except sqlite3.Error as error:  # the next start rejects it in the journal, too
-            reason = f"cannot write the journal: {error}"
+            reason = f"cannot write the journal: {write_problem(error)}"
             log.error("%s from %s: %s", command.name(), who, reason)  # noqa: TRY400
             self._pending.send_reply(CommandReply(id=command_id, status="rejected", reason=reason))
         self._publisher.rows_added()

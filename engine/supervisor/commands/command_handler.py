@@ -13,6 +13,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import Settings
 from engine.errors import CommandRejectedError, RlhfError
 from engine.examined import examined
+from engine.journal.database import write_problem
 from engine.journal.writer import JournalWriter
 from engine.launch.start_checkpoints import (
     checkpoint_steps,
@@ -103,7 +104,7 @@ class CommandHandler:
         try:
             return self._record_and_carry_out(request, who)
         except sqlite3.Error as error:
-            reason = f"cannot write the journal: {error}"
+            reason = f"cannot write the journal: {write_problem(error)}"
             # A full disk needs no traceback.
             log.error("%s from %s: %s", request.command.name(), who, reason)  # noqa: TRY400
             if request.id in self._pending:

@@ -21,6 +21,8 @@ JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
 """Matches brackets, and strings, because these may contain brackets."""
 ROW = re.compile(r" in row \d+$")
 """The end of pyarrow's error about a line of JSON. It counts from 0 in each block that it reads."""
+ONE_OBJECT = 'each line must be one object, such as {"prompt": "..."}'
+COMMA = f"ends with a comma; {ONE_OBJECT}"
 SAVED_SPLITS = "dataset_dict.json"
 """Names the splits in a folder that `save_to_disk` has written of several."""
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -148,29 +150,52 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
             f"set that the hub provides: {first}"
         )
     if kind == "json":
-        line = _bad_line(Path(source))
-        first = ROW.sub("", first) + ("" if line is None else f" in line {line}")
+        first = _line_problem(Path(source)) or ROW.sub("", first)
     return f"data.prompts: cannot read {source} as {kind}: {first}"
 
 
-def _bad_line(file: Path) -> int | None:
-    """Returns the first line, from 1, that is not JSON or names a key twice.
+def _line_problem(file: Path) -> str | None:
+    """What is wrong with the first line that is not a JSON object, or names a key twice.
 
     Returns None if there is none, or if the file may be a single value over several lines.
     """
-
-    def check_keys(pairs: list[tuple[str, Any]]) -> None:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError
-
+    lines_expected = file.suffix.lower() == ".jsonl"
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                if line.strip():
-                    json.loads(line, object_pairs_hook=check_keys)
-            except ValueError:
-                return number if number > 1 or file.suffix.lower() == ".jsonl" else None
+            if number == 1 and line.lstrip().startswith(b"["):  # a list over all lines
+                return None
+            if not line.strip():
+                continue
+            problem = _not_an_object(line)
+            if problem is not None:
+                if number == 1 and not lines_expected and problem != COMMA:
+                    return None
+                return f"line {number} {problem}"
     return None
+
+
+def _not_an_object(line: bytes) -> str | None:
+    """Why a line is not a JSON object, to follow "line 3"; None if it is one."""
+
+    def check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"has the key '{twice}' twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(line.rstrip(), object_pairs_hook=check_keys)
+    except json.JSONDecodeError as error:
+        if line.rstrip().endswith(b",") and _not_an_object(line.rstrip()[:-1]) is None:
+            return COMMA
+        where = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        return f"is not JSON ({where}); {ONE_OBJECT}"
+    except UnicodeDecodeError as error:
+        return f"is not text in UTF-8 ({error.reason})"
+    except ValueError as error:
+        return str(error)
+    return None if isinstance(value, dict) else f"is not an object; {ONE_OBJECT}"
 
 
 def _unwritable(error: BaseException) -> str | None:

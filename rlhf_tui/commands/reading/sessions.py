@@ -8,6 +8,7 @@ import msgspec
 
 from engine.errors import LinkError, UserInputError
 from engine.examined import examined
+from engine.session.checkpoints import aside_checkpoints
 from engine.session.folder import all_sessions
 from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
@@ -120,7 +121,8 @@ def status(root: Path, name: str | None, as_json: bool) -> None:
 
     Without NAME: that of the only live one.
     """
-    row = read_session_row(existing_or_live(root, name), ask=True, best=True)
+    session = existing_or_live(root, name)
+    row = read_session_row(session, ask=True, best=True)
     if as_json:
         print_json(row.as_json())
         return
@@ -143,6 +145,8 @@ def status(root: Path, name: str | None, as_json: bool) -> None:
         f"{s} (best)" if s == row.best_checkpoint else str(s) for s in row.checkpoints
     )
     say(f"  checkpoints {f'of step {steps}' if steps else 'none'}")
+    if aside := ", ".join(aside_checkpoints(session.checkpoints)):
+        say(f"  moved aside {aside}, of abandoned branches")
     say(f"  engine      {engine}")
     if row.deadline is not None:
         say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")
