@@ -10,7 +10,7 @@ SECRET = "s3cret-t0ken"  # noqa: S105 - looked for in the session's files
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def outage(request, make_lab):
-    """5 steps; the service goes down during the second, until the run has paused for it."""
+    """5 steps; the service is down in the third, until the run has paused for it."""
     lab, service = make_lab(f"service-{request.param}"), RewardService()
     lab.environment["REWARD_TOKEN"] = SECRET
     source = f"{{service: '{service.url}', http: {{token_env: REWARD_TOKEN}}}}"
@@ -25,7 +25,7 @@ def outage(request, make_lab):
     run.hold(2)
     run.start()
     run.wait_at(2)
-    until(lambda: len(service.requests) == 2, "request for each step")
+    until(lambda: len(service.requests) == 2, "request of step 2, which is sent meanwhile")
     service.stop()
     run.release(2)
     run.wait_for("paused")
@@ -51,12 +51,12 @@ def test_a_run_pauses_while_its_service_is_down_and_resumes_by_itself(outage):
         assert len(reader.attempts()) == 1, "nothing was restarted"
 
 
-def test_the_end_of_a_run_does_not_speak_of_threads_for_requests(outage):
-    assert "not waiting for" not in outage.lab.cli("logs", outage.name).stdout
-
-
 def test_the_token_is_in_no_file_of_the_session(outage):
     assert outage.headers["Authorization"] == f"Bearer {SECRET}"
     files = [path for path in outage.session.folder.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files)
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_the_end_of_a_run_names_no_threads_of_requests(outage):
+    assert "not waiting for" not in outage.lab.cli("logs", outage.name).stdout
