@@ -56,3 +56,7 @@ def test_the_token_is_in_no_file_of_the_session(outage):
     files = [path for path in outage.session.folder.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files)
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_the_end_of_a_run_names_no_threads_of_requests(outage):
+    assert "not waiting for" not in outage.lab.cli("logs", outage.name).stdout
