@@ -135,7 +135,7 @@ def _mend(text: str, path: str, tree: dict[str, Any]) -> bool:
     missing = _missing_key(text, path)
     *parents, name = _parts(missing or path) or [""]
     section = _lookup(tree, ".".join(parents))
-    if not isinstance(section, dict) or not name:
+    if not isinstance(section, dict) or not (missing or name in section):
         return False
     if missing:
         section[name] = copy.deepcopy(REQUIRED_SECTIONS.get(missing, "x"))

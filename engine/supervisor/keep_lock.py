@@ -28,17 +28,17 @@ async def keep_lock(session: SessionFolder, lock: SessionLock, journal: JournalW
             continue
         engine = session.engine()
         if this and engine and engine != this:
-            _end(f"another engine (pid {engine.pid} on {engine.host}) has taken the session")
+            _end(f"another engine (pid {engine.pid} on {engine.host})")
         session.show_life()
         try:
             if lock.restore():
                 log.warning("%s was deleted; it is locked again", session.lock_file)
         except SessionLockedError:
-            _end(f"{session.lock_file} was deleted, and another engine has taken the session")
+            _end(f"{session.lock_file} was deleted, and another engine")
         except (SessionError, OSError) as error:  # such as on a disk that is read-only for a moment
             log.debug("cannot look at %s: %s", session.lock_file, error)
 
 
-def _end(reason: str) -> None:
-    log.error("%s: this one ends at once", reason)
+def _end(other: str) -> None:
+    log.error("%s has taken the session: this one ends at once", other)
     os._exit(1)

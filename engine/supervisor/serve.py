@@ -11,6 +11,7 @@ import signal
 import socket
 import sqlite3
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from engine import __version__
@@ -28,6 +29,7 @@ from engine.session.lock import SessionLock
 from engine.supervisor.keep_lock import keep_lock
 from engine.supervisor.publisher import Observer
 from engine.supervisor.supervisor import Supervisor
+from engine.supervisor.threads import in_daemon_thread
 
 log = logging.getLogger("engine")
 
@@ -57,7 +59,8 @@ async def supervise(
     """
     lock = session.acquire()
     try:
-        session.check_other_machine(log.warning)
+        # In a thread: ctrl+c ends the wait.
+        await in_daemon_thread(partial(session.check_other_machine, log.warning))
         with _open_folder(session.folder) as folder:
             journal = JournalWriter(session)
             try:

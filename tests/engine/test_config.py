@@ -157,6 +157,12 @@ def test_an_unknown_key_is_told_once_wherever_it_is(tmp_path, text, problem):
     assert str(caught.value) == problem
 
 
+def test_a_key_that_looks_like_the_end_of_a_message_is_refused():
+    tree = {"model": {"policy": "p"}, "data": {"prompts": "p"}, "a - at `$.b": 1}
+    with pytest.raises(ConfigError):
+        config_file.from_tree(tree)
+
+
 def test_the_keys_that_other_libraries_names_stand_for_exist():
     assert set(KEYS_HERE.values()) <= set(known_keys())
 

@@ -1,5 +1,7 @@
 """A start that failed does not block its name; a session in which anything was trained does."""
 
+import asyncio
+import json
 import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +25,12 @@ from engine.launch.start import fork, resume
 from engine.launch.start_checkpoints import checkpoint_steps
 from engine.launch.start_options import StartOptions
 from engine.protocol import sockets
+from engine.session import folder as session_folder
 from engine.session.checkpoints import remove
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.serve import supervise
+from tests.engine import supervised
 from tests.waiting import LONG, until
 
 
@@ -201,6 +205,22 @@ async def test_a_file_that_cannot_be_removed_does_not_hide_why_an_engine_has_end
     session.engine_file.mkdir()
     with pytest.raises(ConfigError, match=r"restore it from a copy"):
         await supervise(session, StartOptions())
+    session.acquire().release()
+
+
+async def test_a_start_that_waits_for_another_machine_can_be_interrupted(
+    make_session, monkeypatch, caplog
+):
+    monkeypatch.setattr(session_folder, "SIGN_INTERVAL", 1.0)
+    session = make_session()
+    info = {"pid": 1, "host": "far-away", "socket": "/x", "version": "1"}
+    session.engine_file.write_text(json.dumps(info))
+    start = asyncio.create_task(supervise(session, StartOptions()))
+    await supervised.until(lambda: "waiting 3 s" in caplog.text)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert not session.journal_file.exists()
     session.acquire().release()
 
 
