@@ -1,16 +1,27 @@
 """A run whose reward service goes away for a while."""
 
+import threading
+
 import pytest
 
-from tests.reward_service import RewardService
+from tests.reward_service import RewardService, lengths
+from tests.waiting import LONG
 
 SECRET = "s3cret-t0ken"  # noqa: S105 - looked for in the session's files
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def outage(request, make_lab):
-    """5 steps; the service is down in the third, until the run has paused for it."""
-    lab, service = make_lab(f"service-{request.param}"), RewardService()
+    """5 steps; the service is down from a request of the third until the run has paused for it."""
+    stopped = threading.Event()
+
+    def lengths_until_step_3(handler, body):
+        if body["step"] == 3 and not stopped.is_set():
+            stopped.wait(LONG)
+            raise ConnectionError("the service has stopped")
+        lengths(handler, body)
+
+    lab, service = make_lab(f"service-{request.param}"), RewardService(lengths_until_step_3)
     lab.environment["REWARD_TOKEN"] = SECRET
     source = f"{{service: '{service.url}', http: {{token_env: REWARD_TOKEN}}}}"
     run = lab.run(
@@ -25,6 +36,7 @@ def outage(request, make_lab):
     run.start()
     run.wait_at(3)
     service.stop()
+    stopped.set()
     run.release(3)
     run.wait_for("paused")
     run.without_service = lab.json("status", run.name)
