@@ -5,17 +5,22 @@ import time
 
 import pytest
 
+from engine.protocol.commands import Note
 from tests.waiting import until
 
-SILENCE = 12.0
-"""`launch.silence` in seconds: six times the interval between two reports of a paused rank. Loading
-has a separate limit."""
+SILENCE = 15.0
+"""`launch.silence` in seconds: several times the interval between two reports of a paused rank.
+Loading has a separate limit."""
+ALERT = 9.0
+"""`guardrails.silent_rank` in seconds. After a suspension a rank that reports every two seconds
+counts as silent for up to seven: the time between two checks is not told from an absence. A check,
+every five seconds, must find a hung rank between the two limits."""
 
 
 @pytest.fixture(scope="module")
 def quiet(either_lab):
     """A run that is paused for longer than `launch.silence`; then its rank gets SIGSTOP."""
-    limits = (f"launch.silence={SILENCE}", f"guardrails.silent_rank={SILENCE / 2}")
+    limits = (f"launch.silence={SILENCE}", f"guardrails.silent_rank={ALERT}")
     run = either_lab.run("quiet", *limits, steps=1000)
     run.start()
     run.command("pause")
@@ -35,7 +40,7 @@ def quiet(either_lab):
         process.send_signal(signal.SIGSTOP)
     until(lambda: time.monotonic() > frozen + 1.5 * SILENCE, "end of a suspension")
     supervisor.send_signal(signal.SIGCONT)
-    run.ctl("note", "awake")  # answered after the check that was due
+    run.send(Note(text="awake"))  # answered after the check that was due
     rank.send_signal(signal.SIGCONT)
     run.command("checkpoint")
     run.attempts_after_suspension = len(run.events("attempt"))
