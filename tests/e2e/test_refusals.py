@@ -223,13 +223,18 @@ def test_an_archived_session_is_shown(lab, archive):
         until(lambda: terminal.process.poll() == 0, "end of the app")
 
 
+def started_on(disk, run):
+    """Starts a run in the foreground, with its session on a disk; returns it and its process."""
+    process = run.lab.popen(*run.arguments, "--headless", "--sessions", disk)
+    run.session = type(run.session)(disk / run.name)
+    return run, process
+
+
 @pytest.mark.slow
 def test_a_disk_too_full_for_a_checkpoint_is_reported_and_the_last_step_waits_for_room(
     make_lab, small_disk
 ):
-    run = make_lab("full").run("full", "train.save_every=3")
-    process = run.lab.popen(*run.arguments, "--headless", "--sessions", small_disk)
-    run.session = type(run.session)(small_disk / run.name)
+    run, process = started_on(small_disk, make_lab("full").run("full", "train.save_every=3"))
 
     def waits():
         with contextlib.suppress(RlhfError):
@@ -253,9 +258,9 @@ def test_a_disk_too_full_for_a_checkpoint_is_reported_and_the_last_step_waits_fo
 def test_a_run_that_waits_for_room_ends_at_sigterm_and_a_resume_saves_its_last_step(
     make_lab, small_disk
 ):
-    run = make_lab("full-stopped").run("full-stopped", "train.save_every=0")
-    process = run.lab.popen(*run.arguments, "--headless", "--sessions", small_disk)
-    run.session = type(run.session)(small_disk / run.name)
+    run, process = started_on(
+        small_disk, make_lab("full-stopped").run("full-stopped", "train.save_every=0")
+    )
     where = ("--sessions", small_disk)
 
     def waits():

@@ -31,10 +31,10 @@ def base_of(folder):
     return adapter_base(folder / "adapter_config.json", str(folder), "model.policy")
 
 
-@pytest.mark.parametrize("name", ["models/base", "./models/base", "../work/models/base"])
+@pytest.mark.parametrize("name", ["models/base", "./models/base", "../project/models/base"])
 def test_a_relative_base_is_looked_for_from_the_adapters_folder_upwards(tmp_path, name):
-    base = model(tmp_path / "work" / "models" / "base")
-    adapters = write(tmp_path / "work" / "out" / "sft" / "checkpoint-20", name)
+    base = model(tmp_path / "project" / "models" / "base")
+    adapters = write(tmp_path / "project" / "out" / "sft" / "checkpoint-20", name)
     assert base_of(adapters) == AdapterBase(str(base))
 
 
