@@ -18,8 +18,8 @@ from rlhf_tui.commands.init import init
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NO_RECIPES = {
-    "calculator", "editor", "gdpo", "hub", "operating", "own_reward", "smollm2", "tools",
-    "word_problems",
+    "calculator", "editor", "gdpo", "hub", "operating", "own_reward", "programs", "smollm2",
+    "tools", "word_problems",
 }  # fmt: skip
 """Examples of models, rewards and environments, or of a way to train with several rewards."""
 
