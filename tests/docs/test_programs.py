@@ -74,7 +74,7 @@ def test_the_policy_is_told_the_first_wrong_result_until_the_program_is_right(ru
     )
     assert environment.right() == 0.5
     assert environment.reply("def double(x): return y").startswith("double(1): NameError: ")
-    assert "there is no function double" in str(environment.reply("I cannot."))
+    assert "there is no function double" in str(environment.reply("x = 1"))
     assert environment.right() == 0
     assert environment.reply("def double(x): return 2 * x") is None
     assert environment.right() == 1
