@@ -267,7 +267,13 @@ def _check_step(session: SessionFolder, step: int) -> None:
 def _check_whole(session: SessionFolder, step: int) -> None:
     """Checks a chosen checkpoint's files before the attempt abandons the steps after it."""
     folder = checkpoint_path(session.checkpoints, step)
-    if problem := find_damage(folder):
+    try:
+        problem = find_damage(folder)
+    except OSError as error:
+        raise SessionError(
+            f"the checkpoint {folder} cannot be read: {error}; nothing was changed"
+        ) from error
+    if problem:
         raise DamagedCheckpointError(
             f"the checkpoint {folder} is damaged: {problem}; nothing was changed, choose another "
             "step with --from"

@@ -31,6 +31,7 @@ from engine.session.checkpoints import (
     STATE,
     find_damage,
     incomplete_checkpoints,
+    raise_unless_damage,
     sha256,
     sync,
 )
@@ -270,10 +271,15 @@ def read_state(folder: Path) -> SavedState:
 
     Raises:
         DamagedCheckpointError: a file is not as it was written.
-        CheckpointError: the checkpoint is incomplete or of a newer format.
+        CheckpointError: the checkpoint is incomplete, of a newer format, or may not be read.
+        OSError: a file cannot be read for another reason that may pass.
     """
-    content = _read_file(folder)
-    if problem := find_damage(folder):
+    try:
+        content = _read_file(folder)
+        problem = find_damage(folder)
+    except PermissionError as error:  # which a restart would meet again
+        raise CheckpointError(f"the checkpoint {folder} cannot be read: {error}") from error
+    if problem:
         raise _damaged(folder, problem)
     return content.state
 
@@ -309,6 +315,7 @@ def _read_file(folder: Path) -> StateFile:
     try:
         content = msgspec.json.decode((folder / STATE).read_bytes(), type=examined(StateFile))
     except (OSError, ValueError, RecursionError) as error:  # not readable; not JSON
+        raise_unless_damage(error)
         raise _damaged(folder, f"{STATE}: {error}") from error
     if content.format > FORMAT:
         raise CheckpointError(

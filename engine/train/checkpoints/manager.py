@@ -248,9 +248,9 @@ class CheckpointManager:
         """
         train, scored_by = self._run.config.train, self._run.state.scored_by
         scores = {saved_step: -math.inf if best is None else best.rank}
-        for step, folder in complete_checkpoints(self._folder).items():
+        for step, folder in complete_checkpoints(self._folder, lenient=True).items():
             if step in self._branch and step < saved_step:
-                with contextlib.suppress(CheckpointError):
+                with contextlib.suppress(CheckpointError, OSError):
                     scores[step] = checkpoint_folder.read_best(
                         folder, train.best_metric, scored_by, self._recorded.get(step)
                     )
@@ -271,7 +271,8 @@ class CheckpointManager:
 
     def _aside(self, step: int) -> Path | None:
         """Where a checkpoint is moved that an operator saved before its step was abandoned."""
-        if step not in self._kept_aside or step not in complete_checkpoints(self._folder):
+        saved = complete_checkpoints(self._folder, lenient=True)
+        if step not in self._kept_aside or step not in saved:
             return None
         attempt = self._kept_aside[step]
         path = aside_path(self._folder, step, attempt)
