@@ -308,10 +308,13 @@ class SessionFolder:
         and deleted, because config.yaml goes last.
 
         Raises:
-            OSError: a file cannot be removed, or the folder is a symbolic link.
+            OSError: a file cannot be removed, the folder is a symbolic link, or it was replaced
+                after it was locked.
         """
         if self.folder.is_symlink():
             raise OSError("it is a symbolic link")
+        if not held.is_in_place():
+            raise OSError("it was moved or replaced meanwhile, and nothing was deleted")
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

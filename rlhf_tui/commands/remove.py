@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from engine.errors import CommandRejectedError, RlhfError, SessionError, UserInputError
+from engine.errors import (
+    CommandRejectedError,
+    NoSuchSessionError,
+    RlhfError,
+    SessionError,
+    UserInputError,
+)
 from engine.launch.delete_checkpoint import delete_aside, delete_checkpoint
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
@@ -37,7 +43,7 @@ def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | str | None) ->
 
     They must have ended. A live engine deletes a checkpoint with ctl NAME delete-checkpoint STEP.
     """
-    sessions = [existing(root, name) for name in dict.fromkeys(names)]
+    sessions = [_in_folder(root, name) for name in dict.fromkeys(names)]
     if step is not None and len(sessions) > 1:
         raise UserInputError("--checkpoint takes one session")
     if not yes and not os.isatty(0):  # the output may be piped; the question is on stderr
@@ -51,6 +57,21 @@ def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | str | None) ->
             _delete(session, yes=yes)
         else:
             _delete_checkpoint(session, step, yes=yes)
+
+
+def _in_folder(root: Path, name: str) -> SessionFolder:
+    """The session of a name, which must be in `root`: one elsewhere may be another of that name.
+
+    It is found there while it is live, and could be deleted if it ended just then.
+    """
+    session = existing(root, name)
+    if session.folder.parent != root.resolve():
+        there = session.command("rm")
+        raise NoSuchSessionError(
+            f"no session '{name}' in {root.resolve()}; a live one is in {session.folder.parent}: "
+            f"stop it, then: {there}"
+        )
+    return session
 
 
 def _delete_checkpoint(session: SessionFolder, step: int | str, *, yes: bool) -> None:
