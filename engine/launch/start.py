@@ -209,14 +209,18 @@ def fork(
     _check_machine(new)
     remove_failed_start(SessionFolder(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
+    lock = child.acquire()  # what is half a copy must neither be resumed nor deleted
     try:
         _copy_history(session, child, from_step)
     except (OSError, sqlite3.Error, JournalError) as error:
+        lock.release()  # on NFS an open file keeps its folder from being removed
         shutil.rmtree(child.folder, ignore_errors=True)
         _check_step(session, from_step)  # a live run may have removed it meanwhile
         # An error of `copytree` lists those of all files.
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise SessionError(f"cannot copy {session.name} to {name}: {reason}") from error
+    finally:
+        lock.release()
     changes = _setting_changes(overrides, new, _settings_at(session, old, from_step))
     return child, StartOptions(
         from_step=from_step,
