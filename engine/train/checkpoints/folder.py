@@ -15,6 +15,7 @@ import errno
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -42,6 +43,8 @@ FORMAT = 2
 Its tensors have the same names as the shards of format 2, so one reader handles both."""
 FULL = ("no room for a checkpoint", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 """Parts of the messages of saves that fail because the disk or a quota is full."""
+ROOM = 1 << 20
+"""Bytes that must be free for the journal of a step."""
 SPARE = 1.1
 """Required free space, as a multiple of the checkpoint's estimated size."""
 
@@ -179,6 +182,18 @@ def check_space(checkpoints: Path, need: int) -> None:
             f"no room for a checkpoint in {checkpoints}: it needs {need / 1e6:.0f} MB and "
             f"{free / 1e6:.0f} MB are free; make room"
         )
+
+
+def has_room(checkpoints: Path) -> bool:
+    """Whether a file can be written; unlike the free space of the disk, this knows of quotas."""
+    try:
+        with tempfile.TemporaryFile(dir=checkpoints) as file:
+            file.write(bytes(ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    return True
 
 
 def lacks_room(problem: str) -> bool:

@@ -232,6 +232,10 @@ class CheckpointManager:
         # Bounded: on a full disk the journal may be waiting for the space that the removal frees.
         confirm = self._link.wait_for_confirm(step, at_most=REMOVAL_PATIENCE)
         needed = [] if confirm is None else confirm.needed
+        if confirm is None and checkpoint_folder.has_room(self._folder):
+            # Another program locks the journal. A roll back may need one of them; the next save
+            # removes the others.
+            needed = removable
         for old_step in removable:
             if old_step not in needed:
                 self._remove(old_step, step)
