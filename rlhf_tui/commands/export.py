@@ -118,6 +118,7 @@ def _export_policy(
     try:
         with written_whole(Path(os.path.realpath(target))) as folder:
             if adapted and merged:
+                session.check_owner()
                 _merge(session, step, part, folder, target)
             else:
                 _copy(source, folder)
