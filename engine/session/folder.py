@@ -369,9 +369,14 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def is_name(name: str) -> bool:
+    """Whether a session can have this name. A folder may have any other, put there by hand."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> str:
     """Returns the name of a session if it is valid. Raises SessionNameError."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise SessionNameError(
             f"'{name}' is not a valid session name: use at most 80 letters, digits, '.', '_' and "
             "'-', beginning with a letter or digit"
