@@ -19,7 +19,7 @@ import msgspec
 from engine import __version__
 from engine.errors import JournalError
 from engine.journal import schema
-from engine.journal.database import write_problem
+from engine.journal.database import check_rollback_journal, write_problem
 from engine.journal.json_values import finite
 from engine.journal.logs.checkpoint_log import AdoptedCheckpoint, CheckpointLog
 from engine.journal.logs.command_log import CommandLog
@@ -387,6 +387,7 @@ def on_network(folder: Path) -> bool:
 def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
     try:
         access.create_file(path)
+        check_rollback_journal(path)
         db = sqlite3.connect(path, timeout=OPEN_TIMEOUT)
         db.execute(f"PRAGMA journal_mode = {mode}")
         db.execute("PRAGMA synchronous = NORMAL")
