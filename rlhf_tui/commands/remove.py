@@ -35,8 +35,8 @@ def checkpoint_name(text: str) -> int | str:
 )
 @click.option(
     "--checkpoint", "step", type=checkpoint_name, metavar="STEP",
-    help="Delete only this checkpoint of the session, or one that was moved aside: "
-    "STEP-attempt-N.",
+    help="Delete only this checkpoint of the session, or, also while it is live, one that was "
+    "moved aside: STEP-attempt-N.",
 )  # fmt: skip
 def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | str | None) -> None:
     """Delete sessions with all their checkpoints.
@@ -83,7 +83,7 @@ def _delete_checkpoint(session: SessionFolder, step: int | str, *, yes: bool) ->
         if isinstance(step, int):
             delete_checkpoint(session, step, who(), show_wait)
         else:
-            delete_aside(session, step, show_wait)
+            delete_aside(session, step)
     except CommandRejectedError as error:
         raise RlhfError(str(error)) from error
 

@@ -278,6 +278,28 @@ def test_what_an_operator_saved_on_an_abandoned_branch_is_moved_by_a_save_of_its
     assert told.endswith(f"(attempt 1) stays in {session.checkpoints}/step-000002-attempt-1")
 
 
+def test_a_checkpoint_is_said_to_be_moved_aside_once_it_is(trained, link, monkeypatch):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    first, second = (checkpoint_path(session.checkpoints, step) for step in (1, 2))
+    shutil.copytree(first, second)
+    begin = Begin(attempt=3, from_step=1, checkpoints=[1], kept=[1], kept_aside={2: 1})
+    later = Boundary(session, run, begin, link)
+    later.after_step(2, dict(METRICS), 0.1)
+    publish = checkpoint_folder.publish
+
+    def fail(*_args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_folder, "publish", fail)
+    assert later.checkpoints.save() is not None
+    monkeypatch.setattr(checkpoint_folder, "publish", publish)
+    assert later.checkpoints.save() is None
+    told = [n.text for n in supervisor.of(Notice) if "abandoned branch" in n.text]
+    assert len(told) == 1
+
+
 def test_checkpoints_of_earlier_attempts_of_the_branch_are_removed(trained, link):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()

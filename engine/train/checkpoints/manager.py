@@ -92,6 +92,8 @@ class CheckpointManager:
         self._seconds = 0.0
         """Seconds that saving has blocked training since the last step."""
         self._longest_save = 0.0
+        self._moved = ""
+        """What the operator is told once the save in flight has moved a checkpoint aside."""
         self._failed_step: int | None = None
         """The step whose save failed last, of which the operator has been notified."""
         if run.ranks.is_lead:  # a run that only records its end saves no more
@@ -211,6 +213,8 @@ class CheckpointManager:
         This does not wait for the next boundary, because a step can take minutes. If it crashes,
         the run can resume from a checkpoint that is already on disk.
         """
+        if self._moved:
+            self._notice(saved.step, self._moved)
         self._link.send(
             CheckpointWritten(step=saved.step, size=saved.size, score=saved.score, kl=saved.kl)
         )
@@ -275,6 +279,7 @@ class CheckpointManager:
 
     def _aside(self, step: int) -> Path | None:
         """Where a checkpoint is moved that an operator saved before its step was abandoned."""
+        self._moved = ""
         saved = complete_checkpoints(self._folder, lenient=True)
         if step not in self._kept_aside or step not in saved:
             return None
@@ -282,10 +287,9 @@ class CheckpointManager:
         path = aside_path(self._folder, step, attempt)
         if path.exists():  # since a save that was interrupted
             return None
-        self._notice(
-            self._run.state.step,
+        self._moved = (
             f"the checkpoint of step {step} that was saved on an abandoned branch (attempt "
-            f"{attempt}) stays in {path}",
+            f"{attempt}) stays in {path}"
         )
         return path
 
