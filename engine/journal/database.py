@@ -1,6 +1,7 @@
 """Read-only access to one SQLite file of a session, in short reads."""
 
 import errno
+import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,8 @@ Views = Callable[[int], list[str]]
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
 EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
+_JOURNAL_END = bytes.fromhex("d9d505f920a163d7")
+"""The last bytes of a rollback journal that names a super-journal."""
 MAKE_ROOM = "the disk, or your quota on it, is full: free some space"
 
 
@@ -174,6 +177,32 @@ def _connect_without_shared_memory(path: Path, uri: str) -> tuple[sqlite3.Connec
     db = sqlite3.connect(uri, uri=True, timeout=5.0)
     db.execute("PRAGMA locking_mode = EXCLUSIVE")
     return db, uri
+
+
+def check_rollback_journal(path: Path) -> None:
+    """Refuses a rollback journal that SQLite would delete another file for.
+
+    A transaction over several databases has a super-journal; each one's own journal names it, and
+    whoever rolls one back deletes it. No transaction here is of that kind: somebody has made the
+    journal by hand, to have any file of this user deleted. Call it before a database is opened to
+    be written.
+
+    Raises:
+        JournalError: the journal beside `path` names a super-journal.
+        OSError: it cannot be read.
+    """
+    journal = path.resolve().with_name(f"{path.resolve().name}-journal")
+    try:
+        with journal.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - len(_JOURNAL_END)))
+            end = file.read()
+    except FileNotFoundError:
+        return
+    if end == _JOURNAL_END:
+        raise JournalError(
+            f"{journal} is not of rlhf-tui and would delete another file: do not trust this "
+            "session; to read it, delete that file"
+        )
 
 
 def has_no_room(error: Exception) -> bool:

@@ -2,12 +2,15 @@
 
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 from engine.journal import schema
 from engine.journal.database import open_read_only
 from engine.session import access
 from engine.session.folder import SessionFolder
 
+PART = "part.db"
+"""The name of a copy until it is whole, not longer than the names of files that SQLite writes."""
 TRUNCATE_JOURNAL = (
     "DELETE FROM metrics WHERE step > :step",
     "DELETE FROM steps WHERE step > :step",
@@ -56,7 +59,7 @@ def copy_until(source: SessionFolder, target: SessionFolder, step: int) -> None:
         reader = open_read_only(old, len(migrations))
         if reader is None:
             continue
-        part = target.folder / "part.db"  # not longer than the names of files that SQLite writes
+        part = target.folder / PART
         access.create_file(part)
         with closing(reader), closing(sqlite3.connect(part)) as writer:
             reader.backup(writer)
@@ -65,3 +68,8 @@ def copy_until(source: SessionFolder, target: SessionFolder, step: int) -> None:
                 for query in queries:
                     writer.execute(query, {"step": step})
         part.replace(new)
+
+
+def unfinished_copies(session: SessionFolder) -> list[Path]:
+    """The files that a fork has left in its session which was killed."""
+    return list(session.folder.glob(f"{PART}*"))

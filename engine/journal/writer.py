@@ -7,7 +7,6 @@ is not in the journal; the next attempt overwrites them.
 
 import json
 import os
-import re
 import socket
 import sqlite3
 import time
@@ -19,7 +18,7 @@ import msgspec
 from engine import __version__
 from engine.errors import JournalError
 from engine.journal import schema
-from engine.journal.database import write_problem
+from engine.journal.database import check_rollback_journal, write_problem
 from engine.journal.json_values import finite
 from engine.journal.logs.checkpoint_log import AdoptedCheckpoint, CheckpointLog
 from engine.journal.logs.command_log import CommandLog
@@ -30,12 +29,8 @@ from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Placed, Sample, StepReport
 from engine.session import access
 from engine.session.folder import SessionFolder
+from engine.session.machine import on_network
 
-NETWORK_FILE_SYSTEMS = {
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "afs", "ceph",
-    "9p", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "fuse.juicefs",
-}  # fmt: skip
-"""File systems on which the shared memory of WAL does not work between hosts."""
 OPEN_TIMEOUT = 30.0
 """Seconds to wait for other programs that lock the files, at the start and at the end."""
 LOCK_TIMEOUT = 2.0
@@ -369,24 +364,10 @@ def is_busy(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
-def on_network(folder: Path) -> bool:
-    """Whether a folder is on a network file system, according to /proc/self/mountinfo."""
-    longest, kind = -1, ""
-    path = str(folder.resolve())
-    mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())  # of any names
-    for line in mounts.rstrip("\n").split("\n"):
-        before, _, after = line.partition(" - ")
-        # Of white space and backslashes in a path, some are written as octal numbers: \040.
-        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])
-        inside = path == mount or path.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= longest:
-            longest, kind = len(mount), after.split()[0]
-    return kind in NETWORK_FILE_SYSTEMS
-
-
 def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
     try:
         access.create_file(path)
+        check_rollback_journal(path)
         db = sqlite3.connect(path, timeout=OPEN_TIMEOUT)
         db.execute(f"PRAGMA journal_mode = {mode}")
         db.execute("PRAGMA synchronous = NORMAL")

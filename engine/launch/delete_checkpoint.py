@@ -56,33 +56,28 @@ def delete_checkpoint(
         lock.release()
 
 
-def delete_aside(
-    session: SessionFolder, name: str, notice: Callable[[str], None] = lambda _text: None
-) -> None:
+def delete_aside(session: SessionFolder, name: str) -> None:
     """Deletes a checkpoint of an abandoned branch that was moved aside; the journal has none.
+
+    No engine needs it, so the session may be live.
 
     Args:
         session: of the checkpoint.
         name: one of :func:`aside_checkpoints`.
-        notice: called with a sentence before a wait.
 
     Raises:
         CommandRejectedError: there is no such checkpoint.
-        SessionLockedError: the session has a live engine.
         SessionError: the session belongs to another user, or the files cannot be removed.
     """
-    lock = session.acquire(f"stop it first: {session.command('ctl', 'stop', '--wait')}")
+    session.check_owner()
+    found = aside_checkpoints(session.checkpoints)
+    if name not in found:
+        there = ", ".join(found) or "none"
+        raise CommandRejectedError(f"there is no checkpoint {name} (there are: {there})")
     try:
-        session.check_other_machine(notice)
-        found = aside_checkpoints(session.checkpoints)
-        if name not in found:
-            there = ", ".join(found) or "none"
-            raise CommandRejectedError(f"there is no checkpoint {name} (there are: {there})")
         remove(found[name])
     except OSError as error:
         raise SessionError(f"cannot remove the checkpoint {name}: {error}") from error
-    finally:
-        lock.release()
 
 
 def _record(session: SessionFolder, command_id: str, step: int, who: str) -> None:

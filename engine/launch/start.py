@@ -209,14 +209,18 @@ def fork(
     _check_machine(new)
     remove_failed_start(SessionFolder(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
+    lock = child.acquire()  # what is half a copy must neither be resumed nor deleted
     try:
         _copy_history(session, child, from_step)
     except (OSError, sqlite3.Error, JournalError) as error:
+        lock.release()  # on NFS an open file keeps its folder from being removed
         shutil.rmtree(child.folder, ignore_errors=True)
         _check_step(session, from_step)  # a live run may have removed it meanwhile
         # An error of `copytree` lists those of all files.
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise SessionError(f"cannot copy {session.name} to {name}: {reason}") from error
+    finally:
+        lock.release()
     changes = _setting_changes(overrides, new, _settings_at(session, old, from_step))
     return child, StartOptions(
         from_step=from_step,
@@ -267,7 +271,13 @@ def _check_step(session: SessionFolder, step: int) -> None:
 def _check_whole(session: SessionFolder, step: int) -> None:
     """Checks a chosen checkpoint's files before the attempt abandons the steps after it."""
     folder = checkpoint_path(session.checkpoints, step)
-    if problem := find_damage(folder):
+    try:
+        problem = find_damage(folder)
+    except OSError as error:
+        raise SessionError(
+            f"the checkpoint {folder} cannot be read: {error}; nothing was changed"
+        ) from error
+    if problem:
         raise DamagedCheckpointError(
             f"the checkpoint {folder} is damaged: {problem}; nothing was changed, choose another "
             "step with --from"

@@ -76,8 +76,11 @@ class Client:
             raise NoSuchSessionError(
                 f"the engine of '{session.name}' is just starting or ending: try again"
             )
+        path = Path(engine.socket)
+        if not sockets.may_be_of(session.folder, path):
+            raise NoSuchSessionError(self._elsewhere())
         try:
-            self._sock = sockets.connect(Path(engine.socket), self._timeout)
+            self._sock = sockets.connect(path, self._timeout)
             self._send(ClientHello(who=self._who))
             welcome = self._receive()
         except OSError as error:
@@ -97,7 +100,18 @@ class Client:
                 f"rlhf-tui that started it, or end it by kill {engine.pid}, which saves, and "
                 "resume it with this one"
             )
+        if welcome.pid != engine.pid:
+            self._sock.close()
+            raise NoSuchSessionError(self._elsewhere())
         self.pid = welcome.pid
+
+    def _elsewhere(self) -> str:
+        """Why a command is not sent: it would reach the engine of another session."""
+        name = self._session.name
+        return (
+            f"session '{name}' was moved or copied while an engine ran: its engine is just "
+            "starting or ending, try again"
+        )
 
     def __enter__(self) -> "Client":
         return self

@@ -74,6 +74,18 @@ def connect(path: Path, timeout: float = 5.0) -> socket.socket:
             return sock
 
 
+def may_be_of(folder: Path, path: Path) -> bool:
+    """Whether the socket at a path may be that of an engine of a session's folder.
+
+    It is not if the folder was copied with its engine.json, or moved, and another session is at the
+    path that engine.json names.
+    """
+    try:  # others are under /tmp, or forwarded
+        return path.name != NAME or path.parent.samefile(folder)
+    except OSError:  # there is none
+        return True
+
+
 def peer_uid(sock: socket.socket) -> int:
     """The user id of the peer, from the kernel (SO_PEERCRED)."""
     return _peer_credentials(sock)[1]

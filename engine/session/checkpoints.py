@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ the steps if the run has `train.ema`."""
 BASE_ADAPTERS = "base_adapter_config.json"
 """In these folders if they hold adapters: peft's configuration of other adapters, which were merged
 into the base model when it was loaded. The folder's own adapters then fit no model on disk."""
+NO_DAMAGE = (
+    errno.EACCES, errno.EPERM, errno.EKEYEXPIRED,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+)  # fmt: skip
+"""Errors after which nothing is known of a file: this user may not read it, this machine has no
+room for it, or its file system is away. Nothing may be abandoned for them."""
 _NAME = re.compile(r"step-(\d{6,})")
 _ASIDE = re.compile(r"step-(\d{6,})-attempt-(\d+)")
 
@@ -47,13 +55,41 @@ def aside_path(checkpoints: Path, step: int, attempt: int) -> Path:
     return checkpoints / f"step-{step:06d}-attempt-{attempt}"
 
 
-def complete_checkpoints(checkpoints: Path) -> dict[int, Path]:
-    """All complete checkpoints by step, in ascending order."""
+def complete_checkpoints(checkpoints: Path, *, lenient: bool = False) -> dict[int, Path]:
+    """All complete checkpoints by step, in ascending order.
+
+    Args:
+        checkpoints: the folder of a session's checkpoints.
+        lenient: whether those that cannot be looked at are left out.
+
+    Raises:
+        OSError: one cannot be looked at, such as the folder of another user. A run that took it for
+            a missing one would abandon its steps.
+    """
     found = {}
-    for marker in checkpoints.glob(f"step-*/{COMPLETE}"):
-        if match := _NAME.fullmatch(marker.parent.name):
-            found[int(match[1])] = marker.parent
+    for step, folder in _folders(checkpoints):
+        with contextlib.suppress(*([OSError] if lenient else [])):
+            if _has_marker(folder):
+                found[step] = folder
     return dict(sorted(found.items()))
+
+
+def _folders(checkpoints: Path) -> Iterator[tuple[int, Path]]:
+    """The folders of checkpoints with their steps, in no order."""
+    for folder in checkpoints.glob("step-*"):
+        if match := _NAME.fullmatch(folder.name):
+            yield int(match[1]), folder
+
+
+def _has_marker(folder: Path) -> bool:
+    """Whether a folder has :data:`COMPLETE`. Raises OSError if that cannot be seen."""
+    try:
+        (folder / COMPLETE).stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+    return True
 
 
 def aside_checkpoints(checkpoints: Path) -> dict[str, Path]:
@@ -67,8 +103,12 @@ def aside_checkpoints(checkpoints: Path) -> dict[str, Path]:
 
 def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
     """The folders of checkpoints without :data:`COMPLETE`: partly written or partly removed."""
-    folders = [f for f in checkpoints.glob("step-*") if _NAME.fullmatch(f.name)]
-    return sorted(f for f in folders if not (f / COMPLETE).exists())
+    found = []
+    for _, folder in _folders(checkpoints):
+        with contextlib.suppress(OSError):  # what cannot be looked at may be complete
+            if not _has_marker(folder):
+                found.append(folder)
+    return sorted(found)
 
 
 def mark_complete(folder: Path) -> None:
@@ -110,27 +150,38 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def find_damage(folder: Path) -> str | None:
-    """Checks every file of a complete checkpoint against its sum.
+def find_damage(folder: Path, part: str = "", copy: Path | None = None) -> str | None:
+    """Checks the files of a complete checkpoint against their sums.
 
-    Reads all files, which takes about a second for each gigabyte.
+    Reads all of them, which takes about a second for each gigabyte.
+
+    Args:
+        folder: of the checkpoint.
+        part: a folder in it whose files alone are checked, besides state.json.
+        copy: a copy of that folder, which is checked in its place.
 
     Returns:
         What is wrong with the first damaged file, to follow "the checkpoint ... is damaged: "; None
         if all files are as they were written.
+
+    Raises:
+        OSError: a file cannot be read for a reason that may pass, see :data:`NO_DAMAGE`.
     """
     if problem := _find_state_damage(folder):
         return problem
     try:
         sums = msgspec.json.decode((folder / STATE).read_bytes(), type=examined(_Sums)).hashes
         for name, expected in sums.items():
-            path = folder / name
+            if part and not name.startswith(f"{part}/"):
+                continue
+            path = folder / name if copy is None else copy / Path(name).relative_to(part)
             if not path.is_file():
                 return f"{name} is missing"
             if sha256(path) != expected:
                 return f"{name} does not match its hash"
     # Not readable; not JSON, or a name with NUL; nested too deep.
     except (OSError, ValueError, RecursionError) as error:
+        raise_unless_damage(error)
         return f"{STATE}: {error}"
     return None
 
@@ -142,8 +193,15 @@ def _find_state_damage(folder: Path) -> str | None:
         if expected and sha256(folder / STATE) != expected:
             return f"{STATE} does not match its hash in {COMPLETE}"
     except (OSError, ValueError) as error:
+        raise_unless_damage(error)
         return f"{STATE} or {COMPLETE} cannot be read: {error}"
     return None
+
+
+def raise_unless_damage(error: Exception) -> None:
+    """Raises an error of reading a file again, unless the file is damaged or missing."""
+    if isinstance(error, OSError) and error.errno in NO_DAMAGE:
+        raise error
 
 
 def sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ from engine.errors import (
 from engine.examined import examined
 from engine.session import access, lock
 from engine.session.command_line import command, recorded_command
+from engine.session.machine import boot_id, on_network
 from engine.session.position import Position
 
 if TYPE_CHECKING:
@@ -49,13 +50,19 @@ class EngineInfo(msgspec.Struct, frozen=True):
     host: str
     socket: str
     version: str
+    boot: str = ""
+    """The :func:`boot_id` of its machine, since several may have one name; "" if unknown."""
+
+    def is_here(self) -> bool:
+        """Whether the engine is of this machine, since its last start."""
+        return self.host == socket.gethostname() and self.boot in ("", boot_id())
 
     def is_ending(self) -> bool:
         """Whether the engine, on this machine, has ended or is being killed.
 
         The kernel keeps its files open until its last thread has ended, which waits for the disk.
         """
-        if self.host != socket.gethostname():
+        if not self.is_here():
             return False
         try:
             text = Path(f"/proc/{self.pid}/status").read_text("utf-8", "replace")
@@ -69,7 +76,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
     def serves(self, folder: Path) -> bool:
         """Whether its process, on this machine, is another one than this and serves a session."""
-        if self.host != socket.gethostname() or self.pid == os.getpid():
+        if not self.is_here() or self.pid == os.getpid():
             return False
         try:
             words = Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")
@@ -260,8 +267,8 @@ class SessionFolder:
         """Checks that no engine on another machine serves a session whose lock is free here.
 
         Some network file systems are mounted so that each machine has locks of its own. If
-        engine.json is from another machine, its engine either was killed or still changes the
-        file's time: this waits long enough to see that.
+        engine.json is from another machine, which may have the same name, its engine either was
+        killed or still changes the file's time: this waits long enough to see that.
 
         Args:
             notice: called with a sentence before a wait.
@@ -270,8 +277,10 @@ class SessionFolder:
             SessionLockedError: its engine lives.
         """
         engine, before = self.engine(), self._sign()
-        if engine is None or engine.host == socket.gethostname():
+        if engine is None or engine.is_here():
             return
+        if engine.host == socket.gethostname() and not on_network(self.folder):
+            return  # this machine has been restarted since
         seconds = 2 * SIGN_INTERVAL + 1.0
         holder = f"pid {engine.pid} on {engine.host}"
         notice(f"waiting {seconds:.0f} s to see whether the last engine ({holder}) still lives")
@@ -308,10 +317,13 @@ class SessionFolder:
         and deleted, because config.yaml goes last.
 
         Raises:
-            OSError: a file cannot be removed, or the folder is a symbolic link.
+            OSError: a file cannot be removed, the folder is a symbolic link, or it was replaced
+                after it was locked.
         """
         if self.folder.is_symlink():
             raise OSError("it is a symbolic link")
+        if not held.is_in_place():
+            raise OSError("it was moved or replaced meanwhile, and nothing was deleted")
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -346,7 +358,7 @@ class SessionFolder:
 
     def write_engine(self, socket_path: str, version: str) -> None:
         """Writes engine.json for this process."""
-        info = EngineInfo(os.getpid(), socket.gethostname(), socket_path, version)
+        info = EngineInfo(os.getpid(), socket.gethostname(), socket_path, version, boot_id())
         write_atomically(self.engine_file, msgspec.json.encode(info).decode() + "\n")
 
 
@@ -366,9 +378,14 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def is_name(name: str) -> bool:
+    """Whether a session can have this name. A folder may have any other, put there by hand."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> str:
     """Returns the name of a session if it is valid. Raises SessionNameError."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise SessionNameError(
             f"'{name}' is not a valid session name: use at most 80 letters, digits, '.', '_' and "
             "'-', beginning with a letter or digit"

@@ -5,7 +5,6 @@ has the file open ends, so it cannot become stale after a kill -9 or a reboot. U
 can be tested without being taken, so readers do not interfere with an engine that starts.
 """
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -41,6 +40,13 @@ class SessionLock:
                 raise SessionLockedError(f"{path} is held by another engine") from None
             raise SessionError(f"cannot lock {path}: {error.strerror}") from error
 
+    def is_in_place(self) -> bool:
+        """Whether its file was neither deleted nor replaced. Raises OSError."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), self._path.stat())
+        except FileNotFoundError:
+            return False
+
     def restore(self) -> bool:
         """Takes the lock on a new file if its own was deleted or replaced.
 
@@ -52,9 +58,8 @@ class SessionLock:
             SessionError: the file cannot be created.
             OSError: the file cannot be looked at.
         """
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self._fd), self._path.stat()):
-                return False
+        if self.is_in_place():
+            return False
         new = SessionLock(self._path)
         self._fd, new._fd = new._fd, self._fd
         new.release()

@@ -79,6 +79,10 @@ class EndHandler:
             return self._handle(status)
         except sqlite3.Error as error:
             raise SessionError(self._unrecorded_end(status, error)) from error
+        except OSError as error:  # of a checkpoint; from an earlier one, its steps would be lost
+            text = f"{self._cause(status).text}; the checkpoints cannot be read: {error}"
+            log.info(text)
+            return self._set_end("failed", text, 1)
 
     def _handle(self, status: int) -> int:
         state, attempt = self._state, self._state.attempt

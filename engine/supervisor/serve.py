@@ -19,6 +19,7 @@ from engine.config import file as config_file
 from engine.config.deadline import deadline
 from engine.config.schema import RunConfig
 from engine.errors import SessionError, UserInputError
+from engine.journal.fork import unfinished_copies
 from engine.journal.writer import JournalWriter
 from engine.launch.start_checkpoints import resumable_checkpoints
 from engine.launch.start_options import StartOptions
@@ -62,6 +63,8 @@ async def supervise(
         # In a thread: ctrl+c ends the wait.
         await in_daemon_thread(partial(session.check_other_machine, log.warning))
         with _open_folder(session.folder) as folder:
+            for file in unfinished_copies(session):
+                _remove(str(file))
             journal = JournalWriter(session)
             try:
                 _check_choices(session, journal, start)

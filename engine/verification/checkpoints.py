@@ -22,7 +22,12 @@ def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator
 
 def _damaged(on_disk: dict[int, Path]) -> Iterator[Finding]:
     for step, folder in on_disk.items():
-        damage = find_damage(folder)
+        try:
+            damage = find_damage(folder)
+        except OSError as error:
+            text = f"the checkpoint of step {step} cannot be read: {error}"
+            yield problem("checkpoints", text, "solve this, and do not remove it")
+            continue
         if damage and folder.is_dir():  # an engine may have removed it in the meantime
             others = [s for s in on_disk if s != step]
             yield problem(
@@ -36,7 +41,12 @@ def _damaged(on_disk: dict[int, Path]) -> Iterator[Finding]:
 def _damaged_aside(session: SessionFolder) -> Iterator[Finding]:
     """Those that were moved aside: no run continues from one, but its policy can be copied."""
     for name, folder in aside_checkpoints(session.checkpoints).items():
-        damage = find_damage(folder)
+        try:
+            damage = find_damage(folder)
+        except OSError as error:
+            text = f"the checkpoint {name}, of an abandoned branch, cannot be read: {error}"
+            yield problem("checkpoints", text, "solve this, and do not remove it")
+            continue
         if damage and folder.is_dir():
             text = f"the checkpoint {name}, of an abandoned branch, is damaged: {damage}"
             advice = session.command("rm", "--checkpoint", name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from engine.journal.fork import unfinished_copies
 from engine.session.checkpoints import incomplete_checkpoints
 from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, listed, note, problem
@@ -34,7 +35,7 @@ def check_leftovers(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
     folder = session.folder
     files = [
         *folder.glob(".config.yaml.*"), *folder.glob(".engine.json.*"),
-        *folder.glob(".join.secret.*"), *folder.glob("join.secret"),
+        *folder.glob(".join.secret.*"), *folder.glob("join.secret"), *unfinished_copies(session),
         *session.checkpoints.glob(".*step-*"), *session.checkpoints.glob("step-*/.COMPLETE.part"),
     ]  # fmt: skip
     files += incomplete_checkpoints(session.checkpoints)

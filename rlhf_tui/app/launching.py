@@ -133,8 +133,10 @@ class EngineStarter:
             self._open_when_created(name, self._app.current_mode, self._now() + APPEARS)
 
     def _open_when_created(self, name: str, mode: str, deadline: float) -> None:
-        # Until its engine runs, a new session looks as if its engine had died.
-        if SessionFolder(self._root / name).may_be_live():
+        # Until its engine runs, a new session looks as if its engine had died. A fork also locks
+        # it while it copies.
+        session = SessionFolder(self._root / name)
+        if session.may_be_live() and session.engine_file.exists():
             if self._takes_keys(mode):
                 self._open_session(name)
         elif self._now() < deadline:

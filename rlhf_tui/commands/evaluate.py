@@ -46,6 +46,7 @@ def evaluate(
     Uses the section eval of the session's configuration and changes nothing in the session.
     """
     session = existing(root, name)
+    session.check_owner()
     config = evaluation_config(session.config(), overrides)
     step = checkpoint_step(session, choice)
     check_step(session, step, checkpoint_steps(session))

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from engine.errors import RlhfError, SessionError, UserInputError
+from engine.errors import DamagedCheckpointError, RlhfError, SessionError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.judgements.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
@@ -23,6 +23,7 @@ from engine.session.checkpoints import (
     BASE_ADAPTERS,
     POLICY,
     checkpoint_path,
+    find_damage,
 )
 from engine.session.folder import SessionFolder
 from engine.session.temporary_folders import written_whole
@@ -113,14 +114,22 @@ def _export_policy(
     # Without it, they would be adapters for adapters, which peft would not load together.
     with_base = (source / BASE_ADAPTERS).is_file()
     merged = merged or with_base
+    damage: str | None = None  # which a merge finds itself
     try:
         with written_whole(Path(os.path.realpath(target))) as folder:
             if adapted and merged:
+                session.check_owner()
                 _merge(session, step, part, folder, target)
             else:
                 _copy(source, folder)
+                damage = find_damage(source.parent, part, folder)
             # A deletion that began meanwhile has already removed the marker.
             check_step(session, step, checkpoint_steps(session))
+            if damage:
+                raise DamagedCheckpointError(
+                    f"the checkpoint of step {step} is damaged: {damage}; nothing was exported, "
+                    "choose another one with --step"
+                )
             exported = ExportedPolicy(step, averaged=averaged, adapters=adapted and not merged)
             no_card = _write_card(session, exported, folder)
             open_to_umask(folder)

@@ -50,6 +50,7 @@ def _section(root: Path, name: str) -> tuple[Notification, NotifyConfig]:
     if path.suffix in (".yaml", ".yml"):
         return trial(path.stem), config_file.load(path).notify
     session = existing(root, name)
+    session.check_owner()
     message = replace(trial(session.name), root=session.folder.resolve().parent)
     return message, session.config().notify
 

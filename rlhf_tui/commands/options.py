@@ -18,7 +18,7 @@ from engine import starter
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.journal.turns import Turn
 from engine.session.command_line import SESSIONS_VARIABLE, sessions_folder
-from engine.session.folder import SessionFolder, all_sessions, find
+from engine.session.folder import SessionFolder, all_sessions, find, is_name
 from engine.session.registry import live_sessions, names_of
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
@@ -138,11 +138,14 @@ class FiniteRange(click.FloatRange):
 
 
 def complete_name(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """The names of sessions with a prefix, for the completion of shells."""
+    """The names of sessions with a prefix, for the completion of shells.
+
+    A shell inserts them as they are: one such as `x;rm *` would be a command.
+    """
     root = context.params.get("root") or sessions_folder()
     elsewhere = [] if _is_given(context) else live_sessions()
     found = {s.name for s in (*all_sessions(Path(root).resolve()), *elsewhere)}
-    return sorted(name for name in found if name.startswith(begun))
+    return sorted(name for name in found if name.startswith(begun) and is_name(name))
 
 
 name_argument: Decorator = click.argument("name", shell_complete=complete_name)

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from engine.errors import CommandRejectedError, RlhfError, SessionError, UserInputError
+from engine.errors import (
+    CommandRejectedError,
+    NoSuchSessionError,
+    RlhfError,
+    SessionError,
+    UserInputError,
+)
 from engine.launch.delete_checkpoint import delete_aside, delete_checkpoint
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
@@ -29,15 +35,15 @@ def checkpoint_name(text: str) -> int | str:
 )
 @click.option(
     "--checkpoint", "step", type=checkpoint_name, metavar="STEP",
-    help="Delete only this checkpoint of the session, or one that was moved aside: "
-    "STEP-attempt-N.",
+    help="Delete only this checkpoint of the session, or, also while it is live, one that was "
+    "moved aside: STEP-attempt-N.",
 )  # fmt: skip
 def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | str | None) -> None:
     """Delete sessions with all their checkpoints.
 
     They must have ended. A live engine deletes a checkpoint with ctl NAME delete-checkpoint STEP.
     """
-    sessions = [existing(root, name) for name in dict.fromkeys(names)]
+    sessions = [_in_folder(root, name) for name in dict.fromkeys(names)]
     if step is not None and len(sessions) > 1:
         raise UserInputError("--checkpoint takes one session")
     if not yes and not os.isatty(0):  # the output may be piped; the question is on stderr
@@ -53,6 +59,21 @@ def rm(root: Path, names: tuple[str, ...], yes: bool, step: int | str | None) ->
             _delete_checkpoint(session, step, yes=yes)
 
 
+def _in_folder(root: Path, name: str) -> SessionFolder:
+    """The session of a name, which must be in `root`: one elsewhere may be another of that name.
+
+    It is found there while it is live, and could be deleted if it ended just then.
+    """
+    session = existing(root, name)
+    if session.folder.parent != root.resolve():
+        there = session.command("rm")
+        raise NoSuchSessionError(
+            f"no session '{name}' in {root.resolve()}; a live one is in {session.folder.parent}: "
+            f"stop it, then: {there}"
+        )
+    return session
+
+
 def _delete_checkpoint(session: SessionFolder, step: int | str, *, yes: bool) -> None:
     what = f"of step {step}" if isinstance(step, int) else step
     question = f"delete the checkpoint {what} of '{session.name}'?"
@@ -62,7 +83,7 @@ def _delete_checkpoint(session: SessionFolder, step: int | str, *, yes: bool) ->
         if isinstance(step, int):
             delete_checkpoint(session, step, who(), show_wait)
         else:
-            delete_aside(session, step, show_wait)
+            delete_aside(session, step)
     except CommandRejectedError as error:
         raise RlhfError(str(error)) from error
 

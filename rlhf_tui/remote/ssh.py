@@ -84,6 +84,20 @@ def _last_line(output: bytes, code: int) -> str:
     return shortened(lines[-1], 300) if lines else f"ssh ended with exit code {code}"
 
 
+def _forwarded(path: str) -> str:
+    """A path of a socket as `ssh -L` takes it.
+
+    ssh would replace `${NAME}` by a variable of this machine's environment and send the other one
+    the result, which may be a secret. There is no way to write it so that it stays.
+
+    Raises:
+        LinkError: the path contains it.
+    """
+    if "${" in path:
+        raise LinkError("the path of the engine's socket contains ${, which ssh cannot forward")
+    return re.sub(r"([\\:])", r"\\\1", path).replace("%", "%%")
+
+
 class RemoteSession:
     """A session on another machine: its copy, kept up to date, and its engine's socket.
 
@@ -104,7 +118,7 @@ class RemoteSession:
         self._folder = TemporaryFolder()
         self.root = self._folder.path
         mark_copies(self.root)
-        self._socket = self.root / "s"
+        self._socket = self.root / ".s"  # no session has this name
         self._copy = SessionCopy(self.root, self._socket)
         self._source: subprocess.Popen[bytes] | None = None
         self._forward: subprocess.Popen[bytes] | None = None
@@ -245,8 +259,8 @@ class RemoteSession:
             self._forward = None
         self._forwarded = remote
         if remote is not None:
+            sockets = f"{_forwarded(str(self._socket))}:{_forwarded(remote)}"
             self._socket.unlink(missing_ok=True)
-            sockets = f"{self._socket}:{remote}"
             options = (
                 "-T",
                 *self._batch_options(),

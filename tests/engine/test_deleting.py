@@ -76,6 +76,18 @@ def test_a_link_to_a_session_is_not_deleted_with_what_is_there(make_session, tmp
     assert session.config_file.is_file()
 
 
+def test_a_session_that_took_the_place_of_the_locked_one_is_not_deleted(make_session):
+    """As while `rm` waits for an answer."""
+    session = make_session("run")
+    lock = session.acquire()
+    session.folder.rename(session.folder.with_name("moved"))
+    make_session("run")
+    with pytest.raises(OSError, match="moved or replaced meanwhile"):
+        session.delete(lock)
+    lock.release()
+    assert [found.name for found in all_sessions(session.folder.parent)] == ["moved", "run"]
+
+
 def test_nothing_is_left_of_an_abandoned_temporary_folder_on_nfs(tmp_path, nfs):
     folder = tmp_path / f"{PREFIX}abandoned"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """What a fork takes from its source, and what refuses it."""
 
+import asyncio
 import contextlib
 import os
 import resource
@@ -16,6 +17,7 @@ from engine.errors import (
     ConfigError,
     NoSuchSessionError,
     SessionError,
+    SessionLockedError,
     SessionNameError,
     UserInputError,
 )
@@ -29,6 +31,8 @@ from engine.launch.start_checkpoints import (
 )
 from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import SessionFolder
+from engine.supervisor.processes import rank_processes
+from engine.supervisor.serve import supervise
 from engine.verification.verify import verify
 
 FORK = """
@@ -43,7 +47,7 @@ fork(session, "child", from_step=2, reseed=False, overrides=[], who="me")
 
 @pytest.mark.parametrize("copied", [1, 2])
 def test_a_fork_that_is_killed_amid_its_copies_does_not_seem_to_have_made_the_steps_of_its_source(
-    writer, tmp_path, copied
+    writer, tmp_path, copied, monkeypatch
 ):
     writer.steps(1, 2, 3, 4)
     writer.checkpoint(2)
@@ -61,6 +65,28 @@ def test_a_fork_that_is_killed_amid_its_copies_does_not_seem_to_have_made_the_st
     assert not has_history(child)
     with pytest.raises(UserInputError, match=r"its journal .* is missing"):
         resume(child, from_step=None, reseed=False, overrides=[], who="me")
+    assert any("part.db" in finding.text for finding in verify(child).findings)
+    monkeypatch.setattr(rank_processes, "rank_command", lambda *_: ["false"])
+    start = resume(child, from_step=2, reseed=False, overrides=["launch.max_restarts=0"], who="me")
+    assert asyncio.run(supervise(child, start)) == 1
+    assert not [*child.folder.glob("part.db*")]
+
+
+def test_what_a_fork_has_copied_in_part_can_neither_be_resumed_nor_deleted(writer, monkeypatch):
+    writer.checkpoint(2)
+    copy, refused = shutil.copytree, []
+
+    def copy_late(source, target, **options):
+        child = SessionFolder(writer.session.folder.with_name("child"))
+        with pytest.raises(SessionLockedError) as raised:
+            child.acquire()
+        refused.append(raised.value)
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copytree", copy_late)
+    child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    assert refused
+    assert not child.is_live()
 
 
 def test_a_fork_that_is_refused_leaves_nothing(writer):

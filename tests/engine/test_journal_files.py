@@ -10,12 +10,13 @@ import pytest
 
 from engine.errors import JournalError
 from engine.journal import schema
-from engine.journal import writer as journal_writer
 from engine.journal.database import open_read_only
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader
-from engine.journal.writer import JournalWriter, on_network
+from engine.journal.writer import JournalWriter
+from engine.session import machine
 from engine.session.folder import SessionFolder
+from engine.session.machine import on_network
 
 DATA = Path(__file__).parent / "data"
 
@@ -171,7 +172,7 @@ def test_a_local_folder_is_not_taken_for_a_network_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["a b", "a\tb", "a\nb", "a\\b", "a\u00a0b", "日本"])
 def test_a_mounted_network_file_system_is_known_whatever_its_path(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(journal_writer, "NETWORK_FILE_SYSTEMS", {"tmpfs"})
+    monkeypatch.setattr(machine, "NETWORK_FILE_SYSTEMS", {"tmpfs"})
     mount = tmp_path / name
     mount.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mount], check=False)

@@ -2,15 +2,19 @@
 
 import asyncio
 import contextlib
+import json
 import shutil
 import signal
 
 import psutil
 import pytest
 
+from benchmarks.terminal import Engine as StandInEngine
+from engine.errors import NoSuchSessionError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.start_options import StartOptions
+from engine.protocol.client import Client
 from engine.protocol.rank_messages import CheckpointWritten, Ended
 from engine.session import registry
 from engine.session.folder import SessionFolder
@@ -173,3 +177,48 @@ async def test_ranks_restart_in_the_sessions_folder_if_that_of_the_command_is_de
     assert await supervise(session, StartOptions()) == 1
     expected = [str(path.resolve()) for path in (folder, session.folder)]
     assert found.read_text().splitlines() == expected
+
+
+@pytest.fixture
+def stand_in():
+    """Starts engines that only reply, in this process."""
+    engines = []
+
+    def start(session):
+        engines.append(StandInEngine(session))
+        return session
+
+    yield start
+    for engine in engines:
+        engine.server.close()
+        engine.lock.release()
+
+
+def test_a_command_for_a_moved_session_does_not_reach_the_one_at_its_old_path(
+    make_session, stand_in
+):
+    moved = move(stand_in(make_session("run")))
+    other = stand_in(make_session("run"))
+    Client(other, "me").close()
+    with pytest.raises(NoSuchSessionError, match="session 'moved' was moved or copied"):
+        Client(moved, "me")
+
+
+def test_a_command_for_a_copy_that_starts_does_not_reach_the_original(make_session, stand_in):
+    session = stand_in(make_session("run"))
+    copy = SessionFolder(session.folder.with_name("copy"))
+    ignore = shutil.ignore_patterns("engine.sock")
+    shutil.copytree(session.folder, copy.folder, ignore=ignore)
+    lock = copy.acquire()  # the engine of the copy has not replaced engine.json yet
+    with pytest.raises(NoSuchSessionError, match="try again"):
+        Client(copy, "me")
+    lock.release()
+
+
+def test_a_command_does_not_reach_an_engine_other_than_the_recorded_one(make_session, stand_in):
+    """Its socket may be under /tmp, where its name comes from the path of the folder."""
+    session = stand_in(make_session("run"))
+    info = json.loads(session.engine_file.read_text())
+    session.engine_file.write_text(json.dumps(info | {"pid": info["pid"] + 1}))
+    with pytest.raises(NoSuchSessionError, match="session 'run' was moved or copied"):
+        Client(session, "me")

@@ -420,6 +420,27 @@ def test_the_session_of_an_engine_that_was_killed_on_another_machine_is_served(o
     of_another_machine.check_other_machine()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_machine_of_the_same_name_is_another_one(make_session, monkeypatch, shared):
+    """As that of a container with a fixed name, started again elsewhere. A disk is not shared."""
+    monkeypatch.setattr(session_folder, "SIGN_INTERVAL", 0.2)
+    monkeypatch.setattr(session_folder, "on_network", lambda _folder: shared)
+    made, said = make_session(), []
+    made.write_engine("/a/socket", "1.0")
+    info = json.loads(made.engine_file.read_text())
+    made.engine_file.write_text(json.dumps(info | {"boot": "of another machine"}))
+    with ThreadPoolExecutor(1) as pool:
+
+        def notice(text):
+            said.append(text)
+            pool.submit(made.show_life)
+
+        expected = pytest.raises(SessionLockedError) if shared else contextlib.nullcontext()
+        with expected:
+            made.check_other_machine(notice)
+    assert len(said) == shared
+
+
 def test_nobody_waits_for_an_engine_of_this_machine_or_for_none(make_session):
     made, said = make_session(), []
     made.check_other_machine(said.append)

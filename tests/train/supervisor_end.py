@@ -22,6 +22,8 @@ class Supervisor:
         """The first steps of alerts, as each confirmation names them."""
         self.needed = []
         """Steps of checkpoints that must not be removed, the same."""
+        self.confirms_removals = True
+        """Whether it replies to what a save has removed, as one with a locked journal does not."""
         self._arrived = threading.Condition()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -33,7 +35,8 @@ class Supervisor:
                 with self._arrived:
                     self.received.append(message)
                     self._arrived.notify_all()
-                if isinstance(message, CheckpointWritten | CheckpointComplete):
+                removal = isinstance(message, CheckpointComplete) and self.confirms_removals
+                if removal or isinstance(message, CheckpointWritten):
                     threading.Thread(target=self._confirm, args=(message.step,)).start()
 
     def _confirm(self, step):

@@ -29,6 +29,7 @@ from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
 from engine.train.reward_scales import fit_scales, use_saved_scales
 from engine.train.step import train_step
+from tests.privileges import held_to_modes
 from tests.train.checkpoints import DEADLINE, begin_save, save_checkpoint
 
 
@@ -224,6 +225,15 @@ def test_a_damaged_file_is_found_and_named(trained):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"training/{path.name}"):
         checkpoint_folder.read_state(folder)
+
+
+def test_a_checkpoint_of_another_user_is_not_called_damaged(trained):
+    run, session = trained
+    folder = save_checkpoint(run, session)
+    (folder / "state.json").chmod(0)
+    with held_to_modes(), pytest.raises(CheckpointError, match="cannot be read") as raised:
+        checkpoint_folder.read_state(folder)
+    assert not isinstance(raised.value, DamagedCheckpointError)
 
 
 def test_an_edited_state_is_found_even_if_its_hashes_are_emptied(trained):

@@ -1,6 +1,7 @@
 """Background saves: what a step boundary waits for, and what it does not."""
 
 import contextlib
+import resource
 import shutil
 
 import pytest
@@ -24,11 +25,12 @@ from engine.protocol.rank_messages import (
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints, saved_settings
 from engine.train.boundary import Boundary
 from engine.train.checkpoints import folder as checkpoint_folder
+from engine.train.checkpoints import manager
 from engine.train.checkpoints.manager import settings_digest
 from engine.train.evaluation.scheduled import measure_before_training
 from engine.train.rewards.source import RewardCallError
 from tests.train.supervisor_end import METRICS
-from tests.waiting import until
+from tests.waiting import LONG, until
 
 
 def save_three(run, boundary, supervisor, made_up):
@@ -197,6 +199,39 @@ def test_a_checkpoint_that_the_supervisor_needs_is_removed_after_a_later_save(tr
     assert [*complete_checkpoints(session.checkpoints)] == [3]
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_without_a_confirmation_only_a_full_disk_has_older_checkpoints_removed(
+    trained, monkeypatch, full
+):
+    """On a full disk the journal waits for the room. Where it is locked, a roll back may wait."""
+    _, session, boundary, supervisor = trained
+    monkeypatch.setattr(manager, "REMOVAL_PATIENCE", 0.01)
+    monkeypatch.setattr(checkpoint_folder, "has_room", lambda _folder: not full)
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    supervisor.confirms_removals = False
+    boundary.after_step(2, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
+    assert supervisor.wait_for(CheckpointComplete).removed == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == ([2] if full else [1, 2])
+    supervisor.confirms_removals = True
+    monkeypatch.setattr(manager, "REMOVAL_PATIENCE", LONG)
+    boundary.after_step(3, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
+    assert [*complete_checkpoints(session.checkpoints)] == [3]
+
+
+def test_a_file_that_fits_on_the_disk_has_room(tmp_path):
+    assert checkpoint_folder.has_room(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert not [*tmp_path.iterdir()]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        assert checkpoint_folder.has_room(tmp_path)  # the limit is not of the disk
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_older_checkpoints_are_removed_after_each_save(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
@@ -241,6 +276,28 @@ def test_what_an_operator_saved_on_an_abandoned_branch_is_moved_by_a_save_of_its
     assert (session.checkpoints / "step-000002-attempt-1" / "mine").exists()
     (told,) = [n.text for n in supervisor.of(Notice) if "abandoned branch" in n.text]
     assert told.endswith(f"(attempt 1) stays in {session.checkpoints}/step-000002-attempt-1")
+
+
+def test_a_checkpoint_is_said_to_be_moved_aside_once_it_is(trained, link, monkeypatch):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    first, second = (checkpoint_path(session.checkpoints, step) for step in (1, 2))
+    shutil.copytree(first, second)
+    begin = Begin(attempt=3, from_step=1, checkpoints=[1], kept=[1], kept_aside={2: 1})
+    later = Boundary(session, run, begin, link)
+    later.after_step(2, dict(METRICS), 0.1)
+    publish = checkpoint_folder.publish
+
+    def fail(*_args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_folder, "publish", fail)
+    assert later.checkpoints.save() is not None
+    monkeypatch.setattr(checkpoint_folder, "publish", publish)
+    assert later.checkpoints.save() is None
+    told = [n.text for n in supervisor.of(Notice) if "abandoned branch" in n.text]
+    assert len(told) == 1
 
 
 def test_checkpoints_of_earlier_attempts_of_the_branch_are_removed(trained, link):

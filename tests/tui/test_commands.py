@@ -213,7 +213,11 @@ def test_a_checkpoint_that_was_moved_aside_is_listed_and_deleted(session_maker, 
     rm = ["rm", *given, "-y", "--checkpoint"]
     other = CliRunner().invoke(cli, [*rm, "50-attempt-1"], standalone_mode=False)
     assert "no checkpoint 50-attempt-1 (there are: 50-attempt-2)" in str(other.exception)
+    status = CliRunner().invoke(cli, ["status", *given, "--json"]).output
+    assert json.loads(status)["moved_aside"] == ["50-attempt-2"]
+    lock = session.acquire()  # no engine needs it
     assert CliRunner().invoke(cli, [*rm, "50-attempt-2"]).exit_code == 0
+    lock.release()
     assert not aside.exists()
     assert "moved aside" not in CliRunner().invoke(cli, ["status", *given]).output
 

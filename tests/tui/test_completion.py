@@ -15,6 +15,15 @@ def test_a_shell_completes_commands_and_names_of_sessions(root, monkeypatch):
         assert [c.value for c in completion.get_completions(words, "fro")] == ["frozen"]
 
 
+def test_a_folder_whose_name_would_be_a_command_is_not_completed(tmp_path, monkeypatch):
+    for name in ("run", "run;rm x", "run$(id)"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    monkeypatch.setenv("RLHF_TUI_SESSIONS", str(tmp_path))
+    completion = ShellComplete(cli, {}, "rlhf-tui", "_RLHF_TUI_COMPLETE")
+    assert [c.value for c in completion.get_completions(["status"], "r")] == ["run"]
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_of_a_shell_asks_by_the_variable_that_the_program_reads(shell):
     script = CliRunner().invoke(cli, ["completion", shell]).output

@@ -1,5 +1,6 @@
 """The command export: whole or not at all, and from damaged sessions as well."""
 
+import hashlib
 import shutil
 import sys
 
@@ -7,7 +8,20 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from engine.session.checkpoints import mark_complete
 from rlhf_tui.cli import cli
+
+
+def write_checkpoint(session, *files):
+    """A whole checkpoint of step 3, whose policy has these files; returns the policy's folder."""
+    policy = session.checkpoints / "step-000003" / "policy"
+    policy.mkdir(parents=True)
+    for name in files:
+        (policy / name).write_text("{}")
+    sums = {f"policy/{name}": hashlib.sha256(b"{}").hexdigest() for name in files}
+    (policy.parent / "state.json").write_bytes(msgspec.json.encode({"hashes": sums}))
+    mark_complete(policy.parent)
+    return policy
 
 
 @pytest.mark.parametrize("option", [("--step", "2"), ("--best",), ("--ema",), ("--merged",)])
@@ -49,12 +63,8 @@ def test_a_dash_is_no_name_of_a_file(session_maker, tmp_path, monkeypatch, words
 
 def test_a_policy_that_cannot_be_copied_whole_leaves_no_folder(session_maker, tmp_path):
     session = session_maker(tmp_path / "s", "mine", 3)
-    policy = session.checkpoints / "step-000003" / "policy"
-    policy.mkdir(parents=True)
-    (policy / "config.json").write_text("{}")
+    policy = write_checkpoint(session, "config.json")
     (policy / "model.safetensors").symlink_to("nowhere")
-    for name in ("state.json", "COMPLETE"):
-        (policy.parent / name).write_text("{}")
     target, folder = tmp_path / "to", str(tmp_path / "s")
     arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
     done = CliRunner().invoke(cli, arguments)
@@ -88,10 +98,7 @@ def test_an_error_of_a_merge_names_the_folder_that_was_given(session_maker, tmp_
 
 def test_a_policy_is_exported_from_a_session_whose_journal_is_damaged(session_maker, tmp_path):
     session = session_maker(tmp_path / "s", "mine", 3)
-    policy = session.checkpoints / "step-000003" / "policy"
-    policy.mkdir(parents=True)
-    for file in (policy / "config.json", policy.parent / "state.json", policy.parent / "COMPLETE"):
-        file.write_text("{}")
+    write_checkpoint(session, "config.json")
     session.journal_file.write_bytes(b"no database" * 1000)
     target, folder = tmp_path / "to", str(tmp_path / "s")
     arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
@@ -106,10 +113,7 @@ def test_a_policy_whose_checkpoint_is_deleted_meanwhile_is_not_exported(
     session_maker, tmp_path, monkeypatch, removed
 ):
     session = session_maker(tmp_path / "s", "mine", 3)
-    checkpoint = session.checkpoints / "step-000003"
-    (checkpoint / "policy").mkdir(parents=True)
-    for name in ("policy/config.json", "policy/model.safetensors", "state.json", "COMPLETE"):
-        (checkpoint / name).write_text("{}")
+    checkpoint = write_checkpoint(session, "config.json", "model.safetensors").parent
     copy = shutil.copy2
 
     def copy_late(source, target):
@@ -123,3 +127,26 @@ def test_a_policy_whose_checkpoint_is_deleted_meanwhile_is_not_exported(
     done = CliRunner().invoke(cli, arguments)
     assert "has no checkpoint of step 3" in str(done.exception)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("damage", ["{]", "", None])
+def test_a_damaged_policy_is_not_exported(session_maker, tmp_path, damage):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    weights = write_checkpoint(session, "config.json", "model.safetensors") / "model.safetensors"
+    weights.unlink() if damage is None else weights.write_text(damage)
+    target, folder = tmp_path / "to", str(tmp_path / "s")
+    arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
+    done = CliRunner().invoke(cli, arguments)
+    assert "the checkpoint of step 3 is damaged: policy/model.safetensors" in str(done.exception)
+    assert not target.exists()
+
+
+def test_damage_elsewhere_in_its_checkpoint_does_not_concern_a_policy(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    policy = write_checkpoint(session, "config.json")
+    sums = {"policy/config.json": hashlib.sha256(b"{}").hexdigest(), "policy-ema/lost": "0"}
+    (policy.parent / "state.json").write_bytes(msgspec.json.encode({"hashes": sums}))
+    mark_complete(policy.parent)
+    target, folder = tmp_path / "to", str(tmp_path / "s")
+    arguments = ["export", "mine", "--step", "3", "--policy", str(target), "--sessions", folder]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0

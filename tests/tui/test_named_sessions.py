@@ -45,6 +45,15 @@ def test_a_name_means_no_session_of_another_folder_than_the_given_one(live, tmp_
     assert isinstance(failed.exception, NoSuchSessionError)
 
 
+def test_a_session_of_another_folder_is_deleted_only_if_that_folder_is_given(live, tmp_path):
+    """It would be, if its engine ended between the search for live ones and the deletion."""
+    far = live("there", "far")
+    failed = run("rm", "far", "-y")
+    assert isinstance(failed.exception, NoSuchSessionError)
+    assert str(failed.exception).endswith(f"rm far --sessions {tmp_path / 'there'}")
+    assert far.config_file.is_file()
+
+
 def test_the_list_of_a_given_folder_has_no_session_of_another(live, tmp_path):
     live("there", "far")
     live("here", "near")

@@ -39,11 +39,15 @@ from tests.tui.screen import notices
 SCORE = "objective/scores"
 
 # Runs the command on this machine; with -L it forwards a Unix socket, as OpenSSH does.
-SSH = """#!{python}
-import socket, subprocess, sys, threading
+SSH = r"""#!{python}
+import os, re, socket, subprocess, sys, threading
 arguments = sys.argv[1:]
 if "-L" in arguments:
-    local, remote = arguments[arguments.index("-L") + 1].split(":")
+    given = arguments[arguments.index("-L") + 1]
+    local, remote = (
+        os.path.expandvars(re.sub(r"[\\](.)", r"\1", part).replace("%%", "%"))
+        for part in re.split(r"(?<![\\]):", given)
+    )
     server = socket.socket(socket.AF_UNIX)
     server.bind(local)
     server.listen()
@@ -228,11 +232,14 @@ def test_what_is_no_message_is_an_error_of_one_line():
 # -- over ssh --------------------------------------------------------------------------------------
 
 
-def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path, ssh):
-    session = session_maker(tmp_path / "there", "run", 5)
+@pytest.mark.parametrize(("folder", "name"), [("there", "run"), ("50% a:b\\c", "s")])
+def test_a_live_session_is_followed_and_steered_over_ssh(
+    session_maker, tmp_path, ssh, folder, name
+):
+    session = session_maker(tmp_path / folder, name, 5)
     engine = StandInEngine(session)
-    arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
-    with RemoteSession(Address("box", name="run"), arguments) as remote:
+    arguments = ["mirror", name, "--sessions", str(tmp_path / folder)]
+    with RemoteSession(Address("box", name=name), arguments) as remote:
         copy = SessionFolder(remote.root / remote.name)
         assert copy.is_live()
         assert is_held(remote.root / LOCK)  # by which what a killed process leaves is removed
@@ -247,6 +254,20 @@ def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path
 
         waiting.until(answers, "the forwarded socket")
     assert not Path(remote.root).exists()
+    engine.server.close()
+    engine.lock.release()
+
+
+def test_the_other_machine_cannot_read_variables_of_this_one(session_maker, tmp_path, ssh):
+    """ssh would put their values into the path that it asks the other machine to connect to."""
+    session = session_maker(tmp_path / "${HOME}", "run", 5)
+    engine = StandInEngine(session)
+    arguments = ["mirror", "run", "--sessions", str(session.folder.parent)]
+    with (
+        pytest.raises(LinkError, match="which ssh cannot forward"),
+        RemoteSession(Address("box", name="run"), arguments),
+    ):
+        pass
     engine.server.close()
     engine.lock.release()
 

@@ -75,6 +75,7 @@ async def test_r_on_the_dashboard_of_a_finished_run_resumes_it_with_other_settin
 def locked(session):
     """The session with an engine, as others see it."""
     lock = session.acquire()
+    session.write_engine(str(session.folder / "engine.sock"), "test")
     yield
     lock.release()
 
@@ -133,6 +134,24 @@ async def test_a_new_run_is_opened_once_its_engine_lives_and_no_other_one(starti
             with locked(new):
                 await until(pilot, lambda: app.current_mode == "dashboard")
                 assert app.state.name == "new"
+
+
+async def test_a_fork_is_not_opened_while_it_is_copied(starting, until, monkeypatch):
+    looked, look = [], SessionFolder.may_be_live
+
+    def record(session):
+        looked.append((session.name, live := look(session)))
+        return live
+
+    monkeypatch.setattr(SessionFolder, "may_be_live", record)
+    async with starting() as (app, pilot, make, _):
+        new = make("new")
+        copying = new.acquire()
+        await until(pilot, lambda: looked.count(("new", True)) > 2)
+        assert app.current_mode == "sessions"
+        copying.release()
+        with locked(new):
+            await until(pilot, lambda: app.current_mode == "dashboard")
 
 
 async def test_a_new_run_does_not_take_the_keys_that_are_typed_into_a_dialog(

@@ -18,9 +18,15 @@ from typing import Any, Self
 
 import msgspec
 
-from engine.errors import JournalError, UserInputError
+from engine.errors import JournalError, SessionError, UserInputError
 from engine.journal import schema
-from engine.journal.database import MAKE_ROOM, ReadOnlyDatabase, connect, has_no_room
+from engine.journal.database import (
+    MAKE_ROOM,
+    ReadOnlyDatabase,
+    check_rollback_journal,
+    connect,
+    has_no_room,
+)
 from engine.journal.history.views import label_views, views_of
 from engine.journal.rows import Judgement, SampleRow
 from engine.session import access
@@ -172,6 +178,7 @@ def _writing(path: Path) -> Iterator[sqlite3.Connection]:
     """Context manager of one transaction; creates the file if it is missing."""
     try:
         access.create_file(path)
+        check_rollback_journal(path)
         with contextlib.closing(sqlite3.connect(path, timeout=BUSY)) as db:
             db.execute("PRAGMA journal_mode = DELETE")
             schema.migrate(db, schema.LABELS, path)
@@ -206,7 +213,7 @@ class LabelReader:
         Raises:
             JournalError: it cannot be read, or a newer version wrote it.
         """
-        _roll_back_interrupted_change(session.labels_file)
+        _roll_back_interrupted_change(session)
         self._db = ReadOnlyDatabase(
             session.labels_file, schema.LABELS, views_of(session, label_views)
         )
@@ -281,7 +288,7 @@ def attach(db: sqlite3.Connection, session: SessionFolder) -> bool:
         JournalError: the file cannot be read, or a newer version wrote it.
     """
     path = session.labels_file
-    _roll_back_interrupted_change(path)
+    _roll_back_interrupted_change(session)
     opened = connect(path, len(schema.LABELS))
     if opened is None:
         return False
@@ -294,12 +301,24 @@ def attach(db: sqlite3.Connection, session: SessionFolder) -> bool:
     return True
 
 
-def _roll_back_interrupted_change(path: Path) -> None:
-    """Rolls back the unfinished change of a killed client; a read-only connection cannot."""
-    if path.with_name(f"{path.name}-journal").is_file():
-        uri = f"{path.resolve().as_uri()}?mode=rw"
-        with (
-            contextlib.suppress(sqlite3.Error),  # the read that follows reports the error
-            contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY)) as db,
-        ):
+def _roll_back_interrupted_change(session: SessionFolder) -> None:
+    """Rolls back the unfinished change of a killed client; a read-only connection cannot.
+
+    Not in a session of another user, whose files may be exchanged at any moment.
+
+    Raises:
+        JournalError: it is not a change of ours.
+    """
+    path = session.labels_file
+    journal = path.with_name(f"{path.name}-journal")
+    if not journal.is_file():
+        return
+    try:
+        access.check_owner(session.folder, path, journal)
+    except SessionError:
+        return
+    uri = f"{path.resolve().as_uri()}?mode=rw"
+    with contextlib.suppress(OSError, sqlite3.Error):  # the read that follows reports the error
+        check_rollback_journal(path)
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY)) as db:
             schema.schema_version(db)

@@ -15,6 +15,7 @@ import errno
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from engine.session.checkpoints import (
     STATE,
     find_damage,
     incomplete_checkpoints,
+    raise_unless_damage,
     sha256,
     sync,
 )
@@ -41,6 +43,8 @@ FORMAT = 2
 Its tensors have the same names as the shards of format 2, so one reader handles both."""
 FULL = ("no room for a checkpoint", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 """Parts of the messages of saves that fail because the disk or a quota is full."""
+ROOM = 1 << 20
+"""Bytes that must be free for the journal of a step."""
 SPARE = 1.1
 """Required free space, as a multiple of the checkpoint's estimated size."""
 
@@ -180,6 +184,18 @@ def check_space(checkpoints: Path, need: int) -> None:
         )
 
 
+def has_room(checkpoints: Path) -> bool:
+    """Whether a file can be written; unlike the free space of the disk, this knows of quotas."""
+    try:
+        with tempfile.TemporaryFile(dir=checkpoints) as file:
+            file.write(bytes(ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    return True
+
+
 def lacks_room(problem: str) -> bool:
     """Whether a save failed because the disk or a quota is full; `problem` is its message.
 
@@ -270,10 +286,15 @@ def read_state(folder: Path) -> SavedState:
 
     Raises:
         DamagedCheckpointError: a file is not as it was written.
-        CheckpointError: the checkpoint is incomplete or of a newer format.
+        CheckpointError: the checkpoint is incomplete, of a newer format, or may not be read.
+        OSError: a file cannot be read for another reason that may pass.
     """
-    content = _read_file(folder)
-    if problem := find_damage(folder):
+    try:
+        content = _read_file(folder)
+        problem = find_damage(folder)
+    except PermissionError as error:  # which a restart would meet again
+        raise CheckpointError(f"the checkpoint {folder} cannot be read: {error}") from error
+    if problem:
         raise _damaged(folder, problem)
     return content.state
 
@@ -309,6 +330,7 @@ def _read_file(folder: Path) -> StateFile:
     try:
         content = msgspec.json.decode((folder / STATE).read_bytes(), type=examined(StateFile))
     except (OSError, ValueError, RecursionError) as error:  # not readable; not JSON
+        raise_unless_damage(error)
         raise _damaged(folder, f"{STATE}: {error}") from error
     if content.format > FORMAT:
         raise CheckpointError(

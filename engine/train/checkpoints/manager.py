@@ -92,6 +92,8 @@ class CheckpointManager:
         self._seconds = 0.0
         """Seconds that saving has blocked training since the last step."""
         self._longest_save = 0.0
+        self._moved = ""
+        """What the operator is told once the save in flight has moved a checkpoint aside."""
         self._failed_step: int | None = None
         """The step whose save failed last, of which the operator has been notified."""
         if run.ranks.is_lead:  # a run that only records its end saves no more
@@ -211,6 +213,8 @@ class CheckpointManager:
         This does not wait for the next boundary, because a step can take minutes. If it crashes,
         the run can resume from a checkpoint that is already on disk.
         """
+        if self._moved:
+            self._notice(saved.step, self._moved)
         self._link.send(
             CheckpointWritten(step=saved.step, size=saved.size, score=saved.score, kl=saved.kl)
         )
@@ -232,6 +236,10 @@ class CheckpointManager:
         # Bounded: on a full disk the journal may be waiting for the space that the removal frees.
         confirm = self._link.wait_for_confirm(step, at_most=REMOVAL_PATIENCE)
         needed = [] if confirm is None else confirm.needed
+        if confirm is None and checkpoint_folder.has_room(self._folder):
+            # Another program locks the journal. A roll back may need one of them; the next save
+            # removes the others.
+            needed = removable
         for old_step in removable:
             if old_step not in needed:
                 self._remove(old_step, step)
@@ -248,9 +256,9 @@ class CheckpointManager:
         """
         train, scored_by = self._run.config.train, self._run.state.scored_by
         scores = {saved_step: -math.inf if best is None else best.rank}
-        for step, folder in complete_checkpoints(self._folder).items():
+        for step, folder in complete_checkpoints(self._folder, lenient=True).items():
             if step in self._branch and step < saved_step:
-                with contextlib.suppress(CheckpointError):
+                with contextlib.suppress(CheckpointError, OSError):
                     scores[step] = checkpoint_folder.read_best(
                         folder, train.best_metric, scored_by, self._recorded.get(step)
                     )
@@ -271,16 +279,17 @@ class CheckpointManager:
 
     def _aside(self, step: int) -> Path | None:
         """Where a checkpoint is moved that an operator saved before its step was abandoned."""
-        if step not in self._kept_aside or step not in complete_checkpoints(self._folder):
+        self._moved = ""
+        saved = complete_checkpoints(self._folder, lenient=True)
+        if step not in self._kept_aside or step not in saved:
             return None
         attempt = self._kept_aside[step]
         path = aside_path(self._folder, step, attempt)
         if path.exists():  # since a save that was interrupted
             return None
-        self._notice(
-            self._run.state.step,
+        self._moved = (
             f"the checkpoint of step {step} that was saved on an abandoned branch (attempt "
-            f"{attempt}) stays in {path}",
+            f"{attempt}) stays in {path}"
         )
         return path
 

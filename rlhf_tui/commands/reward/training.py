@@ -74,6 +74,8 @@ def train(
 ) -> None:
     """Train a reward model on the labels and preferences of sessions."""
     sessions = [existing(root, name) for name in dict.fromkeys(names)]
+    for session in sessions:
+        session.check_owner()
     chosen = parse_settings(settings)
     target = _new_folder(out)
     configs = [session.config() for session in sessions]

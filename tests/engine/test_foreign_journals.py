@@ -1,0 +1,92 @@
+"""Databases that somebody has made by hand: SQLite must not delete files for them."""
+
+import os
+import sqlite3
+import struct
+from contextlib import closing
+
+import pytest
+
+from engine.errors import JournalError
+from engine.journal.judgements.labels import LabelReader, Response, set_label
+from engine.journal.writer import JournalWriter
+
+MAGIC = bytes.fromhex("d9d505f920a163d7")
+
+
+def plant(database, victim):
+    """A rollback journal beside a database, after whose roll back SQLite deletes a file."""
+    with closing(sqlite3.connect(database)) as db:
+        (size,), (count,) = (
+            db.execute(f"PRAGMA {name}").fetchone() for name in ("page_size", "page_count")
+        )
+    name = str(victim).encode()
+    header = (MAGIC + struct.pack(">5I", 0, 0, count, 512, size)).ljust(512, b"\0")
+    pointer = struct.pack(">I", 0x40000000 // size + 1) + name
+    end = struct.pack(">II", len(name), sum(name)) + MAGIC
+    database.with_name(f"{database.name}-journal").write_bytes(header + pointer + end)
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A file of this user."""
+    path = tmp_path / "precious"
+    path.write_text("of years")
+    return path
+
+
+@pytest.fixture
+def judged(writer):
+    """A session with a judgement."""
+    response = Response(response="answer", attempt=1, step=1, index=0)
+    set_label(writer.session, "prompt", response, "good", "me")
+    return writer.session
+
+
+def test_a_file_that_is_planted_so_is_deleted_by_sqlite(judged, victim):
+    plant(judged.labels_file, victim)
+    with closing(sqlite3.connect(judged.labels_file)) as db:
+        db.execute("SELECT count(*) FROM judgements").fetchone()
+    assert not victim.exists()
+
+
+def test_reading_judgements_deletes_no_other_file(judged, victim):
+    plant(judged.labels_file, victim)
+    with pytest.raises(JournalError, match="would delete another file"):
+        LabelReader(judged)
+    assert victim.exists()
+
+
+def test_judging_deletes_no_other_file(judged, victim):
+    plant(judged.labels_file, victim)
+    response = Response(response="other", attempt=1, step=1, index=1)
+    with pytest.raises(JournalError, match="would delete another file"):
+        set_label(judged, "prompt", response, "bad", "me")
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("name", ["journal.db", "samples.db"])
+def test_an_engine_deletes_no_other_file(make_session, victim, name):
+    session = make_session()
+    JournalWriter(session).close()
+    database = session.folder / name
+    with closing(sqlite3.connect(database)) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
+    plant(database, victim)
+    with pytest.raises(JournalError, match="would delete another file"):
+        JournalWriter(session)
+    assert victim.exists()
+
+
+def test_nothing_is_rolled_back_in_a_session_of_another_user(judged, victim):
+    """Its journal may be exchanged after it was looked at."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    plant(judged.labels_file, victim)
+    journal = judged.labels_file.with_name("labels.db-journal")
+    before = journal.read_bytes()
+    os.chown(judged.folder, 65534, -1)
+    with LabelReader(judged) as reader:
+        assert reader.count() == 1
+    assert journal.read_bytes() == before
+    assert victim.exists()
