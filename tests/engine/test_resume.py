@@ -20,7 +20,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.launch import delete_checkpoint
-from engine.launch.failed_start import is_new
+from engine.launch.failed_start import NewSession
 from engine.launch.inputs import check_files, check_inputs
 from engine.launch.start import fork, forked_config, resume
 from engine.launch.start_checkpoints import (
@@ -200,7 +200,8 @@ def test_a_resume_chooses_nothing_while_the_session_has_an_engine(writer):
 
 def test_a_session_whose_journal_is_lost_is_not_new(without_journal):
     # A new one is removed when its configuration turns out to be wrong.
-    assert not is_new(without_journal, StartOptions(from_step=8))
+    resumed = NewSession(without_journal, StartOptions(from_step=8))
+    assert not resumed.remove_if_unused(UserInputError.exit_code)
 
 
 def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journal, write_in):
