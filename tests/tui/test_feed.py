@@ -277,8 +277,7 @@ class Engine:
     def status(self):
         return Status(
             state="running", step=self.step, total_steps=40, attempt=1, settings={}, phases=[],
-            step_seconds=None, boundary_in=None, pending=[], telemetry=None, watchers=1,
-            pid=os.getpid(),
+            boundary_in=None, telemetry=None, watchers=1, pid=os.getpid(),
         )  # fmt: skip
 
 
