@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import msgspec
 import pytest
 
 from engine import starter
@@ -251,7 +252,7 @@ def test_an_override_of_a_whole_section_is_a_change_of_each_setting_in_it(writer
     overrides = ["kl={beta: 0.7, controller: adaptive}"]
     start = resume(writer.session, from_step=None, reseed=False, overrides=overrides, who="me")
     changed = {c.key: c.new for c in start.changes}
-    defaults = config_file.as_mapping(KLConfig())
+    defaults = msgspec.structs.asdict(KLConfig())
     keys = ("target", "horizon", "beta_min", "beta_max")
     given = {"beta": 0.7, "controller": "adaptive"}
     assert changed == given | {key: defaults[key] for key in keys}

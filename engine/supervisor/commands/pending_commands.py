@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import dataclass
 
-from engine.config import file as config_file
 from engine.journal.logs.command_log import CommandLog
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import BoundaryCommand, Command, Pause, Unpause
@@ -91,9 +90,7 @@ class PendingCommands:
         pending = self._pending.get(command_id)
         if pending is not None and not pending.recorded:
             command = pending.message.command
-            self._commands.record(
-                command_id, command.name(), config_file.as_mapping(command), pending.who
-            )
+            self._commands.record(command_id, command.name(), command.arguments(), pending.who)
         return pending
 
     def attempt_failed(self) -> None:
