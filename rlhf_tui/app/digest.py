@@ -3,8 +3,9 @@
 from engine import metrics
 from engine.journal.rows import CommandEvent, CommandRow, ErrorEvent, StateEvent
 from rlhf_tui import format as fmt
+from rlhf_tui.state.curves import RECENT
 from rlhf_tui.state.preferences import Seen
-from rlhf_tui.state.session_state import RECENT, SessionState
+from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import (
     MARKER_GLYPHS,
     MARKER_TONES,
@@ -24,7 +25,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     if seen.began and (start := began(state)) and start != seen.began:
         return []  # of a session that had this folder before
     away = state.now() - seen.time
-    new = [e for e in state.events if e.event > seen.event]
+    new = [e for e in state.timeline.events if e.event > seen.event]
     steps = state.head.step - seen.step
     commands = _commands(state, seen)
     if 0 <= away < AWAY or (steps == 0 and not new and not commands):
@@ -45,7 +46,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
 
 def began(state: SessionState) -> float:
     """The time of the session's first event; 0 if unknown."""
-    first = state.events[0] if state.events else None
+    first = state.timeline.events[0] if state.timeline.events else None
     return first.time if first is not None and first.event == 1 else 0.0
 
 
@@ -58,7 +59,7 @@ def _progress(state: SessionState, seen: Seen) -> list[Row]:
         return [[(f"back to step {now}, from step {then}", "warn")]]
     rows: list[Row] = [[(f"steps {then} → {now}", "strong")]]
     for name, label in ((metrics.SCORE, "score"), (metrics.KL, "KL"), (metrics.BETA, "beta")):
-        series = state.series(name)
+        series = state.curves.series(name)
         old, new = (
             # A setting has a value, whatever it was before.
             series.latest(step) if metrics.describe(name).is_set
@@ -71,7 +72,7 @@ def _progress(state: SessionState, seen: Seen) -> list[Row]:
 
 def _entries(state: SessionState, seen: Seen) -> list[Row]:
     """The newest entries of the timeline since then, and how many more there are."""
-    since = [m for m in state.markers() if m.after > seen.event]
+    since = [m for m in state.timeline.markers() if m.after > seen.event]
     saved = [m for m in since if m.kind == "checkpoint"]
     if len(since) > MOST and len(saved) > 1:
         # There may be dozens, which must not keep an alert or a crash from being seen.
@@ -102,11 +103,11 @@ def _commands(state: SessionState, seen: Seen) -> list[Row]:
 
     Those that were applied since are entries of the timeline.
     """
-    events = (e.payload for e in state.events if e.event > seen.event)
+    events = (e.payload for e in state.timeline.events if e.event > seen.event)
     newer = {payload.id for payload in events if isinstance(payload, CommandEvent)}
     rows = [
         _command_row(command, live=state.live)
-        for command in state.commands
+        for command in state.timeline.commands
         if command.id in seen.pending
         or (command.id in newer and command.accepted and command.status != "applied")
     ]
@@ -139,8 +140,8 @@ def _command_row(command: CommandRow, *, live: bool) -> Row:
 
 def curves_are_read(state: SessionState) -> bool:
     """Whether the curves of a digest are read. Those of a long run are read one after another."""
-    return bool(state.names) and all(
-        name in state.curves
+    return bool(state.curves.names) and all(
+        state.curves.is_read(name)
         for name in (metrics.SCORE, metrics.KL, metrics.BETA)
-        if name in state.names
+        if name in state.curves.names
     )

@@ -142,7 +142,7 @@ class SessionFollower:
             if self.session is not None:
                 config, state = self.session.config(), self.state
                 state.batch_size = config.rollout.batch_size
-                state.eval_every = config.eval.every
+                state.progress.eval_every = config.eval.every
                 state.best_metric = config.train.best_metric
                 feed.want([state.best_metric])
         except (RlhfError, OSError) as error:
@@ -217,13 +217,13 @@ class SessionFollower:
             return
         shown_now = self._follow and self._replay_options is None
         if self.session is not None and self.state.known and shown_now:
-            newest = self.state.events[-1].event if self.state.events else 0
+            newest = self.state.timeline.events[-1].event if self.state.timeline.events else 0
             seen = prefs.Seen(
                 time=self._now(),
                 step=self.state.head.step,
                 event=newest,
                 began=began(self.state),
-                pending=[command.id for command in self.state.pending()],
+                pending=[command.id for command in self.state.timeline.pending()],
             )
             prefs.remember_seen(str(self.session.folder), seen)
 

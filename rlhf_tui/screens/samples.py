@@ -129,7 +129,7 @@ class SamplesScreen(SessionScreen):
 
     def why_disabled(self, action: str) -> str:
         """Responses to held-out prompts cannot be judged, and have no token values."""
-        if action == "held_out" and not self.context.state.evaluated:
+        if action == "held_out" and not self.context.state.curves.evaluated:
             return "no held-out responses: this run has no evaluation (eval.every)"
         if self.samples.query.held_out:
             if action in self.WRITES:
@@ -341,7 +341,7 @@ class SamplesScreen(SessionScreen):
         from rlhf_tui.dialogs.probes import ProbePicker  # noqa: PLC0415 - keeps start-up short
 
         state = self.context.state
-        probes = [c for c in state.commands if c.command == Probe.name() and c.result]
+        probes = [c for c in state.timeline.commands if c.command == Probe.name() and c.result]
         if probes:
             self.app.push_screen(ProbePicker(state.name, probes))
         else:

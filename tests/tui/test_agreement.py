@@ -94,7 +94,7 @@ async def test_the_app_shows_it_on_samples_and_as_a_chart(make_app, running, ses
         chart = app.screen.query_one(Chart)
         await until(pilot, lambda: "falls from 13" in chart.text())
         assert "agreement" in chart.text()
-        assert AGREEMENT in app.state.metrics
+        assert AGREEMENT in app.state.curves.drawable
         await pilot.press("3")
         line = app.screen.query_one("#filter", Lines)
         await until(pilot, lambda: "of 48, less from step 13" in line.text())

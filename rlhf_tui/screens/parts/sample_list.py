@@ -256,7 +256,7 @@ class SampleList:
             step = state.head.step if self.live else -1
             attempts = len(state.head.attempts)  # a roll back changes every page
             # The evaluation before the first step does not change the step.
-            evaluations = len(state.series(EVAL_SCORE)) if self.query.held_out else 0
+            evaluations = len(state.curves.series(EVAL_SCORE)) if self.query.held_out else 0
             asked = (state.name, attempts, state.labels, self.query, self.page)
             wanted = (*asked, step, evaluations)
             if wanted != self._wanted:
@@ -313,7 +313,7 @@ class SampleList:
             attempts=len(attempts),
             labels=state.labels if query.labels or query.judged is not None else (),
             # One that was made up for belongs to a step that may have been counted.
-            evaluations=len(state.series(EVAL_SCORE)) if query.held_out else 0,
+            evaluations=len(state.curves.series(EVAL_SCORE)) if query.held_out else 0,
         )
 
     # -- what was read -------------------------------------------------------------------------

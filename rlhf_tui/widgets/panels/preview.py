@@ -96,7 +96,7 @@ class PreviewNotes(Lines):
         return f" … and more: {fmt.command('diff', self._state.name, preview.against, root=root)}"
 
     def _alert(self) -> Row:
-        for event in self._state.events:
+        for event in self._state.timeline.events:
             if isinstance(event.payload, AlertEvent):
                 return [(f" ! step {event.step}: {short_alert(event.payload)}", "warn")]
         return [(" no alerts", "dim")]
