@@ -22,8 +22,8 @@ from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.cli import cli
 from rlhf_tui.format import size
 from rlhf_tui.state.feeds.updates import SessionUpdate
+from rlhf_tui.state.runs.session_row import read_session_row
 from rlhf_tui.state.series import Series
-from rlhf_tui.state.session_row import read_session_row
 from rlhf_tui.widgets.charts.axis import GUTTER
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.plot import POINT, Line, Plot, paint

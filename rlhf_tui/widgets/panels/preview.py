@@ -8,7 +8,7 @@ from textual.containers import Container, Horizontal
 
 from engine.journal.rows import AlertEvent, SampleRow
 from rlhf_tui import format as fmt
-from rlhf_tui.state.session_preview import METRICS, SessionPreview
+from rlhf_tui.state.runs.session_preview import METRICS, SessionPreview
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import short_alert
 from rlhf_tui.state.viewport import Viewport
