@@ -1,8 +1,13 @@
-"""The digest: what happened since the operator last saw the session."""
+"""What the operator has seen of a session, and the digest: what happened since then."""
+
+import threading
+from collections.abc import Callable
 
 from engine import metrics
 from engine.journal.rows import CommandEvent, CommandRow, ErrorEvent, StateEvent
+from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
+from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.curves import RECENT
 from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.session_state import SessionState
@@ -18,6 +23,55 @@ from rlhf_tui.widgets.lines import Row
 MOST = 8
 AWAY = 60.0
 """Minimum seconds of absence for which a digest is shown."""
+SAVE_INTERVAL = 30.0
+
+
+class Visit:
+    """Shows the digest of the time since the last visit to a session; saves what this one sees."""
+
+    def __init__(
+        self, session: SessionFolder, state: SessionState, now: Callable[[], float]
+    ) -> None:
+        """The session was opened.
+
+        Args:
+            session: the session.
+            state: what is shown of it.
+            now: the wall clock.
+        """
+        self._folder = str(session.folder)
+        self._state = state
+        self._now = now
+        self._saved = now()
+        self._digest_shown = False
+
+    def digest(self) -> list[Row]:
+        """The lines of the digest; empty if it was returned before, or its curves are not read."""
+        if self._digest_shown or not curves_are_read(self._state):
+            return []
+        self._digest_shown = True
+        seen = prefs.load_seen().get(self._folder)
+        return digest(self._state, seen) if seen is not None else []
+
+    def save(self) -> None:
+        """Saves what was seen, if it was; what happened before the digest counts as not seen."""
+        self._saved = self._now()
+        state = self._state
+        if not self._digest_shown or not state.known:
+            return
+        seen = Seen(
+            time=self._saved,
+            step=state.head.step,
+            event=state.timeline.events[-1].event if state.timeline.events else 0,
+            began=began(state),
+            pending=[command.id for command in state.timeline.pending()],
+        )
+        prefs.remember_seen(self._folder, seen)
+
+    def save_regularly(self) -> None:
+        """Call it often. The terminal may disappear at any time."""
+        if self._now() - self._saved > SAVE_INTERVAL:
+            threading.Thread(target=self.save, daemon=True).start()
 
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
