@@ -20,15 +20,14 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
+from rlhf_tui.screens.parts.new_samples import COUNT, NewCounted
 from rlhf_tui.screens.parts.sample_comparison import ComparisonRead, SampleComparison
 from rlhf_tui.screens.parts.sample_filter import HINT, check_filter
 from rlhf_tui.screens.parts.sample_labels import SampleLabels
 from rlhf_tui.screens.parts.sample_list import (
-    COUNT,
     ORDER_TITLES,
     PAGES,
     JudgementsRead,
-    NewCounted,
     PageRead,
     SampleList,
 )
