@@ -179,7 +179,7 @@ class Engine:
                 return
             status = Status(
                 state="running", step=self.step, total_steps=0, attempt=1,
-                settings=SETTINGS, phases=[], step_seconds=1.0, boundary_in=None, pending=[],
+                settings=SETTINGS, phases=[], boundary_in=None,
                 telemetry=None, watchers=1, pid=os.getpid(),
             )  # fmt: skip
             sock.sendall(frames.encode(Welcome(pid=os.getpid())) + frames.encode(status))

@@ -19,7 +19,7 @@ from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.launch.failed_start import is_new, remove_new
+from engine.launch.failed_start import INTERRUPTED, NewSession
 from engine.launch.start_options import StartOptions, received_start
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, Ready, StepReport
 from engine.session.folder import SessionFolder
@@ -186,9 +186,7 @@ def main() -> None:
     escape_unencodable()
     session = SessionFolder(Path(sys.argv[1]))
     start = received_start()
-    new = is_new(session, start)
-    attempt = _last_attempt(session)
-    unused = False
+    new = NewSession(session, start)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by who started it
         total = _total_steps(session, start)
@@ -201,23 +199,10 @@ def main() -> None:
         code = error.exit_code
     except KeyboardInterrupt:  # before a stop could be asked for, or after the end
         print("rlhf-tui: interrupted", file=sys.stderr)  # noqa: T201
-        code = 130
-        unused = new and attempt is not None and _last_attempt(session) == attempt
-    if unused or (code == 2 and new):
-        # Nothing was trained: a new session with wrong input is removed, or one that was
-        # interrupted before its first attempt.
-        remove_new(session)
+        code = INTERRUPTED
+    new.remove_if_unused(code)
     _flush()
     sys.exit(code)
-
-
-def _last_attempt(session: SessionFolder) -> int | None:
-    """The number of the last attempt, 0 before the first; None if the journal cannot be read."""
-    try:
-        with JournalReader(session) as reader:
-            return max((attempt.attempt for attempt in reader.attempts()), default=0)
-    except RlhfError:
-        return None
 
 
 def _total_steps(session: SessionFolder, start: StartOptions) -> int:

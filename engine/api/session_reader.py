@@ -8,8 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.api.curve import Curve, aligned, as_curve
-from engine.config.file import as_mapping
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
@@ -98,7 +99,7 @@ class SessionReader:
 
         Before the first step, they are those of the configuration.
         """
-        configured = as_mapping(settings_of(self.config()))
+        configured = msgspec.structs.asdict(settings_of(self.config()))
         with self._reader() as reader:
             return configured | (reader.meta().settings or {})
 

@@ -210,21 +210,13 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
     """The configuration as nested dictionaries of plain values."""
-    tree = msgspec.to_builtins(config)
-    if not isinstance(tree, dict):
-        raise TypeError("a configuration must be a mapping")
+    tree: dict[str, Any] = msgspec.to_builtins(config)
     return tree
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain values by dotted key."""
     return flatten(to_tree(config))
-
-
-def as_mapping(value: msgspec.Struct) -> dict[str, Any]:
-    """The fields of a struct as plain values, without its tag."""
-    mapping: dict[str, Any] = msgspec.to_builtins(msgspec.structs.asdict(value))
-    return mapping
 
 
 def dump(config: RunConfig) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from engine.config.mistakes import ALSO, LISTED, together
 from engine.config.names_elsewhere import KEYS_HERE, SECTIONS
 from engine.config.schema import RunConfig
 from engine.config.type_errors import expected, shown
@@ -16,11 +17,8 @@ from engine.examined import examined
 EMPTY = ", got `null`"
 """Suffix of msgspec's message for a key without a value."""
 
-LISTED, SHORT = 4, 40
-"""How many more unknown keys, or other mistakes, a message lists, and the characters that each of
-these keys has at most."""
-ALSO_UNKNOWN = " (also unknown: "
-"""Begins what a message adds about other unknown keys."""
+SHORT = 40
+"""The characters that each of the other unknown keys has at most that a message lists."""
 MOST_MISTAKES = 10
 """How many mistakes are looked for."""
 REQUIRED_SECTIONS: dict[str, dict[str, Any]] = {
@@ -88,13 +86,7 @@ def explain(message: str, tree: dict[str, Any], kind: type[msgspec.Struct] = Run
         kind: what it could not be decoded as.
     """
     found = _mistakes(message, tree, kind)
-    first, *others = sorted(found, key=lambda told: not told.startswith("unknown key"))
-    if not others:
-        return first
-    listed = "; ".join(others[:LISTED]) + ("; and others" if len(others) > LISTED else "")
-    if ALSO_UNKNOWN in first:
-        return f"{first[:-1]}; {listed})"
-    return f"{first} (also: {listed})"
+    return together(sorted(found, key=lambda told: not told.startswith("unknown key")))
 
 
 def _mistakes(message: str, tree: dict[str, Any], kind: type[msgspec.Struct]) -> Iterable[str]:
@@ -202,7 +194,7 @@ def _also_unknown(tree: dict[str, Any], told: str) -> str:
     if not others:
         return ""
     listed = ", ".join(f"'{key}'" for key in others[:LISTED])
-    return f"{ALSO_UNKNOWN}{listed}{' and others' if len(others) > LISTED else ''})"
+    return f"{ALSO} unknown: {listed}{' and others' if len(others) > LISTED else ''})"
 
 
 def _unknown_keys(

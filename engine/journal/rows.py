@@ -224,8 +224,6 @@ class ErrorEvent(Struct, frozen=True):
 
     text: str = ""
     traceback: str | None = None
-    user_input: bool = False
-    """Whether the user's input caused the error."""
 
 
 class ReadyEvent(Struct, frozen=True):

@@ -12,7 +12,7 @@ from engine.errors import NoSuchSessionError, RlhfError, SessionError, UserInput
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent, ReadyEvent
 from engine.launch.environment import LOG_ENCODING
-from engine.launch.failed_start import is_new, remove_new
+from engine.launch.failed_start import NewSession
 from engine.launch.start_options import StartOptions, start_variable
 from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
@@ -96,17 +96,12 @@ def start_or_remove(
     timeout: float,
     notice: Callable[[str], None] = lambda _text: None,
 ) -> int:
-    """Like :func:`start_engine`, but removes a new session whose start fails.
-
-    If its engine ran and failed, the session stays with its log, and the next run may take its
-    name.
-    """
-    new = is_new(session, start)
+    """Like :func:`start_engine`, but removes a new session if the user's input is wrong."""
+    new = NewSession(session, start)
     try:
         return start_engine(session, start, timeout=timeout, notice=notice)
-    except (UserInputError, SessionError) as error:
-        if new and (isinstance(error, UserInputError) or not session.journal_file.exists()):
-            remove_new(session)
+    except UserInputError as error:
+        new.remove_if_unused(error.exit_code)
         raise
 
 

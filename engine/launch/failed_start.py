@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from engine.errors import JournalError, UserInputError
 from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ForkOrigin
@@ -11,26 +12,57 @@ from engine.launch.start_options import StartOptions
 from engine.session.checkpoints import COMPLETE, checkpoint_path
 from engine.session.folder import SessionFolder
 
+INTERRUPTED = 130
+"""The exit code of a start that was interrupted: 128 and the number of SIGINT."""
 
-def is_new(session: SessionFolder, start: StartOptions) -> bool:
-    """Whether the session was created for this start, and holds nothing but its configuration.
 
-    Such a session is removed when the start fails because of the user's input. One whose journal
-    is lost but which has checkpoints, samples or judgements is not new.
-    """
+class NewSession:
+    """A session at a start; removed again if it was created for this start and is not used."""
+
+    def __init__(self, session: SessionFolder, start: StartOptions) -> None:
+        """Call this before the engine starts."""
+        self._session = session
+        self._is_new = _is_new(session, start)
+        self._attempt = _last_attempt(session)
+
+    def remove_if_unused(self, code: int | None) -> bool:
+        """Removes a new session if the user's input was wrong, or the start was interrupted early.
+
+        Early is before its first attempt. It stays if another engine has it, or if something in it
+        was judged meanwhile. If its engine ran and failed, it stays with its log, and the next run
+        may take its name.
+
+        Args:
+            code: the exit code of the engine; None if it has not ended.
+
+        Returns:
+            Whether it was removed.
+        """
+        session, attempt = self._session, self._attempt
+        unused = code == UserInputError.exit_code or (
+            code == INTERRUPTED and attempt is not None and _last_attempt(session) == attempt
+        )
+        if not (self._is_new and unused) or session.may_be_live() or session.labels_file.exists():
+            return False
+        shutil.rmtree(session.folder, ignore_errors=True)
+        return True
+
+
+def _is_new(session: SessionFolder, start: StartOptions) -> bool:
+    """One whose journal is lost but which has checkpoints, samples or judgements is not new."""
     databases = (session.journal_file, session.samples_file, session.labels_file)
     return bool(start.origin) or not (
         any(file.exists() for file in databases) or any(session.checkpoints.glob("*step-*"))
     )
 
 
-def remove_new(session: SessionFolder) -> None:
-    """Removes a new session whose start failed.
-
-    It stays if another engine has it, or if something in it was judged meanwhile.
-    """
-    if not session.may_be_live() and not session.labels_file.exists():
-        shutil.rmtree(session.folder, ignore_errors=True)
+def _last_attempt(session: SessionFolder) -> int | None:
+    """The number of the last attempt, 0 before the first; None if the journal cannot be read."""
+    try:
+        with JournalReader(session) as reader:
+            return max((attempt.attempt for attempt in reader.attempts()), default=0)
+    except JournalError:
+        return None
 
 
 def is_failed_start(session: SessionFolder) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange, settings_of
@@ -286,7 +288,7 @@ def _check_whole(session: SessionFolder, step: int) -> None:
 
 def _settings_at(session: SessionFolder, config: RunConfig, step: int | None) -> dict[str, Any]:
     """The settings of the step after a checkpoint; the latest ones if `step` is None."""
-    configured = config_file.as_mapping(settings_of(config))
+    configured = msgspec.structs.asdict(settings_of(config))
     if step is not None:
         return configured | saved_settings(checkpoint_path(session.checkpoints, step))
     with JournalReader(session) as reader:
@@ -301,7 +303,7 @@ def _setting_changes(
     One of a whole section, such as `kl={beta: 0.1}`, overrides all settings in it.
     """
     overridden = {o.partition("=")[0].strip() for o in overrides}
-    configured = config_file.as_mapping(settings_of(config))
+    configured = msgspec.structs.asdict(settings_of(config))
     return [
         SettingChange(key=key, old=current.get(key), new=configured[key])
         for key, path in LIVE_SETTINGS.items()

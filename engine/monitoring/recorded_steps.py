@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.config import file as config_file
+import msgspec
+
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import GuardrailConfig
 from engine.config.settings import settings_of
@@ -202,7 +203,7 @@ def _first_settings(run: RunConfig, commands: Collection[CommandRow]) -> dict[st
     `commands` are all that were applied, in order, those of abandoned branches included.
     """
     changes = [change for command in commands for change in command.changes]
-    configured = config_file.as_mapping(settings_of(run))
+    configured = msgspec.structs.asdict(settings_of(run))
     return configured | {change.key: change.old for change in reversed(changes)}
 
 

@@ -39,7 +39,7 @@ class StepTimer:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Starts the clock of a step; `clock` returns seconds."""
         self._clock = clock
-        self.step_seconds: float | None = None
+        self._step_seconds: float | None = None
         """Moving average over the latest steps; None before the first step is done."""
         self.restart()
 
@@ -56,8 +56,8 @@ class StepTimer:
         """
         taken = self._clock() - self._began if measured is None else measured
         self.restart()
-        before = self.step_seconds
-        self.step_seconds = taken if before is None else 0.7 * before + 0.3 * taken
+        before = self._step_seconds
+        self._step_seconds = taken if before is None else 0.7 * before + 0.3 * taken
 
     def phase(self, phase: Phase) -> None:
         """Takes the progress of rank 0 into account."""
@@ -67,6 +67,6 @@ class StepTimer:
     def remaining(self) -> float | None:
         """Estimated seconds until the current step is done; None if nothing is known yet."""
         ends = self._optimise.ends
-        if ends is None and self.step_seconds is not None:
-            ends = self._began + self.step_seconds
+        if ends is None and self._step_seconds is not None:
+            ends = self._began + self._step_seconds
         return None if ends is None else max(0.0, ends - self._clock())

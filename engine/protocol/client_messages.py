@@ -122,15 +122,6 @@ class Telemetry(Message, frozen=True, tag="telemetry"):
     gpus: list[Gpu] = []
 
 
-class PendingCommand(Struct, frozen=True, kw_only=True):
-    """A command that is neither applied nor rejected."""
-
-    id: str
-    command: str
-    who: str
-    status: str
-
-
 class Status(Message, frozen=True, tag="status"):
     """The reply to :class:`StatusRequest`."""
 
@@ -141,11 +132,8 @@ class Status(Message, frozen=True, tag="status"):
     settings: dict[str, Any]
     phases: list[Phase]
     """The latest phase of each rank."""
-    step_seconds: float | None
-    """Mean duration of recent steps."""
     boundary_in: float | None
     """Estimated seconds until the next step boundary."""
-    pending: list[PendingCommand]
     telemetry: Telemetry | None
     watchers: int
     pid: int

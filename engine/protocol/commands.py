@@ -65,6 +65,11 @@ class Command(Struct, frozen=True, kw_only=True, tag_field="command", forbid_unk
         """The command's tag, as in the journal and on the command line: `pause`, `beta`."""
         return str(cls.__struct_config__.tag)
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as plain values, for the journal."""
+        arguments: dict[str, Any] = msgspec.to_builtins(msgspec.structs.asdict(self))
+        return arguments
+
     def check_arguments(self) -> None:
         """Checks the arguments, whatever the session's state. Raises CommandRejectedError."""
 

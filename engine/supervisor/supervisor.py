@@ -12,7 +12,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-from engine.config import file as config_file
+import msgspec
+
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import JournalError
@@ -89,7 +90,7 @@ class Supervisor:
         self._config = config
         self._journal = journal
         self._first = start
-        settings = config_file.as_mapping(settings_of(config))
+        settings = msgspec.structs.asdict(settings_of(config))
         self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
         self.server = Server()
         self._notifier = Notifier(config.notify, root=session.folder.parent)
@@ -150,9 +151,7 @@ class Supervisor:
             attempt=self._journal.attempt,
             settings=state.settings,
             phases=list(state.phases.values()),
-            step_seconds=state.timer.step_seconds,
             boundary_in=state.timer.remaining() if moving else None,
-            pending=self.pending.rows(),
             telemetry=self.watchdog.latest,
             watchers=self.server.watchers,
             pid=os.getpid(),

@@ -138,20 +138,13 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         super().__init__()
         self.animation_level = "none"
         self._notices = Notices(self)
+        context = as_context(self)
         self.follower = SessionFollower(
-            self, self.preferences, self.who,
-            now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
-            root=self.root, origin=origin,
-        )  # fmt: skip
-        self.commands = CommandTracker(
-            self, self.who, target=self.steering_target, root=self.root,
-            read_only=not self.steers, say=self.say,
-        )  # fmt: skip
-        self.steering = steering.Steering(self, self.commands, self.say)
-        self.engines = EngineStarter(
-            self, self.follower, self.root,
-            now=now, read_only=self.read_only, say=self.say, open_session=self.open_session,
-        )  # fmt: skip
+            self, context, follow=follow, replay=replay, draw=self.draw_screens
+        )
+        self.commands = CommandTracker(self, context, self.steering_target)
+        self.steering = steering.Steering(self, context, self.commands)
+        self.engines = EngineStarter(self, context)
         self._first_read = first_read
         if session is not None:
             self.follower.open(session)

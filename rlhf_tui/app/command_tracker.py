@@ -11,7 +11,7 @@ from engine.journal.rows import ProbeResult
 from engine.protocol.commands import Command, Probe
 from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.screens.context import Say
+from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.steering_target import SteeringTarget
@@ -32,29 +32,20 @@ class CommandTracker:
     def __init__(
         self,
         app: App[None],
-        who: str,
-        *,
+        context: AppContext,
         target: Callable[[], SteeringTarget | None],
-        root: Path,
-        read_only: bool,
-        say: Say,
     ) -> None:
         """Sends nothing yet.
 
         Args:
             app: takes the replies.
-            who: the operator.
+            context: the same app, as screens see it.
             target: returns the run that the keys act on; None if no run is selected.
-            root: the folder of sessions.
-            read_only: nothing may be sent.
-            say: shows a notice.
         """
         self._app = app
+        self._context = context
         self.target = target
-        self._root = root
-        self.read_only = read_only
-        self._say = say
-        self._sender = CommandSender(who)
+        self._sender = CommandSender(context.who)
         self._effects: dict[Path, PendingEffects] = {}
         """The effects on each run, by session folder."""
         self._last_read: dict[Path, SteeringTarget] = {}
@@ -64,21 +55,21 @@ class CommandTracker:
         """The notice that a run has no engine, and how to start one."""
         if target.state == "unreadable":
             return f"'{target.name}' cannot be read"
-        resume = fmt.command("resume", target.name, root=self._root)
+        resume = fmt.command("resume", target.name, root=self._context.root)
         return f"'{target.name}' has no engine; resume it: {resume}"
 
     def can_send(self, target: SteeringTarget) -> bool:
         """Whether a command would reach an engine; shows a notice if not."""
-        if self.read_only:
-            self._say(READ_ONLY, "warning")
+        if not self._context.steers:
+            self._context.say(READ_ONLY, "warning")
             return False
         try:
             live = target.session.is_live()
         except SessionError as error:
-            self._say(str(error), "error")
+            self._context.say(str(error), "error")
             return False
         if not live:
-            self._say(self.no_engine(target), "warning")
+            self._context.say(self.no_engine(target), "warning")
         return live
 
     def send(
@@ -126,18 +117,18 @@ class CommandTracker:
             beta = target.beta if target is not None else None
             self._effects[session.folder].replied(message.command, reply, beta)
         if reply is None:
-            self._say(f"{text}: {message.problem}", "error")
+            self._context.say(f"{text}: {message.problem}", "error")
         elif reply.status == "rejected":
-            self._say(f"{text}: rejected: {reply.reason}", "error")
+            self._context.say(f"{text}: rejected: {reply.reason}", "error")
         elif reply.status == "applied":
             name = message.command.name()
             if reply.step is not None and (effect := effect_text(name, reply.step)):
-                self._say(f"{session.name}: {effect}")
+                self._context.say(f"{session.name}: {effect}")
                 return
             if reply.changes:  # beta may have moved since the command was sent
                 what = applied_text(name, reply.changes)
                 text = f"{session.name}: {what}"
-            self._say(f"{text}: {outcome_text(name, reply.step)}")
+            self._context.say(f"{text}: {outcome_text(name, reply.step)}")
             if reply.result and isinstance(message.command, Probe):
                 from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps start-up short
 
@@ -145,7 +136,7 @@ class CommandTracker:
                 self._show_probe(ProbeDialog(session.name, prompt, result, reply.step))
         else:
             expected = f", {when(target)}" if target is not None else ""
-            self._say(f"{text}: {reply.status}{expected}")
+            self._context.say(f"{text}: {reply.status}{expected}")
 
     def _show_probe(self, dialog: "ProbeDialog") -> None:
         """Shows the responses to a probe once no other dialog is open: somebody may be typing."""

@@ -1,10 +1,16 @@
-"""The digest: what happened since the operator last saw the session."""
+"""What the operator has seen of a session, and the digest: what happened since then."""
+
+import threading
+from collections.abc import Callable
 
 from engine import metrics
 from engine.journal.rows import CommandEvent, CommandRow, ErrorEvent, StateEvent
+from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
+from rlhf_tui.state import preferences as prefs
+from rlhf_tui.state.curves import RECENT
 from rlhf_tui.state.preferences import Seen
-from rlhf_tui.state.session_state import RECENT, SessionState
+from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import (
     MARKER_GLYPHS,
     MARKER_TONES,
@@ -17,6 +23,55 @@ from rlhf_tui.widgets.lines import Row
 MOST = 8
 AWAY = 60.0
 """Minimum seconds of absence for which a digest is shown."""
+SAVE_INTERVAL = 30.0
+
+
+class Visit:
+    """Shows the digest of the time since the last visit to a session; saves what this one sees."""
+
+    def __init__(
+        self, session: SessionFolder, state: SessionState, now: Callable[[], float]
+    ) -> None:
+        """The session was opened.
+
+        Args:
+            session: the session.
+            state: what is shown of it.
+            now: the wall clock.
+        """
+        self._folder = str(session.folder)
+        self._state = state
+        self._now = now
+        self._saved = now()
+        self._digest_shown = False
+
+    def digest(self) -> list[Row]:
+        """The lines of the digest; empty if it was returned before, or its curves are not read."""
+        if self._digest_shown or not curves_are_read(self._state):
+            return []
+        self._digest_shown = True
+        seen = prefs.load_seen().get(self._folder)
+        return digest(self._state, seen) if seen is not None else []
+
+    def save(self) -> None:
+        """Saves what was seen, if it was; what happened before the digest counts as not seen."""
+        self._saved = self._now()
+        state = self._state
+        if not self._digest_shown or not state.known:
+            return
+        seen = Seen(
+            time=self._saved,
+            step=state.head.step,
+            event=state.timeline.events[-1].event if state.timeline.events else 0,
+            began=began(state),
+            pending=[command.id for command in state.timeline.pending()],
+        )
+        prefs.remember_seen(self._folder, seen)
+
+    def save_regularly(self) -> None:
+        """Call it often. The terminal may disappear at any time."""
+        if self._now() - self._saved > SAVE_INTERVAL:
+            threading.Thread(target=self.save, daemon=True).start()
 
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
@@ -24,7 +79,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     if seen.began and (start := began(state)) and start != seen.began:
         return []  # of a session that had this folder before
     away = state.now() - seen.time
-    new = [e for e in state.events if e.event > seen.event]
+    new = [e for e in state.timeline.events if e.event > seen.event]
     steps = state.head.step - seen.step
     commands = _commands(state, seen)
     if 0 <= away < AWAY or (steps == 0 and not new and not commands):
@@ -45,7 +100,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
 
 def began(state: SessionState) -> float:
     """The time of the session's first event; 0 if unknown."""
-    first = state.events[0] if state.events else None
+    first = state.timeline.events[0] if state.timeline.events else None
     return first.time if first is not None and first.event == 1 else 0.0
 
 
@@ -58,7 +113,7 @@ def _progress(state: SessionState, seen: Seen) -> list[Row]:
         return [[(f"back to step {now}, from step {then}", "warn")]]
     rows: list[Row] = [[(f"steps {then} → {now}", "strong")]]
     for name, label in ((metrics.SCORE, "score"), (metrics.KL, "KL"), (metrics.BETA, "beta")):
-        series = state.series(name)
+        series = state.curves.series(name)
         old, new = (
             # A setting has a value, whatever it was before.
             series.latest(step) if metrics.describe(name).is_set
@@ -71,7 +126,7 @@ def _progress(state: SessionState, seen: Seen) -> list[Row]:
 
 def _entries(state: SessionState, seen: Seen) -> list[Row]:
     """The newest entries of the timeline since then, and how many more there are."""
-    since = [m for m in state.markers() if m.after > seen.event]
+    since = [m for m in state.timeline.markers() if m.after > seen.event]
     saved = [m for m in since if m.kind == "checkpoint"]
     if len(since) > MOST and len(saved) > 1:
         # There may be dozens, which must not keep an alert or a crash from being seen.
@@ -102,11 +157,11 @@ def _commands(state: SessionState, seen: Seen) -> list[Row]:
 
     Those that were applied since are entries of the timeline.
     """
-    events = (e.payload for e in state.events if e.event > seen.event)
+    events = (e.payload for e in state.timeline.events if e.event > seen.event)
     newer = {payload.id for payload in events if isinstance(payload, CommandEvent)}
     rows = [
         _command_row(command, live=state.live)
-        for command in state.commands
+        for command in state.timeline.commands
         if command.id in seen.pending
         or (command.id in newer and command.accepted and command.status != "applied")
     ]
@@ -139,8 +194,8 @@ def _command_row(command: CommandRow, *, live: bool) -> Row:
 
 def curves_are_read(state: SessionState) -> bool:
     """Whether the curves of a digest are read. Those of a long run are read one after another."""
-    return bool(state.names) and all(
-        name in state.curves
+    return bool(state.curves.names) and all(
+        state.curves.is_read(name)
         for name in (metrics.SCORE, metrics.KL, metrics.BETA)
-        if name in state.names
+        if name in state.curves.names
     )

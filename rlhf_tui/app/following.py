@@ -1,8 +1,5 @@
 """Follows the open session: reads it, keeps its state and draws it."""
 
-import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -10,11 +7,10 @@ from textual.app import App
 
 from engine.errors import RlhfError
 from engine.session.folder import SessionFolder
-from rlhf_tui.app.digest import began, curves_are_read, digest
+from rlhf_tui.app.digest import Visit
 from rlhf_tui.app.replaying import ReplayControls
 from rlhf_tui.dialogs.digest import DigestDialog
-from rlhf_tui.screens.context import Origin, Say
-from rlhf_tui.state import preferences as prefs
+from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.command_sender import UNCHANGED_READINGS
 from rlhf_tui.state.feeds.feed import Feed, SessionFeed
 from rlhf_tui.state.feeds.updates import SessionUpdate
@@ -27,7 +23,6 @@ DRAW_AFTER = 0.04
 """Seconds during which updates are collected before they are drawn."""
 TICK = 1.0
 """Seconds between two calls of :meth:`SessionFollower.tick`."""
-SAVE_SEEN_INTERVAL = 30.0
 
 
 class DrawScreens(Protocol):
@@ -43,53 +38,38 @@ class SessionFollower:
     def __init__(
         self,
         app: App[None],
-        preferences: prefs.Preferences,
-        who: str,
+        context: AppContext,
         *,
-        now: Callable[[], float],
         follow: bool,
-        say: Say,
-        draw: DrawScreens,
-        root: Path,
         replay: ReplayOptions | None,
-        origin: Origin | None,
+        draw: DrawScreens,
     ) -> None:
         """Opens no session yet.
 
         Args:
             app: takes the feed's messages, and has timers and dialogs.
-            preferences: the operator's.
-            who: the operator.
-            now: the wall clock.
+            context: the same app, as screens see it.
             follow: False reads each session once and never again.
-            say: shows a notice.
-            draw: draws the visible screens.
-            root: the folder of sessions.
             replay: replays sessions from their beginning; the first one that is opened from the
                 step of these options. None: shows them as they are.
-            origin: the session that the open one is a copy of; None if it is not a copy.
+            draw: draws the visible screens.
         """
         self._app = app
-        self._preferences = preferences
-        self._who = who
-        self._now = now
+        self._context = context
         self._follow = follow
-        self._say = say
-        self._draw_screens = draw
-        self._root = root
         self._replay_options = replay
-        self._origin = origin
+        self._draw_screens = draw
         self.session: SessionFolder | None = None
-        self.state = SessionState(now=now, root=root)
+        self.state = SessionState(now=context.now, root=context.root)
         self.view = self._new_view()
         self._feed: SessionFeed | None = None
         self.replay: ReplayControls | None = None
         """The keys of the replay of the open session; None without a replay."""
+        self._visit: Visit | None = None
+        """What the operator sees of the open session; None in a replay and if it is read once."""
         self._draw_due = False
         self._only_live = True
         """Whether only phases and machine have changed since the last drawing."""
-        self._digest_shown = True
-        self._seen_saved = now()
 
     # -- the open session ----------------------------------------------------------------------
 
@@ -101,29 +81,33 @@ class SessionFollower:
         """Makes a session the open one; :meth:`begin` starts to read it."""
         self.leave()
         self.session = session
-        self.state = SessionState(session.name, now=self._time, root=self._root)
+        self.state = SessionState(session.name, now=self._time, root=self._context.root)
         self.view = self._new_view()
-        self._digest_shown = self._replay_options is not None
-        folder, app = str(session.folder), self._app
-        names = [*self._preferences.metrics(), *ALWAYS]
+        self._feed = self._new_feed(session)
+        if self._follow and self._replay_options is None:
+            self._visit = Visit(session, self.state, self._context.now)
+
+    def _new_feed(self, session: SessionFolder) -> SessionFeed:
+        folder, app, context = str(session.folder), self._app, self._context
+        names = [*context.preferences.metrics(), *ALWAYS]
 
         def post(update: SessionUpdate) -> None:
             app.post_message(SessionUpdated(folder, update))
 
         if self._replay_options is None:
-            self._feed = Feed(session, self._who, names, post)
-            return
+            return Feed(session, context.who, names, post)
         from rlhf_tui.state.replay.feed import ReplayFeed  # noqa: PLC0415 - keeps start-up short
 
         player = Player(self._replay_options.speed)
         feed = ReplayFeed(session, player, names, post, self._replay_options.from_step)
-        self._feed, self.replay = feed, ReplayControls(player, feed, self._say)
+        self.replay = ReplayControls(player, feed, context.say)
         self._replay_options = msgspec.structs.replace(self._replay_options, from_step=0)
+        return feed
 
     def _time(self) -> float:
         """The wall clock; in a replay, that of the displayed moment."""
         replay = self.state.replay
-        return self._now() if replay is None else replay.position.time
+        return self._context.now() if replay is None else replay.position.time
 
     def begin(self) -> None:
         """Starts to read the open session."""
@@ -142,19 +126,20 @@ class SessionFollower:
             if self.session is not None:
                 config, state = self.session.config(), self.state
                 state.batch_size = config.rollout.batch_size
-                state.eval_every = config.eval.every
+                state.progress.eval_every = config.eval.every
                 state.best_metric = config.train.best_metric
                 feed.want([state.best_metric])
         except (RlhfError, OSError) as error:
-            self._say(str(error), "error")
+            self._context.say(str(error), "error")
 
     def _new_view(self) -> Viewport:
-        return Viewport(weight=self._preferences.weight, past=self._preferences.past)
+        preferences = self._context.preferences
+        return Viewport(weight=preferences.weight, past=preferences.past)
 
     def read_metrics(self) -> None:
         """Reads the metrics of the charts in the preferences, which have changed."""
         if self._feed is not None:
-            self._feed.want(self._preferences.metrics())
+            self._feed.want(self._context.preferences.metrics())
 
     def command_ended(self) -> None:
         """Call this when a command was applied: others may have reverted it before it was read."""
@@ -166,15 +151,17 @@ class SessionFollower:
         if self._feed is not None:
             self._feed.stop()
             self._feed = None
-        self._save_seen()
+        if self._visit is not None:
+            self._visit.save()
+            self._visit = None
 
     def forget(self, name: str) -> None:
         """Stops following a session that is about to be deleted."""
         if self.session is not None and self.session.name == name:
             if self._feed is not None:
                 self._feed.stop()
-            self._feed = self.session = None
-            self.state = SessionState(now=self._now, root=self._root)
+            self._feed = self.session = self._visit = None
+            self.state = SessionState(now=self._context.now, root=self._context.root)
 
     # -- updates -------------------------------------------------------------------------------
 
@@ -195,43 +182,15 @@ class SessionFollower:
         self._draw_due = False
         only_live, self._only_live = self._only_live, True
         self._draw_screens(only_live=only_live)
-        if not self._digest_shown and curves_are_read(self.state):
-            self._digest_shown = True
-            self._show_digest()
+        if self._visit is not None and (rows := self._visit.digest()):
+            self._app.push_screen(DigestDialog(f"{self.state.name} since you left", rows))
 
     def tick(self) -> None:
         """Draws the clocks, which advance between two updates."""
-        stale = "" if self._origin is None else self._origin.stale
+        origin = self._context.origin
+        stale = "" if origin is None else origin.stale
         changed, self.state.stale = stale != self.state.stale, stale
         if (self.state.live or changed) and not self._draw_due:
             self._draw()
-        if self._now() - self._seen_saved > SAVE_SEEN_INTERVAL:
-            # The terminal may disappear at any time, so what was seen is saved regularly.
-            threading.Thread(target=self._save_seen, daemon=True).start()
-
-    # -- what the operator has seen ------------------------------------------------------------
-
-    def _save_seen(self) -> None:
-        self._seen_saved = self._now()
-        if not self._digest_shown:
-            return
-        shown_now = self._follow and self._replay_options is None
-        if self.session is not None and self.state.known and shown_now:
-            newest = self.state.events[-1].event if self.state.events else 0
-            seen = prefs.Seen(
-                time=self._now(),
-                step=self.state.head.step,
-                event=newest,
-                began=began(self.state),
-                pending=[command.id for command in self.state.pending()],
-            )
-            prefs.remember_seen(str(self.session.folder), seen)
-
-    def _show_digest(self) -> None:
-        if self.session is None or not self._follow:
-            return
-        seen = prefs.load_seen().get(str(self.session.folder))
-        rows = digest(self.state, seen) if seen is not None else []
-        if rows:
-            title = f"{self.session.name} since you left"
-            self._app.push_screen(DigestDialog(title, rows))
+        if self._visit is not None:
+            self._visit.save_regularly()

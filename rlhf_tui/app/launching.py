@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from textual.app import App
@@ -14,9 +13,8 @@ from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
 from engine.session.folder import SessionFolder, all_sessions, find
-from rlhf_tui.app.following import SessionFollower
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.screens.context import Say
+from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.messages import CommandResult, EngineStarted
 
 if TYPE_CHECKING:  # imported when a form is opened
@@ -33,47 +31,27 @@ OURS = "rlhf-tui: "
 class EngineStarter:
     """Starts, resumes and forks runs, each by a command in a separate process."""
 
-    def __init__(
-        self,
-        app: App[None],
-        follower: SessionFollower,
-        root: Path,
-        *,
-        now: Callable[[], float],
-        read_only: bool,
-        say: Say,
-        open_session: Callable[[str], bool],
-    ) -> None:
+    def __init__(self, app: App[None], context: AppContext) -> None:
         """Starts nothing yet.
 
         Args:
             app: takes :class:`EngineStarted`, and has timers and dialogs.
-            follower: the open session.
-            root: the folder of sessions.
-            now: the wall clock.
-            read_only: nothing may be started.
-            say: shows a notice.
-            open_session: shows the dashboard of a session.
+            context: the same app, as screens see it.
         """
         self._app = app
-        self._follower = follower
-        self._root = root
-        self._now = now
-        self._read_only = read_only
-        self._say = say
-        self._open_session = open_session
+        self._context = context
 
     def _refused(self) -> bool:
         """Whether this terminal is read-only; shows a notice if so. Screens hide such keys."""
-        if self._read_only:
-            self._say("read-only: nothing can be started or deleted", "warning")
-        return self._read_only
+        if self._context.read_only:
+            self._context.say("read-only: nothing can be started or deleted", "warning")
+        return self._context.read_only
 
     def ask_new(self) -> None:
         """Asks for a configuration file, then starts a run from it."""
         from rlhf_tui.app.forms.start import new_run_form  # noqa: PLC0415 - keeps start-up short
 
-        self._ask(lambda: new_run_form(self._root))
+        self._ask(lambda: new_run_form(self._context.root))
 
     def ask_resume(self, name: str, from_step: int | None = None) -> None:
         """Asks for overrides, then resumes a session.
@@ -85,13 +63,13 @@ class EngineStarter:
         """
         from rlhf_tui.app.forms.start import resume_form  # noqa: PLC0415 - keeps start-up short
 
-        self._ask(lambda: resume_form(self._root, name, from_step))
+        self._ask(lambda: resume_form(self._context.root, name, from_step))
 
     def ask_fork(self, name: str, step: int) -> None:
         """Asks for a name and overrides, then forks `name` from the checkpoint of `step`."""
         from rlhf_tui.app.forms.start import fork_form  # noqa: PLC0415 - keeps start-up short
 
-        self._ask(lambda: fork_form(self._root, name, step))
+        self._ask(lambda: fork_form(self._context.root, name, step))
 
     def _ask(self, make: "Callable[[], StartForm]") -> None:
         """Opens a form and starts its run, or shows why the form cannot be opened."""
@@ -100,7 +78,7 @@ class EngineStarter:
         try:
             form = make()
         except RlhfError as error:
-            self._say(str(error), "error")
+            self._context.say(str(error), "error")
             return
 
         def take(values: "Values | None") -> None:
@@ -118,8 +96,8 @@ class EngineStarter:
         """
         if self._refused():
             return
-        known = name in {s.name for s in all_sessions(self._root)}
-        self._say(f"starting: rlhf-tui {' '.join(arguments)}")
+        known = name in {s.name for s in all_sessions(self._context.root)}
+        self._context.say(f"starting: rlhf-tui {' '.join(arguments)}")
 
         def start() -> None:
             result = self.run_cli([*arguments, "--detach"])
@@ -128,18 +106,18 @@ class EngineStarter:
         threading.Thread(target=start, daemon=True, name="start").start()
         # The dashboard is useful while the models are still loading.
         if known:
-            self._open_session(name)
+            self._context.open_session(name)
         else:
-            self._open_when_created(name, self._app.current_mode, self._now() + APPEARS)
+            self._open_when_created(name, self._app.current_mode, self._context.now() + APPEARS)
 
     def _open_when_created(self, name: str, mode: str, deadline: float) -> None:
         # Until its engine runs, a new session looks as if its engine had died. A fork also locks
         # it while it copies.
-        session = SessionFolder(self._root / name)
+        session = SessionFolder(self._context.root / name)
         if session.may_be_live() and session.engine_file.exists():
             if self._takes_keys(mode):
-                self._open_session(name)
-        elif self._now() < deadline:
+                self._context.open_session(name)
+        elif self._context.now() < deadline:
             again = functools.partial(self._open_when_created, name, mode, deadline)
             self._app.set_timer(POLL_INTERVAL, again)
 
@@ -154,21 +132,21 @@ class EngineStarter:
         """Shows the output of a start; on the sessions screen, opens the session."""
         result = message.result
         for notice in result.notices:
-            self._say(notice, "warning")
+            self._context.say(notice, "warning")
         if result.problem:
-            self._say(result.problem, "error")
+            self._context.say(result.problem, "error")
             return
         if not self._is_live(message.name) and result.last_line:
             # The run has nothing left to do. The last line of the command explains why.
-            self._say(result.last_line, "warning")
-        elif self._follower.state.name == message.name or not self._takes_keys("sessions"):
-            self._say(f"'{message.name}' is running")
+            self._context.say(result.last_line, "warning")
+        elif self._context.state.name == message.name or not self._takes_keys("sessions"):
+            self._context.say(f"'{message.name}' is running")
         else:
-            self._open_session(message.name)
+            self._context.open_session(message.name)
 
     def _is_live(self, name: str) -> bool:
         try:
-            return find(self._root, name).is_live()
+            return find(self._context.root, name).is_live()
         except RlhfError:
             return False
 
@@ -180,13 +158,13 @@ class EngineStarter:
         def run() -> None:
             result = self.run_cli(arguments)
             severity: SeverityLevel = "error" if result.problem else "information"
-            self._app.call_later(self._say, result.problem or done, severity)
+            self._app.call_later(self._context.say, result.problem or done, severity)
 
         threading.Thread(target=run, daemon=True, name=arguments[0]).start()
 
     def run_cli(self, arguments: list[str]) -> CommandResult:
         """Runs ``rlhf-tui`` and waits for its end. Call it in a thread."""
-        where = ["--sessions", str(self._root)]
+        where = ["--sessions", str(self._context.root)]
         done = subprocess.run(  # noqa: S603 - ourselves
             [sys.executable, "-P", "-m", "rlhf_tui.cli", *arguments, *where],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",

@@ -28,7 +28,7 @@ from rlhf_tui.app.command_tracker import READ_ONLY, CommandTracker, when
 from rlhf_tui.app.forms.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.format import change, value_text
-from rlhf_tui.screens.context import Say
+from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.steering_target import NO_SESSION, SteeringTarget, settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Row
@@ -59,17 +59,17 @@ WHILE_STOPPING = ("stop", "note")
 class Steering:
     """Carries out the steering keys on the selected run."""
 
-    def __init__(self, app: App[None], commands: CommandTracker, say: Say) -> None:
+    def __init__(self, app: App[None], context: AppContext, commands: CommandTracker) -> None:
         """Sends nothing yet.
 
         Args:
             app: has the dialogs.
+            context: the same app, as screens see it.
             commands: sends the commands.
-            say: shows a notice.
         """
         self._app = app
+        self._context = context
         self._commands = commands
-        self._say = say
         self._actions: dict[str, Callable[[SteeringTarget], object]] = {
             "pause": lambda run: self._commands.send(run, Pause(), "pause"),
             "unpause": lambda run: self._commands.send(run, Unpause(), "unpause"),
@@ -89,7 +89,7 @@ class Steering:
         """Carries out the action of a key, or shows why it does nothing."""
         target = self._commands.target()
         if target is None:
-            self._say(self.why_disabled(), "warning")
+            self._context.say(self.why_disabled(), "warning")
         elif self._commands.can_send(target):
             self._actions[action](target)
 
@@ -115,9 +115,11 @@ class Steering:
     def _set_controller(self, target: SteeringTarget, value: str) -> None:
         """Switches the controller unless the typed value is the current one, or none at all."""
         if value not in ("", *CONTROLLERS):
-            self._say(f"controller must be {' or '.join(CONTROLLERS)}, not '{value}'", "warning")
+            self._context.say(
+                f"controller must be {' or '.join(CONTROLLERS)}, not '{value}'", "warning"
+            )
         elif value == target.settings.get("controller"):
-            self._say(f"the controller is {value} already")
+            self._context.say(f"the controller is {value} already")
         else:
             self._toggle_adaptive(target)
 
@@ -151,7 +153,7 @@ class Steering:
         """Asks for the value of a setting; the field begins with `typed`, or the current value."""
         settings = settings_in_force(target.settings)
         if settings is None:
-            self._say(f"{target.name}: its settings are known once it is loaded", "warning")
+            self._context.say(f"{target.name}: its settings are known once it is loaded", "warning")
             return
         old = target.settings.get(key)
 
@@ -317,7 +319,7 @@ class Steering:
         Returns:
             False: its key is hidden; None: its key is disabled, :meth:`why_disabled` says why.
         """
-        if self._commands.read_only:
+        if not self._context.steers:
             return False
         target = self._commands.target()
         live = target is not None and target.live
@@ -332,7 +334,7 @@ class Steering:
     def why_disabled(self) -> str:
         """Why the keys do nothing; empty if they act."""
         target = self._commands.target()
-        if self._commands.read_only:
+        if not self._context.steers:
             return READ_ONLY
         if target is None:
             return NO_SESSION

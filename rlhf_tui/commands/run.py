@@ -15,9 +15,8 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
-from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine, start_or_remove
-from engine.launch.failed_start import is_failed_start, is_new, remove_new
+from engine.launch.failed_start import NewSession, is_failed_start
 from engine.launch.start import create_session, steps_done
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
@@ -251,15 +250,13 @@ def _begin(session: SessionFolder, start: StartOptions, mode: str | None) -> Non
 
 def _watch(session: SessionFolder, start: StartOptions) -> None:
     """Starts the engine in the background and opens the dashboard while it loads."""
-    new = is_new(session, start)
+    new = NewSession(session, start)
     start_engine(session, start, timeout=0.0)
     code = view.open_screen(session.folder.parent, session)
     with JournalReader(session) as reader:
-        errors = [e.payload for e in reader.events() if isinstance(e.payload, ErrorEvent)]
-        trained = reader.last_step() > start.from_step
-    if new and errors and errors[-1].user_input and not trained and not session.is_live():
-        remove_new(session)
-        raise UserInputError(errors[-1].text)
+        meta = reader.meta()
+    if new.remove_if_unused(meta.exit_code):
+        raise UserInputError(meta.message)
     sys.exit(code)
 
 

@@ -12,7 +12,6 @@ import click
 import msgspec
 
 from engine.api.session import Session
-from engine.config import file as config_file
 from engine.config.settings import Settings
 from engine.config.yaml_document import parse_yaml
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
@@ -199,7 +198,7 @@ class CtlCall:
 
 def _row(reply: CommandReply) -> Json:
     """A reply as printed with --json."""
-    row: Json = config_file.as_mapping(reply)
+    row: Json = msgspec.to_builtins(msgspec.structs.asdict(reply))
     return row | {"applied_step": row.pop("step")}
 
 

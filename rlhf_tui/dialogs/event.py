@@ -11,7 +11,8 @@ from engine.journal.rows import AlertEvent, CheckpointEvent, ErrorEvent
 from engine.metrics import title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.text import TextDialog
-from rlhf_tui.state.session_state import RECENT, SessionState
+from rlhf_tui.state.curves import RECENT
+from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.cursor import MEASURED
@@ -101,7 +102,7 @@ class EventDialog(TextDialog):
     def _effect(self) -> list[Row]:
         rows: list[Row] = [[], [(f"means of {RECENT} steps before → after", "dim")]]
         for name, label in MEASURED:
-            before, after = self._state.before_and_after(name, self._marker.step)
+            before, after = self._state.curves.before_and_after(name, self._marker.step)
             rows.append(
                 [(f"  {label:<7}", "dim"), (f"{fmt.number(before)} → {fmt.number(after)}", "")]
             )

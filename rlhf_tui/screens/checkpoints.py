@@ -95,14 +95,14 @@ class CheckpointsScreen(SessionScreen):
         metric = self.context.state.best_metric
         if metric == SCORE:
             return checkpoint.score
-        return self.context.state.series(metric).at(checkpoint.step)
+        return self.context.state.curves.series(metric).at(checkpoint.step)
 
     def _before_alert(self, current: list[CheckpointRow]) -> tuple[CheckpointRow | None, int]:
         """The newest checkpoint before the first alert of a guard rail, and the alert's step.
 
         Of the first alert that has a checkpoint before it, as `train.keep_before_alert` selects.
         """
-        for marker in self.context.state.markers():
+        for marker in self.context.state.timeline.markers():
             alert = marker.event.payload if marker.event is not None else None
             if isinstance(alert, AlertEvent) and alert.count and not marker.abandoned:
                 older = [c for c in current if c.step < marker.step]
@@ -121,7 +121,7 @@ class CheckpointsScreen(SessionScreen):
         row: Row = [(" no checkpoint has a value of ", "dim"), (title_of(metric), "")]
         if best is not None:
             interval = describe(metric).interval
-            half = self.context.state.series(interval).at(best.step) if interval else None
+            half = self.context.state.curves.series(interval).at(best.step) if interval else None
             row = [
                 (" best by ", "dim"), (title_of(metric), "strong"), (": step ", "dim"),
                 (str(best.step), "good"), (", ", "dim"),

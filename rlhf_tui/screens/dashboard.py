@@ -128,7 +128,7 @@ class DashboardScreen(SessionScreen):
 
     def draw(self, *, only_live: bool = False) -> None:
         """Shows the state. Gives the phases a line for each rank, up to a tenth of the screen."""
-        ranks = len(self.context.state.phases)
+        ranks = len(self.context.state.progress.phases)
         most = max(1, self.size.height // 10)
         self.query_one(PhaseStrip).styles.height = min(max(ranks, 1), most)
         self._fit_machine()
@@ -191,7 +191,7 @@ class DashboardScreen(SessionScreen):
         """Selects the next event on the charts, also among those of one step; first the newest."""
         view, state = self.context.view, self.context.state
         # Before the first step no event is on the charts, and an alert may have paused the run.
-        markers = state.markers() or state.timeline()
+        markers = state.timeline.markers() or state.timeline.entries()
         if not markers:
             none = "no events yet: changes, alerts, checkpoints and notes are marked"
             self.context.say(state.unread or none)
@@ -200,7 +200,7 @@ class DashboardScreen(SessionScreen):
         if view.selected in keys:
             found = markers[(keys.index(view.selected) + way) % len(markers)]
         elif (at := view.cursor) is None:
-            found = next(m for m in reversed(state.timeline()) if m in markers)
+            found = next(m for m in reversed(state.timeline.entries()) if m in markers)
         elif way > 0:
             found = next((m for m in markers if m.step > at), markers[0])
         else:
@@ -332,7 +332,7 @@ class DashboardScreen(SessionScreen):
 
         groups = [names_of(chart) for chart in self.grid.specs]
         shown = [name for group in groups for name in group]
-        names = list(dict.fromkeys([*shown, *self.context.state.metrics]))
+        names = list(dict.fromkeys([*shown, *self.context.state.curves.drawable]))
         options = [
             Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "") for n in names
         ]
@@ -347,13 +347,13 @@ class DashboardScreen(SessionScreen):
 
         dialog = PickerDialog("Choose charts", options, groups)
         self.app.push_screen(dialog, take)
-        unread = [name for name in names if not self.context.state.shape(name)]
+        unread = [name for name in names if not self.context.state.curves.shape(name)]
         if unread and self.context.session is not None:
             read = functools.partial(_show_newest, self.context.session, unread, dialog)
             self.read_in_thread("newest", read)
 
     def _newest(self, name: str) -> str:
-        value = self.context.state.shape(name).last
+        value = self.context.state.curves.shape(name).last
         return "" if value is None else _number(name, value)
 
     def action_others(self) -> None:

@@ -20,15 +20,14 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
+from rlhf_tui.screens.parts.new_samples import COUNT, NewCounted
 from rlhf_tui.screens.parts.sample_comparison import ComparisonRead, SampleComparison
 from rlhf_tui.screens.parts.sample_filter import HINT, check_filter
 from rlhf_tui.screens.parts.sample_labels import SampleLabels
 from rlhf_tui.screens.parts.sample_list import (
-    COUNT,
     ORDER_TITLES,
     PAGES,
     JudgementsRead,
-    NewCounted,
     PageRead,
     SampleList,
 )
@@ -129,7 +128,7 @@ class SamplesScreen(SessionScreen):
 
     def why_disabled(self, action: str) -> str:
         """Responses to held-out prompts cannot be judged, and have no token values."""
-        if action == "held_out" and not self.context.state.evaluated:
+        if action == "held_out" and not self.context.state.curves.evaluated:
             return "no held-out responses: this run has no evaluation (eval.every)"
         if self.samples.query.held_out:
             if action in self.WRITES:
@@ -341,7 +340,7 @@ class SamplesScreen(SessionScreen):
         from rlhf_tui.dialogs.probes import ProbePicker  # noqa: PLC0415 - keeps start-up short
 
         state = self.context.state
-        probes = [c for c in state.commands if c.command == Probe.name() and c.result]
+        probes = [c for c in state.timeline.commands if c.command == Probe.name() and c.result]
         if probes:
             self.app.push_screen(ProbePicker(state.name, probes))
         else:

@@ -35,7 +35,7 @@ from rlhf_tui.state.messages import (
     SessionPreviewed,
     SessionsListed,
 )
-from rlhf_tui.state.session_row import ListedSession, SessionRow
+from rlhf_tui.state.runs.session_row import ListedSession, SessionRow
 from rlhf_tui.state.steering_target import NO_SESSION, SteeringTarget
 from rlhf_tui.widgets.lines import Lines, Row
 from rlhf_tui.widgets.panels.preview import PreviewPanel

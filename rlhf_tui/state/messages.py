@@ -9,8 +9,8 @@ from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
 from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.updates import SessionUpdate
-from rlhf_tui.state.session_preview import SessionPreview
-from rlhf_tui.state.session_row import ListedSession
+from rlhf_tui.state.runs.session_preview import SessionPreview
+from rlhf_tui.state.runs.session_row import ListedSession
 
 
 class SessionUpdated(Message):

@@ -9,7 +9,7 @@ from msgspec import Struct
 from engine.config.settings import Settings
 from engine.examined import examined
 from engine.session.folder import SessionFolder
-from rlhf_tui.state.session_row import SessionRow
+from rlhf_tui.state.runs.session_row import SessionRow
 from rlhf_tui.state.session_state import SessionState
 
 NO_SESSION = "no session selected; n starts a demo"

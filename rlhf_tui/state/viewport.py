@@ -52,7 +52,7 @@ class Viewport(Struct):
     def _first(self, state: SessionState) -> float:
         """The first step of the visible curves: 0 if one begins with an evaluation."""
         starts = (s.steps[0] for found in self.others.values() for s in found.values() if s)
-        return float(min([state.first_step, *starts]))
+        return float(min([state.curves.first_step, *starts]))
 
     def _whole(self, state: SessionState) -> float:
         """The last step of the longest visible curve; rounded up if it is this run's."""
@@ -112,7 +112,7 @@ class Viewport(Struct):
         """The selected entry of the timeline."""
         if self.selected is None:
             return None
-        return next((m for m in state.timeline() if m.key == self.selected), None)
+        return next((m for m in state.timeline.entries() if m.key == self.selected), None)
 
     def select(self, state: SessionState, marker: Marker) -> None:
         """Selects an entry and puts the crosshair on its step, or on the newest one before it."""

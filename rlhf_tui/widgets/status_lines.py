@@ -155,15 +155,15 @@ class StatusLine(Panel):
 
     def _paused(self, width: int) -> str:
         """What paused the run, cut to leave room for step and key; the timeline has all of it."""
-        text = one_line(paused_text(self.state.pause_reason(), self.state.head.step))
+        text = one_line(paused_text(self.state.timeline.pause_reason(), self.state.head.step))
         key = "" if self.read_only else "; p unpauses"
         room = max(width - len(key) - 2, 0)
         return (text if cell_len(text) <= room else shorten(text, room)) + key
 
     def _facts(self, width: int) -> list[Piece]:
         state = self.state
-        left, speed = state.seconds_left(), state.recent_mean(metrics.TOKENS_PER_SECOND)
-        memory = state.series(metrics.PEAK_MEMORY).last
+        left, speed = state.seconds_left(), state.curves.recent_mean(metrics.TOKENS_PER_SECOND)
+        memory = state.curves.series(metrics.PEAK_MEMORY).last
         facts: list[tuple[str, str]] = []
         if left is not None:
             facts.append((fmt.duration(left), "left"))

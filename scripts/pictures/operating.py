@@ -15,8 +15,9 @@ import shlex
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from engine import metrics
-from engine.config.file import as_mapping
 from engine.config.settings import settings_of
 from engine.journal.reader import JournalReader
 from engine.monitoring.divergence import judges_of
@@ -73,7 +74,7 @@ def record(sessions: Path, name: str) -> Path:
         series = {name: dict(reader.series(name)) for name in names}
     steps = range(1, config.train.steps + 1)
     recorded = {
-        "settings": as_mapping(settings_of(config)),
+        "settings": msgspec.structs.asdict(settings_of(config)),
         "judges": sorted(judges),
         "metrics": {
             name: [_rounded(values.get(step)) for step in steps]

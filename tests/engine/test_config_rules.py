@@ -1,5 +1,6 @@
 """Values and combinations of keys: what is taken, and what is refused with which reason."""
 
+import re
 from typing import get_args, get_type_hints
 
 import msgspec
@@ -8,12 +9,51 @@ import pytest
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.sections.ppo import ADVANTAGES, PPOConfig
-from engine.errors import ConfigError
+from engine.errors import MAX_CONFIG_ERROR, ConfigError
 from tests.engine.demo_config import demo
 
 JUDGE = ("reward.model=null", "reward.judge='http://h/v1'", "reward.judging.model=m")
 GROUPED = ("reward.model=null", "reward.mix=[{model: a, normalise: group}, {function: 'm:f'}]")
 SERVICE = ("reward.model=null", "reward.service='http://h/score'")
+
+
+def test_all_rules_that_are_broken_are_told_together():
+    with pytest.raises(ConfigError) as caught:
+        demo("ppo.minibatches=7", "train.final_rate=0.1", "launch.gpus=[0, 0]")
+    assert str(caught.value) == (
+        "rollout.batch_size (64) must be a multiple of ppo.minibatches (7) (also: train.final_rate "
+        "needs train.schedule: linear or cosine: a constant rate does not decay; launch.gpus has "
+        "GPU 0 more than once)"
+    )
+
+
+def test_of_many_broken_rules_as_many_are_told_as_can_be_read():
+    with pytest.raises(ConfigError) as caught:
+        demo(
+            "kl.place=loss", "kl.estimator=k1", "ppo.value_rate=2", "ppo.minibatches=7",
+            "ppo.policy_loss=dro", "train.final_rate=0.1", "rollout.ahead=1",
+        )  # fmt: skip
+    text = str(caught.value)
+    assert len(text) <= MAX_CONFIG_ERROR
+    assert "…" not in text
+    assert text.endswith("; and others)")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["reward.model=null", "model.value=reward_model"], "give exactly one of"),
+        (["train.best_metric=eval/score"], "train.best_metric is eval/score, which needs"),
+        (["environment.call_pattern='(x)'"], "environment.call_pattern needs"),
+        (["ppo.advantage=rloo", "ppo.value_init=reward_model"], "needs a value function"),
+        (["rollout.ahead=1", "ppo.rollout_correction=mask"], "needs rollout.engine: vllm"),
+        ([*JUDGE, "reward.judging.parse='('"], "not a regular expression"),
+    ],
+)
+def test_a_mistake_is_not_repeated_by_rules_that_depend_on_it(overrides, says):
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        demo(*overrides)
+    assert "(also" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

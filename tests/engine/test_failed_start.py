@@ -19,7 +19,12 @@ from engine.errors import (
 from engine.journal.judgements.labels import Response, set_label
 from engine.journal.reader import JournalReader
 from engine.launch.background import start_engine, start_or_remove
-from engine.launch.failed_start import is_failed_start, remove_failed_start, remove_new
+from engine.launch.failed_start import (
+    INTERRUPTED,
+    NewSession,
+    is_failed_start,
+    remove_failed_start,
+)
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import fork, resume
 from engine.launch.start_checkpoints import checkpoint_steps
@@ -242,10 +247,36 @@ def test_what_is_left_of_a_session_that_lost_its_journal_is_not_removed_with_a_f
 
 def test_a_fork_in_which_something_was_judged_is_not_removed_with_its_failed_start(make_session):
     session = make_session()
+    new = NewSession(session, StartOptions(origin={"from": "parent", "step": 4}))
     sample = Response(response="answer", attempt=1, step=1, index=0)
     set_label(session, "prompt", sample, "good", "me")
-    remove_new(session)
+    assert not new.remove_if_unused(UserInputError.exit_code)
     assert session.labels_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "attempted", "removed"),
+    [
+        (UserInputError.exit_code, True, True), (INTERRUPTED, False, True),
+        (INTERRUPTED, True, False), (SessionError.exit_code, False, False),
+        (0, True, False), (None, False, False),
+    ],
+    ids=[
+        "wrong input", "interrupted before its first attempt", "interrupted later",
+        "a failure, whose log stays", "the end of the run", "a start that has not ended",
+    ],
+)  # fmt: skip
+def test_a_new_session_is_removed_if_nothing_came_of_its_start(
+    make_session, write_in, code, attempted, removed
+):
+    session = make_session()
+    new = NewSession(session, StartOptions())
+    if attempted:
+        writer = write_in(session)
+        writer.journal.begin_attempt(0, fresh=False)
+        writer.journal.close()
+    assert new.remove_if_unused(code) == removed
+    assert session.folder.exists() != removed
 
 
 def test_a_start_beside_a_deletion_of_the_session_says_so(make_session):

@@ -7,7 +7,8 @@ from typing import get_args, get_type_hints
 import msgspec
 import pytest
 
-from engine.config.rules.supervision import check_rule
+from engine.config.mistakes import raise_mistakes
+from engine.config.rules.supervision import rule_mistakes
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import RULE_CONDITIONS, GuardrailConfig, Rule
 from engine.config.settings import LIVE_SETTINGS
@@ -180,22 +181,22 @@ def test_a_bound_may_be_a_multiple_of_every_setting_that_is_a_number(setting):
     rule = Rule(name="r", metric="m", above=1.0, of=setting)
     if setting in ("controller", "loss_aggregation"):
         with pytest.raises(ConfigError, match="must be one of"):
-            check_rule(rule)
+            raise_mistakes(rule_mistakes(rule))
     else:
-        check_rule(rule)
+        raise_mistakes(rule_mistakes(rule))
 
 
 def test_each_condition_of_a_rule_has_its_key_and_its_function():
     assert set(CONDITIONS) == set(RULE_CONDITIONS)
     assert set(CONDITIONS) <= set(Rule.__struct_fields__)
     for key in CONDITIONS:
-        check_rule(Rule(name="r", metric="m", **{key: 1.0}))
+        raise_mistakes(rule_mistakes(Rule(name="r", metric="m", **{key: 1.0})))
 
 
 def test_every_action_of_a_rule_but_to_notify_is_a_command():
     assert set(get_args(get_type_hints(Rule)["action"])) == {"notify", *ACTIONS}
     with pytest.raises(ConfigError, match="needs one of above, below, predicted_above, falls"):
-        check_rule(Rule(name="r", metric="m"))
+        raise_mistakes(rule_mistakes(Rule(name="r", metric="m")))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_a_steady_rise_raises_an_alert_before_its_bound_and_noise_and_what_is_ab
     assert alert_steps(rails(rule), [11.0 + step for step in range(20)]) == []
     assert alert_steps(rails(rule), [-1e200, -1e300, -1e200, -1e300, -1e308, 1.0]) == []
     with pytest.raises(ConfigError, match="window must be at least 4 with predicted_above"):
-        check_rule(Rule(name="r", metric="m", predicted_above=1.0, window=3))
+        raise_mistakes(rule_mistakes(Rule(name="r", metric="m", predicted_above=1.0, window=3)))
 
 
 FIRST = [10.0, 10.5, 10.0, 10.5]
@@ -326,7 +327,7 @@ def test_a_bound_may_have_to_hold_for_several_steps():
     rule = Rule(name="r", metric="m", above=1.0, lasts=3)
     assert alert_steps(rails(rule), [2, 2, 0, 2, 2, 2, 2, 0, 2]) == [6]
     with pytest.raises(ConfigError, match="lasts must be at most its window"):
-        check_rule(Rule(name="r", metric="m", above=1.0, window=3, lasts=9))
+        raise_mistakes(rule_mistakes(Rule(name="r", metric="m", above=1.0, window=3, lasts=9)))
 
 
 def diverging(judge, every, values):
@@ -382,7 +383,7 @@ def test_the_judges_of_a_run_are_those_that_it_is_not_trained_on():
 
 @pytest.mark.parametrize("rule", DEFAULT_RULES, ids=lambda rule: rule.name)
 def test_every_default_rule_is_valid_and_has_advice_of_one_line(rule):
-    check_rule(rule)
+    raise_mistakes(rule_mistakes(rule))
     assert 0 < len(rule.advice) < 100
     data = Alert(rule.name, rule.action, "text", 1, advice=rule.advice).as_data()
     assert data["advice"] == rule.advice

@@ -162,7 +162,7 @@ def replayed_commands(session):
         there = session.at(recording.position_at(offset))
         with JournalReader(there) as reader:
             changes.read(there, reader, (), SessionUpdate())
-            yield state.commands, reader.commands()
+            yield state.timeline.commands, reader.commands()
 
 
 def test_a_replay_has_the_commands_of_each_moment(writer, history):

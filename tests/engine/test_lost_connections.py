@@ -30,8 +30,8 @@ from tests.engine.supervised import apply_pending, until
 DEADLINE = 60.0
 
 STATUS = Status(
-    state="paused", step=3, total_steps=9, attempt=1, settings={}, phases=[], step_seconds=None,
-    boundary_in=None, pending=[], telemetry=None, watchers=0, pid=os.getpid(),
+    state="paused", step=3, total_steps=9, attempt=1, settings={}, phases=[],
+    boundary_in=None, telemetry=None, watchers=0, pid=os.getpid(),
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import msgspec
 import pytest
 
 from engine import starter
@@ -20,7 +21,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.launch import delete_checkpoint
-from engine.launch.failed_start import is_new
+from engine.launch.failed_start import NewSession
 from engine.launch.inputs import check_files, check_inputs
 from engine.launch.start import fork, forked_config, resume
 from engine.launch.start_checkpoints import (
@@ -200,7 +201,8 @@ def test_a_resume_chooses_nothing_while_the_session_has_an_engine(writer):
 
 def test_a_session_whose_journal_is_lost_is_not_new(without_journal):
     # A new one is removed when its configuration turns out to be wrong.
-    assert not is_new(without_journal, StartOptions(from_step=8))
+    resumed = NewSession(without_journal, StartOptions(from_step=8))
+    assert not resumed.remove_if_unused(UserInputError.exit_code)
 
 
 def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journal, write_in):
@@ -250,7 +252,7 @@ def test_an_override_of_a_whole_section_is_a_change_of_each_setting_in_it(writer
     overrides = ["kl={beta: 0.7, controller: adaptive}"]
     start = resume(writer.session, from_step=None, reseed=False, overrides=overrides, who="me")
     changed = {c.key: c.new for c in start.changes}
-    defaults = config_file.as_mapping(KLConfig())
+    defaults = msgspec.structs.asdict(KLConfig())
     keys = ("target", "horizon", "beta_min", "beta_max")
     given = {"beta": 0.7, "controller": "adaptive"}
     assert changed == given | {key: defaults[key] for key in keys}

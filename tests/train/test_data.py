@@ -164,7 +164,25 @@ BAD = {
         {},
         "line 2 has the key 'prompt' twice$",
     ),
-    "a bad value over lines": ("p.json", '{\n"prompt": "a",\n]\n}\n', {}, r"object member\.$"),
+    "a bad value over lines": (
+        "p.json",
+        '{\n"prompt": "a",\n]\n}\n',
+        {},
+        r"p\.json as json: line 3 is not JSON \(.*\); write a list of objects, such as",
+    ),
+    "a list with a comma behind the last entry": (
+        "p.json",
+        '[\n{"prompt": "a"},\n]\n',
+        {},
+        r"p\.json as json: line [23] is not JSON \(.*\); write a list of objects, such as",
+    ),
+    "a list with a number": (
+        "p.json",
+        '[{"prompt": "a"}, 3]',
+        {},
+        "entry 2 of its list is not an object; write a list of objects, such as",
+    ),
+    "only a number": ("p.json", "3\n", {}, "it is no list; write a list of objects"),
     "a number": ("p.jsonl", '{"prompt": 3}\n', {}, "row 1 .*neither text nor chat"),
     "chat without a template": (
         "p.jsonl",

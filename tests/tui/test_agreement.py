@@ -94,7 +94,7 @@ async def test_the_app_shows_it_on_samples_and_as_a_chart(make_app, running, ses
         chart = app.screen.query_one(Chart)
         await until(pilot, lambda: "falls from 13" in chart.text())
         assert "agreement" in chart.text()
-        assert AGREEMENT in app.state.metrics
+        assert AGREEMENT in app.state.curves.drawable
         await pilot.press("3")
         line = app.screen.query_one("#filter", Lines)
         await until(pilot, lambda: "of 48, less from step 13" in line.text())
@@ -102,7 +102,7 @@ async def test_the_app_shows_it_on_samples_and_as_a_chart(make_app, running, ses
 
 def test_the_app_shows_it_above_a_full_page_in_80_columns(make_app, session):
     samples = SampleList(Screen(), make_app("judged", root=session.folder.parent))
-    samples.new = 320
+    samples.new.number = 320
     state = make_state()
     state.take(SessionUpdate(agreement=Agreement(points=[Point(20, 0.5)] * 37)))
     room = 80 - row_width(not_shown_yet(samples, live=True))

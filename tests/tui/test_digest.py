@@ -6,7 +6,7 @@ import pytest
 from engine.config.settings import SettingChange
 from engine.journal.rows import AlertEvent, CheckpointEvent, CommandEvent, EventRow
 from engine.journal.writer import JournalWriter
-from rlhf_tui.app import following
+from rlhf_tui.app import digest as digest_module
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.app.digest import digest
 from rlhf_tui.dialogs.digest import DigestDialog
@@ -168,7 +168,7 @@ def test_of_the_commands_that_others_sent_the_digest_has_those_without_an_entry(
 async def test_who_returns_sees_what_became_of_the_command_that_was_pending(
     session_maker, running, tmp_path, until, monkeypatch
 ):
-    monkeypatch.setattr(following, "SAVE_SEEN_INTERVAL", -1.0)  # at each tick
+    monkeypatch.setattr(digest_module, "SAVE_INTERVAL", -1.0)  # at each tick
     session = session_maker(tmp_path, "run", 10)
     journal = JournalWriter(session)
     journal.commands.record("id", "beta", {"value": 0.1}, "ana on pts/1")

@@ -106,8 +106,8 @@ async def test_the_timeline_is_moved_through_by_time_with_the_keys_of_a_list(run
         await pilot.press("j")
         newest = app.view.marker(app.state)
         await pilot.press("G")
-        assert newest == app.state.timeline()[-1]
-        assert app.view.marker(app.state) == app.state.timeline()[0]
+        assert newest == app.state.timeline.entries()[-1]
+        assert app.view.marker(app.state) == app.state.timeline.entries()[0]
 
 
 async def test_enter_in_the_timeline_opens_the_newest_event_if_none_is_selected(
@@ -117,7 +117,7 @@ async def test_enter_in_the_timeline_opens_the_newest_event_if_none_is_selected(
     async with running(app) as pilot:
         await pilot.press("tab", "enter")
         await until(pilot, lambda: isinstance(app.screen, EventDialog))
-        assert app.view.marker(app.state) == app.state.timeline()[-1]
+        assert app.view.marker(app.state) == app.state.timeline.entries()[-1]
 
 
 async def test_newer_events_are_counted_while_one_stays_selected(run_app):

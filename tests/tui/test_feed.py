@@ -63,42 +63,42 @@ def report(step, score=1.0):
 
 def test_a_finished_session_is_read_whole(following, session):
     state, _ = following(session)
-    until(lambda: len(state.series(NAMES[1])) == 20 and state.samples)
+    until(lambda: len(state.curves.series(NAMES[1])) == 20 and state.samples)
     assert state.head.state == "finished"
     assert state.head.step == 20
 
 
 def test_each_new_step_comes_once(following, session):
     state, _ = following(session)
-    until(lambda: len(state.series(NAMES[0])) == 20)
+    until(lambda: len(state.curves.series(NAMES[0])) == 20)
     journal = JournalWriter(session)
     journal.begin_attempt(20, fresh=False)
     for step in range(21, 41):
         journal.record_step(report(step))
     journal.close()
-    until(lambda: len(state.series(NAMES[0])) == 40)
-    assert list(state.series(NAMES[0]).steps) == list(range(1, 41))
+    until(lambda: len(state.curves.series(NAMES[0])) == 40)
+    assert list(state.curves.series(NAMES[0]).steps) == list(range(1, 41))
 
 
 def test_another_timeline_replaces_the_curve_and_leaves_a_ghost(following, session):
     state, _ = following(session)
-    until(lambda: len(state.series(NAMES[0])) == 20)
+    until(lambda: len(state.curves.series(NAMES[0])) == 20)
     journal = JournalWriter(session)
     journal.begin_attempt(10, fresh=True)
     journal.record_step(report(11, score=-7.0))
     journal.close()
-    until(lambda: state.series(NAMES[0]).last == -7.0 and state.past.get(NAMES[0]))
+    until(lambda: state.curves.series(NAMES[0]).last == -7.0 and state.curves.past.get(NAMES[0]))
     assert state.head.step == 11
-    assert list(state.past[NAMES[0]][0].steps) == list(range(11, 21))
+    assert list(state.curves.past[NAMES[0]][0].steps) == list(range(11, 21))
 
 
 def test_a_replaced_journal_is_read_anew(following, session, session_maker, tmp_path):
     other = session_maker(tmp_path / "t", "run", 7)
     state, _ = following(session)
-    until(lambda: len(state.series(NAMES[0])) == 20)
+    until(lambda: len(state.curves.series(NAMES[0])) == 20)
     for name in ("journal.db", "samples.db"):
         (other.folder / name).replace(session.folder / name)
-    until(lambda: len(state.series(NAMES[0])) == 7)
+    until(lambda: len(state.curves.series(NAMES[0])) == 7)
     assert state.head.step == 7
 
 
@@ -121,7 +121,7 @@ def test_further_metrics_are_read_when_wanted(following, session):
     state, feed = following(session)
     until(lambda: state.known)
     feed.want(["grad_norm"])
-    until(lambda: len(state.series("grad_norm")) == 20)
+    until(lambda: len(state.curves.series("grad_norm")) == 20)
 
 
 @pytest.mark.parametrize("written", [0, 2**33])  # long ago; before the clock was set back
@@ -161,11 +161,11 @@ def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, m
     places = [i for i, update in enumerate(seen) if update.downsampled]
     for update in seen[: places[0] + 1]:
         state.take(update)
-    assert len(state.downsampled_curve(NAMES[0])) == 20
+    assert len(state.curves.downsampled(NAMES[0])) == 20
     for update in seen[places[0] + 1 :]:
         state.take(update)
-    assert state.downsampled_curve(NAMES[0]) is None
-    assert len(state.series(NAMES[0])) == 20
+    assert state.curves.downsampled(NAMES[0]) is None
+    assert len(state.curves.series(NAMES[0])) == 20
 
 
 def test_a_first_read_has_the_head_and_the_outlines(session):
@@ -186,12 +186,12 @@ def test_many_checkpoints_do_not_push_out_notes_and_alerts(following, session):
     for step in range(2, 700):
         journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
     state, _ = following(session)
-    until(lambda: any(e.step == 699 for e in state.events))
+    until(lambda: any(e.step == 699 for e in state.timeline.events))
     for step in range(700, 2700):
         journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
     journal.close()
-    until(lambda: any(e.step == 2699 for e in state.events))
-    assert {"note", "alert"} <= {m.kind for m in state.markers()}
+    until(lambda: any(e.step == 2699 for e in state.timeline.events))
+    assert {"note", "alert"} <= {m.kind for m in state.timeline.markers()}
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def reading(session):
 
 
 def statuses(state):
-    return {c.id: (c.status, c.live) for c in state.commands}
+    return {c.id: (c.status, c.live) for c in state.timeline.commands}
 
 
 def test_commands_that_have_ended_are_not_read_again(reading, monkeypatch):
@@ -215,7 +215,7 @@ def test_commands_that_have_ended_are_not_read_again(reading, monkeypatch):
         journal.commands.reject(f"a{number}", "no")
     journal.commands.record("late", "checkpoint", {}, "ana")
     read()
-    known, found, numbered = len(state.commands), [], JournalReader.numbered_commands
+    known, found, numbered = len(state.timeline.commands), [], JournalReader.numbered_commands
 
     def remembered(*arguments):
         found.append(numbered(*arguments))
@@ -228,8 +228,8 @@ def test_commands_that_have_ended_are_not_read_again(reading, monkeypatch):
     assert [[c.id for c in commands.values()] for commands in found] == [["late", "next"]]
     journal.commands.apply("late", 21, [])
     read()
-    assert len(state.commands) == known + 1
-    assert [c.id for c in state.commands[-2:]] == ["late", "next"]
+    assert len(state.timeline.commands) == known + 1
+    assert [c.id for c in state.timeline.commands[-2:]] == ["late", "next"]
     assert statuses(state)["late"] == statuses(state)["next"] == ("applied", True)
 
 
@@ -277,8 +277,7 @@ class Engine:
     def status(self):
         return Status(
             state="running", step=self.step, total_steps=40, attempt=1, settings={}, phases=[],
-            step_seconds=None, boundary_in=None, pending=[], telemetry=None, watchers=1,
-            pid=os.getpid(),
+            boundary_in=None, telemetry=None, watchers=1, pid=os.getpid(),
         )  # fmt: skip
 
 
@@ -316,7 +315,7 @@ def test_a_phase_is_shown_without_a_reading_of_the_journal(
                 journal.record_step(report(21))
             phase = Phase(rank=0, step=21, name=name)
             server.send_to_watchers(phase)
-            await asyncio.to_thread(until, lambda p=phase: state.phases == [p])
+            await asyncio.to_thread(until, lambda p=phase: state.progress.phases == [p])
         assert state.head.step == 20
         server.notify_watchers()
         await asyncio.to_thread(until, lambda: state.head.step == 21)

@@ -22,8 +22,8 @@ from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.cli import cli
 from rlhf_tui.format import size
 from rlhf_tui.state.feeds.updates import SessionUpdate
+from rlhf_tui.state.runs.session_row import read_session_row
 from rlhf_tui.state.series import Series
-from rlhf_tui.state.session_row import read_session_row
 from rlhf_tui.widgets.charts.axis import GUTTER
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.plot import POINT, Line, Plot, paint
@@ -280,7 +280,7 @@ def test_a_session_of_an_earlier_version_has_no_held_out_responses(folder, tmp_p
 
 def test_the_strip_has_the_evaluation_in_the_steps_that_have_one():
     state = make_state()
-    state.eval_every = 25
+    state.progress.eval_every = 25
     state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="generate")]))
     assert "evaluate" not in text(PhaseStrip(state), 120, 1)
     state.take(SessionUpdate(phases=[Phase(rank=0, step=75, name="generate")]))

@@ -20,7 +20,7 @@ from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import create
 from rlhf_tui.cli import cli
 from rlhf_tui.state.runs.listing import SessionListCache
-from rlhf_tui.state.session_row import read_session_row
+from rlhf_tui.state.runs.session_row import read_session_row
 
 DEADLINE = 240.0
 

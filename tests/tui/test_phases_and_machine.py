@@ -56,7 +56,9 @@ def test_a_phase_that_only_some_runs_have_is_part_of_their_steps(name):
     assert "· optimise" in shown
     assert "step 51" in shown
     curves = {f"time/{name}": [(step, 0.7) for step in range(41, 51)]}
-    state.take(SessionUpdate(phases=[generating], names=[*state.names, *curves], curves=curves))
+    state.take(
+        SessionUpdate(phases=[generating], names=[*state.curves.names, *curves], curves=curves)
+    )
     assert f"{name} 0.7s" in text(PhaseStrip(state), 120, 1)
     state.take(SessionUpdate(phases=[]))
     assert f"{name} 0.7s" in text(PhaseStrip(state), 120, 1)
@@ -66,7 +68,7 @@ def test_a_phase_that_only_some_runs_have_is_part_of_their_steps(name):
 def test_sync_stands_where_it_comes_which_is_not_first_with_rollout_ahead(before):
     state = make_state()
     curves = {"time/sync": [(step, 0.7) for step in range(41, 51)]}
-    state.take(SessionUpdate(names=[*state.names, *curves], curves=curves))
+    state.take(SessionUpdate(names=[*state.curves.names, *curves], curves=curves))
     for name in (before, "sync"):
         state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name=name)]))
     shown = text(PhaseStrip(state), 120, 1)

@@ -9,7 +9,7 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.screens.parts import highlighted_preview
 from rlhf_tui.screens.sessions import SessionsScreen
-from rlhf_tui.state.session_preview import Difference, SessionPreview, read_preview
+from rlhf_tui.state.runs.session_preview import Difference, SessionPreview, read_preview
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.panels.preview import PreviewNotes, PreviewSamples
 from rlhf_tui.widgets.table import Table

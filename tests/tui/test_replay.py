@@ -52,7 +52,7 @@ def replay(root, clock):
 
 
 def markers_of(state):
-    return [(m.step, m.kind, m.text, m.who, m.abandoned) for m in state.markers()]
+    return [(m.step, m.kind, m.text, m.who, m.abandoned) for m in state.timeline.markers()]
 
 
 def as_it_is(root):
@@ -71,13 +71,13 @@ def test_at_60_times_no_marker_is_dropped_and_none_comes_before_its_time(replay,
         frames += 1
         reached = state.replay.position
         # What was left behind by a start from an earlier step lies ahead of it.
-        left = [m.step for m in state.markers() if not (m.abandoned or m.kind == "crash")]
+        left = [m.step for m in state.timeline.markers() if not (m.abandoned or m.kind == "crash")]
         assert max(left, default=0) <= reached.step + 1
-        assert all(e.event <= reached.event for e in state.events)
+        assert all(e.event <= reached.event for e in state.timeline.events)
     assert frames > 10
     now = as_it_is(root)
     assert markers_of(state) == markers_of(now)
-    assert state.series(NAMES[0]).values == now.series(NAMES[0]).values
+    assert state.curves.series(NAMES[0]).values == now.curves.series(NAMES[0]).values
     assert state.samples == now.samples
     assert state.checkpoints == now.checkpoints
     assert state.head.settings == now.head.settings
@@ -89,13 +89,13 @@ def test_a_replay_shows_the_abandoned_branch_while_it_was_the_run(replay, clock)
         clock.now += FRAME / 4
         feed.read_all()
     assert len(state.head.attempts) == 1
-    assert not state.past
-    assert state.series(NAMES[0]).steps[-1] == state.head.step
+    assert not state.curves.past
+    assert state.curves.series(NAMES[0]).steps[-1] == state.head.step
     assert {s.attempt for s in state.samples} == {1}
     while player.read()[2]:
         clock.now += FRAME
         feed.read_all()
-    assert state.past[NAMES[0]][0].steps[-1] == 117
+    assert state.curves.past[NAMES[0]][0].steps[-1] == 117
 
 
 def test_jumps_lead_from_marker_to_marker_and_back(replay):
@@ -105,8 +105,8 @@ def test_jumps_lead_from_marker_to_marker_and_back(replay):
     while (marker := feed.jump(1)) is not None:
         feed.read_all()
         ahead.append(state.replay.share)
-        assert marker.key in [m.key for m in state.timeline()]
-    assert {m.marker.key for m in feed.markers} <= {m.key for m in state.timeline()}
+        assert marker.key in [m.key for m in state.timeline.entries()]
+    assert {m.marker.key for m in feed.markers} <= {m.key for m in state.timeline.entries()}
     assert ahead == sorted(set(ahead))
     back = []
     while feed.jump(-1) is not None:
@@ -114,7 +114,7 @@ def test_jumps_lead_from_marker_to_marker_and_back(replay):
         back.append(state.replay.share)
     assert back == [*reversed(ahead[:-1]), 0.0]
     assert state.head.step == 0
-    assert not state.series(NAMES[0])
+    assert not state.curves.series(NAMES[0])
 
 
 def test_a_jump_back_while_it_plays_skips_the_marker_that_it_has_just_passed(replay, clock):
@@ -138,7 +138,7 @@ def test_phases_follow_the_seconds_that_each_took(replay, clock):
     for _ in range(16):
         clock.now += 0.25
         feed.read_all()
-        seen += [(p.step, p.name) for p in state.phases]
+        seen += [(p.step, p.name) for p in state.progress.phases]
     assert list(dict.fromkeys(seen))[:4] == [
         (41, name) for name in ("generate", "score", "reference", "optimise")
     ]

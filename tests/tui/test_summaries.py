@@ -162,7 +162,7 @@ def test_before_the_first_step_an_event_only_has_the_means_after_it():
         payload=decode_payload("note", '{"text": "begun", "who": "ana"}'),
     )  # fmt: skip
     state.take(SessionUpdate(events=[note]))
-    view.select(state, next(m for m in state.timeline() if m.step == 0))
+    view.select(state, next(m for m in state.timeline.entries() if m.step == 0))
     # Scores are step/50: the mean of steps 1-9 is 0.1.
     assert "10 steps after:   score 0.100  KL" in text(CursorPanel(state, view), 120, 2)
     assert "+10 steps  score 0.100  KL" in text(CursorPanel(state, view), 80, 2)
@@ -185,7 +185,7 @@ def test_an_update_of_the_reference_is_marked_on_the_charts():
     payload = decode_payload("reference", '{"mix": 0.6}')
     update = EventRow(event=9, time=900.0, attempt=1, step=40, kind="reference", payload=payload)
     state.take(SessionUpdate(events=[update]))
-    (marker,) = [m for m in state.markers() if m.step == 40]
+    (marker,) = [m for m in state.timeline.markers() if m.step == 40]
     assert marker.text == "reference: 60% policy"
 
 

@@ -79,16 +79,16 @@ def rolled_back():
 
 
 def test_a_roll_back_keeps_what_happened_on_the_abandoned_branch_and_marks_it():
-    abandoned = [(m.kind, m.step) for m in rolled_back().timeline() if m.abandoned]
+    abandoned = [(m.kind, m.step) for m in rolled_back().timeline.entries() if m.abandoned]
     assert abandoned == [("command", 41), ("alert", 50), ("note", 60)]
 
 
 def test_the_timeline_is_in_the_journal_s_order_whatever_step_and_clock_say():
-    assert [m.step for m in rolled_back().timeline()] == [0, 21, 25, 41, 50, 60, 25, 25, 28]
+    assert [m.step for m in rolled_back().timeline.entries()] == [0, 21, 25, 41, 50, 60, 25, 25, 28]
 
 
 def test_the_effect_of_the_newest_change_is_not_that_of_an_abandoned_one():
-    assert "step 21" in rolled_back().beta_source()
+    assert "step 21" in rolled_back().timeline.beta_source()
 
 
 def saved(*steps):
@@ -104,7 +104,7 @@ def timeline_of(*given):
 def test_what_is_noted_at_the_start_is_an_entry_that_is_no_alert():
     plain, noted = (1, 0, ReadyEvent()), (1, 0, ReadyEvent(notes=["a slow controller"]))
     assert timeline_of(plain).count() == 0
-    (entry,) = timeline_of(noted).state.timeline()
+    (entry,) = timeline_of(noted).state.timeline.entries()
     assert (entry.kind, entry.text) == ("attempt", "a slow controller")
 
 
@@ -149,7 +149,7 @@ def test_an_engine_that_died_is_in_the_timeline_where_its_attempt_ended():
             past={"objective/kl": [(1, 21, 1.0), (1, 22, 1.0)]},
         )
     )
-    told = [(m.step, m.kind, m.text) for m in state.timeline()[2:]]
+    told = [(m.step, m.kind, m.text) for m in state.timeline.entries()[2:]]
     assert told == [
         (22, "crash", "engine died (no exit message)"),
         (20, "attempt", "resumed from step 20"),
@@ -165,7 +165,7 @@ def restarted(rows, event):
         (2, 20, AttemptEvent(attempt=2, from_step=20)),
     )
     state.take(SessionUpdate(events=found))
-    return state.timeline()
+    return state.timeline.entries()
 
 
 def test_an_engine_that_starts_its_ranks_again_without_an_error_has_not_died():
@@ -185,7 +185,7 @@ def test_an_engine_that_was_killed_between_an_error_and_its_restart_has_died():
 def test_an_engine_that_is_dead_now_is_the_newest_entry():
     state = make_state(state="crashed", pid=None)
     state.take(SessionUpdate(events=events((1, 0, AttemptEvent(attempt=1)))))
-    assert (state.timeline()[-1].kind, state.timeline()[-1].step) == ("crash", 50)
+    assert (state.timeline.entries()[-1].kind, state.timeline.entries()[-1].step) == ("crash", 50)
 
 
 def test_a_restart_is_one_entry_with_its_error():
@@ -201,7 +201,7 @@ def test_a_restart_is_one_entry_with_its_error():
             )
         )
     )
-    told = [m.text for m in state.timeline()[1:]]
+    told = [m.text for m in state.timeline.entries()[1:]]
     assert told == [error, "restarted from step 20"]
 
 
@@ -209,7 +209,7 @@ def test_the_rule_of_an_alert_is_not_named_twice():
     state, text = make_state(), "reward 'score' at step 6: RuntimeError: no"
     rows = (AlertEvent(rule="reward", text=text), AlertEvent(rule="kl_high", text="KL is 7"))
     state.take(SessionUpdate(events=events(*((1, 6, row) for row in rows))))
-    assert [m.text for m in state.timeline()] == [text, "kl_high: KL is 7"]
+    assert [m.text for m in state.timeline.entries()] == [text, "kl_high: KL is 7"]
 
 
 def test_an_engine_that_stopped_did_not_die():
@@ -223,7 +223,7 @@ def test_an_engine_that_stopped_did_not_die():
             )
         )
     )
-    told = [m.text for m in state.timeline()]
+    told = [m.text for m in state.timeline.entries()]
     assert told == ["started", "stopped", "resumed from step 30"]
 
 
@@ -232,7 +232,7 @@ def test_the_reason_of_an_end_that_names_the_state_stands_alone():
     ends = [(1, 30, StateEvent(state="stopped", text="stopped at once, nothing was saved")),
             (1, 30, StateEvent(state="failed", text="out of memory"))]  # fmt: skip
     state.take(SessionUpdate(events=events(*ends)))
-    told = [m.text for m in state.timeline()]
+    told = [m.text for m in state.timeline.entries()]
     assert told == ["stopped at once, nothing was saved", "failed: out of memory"]
 
 
@@ -240,9 +240,9 @@ def test_an_engine_died_after_the_last_step_of_its_branch_once_that_is_read():
     state = make_state(attempts=attempts(0, 20, each_killed=True))
     begun = (1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20))
     state.take(SessionUpdate(events=events(*begun)))
-    assert [m.step for m in state.timeline() if m.text == DIED] == [20]
+    assert [m.step for m in state.timeline.entries() if m.text == DIED] == [20]
     state.take(SessionUpdate(past={"objective/kl": [(1, 21, 0.5), (1, 31, 0.5)]}))
-    assert [m.step for m in state.timeline() if m.text == DIED] == [31]
+    assert [m.step for m in state.timeline.entries() if m.text == DIED] == [31]
 
 
 def test_a_fork_does_not_show_its_parent_s_end_as_a_crash():
@@ -252,13 +252,13 @@ def test_a_fork_does_not_show_its_parent_s_end_as_a_crash():
     forked = msgspec.structs.replace(second.payload, fork=origin)
     second = msgspec.structs.replace(second, payload=forked)
     state.take(SessionUpdate(events=[first, second]))
-    assert [m.text for m in state.timeline()] == ["started", "forked from run-1 at step 20"]
+    assert [m.text for m in state.timeline.entries()] == ["started", "forked from run-1 at step 20"]
 
 
 def test_a_change_that_a_resume_repeats_later_is_not_beta_s_source_yet():
     state = make_state(attempts=attempts(0, 20), step=22)
     state.take(SessionUpdate(commands=[beta(41)]))
-    assert state.beta_source() == "controller"
+    assert state.timeline.beta_source() == "controller"
 
 
 def test_who_fixes_a_beta_that_the_controller_moved_is_its_source():
@@ -266,7 +266,7 @@ def test_who_fixes_a_beta_that_the_controller_moved_is_its_source():
     fixed = [SettingChange(key="controller", old="adaptive", new="fixed")]
     later = command("applied", id="later", applied_step=41, ended=3.0, live=True, changes=fixed)
     state.take(SessionUpdate(commands=[beta(21), later]))
-    assert state.beta_source().endswith("at step 41")
+    assert state.timeline.beta_source().endswith("at step 41")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_an_alert_is_shown_by_the_brief_text_of_its_rule():
         rule="length_drifts", text=long, brief="length drifted by +90% to 76", count=2
     )
     state.take(SessionUpdate(events=events((1, 40, first), (1, 50, again))))
-    assert [marker.text for marker in state.timeline()] == [
+    assert [marker.text for marker in state.timeline.entries()] == [
         "length_drifts: length drifted by +60% to 64",
         "length_drifts: length drifted by +90% to 76 (alert 2)",
     ]
@@ -350,4 +350,7 @@ def test_a_stop_is_an_entry_at_the_step_after_which_the_run_stopped():
             commands=[stop],
         )
     )
-    assert [(m.step, m.text) for m in state.timeline()][1:] == [(137, "stop"), (137, "stopped")]
+    assert [(m.step, m.text) for m in state.timeline.entries()][1:] == [
+        (137, "stop"),
+        (137, "stopped"),
+    ]

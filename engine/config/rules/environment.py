@@ -1,86 +1,77 @@
 """Rules of the section `environment` and of the keys that do not work with one."""
 
 import re
+from collections.abc import Iterator
 
 from msgspec.structs import replace
 
 from engine.config.rules.reward import names_a_function
 from engine.config.schema import RunConfig
 from engine.config.sections.environment import EnvironmentConfig
-from engine.errors import ConfigError
 
 
-def check_environment(config: RunConfig) -> None:
-    """Checks the environment, and the rewards that it gives.
-
-    Raises:
-        ConfigError: keys contradict each other; the message names them and a remedy.
-    """
+def environment_mistakes(config: RunConfig) -> Iterator[str]:
+    """The mistakes in the environment, and in the rewards that it gives."""
     environment = config.environment
     if environment.factory is None:
-        _check_rewards(config)
+        yield from _environment_reward_mistakes(config)
     elif not names_a_function(environment.factory):
-        raise ConfigError(
-            f"environment.factory must be written module:name, not '{environment.factory}'"
-        )
+        yield (f"environment.factory must be written module:name, not '{environment.factory}'")
     if environment.tools:
-        _check_tools(config)
+        yield from _tool_mistakes(config)
     elif environment.call_pattern is not None:
-        raise ConfigError(
+        yield (
             "environment.call_pattern needs environment.tools: without them, environment.factory "
             "gets every turn, also one with a call"
         )
     if not environment.replies:
-        if replace(environment, path=None) != EnvironmentConfig():
-            raise ConfigError(
+        if replace(environment, path=None, call_pattern=None) != EnvironmentConfig():
+            yield (
                 "the keys of environment need environment.factory or environment.tools: without "
                 "them nothing replies to the policy"
             )
         return
     if environment.turns == "independent" and not config.rollout.uses_vllm:
-        raise ConfigError(
+        yield (
             "environment.turns: independent needs rollout.engine: vllm; native rollouts take the "
             "turns of all responses together"
         )
     if config.rollout.ahead:
-        raise ConfigError(
+        yield (
             "environment needs rollout.ahead: 0, because it replies to the policy within the step"
         )
     if config.linear_value:
-        raise ConfigError(
+        yield (
             "environment needs model.value: shared or separate, because reward_model is fitted to "
             "responses of one turn"
         )
 
 
-def _check_tools(config: RunConfig) -> None:
+def _tool_mistakes(config: RunConfig) -> Iterator[str]:
     environment = config.environment
     for i, tool in enumerate(environment.tools):
         key = f"environment.tools[{i}]"
         if ":" in tool and not names_a_function(tool):
-            raise ConfigError(f"{key} must be written module:function, not '{tool}'")
-        if ":" not in tool and not tool.isidentifier():
-            raise ConfigError(f"{key} must be module:function or a name, not '{tool}'")
-        if ":" not in tool and environment.factory is None:
-            raise ConfigError(
+            yield f"{key} must be written module:function, not '{tool}'"
+        elif ":" not in tool and not tool.isidentifier():
+            yield f"{key} must be module:function or a name, not '{tool}'"
+        elif ":" not in tool and environment.factory is None:
+            yield (
                 f"{key}: '{tool}' needs environment.factory, of which it would be a method; write "
                 "module:function for another function"
             )
     if "tools" in (config.data.template_arguments or {}):
-        raise ConfigError("give either environment.tools or tools in data.template_arguments")
+        yield "give either environment.tools or tools in data.template_arguments"
     try:
         groups = re.compile(environment.call_pattern or "()").groups
     except re.error as error:
-        raise ConfigError(
-            f"environment.call_pattern is not a regular expression: {error}"
-        ) from None
-    if groups != 1:
-        raise ConfigError(
-            "environment.call_pattern needs one group, which finds the JSON of a call"
-        )
+        yield f"environment.call_pattern is not a regular expression: {error}"
+    else:
+        if groups != 1:
+            yield "environment.call_pattern needs one group, which finds the JSON of a call"
 
 
-def _check_rewards(config: RunConfig) -> None:
+def _environment_reward_mistakes(config: RunConfig) -> Iterator[str]:
     sources = {
         "reward.mix[{}]" if config.reward.mix else "reward": config.reward.sources(),
         "eval.rewards[{}]": config.eval.rewards,
@@ -88,4 +79,4 @@ def _check_rewards(config: RunConfig) -> None:
     for key, given in sources.items():
         for i, source in enumerate(given):
             if source.environment is not None:
-                raise ConfigError(f"{key.format(i)}.environment needs environment.factory")
+                yield f"{key.format(i)}.environment needs environment.factory"

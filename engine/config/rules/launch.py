@@ -1,46 +1,45 @@
 """Rules between the keys of `launch`, and the batch that its ranks share."""
 
+from collections.abc import Iterator
+
+from engine.config.mistakes import mistakes_of
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 
 
-def check_launch(config: RunConfig) -> None:
-    """Checks the number of ranks and how machines find each other.
-
-    Raises:
-        ConfigError: keys contradict each other; the message names them and a remedy.
-    """
+def launch_mistakes(config: RunConfig) -> Iterator[str]:
+    """The mistakes in the number of ranks and in how machines find each other."""
     launch = config.launch
     if launch.nodes > 1 and launch.rendezvous is None:
-        raise ConfigError(
+        yield (
             f"launch.nodes: {launch.nodes} needs launch.rendezvous: HOST:PORT, at which the other "
             "machines reach this one"
         )
     if launch.fewest_nodes > launch.nodes:
-        raise ConfigError(
+        yield (
             f"launch.min_nodes ({launch.min_nodes}) must be at most launch.nodes ({launch.nodes})"
         )
-    check_gpus("launch", launch.gpus)
+    yield from gpu_mistakes("launch", launch.gpus)
     if launch.rendezvous is not None:
-        check_address(launch.rendezvous)
+        yield from mistakes_of(check_address, launch.rendezvous)
     if 1 <= launch.preempted_exit <= 4:
-        raise ConfigError(
+        yield (
             f"launch.preempted_exit: {launch.preempted_exit} means something else already: give 0, "
             "or 5 to 125; 75 is customary"
         )
     per_node = launch.processes if isinstance(launch.processes, int) else 1
     if config.prompts_per_step < launch.nodes * per_node:
-        raise ConfigError(
+        yield (
             f"{launch.nodes * per_node} ranks need at least as many prompts per step, not "
             f"{config.prompts_per_step}: raise rollout.batch_size"
         )
 
 
-def check_gpus(section: str, gpus: list[int]) -> None:
-    """Checks that `gpus` names none twice, for which CUDA finds no GPU at all."""
+def gpu_mistakes(section: str, gpus: list[int]) -> Iterator[str]:
+    """A mistake if `gpus` names one twice, for which CUDA finds no GPU at all."""
     twice = [gpu for gpu in gpus if gpus.count(gpu) > 1]
     if twice:
-        raise ConfigError(f"{section}.gpus has GPU {twice[0]} more than once")
+        yield f"{section}.gpus has GPU {twice[0]} more than once"
 
 
 def check_address(text: str) -> tuple[str, int]:

@@ -1,58 +1,52 @@
 """Rules of the sections `model` and `lora`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.config.schema import RunConfig
-from engine.errors import ConfigError
 
 
-def check_models(config: RunConfig) -> None:
-    """Checks which models are read, how, and what adapters they get.
-
-    Raises:
-        ConfigError: keys contradict each other; the message names them and a remedy.
-    """
+def model_mistakes(config: RunConfig) -> Iterator[str]:
+    """The mistakes in which models are read, how, and what adapters they get."""
     model = config.model
     if model.reference_revision is not None and model.reference is None:
-        raise ConfigError(
+        yield (
             "model.reference_revision needs model.reference: without it the reference is the "
             "policy, of model.revision"
         )
     if model.gguf_file is not None and Path(model.gguf_file).suffix.lower() != ".gguf":
-        raise ConfigError(
+        yield (
             f"model.gguf_file must be the name of a .gguf file in model.policy, not "
             f"'{model.gguf_file}'"
         )
     if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
-        raise ConfigError(
+        yield (
             "model.attn_implementation: flash_attention_2 computes in half precision only: set "
             "model.dtype: bfloat16"
         )
     if model.float32_logits and model.dtype == "float32":
-        raise ConfigError(
+        yield (
             "model.float32_logits has no effect with model.dtype: float32, in which everything is "
             "computed in float32: leave it out"
         )
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
-        raise ConfigError(
-            "lora.alpha and lora.targets need lora.rank: without a rank there are no adapters"
-        )
-    _check_quantised(config)
+        yield ("lora.alpha and lora.targets need lora.rank: without a rank there are no adapters")
+    yield from _quantise_mistakes(config)
 
 
-def _check_quantised(config: RunConfig) -> None:
+def _quantise_mistakes(config: RunConfig) -> Iterator[str]:
     if config.lora.quantise == "none":
         return
     key = f"lora.quantise: {config.lora.quantise}"
     if config.lora.rank is None:
-        raise ConfigError(f"{key} needs lora.rank: weights in 4 bits cannot be trained themselves")
+        yield f"{key} needs lora.rank: weights in 4 bits cannot be trained themselves"
     if config.parallel.strategy == "fsdp":
-        raise ConfigError(
+        yield (
             f"{key} cannot be combined with parallel.strategy: fsdp, because packed weights have "
             "no rows to shard; use ddp"
         )
     if config.rollout.uses_vllm:
-        raise ConfigError(
+        yield (
             f"{key} cannot be combined with rollout.engine: {config.rollout.engine}, to which "
             "packed weights cannot be sent; use native"
         )

@@ -1,18 +1,20 @@
 """All rules between the keys of a run. The range of a single key is part of its type."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from engine.config.rules.data import check_data
-from engine.config.rules.environment import check_environment
-from engine.config.rules.evaluation import check_evaluation
-from engine.config.rules.launch import check_launch
-from engine.config.rules.models import check_models
-from engine.config.rules.ppo import check_ppo
-from engine.config.rules.reward import check_reward
-from engine.config.rules.rollout import check_rollout
-from engine.config.rules.supervision import check_guardrails, check_notify
-from engine.config.rules.trackers import check_trackers
-from engine.config.rules.train import check_train
+from engine.config.mistakes import raise_mistakes
+from engine.config.rules.data import data_mistakes
+from engine.config.rules.environment import environment_mistakes
+from engine.config.rules.evaluation import evaluation_mistakes
+from engine.config.rules.launch import launch_mistakes
+from engine.config.rules.models import model_mistakes
+from engine.config.rules.ppo import ppo_mistakes
+from engine.config.rules.reward import reward_mistakes
+from engine.config.rules.rollout import rollout_mistakes
+from engine.config.rules.supervision import guardrail_mistakes, notify_mistakes
+from engine.config.rules.trackers import tracker_mistakes
+from engine.config.rules.train import train_mistakes
 from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
 from engine.errors import CommandRejectedError, ConfigError
@@ -22,20 +24,25 @@ def check_config(config: RunConfig) -> None:
     """Checks the rules between keys.
 
     Raises:
-        ConfigError: keys contradict each other; the message names them and a remedy.
+        ConfigError: keys contradict each other. For each mistake, the message names them and a
+            remedy.
     """
-    check_reward(config.reward)
-    check_ppo(config)
-    check_train(config.train)
-    check_guardrails(config.guardrails)
-    check_data(config.data)
-    check_trackers(config.log)
-    check_evaluation(config)
-    check_launch(config)
-    check_notify(config.notify)
-    check_rollout(config)
-    check_environment(config)
-    check_models(config)
+    raise_mistakes(_mistakes(config))
+
+
+def _mistakes(config: RunConfig) -> Iterator[str]:
+    yield from reward_mistakes(config.reward)
+    yield from ppo_mistakes(config)
+    yield from train_mistakes(config.train)
+    yield from guardrail_mistakes(config.guardrails)
+    yield from data_mistakes(config.data)
+    yield from tracker_mistakes(config.log)
+    yield from evaluation_mistakes(config)
+    yield from launch_mistakes(config)
+    yield from notify_mistakes(config.notify)
+    yield from rollout_mistakes(config)
+    yield from environment_mistakes(config)
+    yield from model_mistakes(config)
 
 
 def check_change(config: RunConfig, values: dict[str, Any]) -> None:

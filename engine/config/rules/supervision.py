@@ -1,11 +1,13 @@
 """Rules of the sections `guardrails` and `notify`."""
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from engine.config.rules.evaluation import check_metric
+from engine.config.mistakes import mistakes_of
+from engine.config.rules.evaluation import metric_mistakes
 from engine.config.rules.reward import names_a_variable
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import (
@@ -34,33 +36,31 @@ def _is_number(path: str) -> bool:
     return {*(get_args(kind) or (kind,))} <= {int, float, NoneType}
 
 
-def check_notify(notify: NotifyConfig) -> None:
-    """Checks the channels and quiet hours. Raises ConfigError."""
+def notify_mistakes(notify: NotifyConfig) -> Iterator[str]:
+    """The mistakes in the channels and quiet hours."""
     if notify.quiet_hours is not None:
-        parse_quiet_hours(notify.quiet_hours)
+        yield from mistakes_of(parse_quiet_hours, notify.quiet_hours)
     for address in notify.email:
         if "@" not in address or not address.isprintable() or set(address) & set(" ,<>"):
-            raise ConfigError(f"notify.email: '{address}' is not an e-mail address")
+            yield f"notify.email: '{address}' is not an e-mail address"
     for i, webhook in enumerate(notify.webhooks):
-        _check_webhook(webhook, f"notify.webhooks[{i}]")
+        yield from _webhook_mistakes(webhook, f"notify.webhooks[{i}]")
 
 
-def _check_webhook(webhook: Webhook, where: str) -> None:
+def _webhook_mistakes(webhook: Webhook, where: str) -> Iterator[str]:
     for key in ("url_variable", "token_variable"):
         name = getattr(webhook, key)
         if name is not None and not names_a_variable(name):
             # The value is not repeated: it may be the secret itself.
-            raise ConfigError(
+            yield (
                 f"{where}.{key} must be the name of an environment variable: export the secret "
                 "under a name such as ALERT_URL and give the name"
             )
     if webhook.format != "telegram":
         if webhook.url_variable is None:
-            raise ConfigError(
-                f"{where} needs url_variable, the environment variable that holds its URL"
-            )
+            yield (f"{where} needs url_variable, the environment variable that holds its URL")
     elif webhook.token_variable is None or webhook.chat is None:
-        raise ConfigError(
+        yield (
             f"{where} needs token_variable, the environment variable that holds the bot's token, "
             "and chat, the id of the chat"
         )
@@ -80,37 +80,37 @@ def parse_quiet_hours(text: str) -> tuple[int, int]:
     return first, last
 
 
-def check_guardrails(guardrails: GuardrailConfig) -> None:
-    """Checks all guard rails: each has its own name and a metric that there is. Raises ConfigError.
+def guardrail_mistakes(guardrails: GuardrailConfig) -> Iterator[str]:
+    """The mistakes in guard rails: each has its own name and a metric that there is.
 
     Otherwise one would never raise an alert, which nothing would show.
     """
     names: set[str] = set()
     for rule in guardrails.rules:
-        check_rule(rule)
+        yield from rule_mistakes(rule)
         where = f"guardrails.rules '{rule.name}'"
         if rule.name in names:
-            raise ConfigError(f"{where} is there twice, and only the last would count: rename one")
+            yield f"{where} is there twice, and only the last would count: rename one"
         names.add(rule.name)
         if rule.metric != "*":
-            check_metric(where, rule.metric)
+            yield from metric_mistakes(where, rule.metric)
 
 
-def check_rule(rule: Rule) -> None:
-    """Checks that a guard rail has a condition. Raises ConfigError."""
+def rule_mistakes(rule: Rule) -> Iterator[str]:
+    """The mistakes in the conditions of a guard rail."""
     where = f"guardrails.rules '{rule.name}'"
     if rule.metric != "*" and all(getattr(rule, key) is None for key in RULE_CONDITIONS):
-        raise ConfigError(f"{where} needs one of {', '.join(RULE_CONDITIONS)}")
+        yield f"{where} needs one of {', '.join(RULE_CONDITIONS)}"
     if rule.lasts > rule.window + 1:
-        raise ConfigError(
+        yield (
             f"{where}.lasts must be at most its window + 1, which is {rule.window + 1}, "
             f"not {rule.lasts}"
         )
     if rule.predicted_above is not None and rule.window < LEAST_IN_LINE:
-        raise ConfigError(
+        yield (
             f"{where}.window must be at least {LEAST_IN_LINE} with predicted_above, "
             f"not {rule.window}"
         )
     if rule.of is not None and rule.of not in relative_to():
         known = ", ".join(relative_to())
-        raise ConfigError(f"{where}.of must be one of {known}, not '{rule.of}'")
+        yield f"{where}.of must be one of {known}, not '{rule.of}'"

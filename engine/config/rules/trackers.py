@@ -1,8 +1,9 @@
 """Rules of `log.trackers`: the names."""
 
+from collections.abc import Iterator
+
 from engine.config.rules.reward import names_a_function
 from engine.config.sections.supervision import LogConfig
-from engine.errors import ConfigError
 
 TRACKER_PACKAGES = {
     "wandb": "wandb",
@@ -18,14 +19,14 @@ TRACKER_PACKAGES = {
 """Tracker, by accelerate's name → the package that it needs."""
 
 
-def check_trackers(log: LogConfig) -> None:
-    """Checks the names of the trackers. Raises ConfigError."""
+def tracker_mistakes(log: LogConfig) -> Iterator[str]:
+    """The mistakes in the names of the trackers."""
     for i, name in enumerate(log.trackers):
         if name not in TRACKER_PACKAGES and not names_a_function(name):
             known = ", ".join(TRACKER_PACKAGES)
-            raise ConfigError(
+            yield (
                 f"log.trackers[{i}] must be one of {known}, or module:Class for a tracker of your "
                 f"own, not '{name}'"
             )
         if name in log.trackers[:i]:
-            raise ConfigError(f"log.trackers names {name} twice")
+            yield f"log.trackers names {name} twice"

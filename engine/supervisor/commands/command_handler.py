@@ -8,7 +8,6 @@ from functools import partial
 
 import msgspec
 
-from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings
 from engine.errors import CommandRejectedError, RlhfError
@@ -120,7 +119,7 @@ class CommandHandler:
             self._show_state_after(command)
             return commands.reply(request.id)
         problem = self._problem(command)
-        args = config_file.as_mapping(command)
+        args = command.arguments()
         new = commands.record(request.id, command.name(), args, who, rejected=problem is not None)
         if not new and not again:
             if not commands.is_recorded_as(request.id, command.name(), args):

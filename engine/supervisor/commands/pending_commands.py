@@ -3,9 +3,8 @@
 import asyncio
 from dataclasses import dataclass
 
-from engine.config import file as config_file
 from engine.journal.logs.command_log import CommandLog
-from engine.protocol.client_messages import CommandReply, PendingCommand
+from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import BoundaryCommand, Command, Pause, Unpause
 from engine.protocol.rank_messages import Applied, RankCommand
 from engine.supervisor.server import Server
@@ -56,13 +55,6 @@ class PendingCommands:
         """The messages for rank 0, which each attempt sends again."""
         return [pending.message for pending in self._pending.values()]
 
-    def rows(self) -> list[PendingCommand]:
-        """The rows of a status message."""
-        return [
-            PendingCommand(id=i, command=p.message.command.name(), who=p.who, status="accepted")
-            for i, p in self._pending.items()
-        ]
-
     def paused_after(self, paused: bool) -> bool:
         """Whether the run will be paused once all commands are carried out.
 
@@ -98,9 +90,7 @@ class PendingCommands:
         pending = self._pending.get(command_id)
         if pending is not None and not pending.recorded:
             command = pending.message.command
-            self._commands.record(
-                command_id, command.name(), config_file.as_mapping(command), pending.who
-            )
+            self._commands.record(command_id, command.name(), command.arguments(), pending.who)
         return pending
 
     def attempt_failed(self) -> None:

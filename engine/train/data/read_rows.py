@@ -22,6 +22,7 @@ JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
 ROW = re.compile(r" in row \d+$")
 """The end of pyarrow's error about a line of JSON. It counts from 0 in each block that it reads."""
 ONE_OBJECT = 'each line must be one object, such as {"prompt": "..."}'
+ONE_LIST = 'write a list of objects, such as [{"prompt": "..."}], or one object a line'
 COMMA = f"ends with a comma; {ONE_OBJECT}"
 SAVED_SPLITS = "dataset_dict.json"
 """Names the splits in a folder that `save_to_disk` has written of several."""
@@ -150,28 +151,48 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
             f"set that the hub provides: {first}"
         )
     if kind == "json":
-        first = _line_problem(Path(source)) or ROW.sub("", first)
+        first = _json_problem(Path(source)) or ROW.sub("", first)
     return f"data.prompts: cannot read {source} as {kind}: {first}"
 
 
-def _line_problem(file: Path) -> str | None:
-    """What is wrong with the first line that is not a JSON object, or names a key twice.
+def _json_problem(file: Path) -> str | None:
+    """What is wrong with a file of JSON: one object a line, or a single value over all lines.
 
-    Returns None if there is none, or if the file may be a single value over several lines.
+    None if Python finds nothing wrong.
     """
     lines_expected = file.suffix.lower() == ".jsonl"
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if number == 1 and line.lstrip().startswith(b"["):  # a list over all lines
-                return None
             if not line.strip():
                 continue
+            if number == 1 and not lines_expected and line.lstrip().startswith(b"["):
+                return _value_problem(file)
             problem = _not_an_object(line)
             if problem is not None:
                 if number == 1 and not lines_expected and problem != COMMA:
-                    return None
+                    return _value_problem(file)
                 return f"line {number} {problem}"
     return None
+
+
+def _value_problem(file: Path) -> str | None:
+    """What is wrong with a file that holds a single value; None if Python finds nothing wrong."""
+    try:
+        value = json.loads(file.read_bytes())
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno} is not JSON ({_where(error)}); {ONE_LIST}"
+    except UnicodeDecodeError as error:
+        return f"it is not text in UTF-8 ({error.reason})"
+    except RecursionError:
+        return "it is nested too deeply"
+    if not isinstance(value, list):
+        return None if isinstance(value, dict) else f"it is no list; {ONE_LIST}"
+    number = next((n for n, row in enumerate(value, start=1) if not isinstance(row, dict)), None)
+    return None if number is None else f"entry {number} of its list is not an object; {ONE_LIST}"
+
+
+def _where(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _not_an_object(line: bytes) -> str | None:
@@ -189,8 +210,7 @@ def _not_an_object(line: bytes) -> str | None:
     except json.JSONDecodeError as error:
         if line.rstrip().endswith(b",") and _not_an_object(line.rstrip()[:-1]) is None:
             return COMMA
-        where = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        return f"is not JSON ({where}); {ONE_OBJECT}"
+        return f"is not JSON ({_where(error)}); {ONE_OBJECT}"
     except UnicodeDecodeError as error:
         return f"is not text in UTF-8 ({error.reason})"
     except ValueError as error:

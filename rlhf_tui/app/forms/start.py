@@ -21,7 +21,7 @@ from rlhf_tui.app.forms.overrides import (
     typed_path,
 )
 from rlhf_tui.dialogs.form import Field, FormDialog, Values, Verdict
-from rlhf_tui.state.session_row import SessionRow, read_session_row
+from rlhf_tui.state.runs.session_row import SessionRow, read_session_row
 from rlhf_tui.widgets.completing_input import KeySuggester, PathSuggester
 from rlhf_tui.widgets.lines import Row
 

@@ -41,7 +41,7 @@ from engine.session.registry import live_sessions
 from rlhf_tui.commands.options import existing_among
 from rlhf_tui.commands.reading.event_lines import event_lines
 from rlhf_tui.identity import who
-from rlhf_tui.state.session_row import read_session_row, read_session_rows
+from rlhf_tui.state.runs.session_row import read_session_row, read_session_rows
 from rlhf_tui.text import one_line, sanitise
 
 INSTRUCTIONS = """\

@@ -11,7 +11,8 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.key_errors import explain
-from engine.config.rules.supervision import check_guardrails
+from engine.config.mistakes import raise_mistakes
+from engine.config.rules.supervision import guardrail_mistakes
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import GuardrailConfig
 from engine.config.yaml_document import parse_yaml
@@ -199,5 +200,5 @@ def _rules(path: Path) -> GuardrailConfig:
         rules = msgspec.convert(whole, examined(_RulesFile)).guardrails
     except msgspec.ValidationError as error:
         raise UserInputError(f"--rules {path}: {explain(str(error), whole, _RulesFile)}") from None
-    check_guardrails(rules)
+    raise_mistakes(guardrail_mistakes(rules))
     return rules

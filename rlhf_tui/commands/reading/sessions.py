@@ -25,7 +25,7 @@ from rlhf_tui.commands.options import (
     show_wait,
 )
 from rlhf_tui.commands.reading.event_lines import STATE_TONES
-from rlhf_tui.state.session_row import SessionRow, read_session_row, read_session_rows
+from rlhf_tui.state.runs.session_row import SessionRow, read_session_row, read_session_rows
 from rlhf_tui.text import one_line
 
 

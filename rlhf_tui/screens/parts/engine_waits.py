@@ -8,7 +8,7 @@ import msgspec
 
 from engine.session.folder import SessionFolder
 from rlhf_tui.state.messages import EnginesAsked
-from rlhf_tui.state.session_row import ListedSession, SessionRow, awaited
+from rlhf_tui.state.runs.session_row import ListedSession, SessionRow, awaited
 
 STILL = 10.0
 """Seconds without a step after which an engine is asked what it waits for."""

@@ -8,8 +8,8 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.messages import SessionPreviewed
-from rlhf_tui.state.session_preview import read_preview
-from rlhf_tui.state.session_row import ListedSession, SessionRow
+from rlhf_tui.state.runs.session_preview import read_preview
+from rlhf_tui.state.runs.session_row import ListedSession, SessionRow
 from rlhf_tui.widgets.panels.preview import PreviewPanel
 from rlhf_tui.widgets.table import Table
 

@@ -14,12 +14,13 @@ from engine.session.file_signature import FileSignature
 from engine.session.folder import SessionFolder
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
+from rlhf_tui.screens.parts.new_samples import NewCounted, NewSamples
 from rlhf_tui.screens.parts.sample_filter import parse_filter
 from rlhf_tui.widgets.samples.judgement import key_of
 
 PAGE = 500
-PAGES, COUNT = "pages", "count"
-"""Groups of threads that read pages and counts, see :meth:`SessionScreen.read_in_thread`."""
+PAGES = "pages"
+"""Group of the threads that read pages, see :meth:`SessionScreen.read_in_thread`."""
 ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 BINDINGS: list[BindingType] = [
     Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),
@@ -61,34 +62,6 @@ class JudgementsRead(Message):
         self.query, self.rows = query, rows
 
 
-class CountOf(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the number of samples after a step depends on, except for the newest step."""
-
-    session: str
-    query: SampleQuery
-    after: int
-    attempts: int
-    labels: FileSignature
-    evaluations: int
-
-
-class NewSamples(msgspec.Struct, frozen=True, kw_only=True):
-    """The number of samples that a page does not show yet."""
-
-    of: CountOf
-    until: int
-    """The last step that was counted."""
-    number: int = 0
-
-
-class NewCounted(Message):
-    """The samples that the page does not show yet were counted."""
-
-    def __init__(self, counted: NewSamples) -> None:
-        super().__init__()
-        self.counted = counted
-
-
 class SampleList:
     """Decides which samples are listed, and when the list changes.
 
@@ -101,6 +74,8 @@ class SampleList:
         """For a screen of samples, which receives the messages; reads nothing yet."""
         self._screen = screen
         self._context = context
+        self.new = NewSamples(screen, context)
+        """The matching responses that were recorded since the list was read."""
         self.query = SampleQuery()
         self.filter = ""
         """The filter as it was typed."""
@@ -113,19 +88,14 @@ class SampleList:
         self.frozen = False
         self.arrived = False
         """Whether the selected response came with a new step, after the reader's last key."""
-        self.new = 0
-        """Matching responses that were recorded since the list was read."""
+        self.new.list_read(0)
         self.page = 0
         self.query = msgspec.structs.replace(self.query, prompt=None, held_out=False)
         self._last_step: int | None = None
         """The newest step of the list; None: of the run."""
-        self._attempts = 0
         self._asked = True
         """Whether the reader waits for a page."""
         self._wanted: tuple[object, ...] = ()
-        self._counted: NewSamples | None = None
-        self._count_asked: tuple[CountOf, int] | None = None
-        """What was counted last, or is being counted, and the newest step."""
         self._labels: FileSignature | None = None
         """The value of `state.labels` for which the rows were read; None: read them again."""
         self._before: tuple[SampleQuery, str, int, int | None, Key] | None = None
@@ -256,7 +226,7 @@ class SampleList:
             step = state.head.step if self.live else -1
             attempts = len(state.head.attempts)  # a roll back changes every page
             # The evaluation before the first step does not change the step.
-            evaluations = len(state.series(EVAL_SCORE)) if self.query.held_out else 0
+            evaluations = len(state.curves.series(EVAL_SCORE)) if self.query.held_out else 0
             asked = (state.name, attempts, state.labels, self.query, self.page)
             wanted = (*asked, step, evaluations)
             if wanted != self._wanted:
@@ -269,8 +239,8 @@ class SampleList:
                 replaces = asked != self._wanted[: len(asked)]
                 if self._screen.read_in_thread(PAGES, read, replaces=replaces):
                     self._wanted, self._labels = wanted, state.labels
-        if not self.following:
-            self._count_new(session)
+        if not self.following and self._last_step is not None:
+            self.new.refresh(session, self.query, self._last_step)
 
     def read_again(self) -> None:
         """Reads again after a judgement was written: the page, or judgements of a frozen one."""
@@ -284,37 +254,6 @@ class SampleList:
             rows = list(self.rows.values())
             read = functools.partial(_read_judgements, session, self.query, rows)
             self._screen.read_in_thread("judgements", read)
-
-    def _count_new(self, session: SessionFolder) -> None:
-        if self._last_step is None:
-            return
-        step, of = self._context.state.head.step, self._counted_for(self._last_step)
-        counted = self._counted
-        if counted is None or counted.of != of:
-            counted = NewSamples(of=of, until=of.after)
-        if step <= counted.until:
-            self._counted, self.new = counted, counted.number
-        elif (of, step) != self._count_asked:
-            # Only what is new: counting all of a long run may take longer than a step.
-            read = functools.partial(_count, session, counted, step)
-            if self._screen.read_in_thread(COUNT, read, replaces=False):
-                self._count_asked = of, step
-
-    def _counted_for(self, last_step: int) -> CountOf:
-        """What is to be counted for a list whose newest step is `last_step`."""
-        state, query = self._context.state, self.query
-        attempts = state.head.attempts
-        # A later attempt has recorded the steps after its first checkpoint again.
-        after = min([last_step, *(a.from_step for a in attempts[self._attempts :])])
-        return CountOf(
-            session=state.name,
-            query=query,
-            after=after,
-            attempts=len(attempts),
-            labels=state.labels if query.labels or query.judged is not None else (),
-            # One that was made up for belongs to a step that may have been counted.
-            evaluations=len(state.series(EVAL_SCORE)) if query.held_out else 0,
-        )
 
     # -- what was read -------------------------------------------------------------------------
 
@@ -337,9 +276,8 @@ class SampleList:
             self._context.say("this is the last page")
             return False
         self.rows = {key_of(row): row for row in message.rows}
-        self._last_step, self._attempts = message.last_step, request.attempts
-        self._asked = False
-        self._counted, self._count_asked, self.new = None, None, 0
+        self._last_step, self._asked = message.last_step, False
+        self.new.list_read(request.attempts)
         return True
 
     def take_judgements(self, message: JudgementsRead) -> list[SampleRow]:
@@ -352,9 +290,8 @@ class SampleList:
 
     def take_count(self, message: NewCounted) -> None:
         """Takes the number of new samples, unless the list was read again meanwhile."""
-        counted = message.counted
-        if self._last_step is not None and counted.of == self._counted_for(self._last_step):
-            self._counted, self.new = counted, counted.number
+        if self._last_step is not None:
+            self.new.take(message, self.query, self._last_step)
 
 
 # -- in a worker thread ----------------------------------------------------------------------------
@@ -373,9 +310,3 @@ def _read_judgements(
     session: SessionFolder, query: SampleQuery, rows: list[SampleRow]
 ) -> JudgementsRead:
     return JudgementsRead(query, list(with_judgements(session, rows)))
-
-
-def _count(session: SessionFolder, counted: NewSamples, until: int) -> NewCounted:
-    with SampleReader(session) as samples:
-        number = samples.count_after(counted.of.query, counted.until, until)
-    return NewCounted(msgspec.structs.replace(counted, until=until, number=counted.number + number))

@@ -94,8 +94,8 @@ def _agreement(state: SessionState) -> list[Piece]:
 
 def not_shown_yet(samples: SampleList, *, live: bool) -> Row:
     """How many samples the list does not show yet; whether it follows a live run."""
-    if samples.new:
-        return [(f"{samples.new:,} new", "accent"), ("  F ", "key"), ("show ", "dim")]
+    if samples.new.number:
+        return [(f"{samples.new.number:,} new", "accent"), ("  F ", "key"), ("show ", "dim")]
     return [("following ", "dim")] if live and samples.following else []
 
 

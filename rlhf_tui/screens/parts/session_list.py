@@ -11,7 +11,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.format import value_text
 from rlhf_tui.state.runs.differences import differing, short_names
 from rlhf_tui.state.runs.listing import SPARK_WIDTH
-from rlhf_tui.state.session_row import ListedSession, SessionRow
+from rlhf_tui.state.runs.session_row import ListedSession, SessionRow
 from rlhf_tui.state.timeline import DIED
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS, paused_text

@@ -10,13 +10,11 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from engine.errors import RefusedByEngineError, RlhfError
+from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.protocol.client import Client
-from engine.protocol.client_messages import JournalAdvanced, Telemetry
-from engine.protocol.rank_messages import Phase
 from engine.session.file_signature import file_id, file_signature
 from engine.session.folder import SessionFolder
+from rlhf_tui.state.feeds.engine_watch import EngineWatch
 from rlhf_tui.state.feeds.journal_changes import JournalChanges
 from rlhf_tui.state.feeds.output import Post, UpdateOutput
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
@@ -25,7 +23,6 @@ SHORTEST = 0.3
 """Minimum seconds between two readings: about three frames a second."""
 IDLE = 1.0
 """Seconds after which it reads again without new rows: labels have no message."""
-RECONNECT = 0.5
 APPEARS = 30.0
 """Seconds after the start of a run during which its engine may not be up yet."""
 
@@ -59,25 +56,23 @@ class Feed:
             post: called with each update, from another thread.
         """
         self._session = session
-        self._who = who
         self._output = UpdateOutput(post)
         self._stopped = self._output.stopped
         self._changes = JournalChanges(names, self._output)
-        self._lock = threading.Lock()
+        self._engine = EngineWatch(
+            session, who, stopped=self._stopped, on_message=self._on_engine_message
+        )
         self._wake = threading.Event()
-        self._phases: dict[int, Phase] = {}
-        self._telemetry: Telemetry | None = None
-        self._connected = False
-        self._refused = ""
-        self._live_changed = False
-        self._unread = True
+        self._unread = threading.Event()
+        """Whether something was announced since the last reading."""
+        self._unread.set()
         self._reader: JournalReader | None = None
         self._file: tuple[int, int] | None = None
 
     def start(self) -> None:
         """Starts the threads. They are daemons: they end with the process."""
-        for target in (self._read_loop, self._watch_loop):
-            threading.Thread(target=target, daemon=True, name=target.__name__).start()
+        threading.Thread(target=self._read_loop, daemon=True, name="read-journal").start()
+        self._engine.start()
 
     def read_all(self) -> None:
         """Reads everything once, in the calling thread."""
@@ -91,15 +86,20 @@ class Feed:
     def want(self, names: Iterable[str]) -> None:
         """Also reads these metrics from now on."""
         self._changes.want(names)
-        with self._lock:
-            self._unread = True
-        self._wake.set()
+        self._read_soon()
 
     def repeat_summary(self, readings: int) -> None:
         """Posts the summary of the next readings even if it is the same; reads soon."""
         self._changes.repeat_summary(readings)
-        with self._lock:
-            self._unread = True
+        self._read_soon()
+
+    def _read_soon(self) -> None:
+        self._unread.set()
+        self._wake.set()
+
+    def _on_engine_message(self, journal_advanced: bool) -> None:
+        if journal_advanced:
+            self._unread.set()
         self._wake.set()
 
     # -- reading ------------------------------------------------------------------------------
@@ -108,27 +108,22 @@ class Feed:
         read = -IDLE
         while not self._stopped.is_set():
             began = time.monotonic()
-            if self._take_unread() or began >= read + IDLE:
+            if self._unread.is_set() or began >= read + IDLE:
+                self._unread.clear()
                 self._read_once()
                 read = began
             elif self._reader is not None:
-                self._output.post(self._live_state())
+                self._output.post(self._engine.update())
             self._wake.wait(IDLE)
             self._wake.clear()
             self._stopped.wait(max(0.0, SHORTEST - (time.monotonic() - began)))
-
-    def _take_unread(self) -> bool:
-        """Whether something was announced since the last call."""
-        with self._lock:
-            unread, self._unread = self._unread, False
-            return unread
 
     def _read_once(self) -> None:
         try:
             self._open()
             if self._reader is not None:
                 labels = file_signature(self._session.labels_file)
-                self._changes.read(self._session, self._reader, labels, self._live_state())
+                self._changes.read(self._session, self._reader, labels, self._engine.update())
         except (RlhfError, OSError) as error:
             self._output.report(str(error))
             self._close()
@@ -171,62 +166,3 @@ class Feed:
             self._reader.close()
         self._reader = None
         self._changes.reset()
-
-    # -- messages of the engine ----------------------------------------------------------------
-
-    def _watch_loop(self) -> None:
-        while not self._stopped.is_set():
-            refused = ""
-            try:
-                with Client(self._session, self._who) as client:
-                    status, messages = client.status(), client.watch()
-                    first = next(messages, None)
-                    if first is not None:
-                        self._take_messages(*status.phases, status.telemetry, first)
-                        self._set_connected(True)
-                    for message in messages:
-                        if self._stopped.is_set():
-                            return
-                        self._take_messages(message)
-            except RefusedByEngineError as error:
-                refused = str(error)
-            except (RlhfError, OSError):
-                pass  # no engine runs; the journal has the state
-            self._set_connected(False, refused)
-            self._stopped.wait(RECONNECT)
-
-    def _take_messages(self, *messages: JournalAdvanced | Phase | Telemetry | None) -> None:
-        with self._lock:
-            for message in messages:
-                match message:
-                    case Phase():
-                        self._phases[message.rank] = message
-                        self._live_changed = True
-                    case Telemetry():
-                        self._telemetry = message
-                        self._live_changed = True
-                    case JournalAdvanced():
-                        self._unread = True
-        self._wake.set()
-
-    def _set_connected(self, connected: bool, refused: str = "") -> None:
-        with self._lock:
-            if (self._connected, self._refused) != (connected, refused):
-                self._connected, self._refused = connected, refused
-                self._live_changed = self._unread = True
-                if not connected:
-                    self._phases.clear()
-                    self._telemetry = None
-        self._wake.set()
-
-    def _live_state(self) -> SessionUpdate:
-        with self._lock:
-            if not self._live_changed:
-                return SessionUpdate()
-            self._live_changed = False
-            return SessionUpdate(
-                phases=sorted(self._phases.values(), key=lambda p: p.rank),
-                telemetry=self._telemetry,
-                connected=self._connected,
-                refused=self._refused,
-            )

@@ -1,1 +1,1 @@
-"""Comparisons of several runs: overlaid curves, and the settings that differ."""
+"""Several runs: rows of a list, previews, overlaid curves, and the settings that differ."""

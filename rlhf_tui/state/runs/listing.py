@@ -14,8 +14,8 @@ from engine.journal.reader import JournalReader
 from engine.session.file_signature import file_signature
 from engine.session.folder import SessionFolder, all_sessions
 from rlhf_tui.state.runs.differences import configuration_of
+from rlhf_tui.state.runs.session_row import ListedSession, session_row, unreadable_row
 from rlhf_tui.state.series import bounded, is_flat
-from rlhf_tui.state.session_row import ListedSession, session_row, unreadable_row
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 12

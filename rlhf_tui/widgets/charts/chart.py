@@ -112,7 +112,7 @@ class Chart(Widget, can_focus=True):
             note=self._note(),
             log=self.log_scale,
             target=self.state.setting("target") if name == metrics.KL else None,
-            markers=self.state.marked_steps(),
+            markers=self.state.timeline.marked_steps(),
             past=self.view.past,
             cursor=self.view.cursor,
             focused=self.has_focus,
@@ -126,7 +126,7 @@ class Chart(Widget, can_focus=True):
     def _held_out(self) -> list[str]:
         """The held-out metric drawn with a training metric, if the run has one."""
         name = self._companion()
-        return [name] if name and self.state.shape(name) else []
+        return [name] if name and self.state.curves.shape(name) else []
 
     @staticmethod
     def _style(number: int) -> str:
@@ -134,11 +134,12 @@ class Chart(Widget, can_focus=True):
         return f"s{min(COLOURS, number + 1)}"
 
     def _value(self, name: str) -> str:
-        series, cursor, metric = self.state.shape(name), self.view.cursor, metrics.describe(name)
+        curves, cursor, metric = self.state.curves, self.view.cursor, metrics.describe(name)
+        series = curves.shape(name)
         if not metric.is_sparse:
             return fmt.number(series.last if cursor is None else series.at(cursor), metric.digits)
         step = self.state.head.step if cursor is None else cursor
-        interval = self.state.shape(metric.interval).latest(step) if metric.interval else None
+        interval = curves.shape(metric.interval).latest(step) if metric.interval else None
         return fmt.with_interval(series.latest(step), interval)
 
     def _note(self) -> str:
@@ -159,7 +160,7 @@ class Chart(Widget, can_focus=True):
             return self.state.unread
         if name == metrics.AGREEMENT:
             return self.state.agreement.problem or "no judgements to compare yet"
-        if self.state.names and name not in self.state.names:
+        if self.state.curves.names and name not in self.state.curves.names:
             return "not a metric of this run"
         return "no steps yet" if not self.state.head.step else "no values yet"
 
@@ -176,7 +177,7 @@ class Chart(Widget, can_focus=True):
     def _lines(self, name: str) -> list[Line]:
         lines: list[Line] = []
         if self.view.past:
-            lines += [Line(s, "past") for s in self.state.past.get(name, [])]
+            lines += [Line(s, "past") for s in self.state.curves.past.get(name, [])]
         for mark, _, style, curves in self._others():
             if name in curves:
                 lines.append(Line(curves[name], style, mark))
@@ -191,17 +192,17 @@ class Chart(Widget, can_focus=True):
 
     def _own(self, name: str, style: str) -> list[Line]:
         """The lines of a metric of this run."""
-        state, metric, weight = self.state, metrics.describe(name), self._weight(name)
+        curves, metric, weight = self.state.curves, metrics.describe(name), self._weight(name)
         if metric.is_sparse:
-            interval = state.shape(metric.interval) if metric.interval else None
-            return [Line(state.shape(name), style, sparse=True, interval=interval)]
-        if (downsampled := state.downsampled_curve(name)) is not None:
+            interval = curves.shape(metric.interval) if metric.interval else None
+            return [Line(curves.shape(name), style, sparse=True, interval=interval)]
+        if (downsampled := curves.downsampled(name)) is not None:
             # Not smoothed: it has extremes, whose average is not that of the values.
             return [Line(downsampled, "raw" if weight and len(self.names) == 1 else style)]
-        smoothed = Line(state.smoothed(name, weight), style)
-        if weight and len(self.names) == 1 and len(state.series(name)) > 2:
+        smoothed = Line(curves.smoothed(name, weight), style)
+        if weight and len(self.names) == 1 and len(curves.series(name)) > 2:
             # Without colours the two curves would look alike.
-            return [Line(state.series(name), "raw", dotted=self.app.no_color), smoothed]
+            return [Line(curves.series(name), "raw", dotted=self.app.no_color), smoothed]
         return [smoothed]
 
     def _weight(self, name: str) -> float:

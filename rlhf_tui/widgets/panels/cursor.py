@@ -4,7 +4,8 @@ from rich.cells import cell_len
 
 from engine import metrics
 from rlhf_tui import format as fmt
-from rlhf_tui.state.session_state import RECENT, SessionState
+from rlhf_tui.state.curves import RECENT
+from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line
@@ -36,7 +37,7 @@ class CursorPanel(Panel):
         if cursor is None:
             changes = [
                 m
-                for m in self.state.markers()
+                for m in self.state.timeline.markers()
                 if m.kind == "command" and "→" in m.text and not m.abandoned
             ]
             if self.view.others:
@@ -46,7 +47,7 @@ class CursorPanel(Panel):
             return self._marker(selected, width)
         first, last = self.view.window(self.state)
         reach = max((last - first) / max(width, 1), 0.5)
-        near = [m for m in self.state.markers() if abs(m.step - cursor) <= reach]
+        near = [m for m in self.state.timeline.markers() if abs(m.step - cursor) <= reach]
         if not near:
             values = self._values(cursor, width)
             return [values[0], self._overlays(width)] if self.view.others else values
@@ -55,7 +56,7 @@ class CursorPanel(Panel):
 
     def _place(self, marker: Marker) -> Row:
         """The key that shows the whole text, and the event's number among those of its step."""
-        keys = [m.key for m in self.state.markers() if m.step == marker.step]
+        keys = [m.key for m in self.state.timeline.markers() if m.step == marker.step]
         several = len(keys) > 1 and marker.key in keys
         of = f"  {keys.index(marker.key) + 1} of {len(keys)}  " if several else "  "
         return [(of, "dim"), ("enter", "key"), (" open ", "dim")]
@@ -81,11 +82,11 @@ class CursorPanel(Panel):
         """The values at a step, on a second line what the first has no room for."""
         groups: list[Row] = [[(f"step {step}", "strong")]]
         for name, label in (*MEASURED, (metrics.BETA, "beta")):
-            value = self.state.series(name).at(step)
+            value = self.state.curves.series(name).at(step)
             groups.append([(f"{label} ", "dim"), (fmt.number(value), "")])
-        held_out = self.state.series(metrics.EVAL_SCORE).at(step)
+        held_out = self.state.curves.series(metrics.EVAL_SCORE).at(step)
         if held_out is not None:
-            interval = self.state.series(metrics.EVAL_SCORE_CI).at(step)
+            interval = self.state.curves.series(metrics.EVAL_SCORE_CI).at(step)
             groups.append([("held-out ", "dim"), (fmt.with_interval(held_out, interval), "")])
         return [[(" ", ""), *row] for row in flowed(groups, width - 1)]
 
@@ -105,7 +106,7 @@ class CursorPanel(Panel):
 
     def _around(self, step: int, width: int) -> list[Row]:
         """The means before and after a step; before the first step there are none."""
-        means = {name: self.state.before_and_after(name, step) for name, _ in MEASURED}
+        means = {name: self.state.curves.before_and_after(name, step) for name, _ in MEASURED}
         if all(mean is None for pair in means.values() for mean in pair):
             return []
         starts = all(before is None for before, _ in means.values())

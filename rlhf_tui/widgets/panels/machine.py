@@ -54,7 +54,7 @@ class MachinePanel(Panel):
         return [top, *devices, *lines, *more][:height]
 
     def _no_telemetry(self) -> list[Row]:
-        peak = self.state.series(metrics.PEAK_MEMORY).last
+        peak = self.state.curves.series(metrics.PEAK_MEMORY).last
         row: Row = [(" peak memory ", "dim"), (f"{peak:.2f} GB", "")] if peak is not None else []
         status = "waiting for the engine" if self.state.live else "no engine is running"
         return [[(f" {status}", "dim")], *([row] if row else [])]

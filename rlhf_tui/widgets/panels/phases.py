@@ -20,7 +20,7 @@ class PhaseStrip(Panel):
 
     def rows(self, width: int, height: int) -> list[Row]:
         """The ranks furthest behind, if not all fit."""
-        phases = self.state.phases
+        phases = self.state.progress.phases
         if self.state.unread:
             return [[(f" {self.state.unread}", "dim")]]
         if self.state.head.state == "starting":
@@ -40,7 +40,7 @@ class PhaseStrip(Panel):
         """A rank's progress in its step, in phases; -1 while it loads."""
         if phase.name not in PHASES:
             return -1
-        done = self.state.step_phases(phase).index(phase.name)
+        done = self.state.progress.step_phases(phase).index(phase.name)
         return done + (phase.done / phase.total if phase.total else 0)
 
     def _last_step(self, width: int, state: str) -> Row:
@@ -57,7 +57,7 @@ class PhaseStrip(Panel):
         return row
 
     def _last(self, metric: str) -> float | None:
-        series = self.state.series(metric)
+        series = self.state.curves.series(metric)
         return series.at(self.state.head.step) if metric == EVAL_TIME else series.last
 
     def _line(self, phase: Phase, width: int, several: bool) -> Row:
@@ -75,12 +75,12 @@ class PhaseStrip(Panel):
 
     def _others(self, phase: Phase, *, times: bool) -> tuple[list[Piece], list[Piece]]:
         """The phases before and after this one, with their mean durations if `times`."""
-        phases = self.state.step_phases(phase)
+        phases = self.state.progress.step_phases(phase)
         current = phases.index(phase.name)
         before: list[Piece] = []
         later: list[Piece] = []
         for i, name in enumerate(phases):
-            seconds = self.state.phase_seconds(name) if times else None
+            seconds = self.state.progress.phase_seconds(name) if times else None
             took = f" {seconds:.1f}s" if seconds is not None else ""
             if i < current:
                 before.append((f" ✓ {name}{took}", "dim"))
@@ -92,7 +92,7 @@ class PhaseStrip(Panel):
         pieces: list[Piece] = [(f" ▶ {phase.name}", "accent")]
         if not phase.total:
             # How a reward function gets on is unknown, but not for how long it has been called.
-            seconds = self.state.seconds_in_phase(phase.rank)
+            seconds = self.state.progress.seconds_in_phase(phase.rank)
             if seconds >= SHOWN_SECONDS:
                 pieces.append((f" {fmt.duration(seconds)}", "strong"))
             return pieces
@@ -112,7 +112,7 @@ class PhaseStrip(Panel):
         return [*pieces, (" ", "")]
 
     def _loading(self, lead: list[Piece], phase: Phase, width: int) -> Row:
-        seconds = fmt.duration(self.state.seconds_in_phase(phase.rank))
+        seconds = fmt.duration(self.state.progress.seconds_in_phase(phase.rank))
         after: list[Piece] = [(f"{seconds} ", "dim")]
         now: list[Piece] = [*lead, (f" ▶ {phase.name} ", "accent")]
         if phase.total:

@@ -8,7 +8,7 @@ from textual.containers import Container, Horizontal
 
 from engine.journal.rows import AlertEvent, SampleRow
 from rlhf_tui import format as fmt
-from rlhf_tui.state.session_preview import METRICS, SessionPreview
+from rlhf_tui.state.runs.session_preview import METRICS, SessionPreview
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import short_alert
 from rlhf_tui.state.viewport import Viewport
@@ -96,7 +96,7 @@ class PreviewNotes(Lines):
         return f" … and more: {fmt.command('diff', self._state.name, preview.against, root=root)}"
 
     def _alert(self) -> Row:
-        for event in self._state.events:
+        for event in self._state.timeline.events:
             if isinstance(event.payload, AlertEvent):
                 return [(f" ! step {event.step}: {short_alert(event.payload)}", "warn")]
         return [(" no alerts", "dim")]

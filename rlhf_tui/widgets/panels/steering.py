@@ -72,7 +72,7 @@ class SteeringPanel(Panel):
     def _beta(self, width: int) -> Row:
         state = self.state
         beta = state.setting("beta")
-        source = "reading …" if state.steps_unread else state.beta_source(short=width < 50)
+        source = "reading …" if state.steps_unread else state.timeline.beta_source(short=width < 50)
         return [
             *_label("beta"),
             (f"{fmt.number(beta, 4):<8}", "strong"),
@@ -82,7 +82,7 @@ class SteeringPanel(Panel):
 
     def _kl(self, width: int) -> Row:
         state = self.state
-        kl, target = state.series(metrics.KL).last, state.setting("target")
+        kl, target = state.curves.series(metrics.KL).last, state.setting("target")
         row: list[Piece] = [*_label("KL"), (f"{fmt.number(kl, 2):<8}", "strong")]
         if kl is not None and target:
             ratio = kl / target
@@ -95,7 +95,7 @@ class SteeringPanel(Panel):
 
     def _next(self, width: int) -> Row:
         now, batch_size = settings_in_force(self.state.head.settings), self.state.batch_size
-        kl = self.state.series(metrics.KL).last
+        kl = self.state.curves.series(metrics.KL).last
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
             reason = "the last step has no KL"
@@ -142,8 +142,8 @@ class SteeringPanel(Panel):
 
     def _recent(self) -> list[CommandRow]:
         """Pending commands, then the newest of the ended ones."""
-        pending = self.state.pending()
-        ended = [c for c in self.state.commands if c not in pending]
+        pending = self.state.timeline.pending()
+        ended = [c for c in self.state.timeline.commands if c not in pending]
         ended.sort(key=lambda c: c.ended or 0, reverse=True)
         return [*pending, *ended[:8]]
 

@@ -46,7 +46,7 @@ class TimelinePanel(ScrollList):
 
     def entries(self) -> list[list[Marker]]:
         """The entries, newest first: each is a marker, or several checkpoints, oldest first."""
-        markers = self.state.timeline()
+        markers = self.state.timeline.entries()
         if self._folded[0] is not markers:
             self._folded = markers, folded(markers)[::-1]
             self._step_width = max([LEAST_STEP, *(len(str(m.step)) for m in markers)])
