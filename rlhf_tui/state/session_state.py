@@ -76,6 +76,8 @@ class SessionState:
         """Steps between held-out evaluations, by the configuration; 0 for none."""
         self.best_metric = SCORE
         """The metric by which the best checkpoints are kept."""
+        self.keep_last = self.keep_best = 0
+        """How many of the newest and of the best checkpoints are kept; 0 until it is read."""
         self.now = now
         self.phases: list[Phase] = []
         self.telemetry: Telemetry | None = None
