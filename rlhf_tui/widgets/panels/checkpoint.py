@@ -8,10 +8,10 @@ from engine.metrics import describe, title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.state.checkpoint_details import CheckpointDetails, changed_settings
 from rlhf_tui.state.session_state import RECENT, SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, sender
-from rlhf_tui.widgets.lines import Row, flowed, justified
+from rlhf_tui.widgets.lines import Row, flowed
 from rlhf_tui.widgets.panels.latest_samples import response_lines
 from rlhf_tui.widgets.panels.panel import Panel, heading
+from rlhf_tui.widgets.panels.timeline import LEAST_STEP, entry_line
 from rlhf_tui.widgets.table import fitted
 from rlhf_tui.widgets.wrap import wrap
 
@@ -144,16 +144,8 @@ class CheckpointPanel(Panel):
             for m in self.state.markers()
             if m.step > checkpoint.step and m.kind != "checkpoint" and not m.abandoned
         ]
-        rows: list[Row] = []
-        for marker in reversed(later):
-            tone = MARKER_TONES[marker.kind]
-            left: Row = [
-                (f" {marker.step:>6,} ", "dim"),
-                (f"{MARKER_GLYPHS[marker.kind]} ", tone),
-                (marker.text, tone if marker.kind in ("alert", "crash") else ""),
-            ]
-            rows.append(justified(left, [(f" {sender(marker.who)} ", "dim")], width))
-        return rows
+        steps = max([LEAST_STEP, *(len(str(m.step)) for m in later)])
+        return [entry_line([marker], width, steps) for marker in reversed(later)]
 
 
 def _metric(title: str, before: str, after: str = "", change: str = "", tone: str = "") -> Row:
