@@ -21,9 +21,15 @@ from rlhf_tui.state.messages import CheckpointRead, HeaderSelected, RowHighlight
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.panels.checkpoint import CheckpointPanel
 from rlhf_tui.widgets.table import Column, Table
+from rlhf_tui.widgets.wrap import wrap
 
 IS_TAKEN = "it exists already; give a new or empty folder"
 """What is wrong with the folder of an export."""
+MOST_LINES = 3
+"""Of a text about a checkpoint that could not be saved."""
+OF_CHECKPOINTS = "checkpoint"
+"""Rule of the notices about checkpoints that could not be saved or read."""
+ABANDONED = "of an abandoned branch: the run has continued from an earlier step"
 LEAST = float("-inf")
 """Sorts before all values."""
 BESIDE, BELOW, LEAST_ROWS = 170, 34, 6
@@ -62,7 +68,7 @@ class CheckpointsScreen(SessionScreen):
         """The folder and the checkpoint whose details were read last."""
 
     def compose_body(self) -> ComposeResult:
-        """The metric that decides the best checkpoint, if it is not the score; table and panel."""
+        """A line about them, see :meth:`_show_line`; table and panel."""
         yield Lines(id="best")
         with Container(id="checkpoint-panes"):
             yield Table(
@@ -117,7 +123,7 @@ class CheckpointsScreen(SessionScreen):
             rows.append(((c.step, c.attempt), _cells(c, remarks)))
         self._reasons = self._why_kept(current, last, best, before, alert)
         table.set_rows(rows[::-1] if table.descending else rows, self._empty())
-        self._show_best(best)
+        self._show_line(best)
         self._fit()
         self._show_selected()
 
@@ -167,7 +173,7 @@ class CheckpointsScreen(SessionScreen):
         found, session = self._highlighted(), self.context.session
         panel = self.query_one(CheckpointPanel)
         key = (found.step, found.attempt) if found is not None else (0, 0)
-        panel.select(found, self._reasons.get(key, []))
+        panel.select(found, self._reasons.get(key, [ABANDONED]))
         shown = self.query_one("#checkpoint-panes").classes & {"beside", "below"}
         if found is None or session is None or not shown:
             return
@@ -221,8 +227,25 @@ class CheckpointsScreen(SessionScreen):
         """The remark on the best checkpoint. A metric without a column is named above the table."""
         return "best score" if self.context.state.best_metric == SCORE else "best"
 
-    def _show_best(self, best: CheckpointRow | None) -> None:
+    def _unsaved(self) -> str:
+        """Why no checkpoint was saved since the last one; empty if nothing went wrong."""
+        last = self._last()
+        for event in reversed(self.context.state.events):
+            if last is not None and event.time <= last.time:
+                break
+            if isinstance(event.payload, AlertEvent) and event.payload.rule == OF_CHECKPOINTS:
+                return f"! step {event.step}: {event.payload.text}"
+        return ""
+
+    def _show_line(self, best: CheckpointRow | None) -> None:
+        """Shows above the table what went wrong, or else the metric that decides the best one."""
         line, metric = self.query_one("#best", Lines), self.context.state.best_metric
+        problem = wrap(self._unsaved(), self.size.width - 2)[:MOST_LINES]
+        line.styles.height = len(problem)
+        if problem[0]:
+            line.display = True
+            line.show([[(f" {text}", "warn")] for text in problem])
+            return
         line.display = metric != SCORE and bool(self.context.state.checkpoints)
         row: Row = [(" no checkpoint has a value of ", "dim"), (title_of(metric), "")]
         if best is not None:
