@@ -6,21 +6,19 @@ output. The log is not sanitised; `rlhf-tui logs` and the dashboard sanitise wha
 """
 
 import asyncio
-import logging
 import sys
 from pathlib import Path
 
 from engine.errors import RlhfError
 from engine.launch.start_options import received_start
+from engine.log_lines import log_to
 from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise
 
 
 def main() -> None:
     """Runs the session to its end and exits with the supervisor's exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+    log_to(sys.stderr)
     session = SessionFolder(Path(sys.argv[1]))
     start = received_start()
     try:

@@ -21,6 +21,7 @@ from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.launch.failed_start import INTERRUPTED, NewSession
 from engine.launch.start_options import StartOptions, received_start
+from engine.log_lines import is_noticed
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, Ready, StepReport
 from engine.session.folder import SessionFolder
 from engine.supervisor.serve import supervise
@@ -163,8 +164,9 @@ class PrinterHandler(logging.Handler):
         self._printer = printer
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints a record; called by :mod:`logging`."""
-        self._printer.log(self.format(record))
+        """Prints a record, unless its text is printed anyway; called by :mod:`logging`."""
+        if not is_noticed(record):
+            self._printer.log(self.format(record))
 
 
 def print_exception(

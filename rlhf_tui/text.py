@@ -34,6 +34,14 @@ def sanitise(text: str) -> str:
     return _SEQUENCE.sub(ESCAPE_SYMBOL, text).translate(_SYMBOLS)
 
 
+def with_symbols(text: str) -> str:
+    """Text whose control characters are symbols, each by itself, so that positions stay the same.
+
+    For text that can be edited. A line break is a symbol, too.
+    """
+    return text.replace("\n", "\u2424").translate(_SYMBOLS)
+
+
 def one_line(text: str, width: int | None = None) -> str:
     """Sanitised text on one line, cut to `width` characters with an ellipsis."""
     line = sanitise(text).replace("\n", "\u2424").replace("\t", " ")

@@ -20,7 +20,7 @@ HEAVY = {
 OF_A_RANK = {
     "engine.config", "engine.protocol", "engine.session", "engine.memory", "engine.launch",
     "engine.agreement", "engine.errors", "engine.examined", "engine.metrics", "engine.starter",
-    "engine.kl", "engine.nvml", "engine.progress", "engine.tls",
+    "engine.kl", "engine.log_lines", "engine.nvml", "engine.progress", "engine.tls",
 }  # fmt: skip
 """Packages and modules of the engine that ranks use besides their own."""
 FLOORS = [
@@ -30,6 +30,7 @@ FLOORS = [
         "engine.errors",
         "engine.examined",
         "engine.kl",
+        "engine.log_lines",
         "engine.metrics",
         "engine.progress",
         "engine.starter",

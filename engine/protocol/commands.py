@@ -103,7 +103,7 @@ class Pause(Command, frozen=True, tag="pause"):
 class Unpause(Command, frozen=True, tag="unpause"):
     """Ends a pause."""
 
-    summary: ClassVar[str] = "Resume a paused run."
+    summary: ClassVar[str] = "Continue a paused run."
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
@@ -235,7 +235,7 @@ class Rollback(Command, frozen=True, tag="rollback"):
         if self.step not in steps:
             available = ", ".join(map(str, steps)) if steps else "none yet"
             raise CommandRejectedError(
-                f"there is no checkpoint of step {self.step} (available: {available})"
+                f"there is no checkpoint of step {self.step} (there are: {available})"
             )
 
 

@@ -19,6 +19,7 @@ from engine.launch.start_checkpoints import (
     timeline_checkpoints,
 )
 from engine.launch.start_options import StartOptions
+from engine.log_lines import NOTICED
 from engine.protocol.rank_messages import RESTART_REASONS, Failed
 from engine.session.folder import SessionFolder
 from engine.session.states import State
@@ -88,7 +89,7 @@ class EndHandler:
         state, attempt = self._state, self._state.attempt
         if not self._journal.is_in_place():  # what is at its path now is not of this run
             text = MOVED.format(self._session.folder)
-            log.info(text)
+            log.error(text, extra=NOTICED)
             return self._set_end("failed", text, 1)
         if attempt.ended is not None:
             return self._end_regularly(attempt.ended.reason)
@@ -99,7 +100,7 @@ class EndHandler:
             earlier = earlier_checkpoint(self._session, attempt.start)
             if earlier is not None and not state.stop_now:
                 text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
-                log.info(text)
+                log.error(text, extra=NOTICED)
                 self._publisher.notice("checkpoint", text, earlier.from_step)
                 state.next = earlier
                 return 1
@@ -122,7 +123,7 @@ class EndHandler:
         elif again:
             self._restart(failure)
         else:
-            log.info(failure.text)
+            log.error(failure.text, extra=NOTICED)
             code = 2 if failure.user_input and not state.began else 1
             return self._set_end("failed", failure.text, code)
         return 1
@@ -165,8 +166,7 @@ class EndHandler:
             self._pending.attempt_failed()
         step = self._start_from_last_checkpoint()
         number = f"restart {self._restarts} of {self._config.launch.max_restarts}"
-        # The notice tells the operator; an error in the log would show it twice in the foreground.
-        log.info("%s; %s", failure.text, number)
+        log.error("%s; %s", failure.text, number, extra=NOTICED)
         text = f"{failure.text}: {number} from step {step}"
         self._publisher.notice("restart", text, self._journal.step)
 
@@ -179,7 +179,7 @@ class EndHandler:
         step = self._start_from_last_checkpoint()
         words = ", ".join(f"{c.key} {c.new} instead of {c.old}" for c in failure.changes)
         text = f"{failure.text}: restart from step {step}, from step {failure.step} with {words}"
-        log.info(text)
+        log.warning(text, extra=NOTICED)
         self._adjust(failure.step, failure.changes, "memory", text)
 
     def _cause(self, status: int) -> Failed:

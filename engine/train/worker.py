@@ -24,6 +24,7 @@ from engine.config.settings import SettingChange
 from engine.errors import LinkError
 from engine.examined import examined
 from engine.launch.environment import LAUNCH_VARIABLE
+from engine.log_lines import log_to
 from engine.protocol.rank_messages import (
     RESTART_REASONS,
     Begin,
@@ -64,7 +65,7 @@ RESTARTS = 3
 
 def main() -> None:
     """Trains to the end of the run. Reports any error to the supervisor before it exits."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    log_to(sys.stdout)
     for name in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Progress bars would fill engine.log with carriage returns.

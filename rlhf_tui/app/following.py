@@ -128,6 +128,8 @@ class SessionFollower:
                 state.batch_size = config.rollout.batch_size
                 state.progress.eval_every = config.eval.every
                 state.best_metric = config.train.best_metric
+                state.keep_last = config.train.keep_last
+                state.keep_best = config.train.keep_best
                 feed.want([state.best_metric])
         except (RlhfError, OSError) as error:
             self._context.say(str(error), "error")

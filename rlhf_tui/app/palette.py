@@ -1,5 +1,6 @@
 """The commands of the palette: every key of every screen, and the themes, each described."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol, cast
@@ -132,9 +133,9 @@ TITLES = {"app.focus_next": "next panel", "app.focus_previous": "previous panel"
 """Action of Textual → its title here."""
 OF_TEXTUAL = ("screen.copy_text", "help_quit", "command_palette")
 """Actions of Textual that do not work here, or that open the palette itself."""
-NAMED = 1.0
-"""Added to the score of a command whose title matches: it stands before those whose description
-does."""
+NAMED = 1000.0
+"""Added to the score of a command whose description has the words, and twice if its title has them.
+Textual's score of single letters is far below it."""
 
 
 class PaletteApp(Protocol):
@@ -176,13 +177,17 @@ class PaletteCommands(Provider):
     async def search(self, query: str) -> Hits:
         """The commands whose title is like the query, or that have all of its words."""
         matcher, words = self.matcher(query), query.lower().split()
+        begin = [re.compile(rf"\b{re.escape(word)}") for word in words]
         for command in self.commands():
             score = matcher.match(command.title)
-            text = f"{command.title} {command.help}".lower()
+            name, text = command.title.lower(), f"{command.title} {command.help}".lower()
             if score <= 0 and not all(word in text for word in words):
                 continue
             title = matcher.highlight(command.title) if score > 0 else Content(command.title)
-            score += NAMED if score > 0 else 0.5
+            # Else letters of the title in this order, or a part of a word, which are only a hint.
+            if all(word.search(text) for word in begin):
+                score += 2 * NAMED if all(word.search(name) for word in begin) else NAMED
+            score = max(score, 0.5)
             yield Hit(score, title, partial(self._once, command), command.title, command.help)
 
     async def _once(self, command: PaletteCommand) -> None:

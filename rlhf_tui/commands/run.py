@@ -273,6 +273,8 @@ def _show_notice(text: str) -> None:
 def _become_engine(session: SessionFolder, start: StartOptions) -> None:
     """Turns this process into the session's engine, in the foreground."""
     action = f"resuming from step {start.from_step}" if start.from_step else "starting"
+    if start.origin:
+        action = f"forked from step {start.origin['step']} of {start.origin['from']}"
     click.echo(one_line(f"session {session.name}: {action}; folder {session.folder}"), err=True)
     sys.stdout.flush()
     words = [sys.executable, "-P", "-m", "rlhf_tui.headless", str(session.folder)]

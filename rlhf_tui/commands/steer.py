@@ -252,7 +252,7 @@ def ctl(
 
 def _verb(kind: type[Command], **options: Any) -> Callable[[Callable[..., None]], click.Command]:
     """A verb of `ctl`, with the name and the help that the command declares."""
-    return ctl.command(name=kind.name(), help=kind.summary, **options)
+    return ctl.command(name=kind.name(), help=kind.summary, short_help=kind.summary, **options)
 
 
 _WithoutArguments = Pause | Unpause | Checkpoint | Undo

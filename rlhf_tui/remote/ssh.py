@@ -45,7 +45,7 @@ class Address(Struct, frozen=True):
         found = _ADDRESS.fullmatch(text)
         # ssh would take a host that begins with a dash for an option.
         if found is None or found["host"].startswith("-"):
-            raise UserInputError(f"'{text}' is not an address: use ssh://[USER@]HOST[:PORT]/NAME")
+            raise UserInputError(f"'{text}' is not an address: use ssh://[USER@]HOST[:PORT][/NAME]")
         return cls(found["host"], found["port"] or "", found["name"] or "")
 
     def __str__(self) -> str:

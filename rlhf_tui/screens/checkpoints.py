@@ -8,6 +8,7 @@ from typing import ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import Container
 
 from engine.journal.rows import AlertEvent, CheckpointRow
 from engine.metrics import SCORE, describe, title_of
@@ -15,14 +16,25 @@ from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.output_file import is_free
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.state.messages import HeaderSelected, RowHighlighted, RowSelected
+from rlhf_tui.state.checkpoint_details import read_details
+from rlhf_tui.state.messages import CheckpointRead, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row
+from rlhf_tui.widgets.panels.checkpoint import CheckpointPanel
 from rlhf_tui.widgets.table import Column, Table
+from rlhf_tui.widgets.wrap import wrap
 
 IS_TAKEN = "it exists already; give a new or empty folder"
 """What is wrong with the folder of an export."""
+MOST_LINES = 3
+"""Of a text about a checkpoint that could not be saved."""
+OF_CHECKPOINTS = "checkpoint"
+"""Rule of the notices about checkpoints that could not be saved or read."""
+ABANDONED = "of an abandoned branch: the run has continued from an earlier step"
 LEAST = float("-inf")
 """Sorts before all values."""
+BESIDE, BELOW, LEAST_ROWS = 170, 34, 6
+"""Minimum width at which the selected checkpoint is beside the table, minimum height at which it is
+below it, and the table's minimum height then."""
 ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
     "step": lambda c: c.step,
     "attempt": lambda c: c.attempt,
@@ -48,25 +60,52 @@ class CheckpointsScreen(SessionScreen):
         Binding("d,delete", "delete_checkpoint", "delete"),
     ]
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._reasons: dict[tuple[int, int], list[str]] = {}
+        """Why a checkpoint stays, by step and attempt."""
+        self._read: tuple[str, CheckpointRow] | None = None
+        """The folder and the checkpoint whose details were read last."""
+
     def compose_body(self) -> ComposeResult:
-        """The metric that decides the best checkpoint, if it is not the score; the table."""
+        """A line about them, see :meth:`_show_line`; table and panel."""
         yield Lines(id="best")
-        yield Table(
-            [
-                Column("step", 7, right=True),
-                Column("attempt", 7, right=True, least=90),
-                Column("saved", 12),
-                Column("size", 8, right=True, least=74),
-                Column("score", 7, right=True),
-                Column("KL", 7, right=True),
-                Column("", 16, flexible=True),
-            ],
-            id="checkpoints",
-        )
+        with Container(id="checkpoint-panes"):
+            yield Table(
+                [
+                    Column("step", 7, right=True),
+                    Column("attempt", 7, right=True, least=90),
+                    Column("saved", 12),
+                    Column("size", 8, right=True, least=74),
+                    Column("score", 7, right=True),
+                    Column("KL", 7, right=True),
+                    Column("", 16, flexible=True),
+                ],
+                id="checkpoints",
+            )
+            yield CheckpointPanel(self.context.state, self.context.preferences.metrics())
+
+    def on_resize(self) -> None:
+        """Shows the selected checkpoint where there is room for it."""
+        self._fit()
+
+    def _fit(self) -> None:
+        """Puts the panel beside or below the table; an empty table has none."""
+        width, height = self.size
+        panes, table = self.query_one("#checkpoint-panes"), self.query_one(Table)
+        beside = bool(table.count()) and width >= BESIDE
+        below = bool(table.count()) and not beside and height >= BELOW
+        panes.set_class(beside, "beside")
+        panes.set_class(below, "below")
+        if below:
+            table.styles.height = min(max(table.count() + 1, LEAST_ROWS), height * 2 // 5)
+        else:
+            table.styles.clear_rule("height")
 
     def refresh_content(self) -> None:
         """Shows the checkpoints, newest step first unless a title was clicked."""
         table = self.query_one(Table)
+        self.query_one(CheckpointPanel).charts = self.context.preferences.metrics()
         found = self.context.state.checkpoints
         current = [c for c in found if c.status == "complete"]
         measured = [c for c in current if self._best_value(c) is not None]
@@ -82,8 +121,81 @@ class CheckpointsScreen(SessionScreen):
             remarks += [f"before alert @{alert}"] if c is before else []
             remarks += ["kept"] if c.kept else []
             rows.append(((c.step, c.attempt), _cells(c, remarks)))
+        self._reasons = self._why_kept(current, last, best, before, alert)
         table.set_rows(rows[::-1] if table.descending else rows, self._empty())
-        self._show_best(best)
+        self._show_line(best)
+        self._fit()
+        self._show_selected()
+
+    def _why_kept(
+        self,
+        current: list[CheckpointRow],
+        last: CheckpointRow | None,
+        best: CheckpointRow | None,
+        before: CheckpointRow | None,
+        alert: int,
+    ) -> dict[tuple[int, int], list[str]]:
+        """Why each checkpoint of the current timeline stays, as `train.keep_last` and others say.
+
+        Args:
+            current: all of them.
+            last: the last one, from which a resume continues.
+            best: the best one by `train.best_metric`.
+            before: the newest one before the first alert that has any before it.
+            alert: the step of that alert.
+        """
+        state = self.context.state
+        counted = sorted((c for c in current if not c.kept), key=lambda c: -c.step)
+        reasons: dict[tuple[int, int], list[str]] = {}
+        for c in current:
+            why = reasons[c.step, c.attempt] = []
+            if c.kept:
+                why.append("kept: it was saved by a command and stays until it is deleted")
+            if c is last:
+                why.append("last: a resume continues from it")
+            if c is best:
+                why.append(f"best {title_of(state.best_metric)}: stays until another one is better")
+            if c is before:
+                why.append(f"the newest before the first alert, of step {alert}")
+            if not state.keep_last or c.kept:
+                continue
+            left = state.keep_last - counted.index(c)
+            if left > 0 and c is not best:
+                saves = "the next save" if left == 1 else f"{left} more saves"
+                newest = f"one of the newest {state.keep_last}" if state.keep_last > 1 else "newest"
+                why.append(f"{newest}: stays until {saves}")
+            elif not why and state.keep_best > 1:
+                why.append(f"one of the best {state.keep_best}")
+        return reasons
+
+    def _show_selected(self) -> None:
+        """Shows the highlighted checkpoint, and reads its details unless they were read."""
+        found, session = self._highlighted(), self.context.session
+        panel = self.query_one(CheckpointPanel)
+        key = (found.step, found.attempt) if found is not None else (0, 0)
+        panel.select(found, self._reasons.get(key, [ABANDONED]))
+        shown = self.query_one("#checkpoint-panes").classes & {"beside", "below"}
+        if found is None or session is None or not shown:
+            return
+        folder = str(session.folder)
+        if self._read == (folder, found):
+            return
+        self._read = folder, found
+
+        def read() -> CheckpointRead:
+            return CheckpointRead(folder, read_details(session, found))
+
+        self.read_in_thread("checkpoint", read)
+
+    def on_checkpoint_read(self, message: CheckpointRead) -> None:
+        """Shows the details of a checkpoint."""
+        session = self.context.session
+        if session is not None and str(session.folder) == message.folder:
+            self.query_one(CheckpointPanel).take(message.details)
+
+    def session_changed(self) -> None:
+        """Reads details of the other session."""
+        self._read = None
 
     def _last(self) -> CheckpointRow | None:
         """The last checkpoint of the current timeline."""
@@ -115,8 +227,25 @@ class CheckpointsScreen(SessionScreen):
         """The remark on the best checkpoint. A metric without a column is named above the table."""
         return "best score" if self.context.state.best_metric == SCORE else "best"
 
-    def _show_best(self, best: CheckpointRow | None) -> None:
+    def _unsaved(self) -> str:
+        """Why no checkpoint was saved since the last one; empty if nothing went wrong."""
+        last = self._last()
+        for event in reversed(self.context.state.events):
+            if last is not None and event.time <= last.time:
+                break
+            if isinstance(event.payload, AlertEvent) and event.payload.rule == OF_CHECKPOINTS:
+                return f"! step {event.step}: {event.payload.text}"
+        return ""
+
+    def _show_line(self, best: CheckpointRow | None) -> None:
+        """Shows above the table what went wrong, or else the metric that decides the best one."""
         line, metric = self.query_one("#best", Lines), self.context.state.best_metric
+        problem = wrap(self._unsaved(), self.size.width - 2)[:MOST_LINES]
+        line.styles.height = len(problem)
+        if problem[0]:
+            line.display = True
+            line.show([[(f" {text}", "warn")] for text in problem])
+            return
         line.display = metric != SCORE and bool(self.context.state.checkpoints)
         row: Row = [(" no checkpoint has a value of ", "dim"), (title_of(metric), "")]
         if best is not None:
@@ -164,7 +293,8 @@ class CheckpointsScreen(SessionScreen):
         return "" if found.status == "complete" else "this checkpoint is of an abandoned branch"
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """Shows the keys that can act on the checkpoint."""
+        """Shows the checkpoint, and the keys that can act on it."""
+        self._show_selected()
         self.refresh_keys()
 
     def _highlighted(self) -> CheckpointRow | None:

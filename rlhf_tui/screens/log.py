@@ -13,6 +13,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.widgets.lines import Lines, Piece, Row
+from rlhf_tui.widgets.panels.log_summary import LogSummary, Problems
 from rlhf_tui.widgets.scroll_list import ScrollList
 
 MOST_BYTES = 8_000_000
@@ -20,6 +21,10 @@ MOST_LINES = 100_000
 EVERY = 1.0
 NARROW = 100
 """Below this many columns, a line begins with the time of day instead of date and milliseconds."""
+WITH_SUMMARY, LEAST_SUMMARY = 34, 8
+"""Minimum height of a screen with a summary, and the lines that it then has beside a long log."""
+ABOVE_AND_BELOW = 4
+"""Lines of the screen that are neither the log's nor the summary's."""
 STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 """The time stamp of lines that the engine's loggers write."""
 DATE_AND_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d)(,\d{3})?")
@@ -59,6 +64,8 @@ class LogView(ScrollList):
         """The same lines for a narrow screen."""
         self._date = ""
         """The date of the last line."""
+        self.problems = Problems()
+        """The warnings and errors of the lines, also of those that were dropped."""
         self.cut = False
         """Whether the log has lines before the first one here."""
         self.hint: list[Row] = []
@@ -102,7 +109,9 @@ class LogView(ScrollList):
 
         `cut`: the log has lines before these fresh ones.
         """
-        self._date = "" if fresh else self._date
+        if fresh:
+            self._date, self.problems = "", Problems()
+        self.problems.add(lines)
         short = [self._shortened(line) for line in lines]
         lines, short = (lines, short) if fresh else (self.lines + lines, self._short + short)
         dropped = max(len(lines) - MOST_LINES, 0)
@@ -150,15 +159,31 @@ class LogScreen(SessionScreen):
         """The log with a line about it."""
         yield Lines(id="about")
         yield LogView()
+        yield LogSummary(self.context.state)
 
     def on_mount(self) -> None:
         """Reads new lines every second."""
         self.set_interval(EVERY, self.read_more)
 
+    def on_resize(self) -> None:
+        """Gives the summary its height."""
+        self._summarise()
+
     def refresh_content(self) -> None:
         """Reads new lines when the screen becomes visible."""
         self.read_more()
         self._about()
+
+    def _summarise(self) -> None:
+        """Shows the summary in the room that the log leaves, or a few lines of it."""
+        view, summary = self.query_one(LogView), self.query_one(LogSummary)
+        height = self.size.height
+        summary.display = height >= WITH_SUMMARY and view.count() > 0
+        if not summary.display:
+            return
+        summary.show_problems(view.problems.newest_first())
+        left = height - ABOVE_AND_BELOW - view.count()
+        summary.styles.height = min(summary.wanted, max(left, LEAST_SUMMARY))
 
     def read_more(self) -> None:
         """Reads what was appended, in a thread, if the screen is visible."""
@@ -213,6 +238,7 @@ class LogScreen(SessionScreen):
         if view.shift:
             row.append((f"   from column {view.shift + 1}", "dim"))
         self.query_one("#about", Lines).show([row])
+        self._summarise()
         view.update()
         self.refresh_keys()
 

@@ -8,6 +8,7 @@ from textual.message import Message
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
 from engine.session.folder import SessionFolder
+from rlhf_tui.state.checkpoint_details import CheckpointDetails
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.runs.session_preview import SessionPreview
 from rlhf_tui.state.runs.session_row import ListedSession
@@ -56,6 +57,14 @@ class SessionPreviewed(Message):
     def __init__(self, preview: SessionPreview) -> None:
         super().__init__()
         self.preview = preview
+
+
+class CheckpointRead(Message):
+    """The details of a checkpoint of the session in `folder` were read."""
+
+    def __init__(self, folder: str, details: CheckpointDetails) -> None:
+        super().__init__()
+        self.folder, self.details = folder, details
 
 
 class CommandResult(Struct, frozen=True):

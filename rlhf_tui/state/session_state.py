@@ -62,6 +62,8 @@ class SessionState:
         """Responses per step; None until the configuration is read."""
         self.best_metric = SCORE
         """The metric by which the best checkpoints are kept."""
+        self.keep_last = self.keep_best = 0
+        """How many of the newest and of the best checkpoints are kept; 0 until it is read."""
         self.now = now
         self.progress = StepProgress(now)
         self.telemetry: Telemetry | None = None

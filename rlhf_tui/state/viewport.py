@@ -13,6 +13,8 @@ from rlhf_tui.state.timeline import Marker
 WEIGHTS = (0.0, 0.6, 0.9, 0.97)
 """Weights of the moving average, in the order of the key."""
 NARROWEST = 10
+CELL = 0.02
+"""Share of the window that a column of a chart is at most about: the mouse is no more exact."""
 
 
 class Viewport(Struct):
@@ -22,7 +24,9 @@ class Viewport(Struct):
     width: float | None = None
     """Steps shown; None for all."""
     end: float | None = None
-    """The last step shown; None follows the run."""
+    """The last step shown; None: about the newest one."""
+    following: bool = True
+    """Whether the window moves on when the run passes its end."""
     weight: float = WEIGHTS[1]
     past: bool = True
     """Whether earlier attempts are shown."""
@@ -43,7 +47,7 @@ class Viewport(Struct):
         first, full = self._first(state), self._whole(state)
         if self.width is None:
             return first, full
-        if self.end is not None:
+        if self.end is not None and not (self.following and state.head.step > self.end):
             return self.end - self.width, self.end
         jump = max(1, round(self.width / 8))
         end = math.ceil(max(state.head.step, 1) / jump) * jump
@@ -68,7 +72,7 @@ class Viewport(Struct):
         ]
 
     def zoom(self, state: SessionState, factor: float, around: float | None = None) -> None:
-        """Shows fewer (factor below 1) or more steps.
+        """Shows fewer (factor below 1) or more steps. Follows the run if the newest one is shown.
 
         Args:
             state: the session.
@@ -79,19 +83,19 @@ class Viewport(Struct):
         newest = max(state.head.step, 1)
         width = max((last - first) * factor, NARROWEST)
         if width >= self._whole(state) - self._first(state):
-            self.width = self.end = None
+            self.all()
             return
         self.width = width
         centre = self.cursor if around is None else around
-        if centre is None and (self.end is None or self.end >= newest):
-            self.end = None
+        if centre is None and last >= newest:
+            self.end, self.following = None, True
             return
         centre = centre if centre is not None else (first + last) / 2
         share = (centre - first) / max(last - first, 1)
         self._end_at(state, centre + width * (1 - min(max(share, 0), 1)))
 
     def pan(self, state: SessionState, share: float) -> None:
-        """Moves the window by a share of its width."""
+        """Moves the window by a share of its width. It follows the run if it shows its end."""
         first, last = self.window(state)
         if self.width is None:
             return
@@ -101,12 +105,16 @@ class Viewport(Struct):
         width = self.width or 0
         newest = max(state.head.step, 1)
         self.end = max(end, self._first(state) + width)
+        if newest - width * CELL < self.end < newest:
+            self.end = float(newest)
+        self.following = self.end >= newest
         if self.end >= newest + width / 8:
             self.end = None
 
     def all(self) -> None:
         """Shows the whole run."""
         self.width = self.end = None
+        self.following = True
 
     def marker(self, state: SessionState) -> Marker | None:
         """The selected entry of the timeline."""

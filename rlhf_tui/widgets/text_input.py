@@ -5,13 +5,24 @@ the message queues of all parents. On a slow connection keys arrive in bursts, a
 take effect after the letters that follow it.
 """
 
+from rich.highlighter import Highlighter
+from rich.text import Text
 from textual import events
 from textual.widgets import Input
 
+from rlhf_tui.text import with_symbols
 from rlhf_tui.widgets.textual_internals import bindings_of_key
 
 LINE_BREAK = "↵"
 """Stands for a line break in an input whose text may have several lines."""
+
+
+class _VisibleControls(Highlighter):
+    """Draws control characters as symbols."""
+
+    def highlight(self, text: Text) -> None:
+        """Replaces them in the text that is drawn."""
+        text.plain = with_symbols(text.plain)
 
 
 class TextInput(Input):
@@ -21,8 +32,12 @@ class TextInput(Input):
     """Joins pasted lines."""
 
     def on_mount(self) -> None:
-        """Turns off the blinking cursor, which would send data twice a second."""
+        """Turns off the blinking cursor, which would send data twice a second.
+
+        What was pasted may have control characters. They stay in the value, but are not drawn.
+        """
         self.cursor_blink = False
+        self.highlighter = _VisibleControls()
 
     async def on_key(self, event: events.Key) -> None:
         """Runs the binding of a key that is not printable. Textual inserts printable ones."""

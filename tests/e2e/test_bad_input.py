@@ -129,7 +129,8 @@ def test_a_missing_column_is_named_with_the_existing_ones(lab, tmp_path):
 
 
 def test_an_error_in_a_step_ends_the_run_with_a_clear_error(branch):
-    last = branch.warned.splitlines()[-1]
+    first, *_, last = branch.warned.splitlines()
+    assert first.startswith("session branch: forked from step 4 of whole; folder ")
     assert "no more" in last
     assert "Traceback" not in branch.warned
     assert branch.ended == "failed"

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -40,6 +41,14 @@ def test_the_status_of_a_running_run_names_its_supervisor(endless):
     row = endless.lab.json("status", endless.name)
     assert row["state"] == "paused"
     assert row["pid"] == endless.engine().pid
+
+
+def test_the_supervisor_and_the_ranks_log_lines_of_one_form(steered):
+    lines = steered.lab.cli("logs", steered.name).stdout.splitlines()
+    form = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ \S")
+    assert "attempt 1 begins" in lines[0], "of the supervisor"
+    assert any("load policy" in line for line in lines), "of a rank"
+    assert [line for line in lines if not form.match(line)] == []
 
 
 def test_metrics_are_one_object_per_step_with_the_documented_names(whole):

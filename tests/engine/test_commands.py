@@ -85,7 +85,7 @@ def test_who_carries_a_command_out_is_its_union():
         (Stop(), {"state": "stopping"}, "already stopping"),
         (Pause(), {"state": "stopping"}, "resume it first"),
         (Rollback(step=2), {"state": "stopping"}, "resume it first"),
-        (Rollback(step=3), {}, "available: 2, 4"),
+        (Rollback(step=3), {}, "there are: 2, 4"),
         (Rollback(step=3), {"checkpoint_steps": list}, "none yet"),
         (DeleteCheckpoint(step=3), {}, "there are: 2, 4, 6"),
         (DeleteCheckpoint(step=3), {"saved_steps": list}, "none yet"),

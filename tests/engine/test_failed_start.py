@@ -57,9 +57,9 @@ def failed(make_session, write_in):
 async def test_the_log_says_why_a_run_failed(make_session, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(rank_processes, "rank_command", lambda *_: ["sh", "-c", "exit 3"])
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    caplog.set_level("INFO")
     assert await supervise(make_session("run", "launch.max_restarts=0"), StartOptions()) == 1
-    assert caplog.text.count("rank 0 ended with status 3") == 1
+    found = [r for r in caplog.records if "rank 0 ended with status 3" in r.getMessage()]
+    assert [r.levelname for r in found] == ["ERROR"]
 
 
 @pytest.mark.parametrize("state", ["failed", "stopped", "starting"])

@@ -18,6 +18,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import ConfigError, NoSuchSessionError, SessionError
 from engine.journal.reader import JournalReader
+from engine.protocol.commands import COMMANDS
 from engine.session.checkpoints import aside_path, checkpoint_path, complete_checkpoints
 from engine.session.folder import create
 from rlhf_tui import identity
@@ -27,6 +28,13 @@ from rlhf_tui.commands.steer import ctl
 from rlhf_tui.format import plural
 
 DEADLINE = 240.0
+
+
+def test_the_commands_of_ctl_are_described_whole():
+    printed = CliRunner().invoke(cli, ["ctl", "--help"]).output
+    for kind in COMMANDS.values():
+        if kind.name() in ctl.commands:
+            assert kind.summary in " ".join(printed.split())
 
 
 def test_the_folder_of_sessions_may_stand_before_the_command(root, tmp_path, monkeypatch):

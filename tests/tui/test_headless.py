@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.log_lines import NOTICED
 from engine.metrics import BETA, KL, SCORE, STEP_TIME, TOKENS_PER_SECOND
 from engine.protocol.rank_messages import Phase, Ready, StepReport
 from engine.session.folder import SessionFolder
@@ -72,6 +73,7 @@ def test_only_warnings_and_errors_of_the_log_are_printed(capsys):
     log.addHandler(PrinterHandler(Printer(RUN, 8, live=False)))
     log.info("a connection was closed")
     log.warning("notify.command failed")
+    log.error("rank 0 was killed; restart 1 of 3", extra=NOTICED)  # printed as a notice
     assert capsys.readouterr() == ("", "notify.command failed\n")
 
 

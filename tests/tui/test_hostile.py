@@ -11,16 +11,20 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from rich.cells import cell_len
 from rich.style import Style
+from textual.events import Paste
 from textual.geometry import Region
 
 from engine.journal.rows import Judgement
 from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.widgets.lines import changed_span, render_row
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.sample_view import body
+from rlhf_tui.widgets.text_input import TextInput
 from rlhf_tui.widgets.wrap import wrap
 from tests.judging import sample
+from tests.tui.screen import press_for
 
 ATTACKS = (
     "\x1b[2J", "\x1b]52;c;aGVsbG8=\x07", "\x1b]0;title\x1b\\", "\x9b31m", "\x9d52;c;x\x9c",
@@ -124,6 +128,20 @@ async def test_no_screen_shows_anything_raw(make_app, root, tmp_path, until):
         app.say(" ".join(ATTACKS), "error")
         app.say(" ".join(ATTACKS))
         await pilot.pause(0.1)
+        assert not RAW.search(shown(app).replace("\n", ""))
+
+
+async def test_pasted_control_characters_are_drawn_as_symbols_and_stay_in_the_value(run_app, until):
+    async with run_app() as (app, pilot):
+        await press_for(pilot, InputDialog, "5", "slash")
+        field = app.screen.query_one(TextInput)
+        pasted = " ".join(ATTACKS)
+        field.post_message(Paste(pasted))
+        await until(pilot, lambda: field.value)
+        assert field.value == " ".join(pasted.splitlines())
+        await pilot.press("home")
+        assert not RAW.search(shown(app).replace("\n", ""))
+        await pilot.press("end")
         assert not RAW.search(shown(app).replace("\n", ""))
 
 

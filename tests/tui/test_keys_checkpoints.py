@@ -286,3 +286,29 @@ async def test_the_keys_of_checkpoints_are_those_of_the_selected_one(
         await until(pilot, lambda: table.key == (50, 1) and "roll back" not in footer.text())
         await pilot.press("r")
         await until(pilot, lambda: notices(app) == ["this checkpoint is of an abandoned branch"])
+
+
+@pytest.mark.parametrize(("saved", "shown"), [((), True), ((20,), True), ((20, 30), False)])
+async def test_a_checkpoint_that_could_not_be_saved_is_told_until_the_next_one_is(
+    session_maker, tmp_path, running, until, saved, shown
+):
+    session = session_maker(tmp_path, "mine", 40)
+    with contextlib.closing(JournalWriter(session)) as journal:
+        for step in [s for s in saved if s < 25]:
+            save(journal, step)
+        journal.record_event("alert", {"rule": "checkpoint", "text": "no room: make some"}, 25)
+        for step in [s for s in saved if s > 25]:
+            save(journal, step)
+    async with running(RlhfApp(tmp_path, "mine", follow=False), size=(80, 24)) as pilot:
+        await pilot.press("4")
+        table = pilot.app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() == len(saved) and pilot.app.state.known)
+        line = pilot.app.screen.query_one("#best")
+        await until(pilot, lambda: line.display == shown)
+        if shown:
+            assert line.text() == " ! step 25: no room: make some"
+
+
+def save(journal, step):
+    journal.checkpoints.record(step, 49_000_000, 1.2, 7.5)
+    journal.checkpoints.complete(step)

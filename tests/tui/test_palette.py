@@ -69,6 +69,19 @@ async def test_commands_of_all_screens_are_found_by_the_words_for_them(make_app,
         assert len(titles) == len(set(titles))  # also of an action with several keys
 
 
+@pytest.mark.parametrize(
+    ("query", "first"), [("kl", "KL"), ("rate", "learning rate"), ("stop", "Stop")]
+)
+async def test_commands_that_have_the_words_are_before_those_that_have_their_letters(
+    make_app, running, query, first
+):
+    app = make_app()
+    async with running(app):
+        found = {command.title: f"{command.title}: {command.help}" for command in commands(app)}
+        best = (await titles_for(app, query))[0]
+        assert first in found[best]
+
+
 async def test_the_palette_neither_lists_itself_nor_names_a_key_that_the_footer_does_not(
     make_app, running
 ):

@@ -2,6 +2,7 @@
 
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 
 from engine.errors import UserInputError
 from engine.session.folder import SessionFolder
@@ -172,6 +173,24 @@ def test_the_line_of_a_replay_says_where_it_is(replay, width):
     slider = shown[-(width - 60) :]
     assert "●" in slider
     assert "◆" in slider
+
+
+def test_a_moving_replay_does_not_look_at_all_markers_again(replay):
+    looked = []
+
+    class Marks(tuple):
+        def __iter__(self):
+            looked.append(len(self))
+            return super().__iter__()
+
+    _, _, state = replay(speed=20.0, from_step=150)
+    marks = Marks(state.replay.marks)
+    line = ReplayLine(state)
+    for step in (150, 160, 170):
+        state.replay = structs.replace(state.replay, share=step / 200, marks=marks)
+        shown = text(line, 120, 1)
+        assert "◆" in shown
+    assert len(looked) == 1
 
 
 async def test_the_keys_of_a_replay_act_on_every_screen_and_nothing_is_sent(

@@ -48,6 +48,40 @@ def test_zooming_in_at_the_crosshair_keeps_it_in_sight(state):
     assert first <= 120 <= last
 
 
+def run_on(state, step):
+    head = SessionSummary("running", step, 1000, {}, "", [], 1, "box")
+    state.take(SessionUpdate(head=head))
+
+
+def test_zooming_around_a_step_follows_the_run_while_the_newest_one_is_in_sight(state):
+    view = Viewport()
+    view.zoom(state, 0.8, around=499)
+    first, last = view.window(state)
+    assert (499 - first) / (last - first) == pytest.approx(498 / 499, abs=0.01)
+    run_on(state, 600)
+    after = view.window(state)
+    assert after[0] <= 600 <= after[1]
+    assert after[1] - after[0] == last - first
+
+
+def test_zooming_around_an_old_step_does_not_follow_the_run(state):
+    view = Viewport()
+    view.zoom(state, 0.8, around=100)
+    before = view.window(state)
+    run_on(state, 600)
+    assert view.window(state) == before
+
+
+def test_panning_back_to_the_newest_step_follows_the_run_again(state):
+    view = Viewport()
+    view.zoom(state, 0.25)
+    view.pan(state, -0.5)
+    view.pan(state, 0.5)
+    run_on(state, 600)
+    first, last = view.window(state)
+    assert first <= 600 <= last
+
+
 def test_zooming_out_ends_at_the_whole_run(state):
     view = Viewport()
     view.zoom(state, 0.5)

@@ -25,6 +25,7 @@ from engine.launch.environment import LOG_ENCODING, clean_environment
 from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
 from engine.launch.rollout.port import wait_for_machine
 from engine.launch.secret import SECRET_VARIABLE
+from engine.log_lines import log_to
 from engine.protocol import frames
 from engine.protocol.frames import Message
 from engine.protocol.machines.authentication import LOST_AFTER, AuthenticatedConnection
@@ -65,7 +66,7 @@ def relay_environment(secret: str) -> dict[str, str]:
 def main() -> NoReturn:
     """Serves rank 0 until it disconnects (exit status 0) or the machine is lost."""
     die_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    log_to(sys.stdout)
     listener, port = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:3])
     session = SessionFolder(Path(sys.argv[3]))
     config = session.config()

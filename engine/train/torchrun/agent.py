@@ -37,6 +37,7 @@ from engine.launch.environment import (
 from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.store_server import StoreServer
+from engine.log_lines import log_to
 from engine.protocol.machines.store_messages import SetKeys
 from engine.protocol.rank_messages import JOIN_INFO_KEY, Failed, JoinInfo
 from engine.session.temporary_folders import TemporaryFolder
@@ -53,7 +54,7 @@ SHUTDOWN_TIMEOUT = 2
 def main() -> None:
     """Starts the ranks and waits; exits with 1 if one failed, 128 + N if signal N killed one."""
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # the agent is the parent of its ranks
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stdout)
+    log_to(sys.stdout, logging.WARNING)
     folder = sys.argv[1]
     launch = msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=examined(LaunchConfig))
     count = int(sys.argv[2])

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from engine.config.settings import LIVE_SETTINGS, Settings
+from engine.config.settings import Settings
 from engine.protocol.commands import SetSetting
 from engine.session.checkpoints import checkpoint_path, saved_settings
-from rlhf_tui.format import value_text
+from rlhf_tui.state.checkpoint_details import changed_settings
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.lines import Row
 
@@ -25,12 +25,7 @@ def settings_after(target: SteeringTarget, step: int) -> list[Row]:
         return [
             [(f"Beta, the controller and all settings return to those of step {step}.", "warn")]
         ]
-    changed = [
-        (key, old, new)
-        for key in LIVE_SETTINGS
-        if key in saved
-        and (old := value_text(target.settings.get(key))) != (new := value_text(saved[key]))
-    ]
+    changed = changed_settings(target.settings, saved)
     if not changed:
         return [[("All settings, beta included, stay as they are now.", "dim")]]
     rows: list[Row] = [[(f"All settings, beta included, return to those of step {step}:", "")]]

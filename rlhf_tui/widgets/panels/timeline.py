@@ -91,20 +91,8 @@ class TimelinePanel(ScrollList):
         return [[(f" {self.state.unread or nothing}", "dim")]]
 
     def row(self, index: int, width: int) -> Row:
-        """An entry: step, sign, text, and its sender or that its branch is abandoned."""
-        markers = self.entries()[index]
-        entry = markers[-1]
-        tone = MARKER_TONES[entry.kind]
-        text_tone = tone if entry.kind in ("alert", "crash") else ""
-        left: list[tuple[str, str]] = [(f" {entry.step:>{self._step_width}} ", "dim")]
-        if width >= WITH_CLOCK:
-            left.insert(0, (f" {fmt.clock(entry.time)[11:16]}", "dim"))
-        left += [(f"{MARKER_GLYPHS[entry.kind]} ", "dim" if entry.abandoned else tone)]
-        note = "abandoned" if entry.abandoned else sender(entry.who)
-        room = width - row_width(left) - (len(note) + 3 if note else 0)
-        text = checkpoints_text(markers, room) if entry.kind == "checkpoint" else entry.text
-        left += [(text, "dim" if entry.abandoned else text_tone)]
-        return justified(left, [(f" {note} ", "dim")], width) if note else left
+        """The line of an entry."""
+        return entry_line(self.entries()[index], width, self._step_width)
 
     def on_focus(self) -> None:
         """Marks the title."""
@@ -150,6 +138,28 @@ class TimelinePanel(ScrollList):
             self.action_choose()
         else:
             self.go(self.top + line)
+
+
+def entry_line(markers: list[Marker], width: int, step_width: int) -> Row:
+    """An entry: step, sign, text, and its sender or that its branch is abandoned.
+
+    Args:
+        markers: of the entry, one or several checkpoints.
+        width: cells; with many of them, the line begins with the time of day.
+        step_width: cells of the step.
+    """
+    entry = markers[-1]
+    tone = MARKER_TONES[entry.kind]
+    text_tone = tone if entry.kind in ("alert", "crash") else ""
+    left: list[tuple[str, str]] = [(f" {entry.step:>{step_width}} ", "dim")]
+    if width >= WITH_CLOCK:
+        left.insert(0, (f" {fmt.clock(entry.time)[11:16]}", "dim"))
+    left += [(f"{MARKER_GLYPHS[entry.kind]} ", "dim" if entry.abandoned else tone)]
+    note = "abandoned" if entry.abandoned else sender(entry.who)
+    room = width - row_width(left) - (len(note) + 3 if note else 0)
+    text = checkpoints_text(markers, room) if entry.kind == "checkpoint" else entry.text
+    left += [(text, "dim" if entry.abandoned else text_tone)]
+    return justified(left, [(f" {note} ", "dim")], width) if note else left
 
 
 def checkpoints_text(markers: list[Marker], room: int) -> str:

@@ -14,6 +14,7 @@ import traceback
 from typing import Any, NoReturn
 
 from engine.errors import LinkError, first_line
+from engine.log_lines import log_to
 from engine.protocol.rollout.messages import (
     Continue,
     Converse,
@@ -55,7 +56,7 @@ fails next to a rank, and only matters for a cache whose size is not given in by
 
 def main(listener_fd: int) -> NoReturn:
     """Serves one client on a listening socket that the supervisor has opened."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    log_to(sys.stdout)
     for name, value in VLLM_SETTINGS.items():
         os.environ.setdefault(name, value)
     log.info("rollout engine, pid %d: importing vLLM", os.getpid())

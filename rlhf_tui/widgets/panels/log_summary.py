@@ -1,0 +1,135 @@
+"""Beside a log: its warnings and errors, the attempts, and what happened at what time."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from msgspec import Struct
+
+from engine.journal.rows import AttemptRow
+from rlhf_tui import format as fmt
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.timeline import folded
+from rlhf_tui.widgets.lines import Row
+from rlhf_tui.widgets.panels.panel import Panel, heading
+from rlhf_tui.widgets.panels.timeline import LEAST_STEP, entry_line
+
+LEVELS = {"WARNING": "warn", "ERROR": "bad", "CRITICAL": "bad"}
+"""Level of a line → its tone."""
+TRACEBACK = "Traceback (most recent call last)"
+MOST_PROBLEMS = 200
+"""Different ones that are remembered, the newest."""
+LEAST_ATTEMPTS = 2
+"""Lines of attempts that are shown whatever the number of problems."""
+_STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:,\d{3})? (?:([A-Z]+) )?(.*)")
+
+
+class Problem(Struct):
+    """A warning or an error, however often it was logged."""
+
+    text: str
+    tone: str
+    last: str
+    """When it was logged last; empty if the log does not say it."""
+    count: int = 0
+
+
+class Problems:
+    """Collects warnings and errors, each text once."""
+
+    def __init__(self) -> None:
+        """Of an empty log."""
+        self._found: dict[str, Problem] = {}
+        self._time = ""
+        self._in_traceback = False
+
+    def add(self, lines: Iterable[str]) -> None:
+        """Adds those of further lines."""
+        for line in lines:
+            stamped = _STAMPED.match(line)
+            if stamped is not None:
+                self._time = stamped[1]
+                self._in_traceback = False
+                if tone := LEVELS.get(stamped[2] or ""):
+                    self._count(stamped[3], tone)
+            elif TRACEBACK in line:
+                self._in_traceback = True
+            elif self._in_traceback and line.strip() and not line.startswith(" "):
+                self._in_traceback = False
+                self._count(line.strip(), "bad")  # the last line of a traceback is its error
+
+    def _count(self, text: str, tone: str) -> None:
+        problem = self._found.pop(text, None) or Problem(text, tone, "")
+        problem.count += 1
+        problem.last = self._time
+        self._found[text] = problem
+        if len(self._found) > MOST_PROBLEMS:
+            del self._found[next(iter(self._found))]
+
+    def newest_first(self) -> list[Problem]:
+        """The problems, by when they were logged last."""
+        return list(self._found.values())[::-1]
+
+
+class LogSummary(Panel):
+    """Shows the problems of the log, the attempts, and what happened at what time."""
+
+    def __init__(self, state: SessionState) -> None:
+        super().__init__(state, id="log-summary")
+        self._problems: Sequence[Problem] = ()
+
+    def show_problems(self, problems: Sequence[Problem]) -> None:
+        """Shows the problems of a log, newest first."""
+        self._problems = problems
+        self.update()
+
+    @property
+    def wanted(self) -> int:
+        """The lines of all that there is to show."""
+        entries = len(folded(self.state.timeline()))
+        return 3 + max(len(self._problems), 1) + len(self.state.head.attempts) + entries
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """Each section below its heading. The newest attempts are always in sight."""
+        attempts, entries = self.state.head.attempts, folded(self.state.timeline())[::-1]
+        room = max(height - 2 - min(len(attempts), LEAST_ATTEMPTS), 1)
+        problems = [_problem(p) for p in self._problems] or [[(" none", "dim")]]
+        if len(problems) > room:
+            more = len(problems) - room + 1
+            problems = [*problems[: room - 1], [(f" … and {more:,} earlier", "dim")]]
+        rows = [
+            heading("Warnings and errors", "", width),
+            *problems,
+            heading("Attempts", "", width),
+            *self._attempts(attempts)[: max(height - len(problems) - 2, 1)],
+        ]
+        if entries and height - len(rows) > 1:
+            steps = max([LEAST_STEP, *(len(str(e[-1].step)) for e in entries)])
+            rows.append(heading("What happened", "", width))
+            rows += [entry_line(e, width, steps) for e in entries[: height - len(rows)]]
+        return rows
+
+    def _attempts(self, attempts: Sequence[AttemptRow]) -> list[Row]:
+        """The attempts, newest first: from which step, when, for how long, where."""
+        rows: list[Row] = []
+        next_began: float | None = None
+        for attempt in reversed(attempts):
+            ended = attempt.ended if attempt.ended is not None else next_began
+            last = next_began is None
+            if ended is not None:
+                lasted = fmt.duration(ended - attempt.started)
+            else:
+                lasted = fmt.duration(self.state.now() - attempt.started) if self.state.live else ""
+            how = "" if lasted else "killed"
+            rows.append([
+                (f" {attempt.attempt:>3}", "strong" if last else ""),
+                (f"  from step {attempt.from_step:<7,}", ""),
+                (f" {fmt.clock(attempt.started)}  {lasted or how:<8}", "dim"),
+                (f" supervisor {attempt.pid} on {attempt.host}", "dim"),
+            ])  # fmt: skip
+            next_began = attempt.started
+        return rows
+
+
+def _problem(problem: Problem) -> Row:
+    times = f"{problem.count:>4,}×" if problem.count > 1 else " " * 5
+    return [(f" {problem.last or ' ' * 19} {times} ", "dim"), (problem.text, problem.tone)]
