@@ -22,6 +22,8 @@ class AdvantageTraits(Struct, frozen=True, kw_only=True):
     """Whether the estimator needs a value function."""
     baseline: bool = False
     """Whether `ppo.baseline` has an effect."""
+    scale_rewards: bool = False
+    """Whether `ppo.scale_rewards` has an effect."""
     greedy_baseline: bool = False
     """Whether it needs the scores of greedy responses to the step's prompts."""
     squared_probs: bool = False
@@ -38,8 +40,8 @@ ADVANTAGES = {
     "gae": AdvantageTraits(value_function=True, whiten=True),
     "reward": AdvantageTraits(baseline=True),
     "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
-    "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
-    "grpo_passk": AdvantageTraits(per_prompt=8, least_per_prompt=2),
+    "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2, scale_rewards=True),
+    "grpo_passk": AdvantageTraits(per_prompt=8, least_per_prompt=2, scale_rewards=True),
     "opo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "optimal_token_baseline": AdvantageTraits(per_prompt=8, least_per_prompt=2, squared_probs=True),
     "reinforce_plus_plus": AdvantageTraits(whiten=True),
