@@ -27,7 +27,7 @@ from rlhf_tui.app.steering import BINDINGS as STEERING
 from rlhf_tui.cli import MODULES
 from scripts import man_page, metrics_page
 from scripts.configuration_page import page
-from tests.docs.pages import PAGES, commands
+from tests.docs.pages import BLOCK, PAGES, commands, title
 
 KEYS_AS_SHOWN = {"left_square_bracket": "[", "right_square_bracket": "]"}
 DOCS = Path(__file__).parents[2] / "docs"
@@ -122,6 +122,14 @@ def test_the_defaults_that_depend_on_the_estimator_are_those_of_its_traits():
     assert f"Default: {', '.join(wanted)}, 1 otherwise. |" in page()
     whitened = listed([k for k, t in ADVANTAGES.items() if t.whiten])
     assert f"Default: on for {whitened}, off otherwise. |" in page()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=title)
+def test_every_row_of_a_table_has_the_cells_of_its_heading(path):
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for table in re.findall(r"(?:^ *\|.*\n)+", text, re.MULTILINE):
+        heading, *rows = (len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines())
+        assert rows == [heading] * len(rows), table.splitlines()[0]
 
 
 def test_every_example_is_a_configuration():

@@ -135,7 +135,7 @@ class PPOConfig(Section, frozen=True):
     takes no more memory and fewer passes. Affects speed, not the result."""
     stop_kl: Positive | None = None
     """Ends the updates of a step when the approximate KL to the rollout's policy, in nats per
-    token, exceeds this. `policy/approxkl_avg` has the usual values. Default: never."""
+    token, exceeds this. `policy/approxkl_avg` shows the values of earlier steps. Default: never."""
     max_grad_norm: Positive = 1.0
     """Clips the norm of the gradient to this."""
 
@@ -301,7 +301,7 @@ class PPOConfig(Section, frozen=True):
     (`k2` or `k3`, see `kl.estimator`) is above `rollout_rejection_limit`, or responses whose mean,
     sum or maximum over tokens is (`rollout_rs` in verl)."""
     rollout_rejection_limit: Positive | None = None
-    """The limit of `rollout_rejection`, in nats, which it needs. verl suggests 0.01 for
+    """The limit of `rollout_rejection`, in nats; required with it. verl suggests 0.01 for
     `sequence_mean_k3`."""
 
     @property
