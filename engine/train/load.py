@@ -97,7 +97,7 @@ def load_run(
         announce: called with each phase of loading.
         notify: called with the rule and the text of each notice to the operator: `memory` if the
             models probably do not fit, `settings` if a saved setting is ignored, `reference` or
-            `reward` if it differs from the one used before the checkpoint.
+            `reward_changed` if that differs from the one used before the checkpoint.
 
     Raises:
         UserInputError: something that the configuration names cannot be used.
