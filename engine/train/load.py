@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from engine import starter
 from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
-from engine.progress import report_nothing
+from engine.progress import Announce, announce_nothing, report_nothing
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import SessionFolder
@@ -62,7 +62,7 @@ from engine.train.rollout.ahead import rollout_ahead
 from engine.train.rollout.backend import BACKENDS, RolloutBackend
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
-from engine.train.run import Announce, Run, announce_nothing
+from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
