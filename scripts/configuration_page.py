@@ -121,11 +121,15 @@ def page() -> str:
             name = ast.unparse(node.target)
             parts.append(_table(f"`{name}`", section, f"{name}.", classes))
     parts += [_table(title, classes[name], "", classes) for title, name in LIST_ITEMS.items()]
-    return "\n\n".join(map(_wrapped, "\n\n".join(parts).split("\n\n"))) + "\n"
+    return wrapped("\n\n".join(parts)) + "\n"
+
+
+def wrapped(text: str) -> str:
+    """A page with the width of the others. Headings and tables stay as they are."""
+    return "\n\n".join(map(_wrapped, text.split("\n\n")))
 
 
 def _wrapped(paragraph: str) -> str:
-    """A paragraph with the width of the other pages. Headings and tables stay as they are."""
     if paragraph.startswith(("#", "|")):
         return paragraph
     kept = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), paragraph)
