@@ -171,8 +171,9 @@ class PPOConfig(Section, frozen=True):
     )
     """How a minibatch's token losses are combined: `token` is their mean, `sequence` the mean over
     responses of their means (GRPO), `sequence_sum` the mean over responses of their sums (LUSPO),
-    `sequence_sum_constant` the same divided by `rollout.max_new_tokens` (Dr. GRPO). Gradients of
-    `sequence_sum` are as many times larger, which matters for `max_grad_norm`."""
+    `sequence_sum_constant` the same divided by `rollout.max_new_tokens` (Dr. GRPO). The gradients
+    of `sequence_sum` are that many times larger than those of `sequence_sum_constant`, which
+    matters for `max_grad_norm`."""
 
     # -- parameters of single policy losses --------------------------------------------------------
 
@@ -249,8 +250,7 @@ class PPOConfig(Section, frozen=True):
     `value_rate` with `value_init: reward_model`."""
     value_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     """Learning rate of the value function's own transformer (`model.value: separate`), as a
-    multiple of `train.learning_rate`. Policies of a billion parameters are often trained with 10
-    or so."""
+    multiple of `train.learning_rate`. About 10 is usual for policies of a billion parameters."""
     value_init: Literal["zero", "reward_model"] = "zero"
     """Where the value function starts: a head of zeros on the policy's transformer, or transformer
     and head of the reward model (`model.value: separate` only; the reward model must read the
