@@ -37,7 +37,7 @@ def check_launch(config: RunConfig) -> None:
 
 
 def check_gpus(section: str, gpus: list[int]) -> None:
-    """Checks that no GPU is named twice: CUDA would find none at all. Raises ConfigError."""
+    """Checks that `gpus` names none twice, for which CUDA finds no GPU at all."""
     twice = [gpu for gpu in gpus if gpus.count(gpu) > 1]
     if twice:
         raise ConfigError(f"{section}.gpus has GPU {twice[0]} more than once")
