@@ -64,7 +64,7 @@ ALWAYS = [
         "products and gradients of our own",
         {
             "engine.train.models.pretrained.use_cpu_layers": textbook.no_op,
-            "engine.train.rewards.model.use_cpu_layers": textbook.no_op,
+            "engine.train.rewards.kinds.model.use_cpu_layers": textbook.no_op,
         },
     ),
     Ablation(

@@ -195,7 +195,8 @@ METRICS = (
     Metric(NONFINITE_UPDATES, "minibatches",
            "updates skipped because the loss or gradient was not finite"),
     Metric("loss/policy_avg", "",
-           "the clipped objective, aggregated over response tokens by `ppo.loss_aggregation`"),
+           "the policy loss (`ppo.policy_loss`), aggregated over response tokens by "
+           "`ppo.loss_aggregation`"),
     Metric("loss/entropy_avg", "nats per token",
            "the entropy during the updates, aggregated likewise (with `ppo.entropy_coef` only)"),
     Metric("policy/entropy_coef", "",
@@ -220,8 +221,8 @@ METRICS = (
     *_statistics("values", "score",
                  "the values before the updates (`ppo.advantage: gae` only)"),
     Metric("val/redrawn_prompts", "prompts",
-           "prompts drawn in place of those whose responses all had the same score, all attempts "
-           "of the step together (with `rollout.dynamic` only)"),
+           "prompts drawn in place of others, all attempts of the step together (with "
+           "`rollout.dynamic` only)"),
     Metric("val/ratio", "", "mean of ρ over response tokens"),
     Metric("val/ratio_var", "", "variance of ρ over response tokens"),
     Metric("val/num_eos_tokens", "responses", "responses that ended with an end-of-sequence token"),
@@ -261,8 +262,8 @@ METRICS = (
            "responses truncated at `rollout.max_new_tokens`, or at a limit of `environment`",
            title="cut off", chart_unit="fraction", held_out=EVAL_TRUNCATED),
     Metric("environment/turns", "turns",
-           "mean number of turns of the policy in a response (with `environment.factory` only, as "
-           "the others of `environment`)", title="turns"),
+           "mean number of turns of the policy in a response (with `environment.factory` or "
+           "`environment.tools` only, as the others of `environment`)", title="turns"),
     Metric("environment/tool_calls", "calls",
            "mean number of tool calls in a response (with `environment.tools` only)",
            title="tool calls"),

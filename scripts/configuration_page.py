@@ -51,8 +51,8 @@ A dash as the default means that nothing is set (`null`, an empty list or an emp
 description says after *Default:* what then applies.
 
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
-they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) are far outside the useful range.
-"""
+they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) are far outside the useful
+range."""
 GROUP = re.compile(r"    # -- (.+?) -+")
 """The comment that begins a group of keys, a line by itself."""
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
@@ -121,7 +121,20 @@ def page() -> str:
             name = ast.unparse(node.target)
             parts.append(_table(f"`{name}`", section, f"{name}.", classes))
     parts += [_table(title, classes[name], "", classes) for title, name in LIST_ITEMS.items()]
-    return "\n\n".join(parts) + "\n"
+    return wrapped("\n\n".join(parts)) + "\n"
+
+
+def wrapped(text: str) -> str:
+    """A page with the width of the others. Headings and tables stay as they are."""
+    return "\n\n".join(map(_wrapped, text.split("\n\n")))
+
+
+def _wrapped(paragraph: str) -> str:
+    if paragraph.startswith(("#", "|")):
+        return paragraph
+    kept = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), paragraph)
+    filled = textwrap.fill(kept, 120, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\0", " ")
 
 
 class _Class(NamedTuple):
@@ -162,7 +175,7 @@ def _fixed() -> str:
         free = [f"`{key}`" for key in schema.FREE_ON_RESUME if key.startswith(name)]
         shown = f"`{name}*`" if name.endswith(".") else f"`{name}`"
         names.append(f"{shown} except {' and '.join(free)}" if free else shown)
-    return textwrap.fill(", ".join(names[:-1]) + f" and {names[-1]}", 70)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _table(title: str, section: _Class, prefix: str, classes: dict[str, _Class]) -> str:
@@ -226,7 +239,9 @@ def _as_yaml(given: object) -> str:
 
 def _docstring(node: ast.stmt | None) -> str:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return " ".join(str(node.value.value).split())
+        text = " ".join(str(node.value.value).split())
+        linked = re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", text)
+        return linked.replace("|", r"\|")  # in a cell of a table
     return ""
 
 

@@ -6,6 +6,7 @@ A test compares the page with the code.
 from pathlib import Path
 
 from engine.metrics import BY_READERS, METRICS
+from scripts.configuration_page import wrapped
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 HEAD = """# Metrics and their units
@@ -21,7 +22,7 @@ COLUMNS = "| name | unit | description |\n|---|---|---|"
 def page() -> str:
     """The text of the page."""
     rows = [f"| `{m.name}` | {m.unit or '–'} | {m.description} |" for m in (*METRICS, *BY_READERS)]
-    return "\n".join([HEAD, COLUMNS, *rows]) + "\n"
+    return wrapped("\n".join([HEAD, COLUMNS, *rows])) + "\n"
 
 
 if __name__ == "__main__":

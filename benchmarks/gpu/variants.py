@@ -18,8 +18,8 @@ from benchmarks.gpu.findings import Finding, Target, below
 from benchmarks.gpu.numerics import score, starter_run, step_as_on_cpu
 from engine import starter
 from engine.train.experience.generation import generate_rollout
-from engine.train.rewards.encoding import RewardEncoding
-from engine.train.rewards.padding import reads_padding
+from engine.train.rewards.kinds.encoding import RewardEncoding
+from engine.train.rewards.kinds.padding import reads_padding
 from engine.train.rollout.native.backend import NativeBackend
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run

@@ -207,6 +207,7 @@ class RankMessageHandler:
 
         Raises:
             sqlite3.Error: the journal cannot be written.
+            LinkError: the rank says hello a second time.
         """
         state, journal = self._state, self._journal
         match message:

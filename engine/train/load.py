@@ -3,6 +3,8 @@
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from engine import starter
 from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
-from engine.progress import report_nothing
+from engine.progress import Announce, announce_nothing, report_nothing
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import SessionFolder
@@ -60,7 +62,7 @@ from engine.train.rollout.ahead import rollout_ahead
 from engine.train.rollout.backend import BACKENDS, RolloutBackend
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
-from engine.train.run import Announce, Run, announce_nothing
+from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
@@ -95,99 +97,121 @@ def load_run(
         announce: called with each phase of loading.
         notify: called with the rule and the text of each notice to the operator: `memory` if the
             models probably do not fit, `settings` if a saved setting is ignored, `reference` or
-            `reward` if it differs from the one used before the checkpoint.
+            `reward_changed` if that differs from the one used before the checkpoint.
 
     Raises:
         UserInputError: something that the configuration names cannot be used.
         CheckpointError: the checkpoint to start from cannot be used.
     """
-    check_rank_count(config, ranks.size)
-    if config.launch.device == "auto":
-        check_device(begin.placed, ranks.device)
-    threads = set_threads_and_nice(ranks, config.launch)
-    source = starter.resolve(config.model.policy)
-    saved: Path | None = None
-    state = TrainingState(sampling_seed=config.seed)
-    if begin.from_step:
-        saved = checkpoint_path(session.checkpoints, begin.from_step)
-        source = str(saved / (AVERAGED_POLICY if begin.average else POLICY))
-        state, config = read_state(saved, ranks).restored(
-            config, lambda text: notify("settings", text)
-        )
-
     stages = itertools.count()
 
     def begin_stage(name: str) -> None:
         log.info("load %s", name)
         announce(begin.from_step, f"load {name}", next(stages), len(STAGES))
 
+    # 1. The ranks, and what they start from.
+    check_rank_count(config, ranks.size)
+    if config.launch.device == "auto":
+        check_device(begin.placed, ranks.device)
+    threads = set_threads_and_nice(ranks, config.launch)
+    start = _starting_point(session, config, begin, ranks, partial(notify, "settings"))
+    state = start.state
+
+    # 2. The prompts, and whether the models fit into memory with them.
     begin_stage("prompts")
-    tokenizer = _load_tokenizer(config, source, saved, ranks)
-    config, environments = _load_environments(config, ranks)
+    tokenizer = _load_tokenizer(start, ranks)
+    config, environments = _load_environments(start.config, ranks)
     prompts, held_out_prompts = _load_prompts(
         config, tokenizer, ranks, lambda part: announce(begin.from_step, f"load prompts: {part}")
     )
     strategy, models, memory = check_memory(
-        first_step_config(config, begin),
-        prompts.longest,
-        ranks,
-        lambda text: notify("memory", text),
+        first_step_config(config, begin), prompts.longest, ranks, partial(notify, "memory"),
         begin.placed,
-    )
-    on_host = config.parallel.frozen == "offload"
+    )  # fmt: skip
+
+    # 3. The reward sources.
     begin_stage("reward")
     context = LoadContext(
-        config.reward,
-        tokenizer.get_vocab(),
-        ranks,
-        strategy,
-        on_host=on_host,
+        config.reward, tokenizer.get_vocab(), ranks, strategy,
+        on_host=config.parallel.frozen == "offload",
         environment=None if environments is None else environments.factory,
         environment_timeout=config.environment.timeout,
-    )
+    )  # fmt: skip
     rewards = _load_scores(config, context)
     held_out = _load_held_out(context, config, held_out_prompts, rewards)
+
+    # 4. The policy, its optimiser and the reference.
     begin_stage("policy")
-    policy = _load_policy(config, source, ranks, strategy)
+    policy = _load_policy(start, config, ranks, strategy)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)
     check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
-    if saved is not None:
-        if not load_training(saved, policy, optimiser, ranks.group):
-            notify("settings", OTHER_OPTIMISER.format(config.train.optimiser))
-        load_updated_reference(state, config, reference, saved, ranks)
     if config.kl.reference_update.every:
         check_same_shapes(policy, reference)
-    check_frozen_models(
-        state, config, policy, reference, threads, lambda text: notify("reference", text)
-    )
-    if begin.reseed:
-        state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
+    if start.saved is not None:
+        if not load_training(start.saved, policy, optimiser, ranks.group):
+            notify("settings", OTHER_OPTIMISER.format(config.train.optimiser))
+        load_updated_reference(state, config, reference, start.saved, ranks)
+    check_frozen_models(state, config, policy, reference, threads, partial(notify, "reference"))
+
+    # 5. What generates responses.
     longest = prompts.longest + config.reply_tokens
     backend = _make_backend(config, tokenizer, policy, ranks, longest, announce)
+
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
-        reference=reference, rewards=rewards, ask_early=rewards.ask_early,
-        optimiser=optimiser, state=state, announce=announce,
-        held_out=held_out, models=models, memory=memory,
+        reference=reference, rewards=rewards, ask_early=rewards.ask_early, optimiser=optimiser,
+        state=state, announce=announce, held_out=held_out, models=models, memory=memory,
         environments=environments,
         ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
-        average=load_policy_average(config, policy, saved, ranks),
+        average=load_policy_average(config, policy, start.saved, ranks),
     )  # fmt: skip
     check_response_length(run)
     check_replies(run)
-    use_saved_scales(run, lambda text: notify(REWARD_CHANGED, text))
+    use_saved_scales(run, partial(notify, REWARD_CHANGED))
     # Makes a faulty separate engine fail here instead of in the first step.
     backend.sync(policy, begin.from_step, report_nothing)
     return run
 
 
-def _load_tokenizer(
-    config: RunConfig, source: str, saved: Path | None, ranks: RankGroup
-) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True)
+class _StartingPoint:
+    """What an attempt starts from: the models of the configuration, or a checkpoint."""
+
+    config: RunConfig
+    """With the checkpoint's live settings."""
+    state: TrainingState
+    policy: str
+    """Folder or hub id of the policy's weights."""
+    saved: Path | None
+    """The checkpoint."""
+
+
+def _starting_point(
+    session: SessionFolder,
+    config: RunConfig,
+    begin: Begin,
+    ranks: RankGroup,
+    notify: Callable[[str], None],
+) -> _StartingPoint:
+    if not begin.from_step:
+        state, policy = TrainingState(sampling_seed=config.seed), config.model.policy
+        start = _StartingPoint(config, state, starter.resolve(policy), None)
+    else:
+        saved = checkpoint_path(session.checkpoints, begin.from_step)
+        state, config = read_state(saved, ranks).restored(config, notify)
+        policy = str(saved / (AVERAGED_POLICY if begin.average else POLICY))
+        start = _StartingPoint(config, state, policy, saved)
+    if begin.reseed:
+        state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
+    return start
+
+
+def _load_tokenizer(start: _StartingPoint, ranks: RankGroup) -> PreTrainedTokenizerBase:
     """Loads the policy's tokenizer from where its weights are, unless a checkpoint lacks it."""
+    config, saved, source = start.config, start.saved, start.policy
     if saved is not None and not (saved / POLICY / "tokenizer_config.json").is_file():
         source = starter.resolve(config.model.policy)
     return load_policy_tokenizer(config, source, ranks)
@@ -207,11 +231,13 @@ def _load_environments(
     return msgspec.structs.replace(config, data=data), environments
 
 
-def _load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:
+def _load_policy(
+    start: _StartingPoint, config: RunConfig, ranks: RankGroup, strategy: str
+) -> LanguageModel:
     """Loads the policy, with the value function that the configuration asks for."""
     from_reward = config.ppo.value_init == "reward_model"
     value_model = load_value_model(config, ranks, strategy) if from_reward else None
-    return load_policy(config, source, ranks, strategy, value_model)
+    return load_policy(config, start.policy, ranks, strategy, value_model)
 
 
 def _make_backend(

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import Settings
 from engine.examined import examined
 from engine.memory.model import Estimate, Models
-from engine.progress import ReportProgress, report_nothing
+from engine.progress import Announce, ReportProgress
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.data.prompt_order import Prompts
@@ -39,15 +39,6 @@ class PhaseTimes:
     """The current phase, or the last one."""
     ranks: list[RankTimes] = field(default_factory=list)
     """Every rank's times of the last step; set by :meth:`Run.gather_times`."""
-
-
-Announce = Callable[..., ReportProgress]
-"""Called with a step, a phase name and, if known, (done, total)."""
-
-
-def announce_nothing(_step: int, _phase: str, *_progress: int) -> ReportProgress:
-    """An :data:`Announce` for a run that nobody watches."""
-    return report_nothing
 
 
 @dataclass

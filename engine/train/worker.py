@@ -53,7 +53,7 @@ from engine.train.out_of_memory import run_step
 from engine.train.reports.recorders import open_recorders
 from engine.train.reports.setup_notes import dtype_note, setup_notes
 from engine.train.reports.trusted_code import trusted_code
-from engine.train.rewards.http_client import REQUEST_THREADS
+from engine.train.rewards.kinds.http_client import REQUEST_THREADS
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 

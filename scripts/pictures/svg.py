@@ -190,7 +190,7 @@ def animation(frames: Sequence[Frame], poster: int) -> str:
     groups: dict[tuple[int, ...], list[Run]] = {}
     # Backgrounds of all frames before all text, or a later one would cover it.
     for run in sorted(shown, key=lambda run: (bool(run.text), order[run])):
-        groups.setdefault((*map(int, [bool(run.text)]), *shown[run]), []).append(run)
+        groups.setdefault((int(bool(run.text)), *shown[run]), []).append(run)
     starts = [0.0]
     for frame in frames:
         starts.append(starts[-1] + frame.seconds)

@@ -140,7 +140,7 @@ def test_a_block_of_commands_says_that_it_is_one(page):
 # -- carried out -----------------------------------------------------------------------------------
 
 READING = {
-    "ls", "status", "metrics", "samples", "events", "logs", "guardrails", "diff", "verify", "plan",
+    "ls", "status", "metrics", "samples", "events", "logs", "guardrails", "diff", "verify",
     "init", "report", "export", "completion", "note", "doctor", "reward agreement",
 }  # fmt: skip
 """Commands that need no engine and no model, and take no time."""

@@ -27,7 +27,7 @@ from rlhf_tui.app.steering import BINDINGS as STEERING
 from rlhf_tui.cli import MODULES
 from scripts import man_page, metrics_page
 from scripts.configuration_page import page
-from tests.docs.pages import PAGES, commands
+from tests.docs.pages import BLOCK, PAGES, blocks, commands, title
 
 KEYS_AS_SHOWN = {"left_square_bracket": "[", "right_square_bracket": "]"}
 DOCS = Path(__file__).parents[2] / "docs"
@@ -124,6 +124,14 @@ def test_the_defaults_that_depend_on_the_estimator_are_those_of_its_traits():
     assert f"Default: on for {whitened}, off otherwise. |" in page()
 
 
+@pytest.mark.parametrize("path", PAGES, ids=title)
+def test_every_row_of_a_table_has_the_cells_of_its_heading(path):
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for table in re.findall(r"(?:^ *\|.*\n)+", text, re.MULTILINE):
+        heading, *rows = (len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines())
+        assert rows == [heading] * len(rows), table.splitlines()[0]
+
+
 def test_every_example_is_a_configuration():
     for path in [*EXAMPLES.glob("*.yaml"), starter.FOLDER / "demo.yaml"]:
         config_file.load(path)
@@ -158,13 +166,13 @@ def test_the_default_guard_rails_stand_on_the_page_of_the_app_with_their_thresho
         assert rule.of is None or rule.of in row
 
 
-def test_the_pages_on_the_objective_name_keys_that_exist():
+def test_the_pages_on_other_libraries_name_keys_that_exist():
     keys, named = known_keys(), set()
-    for path in [DOCS / "ppo.md", *DOCS.glob("from-*.md")]:
+    for path in DOCS.glob("from-*.md"):
         lines = path.read_text(encoding="utf-8").splitlines()
-        if path.name != "ppo.md":  # the second column of a table has our keys
-            lines = [line.split(" | ")[1] for line in lines if line.count(" | ") > 1]
-        named |= set(re.findall(r"`([a-z]+(?:\.[a-z_]+)+)[:`]", "\n".join(lines)))
+        # The second column of a table has our keys.
+        ours = "\n".join(line.split(" | ")[1] for line in lines if line.count(" | ") > 1)
+        named |= set(re.findall(r"`([a-z]+(?:\.[a-z_]+)+)[:`]", ours))
     ours = {name for name in named if name.split(".")[0] in {k.split(".")[0] for k in keys}}
     assert len(ours) > 50
     assert not {name for name in ours if not any(f"{k}.".startswith(f"{name}.") for k in keys)}
@@ -211,15 +219,9 @@ def test_the_editor_of_the_example_scores_the_points_that_are_as_asked():
     }
 
 
-def blocks(page, language):
-    """The blocks of code of a page."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
 def test_the_example_of_the_page_of_environments_is_a_game_that_can_be_won():
     (source,), (row,), (yaml_text, tools) = (
-        blocks("environments.md", language) for language in ("python", "json", "yaml")
+        blocks(DOCS / "environments.md", language) for language in ("python", "json", "yaml")
     )
     whole = yaml.safe_load(yaml_text)
     part = {"model": whole["model"], "reward": {"function": "m:f"}} | yaml.safe_load(tools)
@@ -252,9 +254,9 @@ def test_an_environment_of_trl_can_be_used_as_its_page_says(monkeypatch):
     module.MyEnvironment = Environment
     monkeypatch.setitem(sys.modules, "my_environment", module)
     names = {}
-    (source,) = (text for text in blocks("from-trl.md", "python") if "class Adapted" in text)
+    (source,) = (text for text in blocks(DOCS / "from-trl.md", "python") if "class Adapted" in text)
     exec(source, names)  # noqa: S102 - ours
-    (yaml_text,) = (text for text in blocks("from-trl.md", "yaml") if "Adapted" in text)
+    (yaml_text,) = (text for text in blocks(DOCS / "from-trl.md", "yaml") if "Adapted" in text)
     config = msgspec.convert(yaml.safe_load(yaml_text) | {"model": {"policy": "m"}}, RunConfig)
     check_config(config)
     adapted = names["Adapted"](prompt="Guess", seed=1, number=5)
@@ -263,12 +265,6 @@ def test_an_environment_of_trl_can_be_used_as_its_page_says(monkeypatch):
     assert getattr(adapted, config.reward.environment)() == 1 / 2
 
 
-@pytest.mark.parametrize("protocol", ["json", "yaml"])
-def test_the_page_of_rewards_has_whole_configurations_and_requests(protocol):
-    text = (DOCS / "rewards.md").read_text(encoding="utf-8")
-    for block in re.findall(rf"```{protocol}\n(.*?)```", text, re.DOTALL):
-        if protocol == "json":
-            assert len({len(v) for v in json.loads(block).values() if isinstance(v, list)}) == 1
-        else:
-            tree = yaml.safe_load(block) | {"model": {"policy": "m"}, "data": {"prompts": "p"}}
-            check_config(msgspec.convert(tree, RunConfig))
+def test_the_lists_of_a_request_on_the_page_of_rewards_have_the_same_length():
+    for block in blocks(DOCS / "rewards.md", "json"):
+        assert len({len(v) for v in json.loads(block).values() if isinstance(v, list)}) == 1

@@ -429,6 +429,21 @@ def test_an_estimator_returns_values_exactly_where_it_declares_a_value_function(
     assert targets.advantages.shape == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("trait", "value"),
+    [("baseline", "none"), ("scale_rewards", "none"), ("scale_rewards", "batch")],
+)
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_key_of_some_estimators_has_an_effect_exactly_on_those_that_declare_it(
+    name, trait, value
+):
+    changed, default = (
+        make_targets(inputs_of([1.0, 3.0, 2.0, 9.0], PPOConfig(advantage=name, **keys))).advantages
+        for keys in ({trait: value}, {})
+    )
+    assert (not changed.equal(default)) == getattr(ADVANTAGES[name], trait)
+
+
 def test_the_baseline_of_the_batch_is_the_mean_of_its_scores_less_their_kl():
     config = PPOConfig(advantage="reward", baseline="batch", whiten=False)
     logprobs = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # a KL of 3 and of 7

@@ -12,7 +12,8 @@ from engine.errors import UserInputError
 from engine.progress import report_nothing
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
-from engine.train.rewards import calls, http_client
+from engine.train.rewards import calls
+from engine.train.rewards.kinds import http_client
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.source import (
     IncompleteScoresError,

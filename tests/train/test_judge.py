@@ -12,7 +12,7 @@ from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.experience.generation import generate_rollout
 from engine.train.rewards import calls
-from engine.train.rewards.judge import fill_template, parse_score
+from engine.train.rewards.kinds.judge import fill_template, parse_score
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs
 from tests.reward_service import RewardService, reply

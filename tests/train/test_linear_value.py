@@ -14,7 +14,7 @@ from engine.train.experience.generation import generate_rollout
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.linear_value import features, fit_linear_value, with_all_features
 from engine.train.reward_scales import fit_scales
-from engine.train.rewards.model import states_before
+from engine.train.rewards.kinds.model import states_before
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.token_states import TokenStates
 from engine.train.step import train_step

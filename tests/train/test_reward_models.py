@@ -18,9 +18,9 @@ from engine.errors import UserInputError
 from engine.progress import report_nothing
 from engine.train.data.prompts import batch_prompts
 from engine.train.distributed.ranks import RankGroup
-from engine.train.rewards.encoding import EncodedResponses
+from engine.train.rewards.kinds.encoding import EncodedResponses
+from engine.train.rewards.kinds.model import RewardModel
 from engine.train.rewards.mix import load_rewards
-from engine.train.rewards.model import RewardModel
 from engine.train.rewards.source import LoadContext, RewardInputs
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))

@@ -15,7 +15,7 @@ from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import RewardConfig
 from engine.progress import report_nothing
 from engine.train.distributed.ranks import RankGroup
-from engine.train.rewards.model import RewardModel
+from engine.train.rewards.kinds.model import RewardModel
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 SHAPE = {

@@ -24,7 +24,7 @@ from engine.train.reward_training.fit import best_threshold
 from engine.train.reward_training.inputs import judged_inputs
 from engine.train.reward_training.split import Judgement, all_judgements, split_judgements
 from engine.train.reward_training.train import train_reward
-from engine.train.rewards.model import RewardModel
+from engine.train.rewards.kinds.model import RewardModel
 from engine.train.rewards.source import RewardInputs
 from tests.train.repeating import ENVIRONMENT, STOPS, respond
 from tests.train.test_rewards import SINGLE_RANK

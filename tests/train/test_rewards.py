@@ -22,7 +22,7 @@ from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.failure import failed_message
 from engine.train.rewards import calls
-from engine.train.rewards.function import FunctionReward
+from engine.train.rewards.kinds.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.source import LoadContext, RewardCallError, RunsOn
 

@@ -40,9 +40,9 @@ class LaunchConfig(Section, frozen=True):
     load_silence: Seconds = 1800.0
     """The same before the first step; downloading or reading large files sends no messages."""
     preempted_exit: Annotated[int, Meta(ge=0, le=125)] = 0
-    """Exit code of a run that SIGTERM or SIGUSR1 has stopped before its end, so that a scheduler's
-    script can tell it from one that is done. 75 (EX_TEMPFAIL) is customary; 1 to 4 have other
-    meanings and are refused."""
+    """Exit code of a run that SIGTERM, SIGUSR1 or `train.save_before_deadline` has stopped before
+    its end, so that a scheduler's script can tell it from one that is done. 75 (EX_TEMPFAIL) is
+    customary; 1 to 4 have other meanings and are refused."""
     nice: Annotated[int, Meta(ge=0, le=19)] = 5
     """Niceness of ranks on a CPU, which keeps the machine responsive; 0 is normal priority."""
 

@@ -126,6 +126,6 @@ class LoRAConfig(Section, frozen=True):
     layers except the output layer."""
     quantise: Literal["none", "nf4"] = "none"
     """`nf4` holds the frozen weights of the linear layers in 4 bits (QLoRA, Dettmers et al. 2023)
-    instead of `model.dtype`: 0.56 bytes a weight. Their passes are slower, since a weight is
-    unpacked for each. The embedding, the output layer and norms stay as they are. Needs `rank` and
+    instead of `model.dtype`: 0.56 bytes a weight. Each pass unpacks them first, which makes it
+    slower. The embedding, the output layer and norms stay as they are. Needs `rank` and
     the extra `qlora`; not with `parallel.strategy: fsdp` or `rollout.engine: vllm`."""

@@ -22,6 +22,8 @@ class AdvantageTraits(Struct, frozen=True, kw_only=True):
     """Whether the estimator needs a value function."""
     baseline: bool = False
     """Whether `ppo.baseline` has an effect."""
+    scale_rewards: bool = False
+    """Whether `ppo.scale_rewards` has an effect."""
     greedy_baseline: bool = False
     """Whether it needs the scores of greedy responses to the step's prompts."""
     squared_probs: bool = False
@@ -38,8 +40,8 @@ ADVANTAGES = {
     "gae": AdvantageTraits(value_function=True, whiten=True),
     "reward": AdvantageTraits(baseline=True),
     "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
-    "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
-    "grpo_passk": AdvantageTraits(per_prompt=8, least_per_prompt=2),
+    "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2, scale_rewards=True),
+    "grpo_passk": AdvantageTraits(per_prompt=8, least_per_prompt=2, scale_rewards=True),
     "opo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "optimal_token_baseline": AdvantageTraits(per_prompt=8, least_per_prompt=2, squared_probs=True),
     "reinforce_plus_plus": AdvantageTraits(whiten=True),
@@ -133,7 +135,7 @@ class PPOConfig(Section, frozen=True):
     takes no more memory and fewer passes. Affects speed, not the result."""
     stop_kl: Positive | None = None
     """Ends the updates of a step when the approximate KL to the rollout's policy, in nats per
-    token, exceeds this. `policy/approxkl_avg` has the usual values. Default: never."""
+    token, exceeds this. `policy/approxkl_avg` shows the values of earlier steps. Default: never."""
     max_grad_norm: Positive = 1.0
     """Clips the norm of the gradient to this."""
 
@@ -169,8 +171,9 @@ class PPOConfig(Section, frozen=True):
     )
     """How a minibatch's token losses are combined: `token` is their mean, `sequence` the mean over
     responses of their means (GRPO), `sequence_sum` the mean over responses of their sums (LUSPO),
-    `sequence_sum_constant` the same divided by `rollout.max_new_tokens` (Dr. GRPO). Gradients of
-    `sequence_sum` are as many times larger, which matters for `max_grad_norm`."""
+    `sequence_sum_constant` the same divided by `rollout.max_new_tokens` (Dr. GRPO). The gradients
+    of `sequence_sum` are that many times larger than those of `sequence_sum_constant`, which
+    matters for `max_grad_norm`."""
 
     # -- parameters of single policy losses --------------------------------------------------------
 
@@ -247,8 +250,7 @@ class PPOConfig(Section, frozen=True):
     `value_rate` with `value_init: reward_model`."""
     value_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     """Learning rate of the value function's own transformer (`model.value: separate`), as a
-    multiple of `train.learning_rate`. Policies of a billion parameters are often trained with 10
-    or so."""
+    multiple of `train.learning_rate`. About 10 is usual for policies of a billion parameters."""
     value_init: Literal["zero", "reward_model"] = "zero"
     """Where the value function starts: a head of zeros on the policy's transformer, or transformer
     and head of the reward model (`model.value: separate` only; the reward model must read the
@@ -299,7 +301,7 @@ class PPOConfig(Section, frozen=True):
     (`k2` or `k3`, see `kl.estimator`) is above `rollout_rejection_limit`, or responses whose mean,
     sum or maximum over tokens is (`rollout_rs` in verl)."""
     rollout_rejection_limit: Positive | None = None
-    """The limit of `rollout_rejection`, in nats, which it needs. verl suggests 0.01 for
+    """The limit of `rollout_rejection`, in nats; required with it. verl suggests 0.01 for
     `sequence_mean_k3`."""
 
     @property

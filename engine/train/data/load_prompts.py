@@ -114,7 +114,7 @@ def load_sets(
     key: str = "data",
     begin: BeginPart = no_progress,
 ) -> list[LoadedSet]:
-    """Loads every data set; see :func:`load_prompts`."""
+    """Loads every data set; see :func:`load_prompts`. Raises UserInputError."""
     try:
         caches = PromptCaches(config.cache)
         return [

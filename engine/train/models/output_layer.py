@@ -78,7 +78,10 @@ class OutputLayer:
         return int(self.layer.weight.shape[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits of hidden states, (n, H) → (n, V), as the model computes them itself."""
+        """The logits of hidden states, (n, H) → (n, V), as the model computes them itself.
+
+        Raises ValueError if :attr:`after` is None.
+        """
         if self.after is None:
             raise ValueError("what follows the output layer is unknown")
         return self.after.apply_(self.layer.forward(hidden))  # its hooks have already run

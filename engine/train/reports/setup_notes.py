@@ -7,7 +7,7 @@ import torch
 
 from engine.config.file import complete
 from engine.config.schema import RunConfig
-from engine.config.sections.ppo import PPOConfig
+from engine.config.sections.ppo import ADVANTAGES, PPOConfig
 from engine.kl import horizon_for, largest_change, usual_horizon
 from engine.train.run import Run
 
@@ -80,7 +80,7 @@ def slow_controller(config: RunConfig) -> list[str]:
 def ignored_keys(config: RunConfig) -> list[str]:
     """Returns a line for keys of `ppo` that are set, but have no effect beside the others."""
     ppo = config.ppo
-    loss, advantage = ppo.policy_loss, ppo.advantage
+    loss, traits = ppo.policy_loss, ppo.traits
     groups: list[tuple[tuple[str, ...], bool, str]] = [
         (
             ("sapo_temperature", "sapo_temperature_negative"),
@@ -107,15 +107,11 @@ def ignored_keys(config: RunConfig) -> list[str]:
         ),
         (
             ("lam", "lam_value", "lam_alpha", "whiten_rewards", *OF_THE_VALUE_LOSS),
-            ppo.traits.value_function,
-            "ppo.advantage: gae",
+            traits.value_function,
+            _estimators("value_function"),
         ),
-        (("baseline",), ppo.traits.baseline, "ppo.advantage: reward"),
-        (
-            ("scale_rewards",),
-            advantage in ("grpo", "grpo_passk"),
-            "ppo.advantage: grpo or grpo_passk",
-        ),
+        (("baseline",), traits.baseline, _estimators("baseline")),
+        (("scale_rewards",), traits.scale_rewards, _estimators("scale_rewards")),
     ]
     without = [(keys, f"without {needed}") for keys, used, needed in groups if not used]
     if config.linear_value:
@@ -129,6 +125,12 @@ def ignored_keys(config: RunConfig) -> list[str]:
         for keys, why in without
         if (given := _given(config, keys))
     ]
+
+
+def _estimators(trait: str) -> str:
+    """Returns `ppo.advantage: NAME or NAME`, with the estimators that have a trait."""
+    names = [name for name, traits in ADVANTAGES.items() if getattr(traits, trait)]
+    return f"ppo.advantage: {' or '.join(names)}"
 
 
 def _given(config: RunConfig, keys: tuple[str, ...]) -> list[str]:

@@ -18,7 +18,7 @@ from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.mixed_precision import ExpertCasts
 from engine.train.models.pretrained import copy_weights, load_tokenizer, reward_options
 from engine.train.models.read_pretrained import ReadOptions, read_pretrained
-from engine.train.rewards.model import label_index
+from engine.train.rewards.kinds.model import label_index
 
 LARGE = 50_000_000
 """Number of parameters from which the default learning rate is :data:`LARGE_RATE`."""

@@ -21,7 +21,7 @@ from engine.errors import RlhfError
 from engine.train.data.randomness import permutation
 from engine.train.reward_training.base import BaseModel
 from engine.train.reward_training.split import Judgement, Split
-from engine.train.rewards.encoding import EncodedResponses
+from engine.train.rewards.kinds.encoding import EncodedResponses
 
 EVALUATED_AT_ONCE = 32
 """Rows of a forward pass without gradients."""

@@ -43,51 +43,66 @@ def judged_inputs(request: RewardTrainingRequest, ranks: RankGroup) -> JudgedInp
     Raises:
         UserInputError: a tokenizer cannot be loaded.
     """
-    notes: list[str] = []
-    prompts: list[Prompt] = []
-    ids: list[list[int]] = []
     tokenizers = [
         load_policy_tokenizer(config, starter.resolve(config.model.policy), ranks)
         for config in request.configs
     ]
-    known = []
-    for number, (name, config) in enumerate(zip(request.sessions, request.configs, strict=True)):
-        only_text = [
-            r.prompt for r in request.responses if r.session == number and r.messages is None
-        ]
-        found, note = _find_prompts(config, tokenizers[number], set(only_text))
+    known, notes = [], []
+    for number, tokenizer in enumerate(tokenizers):
+        found, of_session = _session_prompts(request, number, tokenizer)
         known.append(found)
-        notes += [f"session '{name}': {note}"] if note else []
-        chat = any(prompt.messages is not None for prompt in found.values())
-        if config.environment.replies and chat:
-            notes.append(
-                f"session '{name}': the turns of {len(only_text)} responses are read without the "
-                "chat template's markup between them, which is not recorded"
-            )
-    for response in request.responses:
-        tokenizer, config = tokenizers[response.session], request.configs[response.session]
-        if response.messages is not None:
-            rendered = tokenise_texts(tokenizer, [response.prompt], special=False)[0]
-            prompt = Prompt(rendered, response.prompt, {}, response.messages.prompt)
-            own = _conversation_ids(prompt, response.messages, config, tokenizer)
-        else:
-            text = response.prompt
-            prompt = known[response.session].get(text) or Prompt(
-                tokenise_texts(tokenizer, [text])[0], text, {}
-            )
-            own = list(tokenizer(response.response, add_special_tokens=False)["input_ids"])
-        prompts.append(prompt)
-        ids.append(own + _end_of(response, config, tokenizer))
+        notes += [f"session '{request.sessions[number]}': {note}" for note in of_session]
+    read = [
+        _tokenised(r, request.configs[r.session], tokenizers[r.session], known[r.session])
+        for r in request.responses
+    ]
     return JudgedInputs(
-        prompts, ids, [r.response for r in request.responses],
-        [
+        prompts=[prompt for prompt, _ in read],
+        ids=[ids for _, ids in read],
+        texts=[r.response for r in request.responses],
+        messages=[
             [{"role": "assistant", "content": r.response}]
             if r.messages is None
             else r.messages.response
             for r in request.responses
         ],
-        [t.get_vocab() for t in tokenizers], notes,
-    )  # fmt: skip
+        vocabularies=[tokenizer.get_vocab() for tokenizer in tokenizers],
+        notes=notes,
+    )
+
+
+def _session_prompts(
+    request: RewardTrainingRequest, number: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Prompt], list[str]]:
+    """The prompts of a session's responses without messages, by text; and notes on them."""
+    config = request.configs[number]
+    texts = [r.prompt for r in request.responses if r.session == number and r.messages is None]
+    found, note = _find_prompts(config, tokenizer, set(texts))
+    notes = [note] if note else []
+    if config.environment.replies and any(p.messages is not None for p in found.values()):
+        notes.append(
+            f"the turns of {len(texts)} responses are read without the chat template's markup "
+            "between them, which is not recorded"
+        )
+    return found, notes
+
+
+def _tokenised(
+    response: JudgedText,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    known: dict[str, Prompt],
+) -> tuple[Prompt, list[int]]:
+    """A response's prompt, and its own token ids."""
+    text = response.prompt
+    if response.messages is not None:
+        rendered = tokenise_texts(tokenizer, [text], special=False)[0]
+        prompt = Prompt(rendered, text, {}, response.messages.prompt)
+        ids = _conversation_ids(prompt, response.messages, config, tokenizer)
+    else:
+        prompt = known.get(text) or Prompt(tokenise_texts(tokenizer, [text])[0], text, {})
+        ids = list(tokenizer(response.response, add_special_tokens=False)["input_ids"])
+    return prompt, ids + _end_of(response, config, tokenizer)
 
 
 def _find_prompts(

@@ -16,7 +16,7 @@ from engine.train.reward_training.evaluate import calibrate, held_out_agreement,
 from engine.train.reward_training.fit import RewardTrainer
 from engine.train.reward_training.inputs import check_same_tokens, judged_inputs
 from engine.train.reward_training.split import split_judgements
-from engine.train.rewards.encoding import RewardEncoding
+from engine.train.rewards.kinds.encoding import RewardEncoding
 
 
 def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) -> TrainedReward:

@@ -8,9 +8,9 @@ import torch
 
 from engine.errors import LinkError, RewardError
 from engine.progress import ReportProgress
-from engine.train.rewards.environment import EnvironmentReward
-from engine.train.rewards.function import FunctionReward
-from engine.train.rewards.http_client import REPORT_INTERVAL, REQUEST_THREADS
+from engine.train.rewards.kinds.environment import EnvironmentReward
+from engine.train.rewards.kinds.function import FunctionReward
+from engine.train.rewards.kinds.http_client import REPORT_INTERVAL, REQUEST_THREADS
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import (
     IncompleteScoresError,

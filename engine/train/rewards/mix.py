@@ -16,8 +16,8 @@ from engine.progress import ReportProgress, report_nothing
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.distributed.ranks import RankGroup
-from engine.train.rewards import environment, function, judge, model, service
 from engine.train.rewards.calls import MAX_DELAY, SourceCall, allow_reload, retry_delays
+from engine.train.rewards.kinds import environment, function, judge, model, service
 from engine.train.rewards.normalise import Scale, group_scales
 from engine.train.rewards.scores import shown_prompt, validate_scores
 from engine.train.rewards.source import (

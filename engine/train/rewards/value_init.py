@@ -16,8 +16,8 @@ from engine.train.models.pretrained import (
     policy_options,
     reward_options,
 )
+from engine.train.rewards.kinds.model import label_index, load_classifier, score_layer
 from engine.train.rewards.mix import RewardMix
-from engine.train.rewards.model import label_index, load_classifier, score_layer
 from engine.train.rewards.normalise import Normaliser
 
 

@@ -1,12 +1,11 @@
 """The parts of a run that rollout backends are built from."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
-from engine.progress import ReportProgress
+from engine.progress import Announce
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.stop_criteria import StopCriteria
@@ -25,5 +24,4 @@ class BackendContext:
     ranks: RankGroup
     longest: int
     """Tokens of the longest context: a prompt and the replies of an environment."""
-    announce: Callable[..., ReportProgress]
-    """Reports that a phase begins; called with a step and a name."""
+    announce: Announce

@@ -28,8 +28,8 @@ from engine.train.models.pretrained import (
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions
 from engine.train.models.shapes import transformer_layers
 from engine.train.models.stored_weights import share_stored
-from engine.train.rewards.encoding import RewardEncoding
-from engine.train.rewards.padding import reads_padding
+from engine.train.rewards.kinds.encoding import RewardEncoding
+from engine.train.rewards.kinds.padding import reads_padding
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
 from engine.train.rollout.token_states import TokenStates
 
@@ -37,7 +37,7 @@ from engine.train.rollout.token_states import TokenStates
 class RewardModel:
     """Scores prompt and response by one logit of a classifier.
 
-    :class:`~engine.train.rewards.encoding.RewardEncoding` says what it reads.
+    :class:`~engine.train.rewards.kinds.encoding.RewardEncoding` says what it reads.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 
 from engine.config.sections.reward import RewardSource
 from engine.progress import ReportProgress
-from engine.train.rewards.http_client import Endpoint, RequestError
+from engine.train.rewards.kinds.http_client import Endpoint, RequestError
 from engine.train.rewards.scores import LARGEST_SCORE
 from engine.train.rewards.source import (
     IncompleteScoresError,

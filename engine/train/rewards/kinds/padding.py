@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from engine.train.models.shapes import is_classifier_on_decoder
-from engine.train.rewards.encoding import RewardEncoding
+from engine.train.rewards.kinds.encoding import RewardEncoding
 
 LENGTHS = (16, 2, 3, 5)
 """Tokens of the rows that are scored with and without a mask. Most of the first is what the others

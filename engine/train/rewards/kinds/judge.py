@@ -15,9 +15,9 @@ import msgspec
 from engine.config.sections.reward import JudgeConfig, RewardSource
 from engine.progress import ReportProgress
 from engine.train.data.prompts import Prompt
-from engine.train.rewards.http_client import Endpoint, RequestError
+from engine.train.rewards.kinds.http_client import Endpoint, RequestError
+from engine.train.rewards.kinds.service import complete, encode
 from engine.train.rewards.scores import LARGEST_SCORE
-from engine.train.rewards.service import complete, encode
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
 
 log = logging.getLogger("engine")

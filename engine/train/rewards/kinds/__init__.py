@@ -1,0 +1,1 @@
+"""The kinds of reward sources, one module each, and what they share."""
