@@ -60,8 +60,8 @@ class IndependentTurns:
         """Responses that go on."""
         self._ready = {row: self._next(row) for row in range(self.count)}
         self._taken: dict[int, NextTurn] = {}
-        self._released: list[int] = []
-        """Responses whose engine is gone."""
+        self._released: set[int] = set()
+        """Responses whose engine is gone, or has been replaced: any engine may take their turns."""
         self._idle_since: float | None = None
         self._calls: ConcurrentCalls | None = None
         self._futures: set[Future[None]] = set()
@@ -94,18 +94,15 @@ class IndependentTurns:
 
     # -- the backend's side --------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """See :class:`TurnSource`."""
-        with self.lock:
-            self._ready |= self._taken
-            self._taken, self._released = {}, []
-
     def take(self, rows: range, at_most: int, *, wait: bool) -> list[NextTurn] | None:
         """See :class:`TurnSource`."""
         with self.lock:
             self._engine_lives = True
-            while self._error is None and any(r in self._open for r in (*rows, *self._released)):
-                ready = [r for r in (*rows, *self._released) if r in self._ready][:at_most]
+            while self._error is None:
+                others = sorted(self._released.difference(rows))
+                if not any(row in self._open for row in (*rows, *others)):
+                    break
+                ready = [row for row in (*rows, *others) if row in self._ready][:at_most]
                 if not ready and wait:
                     self._changed.wait()
                     continue
@@ -120,7 +117,7 @@ class IndependentTurns:
         """See :class:`TurnSource`."""
         with self.lock:
             self._ready |= {row: self._taken.pop(row) for row in taken}
-            self._released = sorted({*self._released, *rows})
+            self._released.update(rows)
             self._changed.notify_all()
 
     def add(self, turn: SampledTurn) -> None:
