@@ -4,6 +4,8 @@ The engine is a stand-in here; tests/vllm has the same with vLLM.
 """
 
 import inspect
+import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -14,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from engine import starter
+from engine.config import file as config_file
 from engine.errors import LinkError, RlhfError, UserInputError
+from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, rollout_socket_variable
 from engine.protocol import frames
 from engine.protocol.rollout.messages import (
     ATTEMPTS,
@@ -28,6 +33,7 @@ from engine.protocol.rollout.messages import (
     Start,
     WeightsLoaded,
 )
+from engine.session.folder import create
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.experience.generation import generate_rollout
 from engine.train.experience.model_outputs import old_policy_outputs
@@ -51,9 +57,12 @@ from engine.train.rollout.vllm.updates import (
 )
 from engine.train.rollout.vllm.weights import file_size, folder_with_room
 from engine.train.step import train_step
+from tests.train.conftest import SMALL
+from tests.train.ranks.launch import run_ranks
 from tests.train.weights_file import write_weights
 
 VLLM = "rollout.engine=vllm"
+ENDED = Path(__file__).parent / "ranks" / "ended.py"
 
 
 def dies_at(kind, after=0):
@@ -134,6 +143,23 @@ def test_log_pi_old_is_the_trainers_own_whatever_the_engine_reports(make_run, en
     again, _ = old_policy_outputs(run, rollout, rollout.rows)
     assert torch.equal(right, again)
     assert values.shape == right.shape
+
+
+@pytest.mark.parametrize("per_prompt", [1, 2])
+def test_rank_0_is_told_of_the_responses_of_all_ranks_when_they_have_ended(
+    engine, half_models, tmp_path, per_prompt
+):
+    keys = (*SMALL, *half_models, VLLM, f"rollout.per_prompt={per_prompt}", "launch.processes=2")
+    session = create(tmp_path, "s", config_file.load(starter.FOLDER / "demo.yaml", keys))
+    result = tmp_path / "told.json"
+    variables = (
+        f"{name}={os.environ[name]}"
+        for name in (rollout_socket_variable(0), ROLLOUT_FOLDER_VARIABLE)
+    )
+    outcome = run_ranks(2, ENDED, session.folder, result, *variables, folder=tmp_path)
+    assert outcome.code == 0, outcome.output
+    found = json.loads(result.read_text())
+    assert sorted(found["told"]) == sorted(found["all"])
 
 
 # -- large batches ---------------------------------------------------------------------------------

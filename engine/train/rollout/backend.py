@@ -74,7 +74,8 @@ class RolloutBackend(Protocol):
             limits: for later turns, which continue the responses of the call before: maximum
                 number of new tokens of each, at most T; (B,) int64 on the host. None: T for all.
             report: call it regularly with (tokens done, T).
-            on_ended: may be called with responses that have ended while others have not.
+            on_ended: may be called with responses that have ended while others have not. A row
+                beyond this rank's is one of the next ranks'.
         """
 
 
@@ -189,12 +190,12 @@ class Share:
         return None if limits is None else torch.tensor(limits)[self.rows]
 
     def on_ended(self, told: OnResponse) -> OnEnded:
-        """What tells of this rank's responses that have ended."""
-        prompts = self.prompts.prompts
+        """What tells of responses that have ended, by their number from this rank's first one."""
+        first = int(self.rows[0])
 
         def ended(row: int, ids: list[int]) -> None:
             if self.counts:
-                told(prompts[row], response_text(ids, self.tokenizer))
+                told(self.batch.prompts[first + row], response_text(ids, self.tokenizer))
 
         return ended
 
@@ -254,7 +255,7 @@ def generate_responses(
         tokenizer: the policy's.
         ranks: the ranks that share the work. Each generates for a contiguous part of the prompts.
         report: called with (tokens done, total).
-        on_ended: may be called with responses of this rank that have ended while others have not.
+        on_ended: may be called with responses that have ended while others have not.
     """
     share = share_of(prompts, options, tokenizer, ranks)
     backend.sync(model, options.weights_version, report)

@@ -254,12 +254,7 @@ class VllmBackend:
         parts = [msgspec.msgpack.decode(p, type=examined(Part)) for p in distinct]
         before = parts[: distinct.index(gathered[ranks.rank])]
         first = sum(len(p.prompts) for p in before)
-
-        def ended(row: int, ids: list[int]) -> None:
-            if on_ended is not None and row < count:  # rank 0's are the first
-                on_ended(row, ids)
-
-        responses = WholeResponses(parts, limit, ended) if ranks.is_lead else None
+        responses = WholeResponses(parts, limit, on_ended) if ranks.is_lead else None
         return Work(batch, limit, first, responses)
 
     def _request(
