@@ -14,7 +14,7 @@ from engine.train.models.pretrained import eos_ids
 from engine.train.rollout.native import decoder
 from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.compiled_layers import CompiledLayers
-from engine.train.rollout.native.decoder import EXACT, GRAPHED, Schedule
+from engine.train.rollout.native.schedule import EXACT, GRAPHED, Schedule
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Run

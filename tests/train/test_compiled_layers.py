@@ -21,7 +21,7 @@ from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.cast_weights import cast_weights
 from engine.train.rollout.native.compiled_layers import CompiledLayers
 from engine.train.rollout.native.cuda_graph import GraphedFunction
-from engine.train.rollout.native.decoder import Schedule
+from engine.train.rollout.native.schedule import Schedule
 from engine.train.rollout.stop_criteria import StopCriteria
 from tests.train.architectures import ARCHITECTURES
 

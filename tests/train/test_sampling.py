@@ -24,7 +24,7 @@ from engine.train.models.language_model import LanguageModel
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.rollout.native import transposed_weights
 from engine.train.rollout.native.backend import generate
-from engine.train.rollout.native.decoder import EXACT, Schedule
+from engine.train.rollout.native.schedule import EXACT, Schedule
 from engine.train.rollout.rollout import left_mask
 from engine.train.rollout.sampling import SCHEMES, block_size, log_uniforms, sample
 from engine.train.rollout.stop_criteria import StopCriteria

@@ -14,7 +14,8 @@ from engine.train.ppo.advantages import Targets, generalised_advantages
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
 from engine.train.rollout.native.backend import generate
-from engine.train.rollout.native.decoder import GRAPHED, Decoder, Schedule
+from engine.train.rollout.native.decoder import Decoder
+from engine.train.rollout.native.schedule import GRAPHED, Schedule
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.step import train_step
 from tests.train.architectures import write_model

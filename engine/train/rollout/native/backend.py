@@ -13,7 +13,8 @@ from engine.train.distributed.sharding import blocks, with_materialised_model
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.native.compiled_layers import CompiledLayers
-from engine.train.rollout.native.decoder import Decoder, Schedule, schedule_for
+from engine.train.rollout.native.decoder import Decoder
+from engine.train.rollout.native.schedule import Schedule, schedule_for
 from engine.train.rollout.native.slots import Responses
 from engine.train.rollout.native.transposed_weights import transposed_weights
 from engine.train.rollout.rollout import OnEnded, Rollout
