@@ -42,6 +42,7 @@ from engine.protocol.rollout.messages import (
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.backend import generate
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.stop_criteria import StopCriteria
 from tests.train.weights_file import write_weights
 
@@ -163,9 +164,10 @@ def main() -> None:
         engine.process.wait()
     model = LanguageModel(lm)
     batch = batch_prompts([Prompt(row, "", {}) for row in ids.tolist()], 1, 0)
+    asked = RolloutRequest(batch, uniforms, 1.0)
     criteria = StopCriteria([], [], NoText())
     best("native", count, options.repetitions,
-         lambda: generate(model, batch, uniforms, 1.0, criteria, NoText()))  # fmt: skip
+         lambda: generate(model, asked, criteria, NoText()))  # fmt: skip
     sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     with torch.no_grad():
         best("transformers' generate", count, options.repetitions,

@@ -34,6 +34,7 @@ from engine.protocol.rollout.messages import (
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.backend import generate
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.checksum import checksum
 from engine.train.rollout.vllm.group import WeightsGroup
@@ -157,9 +158,10 @@ class _Model:
         prompts = [Prompt(turn.prompt, "", {}) for turn in turns]
         tokenizer = _NoText()
         rollout = generate(
-            self.model, batch_prompts(prompts, 1, 0), uniforms, request.temperature,
+            self.model,
+            RolloutRequest(batch_prompts(prompts, 1, 0), uniforms, request.temperature,
+                           limits=torch.tensor(limits)),
             StopCriteria(request.eos, [], tokenizer), tokenizer, sampling=request.sampling,
-            limits=torch.tensor(limits),
         )  # fmt: skip
         return [
             EndedTurn(turn.row, rollout.ids[i, :n].tolist(),

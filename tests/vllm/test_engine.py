@@ -13,6 +13,7 @@ from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.backend import generate
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.stop_criteria import StopCriteria
 from tests.train.weights_file import write_weights
 
@@ -93,10 +94,8 @@ def padded(rows):
 
 def native(model, prompts, uniforms, tokenizer, temperature=1.0, limits=None):
     criteria = StopCriteria([tokenizer.eos_token_id], [], tokenizer)
-    return generate(
-        model, batch_prompts(prompts, 1, 0), uniforms, temperature, criteria, tokenizer,
-        limits=limits,
-    )  # fmt: skip
+    asked = RolloutRequest(batch_prompts(prompts, 1, 0), uniforms, temperature, limits=limits)
+    return generate(model, asked, criteria, tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-6])

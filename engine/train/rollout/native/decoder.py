@@ -48,7 +48,6 @@ class Decoder:
         schedule: Schedule,
         report: ReportProgress,
         *,
-        per_prompt: int,
         at_once: int | None,
         compiled: set[Hashable] | None,
         on_ended: OnEnded | None,
@@ -57,11 +56,10 @@ class Decoder:
 
         Args:
             model: in evaluation mode.
-            responses: B prompts, and room for the sampled tokens.
+            responses: what to generate, and room for the sampled tokens.
             stop_criteria: when a response ends.
             schedule: see :func:`schedule_for`.
             report: see :meth:`run`.
-            per_prompt: number of adjacent rows with the same prompt, which is processed once.
             at_once: number of slots; default: B.
             compiled: shapes that the model's layers have been compiled for; None if they are not.
                 See :class:`~engine.train.rollout.native.compiled_layers.CompiledLayers`.
@@ -69,15 +67,14 @@ class Decoder:
         """
         self._model, self._responses, self._stop_criteria = model, responses, stop_criteria
         self._report, self._on_ended = report, on_ended
-        self._per_prompt = per_prompt
         self._device = responses.ids.device
         self._slot_count = min(at_once or responses.count, responses.count)
-        self._prompt_lengths = responses.batch.lengths.tolist()
+        self._prompt_lengths = responses.request.batch.lengths.tolist()
         room = responses.limit
         if self._slot_count < responses.count:  # so that positions are not moved at every check
             room += max(responses.limit // 2, schedule.check_every)
         self._cache = SlotCache(
-            model, responses.batch.ids.shape[1], room, schedule, self._device
+            model, responses.request.batch.ids.shape[1], room, schedule, self._device
         )  # fmt: skip
         self._check_every = schedule.check_every
         self._step = GraphedFunction(
@@ -153,7 +150,8 @@ class Decoder:
 
     def _prefill(self, rows: range, cache: DynamicCache) -> Slots:
         """Processes the prompts of some responses and samples their first tokens."""
-        batch, n = self._responses.batch, self._per_prompt
+        request = self._responses.request
+        batch, n = request.batch, request.per_prompt
         first, last = rows.start // n, (rows.stop - 1) // n + 1
         ids, lengths = batch.ids[::n][first:last], batch.lengths[::n][first:last]
         logits, values = self._model(ids, left_mask(lengths, ids.shape[1]), 1, cache=cache)

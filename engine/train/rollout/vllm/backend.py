@@ -16,16 +16,15 @@ from collections.abc import Callable, Collection
 
 import msgspec
 import torch
-from torch import Tensor
 
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rollout.messages import Generate, LoadWeights
-from engine.train.data.prompts import PromptBatch
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.conversation import RunOnRank0, TurnSource
 from engine.train.rollout.native.backend import NativeBackend
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.rollout import OnEnded, Rollout
 from engine.train.rollout.vllm.background import BackgroundGeneration
 from engine.train.rollout.vllm.client import EngineLostError
@@ -132,12 +131,7 @@ class VllmBackend:
     def generate(
         self,
         model: AnyModel,
-        batch: PromptBatch,
-        uniforms: Tensor,
-        temperature: float,
-        *,
-        per_prompt: int,
-        limits: Tensor | None,
+        request: RolloutRequest,
         report: ReportProgress,
         on_ended: OnEnded | None = None,
     ) -> Rollout:
@@ -147,14 +141,11 @@ class VllmBackend:
             RlhfError: several engines in a row failed.
         """
         if model is not self._context.policy:
-            return self._native.generate(
-                model, batch, uniforms, temperature,
-                per_prompt=per_prompt, limits=limits, report=report, on_ended=on_ended,
-            )  # fmt: skip
-        work = self._gather(batch, uniforms, limits, on_ended)
-        # Only later turns of responses have limits of their own.
-        request = self._request(work.responses, temperature, later_turn=limits is not None)
-        self._generate(request, work.responses, lambda act: act(), report)
+            return self._native.generate(model, request, report, on_ended)
+        work, temperature = self._gather(request, on_ended), request.temperature
+        later_turn = request.limits is not None
+        message = self._message(work.responses, temperature, later_turn=later_turn)
+        self._generate(message, work.responses, lambda act: act(), report)
         return self.distribute(work)
 
     def converse(
@@ -165,11 +156,11 @@ class VllmBackend:
         Raises:
             RlhfError: several engines in a row failed.
         """
-        self._generate(self._request(turns, temperature, more_turns=True), turns, run, report)
+        self._generate(self._message(turns, temperature, more_turns=True), turns, run, report)
 
     def _generate(
         self,
-        request: Generate,
+        message: Generate,
         turns: TurnSource | None,
         run: RunOnRank0,
         report: ReportProgress,
@@ -187,7 +178,7 @@ class VllmBackend:
             def act() -> None:
                 if self._engines is not None and turns is not None:
                     try:
-                        self._engines.generate(request, turns, done, report)
+                        self._engines.generate(message, turns, done, report)
                     except Exception as error:  # not of the user's code
                         errors.append(error)
 
@@ -208,24 +199,19 @@ class VllmBackend:
             if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
                 self._held = None
 
-    def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> VllmPending:
+    def begin(self, request: RolloutRequest) -> VllmPending:
         """Makes the engines generate the policy's responses in the background; a collective.
 
         The responses use the weights of the last :meth:`sync`, even if the policy changes
         meanwhile. Other uses of the backend wait until generation ends, without interrupting it.
-
-        Args:
-            batch: this rank's B prompts.
-            uniforms: (B, T) float64.
-            temperature: > 0.
         """
         self._finish_pending(report_nothing)
-        work = self._gather(batch, uniforms, None, None)
+        work = self._gather(request, None)
         generation, engines, update = None, self._engines, self._update
         if engines is not None and update is not None and work.responses is not None:
             engines.forget_failures()
-            request = self._request(work.responses, temperature)
-            generation = engines.begin(update, request, work.responses)
+            message = self._message(work.responses, request.temperature)
+            generation = engines.begin(update, message, work.responses)
         self._pending = VllmPending(self, work, generation)
         return self._pending
 
@@ -235,19 +221,13 @@ class VllmBackend:
         if pending is not None and pending.generation is not None:
             pending.generation.wait(report)
 
-    def _gather(
-        self,
-        batch: PromptBatch,
-        uniforms: Tensor,
-        limits: Tensor | None,
-        on_ended: OnEnded | None,
-    ) -> Work:
-        """Gathers the prompts of all ranks; a collective."""
-        ranks, (count, limit) = self._context.ranks, uniforms.shape
+    def _gather(self, request: RolloutRequest, on_ended: OnEnded | None) -> Work:
+        """Gathers the requests of all ranks; a collective."""
+        ranks, (count, limit) = self._context.ranks, request.uniforms.shape
         part = Part(
-            [p.ids for p in batch.prompts],
-            [limit] * count if limits is None else limits.tolist(),
-            uniforms.double().contiguous().numpy().tobytes(),
+            [p.ids for p in request.batch.prompts],
+            [limit] * count if request.limits is None else request.limits.tolist(),
+            request.uniforms.double().contiguous().numpy().tobytes(),
         )
         gathered = ranks.all_gather_bytes(msgspec.msgpack.encode(part))
         distinct = list(dict.fromkeys(gathered))  # a probe is the same on all ranks
@@ -255,9 +235,9 @@ class VllmBackend:
         before = parts[: distinct.index(gathered[ranks.rank])]
         first = sum(len(p.prompts) for p in before)
         responses = WholeResponses(parts, limit, on_ended) if ranks.is_lead else None
-        return Work(batch, limit, first, responses)
+        return Work(request, first, responses)
 
-    def _request(
+    def _message(
         self,
         turns: TurnSource | None,
         temperature: float,

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.protocol.rollout.messages import NextTurn
-from engine.train.data.prompts import PromptBatch
 from engine.train.rollout.conversation import SampledTurn
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.rollout import OnEnded, Rollout, assemble
 
 
@@ -102,10 +102,8 @@ class WholeResponses:
 class Work:
     """One rank's view of the responses that all ranks generate together."""
 
-    batch: PromptBatch
-    """This rank's prompts."""
-    limit: int
-    """The most new tokens."""
+    request: RolloutRequest
+    """This rank's."""
     first: int
     """The row of this rank's first prompt."""
     responses: WholeResponses | None
@@ -115,10 +113,9 @@ class Work:
         self, ended: list[EndedResponse], device: torch.device, tokenizer: PreTrainedTokenizerBase
     ) -> Rollout:
         """The rollout of this rank's prompts, on a device; `ended` are those of all ranks."""
-        count = len(self.batch.prompts)
-        mine = ended[self.first : self.first + count]
-        ids = torch.zeros(count, self.limit, dtype=torch.int64)
-        floats = torch.zeros(3, count, self.limit)
+        shape = self.request.uniforms.shape
+        mine = ended[self.first : self.first + shape[0]]
+        ids, floats = torch.zeros(shape, dtype=torch.int64), torch.zeros(3, *shape)
         for row, response in enumerate(mine):
             length = len(response.ids)
             numbers = torch.frombuffer(bytearray(response.floats), dtype=torch.float32)
@@ -128,7 +125,7 @@ class Work:
         eos = torch.tensor([response.eos for response in mine])
         stopped = torch.tensor([response.ended for response in mine])
         rollout = assemble(
-            self.batch.to(device), ids.to(device), lengths.to(device), eos.to(device),
+            self.request.batch.to(device), ids.to(device), lengths.to(device), eos.to(device),
             stopped.to(device), floats.to(device), tokenizer,
         )  # fmt: skip
         rollout.versions = torch.tensor([response.version for response in mine]).to(device)
