@@ -31,9 +31,10 @@ from engine.memory.rollout_engine import cache_bytes
 from engine.protocol import frames, sockets
 from engine.protocol.frames import Message
 from engine.protocol.rollout.messages import (
-    Continue,
     Generate,
     LoadWeights,
+    NextTurn,
+    NextTurns,
     Progress,
     Start,
     decode_from_engine,
@@ -41,6 +42,7 @@ from engine.protocol.rollout.messages import (
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.backend import generate
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.stop_criteria import StopCriteria
 from tests.train.weights_file import write_weights
 
@@ -82,9 +84,16 @@ class Engine:
     def ask(self, message: Message) -> Message:
         """Sends a message; returns its reply."""
         self.socket.sendall(frames.encode(message))
-        while isinstance(reply := decode_from_engine(frames.receive(self.socket)), Progress):
-            self.socket.sendall(frames.encode(Continue()))
-        return reply
+        return decode_from_engine(frames.receive(self.socket))
+
+    def generate(self, request: Generate, turns: list[NextTurn]) -> None:
+        """Waits until all turns have ended."""
+        ended, waiting = 0, turns
+        reply = self.ask(request)
+        while isinstance(reply, Progress):
+            ended += len(reply.ended)
+            reply = self.ask(NextTurns(turns=waiting, last=ended == len(turns)))
+            waiting = []
 
 
 def best(what: str, count: int, repetitions: int, run: Callable[[], object]) -> None:
@@ -142,19 +151,23 @@ def main() -> None:
             )
 
         request = Generate(
-            weights_version=1, prompts=ids.tolist(), limits=[tokens] * len(ids),
-            uniforms=uniforms.numpy().tobytes(),
-            max_new_tokens=tokens, temperature=1.0, sampling="gumbel", eos=[], look=False,
+            weights_version=1, at_once=rows, at_most=rows, max_new_tokens=tokens, temperature=1.0,
+            sampling="gumbel", eos=[], look=False,
         )  # fmt: skip
+        turns = [
+            NextTurn(row, prompt, numbers.numpy().tobytes())
+            for row, (prompt, numbers) in enumerate(zip(ids.tolist(), uniforms, strict=True))
+        ]
         best("weights to vLLM", 0, options.repetitions, sync)
-        best("vLLM", count, options.repetitions, lambda: engine.ask(request))
+        best("vLLM", count, options.repetitions, lambda: engine.generate(request, turns))
         engine.socket.close()
         engine.process.wait()
     model = LanguageModel(lm)
     batch = batch_prompts([Prompt(row, "", {}) for row in ids.tolist()], 1, 0)
+    asked = RolloutRequest(batch, uniforms, 1.0)
     criteria = StopCriteria([], [], NoText())
     best("native", count, options.repetitions,
-         lambda: generate(model, batch, uniforms, 1.0, criteria, NoText()))  # fmt: skip
+         lambda: generate(model, asked, criteria, NoText()))  # fmt: skip
     sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     with torch.no_grad():
         best("transformers' generate", count, options.repetitions,

@@ -8,7 +8,7 @@ from benchmarks.gpu.decoding import equal_rows, respond
 from benchmarks.gpu.findings import Finding, Target
 from benchmarks.gpu.numerics import score, starter_run
 from engine.train.experience.generation import generate_rollout
-from engine.train.rollout.native.decoder import EXACT, GRAPHED
+from engine.train.rollout.native.schedule import EXACT, GRAPHED
 from engine.train.step import train_step
 from tests.train.architectures import ARCHITECTURES, write_model
 

@@ -14,7 +14,8 @@ from engine.train.models.pretrained import eos_ids
 from engine.train.rollout.native import decoder
 from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.compiled_layers import CompiledLayers
-from engine.train.rollout.native.decoder import EXACT, GRAPHED, Schedule
+from engine.train.rollout.native.schedule import EXACT, GRAPHED, Schedule
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.rollout import Rollout
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Run
@@ -45,7 +46,7 @@ def respond(
         [] if never_end else eos_ids(run.policy.lm, run.tokenizer), [], run.tokenizer
     )
     return generate(
-        run.policy, batch, uniforms, 1.0, ends, run.tokenizer,
+        run.policy, RolloutRequest(batch, uniforms, 1.0), ends, run.tokenizer,
         schedule=schedule, at_once=at_once, compiled=compiled,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from benchmarks.gpu.findings import Finding, Target
 from benchmarks.task import TINY, Shape, Task
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.compiled_layers import CompiledLayers
-from engine.train.rollout.native.decoder import GRAPHED
+from engine.train.rollout.native.schedule import GRAPHED
 from engine.train.run import Run
 
 HALF = ["model.dtype=bfloat16", "reward.dtype=bfloat16"]

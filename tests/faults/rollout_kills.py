@@ -32,9 +32,9 @@ VLLM = "engine.train.rollout.vllm"
 STAGES = [
     ("the engine builds its model", f"{VLLM}.client:RolloutClient.wait_ready", "before", 1),
     ("weights are written", f"{VLLM}.weights:send_weights", "after", 1),
-    # _send: Start, LoadWeights, Generate, and a Continue for every eighth token.
+    # _send: Start, LoadWeights, Generate, and NextTurns for every eighth token, at first for none.
     ("weights are loaded", f"{VLLM}.client:RolloutClient._send", "after", 2),
-    ("responses are generated", f"{VLLM}.client:RolloutClient._send", "after", 4),
+    ("responses are generated", f"{VLLM}.client:RolloutClient._send", "after", 5),
     ("responses are passed on", f"{VLLM}.backend:VllmBackend.distribute", "before", 1),
     ("generation ahead has begun", "engine.train.rollout.ahead:RolloutAhead.begin", "after", 1),
     # Late enough that a checkpoint is there to resume from, where a process comes so far.

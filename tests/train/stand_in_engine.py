@@ -18,9 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, rollout_socket_variable
 from engine.protocol import frames, sockets
 from engine.protocol.rollout.messages import (
-    Continue,
-    Converse,
-    Conversed,
     EndedTurn,
     EngineFailed,
     EngineReady,
@@ -31,13 +28,13 @@ from engine.protocol.rollout.messages import (
     NextTurns,
     Progress,
     Start,
-    TurnsProgress,
     WeightsLoaded,
     decode_to_engine,
 )
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.backend import generate
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.checksum import checksum
 from engine.train.rollout.vllm.group import WeightsGroup
@@ -62,7 +59,7 @@ class StandInEngine:
         self.messages: list[str] = []
         """The types of all messages received."""
         self.rows: list[int] = []
-        """How many prompts each request had."""
+        """How many turns each request had."""
         self.turns: list[list[int]] = []
         """The rows of the turns in each message."""
         self.engines = 0
@@ -90,43 +87,36 @@ class StandInEngine:
             self.messages.append(type(message).__name__)
             reply = fault(message)
             if reply is None and isinstance(message, Generate):
-                reply = self._generate(connection, engine, message)
-            elif reply is None and isinstance(message, Converse):
-                reply = self._take_turns(connection, fault, engine, message)
+                reply = self._generate(connection, fault, engine, message)
             elif reply is None:
                 reply = engine.reply(message)
             connection.sendall(frames.encode(reply))
             if isinstance(reply, EngineFailed):
                 return
 
-    def _generate(self, connection, engine, request: Generate) -> Generated:
-        self.rows.append(len(request.prompts))
-        if not request.prompts:
-            return Generated(weights_version=engine.version, lengths=[], ids=b"", logprobs=b"",
-                             entropies=b"", seconds=0.0)  # fmt: skip
-        result, tokens = engine.generate(request)
-        seen = dict(enumerate(tokens)) if request.look else {}
-        connection.sendall(frames.encode(Progress(done=1, total=2, tokens=seen)))
-        answer = decode_to_engine(frames.receive(connection))
-        assert isinstance(answer, Continue)
-        self.stopped = answer.stop
-        return result
-
-    def _take_turns(self, connection, fault, engine, request: Converse):
+    def _generate(self, connection, fault, engine, request: Generate):
         """Generates all turns of each message; returns the last reply."""
-        ended = []
+        ended, tokens, done, count = [], {}, 0, 0
         while True:
-            progress = TurnsProgress(weights_version=engine.version, busy=False, ended=ended)
+            progress = Progress(weights_version=engine.version, busy=bool(tokens), done=done,
+                                ended=[] if tokens else ended, tokens=tokens)  # fmt: skip
             connection.sendall(frames.encode(progress))
             message = decode_to_engine(frames.receive(connection))
             assert isinstance(message, NextTurns)
             if (reply := fault(message)) is not None:
                 return reply
             if message.last:
-                return Conversed(weights_version=engine.version)
-            assert len(message.turns) <= request.at_once
-            self.turns.append([turn.row for turn in message.turns])
-            ended = [engine.turn(request, turn) for turn in message.turns]
+                self.rows.append(count)
+                return Generated(weights_version=engine.version)
+            self.stopped += message.stop
+            ended = ended if tokens else []
+            assert len(ended) + len(message.turns) <= request.at_once
+            assert len(message.turns) <= request.at_most
+            new = engine.turns(request, message.turns) if message.turns else []
+            self.turns += [[turn.row for turn in new]] if new else []
+            count, done = count + len(new), done + sum(len(turn.ids) for turn in new)
+            ended += new
+            tokens = {turn.row: turn.ids for turn in new} if request.look else {}
 
 
 class _Model:
@@ -160,43 +150,24 @@ class _Model:
             self.group.broadcast(tensor)
         return weights
 
-    def generate(self, request: Generate):
-        prompts = [Prompt(ids, "", {}) for ids in request.prompts]
-        uniforms = torch.frombuffer(bytearray(request.uniforms), dtype=torch.float64)
-        uniforms = uniforms.view(len(prompts), request.max_new_tokens)
+    def turns(self, request: Generate, turns: list[NextTurn]) -> list[EndedTurn]:
+        limits = [len(turn.uniforms) // 8 for turn in turns]
+        uniforms = torch.zeros(len(turns), request.max_new_tokens, dtype=torch.float64)
+        for row, turn, limit in zip(uniforms, turns, limits, strict=True):
+            row[:limit] = torch.frombuffer(bytearray(turn.uniforms), dtype=torch.float64)
+        prompts = [Prompt(turn.prompt, "", {}) for turn in turns]
         tokenizer = _NoText()
         rollout = generate(
-            self.model, batch_prompts(prompts, 1, 0), uniforms, request.temperature,
+            self.model,
+            RolloutRequest(batch_prompts(prompts, 1, 0), uniforms, request.temperature,
+                           limits=torch.tensor(limits)),
             StopCriteria(request.eos, [], tokenizer), tokenizer, sampling=request.sampling,
-            limits=torch.tensor(request.limits),
         )  # fmt: skip
-        width = request.max_new_tokens - rollout.ids.shape[1]
-        ids, logprobs, entropies = (
-            torch.nn.functional.pad(x, (0, width)).to(kind).numpy().tobytes()
-            for x, kind in (
-                (rollout.ids, torch.int32),
-                (rollout.logprobs, torch.float32),
-                (rollout.entropies, torch.float32),
-            )
-        )
-        lengths = rollout.lengths.tolist()
-        tokens = [row[:n] for row, n in zip(rollout.ids.tolist(), lengths, strict=True)]
-        return Generated(
-            weights_version=self.version, lengths=lengths, ids=ids, logprobs=logprobs,
-            entropies=entropies, seconds=0.0,
-        ), tokens  # fmt: skip
-
-    def turn(self, request: Converse, turn: NextTurn) -> EndedTurn:
-        limit = len(turn.uniforms) // 8
-        result, (tokens,) = self.generate(
-            Generate(
-                weights_version=self.version, prompts=[turn.prompt], limits=[limit],
-                uniforms=turn.uniforms, max_new_tokens=limit, temperature=request.temperature,
-                sampling=request.sampling, eos=request.eos, look=False,
-            )
-        )  # fmt: skip
-        n = 4 * len(tokens)
-        return EndedTurn(turn.row, tokens, result.logprobs[:n], result.entropies[:n])
+        return [
+            EndedTurn(turn.row, rollout.ids[i, :n].tolist(),
+                      *(x[i, :n].numpy().tobytes() for x in (rollout.logprobs, rollout.entropies)))
+            for i, (turn, n) in enumerate(zip(turns, rollout.lengths.tolist(), strict=True))
+        ]  # fmt: skip
 
 
 class _NoText:

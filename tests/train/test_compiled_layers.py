@@ -21,7 +21,8 @@ from engine.train.rollout.native.backend import generate
 from engine.train.rollout.native.cast_weights import cast_weights
 from engine.train.rollout.native.compiled_layers import CompiledLayers
 from engine.train.rollout.native.cuda_graph import GraphedFunction
-from engine.train.rollout.native.decoder import Schedule
+from engine.train.rollout.native.schedule import Schedule
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.stop_criteria import StopCriteria
 from tests.train.architectures import ARCHITECTURES
 
@@ -88,10 +89,11 @@ def respond(model, compiled, schedule=FIXED, limits=None):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
     rows = ROWS if limits is None else len(limits)
     prompts = [Prompt(ids=list(range(5, 6 + n % 7)), text="", row={}) for n in range(rows)]
+    uniforms = sampling_uniforms(0, 1, rows, LIMIT)
     return generate(
-        model, batch_prompts(prompts, 1, 0), sampling_uniforms(0, 1, rows, LIMIT), 1.0,
+        model, RolloutRequest(batch_prompts(prompts, 1, 0), uniforms, 1.0, limits=limits),
         StopCriteria([3, 4] if limits is None else [], [], tokenizer), tokenizer,
-        schedule=schedule, compiled=compiled, limits=limits,
+        schedule=schedule, compiled=compiled,
     )  # fmt: skip
 
 

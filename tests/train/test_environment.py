@@ -10,7 +10,7 @@ from engine.journal.turns import turns_of
 from engine.train.check import check
 from engine.train.distributed import compute_on_rank_0
 from engine.train.environment.environments import Environments
-from engine.train.environment.response import Response
+from engine.train.environment.response import Limits, Response
 from engine.train.environment.turn_loop import TurnLoop
 from engine.train.evaluation.evaluate import evaluate
 from engine.train.experience.generation import generate_rollout, sampling_options
@@ -196,8 +196,10 @@ def test_an_environment_gets_special_tokens_but_not_the_one_that_ends_the_turn(m
     for ended in (False, True):
         given = [*ids, tokenizer.eos_token_id] if ended else ids
         turn = SampledTurn(0, given, torch.zeros(3, len(given)), ended, ended=True, version=0)
-        response = Response(run.prompts.for_step(1)[0], None)
-        assert response.add_turn(turn, tokenizer) == tokenizer.decode(ids)
+        limits = Limits(turns=2, tokens=10, reply_tokens=10)
+        response = Response(run.prompts.for_step(1)[0], None, limits)
+        response.add_turn(turn, tokenizer)
+        assert response.last_turn == tokenizer.decode(ids)
         assert response.messages == [
             {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
         ]

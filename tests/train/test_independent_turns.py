@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.protocol.rollout.messages import NextTurns
-from engine.train.environment.response import FinishedResponse, Response
+from engine.train.environment.response import FinishedResponse, Limits, Response
 from engine.train.experience.generation import generate_rollout
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
@@ -49,7 +49,7 @@ def test_the_responses_are_those_that_take_their_turns_together(make_run, engine
     run, _ = make_run(*ENVIRONMENT, STOPS, *INDEPENDENT)
     same(respond(run), together)
     assert len(engine.turns[0]) == len(together.texts)
-    assert not engine.rows
+    assert engine.messages.count("Generate") == 1
 
 
 def test_two_engines_generate_the_turns_of_one(make_run, engine, second_engine, together):
@@ -311,7 +311,8 @@ def test_a_call_that_takes_long_is_told_with_its_turn(make_run, engine, tmp_path
 def test_a_finished_response_is_the_same_on_another_rank(make_run, tokenizer):
     run, _ = make_run()
     prompt = run.prompts.for_step(1)[0]
-    ours, theirs = Response(prompt, object()), Response(prompt, None)
+    limits = Limits(turns=3, tokens=10, reply_tokens=10)
+    ours, theirs = Response(prompt, object(), limits), Response(prompt, None, limits)
     for row, version in ((0, 3), (0, 4)):
         ours.add_turn(SampledTurn(row, [5, 6], torch.rand(3, 2), False, True, version), tokenizer)
         ours.add_reply([7], [{"role": "user", "content": "?"}])

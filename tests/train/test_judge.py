@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import HTTPConfig, JudgeConfig, RewardConfig, RewardSource
+from engine.protocol.rollout.messages import NextTurns
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.experience.generation import generate_rollout
@@ -15,6 +16,7 @@ from engine.train.rewards import calls
 from engine.train.rewards.kinds.judge import fill_template, parse_score
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs
+from engine.train.rollout.vllm import remote_engines
 from tests.reward_service import RewardService, reply
 from tests.waiting import until
 
@@ -204,3 +206,26 @@ def test_a_run_asks_about_responses_before_all_have_ended(judge, make_run):
     scores = run.rewards(RewardInputs.of(rollout, 1))
     assert scores.total.tolist() == [5.0] * len(prompts)
     assert len(judge.requests) == len(prompts)
+
+
+def test_with_vllm_a_run_asks_about_responses_before_all_have_ended(
+    judge, make_run, engine, monkeypatch
+):
+    """The engine goes on only when the judge has been asked about all responses before."""
+    judge.behaviour = say("5")
+    asked = []
+
+    def waits(message):
+        if isinstance(message, NextTurns):
+            until(lambda: len(judge.requests) == len(asked), "request for each response so far")
+            asked.extend(message.turns)
+
+    engine.faults = iter([waits])
+    monkeypatch.setattr(remote_engines, "BUDGET", 1)  # a response in each message
+    url = f"reward.judge=http://127.0.0.1:{judge.port}/v1"
+    run, _ = make_run("rollout.engine=vllm", "reward.model=null", url, "reward.judging.model=m")
+    rollout = generate_rollout(run, 1)
+    assert len(asked) == len(rollout.texts)
+    scores = run.rewards(RewardInputs.of(rollout, 1))
+    assert scores.total.tolist() == [5.0] * len(asked)
+    assert len(judge.requests) == len(asked)

@@ -3,8 +3,9 @@
 The engine is a stand-in here; tests/vllm has the same with vLLM.
 """
 
-import functools
 import inspect
+import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -15,24 +16,31 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from engine import starter
+from engine.config import file as config_file
 from engine.errors import LinkError, RlhfError, UserInputError
+from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, rollout_socket_variable
 from engine.protocol import frames
 from engine.protocol.rollout.messages import (
     ATTEMPTS,
+    EndedTurn,
     EngineFailed,
     Generate,
-    Generated,
     LoadWeights,
+    NextTurn,
+    NextTurns,
+    Progress,
     Start,
     WeightsLoaded,
 )
+from engine.session.folder import create
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.experience.generation import generate_rollout
 from engine.train.experience.model_outputs import old_policy_outputs
 from engine.train.experience.rollout_check import check_weights, version_lag
 from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
-from engine.train.rollout.vllm import remote_engine
+from engine.train.rollout.vllm import remote_engines
 from engine.train.rollout.vllm.checksum import checksum
 from engine.train.rollout.vllm.process import received_weights
 from engine.train.rollout.vllm.process.received_weights import (
@@ -40,7 +48,7 @@ from engine.train.rollout.vllm.process.received_weights import (
     IncompleteUpdateError,
     from_ipc,
 )
-from engine.train.rollout.vllm.requests import divide, join, split
+from engine.train.rollout.vllm.remote_engines import turns_in_message
 from engine.train.rollout.vllm.updates import (
     COUNTER,
     STORAGE_CLASS,
@@ -49,9 +57,12 @@ from engine.train.rollout.vllm.updates import (
 )
 from engine.train.rollout.vllm.weights import file_size, folder_with_room
 from engine.train.step import train_step
+from tests.train.conftest import SMALL
+from tests.train.ranks.launch import run_ranks
 from tests.train.weights_file import write_weights
 
 VLLM = "rollout.engine=vllm"
+ENDED = Path(__file__).parent / "ranks" / "ended.py"
 
 
 def dies_at(kind, after=0):
@@ -134,55 +145,46 @@ def test_log_pi_old_is_the_trainers_own_whatever_the_engine_reports(make_run, en
     assert values.shape == right.shape
 
 
+@pytest.mark.parametrize("per_prompt", [1, 2])
+def test_rank_0_is_told_of_the_responses_of_all_ranks_when_they_have_ended(
+    engine, half_models, tmp_path, per_prompt
+):
+    keys = (*SMALL, *half_models, VLLM, f"rollout.per_prompt={per_prompt}", "launch.processes=2")
+    session = create(tmp_path, "s", config_file.load(starter.FOLDER / "demo.yaml", keys))
+    result = tmp_path / "told.json"
+    variables = (
+        f"{name}={os.environ[name]}"
+        for name in (rollout_socket_variable(0), ROLLOUT_FOLDER_VARIABLE)
+    )
+    outcome = run_ranks(2, ENDED, session.folder, result, *variables, folder=tmp_path)
+    assert outcome.code == 0, outcome.output
+    found = json.loads(result.read_text())
+    assert sorted(found["told"]) == sorted(found["all"])
+
+
 # -- large batches ---------------------------------------------------------------------------------
 
 
-def request(rows, width, prompt=4):
-    return Generate(
-        weights_version=3, prompts=[[70_000 + i] * prompt for i in range(rows)],
-        limits=[width] * rows,
-        uniforms=b"".join(i.to_bytes(8) * width for i in range(rows)), max_new_tokens=width,
-        temperature=1.0, sampling="gumbel", eos=[1], look=True,
-    )  # fmt: skip
-
-
-def reply(part):
-    """What an engine makes of a request; the token ids are the prompt's."""
-    n, width = len(part.prompts), part.max_new_tokens
-    ids = b"".join(p[0].to_bytes(4) * width for p in part.prompts)
-    return Generated(
-        weights_version=part.weights_version, lengths=[p[0] for p in part.prompts], ids=ids,
-        logprobs=bytes(4 * n * width), entropies=bytes(4 * n * width), seconds=1.0,
-    )  # fmt: skip
-
-
-def test_no_message_of_a_large_batch_is_over_the_limit():
-    parts = split(request(512, 11_264))
-    assert [len(p.prompts) for p in parts] == [256, 256]
-    for message in (parts[0], reply(parts[0])):
+@pytest.mark.parametrize("longest", [40, 11_264, 200_000])
+def test_no_message_of_long_responses_is_over_the_limit(longest):
+    most = turns_in_message(longest)
+    token, floats = 2**31 - 1, bytes(4 * longest)
+    turns = [NextTurn(i, [token] * (longest - 1), bytes(8)) for i in range(most)]
+    ended = [EndedTurn(i, [token] * longest, floats, floats) for i in range(most)]
+    tokens = {most + i: [token] * longest for i in range(2 * most)}
+    progress = Progress(weights_version=1, busy=True, done=1, ended=ended, tokens=tokens)
+    for message in (NextTurns(turns=turns), progress):
         assert len(frames.encode(message)) < frames.MAX_FRAME
 
 
-@pytest.mark.parametrize("budget", [1, 700, 10_000])
-def test_the_parts_of_a_request_are_its_rows_in_order(budget):
-    whole = request(10, 16)
-    parts = split(whole, budget)
-    assert len(parts) == {1: 10, 700: 4, 10_000: 1}[budget]
-    assert [p for part in parts for p in part.prompts] == whole.prompts
-    assert b"".join(part.uniforms for part in parts) == whole.uniforms
-    joined, expected = join([reply(part) for part in parts]), reply(whole)
-    assert (joined.lengths, joined.ids) == (expected.lengths, expected.ids)
-    assert len(joined.logprobs) == len(expected.logprobs) == len(joined.entropies)
-
-
-def test_a_batch_in_several_requests_has_the_same_responses(make_run, engine, monkeypatch):
-    monkeypatch.setattr(remote_engine, "split", functools.partial(split, budget=1))
+def test_a_batch_in_several_messages_has_the_same_responses(make_run, engine, monkeypatch):
+    monkeypatch.setattr(remote_engines, "BUDGET", 1)
     run, _ = make_run(VLLM, "rollout.stop=[a, e]")
     native, _ = make_run("rollout.stop=[a, e]")
     said = []
     rollout = generate_rollout(run, 1, lambda done, total: said.append((done, total)))
     assert torch.equal(rollout.ids, generate_rollout(native, 1).ids)
-    assert engine.messages.count("Generate") == 8
+    assert engine.turns == [[row] for row in range(8)]
     assert said == sorted(said)
 
 
@@ -197,17 +199,6 @@ def test_a_message_over_the_limit_ends_the_run_with_a_reason(make_run, engine, m
 
 
 TWO = (VLLM, "rollout.engines=2")
-
-
-@pytest.mark.parametrize(("n", "engines"), [(10, 3), (8, 8), (3, 4)])
-def test_engines_get_the_rows_of_a_request_in_order_in_nearly_equal_numbers(n, engines):
-    whole = request(n, 16)
-    parts = divide(whole, engines)
-    sizes = [len(part.prompts) for part in parts]
-    assert len(parts) == engines
-    assert max(sizes) - min(sizes) <= 1
-    assert [p for part in parts for p in part.prompts] == whole.prompts
-    assert b"".join(part.uniforms for part in parts) == whole.uniforms
 
 
 def test_two_engines_generate_the_responses_of_one_from_the_same_file(
@@ -272,6 +263,20 @@ def test_an_engine_that_ends_is_replaced_and_the_step_is_the_same(make_run, engi
     assert torch.equal(rollout.ids, expected.ids)
     assert engine.engines == 4
     assert engine.messages.count("LoadWeights") == 3
+
+
+def test_an_engine_that_ends_amid_a_batch_generates_its_whole_part_again(
+    make_run, engine, second_engine, monkeypatch
+):
+    """Otherwise other responses would be computed together, and rounding could differ."""
+    monkeypatch.setattr(remote_engines, "BUDGET", 1)  # a response in each message
+    native, _ = make_run()
+    second_engine.faults = iter([dies_at(NextTurns, 2)])
+    run, _ = make_run(*TWO)
+    rollout, expected = (generate_rollout(r, 1) for r in (run, native))
+    assert torch.equal(rollout.ids, expected.ids)
+    assert engine.turns == [[0], [1], [2], [3]]
+    assert second_engine.turns == [[4], [5], [4], [5], [6], [7]]
 
 
 def test_an_engine_that_does_not_hold_what_was_sent_is_not_used(make_run, engine):

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
@@ -27,15 +28,13 @@ from engine.protocol.rollout.join_messages import (
     rollout_secret,
 )
 from engine.protocol.rollout.messages import (
-    Converse,
     EngineFailed,
     Generate,
     LoadWeights,
-    NextTurn,
-    NextTurns,
 )
 from engine.protocol.rollout.server import first_client, report
 from engine.train.step import train_step
+from tests.train.repeating import ENVIRONMENT, STOPS, respond
 from tests.train.stand_in_engine import StandInEngine
 
 SECRET = "a secret of one run"  # noqa: S105 - of a test
@@ -119,6 +118,18 @@ def test_an_engine_on_another_machine_generates_its_part_and_is_replaced_when_it
     assert not any(u.path.startswith(str(engine.folder)) for u in updates)  # files of their own
 
 
+def test_an_engine_on_another_machine_takes_turns_of_responses_that_do_not_wait_for_each_other(
+    make_run, engine, joined_engine
+):
+    run, _ = make_run(*ENVIRONMENT, STOPS, "rollout.engine=vllm", "environment.turns=independent",
+                      "rollout.engines=2", "rollout.joined=1",
+                      "rollout.rendezvous=127.0.0.1:1")  # fmt: skip
+    native, _ = make_run(*ENVIRONMENT, STOPS)
+    ours, theirs = respond(run), respond(native)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert sum(map(len, joined_engine.turns)) >= 4
+
+
 # -- what a joined machine takes -------------------------------------------------------------------
 
 
@@ -156,16 +167,6 @@ def test_parts_that_are_not_in_order_are_refused(parts):
     with contextlib.closing(ReceivedFiles()) as files, pytest.raises(LinkError):
         for each in parts:
             files.write(each)
-
-
-def test_an_engine_is_given_the_turns_of_responses():
-    request = Converse(
-        weights_version=1, at_once=2, max_new_tokens=8, at_most=9, temperature=1.0,
-        sampling="gumbel", eos=[0], look=False,
-    )  # fmt: skip
-    with contextlib.closing(ReceivedFiles()) as files:
-        for message in (request, NextTurns(turns=[NextTurn(0, [1], b"")])):
-            assert with_paths(message, files) == message
 
 
 def test_an_engine_is_given_no_pickles_and_no_paths_of_the_first_machine():

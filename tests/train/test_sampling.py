@@ -24,7 +24,8 @@ from engine.train.models.language_model import LanguageModel
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.rollout.native import transposed_weights
 from engine.train.rollout.native.backend import generate
-from engine.train.rollout.native.decoder import EXACT, Schedule
+from engine.train.rollout.native.schedule import EXACT, Schedule
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.rollout import left_mask
 from engine.train.rollout.sampling import SCHEMES, block_size, log_uniforms, sample
 from engine.train.rollout.stop_criteria import StopCriteria
@@ -276,14 +277,17 @@ def respond(model):
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
 
-    def run(rows=tuple(range(8)), eos=(), temperature=1.0, drawn=None, stop=(), **named):
+    def run(
+        rows=tuple(range(8)), eos=(), temperature=1.0, drawn=None, stop=(), per_prompt=1,
+        limits=None, **named
+    ):  # fmt: skip
         batch = batch_prompts([prompts[i] for i in rows], 1, 0)
+        request = RolloutRequest(
+            batch, uniforms[list(drawn or rows)], temperature, per_prompt, limits
+        )  # fmt: skip
         stop_criteria = StopCriteria(list(eos), list(stop), tokenizer)
         with torch.no_grad():
-            return generate(
-                model, batch, uniforms[list(drawn or rows)], temperature, stop_criteria, tokenizer,
-                **named,
-            )  # fmt: skip
+            return generate(model, request, stop_criteria, tokenizer, **named)
 
     return run
 

@@ -18,7 +18,7 @@ from engine.launch.rollout.engine import (
     shared_folder,
 )
 from engine.protocol import frames, sockets
-from engine.protocol.rollout.messages import Continue, Progress, Start, decode_from_engine
+from engine.protocol.rollout.messages import NextTurns, Progress, Start, decode_from_engine
 from engine.session.temporary_folders import TemporaryFolder
 
 START = 400
@@ -53,12 +53,22 @@ class Engine:
         self.socket.settimeout(START)
         self.ready = self.ask(start)
 
-    def ask(self, message, look=lambda _progress: []):
-        """Sends a message; returns its reply. `look` says which rows to stop at each progress."""
+    def ask(self, message):
+        """Sends a message; returns its reply."""
         self.socket.sendall(frames.encode(message))
-        while isinstance(reply := decode_from_engine(frames.receive(self.socket)), Progress):
-            self.socket.sendall(frames.encode(Continue(stop=look(reply))))
-        return reply
+        return decode_from_engine(frames.receive(self.socket))
+
+    def generate(self, request, turns, look=lambda _progress: []):
+        """Returns the ended turns. `look` says which rows to stop at each progress."""
+        ended, waiting = {}, turns
+        reply = self.ask(request)
+        while isinstance(reply, Progress):
+            ended |= {turn.row: turn for turn in reply.ended}
+            last = len(ended) == len(turns)
+            reply = self.ask(NextTurns(turns=waiting, stop=look(reply), last=last))
+            waiting = []
+        assert reply.weights_version == request.weights_version
+        return [ended[row] for row in sorted(ended)]
 
     def end(self) -> int:
         """Disconnects; returns the exit status of the process."""

@@ -2,18 +2,18 @@
 
 import json
 
-import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import starter
-from engine.protocol.rollout.messages import EngineFailed, Generate, LoadWeights
+from engine.protocol.rollout.messages import EngineFailed, Generate, LoadWeights, NextTurn
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native.backend import generate
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.stop_criteria import StopCriteria
 from tests.train.weights_file import write_weights
 
@@ -58,26 +58,44 @@ def update(engine, model, version):
     return LoadWeights(weights_version=version, path=str(path), tensors=tensors, checksum=sums)
 
 
-def request(prompts, uniforms, tokenizer, version, temperature=1.0):
-    return Generate(
-        weights_version=version, prompts=[p.ids for p in prompts],
-        limits=[uniforms.shape[1]] * len(prompts),
-        uniforms=uniforms.numpy().tobytes(), max_new_tokens=uniforms.shape[1],
-        temperature=temperature, sampling="gumbel", eos=[tokenizer.eos_token_id], look=False,
-    )  # fmt: skip
+class Asked:
+    """What the engine has generated, padded like a rollout."""
+
+    def __init__(self, engine, prompts, uniforms, tokenizer, version, *, temperature=1.0,
+                 limits=None, look=None, **options) -> None:  # fmt: skip
+        limits = limits or [uniforms.shape[1]] * len(prompts)
+        request = Generate(
+            weights_version=version, at_once=len(prompts), at_most=len(prompts),
+            max_new_tokens=uniforms.shape[1], temperature=temperature, sampling="gumbel",
+            eos=[tokenizer.eos_token_id], look=look is not None, **options,
+        )  # fmt: skip
+        turns = [
+            NextTurn(row, prompt.ids, uniforms[row, :most].numpy().tobytes())
+            for row, (prompt, most) in enumerate(zip(prompts, limits, strict=True))
+        ]
+        self.turns = engine.generate(request, turns, look or (lambda _progress: []))
+        self.lengths = [len(turn.ids) for turn in self.turns]
+        self.ids = padded([torch.tensor(turn.ids) for turn in self.turns])
+        self.logprobs, self.entropies = (
+            padded([torch.frombuffer(bytearray(x), dtype=torch.float32) for x in arrays])
+            for arrays in zip(
+                *((turn.logprobs, turn.entropies) for turn in self.turns), strict=True
+            )
+        )
+
+
+def floats(rows):
+    return padded([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows])
+
+
+def padded(rows):
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def native(model, prompts, uniforms, tokenizer, temperature=1.0, limits=None):
     criteria = StopCriteria([tokenizer.eos_token_id], [], tokenizer)
-    return generate(
-        model, batch_prompts(prompts, 1, 0), uniforms, temperature, criteria, tokenizer,
-        limits=limits,
-    )  # fmt: skip
-
-
-def table(data, kind, rollout):
-    rows, width = rollout.ids.shape
-    return torch.frombuffer(bytearray(data), dtype=kind).view(rows, -1)[:, :width]
+    asked = RolloutRequest(batch_prompts(prompts, 1, 0), uniforms, temperature, limits=limits)
+    return generate(model, asked, criteria, tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-6])
@@ -89,16 +107,13 @@ def test_responses_are_those_of_native_rollouts_token_for_token(
     loaded = engine.ask(update(engine, model, version))
     assert loaded.checksum == update(engine, model, version).checksum
     uniforms = sampling_uniforms(0, version, ROWS, LIMIT)
-    ours = engine.ask(request(prompts, uniforms, tokenizer, version, temperature))
+    ours = Asked(engine, prompts, uniforms, tokenizer, version, temperature=temperature)
     theirs = native(model, prompts, uniforms, tokenizer, temperature)
-    assert ours.weights_version == version
     assert ours.lengths == theirs.lengths.tolist()
-    assert torch.equal(table(ours.ids, torch.int32, theirs).long(), theirs.ids)
-    logprobs = table(ours.logprobs, torch.float32, theirs)
+    assert torch.equal(ours.ids, theirs.ids)
     if temperature > 0.1:  # near 0 a log-probability is the difference of logits times a million
-        assert torch.allclose(logprobs, theirs.logprobs, atol=1e-4)
-        entropies = table(ours.entropies, torch.float32, theirs)
-        assert torch.allclose(entropies, theirs.entropies, atol=1e-3)
+        assert torch.allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+        assert torch.allclose(ours.entropies, theirs.entropies, atol=1e-3)
 
 
 def test_what_is_cached_of_a_prompt_does_not_outlive_the_weights(engine, prompts, tokenizer):
@@ -107,10 +122,9 @@ def test_what_is_cached_of_a_prompt_does_not_outlive_the_weights(engine, prompts
     for version, size in ((50, 0.0), (51, 0.3)):
         model = changed_model(9, size)
         engine.ask(update(engine, model, version))
-        ours = engine.ask(request(long, uniforms, tokenizer, version))
+        ours = Asked(engine, long, uniforms, tokenizer, version)
         theirs = native(model, long, uniforms, tokenizer)
-        logprobs = table(ours.logprobs, torch.float32, theirs)
-        assert torch.allclose(logprobs * theirs.mask, theirs.logprobs * theirs.mask, atol=1e-3)
+        assert torch.allclose(ours.logprobs, theirs.logprobs, atol=1e-3)
 
 
 def test_a_later_turn_reads_what_precedes_it_from_the_cache(engine, prompts, tokenizer):
@@ -118,39 +132,34 @@ def test_a_later_turn_reads_what_precedes_it_from_the_cache(engine, prompts, tok
     engine.ask(update(engine, model, 55))
     words = [i for p in prompts for i in p.ids]
     prompts = [Prompt((words[k:] * 9)[:140], "", {}) for k in range(ROWS)]  # a block is cached
-    first = engine.ask(request(prompts, sampling_uniforms(0, 55, ROWS, LIMIT), tokenizer, 55))
-    ids = torch.frombuffer(bytearray(first.ids), dtype=torch.int32).view(ROWS, -1).tolist()
+    first = Asked(engine, prompts, sampling_uniforms(0, 55, ROWS, LIMIT), tokenizer, 55)
     reply = tokenizer(" What about the music, and what about the actors?")["input_ids"]
     continued = [
-        Prompt(p.ids + row[:n] + reply, "", {})
-        for p, row, n in zip(prompts, ids, first.lengths, strict=True)
+        Prompt(p.ids + turn.ids + reply, "", {})
+        for p, turn in zip(prompts, first.turns, strict=True)
     ][1::2]  # fewer of them go on
     limits = [1 + 5 * i % LIMIT for i in range(len(continued))]
     uniforms = sampling_uniforms(1, 55, len(continued), LIMIT)
-    ours = engine.ask(
-        msgspec.structs.replace(
-            request(continued, uniforms, tokenizer, 55), limits=limits, later_turn=True
-        )
-    )
+    ours = Asked(
+        engine, continued, uniforms, tokenizer, 55, limits=limits, later_turn=True
+    )  # fmt: skip
     theirs = native(model, continued, uniforms, tokenizer, limits=torch.tensor(limits))
     assert ours.lengths == theirs.lengths.tolist()
-    assert torch.equal(table(ours.ids, torch.int32, theirs).long(), theirs.ids)
-    logprobs = table(ours.logprobs, torch.float32, theirs)
-    assert torch.allclose(logprobs, theirs.logprobs, atol=1e-4)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert torch.allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
 
 
 def test_the_same_request_has_the_same_bits_again(engine, prompts, tokenizer):
     engine.ask(update(engine, changed_model(3), 60))
-    asked = request(prompts, sampling_uniforms(0, 60, ROWS, LIMIT), tokenizer, 60)
-    one, two = engine.ask(asked), engine.ask(asked)
-    assert (one.ids, one.logprobs, one.entropies) == (two.ids, two.logprobs, two.entropies)
+    uniforms = sampling_uniforms(0, 60, ROWS, LIMIT)
+    one, two = (Asked(engine, prompts, uniforms, tokenizer, 60) for _ in range(2))
+    assert one.turns == two.turns
 
 
 def test_a_row_that_the_client_stops_ends_early_and_the_others_do_not(engine, prompts, tokenizer):
     engine.ask(update(engine, changed_model(4), 70))
     uniforms = sampling_uniforms(0, 70, ROWS, LIMIT)
-    whole = engine.ask(request(prompts, uniforms, tokenizer, 70))
-    asked = msgspec.structs.replace(request(prompts, uniforms, tokenizer, 70), look=True)
+    whole = Asked(engine, prompts, uniforms, tokenizer, 70)
     longest = whole.lengths.index(max(whole.lengths))
     looks = []
 
@@ -158,12 +167,32 @@ def test_a_row_that_the_client_stops_ends_early_and_the_others_do_not(engine, pr
         looks.append(progress.tokens)
         return [longest] if longest in progress.tokens else []
 
-    stopped = engine.ask(asked, stop_longest)
+    stopped = Asked(engine, prompts, uniforms, tokenizer, 70, look=stop_longest)
     expected = [min(n, 8) if i == longest else n for i, n in enumerate(whole.lengths)]
     assert max(whole.lengths) > 8
     assert stopped.lengths == expected
-    ids = torch.frombuffer(bytearray(whole.ids), dtype=torch.int32).view(ROWS, -1)
-    assert looks[0][longest] == ids[longest, :8].tolist()
+    assert looks[1][longest] == whole.turns[longest].ids[:8]
+
+
+@pytest.mark.parametrize("more_turns", [False, True])
+def test_turns_are_sent_while_others_are_generated(engine, prompts, tokenizer, more_turns):
+    engine.ask(update(engine, changed_model(5), 80))
+    uniforms = sampling_uniforms(0, 80, ROWS, LIMIT)
+    limits = [1 + row % LIMIT for row in range(ROWS)]
+    sent = []
+
+    def note(progress):
+        if progress.ended:
+            sent.append({len(turn.ids) for turn in progress.ended})
+        return []
+
+    Asked(engine, prompts, uniforms, tokenizer, 80, limits=limits, look=note,
+          more_turns=more_turns)  # fmt: skip
+    if more_turns:  # as soon as they have ended; vLLM may begin some prompts a step later
+        assert len(sent) > LIMIT // 2
+        assert all(max(lengths) - min(lengths) <= 1 for lengths in sent)
+    else:
+        assert [{-(-n // 8) for n in lengths} for lengths in sent] == [{1}, {2}, {3}]
 
 
 def incomplete(weights):

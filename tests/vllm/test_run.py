@@ -99,9 +99,9 @@ def responses(run):
 
 def test_two_engines_generate_as_one_and_one_that_is_killed_amid_a_rollout_is_replaced(lab, one):
     marker = lab.root.parent / "killed"
-    # _send: Start and LoadWeights to both engines, then Generate to both.
+    # _send: Start, LoadWeights and Generate to both engines, then NextTurns for every eighth token.
     place = "engine.train.rollout.vllm.client:RolloutClient._send"
-    point = f"{place}|after|6|kill rollout engine 1|{marker}"
+    point = f"{place}|after|9|kill rollout engine 1|{marker}"
     disturbed = Lab(lab.root, lab.root.parent / "more-gates")
     disturbed.environment |= {"PYTHONPATH": str(HOOKS), "RLHF_TUI_TEST_POINT": point}
     two = make(disturbed, "engines", "rollout.engines=2")
@@ -183,7 +183,7 @@ def test_responses_that_do_not_wait_for_each_other_are_those_that_do(lab, killed
     name = "killed" if killed else "whole"
     together = make(lab, f"together-{name}", *ENVIRONMENT)
     other = Lab(lab.root, lab.root.parent / f"gates-{name}")
-    if killed:  # after Start, LoadWeights and Converse to both engines, when one has got turns
+    if killed:  # after Start, LoadWeights and Generate to both engines, when one has got turns
         point = "engine.train.rollout.vllm.client:RolloutClient._send|after|9|kill rollout engine 1"
         other.environment |= {
             "PYTHONPATH": str(HOOKS),

@@ -47,8 +47,6 @@ from engine.protocol.rollout.join_messages import (
     rollout_secret,
 )
 from engine.protocol.rollout.messages import (
-    Continue,
-    Converse,
     EngineFailed,
     Generate,
     LoadWeights,
@@ -274,7 +272,7 @@ def with_paths(message: Message, files: ReceivedFiles) -> Message:
             return replace(message, model=str(files.model))
         case LoadWeights(transfer="file") if files.weights is not None:
             return replace(message, path=str(files.weights), handles=b"")
-        case Generate() | Continue() | Converse() | NextTurns():
+        case Generate() | NextTurns():
             return message
         case _:
             raise LinkError(f"the first machine sent {type(message).__name__} out of turn")

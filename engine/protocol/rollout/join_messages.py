@@ -14,7 +14,7 @@ from engine import __version__
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.protocol.frames import Message, decoder
-from engine.protocol.rollout.messages import Continue, Generate, LoadWeights, Start
+from engine.protocol.rollout.messages import Generate, LoadWeights, NextTurns, Start
 
 PART = 4 * 1024 * 1024
 """Bytes of a file per message."""
@@ -61,7 +61,7 @@ class FilePart(Message, frozen=True, tag="file_part"):
 
 
 ToJoined = (
-    RolloutJoinInfo | JoinRefused | RunOver | FilePart | Start | LoadWeights | Generate | Continue
+    RolloutJoinInfo | JoinRefused | RunOver | FilePart | Start | LoadWeights | Generate | NextTurns
 )
 
 decode_to_joined: Callable[[bytes], ToJoined] = decoder(

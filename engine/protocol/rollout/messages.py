@@ -1,9 +1,9 @@
 """Messages between rank 0 and a rollout engine in a separate process.
 
 The engine is a server for one client. Rank 0 sends :class:`Start`, and after :class:`EngineReady`
-alternates :class:`LoadWeights` and :class:`Generate` or :class:`Converse`. The engine reports any
-error by :class:`EngineFailed` and exits: its weights may be half replaced, so only a new process
-can be trusted.
+alternates :class:`LoadWeights` and :class:`Generate`. The engine reports any error by
+:class:`EngineFailed` and exits: its weights may be half replaced, so only a new process can be
+trusted.
 """
 
 from collections.abc import Callable
@@ -92,66 +92,10 @@ class WeightsLoaded(Message, frozen=True, tag="weights_loaded"):
 
 
 class Generate(Message, frozen=True, tag="generate"):
-    """Generate one response to each prompt."""
+    """Generate responses, or turns of responses, as the client sends them.
 
-    weights_version: int
-    """The weights that must be loaded."""
-    prompts: list[list[int]]
-    """Token ids; n prompts."""
-    limits: list[int]
-    """Maximum number of new tokens of each response."""
-    uniforms: bytes
-    """(n, T) float64 in native byte order."""
-    max_new_tokens: int
-    """T, the largest of the limits or more."""
-    temperature: float
-    sampling: str
-    """How a uniform number selects a token (`rollout.sampling`)."""
-    eos: list[int]
-    look: bool
-    """Whether the client checks the text for stop strings during generation."""
-    later_turn: bool = False
-    """Whether these prompts continue responses of the request before. The prefix cache is then
-    kept; otherwise it is emptied, so that results depend on no earlier request."""
-
-
-class Progress(Message, frozen=True, tag="progress"):
-    """Sent regularly while generating. The engine waits for :class:`Continue`."""
-
-    done: int
-    """Tokens; a response that has ended counts with the maximum length."""
-    total: int
-    tokens: dict[int, list[int]] = {}
-    """With `look`: row → all its tokens so far, for rows with new tokens."""
-
-
-class Continue(Message, frozen=True, tag="continue"):
-    """The reply to :class:`Progress`."""
-
-    stop: list[int] = []
-    """Rows whose response has ended."""
-
-
-class Generated(Message, frozen=True, tag="generated"):
-    """The responses. The arrays have a row for each prompt, padded with 0 to T."""
-
-    weights_version: int
-    """The weights that generated them."""
-    lengths: list[int]
-    ids: bytes
-    """(n, T) int32."""
-    logprobs: bytes
-    """(n, T) float32: of the sampled tokens, at the temperature."""
-    entropies: bytes
-    """(n, T) float32, in nats."""
-    seconds: float
-
-
-class Converse(Message, frozen=True, tag="converse"):
-    """Generate the turns of responses that have several, each as soon as it can begin.
-
-    The engine sends :class:`TurnsProgress`, at first with nothing done, and waits each time for
-    :class:`NextTurns`, until that is the last. Then it sends :class:`Conversed`.
+    The engine sends :class:`Progress`, at first with nothing done, and waits each time for
+    :class:`NextTurns`, until that is the last. Then it sends :class:`Generated`.
     """
 
     weights_version: int
@@ -164,14 +108,19 @@ class Converse(Message, frozen=True, tag="converse"):
     """Maximum number of turns in a message."""
     temperature: float
     sampling: str
-    """As in :class:`Generate`."""
+    """How a uniform number selects a token (`rollout.sampling`)."""
     eos: list[int]
     look: bool
-    """As in :class:`Generate`."""
+    """Whether the client checks the text for stop strings during generation."""
+    later_turn: bool = False
+    """Whether the prompts continue responses of the request before. The prefix cache is then kept;
+    otherwise it is emptied, so that results depend on no earlier request."""
+    more_turns: bool = False
+    """Whether other turns may follow those that end, which are then sent at once."""
 
 
 class EndedTurn(Struct, frozen=True, array_like=True):
-    """A turn of the policy."""
+    """A turn of the policy; of a response without an environment the only one."""
 
     row: int
     """The response's row in the batch."""
@@ -194,20 +143,22 @@ class NextTurn(Struct, frozen=True, array_like=True):
     """(limit,) float64 in native byte order; one for each new token that is possible."""
 
 
-class TurnsProgress(Message, frozen=True, tag="turns_progress"):
+class Progress(Message, frozen=True, tag="progress"):
     """Sent when turns have ended, and regularly. The engine waits for :class:`NextTurns`."""
 
     weights_version: int
     """The weights that generate."""
     busy: bool
     """Whether the engine has turns to generate or to send."""
+    done: int
+    """Number of tokens generated since :class:`Generate`."""
     ended: list[EndedTurn] = []
     tokens: dict[int, list[int]] = {}
     """With `look`: row → all tokens so far of a turn that has not ended, if some are new."""
 
 
 class NextTurns(Message, frozen=True, tag="next_turns"):
-    """The reply to :class:`TurnsProgress`."""
+    """The reply to :class:`Progress`."""
 
     turns: list[NextTurn] = []
     """To generate; none of a response whose last turn has not ended."""
@@ -217,8 +168,8 @@ class NextTurns(Message, frozen=True, tag="next_turns"):
     """Whether the request ends here. Turns that have not ended are dropped."""
 
 
-class Conversed(Message, frozen=True, tag="conversed"):
-    """The end of :class:`Converse`."""
+class Generated(Message, frozen=True, tag="generated"):
+    """The end of :class:`Generate`."""
 
     weights_version: int
 
@@ -233,10 +184,8 @@ class EngineFailed(Message, frozen=True, tag="engine_failed"):
     """Whether a new process would fail in the same way."""
 
 
-ToEngine = Start | LoadWeights | Generate | Continue | Converse | NextTurns
-FromEngine = (
-    EngineReady | WeightsLoaded | Progress | Generated | TurnsProgress | Conversed | EngineFailed
-)
+ToEngine = Start | LoadWeights | Generate | NextTurns
+FromEngine = EngineReady | WeightsLoaded | Progress | Generated | EngineFailed
 
 decode_to_engine: Callable[[bytes], ToEngine] = decoder(ToEngine, "a message to the rollout engine")
 """Decodes rank 0's message. Raises LinkError."""

@@ -11,8 +11,21 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.train.data.prompts import Messages, Prompt, PromptBatch
 from engine.train.environment.environments import Answer
+from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.rollout.conversation import Conversation, SampledTurn, Turns
 from engine.train.rollout.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a response."""
+
+    turns: int
+    """Maximum number of turns of the policy."""
+    tokens: int
+    """Maximum number of tokens of the policy, in all turns together."""
+    reply_tokens: int
+    """Maximum number of tokens of the environment."""
 
 
 @dataclass
@@ -22,6 +35,7 @@ class Response:
     prompt: Prompt
     environment: object
     """None on ranks other than 0."""
+    limits: Limits
     ids: list[int] = field(default_factory=list)
     """All tokens after the prompt."""
     positions: list[int] = field(default_factory=list)
@@ -31,6 +45,9 @@ class Response:
     messages: Messages = field(default_factory=list)
     sampled: list[str] = field(default_factory=list)
     """The texts of the policy's turns."""
+    last_turn: str = ""
+    """The text of the policy's last turn, as the environment gets it: with special tokens, since
+    some models write tool calls with them, but without the one that ends the turn."""
     replies: list[tuple[int, int]] = field(default_factory=list)
     """Start and end of each reply, as indices of :attr:`ids`."""
     eos: bool = False
@@ -43,6 +60,16 @@ class Response:
     """As in :attr:`Turns.reply_left_out`."""
     version: int = 0
     """As in :attr:`Rollout.versions`."""
+
+    @property
+    def turn(self) -> int:
+        """The number of the present turn, from 1."""
+        return len(self.replies) + 1
+
+    @property
+    def left(self) -> int:
+        """How many tokens the policy may still sample."""
+        return self.limits.tokens - len(self.positions)
 
     @property
     def reply_tokens(self) -> int:
@@ -60,24 +87,8 @@ class Response:
         prompt = self.prompt
         return Prompt(prompt.ids + self.ids, prompt.text, prompt.row, prompt.messages)
 
-    def left(self, most: int) -> int:
-        """How many tokens the policy may still sample, if `most` is the limit of a response."""
-        return most - len(self.positions)
-
-    def uses_reply(self, most: int, *, last: bool) -> bool:
-        """Whether another turn follows a reply; the arguments are those of :meth:`goes_on`."""
-        return self.ended and not last and self.left(most) > 0
-
-    def add_turn(self, turn: SampledTurn, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Appends a turn of the policy and returns its text, as the environment gets it.
-
-        Special tokens are part of this text, since some models write tool calls with them. The one
-        that ends the turn is not.
-
-        Args:
-            turn: the turn.
-            tokenizer: the policy's.
-        """
+    def add_turn(self, turn: SampledTurn, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Appends a turn of the policy; the tokenizer is the policy's."""
         ids = turn.ids
         self.positions += range(len(self.ids), len(self.ids) + len(ids))
         self.ids += ids
@@ -85,23 +96,21 @@ class Response:
         self.eos, self.ended, self.version = turn.eos, turn.ended, turn.version
         self.sampled.append(_decoded(tokenizer, ids))
         self.messages.append({"role": "assistant", "content": self.sampled[-1]})
-        return str(tokenizer.decode(ids[:-1] if self.eos else ids))
+        self.last_turn = str(tokenizer.decode(ids[:-1] if self.eos else ids))
 
-    def goes_on(self, answer: Answer, most: int, most_replied: int, *, last: bool) -> bool:
-        """Appends what follows a turn, unless the response ends here; returns whether it goes on.
+    def reply_ids(self, reply: Messages, encode: ReplyTokens) -> list[int]:
+        """Encodes a reply; returns nothing if no other turn can follow it."""
+        follows = self.ended and self.turn < self.limits.turns and self.left > 0
+        return encode(self.prompt, reply, self.ids[-1]) if follows else []
 
-        Args:
-            answer: what follows the turn.
-            most: the limit of the policy's tokens.
-            most_replied: the limit of the replies' tokens.
-            last: whether the turn is the last one that the limit of turns permits.
-        """
+    def goes_on(self, answer: Answer) -> bool:
+        """Appends what follows a turn; returns False if the response ends instead."""
         self.tool_calls += answer.tool_calls
         self.failed_calls += answer.failed_calls
         if answer.messages is None or not self.ended:
             return False
-        fits = self.reply_tokens + len(answer.ids) <= most_replied
-        if last or not fits or not self.left(most):
+        fits = self.reply_tokens + len(answer.ids) <= self.limits.reply_tokens
+        if self.turn == self.limits.turns or not fits or not self.left:
             self.ended = False  # the environment would have gone on
             self.reply_left_out = not fits
             return False

@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
 from engine.progress import ReportProgress, report_nothing
-from engine.train.data.prompts import Messages, Prompt, batch_prompts
+from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup
 from engine.train.environment.environments import Environments
 from engine.train.environment.independent_turns import IndependentTurns
 from engine.train.environment.reply_tokens import ReplyTokens
-from engine.train.environment.response import FinishedResponse, Response, rollout_of
+from engine.train.environment.response import FinishedResponse, Limits, Response, rollout_of
 from engine.train.rollout.backend import SamplingOptions, TurnsBackend
 from engine.train.rollout.conversation import SampledTurn
 from engine.train.rollout.rollout import Rollout
@@ -56,7 +56,7 @@ class TurnLoop:
         self._report = report
         self._config = config.environment
         self._environments = environments
-        self._tokens = ReplyTokens(config, tokenizer)
+        self._encode = ReplyTokens(config, tokenizer)
         self._tokenizer = tokenizer
         self._options = options
         self._purpose = purpose
@@ -73,13 +73,10 @@ class TurnLoop:
         batch = batch_prompts(prompts, self._options.per_prompt, self._tokenizer.eos_token_id or 0)
         turn = generate(prompts, self._options)
         responses = self._begun(batch.prompts)
-        going_on = dict(enumerate(responses))
-        for number in range(1, self._config.max_turns + 1):
-            if number > 1:
-                turn = self._next_turn(going_on, number, generate)
-            going_on = self._add(turn, going_on, number)
-            if not going_on:
-                break
+        going_on = self._add(turn, dict(enumerate(responses)))
+        while going_on:
+            turn = self._next_turn(going_on, generate)
+            going_on = self._add(turn, going_on)
         self._environments.log_failed_calls(self._purpose)
         return rollout_of(
             responses, batch.to(turn.ids.device), self._tokenizer, self._seconds,
@@ -102,9 +99,8 @@ class TurnLoop:
         turns, progress = None, (0, len(responses) * options.max_new_tokens)
         if ranks.is_lead:
             turns = IndependentTurns(
-                self._config, environments, self._tokens, self._tokenizer, options, self._purpose,
-                responses,
-            )  # fmt: skip
+                environments, self._encode, self._tokenizer, options, self._purpose, responses
+            )
 
         def report(done: int, total: int) -> None:
             nonlocal progress
@@ -125,9 +121,10 @@ class TurnLoop:
         backend.converse(turns, options.temperature, run, report)
         self._share(responses, ranks)
         environments.log_failed_calls(self._purpose)
+        seconds = self._seconds + (turns.idle_seconds if turns else 0.0)
         return rollout_of(
-            responses, batch.to(ranks.device), self._tokenizer,
-            self._seconds + (turns.seconds if turns else 0.0), has_tools=bool(self._config.tools),
+            responses, batch.to(ranks.device), self._tokenizer, seconds,
+            has_tools=bool(self._config.tools),
         )  # fmt: skip
 
     @staticmethod
@@ -147,18 +144,16 @@ class TurnLoop:
         ]
         environments = self._environments.make(prompts, seeds, self._purpose, self._waits)
         self._seconds += time.perf_counter() - started
-        return [Response(p, e) for p, e in zip(prompts, environments, strict=True)]
+        limits = Limits(self._config.max_turns, options.max_new_tokens, self._config.max_tokens)
+        return [Response(p, e, limits) for p, e in zip(prompts, environments, strict=True)]
 
-    def _next_turn(
-        self, responses: dict[int, Response], number: int, generate: Generate
-    ) -> Rollout:
-        """Generates the next turn of responses, by row."""
-        limits = tuple(
-            response.left(self._options.max_new_tokens) for response in responses.values()
-        )
+    def _next_turn(self, responses: dict[int, Response], generate: Generate) -> Rollout:
+        """Generates the next turn of responses, by row, which have had the same number of turns."""
+        limits = tuple(response.left for response in responses.values())
+        turn = next(iter(responses.values())).turn
         options = dataclasses.replace(
             self._options,
-            seed=derived_seed(self._options.seed, "turn", number),
+            seed=derived_seed(self._options.seed, "turn", turn),
             per_prompt=1,
             max_new_tokens=max(limits),
             rows=tuple(responses),
@@ -170,37 +165,26 @@ class TurnLoop:
     def _waits(self) -> None:
         self._report(self._most, self._most)
 
-    def _add(
-        self, turn: Rollout, responses: dict[int, Response], number: int
-    ) -> dict[int, Response]:
+    def _add(self, turn: Rollout, responses: dict[int, Response]) -> dict[int, Response]:
         """Appends a turn to responses, by row, and the replies; returns the responses that go on.
 
         An environment hears each turn, also one that was truncated, so that it can give a score.
         """
-        host = turn.cpu()
-        texts = [
+        host, going_on = turn.cpu(), list(responses.values())
+        for i, response in enumerate(going_on):
             response.add_turn(_sampled_turn(host, i), self._tokenizer)
-            for i, response in enumerate(responses.values())
-        ]
-        going_on, last = list(responses.values()), number == self._config.max_turns
-        most, most_replied = self._options.max_new_tokens, self._config.max_tokens
         started = time.perf_counter()
-
-        def tokens(i: int, messages: Messages) -> list[int]:
-            response = going_on[i]
-            if not response.uses_reply(most, last=last):
-                return []
-            return self._tokens(response.prompt, messages, response.ids[-1])
-
         answers = self._environments.answers(
-            [response.environment for response in going_on], texts, self._purpose, number,
-            self._waits, tokens,
+            [response.environment for response in going_on],
+            [response.last_turn for response in going_on],
+            self._purpose, going_on[0].turn, self._waits,
+            lambda i, messages: going_on[i].reply_ids(messages, self._encode),
         )  # fmt: skip
         self._seconds += time.perf_counter() - started
         return {
             row: response
             for (row, response), answer in zip(responses.items(), answers, strict=True)
-            if response.goes_on(answer, most, most_replied, last=last)
+            if response.goes_on(answer)
         }
 
 

@@ -37,8 +37,8 @@ def respond(
         report: called with (tokens done, total), for each turn anew, and after each reply.
         purpose: what the responses are for, for errors of an environment and the log. Default: the
             step of the options.
-        on_ended: without an environment, may be called with responses of this rank that have ended
-            while others have not.
+        on_ended: without an environment, may be called with responses that have ended while others
+            have not.
 
     Raises:
         RewardCallError: an environment raised, or the chat template cannot render its reply.

@@ -104,8 +104,7 @@ class RolloutAhead:
             return
         self._backend.sync(self._policy, options.weights_version, report)
         share = share_of(prompts, options, self._tokenizer, self._ranks)
-        pending = self._backend.begin(share.prompts, share.uniforms, options.temperature)
-        self._next = _Next(share, pending)
+        self._next = _Next(share, self._backend.begin(share.request))
 
     def drop(self) -> None:
         """Drops the next step's responses, so that they are generated anew."""

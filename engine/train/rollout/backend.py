@@ -21,6 +21,7 @@ from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.conversation import RunOnRank0, TurnSource
 from engine.train.rollout.native.backend import NativeBackend
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.rollout import OnEnded, Rollout, merge_rollouts, response_text
 from engine.train.rollout.vllm.backend import VllmBackend
 
@@ -51,12 +52,7 @@ class RolloutBackend(Protocol):
     def generate(
         self,
         model: AnyModel,
-        batch: PromptBatch,
-        uniforms: Tensor,
-        temperature: float,
-        *,
-        per_prompt: int,
-        limits: Tensor | None,
+        request: RolloutRequest,
         report: ReportProgress,
         on_ended: OnEnded | None,
     ) -> Rollout:
@@ -66,15 +62,10 @@ class RolloutBackend(Protocol):
 
         Args:
             model: in evaluation mode; its weights may have changed since the last call.
-            batch: B prompts.
-            uniforms: (B, T) float64 in [0, 1), where T is the maximum number of new tokens. They
-                are the only source of randomness, so that a resumed run samples the same tokens.
-            temperature: > 0.
-            per_prompt: number of adjacent rows with the same prompt.
-            limits: for later turns, which continue the responses of the call before: maximum
-                number of new tokens of each, at most T; (B,) int64 on the host. None: T for all.
+            request: the prompts, and what determines the responses to them.
             report: call it regularly with (tokens done, T).
-            on_ended: may be called with responses that have ended while others have not.
+            on_ended: may be called with responses that have ended while others have not. A row
+                beyond this rank's is one of the next ranks'.
         """
 
 
@@ -93,12 +84,11 @@ class PendingRollout(Protocol):
 class BackgroundBackend(RolloutBackend, Protocol):
     """A backend that can generate while the policy is updated, for `rollout.ahead`."""
 
-    def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> PendingRollout:
+    def begin(self, request: RolloutRequest) -> PendingRollout:
         """Starts generating with the policy's weights of the last :meth:`sync`.
 
-        All ranks must call it at the same point. The arguments are those of :meth:`generate`. Any
-        other use of the backend first waits until these responses are complete, and loses none of
-        them.
+        All ranks must call it at the same point. Any other use of the backend first waits until
+        these responses are complete, and loses none of them.
         """
 
 
@@ -178,23 +168,21 @@ class Share:
     """The ranks that share the work."""
 
     @property
-    def prompts(self) -> PromptBatch:
-        """This rank's prompts."""
-        return self.batch.select(self.rows)
-
-    @property
-    def limits(self) -> Tensor | None:
-        """The limits of this rank's responses."""
-        limits = self.options.limits
-        return None if limits is None else torch.tensor(limits)[self.rows]
+    def request(self) -> RolloutRequest:
+        """What this rank generates."""
+        options, limits = self.options, self.options.limits
+        return RolloutRequest(
+            self.batch.select(self.rows), self.uniforms, options.temperature, options.per_prompt,
+            None if limits is None else torch.tensor(limits)[self.rows],
+        )  # fmt: skip
 
     def on_ended(self, told: OnResponse) -> OnEnded:
-        """What tells of this rank's responses that have ended."""
-        prompts = self.prompts.prompts
+        """What tells of responses that have ended, by their number from this rank's first one."""
+        first = int(self.rows[0])
 
         def ended(row: int, ids: list[int]) -> None:
             if self.counts:
-                told(prompts[row], response_text(ids, self.tokenizer))
+                told(self.batch.prompts[first + row], response_text(ids, self.tokenizer))
 
         return ended
 
@@ -254,13 +242,11 @@ def generate_responses(
         tokenizer: the policy's.
         ranks: the ranks that share the work. Each generates for a contiguous part of the prompts.
         report: called with (tokens done, total).
-        on_ended: may be called with responses of this rank that have ended while others have not.
+        on_ended: may be called with responses that have ended while others have not.
     """
     share = share_of(prompts, options, tokenizer, ranks)
     backend.sync(model, options.weights_version, report)
     local = backend.generate(
-        model, share.prompts, share.uniforms, options.temperature,
-        per_prompt=options.per_prompt, limits=share.limits, report=report,
-        on_ended=None if on_ended is None else share.on_ended(on_ended),
-    )  # fmt: skip
+        model, share.request, report, None if on_ended is None else share.on_ended(on_ended)
+    )
     return share.merged(local)

@@ -65,7 +65,10 @@ RunOnRank0 = Callable[[Callable[[], None]], None]
 
 
 class TurnSource(Protocol):
-    """Responses whose turns do not wait for each other, on rank 0; called by several threads."""
+    """Responses whose turns do not wait for each other, on rank 0; called by several threads.
+
+    A response without an environment has one turn.
+    """
 
     lock: threading.RLock
     """To be held for :meth:`add`, and whenever the tokenizer is used."""
@@ -75,9 +78,6 @@ class TurnSource(Protocol):
     """The most tokens of a prompt and a response with its replies."""
     tokens: int
     """The most tokens that the policy samples in a response."""
-
-    def begin(self) -> None:
-        """Makes turns ready again that were taken and never added, before any are taken."""
 
     def take(self, rows: range, at_most: int, *, wait: bool) -> list[NextTurn] | None:
         """Takes turns to generate; None if no more are to come, or none is needed any more.
@@ -89,11 +89,11 @@ class TurnSource(Protocol):
         """
 
     def release(self, rows: range, taken: Collection[int]) -> None:
-        """Lets everybody take turns of responses whose engine is gone.
+        """Makes turns ready again whose engine is gone.
 
         Args:
             rows: the responses that it took turns of.
-            taken: responses whose turn it has taken and not added; the turn is ready again.
+            taken: responses whose turn it has taken and not added.
         """
 
     def add(self, turn: SampledTurn) -> None:

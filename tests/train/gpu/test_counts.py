@@ -14,7 +14,9 @@ from engine.train.ppo.advantages import Targets, generalised_advantages
 from engine.train.ppo.forward import MicroBatchLimit, score_tokens
 from engine.train.ppo.optimise import backward
 from engine.train.rollout.native.backend import generate
-from engine.train.rollout.native.decoder import GRAPHED, Decoder, Schedule
+from engine.train.rollout.native.decoder import Decoder
+from engine.train.rollout.native.schedule import GRAPHED, Schedule
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.step import train_step
 from tests.train.architectures import write_model
@@ -68,7 +70,8 @@ def endless(run, rows, limit, schedule=None):
     batch = batch_prompts(run.prompts.for_step(1)[:rows], 1, 0)
     uniforms = sampling_uniforms(0, 1, rows, limit)
     never = StopCriteria([], [], run.tokenizer)
-    return generate(run.policy, batch, uniforms, 1.0, never, run.tokenizer, schedule=schedule)
+    request = RolloutRequest(batch, uniforms, 1.0)
+    return generate(run.policy, request, never, run.tokenizer, schedule=schedule)
 
 
 def test_a_token_is_a_launch_and_the_host_looks_every_16_tokens(on_gpu):

@@ -11,7 +11,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.native import backend as native
-from engine.train.rollout.native.decoder import Schedule
+from engine.train.rollout.native.schedule import Schedule
 from engine.train.step import train_step
 from tests.train.arithmetic import CHATTING
 from tests.train.gpu.pretend import GPU, MixedDevicesError, pretend_gpu

@@ -3,19 +3,19 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.rollout import RolloutConfig
 from engine.progress import ReportProgress, report_nothing
-from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.sharding import blocks, with_materialised_model
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.native.compiled_layers import CompiledLayers
-from engine.train.rollout.native.decoder import Decoder, Schedule, schedule_for
+from engine.train.rollout.native.decoder import Decoder
+from engine.train.rollout.native.schedule import Schedule, schedule_for
 from engine.train.rollout.native.slots import Responses
 from engine.train.rollout.native.transposed_weights import transposed_weights
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.rollout import OnEnded, Rollout
 from engine.train.rollout.stop_criteria import StopCriteria
 
@@ -46,20 +46,15 @@ class NativeBackend:
     def generate(
         self,
         model: AnyModel,
-        batch: PromptBatch,
-        uniforms: Tensor,
-        temperature: float,
-        *,
-        per_prompt: int = 1,
-        limits: Tensor | None = None,
+        request: RolloutRequest,
         report: ReportProgress = report_nothing,
         on_ended: OnEnded | None = None,
     ) -> Rollout:
         """See :func:`generate`."""
         return generate(
-            model, batch, uniforms, temperature, self.stop_criteria, self.tokenizer, report,
-            per_prompt=per_prompt, limits=limits, at_once=self.config.at_once,
-            sampling=self.config.sampling, compiled=self.compiled, on_ended=on_ended,
+            model, request, self.stop_criteria, self.tokenizer, report,
+            at_once=self.config.at_once, sampling=self.config.sampling, compiled=self.compiled,
+            on_ended=on_ended,
         )  # fmt: skip
 
 
@@ -67,15 +62,11 @@ class NativeBackend:
 @with_materialised_model
 def generate(
     model: AnyModel,
-    batch: PromptBatch,
-    uniforms: Tensor,
-    temperature: float,
+    request: RolloutRequest,
     stop_criteria: StopCriteria,
     tokenizer: PreTrainedTokenizerBase,
     report: ReportProgress = report_nothing,
     *,
-    per_prompt: int = 1,
-    limits: Tensor | None = None,
     at_once: int | None = None,
     sampling: str = "gumbel",
     schedule: Schedule | None = None,
@@ -90,16 +81,10 @@ def generate(
 
     Args:
         model: in evaluation mode.
-        batch: B prompts.
-        uniforms: (B, T) float64 in [0, 1), where T is the maximum number of new tokens.
-        temperature: > 0.
+        request: what to generate; a prompt is processed once for all adjacent rows that have it.
         stop_criteria: when a response ends.
         tokenizer: the model's.
         report: called with (tokens done, T), at least after every 16 tokens.
-        per_prompt: number of adjacent rows with the same prompt; the prompt is processed once for
-            all of them.
-        limits: maximum number of new tokens of each response, at most T; (B,) int64 on the host.
-            Default: T for all.
         at_once: maximum number of responses generated at once; the others wait until one has ended.
             Default: all.
         sampling: the scheme; a value of `rollout.sampling`.
@@ -110,9 +95,8 @@ def generate(
     device = next(model.parameters()).device
     compiled = compiled or CompiledLayers("never")
     responses = Responses(
-        batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device), sampling,
-        compiled.distribution, limits,
-    )  # fmt: skip
+        request.to(device), stop_criteria.eos_ids(device), sampling, compiled.distribution
+    )
     with (
         model.autocast(device.type),  # casts weights once for the whole rollout
         compiled.used_by(model, device) as shapes,
@@ -120,8 +104,7 @@ def generate(
     ):
         decoder = Decoder(
             model, responses, stop_criteria, schedule or schedule_for(device), report,
-            per_prompt=per_prompt, at_once=at_once,
-            compiled=shapes, on_ended=on_ended,
+            at_once=at_once, compiled=shapes, on_ended=on_ended,
         )  # fmt: skip
         lengths, stopped = decoder.run()
     return responses.rollout(lengths, stopped, tokenizer)

@@ -1,6 +1,5 @@
 """The decoding loop: assigns prompts to slots, which generate token by token."""
 
-import inspect
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -10,53 +9,17 @@ from transformers import DynamicCache
 from engine.progress import ReportProgress
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.native.cuda_graph import GraphedFunction, can_capture
-from engine.train.rollout.native.decoding_attention import DECODING_ATTENTION
-from engine.train.rollout.native.kv_cache import (
-    PreallocatedLayer,
-    full_attention_layers,
-    preallocated_cache,
-    select_rows,
-)
+from engine.train.rollout.native.kv_cache import select_rows
+from engine.train.rollout.native.schedule import Schedule
+from engine.train.rollout.native.slot_cache import SlotCache
 from engine.train.rollout.native.slots import Responses, Slots
 from engine.train.rollout.rollout import OnEnded, left_mask
 from engine.train.rollout.stop_criteria import StopCriteria
 
-READ_LENGTHS = 4
-"""With fixed shapes, the number of read lengths of the cache: its first quarter, half, ..."""
-ALIGNMENT = 16
-"""Lengths are multiples of this; otherwise CUDA's attention kernels would copy the mask to pad
-it."""
 MIN_SLOTS = 8
 """With fixed shapes, the number of slots is halved down to this as responses end."""
 REFILL_SHARE = 8
 """Ended slots are refilled once they are an eighth of all, since single prompts are inefficient."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How often the host reads sampled tokens from the device, and which shapes are computed."""
-
-    check_every: int
-    """Tokens between two checks for ended responses. Until the next check, their slots compute
-    tokens that are discarded."""
-    fixed_shapes: bool
-    """Whether only a few read lengths of the cache and a few numbers of slots occur, so that few
-    CUDA graphs cover all tokens. Otherwise ended slots are dropped at each check."""
-    read_step: int = 256
-    """With fixed shapes, the smallest difference between two read lengths of the cache. Each read
-    length costs an extra pass over one token to capture a graph: 24 to 39 ms for 24 layers. Reading
-    384 positions of 64 responses instead of 192 takes a layer 1 µs (both on an H200)."""
-
-
-EXACT = Schedule(check_every=1, fixed_shapes=False)
-"""For a CPU, which is synchronous anyway and where each row and position costs time."""
-GRAPHED = Schedule(check_every=16, fixed_shapes=True)
-"""For a GPU, where launches and checks cost more than unneeded rows and positions."""
-
-
-def schedule_for(device: torch.device) -> Schedule:
-    """Returns the schedule for a device."""
-    return GRAPHED if device.type == "cuda" else EXACT
 
 
 @dataclass
@@ -75,12 +38,7 @@ class HostSlot:
 
 
 class Decoder:
-    """Generates all responses with a model; call :meth:`run` once, inside the model's autocast.
-
-    All slots write their next token at the same position of the cache. When a slot is filled, its
-    prompt ends just before that position; anything before the prompt belongs to an earlier response
-    and is masked. So to the model, of any architecture, this looks like left padding.
-    """
+    """Generates all responses with a model; call :meth:`run` once, inside the model's autocast."""
 
     def __init__(
         self,
@@ -90,7 +48,6 @@ class Decoder:
         schedule: Schedule,
         report: ReportProgress,
         *,
-        per_prompt: int,
         at_once: int | None,
         compiled: set[Hashable] | None,
         on_ended: OnEnded | None,
@@ -99,11 +56,10 @@ class Decoder:
 
         Args:
             model: in evaluation mode.
-            responses: B prompts, and room for the sampled tokens.
+            responses: what to generate, and room for the sampled tokens.
             stop_criteria: when a response ends.
             schedule: see :func:`schedule_for`.
             report: see :meth:`run`.
-            per_prompt: number of adjacent rows with the same prompt, which is processed once.
             at_once: number of slots; default: B.
             compiled: shapes that the model's layers have been compiled for; None if they are not.
                 See :class:`~engine.train.rollout.native.compiled_layers.CompiledLayers`.
@@ -111,38 +67,23 @@ class Decoder:
         """
         self._model, self._responses, self._stop_criteria = model, responses, stop_criteria
         self._report, self._on_ended = report, on_ended
-        self._per_prompt = per_prompt
         self._device = responses.ids.device
         self._slot_count = min(at_once or responses.count, responses.count)
-        self._prompt_width = responses.batch.ids.shape[1]
-        self._prompt_lengths = responses.batch.lengths.tolist()
+        self._prompt_lengths = responses.request.batch.lengths.tolist()
         room = responses.limit
         if self._slot_count < responses.count:  # so that positions are not moved at every check
             room += max(responses.limit // 2, schedule.check_every)
-        self._capacity = self._prompt_width + room
-        layers = full_attention_layers(preallocated_cache(model.lm.config, self._capacity))
-        self._can_refill = layers is not None
-        self._fixed_shapes = schedule.fixed_shapes and self._can_refill and takes_any_mask(model)
-        self._read_unit = self._capacity
-        if self._fixed_shapes:
-            lengths = max(1, min(READ_LENGTHS, self._capacity // schedule.read_step))
-            unit = lengths * ALIGNMENT
-            self._capacity = -(-self._capacity // unit) * unit
-            self._read_unit = self._capacity // lengths
-        self._positions = torch.arange(self._capacity, device=self._device)
-        self._cache_position = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._cache = SlotCache(
+            model, responses.request.batch.ids.shape[1], room, schedule, self._device
+        )  # fmt: skip
         self._check_every = schedule.check_every
         self._step = GraphedFunction(
-            self._fixed_step if self._fixed_shapes else self._exact_step,
-            usable=self._fixed_shapes and can_capture(model, self._device),
+            self._generate_token,
+            usable=self._cache.fixed_shapes and can_capture(model, self._device),
             compiled=compiled,
         )
         self._next_row = 0
         """The next response without a slot."""
-        self._cache_length = 0
-        """Number of written positions in the cache."""
-        self._read_length = self._capacity
-        self._cache = DynamicCache(config=model.lm.config)
         self._slots = Slots.of(responses, torch.arange(0, device=self._device), 0)
         self._host_slots: list[HostSlot] = []
         """One for each slot."""
@@ -181,16 +122,13 @@ class Decoder:
         if not rows:
             return False
         if not self._host_slots:
-            position = self._cache_position if self._fixed_shapes else None
-            self._cache = preallocated_cache(self._model.lm.config, self._capacity, position)
-            self._cache_length = self._prompt_width
-            self._cache_position.fill_(self._cache_length)
-            self._slots = self._prefill(rows, self._cache)
+            self._cache.start()
+            self._slots = self._prefill(rows, self._cache.model_cache)
             self._host_slots = [self._host_slot(row) for row in rows]
         else:
             free = [k for k, slot in enumerate(self._host_slots) if slot.ended]
             enough = min(len(rows), -(-self._slot_count // REFILL_SHARE))
-            if not self._can_refill or len(free) < enough:
+            if not self._cache.can_refill or len(free) < enough:
                 return False
             free, rows = free[: len(rows)], rows[: len(free)]
             self._refill(free, rows)
@@ -198,34 +136,32 @@ class Decoder:
         return True
 
     def _host_slot(self, row: int) -> HostSlot:
-        return HostSlot(row, self._cache_length - self._prompt_lengths[row])
+        return HostSlot(row, self._cache.length - self._prompt_lengths[row])
 
     def _refill(self, free: list[int], rows: range) -> None:
         """Fills some slots, while the others keep what they have generated."""
-        cache = preallocated_cache(self._model.lm.config, self._prompt_width)
-        new = self._prefill(rows, cache)
+        prompts = self._cache.cache_of_prompts()
+        new = self._prefill(rows, prompts)
         slots = torch.tensor(free).to(self._device)
-        for mine, theirs in zip(
-            self._set_layer_lengths(), full_attention_layers(cache) or (), strict=True
-        ):
-            mine.overwrite_prompts(slots, theirs)
+        self._cache.refill(slots, prompts)
         self._slots.overwrite(slots, new)
         for slot, row in zip(free, rows, strict=True):
             self._host_slots[slot] = self._host_slot(row)
 
     def _prefill(self, rows: range, cache: DynamicCache) -> Slots:
         """Processes the prompts of some responses and samples their first tokens."""
-        batch, n = self._responses.batch, self._per_prompt
+        request = self._responses.request
+        batch, n = request.batch, request.per_prompt
         first, last = rows.start // n, (rows.stop - 1) // n + 1
         ids, lengths = batch.ids[::n][first:last], batch.lengths[::n][first:last]
-        logits, values = self._model(ids, left_mask(lengths, self._prompt_width), 1, cache=cache)
+        logits, values = self._model(ids, left_mask(lengths, ids.shape[1]), 1, cache=cache)
         logits, values = logits[:, 0], None if values is None else values[:, 0]
         if n > 1:
             index = torch.tensor([row // n - first for row in rows]).to(self._device)
             select_rows(cache, index)
             logits, values = logits[index], None if values is None else values[index]
         index = torch.arange(rows.start, rows.stop, device=self._device)
-        slots = Slots.of(self._responses, index, self._cache_length)
+        slots = Slots.of(self._responses, index, self._cache.length)
         slots.sample(self._responses, logits, values)
         return slots
 
@@ -235,41 +171,35 @@ class Decoder:
         """Generates tokens until the next check; returns how many per slot."""
         live = [slot for slot in self._host_slots if not slot.ended]
         most = max((self._responses.limit - slot.token_count for slot in live), default=0)
-        steps = min(self._check_every, most)
-        if self._cache_length + steps > self._capacity:
-            # Prompts that refill slots end at the cache's length, which must be at least their
-            # width.
-            first = min(slot.start for slot in live)
-            self._move_to_front(min(first, self._cache_length - self._prompt_width))
+        steps, cache = min(self._check_every, most), self._cache
+        if cache.length + steps > cache.capacity:
+            moved = cache.drop_first(min(slot.start for slot in live))
+            self._slots.start.sub_(moved)
+            for slot in self._host_slots:
+                slot.start -= moved
         for _ in range(steps):
-            if self._fixed_shapes:
-                unit = self._read_unit
-                self._read_length = (self._cache_length // unit + 1) * unit
+            cache.set_read_length()
             # Also the rows of the cache: compiled code may only be for slots that take all of them.
-            rows = self._slot_count, self._read_length, self._capacity
+            rows = self._slot_count, cache.read_length, cache.capacity
             self._step((len(self._host_slots), *rows))
-            self._cache_length += 1
+            cache.length += 1
         return steps
 
-    def _fixed_step(self) -> None:
-        """Generates one token per slot; shapes depend only on slot count and read length."""
-        slots, positions = self._slots, self._positions[: self._read_length]
-        for layer in full_attention_layers(self._cache) or ():
-            layer.read_length = self._read_length
-        attended = (positions >= slots.start[:, None]) & (positions <= self._cache_position)
-        logits, values = self._model(
-            slots.token[:, None], attended[:, None, None], 1,
-            cache=self._cache, positions=slots.position[:, None],
-        )  # fmt: skip
-        slots.sample(self._responses, logits[:, 0], None if values is None else values[:, 0])
-        self._cache_position.add_(1)
+    def _generate_token(self) -> None:
+        """Generates one token per slot.
 
-    def _exact_step(self) -> None:
-        """Generates one token per slot, reading the cache as far as it is written."""
-        slots = self._slots
-        attended = (self._positions[: self._cache_length + 1] >= slots.start[:, None]).long()
-        logits, values = self._model(slots.token[:, None], attended, 1, cache=self._cache)
+        With fixed shapes, they depend only on the number of slots and the read length.
+        """
+        slots, cache, positions = self._slots, self._cache, None
+        attended = cache.attended(slots.start)
+        if cache.fixed_shapes:
+            attended, positions = attended[:, None, None], slots.position[:, None]
+        logits, values = self._model(
+            slots.token[:, None], attended, 1, cache=cache.model_cache, positions=positions
+        )
         slots.sample(self._responses, logits[:, 0], None if values is None else values[:, 0])
+        if cache.fixed_shapes:
+            cache.position.add_(1)
 
     # -- ends of responses ---------------------------------------------------------------------
 
@@ -304,11 +234,11 @@ class Decoder:
 
     def _drop_ended(self) -> None:
         """Drops slots that have ended and that no waiting response will fill."""
-        if self._can_refill and self._next_row < self._responses.count:
+        if self._cache.can_refill and self._next_row < self._responses.count:
             return
         live = [k for k, slot in enumerate(self._host_slots) if not slot.ended]
         size = len(live)
-        if self._fixed_shapes and live:
+        if self._cache.fixed_shapes and live:
             size = len(self._host_slots)
             while size // 2 >= max(len(live), MIN_SLOTS):
                 size //= 2
@@ -321,37 +251,4 @@ class Decoder:
         if keep:
             index = torch.tensor(keep).to(self._device)
             self._slots = self._slots.select(index)
-            self._set_layer_lengths()
-            select_rows(self._cache, index)
-
-    # -- the cache -----------------------------------------------------------------------------
-
-    def _set_layer_lengths(self) -> list[PreallocatedLayer]:
-        """Sets the number of written positions in the cache's layers, before rows are moved.
-
-        Returns: The layers; empty if some do not attend to all positions.
-        """
-        layers = full_attention_layers(self._cache) or []
-        for layer in layers:
-            layer.set_length(self._cache_length)
-        return layers
-
-    def _move_to_front(self, first: int) -> None:
-        """Moves the positions from `first` on, the only ones still attended to, to the front."""
-        for layer in self._set_layer_lengths():
-            layer.drop_first(first)
-        self._cache_length -= first
-        self._cache_position.sub_(first)
-        self._slots.start.sub_(first)
-        for slot in self._host_slots:
-            slot.start -= first
-
-
-def takes_any_mask(model: AnyModel) -> bool:
-    """Whether a model accepts positions, and a custom mask in place of transformers' own."""
-    config = model.lm.config
-    return (
-        "position_ids" in inspect.signature(model.lm.forward).parameters
-        and getattr(config, "_attn_implementation", None) in ("sdpa", DECODING_ATTENTION)
-        and not getattr(config, "alibi", False)
-    )
+            self._cache.keep(index)

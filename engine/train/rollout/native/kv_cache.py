@@ -156,10 +156,10 @@ def preallocated_cache(
     return cache
 
 
-def full_attention_layers(cache: DynamicCache) -> list[PreallocatedLayer] | None:
-    """Returns a cache's layers; None if any uses a sliding window or another kind of state."""
+def full_attention_layers(cache: DynamicCache) -> list[PreallocatedLayer]:
+    """Returns a cache's layers; none if any uses a sliding window or another kind of state."""
     layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
-    return layers if len(layers) == len(cache.layers) and layers else None
+    return layers if len(layers) == len(cache.layers) else []
 
 
 def select_rows(cache: DynamicCache, rows: Tensor) -> None:

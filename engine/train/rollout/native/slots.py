@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.train.data.prompts import PromptBatch
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.rollout import Rollout, assemble
 from engine.train.rollout.sampling import Distribution, sample
 
@@ -20,37 +20,29 @@ class Responses:
 
     def __init__(
         self,
-        batch: PromptBatch,
-        uniforms: Tensor,
-        temperature: float,
+        request: RolloutRequest,
         eos: Tensor,
         sampling: str,
         distribution: Callable[[Tensor, float], Distribution],
-        limits: Tensor | None = None,
     ) -> None:
         """Allocates the tensors.
 
         Args:
-            batch: B prompts, on the device.
-            uniforms: (B, T) float64 in [0, 1), on the device.
-            temperature: > 0.
+            request: on the device.
             eos: the end-of-sequence token ids; int64, on the device.
             sampling: the scheme; a name in :data:`~engine.train.rollout.sampling.SCHEMES`.
             distribution: see :func:`~engine.train.rollout.sampling.sample`.
-            limits: maximum number of new tokens of each response; (B,) int64. Default: T for all.
         """
-        self.count, self.limit = uniforms.shape
+        self.request = request
+        self.count, self.limit = request.uniforms.shape
         """B, and T, the maximum number of new tokens."""
-        self.limits = torch.full((self.count,), self.limit) if limits is None else limits
-        self.limits = self.limits.to(uniforms.device)
+        device, limits = request.uniforms.device, request.limits
+        limits = torch.full((self.count,), self.limit) if limits is None else limits
+        self.limits = limits.to(device)
         """(B,) int64."""
-        self.batch = batch
-        self.uniforms = uniforms
-        self.temperature = temperature
         self.eos = eos
         self.sampling = sampling
         self.distribution = distribution
-        device = uniforms.device
         self.ids = torch.zeros(self.count + 1, self.limit, dtype=torch.int64, device=device)
         self.floats = torch.zeros(3, self.count + 1, self.limit, device=device)
 
@@ -77,7 +69,7 @@ class Responses:
             ids, floats = ids.masked_fill(beyond, 0), floats.masked_fill(beyond, 0.0)
         eos = self.is_eos(ids.gather(1, facts[0][:, None] - 1).squeeze(1))
         ended = eos | facts[1].bool()
-        return assemble(self.batch, ids, facts[0], eos, ended, floats, tokenizer)
+        return assemble(self.request.batch, ids, facts[0], eos, ended, floats, tokenizer)
 
 
 @dataclass
@@ -102,7 +94,7 @@ class Slots:
     @classmethod
     def of(cls, responses: Responses, rows: Tensor, end: int) -> "Slots":
         """Creates slots for responses whose prompts end before position `end` of the cache."""
-        prompt_length = responses.batch.lengths[rows]
+        prompt_length = responses.request.batch.lengths[rows]
         zeros = torch.zeros_like(rows)
         return cls(
             rows.clone(), prompt_length, end - prompt_length, zeros, zeros.bool(), zeros.clone(),
@@ -125,9 +117,13 @@ class Slots:
             values: (n,) float32, or None.
         """
         at = self.token_count.clamp(max=responses.limit - 1)
-        uniforms = responses.uniforms[self.row, at]
+        uniforms = responses.request.uniforms[self.row, at]
         token, logprob, entropy = sample(
-            logits, uniforms, responses.temperature, responses.sampling, responses.distribution
+            logits,
+            uniforms,
+            responses.request.temperature,
+            responses.sampling,
+            responses.distribution,
         )
         row = self.row.masked_fill(self.done, responses.count)
         responses.ids[row, at] = token

@@ -6,65 +6,39 @@ weights. Every response carries the version reported by its engine.
 
 An engine that ends, rejects an update, or holds other weights than were sent is abandoned. The
 supervisor starts a new one, all ranks send it the weights again, and its part of the batch is
-generated again from the beginning. The uniform numbers are the same, so the responses are too. The
-other engines keep their weights and responses. If responses are generated in the background while
-the policy changes, a new engine gets the same weights again from the file they were sent in.
+generated again from the beginning; of responses with an environment, only the turns that were under
+way. The uniform numbers are the same, so the responses are too. The other engines keep their
+weights and responses. If responses are generated in the background while the policy changes, a new
+engine gets the same weights again from the file they were sent in.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 import msgspec
 import torch
-from torch import Tensor
 
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
-from engine.protocol.rollout.messages import Converse, Generate, Generated, LoadWeights
-from engine.train.data.prompts import PromptBatch
+from engine.protocol.rollout.messages import Generate, LoadWeights
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.conversation import RunOnRank0, TurnSource
 from engine.train.rollout.native.backend import NativeBackend
-from engine.train.rollout.rollout import OnEnded, Rollout, assemble
+from engine.train.rollout.request import RolloutRequest
+from engine.train.rollout.rollout import OnEnded, Rollout
 from engine.train.rollout.vllm.background import BackgroundGeneration
 from engine.train.rollout.vllm.client import EngineLostError
 from engine.train.rollout.vllm.remote_engine import FORGETS_WEIGHTS
 from engine.train.rollout.vllm.remote_engines import RemoteEngines
-from engine.train.rollout.vllm.requests import join
 from engine.train.rollout.vllm.weights import send_weights
-
-
-class _Part(msgspec.Struct, frozen=True):
-    """The prompts of one rank."""
-
-    prompts: list[list[int]]
-    limits: list[int]
-    uniforms: bytes
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One rank's view of the work that all ranks generate together."""
-
-    batch: PromptBatch
-    """This rank's prompts."""
-    limit: int
-    """The most new tokens."""
-    parts: list[_Part]
-    """The ranks' distinct parts, which together form the request."""
-    first: int
-    """The row of this rank's first prompt in the request."""
+from engine.train.rollout.vllm.whole_responses import EndedResponse, Part, WholeResponses, Work
 
 
 class VllmPending:
     """Responses being generated in the background; see :meth:`VllmBackend.begin`."""
 
     def __init__(
-        self,
-        backend: "VllmBackend",
-        work: _Work,
-        generation: BackgroundGeneration[Generated] | None,
+        self, backend: "VllmBackend", work: Work, generation: BackgroundGeneration | None
     ) -> None:
         self._backend, self._work = backend, work
         self.generation = generation
@@ -76,12 +50,10 @@ class VllmPending:
         Raises:
             RlhfError: several engines in a row failed.
         """
-        replies: dict[int, Generated] = {}
         if self.generation is not None:
             self.generation.wait(report)
             self.generation.check()
-            replies = self.generation.replies
-        return self._backend.distribute(self._work, replies)
+        return self._backend.distribute(self._work)
 
 
 class VllmBackend:
@@ -159,47 +131,22 @@ class VllmBackend:
     def generate(
         self,
         model: AnyModel,
-        batch: PromptBatch,
-        uniforms: Tensor,
-        temperature: float,
-        *,
-        per_prompt: int,
-        limits: Tensor | None,
+        request: RolloutRequest,
         report: ReportProgress,
         on_ended: OnEnded | None = None,
     ) -> Rollout:
         """Generates the ranks' responses with the weights of the last :meth:`sync`; a collective.
 
-        An engine replies once all of its responses have ended, so `on_ended` is not called.
-
         Raises:
             RlhfError: several engines in a row failed.
         """
         if model is not self._context.policy:
-            return self._native.generate(
-                model, batch, uniforms, temperature,
-                per_prompt=per_prompt, limits=limits, report=report, on_ended=on_ended,
-            )  # fmt: skip
-        self._finish_pending(report)
-        work = self._gather(batch, uniforms, limits)
-        # Only later turns of responses have limits of their own.
-        request = self._request(work, temperature, later_turn=limits is not None)
-        replies: dict[int, Generated] = {}
-
-        def attempt() -> str:
-            if self._held != self._wanted and (problem := self._sync_once(report, replies)):
-                return problem
-            problem = self._on_lead(
-                lambda engines: engines.generate(engines.divide(request), replies, report)
-            )
-            if problem:
-                self._held = None
-            return problem
-
-        self._until_it_works(attempt)
-        if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
-            self._held = None
-        return self.distribute(work, replies)
+            return self._native.generate(model, request, report, on_ended)
+        work, temperature = self._gather(request, on_ended), request.temperature
+        later_turn = request.limits is not None
+        message = self._message(work.responses, temperature, later_turn=later_turn)
+        self._generate(message, work.responses, lambda act: act(), report)
+        return self.distribute(work)
 
     def converse(
         self, turns: TurnSource | None, temperature: float, run: RunOnRank0, report: ReportProgress
@@ -209,27 +156,29 @@ class VllmBackend:
         Raises:
             RlhfError: several engines in a row failed.
         """
+        self._generate(self._message(turns, temperature, more_turns=True), turns, run, report)
+
+    def _generate(
+        self,
+        message: Generate,
+        turns: TurnSource | None,
+        run: RunOnRank0,
+        report: ReportProgress,
+    ) -> None:
+        """Makes the engines generate; the arguments are those of :meth:`converse`."""
         self._finish_pending(report)
-        criteria = self._context.stop_criteria
-        request = Converse(
-            weights_version=self._wanted,
-            at_once=0, at_most=0,  # for each engine
-            max_new_tokens=0 if turns is None else turns.tokens,
-            temperature=temperature,
-            sampling=self._context.config.rollout.sampling,
-            eos=criteria.eos_ids(torch.device("cpu")).tolist(),
-            look=criteria.has_strings,
-        )  # fmt: skip
+        done: set[int] = set()
+        """Engines that have generated their part."""
 
         def attempt() -> str:
-            if self._held != self._wanted and (problem := self._sync_once(report)):
+            if self._held != self._wanted and (problem := self._sync_once(report, done)):
                 return problem
             errors: list[Exception] = []
 
             def act() -> None:
                 if self._engines is not None and turns is not None:
                     try:
-                        self._engines.converse(request, turns, report)
+                        self._engines.generate(message, turns, done, report)
                     except Exception as error:  # not of the user's code
                         errors.append(error)
 
@@ -250,24 +199,19 @@ class VllmBackend:
             if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
                 self._held = None
 
-    def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> VllmPending:
+    def begin(self, request: RolloutRequest) -> VllmPending:
         """Makes the engines generate the policy's responses in the background; a collective.
 
         The responses use the weights of the last :meth:`sync`, even if the policy changes
         meanwhile. Other uses of the backend wait until generation ends, without interrupting it.
-
-        Args:
-            batch: this rank's B prompts.
-            uniforms: (B, T) float64.
-            temperature: > 0.
         """
         self._finish_pending(report_nothing)
-        work = self._gather(batch, uniforms, None)
+        work = self._gather(request, None)
         generation, engines, update = None, self._engines, self._update
-        if engines is not None and update is not None:
+        if engines is not None and update is not None and work.responses is not None:
             engines.forget_failures()
-            requests = engines.divide(self._request(work, temperature))
-            generation = engines.begin(update, requests)
+            message = self._message(work.responses, request.temperature)
+            generation = engines.begin(update, message, work.responses)
         self._pending = VllmPending(self, work, generation)
         return self._pending
 
@@ -277,74 +221,51 @@ class VllmBackend:
         if pending is not None and pending.generation is not None:
             pending.generation.wait(report)
 
-    def _gather(self, batch: PromptBatch, uniforms: Tensor, limits: Tensor | None) -> _Work:
-        """Gathers the prompts of all ranks; a collective."""
-        ranks, (count, limit) = self._context.ranks, uniforms.shape
-        part = _Part(
-            [p.ids for p in batch.prompts],
-            [limit] * count if limits is None else limits.tolist(),
-            uniforms.double().contiguous().numpy().tobytes(),
+    def _gather(self, request: RolloutRequest, on_ended: OnEnded | None) -> Work:
+        """Gathers the requests of all ranks; a collective."""
+        ranks, (count, limit) = self._context.ranks, request.uniforms.shape
+        part = Part(
+            [p.ids for p in request.batch.prompts],
+            [limit] * count if request.limits is None else request.limits.tolist(),
+            request.uniforms.double().contiguous().numpy().tobytes(),
         )
         gathered = ranks.all_gather_bytes(msgspec.msgpack.encode(part))
         distinct = list(dict.fromkeys(gathered))  # a probe is the same on all ranks
-        parts = [msgspec.msgpack.decode(p, type=examined(_Part)) for p in distinct]
+        parts = [msgspec.msgpack.decode(p, type=examined(Part)) for p in distinct]
         before = parts[: distinct.index(gathered[ranks.rank])]
-        return _Work(batch, uniforms.shape[1], parts, sum(len(p.prompts) for p in before))
+        first = sum(len(p.prompts) for p in before)
+        responses = WholeResponses(parts, limit, on_ended) if ranks.is_lead else None
+        return Work(request, first, responses)
 
-    def _request(self, work: _Work, temperature: float, *, later_turn: bool = False) -> Generate:
-        """The request for all ranks' prompts."""
+    def _message(
+        self,
+        turns: TurnSource | None,
+        temperature: float,
+        *,
+        later_turn: bool = False,
+        more_turns: bool = False,
+    ) -> Generate:
+        """What the turns of all engines have in common; only rank 0 sends it."""
         criteria = self._context.stop_criteria
         return Generate(
             weights_version=self._wanted,
-            prompts=[prompt for part in work.parts for prompt in part.prompts],
-            uniforms=b"".join(part.uniforms for part in work.parts),
-            limits=[limit for part in work.parts for limit in part.limits],
-            max_new_tokens=work.limit,
+            at_once=0, at_most=0,  # for each engine
+            max_new_tokens=0 if turns is None else turns.tokens,
             temperature=temperature,
             sampling=self._context.config.rollout.sampling,
             eos=criteria.eos_ids(torch.device("cpu")).tolist(),
             look=criteria.has_strings,
             later_turn=later_turn,
-        )
-
-    def distribute(self, work: _Work, replies: dict[int, Generated]) -> Rollout:
-        """Distributes the replies as the rollout of each rank's prompts; a collective.
-
-        Args:
-            work: what was generated.
-            replies: rank 0's, by engine; ignored on other ranks.
-        """
-        result = self._context.ranks.broadcast(
-            lambda: join([replies[i] for i in sorted(replies)]), Generated
-        )
-        return self._rollout(work, result)
-
-    def _rollout(self, work: _Work, result: Generated) -> Rollout:
-        """The rollout of this rank's prompts; tokens after a stop string are dropped."""
-        criteria, device = self._context.stop_criteria, self._context.ranks.device
-        batch, limit = work.batch, work.limit
-        shape, all_rows = (len(batch.prompts), limit), (len(result.lengths), limit)
-        mine = slice(work.first, work.first + shape[0])
-        ids = _array(result.ids, torch.int32, all_rows)[mine].long()
-        arrays = [_array(a, torch.float32, all_rows) for a in (result.logprobs, result.entropies)]
-        floats = torch.stack([*(a[mine] for a in arrays), torch.zeros(shape)])
-        lengths, stopped = list(result.lengths[mine]), [False] * shape[0]
-        if criteria.has_strings:
-            for row, response in enumerate(ids.tolist()):
-                at = criteria.stops_at(response[: lengths[row]], 0)
-                if at is not None:
-                    lengths[row], stopped[row] = at + 1, True
-        counts = torch.tensor(lengths)
-        beyond = torch.arange(limit) >= counts[:, None]
-        ids, floats = ids.masked_fill(beyond, 0), floats.masked_fill(beyond, 0.0)
-        last = ids.gather(1, counts[:, None] - 1)
-        eos = (last == criteria.eos_ids(torch.device("cpu"))).any(1)
-        rollout = assemble(
-            batch.to(device), ids.to(device), counts.to(device), eos.to(device),
-            (eos | torch.tensor(stopped)).to(device), floats.to(device), self._context.tokenizer,
+            more_turns=more_turns,
         )  # fmt: skip
-        rollout.versions = torch.full((shape[0],), result.weights_version, device=device)
-        return rollout
+
+    def distribute(self, work: Work) -> Rollout:
+        """Returns the rollout of this rank's prompts; a collective."""
+        responses, context = work.responses, self._context
+        ended = context.ranks.broadcast(
+            lambda: responses.ended() if responses is not None else [], list[EndedResponse]
+        )
+        return work.rollout(ended, context.ranks.device, context.tokenizer)
 
     # -- engines that fail ---------------------------------------------------------------------
 
@@ -367,7 +288,3 @@ class VllmBackend:
             self._engines.forget_failures()
         while attempt():
             pass
-
-
-def _array(data: bytes, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)

@@ -2,22 +2,20 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
 
 from engine.progress import ReportProgress
 from engine.train.rollout.vllm.client import raise_first
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress reports while waiting for the responses."""
-T = TypeVar("T")
-Job = Callable[[Callable[[int], None]], T]
+Job = Callable[[Callable[[int], None]], None]
 """Generates on one engine; called with a function that reports the tokens done so far."""
 
 
-class BackgroundGeneration(Generic[T]):
+class BackgroundGeneration:
     """Responses that threads of rank 0 wait for, one for each engine."""
 
-    def __init__(self, jobs: Mapping[int, Job[T]], total: int) -> None:
+    def __init__(self, jobs: Mapping[int, Job], total: int) -> None:
         """Starts the threads.
 
         Args:
@@ -26,8 +24,8 @@ class BackgroundGeneration(Generic[T]):
         """
         self._total = total
         self._done = dict.fromkeys(jobs, 0)
-        self.replies: dict[int, T] = {}
-        """Replies so far, by engine."""
+        self.succeeded: set[int] = set()
+        """Engines whose job has ended without an error."""
         self._errors: dict[int, Exception] = {}
         # Daemons, so that a run that ends or fails does not wait for unneeded responses.
         self._threads = [
@@ -39,12 +37,13 @@ class BackgroundGeneration(Generic[T]):
         for thread in self._threads:
             thread.start()
 
-    def _run(self, engine: int, job: Job[T]) -> None:
+    def _run(self, engine: int, job: Job) -> None:
         def report(done: int) -> None:
             self._done[engine] = done
 
         try:
-            self.replies[engine] = job(report)
+            job(report)
+            self.succeeded.add(engine)
         except Exception as error:  # raised where the responses are asked for
             self._errors[engine] = error
 

@@ -14,9 +14,6 @@ from engine.protocol.frames import Message
 from engine.protocol.rollout.messages import (
     ATTEMPTS,
     Checksum,
-    Continue,
-    Converse,
-    Conversed,
     EngineFailed,
     EngineReady,
     FromEngine,
@@ -26,7 +23,6 @@ from engine.protocol.rollout.messages import (
     NextTurns,
     Progress,
     Start,
-    TurnsProgress,
     WeightsLoaded,
     decode_from_engine,
 )
@@ -36,8 +32,6 @@ log = logging.getLogger("engine")
 
 M = TypeVar("M", bound=FromEngine)
 N = TypeVar("N", bound=FromEngine)
-Look = Callable[[dict[int, list[int]]], list[int]]
-"""Called with the tokens so far, by row; returns the rows that have ended."""
 
 
 class EngineLostError(Exception):
@@ -168,29 +162,7 @@ class RolloutClient:
             return True
         return True
 
-    def generate(
-        self, request: Generate, look: Look, report: Callable[[int, int], None]
-    ) -> Generated:
-        """Makes the engine generate responses.
-
-        Args:
-            request: prompts, uniform numbers and limits.
-            look: called regularly, if the request says so.
-            report: called regularly with (tokens done, total).
-
-        Raises:
-            EngineLostError: it ended, or generated with other weights.
-            RlhfError: the request is too large for a message.
-        """
-        self._send(request)
-        while isinstance(message := self._receive_any(Progress, Generated), Progress):
-            report(message.done, message.total)
-            self._send(Continue(stop=look(message.tokens) if request.look else []))
-        if message.weights_version != request.weights_version:
-            raise self.lost(f"{self._the_engine} generated with other weights")
-        return message
-
-    def converse(self, request: Converse, exchange: Callable[[TurnsProgress], NextTurns]) -> None:
+    def generate(self, request: Generate, exchange: Callable[[Progress], NextTurns]) -> None:
         """Makes the engine generate turns of responses until there are no more.
 
         Args:
@@ -202,7 +174,7 @@ class RolloutClient:
             RlhfError: the turns are too large for a message.
         """
         self._send(request)
-        while isinstance(message := self._receive_any(TurnsProgress, Conversed), TurnsProgress):
+        while isinstance(message := self._receive_any(Progress, Generated), Progress):
             if message.weights_version != request.weights_version:
                 raise self.lost(f"{self._the_engine} generates with other weights")
             self._send(exchange(message))

@@ -3,53 +3,24 @@
 Nothing here is a collective. One thread at a time may use an engine.
 """
 
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
 from engine.protocol.rollout.messages import (
-    Converse,
     EndedTurn,
     Generate,
-    Generated,
     LoadWeights,
     NextTurns,
+    Progress,
     Start,
-    TurnsProgress,
 )
 from engine.train.rollout.conversation import SampledTurn, TurnSource
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient
-from engine.train.rollout.vllm.requests import join, split
 
 FORGETS_WEIGHTS = 2
 """The level of `rollout.sleep` at which the engine must be sent the weights for each batch."""
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """Looks for stop strings in the responses of several engines, one thread at a time."""
-
-    criteria: StopCriteria
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Threads must not use a tokenizer at the same time."""
-
-    def of_request(self, request: Generate) -> Callable[[dict[int, list[int]]], list[int]]:
-        """Returns a function that finds the rows with a stop string among those with new tokens."""
-        searched = [0] * len(request.prompts)
-
-        def look(tokens: dict[int, list[int]]) -> list[int]:
-            ended = []
-            with self.lock:
-                for row, ids in tokens.items():
-                    if self.criteria.stops_at(ids, searched[row]) is not None:
-                        ended.append(row)
-                    searched[row] = len(ids)
-            return ended
-
-        return look
 
 
 def sampled_turn(turn: EndedTurn, criteria: StopCriteria, version: int) -> SampledTurn:
@@ -90,35 +61,8 @@ class RemoteEngine:
         self.client.wait_ready()
 
     def generate(
-        self, request: Generate, stopping: Stopping, report: Callable[[int], None]
-    ) -> Generated:
-        """Generates with the weights that the engine holds.
-
-        Args:
-            request: a request for these weights; may have no rows.
-            stopping: finds stop strings.
-            report: called regularly with the tokens done.
-
-        Raises:
-            EngineLostError: the engine ended.
-        """
-        replies: list[Generated] = []
-        before = 0
-        for part in split(request):
-
-            def forward(done: int, _of_part: int, before: int = before) -> None:
-                report(before + done)
-
-            replies.append(self.client.generate(part, stopping.of_request(part), forward))
-            before += len(part.prompts) * part.max_new_tokens
-            report(before)
-        if self.start.sleep == FORGETS_WEIGHTS:
-            self.client.held = None
-        return join(replies)
-
-    def converse(
         self,
-        request: Converse,
+        request: Generate,
         rows: range,
         turns: TurnSource,
         criteria: StopCriteria,
@@ -134,29 +78,22 @@ class RemoteEngine:
             report: called regularly with the tokens done.
 
         Raises:
-            EngineLostError: the engine ended. Others can take the turns that it has not generated.
+            EngineLostError: the engine ended. What it has taken is ready again.
         """
         taken: set[int] = set()
         searched: dict[int, int] = {}
-        running: dict[int, int] = {}
-        done = 0
 
-        def exchange(progress: TurnsProgress) -> NextTurns:
-            nonlocal done
+        def exchange(progress: Progress) -> NextTurns:
             stop = []
-            for turn in progress.ended:
-                done += len(turn.ids)
-                running.pop(turn.row, None)
-                taken.remove(turn.row)
-                with turns.lock:
-                    turns.add(sampled_turn(turn, criteria, request.weights_version))
             with turns.lock:
+                for turn in progress.ended:
+                    taken.remove(turn.row)
+                    turns.add(sampled_turn(turn, criteria, request.weights_version))
                 for row, ids in progress.tokens.items():
-                    running[row] = len(ids)
                     if criteria.stops_at(ids, searched[row]) is not None:
                         stop.append(row)
                     searched[row] = len(ids)
-            report(done + sum(running.values()))
+            report(progress.done)
             at_most = min(request.at_most, request.at_once - len(taken))
             ready = turns.take(rows, at_most, wait=not progress.busy and not stop)
             taken.update(turn.row for turn in ready or ())
@@ -164,7 +101,7 @@ class RemoteEngine:
             return NextTurns(turns=ready or [], stop=stop, last=ready is None)
 
         try:
-            self.client.converse(request, exchange)
+            self.client.generate(request, exchange)
         except BaseException as error:
             self.client.close()
             if isinstance(error, EngineLostError):
@@ -177,17 +114,21 @@ class RemoteEngine:
         self,
         update: LoadWeights,
         request: Generate,
-        stopping: Stopping,
+        rows: range,
+        turns: TurnSource,
+        criteria: StopCriteria,
         report: Callable[[int], None],
-    ) -> Generated:
+    ) -> None:
         """Generates with the weights of an update; replaces a process that fails.
 
         Args:
             update: the weights that the engine holds. Its file must still exist, since a new
                 process reads it again.
-            request: of these weights.
-            stopping: finds stop strings; must not be shared with the training loop.
-            report: called regularly with the tokens done.
+            request: of these weights; as the other arguments for :meth:`generate`.
+            rows: as above.
+            turns: as above.
+            criteria: must not be shared with the training loop.
+            report: as above.
 
         Raises:
             RlhfError: several processes in a row failed.
@@ -198,6 +139,6 @@ class RemoteEngine:
                 if self.client.held != update:
                     self.prepare()
                     self.client.load(update)
-                return self.generate(request, stopping, report)
+                return self.generate(request, rows, turns, criteria, report)
             except EngineLostError:
                 continue

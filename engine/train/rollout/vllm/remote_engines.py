@@ -1,4 +1,4 @@
-"""Controls all engines from rank 0: sends weights, and divides a batch's responses.
+"""Controls all engines from rank 0: sends weights, and divides responses among them.
 
 Nothing here is a collective. One thread at a time may use it; the engines generate at the same
 time, each with a thread of its own.
@@ -8,7 +8,6 @@ import copy
 import os
 from collections.abc import Callable, Collection
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,24 +17,20 @@ from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import ROLLOUT_DISK_VARIABLE, ROLLOUT_FOLDER_VARIABLE
 from engine.memory.rollout_engine import cache_bytes, max_responses
 from engine.progress import ReportProgress
-from engine.protocol.rollout.messages import (
-    Converse,
-    Generate,
-    Generated,
-    LoadWeights,
-    Start,
-)
+from engine.protocol.frames import MAX_FRAME
+from engine.protocol.rollout.messages import Generate, LoadWeights, Start
 from engine.train.models.pretrained import save_configs
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.conversation import TurnSource
-from engine.train.rollout.vllm.background import BackgroundGeneration
+from engine.train.rollout.vllm.background import BackgroundGeneration, Job
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient, raise_first
-from engine.train.rollout.vllm.remote_engine import RemoteEngine, Stopping
-from engine.train.rollout.vllm.requests import BUDGET, divide
+from engine.train.rollout.vllm.remote_engine import RemoteEngine
 from engine.train.rollout.vllm.updates import BroadcastUpdate, FileUpdate, IpcUpdate, Update
 from engine.train.rollout.vllm.weights import file_size, folder_with_room, inventory
 
 WEIGHTS = "weights.safetensors"
+BUDGET = MAX_FRAME - 64 * 1024
+"""Most bytes for the turns of a message; the rest is for parts of constant size."""
 ROOM = 16
 """Extra tokens in the engines' maximum length, beyond the longest prompt and response."""
 
@@ -58,7 +53,6 @@ class RemoteEngines:
         """The supervisor's folder on a disk, for weights that do not fit in shared memory."""
         self._groups = 0
         """Updates that were broadcast; their engines may meet rank 0 in a new group."""
-        self._stopping = Stopping(context.stop_criteria)
         model = self._folder / "model"
         model.mkdir(exist_ok=True)
         save_configs(context.policy.lm, str(model))
@@ -159,44 +153,15 @@ class RemoteEngines:
 
     # -- responses -----------------------------------------------------------------------------
 
-    def divide(self, request: Generate) -> list[Generate]:
-        """Divides a request into one part for each engine; some may be empty."""
-        return divide(request, len(self._engines))
-
     def generate(
-        self, requests: list[Generate], replies: dict[int, Generated], report: ReportProgress
+        self, request: Generate, turns: TurnSource, done: set[int], report: ReportProgress
     ) -> None:
-        """Makes all engines generate concurrently.
-
-        Args:
-            requests: one for each engine, of the weights that it holds.
-            replies: replies by engine. Existing replies are kept; the missing ones are added.
-            report: called regularly with (tokens done, total).
-
-        Raises:
-            EngineLostError: an engine ended, or all are too small. The others have generated.
-        """
-        if longest := self._grow_for(requests):
-            raise EngineLostError(f"sequences of {longest} tokens need another engine")
-        jobs = {
-            i: partial(engine.generate, request, self._stopping)
-            for i, (engine, request) in enumerate(zip(self._engines, requests, strict=True))
-            if i not in replies
-        }
-        generation = BackgroundGeneration(jobs, _tokens(requests))
-        generation.wait(report)
-        replies.update(generation.replies)
-        generation.check()
-
-    def converse(self, request: Converse, turns: TurnSource, report: ReportProgress) -> None:
         """Makes all engines generate turns of responses, each as soon as it can begin.
-
-        Each engine has a contiguous part of the responses. Those of an engine that is lost are
-        taken by the others, as soon as these have fewer turns than responses of their own.
 
         Args:
             request: what the turns have in common, for all responses.
             turns: the turns.
+            done: engines that have generated their part before; others that do so now are added.
             report: called regularly with (tokens done, total).
 
         Raises:
@@ -205,53 +170,52 @@ class RemoteEngines:
         """
         if not self._fits(turns.longest):
             raise EngineLostError(f"sequences of {turns.longest} tokens need another engine")
-        cuts = [turns.count * i // len(self._engines) for i in range(len(self._engines) + 1)]
-        # A token of EndedTurn is up to 13 bytes, one of NextTurn also, and one of TurnsProgress 5.
-        at_most = max(1, BUDGET // 2 // (13 * turns.longest))
-        turns.begin()
-        jobs = {
-            i: partial(
-                engine.converse,
-                replace(request, at_once=max(b - a, 1), at_most=at_most),
-                range(a, b),
-                turns,
-                self._context.stop_criteria,
-            )
-            for i, (engine, (a, b)) in enumerate(zip(self._engines, pairwise(cuts), strict=True))
+        jobs: dict[int, Job] = {
+            i: partial(engine.generate, part, rows, turns, self._context.stop_criteria)
+            for i, (engine, part, rows) in enumerate(self._divided(request, turns))
+            if i not in done
         }
         generation = BackgroundGeneration(jobs, turns.count * turns.tokens)
         generation.wait(report, turns.meanwhile)
+        done |= generation.succeeded
         generation.check()
 
     def begin(
-        self, update: LoadWeights, requests: list[Generate]
-    ) -> BackgroundGeneration[Generated]:
+        self, update: LoadWeights, request: Generate, turns: TurnSource
+    ) -> BackgroundGeneration:
         """Makes the engines generate with an update's weights while the caller continues.
 
         An engine that fails is replaced, and the new one gets the weights from the update's file.
 
         Args:
             update: the weights that the engines hold. Its file must exist until generation ends.
-            requests: one for each engine, of these weights.
+            request: of these weights; as in :meth:`generate`.
+            turns: as in :meth:`generate`.
         """
-        self._grow_for(requests)
+        self._fits(turns.longest)
         criteria = self._context.stop_criteria
-        # A copy, since the training loop may be using the tokenizer.
-        stopping = Stopping(copy.deepcopy(criteria) if criteria.has_strings else criteria)
-        jobs = {
-            i: partial(engine.generate_with, update, request, stopping)
-            for i, (engine, request) in enumerate(zip(self._engines, requests, strict=True))
+        if criteria.has_strings:  # the training loop may be using the tokenizer
+            criteria = copy.deepcopy(criteria)
+        jobs: dict[int, Job] = {
+            i: partial(engine.generate_with, update, part, rows, turns, criteria)
+            for i, (engine, part, rows) in enumerate(self._divided(request, turns))
         }
-        return BackgroundGeneration(jobs, _tokens(requests))
+        return BackgroundGeneration(jobs, turns.count * turns.tokens)
 
-    def _grow_for(self, requests: list[Generate]) -> int:
-        """Ends the engines if a sequence is too long for them, and returns the longest length."""
-        longest = max(
-            len(prompt) + most
-            for request in requests
-            for prompt, most in zip(request.prompts, request.limits, strict=True)
-        )
-        return 0 if self._fits(longest) else longest
+    def _divided(
+        self, request: Generate, turns: TurnSource
+    ) -> list[tuple[RemoteEngine, Generate, range]]:
+        """Each engine with its request and its responses, contiguous rows; some may have none.
+
+        Responses to one prompt are adjacent rows, so nearly every prompt is processed and cached by
+        a single engine. The numbers of rows differ by at most one.
+        """
+        count, at_most, found = len(self._engines), turns_in_message(turns.longest), []
+        for i, engine in enumerate(self._engines):
+            rows = range(turns.count * i // count, turns.count * (i + 1) // count)
+            part = replace(request, at_once=max(len(rows), 1), at_most=at_most)
+            found.append((engine, part, rows))
+        return found
 
     def _fits(self, longest: int) -> bool:
         """Ends the engines if a sequence of this length is too long for them."""
@@ -264,6 +228,7 @@ class RemoteEngines:
         return False
 
 
-def _tokens(requests: list[Generate]) -> int:
-    """The most tokens of all responses."""
-    return sum(len(r.prompts) * r.max_new_tokens for r in requests)
+def turns_in_message(longest: int) -> int:
+    """Maximum number of turns in a message, if a prompt and its turn have so many tokens."""
+    # A token of EndedTurn is up to 13 bytes, one of NextTurn also, and one of `tokens` 5.
+    return max(1, BUDGET // 2 // (13 * longest))

@@ -16,15 +16,11 @@ from typing import Any, NoReturn
 from engine.errors import LinkError, first_line
 from engine.log_lines import log_to
 from engine.protocol.rollout.messages import (
-    Continue,
-    Converse,
-    Conversed,
     EngineFailed,
     EngineReady,
     Generate,
     Generated,
     LoadWeights,
-    Progress,
     Start,
     WeightsLoaded,
 )
@@ -34,8 +30,6 @@ from engine.train.rollout.vllm.process.turns import Turns
 
 log = logging.getLogger("rollout")
 
-LOOK_EVERY = 8
-"""Tokens between two messages of progress."""
 VLLM_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: no engine core that could be left
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # V2 refuses logits processors
@@ -115,8 +109,6 @@ def serve(connection: socket.socket, start: Start) -> NoReturn:
                 send(connection, engine.load(update))
             case Generate() as request:
                 send(connection, engine.generate(request))
-            case Converse() as conversations:
-                send(connection, engine.converse(conversations))
             case other:
                 raise TypeError(f"unexpected message {other}")
 
@@ -176,103 +168,21 @@ class Engine:
         )
 
     def generate(self, request: Generate) -> Generated:
-        """Generates a response to each prompt."""
-        from vllm import SamplingParams  # noqa: PLC0415 - as above
-
-        from engine.train.rollout.vllm.process.uniform_sampling import ROW  # noqa: PLC0415 - as above
-
-        self._check_version(request.weights_version)
-        began, limit = time.perf_counter(), request.max_new_tokens
-        if not request.prompts:  # fewer responses than engines; memory is given up all the same
-            self._end_batch()
-            return Generated(
-                weights_version=request.weights_version, lengths=[], ids=b"", logprobs=b"",
-                entropies=b"", seconds=0.0,
-            )  # fmt: skip
+        """Generates the turns that the client sends."""
+        if request.weights_version != self._weights_version:
+            raise RuntimeError(
+                f"asked for weights of version {request.weights_version}, and version "
+                f"{self._weights_version} is loaded"
+            )
         self._sleep.before_generate()
         if not request.later_turn:
             # What is cached depends on earlier batches and would change results by rounding.
             self._llm.reset_prefix_cache()
-        self._llm.collective_rpc(
-            "begin_batch", args=(request.uniforms, limit, request.temperature, request.sampling)
-        )
-        engine = self._llm.llm_engine
-        rows: dict[str, int] = {}
-        for row, (prompt, most) in enumerate(zip(request.prompts, request.limits, strict=True)):
-            params = SamplingParams(
-                temperature=1.0,  # ours is applied where the token is sampled
-                max_tokens=most,
-                stop_token_ids=request.eos,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args={ROW: row},
-            )
-            name = engine.add_request(f"row-{row}", {"prompt_token_ids": prompt}, params)
-            rows[name], rows[f"row-{row}"] = row, row
-        tokens = self._run(engine, rows, request)
-        logprobs, entropies = self._llm.collective_rpc("recorded_batch")[0]
-        self._end_batch()
-        return Generated(
-            weights_version=request.weights_version,
-            lengths=[len(t) for t in tokens],
-            ids=packed(tokens, limit),
-            logprobs=logprobs,
-            entropies=entropies,
-            seconds=time.perf_counter() - began,
-        )
-
-    def converse(self, request: Converse) -> Conversed:
-        """Generates turns of responses as the client sends them."""
-        self._check_version(request.weights_version)
-        self._sleep.before_generate()
-        self._llm.reset_prefix_cache()
         Turns(self._llm, request, self._connection).run()
-        self._end_batch()
-        return Conversed(weights_version=request.weights_version)
-
-    def _check_version(self, wanted: int) -> None:
-        if wanted != self._weights_version:
-            raise RuntimeError(
-                f"asked for weights of version {wanted}, and version {self._weights_version} is "
-                "loaded"
-            )
-
-    def _end_batch(self) -> None:
         self._sleep.after_generate()
         if self._sleep.forgets_weights:
             self._weights_version = None
-
-    def _run(self, engine: Any, rows: dict[str, int], request: Generate) -> list[list[int]]:
-        """Runs all requests to their end; returns the tokens of each row."""
-        limit, count = request.max_new_tokens, len(request.prompts)
-        tokens: list[list[int]] = [[] for _ in range(count)]
-        changed: set[int] = set()
-        ended: set[int] = set()
-        steps = 0
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                row = rows[output.request_id]
-                if row in ended:
-                    continue
-                tokens[row] = list(output.outputs[0].token_ids)
-                changed.add(row)
-                if output.finished:
-                    ended.add(row)
-            steps += 1
-            if steps % LOOK_EVERY:
-                continue
-            done = sum(limit if i in ended else len(t) for i, t in enumerate(tokens))
-            seen = {i: tokens[i] for i in sorted(changed)} if request.look else {}
-            send(self._connection, Progress(done=done, total=limit * count, tokens=seen))
-            changed.clear()
-            reply = receive(self._connection)
-            if not isinstance(reply, Continue):
-                raise TypeError(f"expected continue, got {reply}")
-            stopped = [i for i in reply.stop if i not in ended]
-            if stopped:
-                engine.abort_request([f"row-{i}" for i in stopped])
-                ended.update(stopped)
-        return tokens
+        return Generated(weights_version=request.weights_version)
 
 
 def llm_arguments(start: Start, *, on_gpu: bool) -> dict[str, Any]:
@@ -300,16 +210,6 @@ def llm_arguments(start: Start, *, on_gpu: bool) -> dict[str, Any]:
         "logits_processors": ["engine.train.rollout.vllm.process.uniform_sampling:UniformSampling"],
         "disable_log_stats": True,
     }
-
-
-def packed(tokens: list[list[int]], width: int) -> bytes:
-    """Token ids as (n, width) int32, padded with 0."""
-    import torch  # noqa: PLC0415 - with vLLM
-
-    ids = torch.zeros(len(tokens), width, dtype=torch.int32)
-    for row, response in zip(ids, tokens, strict=True):
-        row[: len(response)] = torch.tensor(response, dtype=torch.int32)
-    return ids.numpy().tobytes()
 
 
 def vllm_package() -> str:

@@ -1,25 +1,25 @@
-"""Generates the turns of responses that do not wait for each other."""
+"""Generates the turns of one request, each as soon as it has arrived."""
 
 import socket
 from typing import Any
 
 from engine.protocol.rollout.messages import (
-    Converse,
     EndedTurn,
+    Generate,
     NextTurn,
     NextTurns,
-    TurnsProgress,
+    Progress,
 )
 from engine.protocol.rollout.server import receive, send
 
 LOOK_EVERY = 8
-"""Tokens between two messages while no turn ends."""
+"""Tokens between two messages, unless a turn ends that others may follow."""
 
 
 class Turns:
-    """The turns of one :class:`Converse`: each is a request of vLLM, added when it arrives."""
+    """The turns of one :class:`Generate`: each is a request of vLLM, added when it arrives."""
 
-    def __init__(self, llm: Any, request: Converse, connection: socket.socket) -> None:
+    def __init__(self, llm: Any, request: Generate, connection: socket.socket) -> None:
         """Stores the arguments; `llm` is vLLM's `LLM`, with the weights of the request."""
         self._llm, self._request, self._connection = llm, request, connection
         self._names: dict[str, int] = {}
@@ -33,6 +33,8 @@ class Turns:
         self._changed: dict[int, None] = {}
         """Rows with tokens that the client has not looked at, in order."""
         self._turns = 0
+        self._done = 0
+        """Tokens generated."""
         self._free = list(range(request.at_once))
         """Where numbers of no turn are stored."""
         self._places: dict[int, int] = {}
@@ -40,14 +42,14 @@ class Turns:
 
     def run(self) -> None:
         """Generates until the client says that there are no more turns."""
-        request = self._request
+        request, steps = self._request, 0
         self._llm.collective_rpc(
             "begin_turns",
             args=(request.at_once, request.max_new_tokens, request.temperature, request.sampling),
         )
-        steps = 0
         while True:
-            if self._ended or not self._running or steps % LOOK_EVERY == 0:
+            ended = request.more_turns and self._ended
+            if ended or not self._running or steps % LOOK_EVERY == 0:
                 reply = self._exchange()
                 self._stop([*self._running] if reply.last else reply.stop)
                 if reply.last:
@@ -62,9 +64,10 @@ class Turns:
         most = self._request.at_most
         sent, self._ended = self._ended[:most], self._ended[most:]
         looked = list(self._changed)[: 2 * most] if self._request.look else []
-        message = TurnsProgress(
+        message = Progress(
             weights_version=self._request.weights_version,
             busy=bool(self._running or self._ended),
+            done=self._done,
             ended=self._taken(sent),
             tokens={row: self._tokens[row] for row in looked},
         )
@@ -121,7 +124,9 @@ class Turns:
             row = self._names[output.request_id]
             if self._running.get(row) is None:
                 continue
-            self._tokens[row] = list(output.outputs[0].token_ids)
+            tokens = list(output.outputs[0].token_ids)
+            self._done += len(tokens) - len(self._tokens[row])
+            self._tokens[row] = tokens
             self._changed[row] = None
             if output.finished:
                 self._end(row)

@@ -135,13 +135,11 @@ class RolloutWorkerExtension:
                 )
         return len(tensors), held, time.perf_counter() - started
 
-    def begin_batch(self, uniforms: bytes, width: int, temperature: float, scheme: str) -> None:
-        """Begins a batch of :mod:`~engine.train.rollout.vllm.process.uniform_sampling`."""
-        numbers = torch.frombuffer(bytearray(uniforms), dtype=torch.float64).view(-1, width)
-        uniform_sampling.begin(numbers.to(self.device), temperature, scheme)
-
     def begin_turns(self, rows: int, width: int, temperature: float, scheme: str) -> None:
-        """Begins turns of responses, whose uniform numbers come with :meth:`add_turns`."""
+        """Begins a batch of :mod:`~engine.train.rollout.vllm.process.uniform_sampling`.
+
+        The uniform numbers come with :meth:`add_turns`.
+        """
         numbers = torch.zeros(rows, width, dtype=torch.float64, device=self.device)
         uniform_sampling.begin(numbers, temperature, scheme)
 
@@ -162,11 +160,6 @@ class RolloutWorkerExtension:
             (logprobs[i, :n].tobytes(), entropies[i, :n].tobytes())
             for i, (_, n) in enumerate(lengths)
         ]
-
-    def recorded_batch(self) -> tuple[bytes, bytes]:
-        """Log-probabilities and entropies of the batch, (n, T) float32 each."""
-        logprobs, entropies = uniform_sampling.recorded()
-        return logprobs.cpu().numpy().tobytes(), entropies.cpu().numpy().tobytes()
 
 
 @contextmanager
