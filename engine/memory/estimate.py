@@ -66,7 +66,11 @@ class _Estimator:
         self._length = self._context + self._response
         # With LoRA, the policy with its adapters disabled serves as the reference.
         self._shared_reference = layout.lora_rank is not None and config.model.reference_is_policy
-        self._adapters = self._adapter_parameters()
+        targets = config.lora.targets or list(policy.linear)
+        scaled = config.lora.dora and layout.lora_rank is not None
+        self._scaled_outputs = sum(policy.outputs.get(t, 0) for t in targets) if scaled else 0
+        inputs_and_outputs = sum(policy.linear.get(t, 0) for t in targets)
+        self._adapters = (layout.lora_rank or 0) * inputs_and_outputs + self._scaled_outputs
         has_value = config.trained_value is not None
         self._separate = has_value and config.model.value == "separate"
         head = policy.hidden + 1 if has_value else 0
@@ -80,12 +84,6 @@ class _Estimator:
         # The weights under adapters are frozen and kept in the compute dtype.
         self._frozen = policy.parameters + self._trunk if self._adapters else 0
         self._quantised = QUANTISED[config.lora.quantise] if self._adapters else 0.0
-
-    def _adapter_parameters(self) -> int:
-        if self._layout.lora_rank is None:
-            return 0
-        targets = self._config.lora.targets or list(self._policy.linear)
-        return self._layout.lora_rank * sum(self._policy.linear.get(t, 0) for t in targets)
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Phase → part → bytes."""
@@ -231,6 +229,9 @@ class _Estimator:
         kept = kept_for_backward(
             policy, rows, length, self._compute, checkpointing=self._checkpointing
         )
+        # With DoRA also the results of the adapted layers, for the gradient of the rows' lengths.
+        scaled = rows * length * self._compute * self._scaled_outputs
+        kept += scaled // policy.layers if self._checkpointing else scaled
         # Both trunks, until the common backward pass; a single rank runs one after the other.
         kept *= 2 if self._separate and self._layout.ranks > 1 else 1
         gathered = 0

@@ -4,8 +4,8 @@ import hashlib
 import inspect
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from engine.train.distributed.sharding import full_tensor
-from engine.train.models import lora
+from engine.train.models import dora, lora
 from engine.train.models.mixed_precision import ExpertCasts
 from engine.train.models.output_layer import OutputLayer
 from engine.train.models.quantised_linear import packed_weight_count
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class HiddenReader(Protocol):
@@ -82,6 +85,8 @@ class LanguageModel(nn.Module):
         self._hidden: Tensor | None = None
         """The output layer's input, for a shared value head."""
         self._adapted = lora.adapted_layers(lm)
+        self._in_pass = False
+        """Whether a context of :meth:`autocast` is open."""
         parameters = inspect.signature(lm.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._cache_name = cache_name(parameters)
@@ -116,17 +121,29 @@ class LanguageModel(nn.Module):
         if self._compute is not torch.float32:
             self._expert_casts.apply_to(self)
 
+    @cached_property
+    def _all_adapted(self) -> "list[LoraLayer]":
+        """The layers with adapters, also those of a value trunk, which is assigned later."""
+        return lora.adapted_layers(self)
+
     @contextmanager
     def autocast(self, device: str) -> Iterator[None]:
-        """The autocast context of forward passes; it does nothing in float32.
+        """The autocast context of forward passes; in float32 it casts nothing.
 
         Autocast keeps its copies of trained weights until the outermost context ends, and so do
-        experts. Enter this context around forward passes between which no weight changes, such as a
-        rollout's, so that weights are cast once instead of once per token.
+        experts. Adapters of DoRA compute their norms when it begins. Enter this context around
+        forward passes between which no weight changes, such as a rollout's, so that this is done
+        once instead of once per token.
         """
         half = self._compute is not torch.float32
-        with torch.autocast(device, self._compute, enabled=half), self._expert_casts.kept():
-            yield
+        outermost, self._in_pass = not self._in_pass, True
+        try:
+            if outermost:
+                dora.update_norms(self._all_adapted)
+            with torch.autocast(device, self._compute, enabled=half), self._expert_casts.kept():
+                yield
+        finally:
+            self._in_pass = not outermost
 
     def run(
         self,
