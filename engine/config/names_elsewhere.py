@@ -55,6 +55,7 @@ _NAMES = {
     "ppo.entropy_coef": "entropy_coeff",
     "ppo.entropy_coef_step": "entropy_coef_delta",
     "ppo.entropy_target": "use_adaptive_entropy",
+    "ppo.router_coef": "router_aux_loss_coef aux_loss_coef",
     "ppo.lam": "lambd",
     "ppo.clip_cov": "clip_cov_ratio",
     "ppo.kl_cov": "kl_cov_ratio",

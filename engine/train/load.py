@@ -38,6 +38,7 @@ from engine.train.load_checks import (
     check_rank_count,
     check_replies,
     check_response_length,
+    check_routers,
     check_vocabularies,
     has_other_reference,
 )
@@ -149,6 +150,7 @@ def load_run(
     held_out = _load_held_out(context, config, held_out_prompts, rewards)
     begin_stage("policy")
     policy = _load_policy(config, source, ranks, strategy)
+    check_routers(config, policy)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)

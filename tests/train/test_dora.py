@@ -16,7 +16,7 @@ from engine.train.checkpoints.merge import merge
 from engine.train.checkpoints.saver import Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
-from engine.train.models import dora, lora
+from engine.train.models.adapters import dora, lora
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel
 from engine.train.models.pretrained import load_lm
 from engine.train.step import train_step

@@ -32,7 +32,7 @@ from engine.errors import UserInputError
 from engine.memory.estimate import estimate, forward_activations, kept_for_backward
 from engine.memory.model import Layout
 from engine.protocol.rank_messages import Placed
-from engine.train.models import dora, lora
+from engine.train.models.adapters import dora, lora
 from engine.train.models.memory_check import check_memory, facts
 from engine.train.models.read_pretrained import ReadOptions
 from engine.train.models.shapes import describe_models, models_of, shape_of

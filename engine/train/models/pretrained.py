@@ -27,7 +27,8 @@ from engine.train.data.chat_template import read_chat_template
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import offload_between_uses, place_model
-from engine.train.models import dora, lora
+from engine.train.models.adapters import dora, lora
+from engine.train.models.adapters.quantised_linear import quantise
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import (
@@ -37,7 +38,6 @@ from engine.train.models.language_model import (
     cache_name,
 )
 from engine.train.models.mixed_precision import keep_hidden_states_float32
-from engine.train.models.quantised_linear import quantise
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 

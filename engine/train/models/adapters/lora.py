@@ -25,7 +25,7 @@ from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError, first_line
 from engine.train.data.randomness import derived_key
 from engine.train.distributed.sharding import full_tensor
-from engine.train.models import dora
+from engine.train.models.adapters import dora
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
