@@ -201,6 +201,9 @@ METRICS = (
            "the entropy during the updates, aggregated likewise (with `ppo.entropy_coef` only)"),
     Metric("policy/entropy_coef", "",
            "the weight of the entropy bonus in this step (with `ppo.entropy_target` only)"),
+    Metric("loss/router_avg", "",
+           "the load-balancing loss of experts, mean over micro-batches (with `ppo.router_coef` "
+           "only): the number of experts that a token uses if all are used evenly, more if not"),
     Metric("loss/kl_avg", "nats per token",
            "the estimate of the KL in the updates, aggregated likewise "
            "(with `kl.place: loss` only)"),

@@ -10,7 +10,7 @@ from benchmarks.gpu.findings import Finding, Target, below
 from benchmarks.gpu.numerics import moved, score, starter_run
 from engine.metrics import GRADIENT_NORM, KL
 from engine.train.experience.generation import generate_rollout
-from engine.train.models.quantised_linear import QuantisedLinear
+from engine.train.models.adapters.quantised_linear import QuantisedLinear
 from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 from engine.train.step import train_step

@@ -15,6 +15,7 @@ from engine.config.key_errors import explain, nearest
 from engine.config.paths import make_paths_absolute
 from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig, is_fixed_at_start
+from engine.config.sections.model import RSLORA_ALPHA
 from engine.config.sections.ppo import DEFAULT_LAM, FITTED_VALUE_LAM
 from engine.config.session_file import enclose, read_session_text, read_text
 from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
@@ -38,7 +39,9 @@ DEPENDENT: dict[str, Callable[[RunConfig], Any]] = {
         if c.lora.rank is None
         else 1.0
     ),
-    "lora.alpha": lambda c: None if c.lora.rank is None else 2 * c.lora.rank,
+    "lora.alpha": lambda c: (
+        None if c.lora.rank is None else RSLORA_ALPHA if c.lora.rslora else 2 * c.lora.rank
+    ),
 }
 """A key that :func:`complete` fills in if it is left out → its value for a configuration."""
 

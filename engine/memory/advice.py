@@ -28,8 +28,8 @@ def can_start(layout: Layout, capacity: Capacity) -> bool:
 
 
 def can_choose(config: RunConfig, ranks: int) -> bool:
-    """Whether a run chooses its strategy itself: with `auto`. Packed weights cannot be sharded."""
-    return config.parallel.strategy == "auto" and ranks > 1 and config.lora.quantise == "none"
+    """Whether a run chooses its strategy itself: with `auto`, if its weights can be sharded."""
+    return config.parallel.strategy == "auto" and ranks > 1 and config.lora.can_shard
 
 
 def layout_at_start(config: RunConfig, models: Models, ranks: int, capacity: Capacity) -> Layout:

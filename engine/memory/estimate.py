@@ -27,8 +27,16 @@ QUANTISED = {"none": 0.0, "nf4": 0.5625}
 """Bytes per 4-bit weight, including scales of blocks of 64; 0 for weights in `model.dtype`."""
 SAMPLING = 6
 """float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sampling.sample`."""
-LAZY = 80_000_000
-"""Bytes of torch's code and buffers that a CPU rank first uses in its first step."""
+LAZY = 120_000_000
+"""Bytes of torch's code and buffers that a CPU rank first uses in its first step, with what the
+phases leave in the heap."""
+SMALL_BLOCK = 1 << 23
+"""A CPU's allocator keeps smaller freed blocks (`engine.launch.environment.MALLOC_SETTINGS`)."""
+FRAGMENTED = 0.4
+"""Bytes of unusable gaps between such blocks, for each byte of activations. Measured for the
+starter: 0.36 to 0.55."""
+RETURNED = 1.3
+"""With hidden states of this many :data:`SMALL_BLOCK`, nearly all activations are returned."""
 LAZY_BFLOAT16 = 80_000_000
 """Bytes that oneDNN's compiled kernels for bfloat16 take in addition."""
 CUDA_CONTEXT = 600_000_000
@@ -58,15 +66,19 @@ class _Estimator:
         self._shards = layout.ranks if self._sharded else 1
         ranks, batch = layout.ranks, config.rollout.batch_size
         self._rows = -(-batch // ranks)
-        minibatch = -(-batch // config.ppo.minibatches // ranks)
-        self._micro = max(1, min(config.ppo.micro_batch_size, minibatch))
+        self._minibatch = max(1, -(-batch // config.ppo.minibatches // ranks))
+        self._micro = min(config.ppo.micro_batch_size, self._minibatch)
         self._read_rows = max(1, min(config.ppo.micro_batch_size, self._rows))
         self._response = config.rollout.max_new_tokens
         self._context = models.prompt_tokens + config.reply_tokens
         self._length = self._context + self._response
         # With LoRA, the policy with its adapters disabled serves as the reference.
         self._shared_reference = layout.lora_rank is not None and config.model.reference_is_policy
-        self._adapters = self._adapter_parameters()
+        targets = config.lora.targets or list(policy.linear)
+        scaled = config.lora.dora and layout.lora_rank is not None
+        self._scaled_outputs = sum(policy.outputs.get(t, 0) for t in targets) if scaled else 0
+        inputs_and_outputs = sum(policy.linear.get(t, 0) for t in targets)
+        self._adapters = (layout.lora_rank or 0) * inputs_and_outputs + self._scaled_outputs
         has_value = config.trained_value is not None
         self._separate = has_value and config.model.value == "separate"
         head = policy.hidden + 1 if has_value else 0
@@ -80,12 +92,6 @@ class _Estimator:
         # The weights under adapters are frozen and kept in the compute dtype.
         self._frozen = policy.parameters + self._trunk if self._adapters else 0
         self._quantised = QUANTISED[config.lora.quantise] if self._adapters else 0.0
-
-    def _adapter_parameters(self) -> int:
-        if self._layout.lora_rank is None:
-            return 0
-        targets = self._config.lora.targets or list(self._policy.linear)
-        return self._layout.lora_rank * sum(self._policy.linear.get(t, 0) for t in targets)
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Phase → part → bytes."""
@@ -231,6 +237,9 @@ class _Estimator:
         kept = kept_for_backward(
             policy, rows, length, self._compute, checkpointing=self._checkpointing
         )
+        # With DoRA also the results of the adapted layers, for the gradient of the rows' lengths.
+        scaled = rows * length * self._compute * self._scaled_outputs
+        kept += scaled // policy.layers if self._checkpointing else scaled
         # Both trunks, until the common backward pass; a single rank runs one after the other.
         kept *= 2 if self._separate and self._layout.ranks > 1 else 1
         gathered = 0
@@ -246,11 +255,34 @@ class _Estimator:
         )
         return {
             "gradients": MASTER * self._trained // self._shards,
-            "activations": kept + passing,
+            "activations": kept + passing - self._replaced(kept),
+            "heap": self._heap(kept + passing, MASTER * rows * length * policy.hidden),
             "logits": self._logits(rows) + self._head_gradient(rows),
             "gathered": gathered,
             "casts": self._casts(),
         }
+
+    def _replaced(self, kept: int) -> int:
+        """Bytes of activations in place of which gradients come.
+
+        In a minibatch of one pass, a layer's activations are freed before the layer below has
+        gradients, so that only the larger of both counts. The output layer's gradient comes first.
+        On a GPU this has not been measured, so both count.
+        """
+        one_pass = self._layout.ranks == 1 and not self._separate and self._micro == self._minibatch
+        if not one_pass or self._adapters or self._models.device == "cuda":
+            return 0
+        return min(kept, MASTER * max(0, self._trained - _output_layer(self._policy)))
+
+    def _heap(self, activations: int, block: int) -> int:
+        """Gaps between activations in a CPU's heap; `block` is the size of the hidden states.
+
+        The share falls before all blocks are large, because layers also have wider tensors.
+        """
+        if self._models.device != "cpu":
+            return 0
+        share = (RETURNED - block / SMALL_BLOCK) * 0.75
+        return int(min(FRAGMENTED, max(0.0, share)) * activations)
 
     @property
     def _checkpointing(self) -> bool:

@@ -49,6 +49,8 @@ class Shape(Struct, frozen=True, kw_only=True):
     """Module name → inputs + outputs of the linear modules of that name in all layers.
 
     Times the rank, this is the number of LoRA parameters."""
+    outputs: dict[str, int] = {}
+    """Module name → outputs of the same modules: the parameters that DoRA adds."""
     window: int | None = None
     """Positions that a token attends to in layers with a sliding window or chunks, 1 if the model
     makes a mask in any case; None if it needs none."""

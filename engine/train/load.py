@@ -40,6 +40,7 @@ from engine.train.load_checks import (
     check_rank_count,
     check_replies,
     check_response_length,
+    check_routers,
     check_vocabularies,
     has_other_reference,
 )
@@ -143,6 +144,7 @@ def load_run(
     # 4. The policy, its optimiser and the reference.
     begin_stage("policy")
     policy = _load_policy(start, config, ranks, strategy)
+    check_routers(config, policy)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)

@@ -18,6 +18,7 @@ from engine.train.models.language_model import (
     LanguageModel,
     fingerprint,
 )
+from engine.train.models.router_loss import has_router_loss
 from engine.train.run import Run, max_sequence_tokens
 
 log = logging.getLogger("engine")
@@ -198,6 +199,20 @@ def check_replies(run: Run) -> None:
                 f"environment: the chat template does not show messages of the role {role}; use "
                 "environment.role: user without tools, another model, or data.chat_template"
             )
+
+
+def check_routers(config: RunConfig, policy: LanguageModel) -> None:
+    """Checks that the policy has a load-balancing loss if it is to be trained with one.
+
+    Raises:
+        UserInputError: it has none.
+    """
+    if config.ppo.router_coef and not has_router_loss(policy.lm):
+        name = type(policy.lm).__name__.removeprefix("FSDP")
+        raise UserInputError(
+            f"ppo.router_coef: transformers has no load-balancing loss of routers for {name}: "
+            "leave it out"
+        )
 
 
 def check_vocabularies(policy: int, reference: int) -> None:

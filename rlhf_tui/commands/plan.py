@@ -72,6 +72,7 @@ LABELS = {
     "reward": "reward models",
     "gradients": "gradients",
     "activations": "activations",
+    "heap": "gaps in the heap",
     "logits": "logits",
     "KV cache": "KV cache",
     "gathered": "weights gathered",

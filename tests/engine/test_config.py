@@ -347,6 +347,10 @@ def test_adapters_are_scaled_by_two_by_default():
     assert demo().lora.alpha is None
 
 
+def test_rank_stabilised_adapters_have_one_default_alpha_for_all_ranks():
+    assert [demo(f"lora={{rank: {rank}, rslora: true}}").lora.alpha for rank in (8, 64)] == [16, 16]
+
+
 def test_held_out_prompts_are_fixed_on_a_resume():
     with pytest.raises(ConfigError, match=r"eval\.holdout"):
         config_file.check_resumable(demo(), demo("eval.holdout=4"))

@@ -105,6 +105,7 @@ def test_keys_of_services_and_judges_that_make_no_sense_are_refused(overrides, s
         (["lora.quantise=nf4"], "nf4 needs lora.rank"),
         (["lora.quantise=nf4", "lora.rank=4", "parallel.strategy=fsdp"], "use ddp"),
         (["lora.quantise=nf4", "lora.rank=4", "rollout.engine=vllm"], "use native"),
+        (["lora.dora=true", "lora.rank=4", "parallel.strategy=fsdp"], "use ddp"),
         (["data.template_arguments={tokenize: true}"], "cannot contain tokenize"),
         (
             ["reward.model=null", "reward.function='a:b'", "reward.trust_remote_code=true"],
@@ -130,10 +131,17 @@ def test_a_reward_function_is_written_module_and_function(name):
         demo("reward.model=null", f"reward.function='{name}'")
 
 
-@pytest.mark.parametrize("key", ["alpha=8", "targets=[q_proj]"])
-def test_adapters_without_a_rank_are_refused(key):
-    with pytest.raises(ConfigError, match=r"need lora\.rank"):
-        demo(f"lora.{key}")
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("{alpha: 8}", "lora.alpha needs lora.rank"),
+        ("{targets: [q_proj]}", "lora.targets needs lora.rank"),
+        ("{rslora: true, dora: true}", "lora.rslora and lora.dora need lora.rank"),
+    ],
+)
+def test_adapters_without_a_rank_are_refused(given, named):
+    with pytest.raises(ConfigError, match=named):
+        demo(f"lora={given}")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from engine import starter
 from engine.config import file as config_file
+from engine.launch.environment import MALLOC_SETTINGS
 from engine.memory.advice import (
     can_start,
     changes_to_fit,
@@ -16,7 +17,7 @@ from engine.memory.advice import (
     shortage,
 )
 from engine.memory.capacity import Capacity, of_host, supposed_gpus
-from engine.memory.estimate import estimate
+from engine.memory.estimate import SMALL_BLOCK, estimate
 from engine.memory.model import Layout, Models, Shape, configured, layouts
 from engine.memory.rollout_engine import beside_ranks, engine_memory
 
@@ -171,6 +172,43 @@ def test_frozen_weights_in_4_bits_are_those_of_the_linear_layers():
     assert saved == pytest.approx(1_000_000 * (2 - 0.5625))
 
 
+def activations(micro_batch, *overrides, **options):
+    found = one(f"ppo.micro_batch_size={micro_batch}", *overrides, **options)
+    return found.phases["optimise"]["activations"]
+
+
+def test_gradients_take_the_place_of_activations_in_a_minibatch_of_one_pass():
+    minibatch = config().rollout.batch_size // config().ppo.minibatches
+    layers_and_value_head = 4 * (shape().parameters - 49152 * 576 + 577)
+    in_two = activations(minibatch // 2)
+    assert activations(minibatch) == 2 * in_two - min(2 * in_two, layers_and_value_head)
+    for overrides, options in (
+        (["model.value=separate"], {}),  # its own pass comes second
+        ([], {"layout": Layout(lora_rank=8)}),
+        ([], {"layout": Layout(strategy="ddp", ranks=2)}),
+        ([], {"device": "cuda"}),
+    ):
+        rows = minibatch // options.get("layout", Layout()).ranks
+        both = [activations(rows // n, *overrides, **options) for n in (1, 2)]
+        assert both[0] == 2 * both[1]
+
+
+def test_gaps_in_the_heap_grow_with_small_tensors_and_are_none_on_a_gpu():
+    assert int(MALLOC_SETTINGS["MALLOC_MMAP_THRESHOLD_"]) == SMALL_BLOCK
+
+    def gaps(rows):
+        keys = (f"rollout.batch_size={4 * rows}", f"ppo.micro_batch_size={rows}")
+        found = one(*keys, "ppo.minibatches=2", vocabulary=4096).phases["optimise"]
+        return found["heap"] / found["activations"]
+
+    tokens = 100 + config().rollout.max_new_tokens - 1
+    most = SMALL_BLOCK // (4 * 576 * tokens)
+    assert gaps(2) == pytest.approx(gaps(most // 2)) == pytest.approx(0.4)
+    assert 0 < gaps(most) < gaps(most // 2)
+    assert gaps(2 * most) == 0
+    assert one(device="cuda").phases["optimise"]["heap"] == 0
+
+
 def test_the_peak_is_that_of_one_phase_and_below_the_sum_of_the_parts():
     for layout in layouts(config(), 2):
         found = one(layout=layout)
@@ -230,6 +268,8 @@ def test_a_run_shards_by_itself_only_if_it_would_not_fit_otherwise():
     assert strategy(need, "parallel.strategy=ddp") == "ddp"
     assert strategy(2 * need, "parallel.strategy=fsdp") == "fsdp"
     assert strategy(need, ranks=1) == "one"
+    assert strategy(0.01, "lora={rank: 4, dora: true}") == "ddp"
+    assert strategy(0.01, "lora={rank: 4}") == "fsdp"
 
 
 def test_ranks_share_the_host_and_have_a_gpu_each():

@@ -128,6 +128,8 @@ def test_two_ranks_compute_the_step_of_one(make_run, tmp_path):
     for kind in ON_TWO_RANKS:
         keys = (*overrides(write_model(tmp_path / kind, kind)), "log.tensorboard=false",
                 "launch.device=cpu", "ppo.micro_batch_size=2")  # fmt: skip
+        if kind == "qwen3_moe":  # its loss of routers depends on which rows are in a pass
+            keys += ("ppo.router_coef=1", "ppo.micro_batch_size=1")
         run, _ = make_run(*keys)
         rollout = generate_rollout(run, 1)
         (tmp_path / f"{kind}.pickle").write_bytes(pickle.dumps(rollout))

@@ -6,6 +6,7 @@ from engine.train.boundary import Boundary
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.link import Link
 from engine.train.step import train_step
+from tests.train.architectures import write_model
 from tests.train.arithmetic import CHATTING
 
 EVERYTHING = (
@@ -31,7 +32,7 @@ TWO_SOURCES = (
 )
 
 
-def test_a_step_returns_every_declared_metric_and_no_other(make_run):
+def test_a_step_returns_every_declared_metric_and_no_other(make_run, tmp_path):
     run, session = make_run(*TWO_SOURCES, *EVERYTHING, "eval={every: 1, holdout: 2, per_prompt: 2}")
     found, _ = train_step(run, 1)
     found |= evaluate_if_due(run, 1).metrics
@@ -39,7 +40,8 @@ def test_a_step_returns_every_declared_metric_and_no_other(make_run):
     boundary.after_step(1, found, 0.1)
     boundary.close()
     # No estimator has every metric, no value function, and an environment excludes others.
-    for overrides in (["ppo.advantage=remax"], ["model.value=reward_model"], CHATTING):
+    experts = [f"model.policy={write_model(tmp_path / 'moe', 'qwen3_moe')}", "ppo.router_coef=1"]
+    for overrides in (["ppo.advantage=remax"], ["model.value=reward_model"], CHATTING, experts):
         other, _ = make_run(*overrides)
         found |= train_step(other, 1)[0]
     undeclared = {name for name in found if metrics.declaration(name) is None}

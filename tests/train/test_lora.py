@@ -32,7 +32,7 @@ from engine.train.checkpoints.merge import merge
 from engine.train.checkpoints.saver import Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
-from engine.train.models import lora
+from engine.train.models.adapters import lora
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
 from engine.train.models.pretrained import load_lm, load_policy, load_reference

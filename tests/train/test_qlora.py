@@ -18,6 +18,7 @@ from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import read_unsharded
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
+from engine.train.models.adapters.quantised_linear import QuantisedLinear, dequantise, quantise
 from engine.train.models.language_model import (
     AdapterFreePolicy,
     LanguageModel,
@@ -25,7 +26,6 @@ from engine.train.models.language_model import (
     parameter_count,
 )
 from engine.train.models.pretrained import load_lm
-from engine.train.models.quantised_linear import QuantisedLinear, dequantise, quantise
 from engine.train.step import train_step
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))

@@ -106,7 +106,8 @@ VARIANTS = {
     "optimal token baseline": ("ppo.advantage=optimal_token_baseline", "rollout.per_prompt=2"),
     "gae, adapters": ("ppo.advantage=gae", "lora.rank=4"),
     "gae, separate value trunk, adapters": ("model.value=separate", "lora.rank=4"),
-    "reward, adapters": ("ppo.advantage=reward", "lora.rank=4"),
+    "reward, adapters": ("ppo.advantage=reward", "lora={rank: 4, rslora: true}"),
+    "gae, DoRA": ("ppo.advantage=gae", "lora={rank: 4, dora: true}"),
     "rloo, adapters": ("ppo.advantage=rloo", "rollout.per_prompt=2", "lora.rank=4"),
 }
 RECIPES = {
@@ -118,6 +119,8 @@ RECIPES = {
 VARIANTS |= dict.fromkeys(RECIPES, ("rollout.batch_size=16", "reward.normalise_samples=16"))
 VARIANTS["gdpo recipe"] += ("reward.model=null",)  # it has a mix, with the starter's reward model
 STRATEGIES = ("ddp", "fsdp")
+NOT_SHARDED = ("gae, DoRA",)
+"""Variants that are refused with `fsdp`."""
 EVERY_TIME = {
     "gae, activation checkpointing, averaged policy": "fsdp",
     "grpo, every term in the loss": "ddp",
@@ -146,6 +149,7 @@ layouts = pytest.mark.parametrize(
         pytest.param(variant, strategy, marks=marks(EVERY_TIME.get(variant) == strategy))
         for variant in VARIANTS
         for strategy in STRATEGIES
+        if strategy == "ddp" or variant not in NOT_SHARDED
     ],
 )
 

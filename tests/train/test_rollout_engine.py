@@ -38,7 +38,7 @@ from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.experience.generation import generate_rollout
 from engine.train.experience.model_outputs import old_policy_outputs
 from engine.train.experience.rollout_check import check_weights, version_lag
-from engine.train.models import lora
+from engine.train.models.adapters import lora
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.vllm import remote_engines
 from engine.train.rollout.vllm.checksum import checksum

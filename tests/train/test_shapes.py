@@ -27,10 +27,12 @@ from transformers import (
 
 from engine import starter
 from engine.config import file as config_file
+from engine.config.sections.model import LoRAConfig
 from engine.errors import UserInputError
 from engine.memory.estimate import estimate, forward_activations, kept_for_backward
 from engine.memory.model import Layout
 from engine.protocol.rank_messages import Placed
+from engine.train.models.adapters import dora, lora
 from engine.train.models.memory_check import check_memory, facts
 from engine.train.models.read_pretrained import ReadOptions
 from engine.train.models.shapes import describe_models, models_of, shape_of
@@ -98,13 +100,43 @@ def test_only_an_untied_head_is_counted(tmp_path):
 
 
 @every_model
-def test_adapters_have_the_size_that_peft_gives_them(config, tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_have_the_size_that_peft_gives_them(config, use_dora, tmp_path):
     shape = shape_from(config, tmp_path)
     for targets in (sorted(shape.linear), sorted(shape.linear)[:1]):
-        lora = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=config.model_type == "gpt2")
-        adapted = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+        settings = LoraConfig(
+            r=4,
+            target_modules=targets,
+            fan_in_fan_out=config.model_type == "gpt2",
+            use_dora=use_dora,
+        )
+        adapted = get_peft_model(AutoModelForCausalLM.from_config(config), settings)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        assert trained == 4 * sum(shape.linear[t] for t in targets)
+        of_lengths = use_dora * sum(shape.outputs[t] for t in targets)
+        assert trained == 4 * sum(shape.linear[t] for t in targets) + of_lengths
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_dora_keeps_the_outputs_of_the_adapted_layers(dtype, width, tmp_path):
+    model, rows, length = CONFIGS["llama"], 4, 48
+    outputs = sum(shape_from(model, tmp_path).outputs.values())
+    plain, scaled = (
+        autograd_keeps(model, dtype, rows, length, LoRAConfig(rank=4, alpha=8, dora=scales))
+        for scales in (False, True)
+    )
+    assert scaled - plain == pytest.approx(rows * length * width * outputs, rel=0.05)
+
+
+def test_what_dora_keeps_is_in_the_estimate():
+    sizes = models_of(config_file.load(starter.FOLDER / "demo.yaml"), 20, torch.device("cpu"))
+    found = []
+    for keys in (["lora={rank: 4}"], ["lora={rank: 4, dora: true}"]):
+        config = config_file.load(starter.FOLDER / "demo.yaml", keys)
+        found.append(estimate(config, sizes, Layout(lora_rank=4)).phases["optimise"])
+    outputs = sum(sizes.policy.outputs.values())
+    tokens = config.ppo.micro_batch_size * (20 + config.rollout.max_new_tokens - 1)
+    assert found[1]["activations"] - found[0]["activations"] == tokens * 4 * outputs
+    assert found[1]["optimiser"] - found[0]["optimiser"] == 8 * outputs
 
 
 @every_model
@@ -238,9 +270,14 @@ def forward_peak(config, dtype, rows, length, attention=None):
     return memory.peak
 
 
-def autograd_keeps(config, dtype, rows, length):
+def autograd_keeps(config, dtype, rows, length, adapters=None):
     """Bytes that a forward pass saves for its backward pass, without parameters."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    frozen = torch.bfloat16 if adapters and dtype == "bfloat16" else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=frozen).eval()
+    if adapters:
+        lora.add_adapters(model, adapters, seed=0, base="base")
+        dora.initialise(lora.adapted_layers(model))
+        dora.update_norms(lora.adapted_layers(model))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
 

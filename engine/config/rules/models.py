@@ -29,8 +29,18 @@ def model_mistakes(config: RunConfig) -> Iterator[str]:
             "model.float32_logits has no effect with model.dtype: float32, in which everything is "
             "computed in float32: leave it out"
         )
-    if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
-        yield ("lora.alpha and lora.targets need lora.rank: without a rank there are no adapters")
+    lora = config.lora
+    given = {"alpha": lora.alpha, "targets": lora.targets, "rslora": lora.rslora, "dora": lora.dora}
+    if lora.rank is None and (keys := [f"lora.{key}" for key, value in given.items() if value]):
+        yield (
+            f"{' and '.join(keys)} {'needs' if len(keys) == 1 else 'need'} lora.rank: without a "
+            "rank there are no adapters"
+        )
+    if lora.dora and config.parallel.strategy == "fsdp":
+        yield (
+            "lora.dora cannot be combined with parallel.strategy: fsdp, because the length of a "
+            "row is computed from the whole weight; use ddp"
+        )
     yield from _quantise_mistakes(config)
 
 

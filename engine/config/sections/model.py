@@ -9,6 +9,9 @@ from engine.config.sections.base import Count, LinkPath, PathOrName, Positive, S
 MIXTURE_CYCLE = 10_000
 """Prompts in which several data sets have their exact shares, so no weight may be smaller."""
 
+RSLORA_ALPHA = 16
+"""Default of `lora.alpha` with `lora.rslora`, the same for all ranks, as in the paper."""
+
 
 class PromptSource(Section, frozen=True):
     """One of several data sets."""
@@ -120,7 +123,14 @@ class LoRAConfig(Section, frozen=True):
     rank: Count | None = None
     """Rank of the adapters; 8 to 64 are usual. Default: no adapters, all weights are trained."""
     alpha: Count | None = None
-    """An adapter's output is scaled by alpha / rank. Default: twice the rank."""
+    """An adapter's output is scaled by alpha / rank. Default: twice the rank; with `rslora` 16."""
+    rslora: bool = False
+    """Scale by alpha / √rank instead (rank-stabilised LoRA, Kalajdzievski 2023), so that one alpha
+    suits all ranks, also of 64 and more."""
+    dora: bool = False
+    """Also train the length of each row of an adapted weight, so that the adapter changes its
+    direction only (DoRA, Liu et al. 2024). Often better at small ranks. A pass over few tokens
+    takes longer. Not with `parallel.strategy: fsdp`."""
     targets: list[str] = []
     """Linear layers that get adapters, by the end of their names (`q_proj`). Default: all linear
     layers except the output layer."""
@@ -129,3 +139,8 @@ class LoRAConfig(Section, frozen=True):
     instead of `model.dtype`: 0.56 bytes a weight. Each pass unpacks them first, which makes it
     slower. The embedding, the output layer and norms stay as they are. Needs `rank` and
     the extra `qlora`; not with `parallel.strategy: fsdp` or `rollout.engine: vllm`."""
+
+    @property
+    def can_shard(self) -> bool:
+        """Whether `parallel.strategy: fsdp` is possible."""
+        return self.quantise == "none" and not self.dora

@@ -240,6 +240,12 @@ class PPOConfig(Section, frozen=True):
     entropy_coef_max: Positive = 1.0
     """Upper limit of the adapted weight."""
 
+    # -- mixtures of experts -----------------------------------------------------------------------
+
+    router_coef: Coefficient = 0.0
+    """Weight of the load-balancing loss of a mixture of experts (Switch Transformer), as
+    transformers defines it for the model; usual is 0.001. It is computed for each micro-batch."""
+
     # -- value function ----------------------------------------------------------------------------
 
     value_coef: Coefficient = 0.1

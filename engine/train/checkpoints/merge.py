@@ -20,9 +20,9 @@ from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import SessionFolder
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.distributed.ranks import RankGroup
+from engine.train.models.adapters.quantised_linear import dequantise, quantise
 from engine.train.models.language_model import LanguageModel, fingerprint
 from engine.train.models.pretrained import compute_dtype, load_lm, load_tokenizer, policy_options
-from engine.train.models.quantised_linear import dequantise, quantise
 
 
 def main() -> None:

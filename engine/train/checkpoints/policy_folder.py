@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from engine.errors import first_line
 from engine.session.access import make_folders
 from engine.session.checkpoints import BASE_ADAPTERS
-from engine.train.models import lora
 from engine.train.models.adapter_folder import MERGED
+from engine.train.models.adapters import lora
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.pretrained import save_configs
 

@@ -28,8 +28,8 @@ from engine.errors import CheckpointError
 from engine.train.checkpoints.folder import read_optimiser
 from engine.train.distributed.exchange import fail_together
 from engine.train.distributed.sharding import local_tensor, zeros_by_rows
+from engine.train.models.adapters.quantised_linear import QuantisedLinear
 from engine.train.models.language_model import AnyModel, LanguageModel
-from engine.train.models.quantised_linear import QuantisedLinear
 from engine.train.ppo.adamw_8bit import SCALE, block_size, scale_shape
 
 FILE_SIZE = 4 << 30

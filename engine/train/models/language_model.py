@@ -4,8 +4,8 @@ import hashlib
 import inspect
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +15,14 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from engine.train.distributed.sharding import full_tensor
-from engine.train.models import lora
+from engine.train.models.adapters import dora, lora
+from engine.train.models.adapters.quantised_linear import packed_weight_count
 from engine.train.models.mixed_precision import ExpertCasts
 from engine.train.models.output_layer import OutputLayer
-from engine.train.models.quantised_linear import packed_weight_count
+from engine.train.models.router_loss import router_loss
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class HiddenReader(Protocol):
@@ -29,6 +33,11 @@ class HiddenReader(Protocol):
 
     def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
         """Computes from the output layer's input, (…, H), inside the forward pass."""
+
+
+Logits = Tensor | tuple[Tensor, ...] | None
+ModelOutputs = tuple[Logits, Tensor | None] | tuple[Logits, Tensor | None, Tensor | None]
+"""Logits and values; with `balance` also the routers' loss. See :meth:`LanguageModel.run`."""
 
 
 def cache_name(parameters: Container[str]) -> str:
@@ -82,6 +91,8 @@ class LanguageModel(nn.Module):
         self._hidden: Tensor | None = None
         """The output layer's input, for a shared value head."""
         self._adapted = lora.adapted_layers(lm)
+        self._in_pass = False
+        """Whether a context of :meth:`autocast` is open."""
         parameters = inspect.signature(lm.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._cache_name = cache_name(parameters)
@@ -96,7 +107,7 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, tokens: Tensor, *args: Any, adapters: bool = True, **kwargs: Any
-    ) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
+    ) -> ModelOutputs:
         """Calls :meth:`run` under autocast to the compute dtype.
 
         `adapters=False` disables the LoRA adapters for this call. It is an argument instead of
@@ -116,17 +127,29 @@ class LanguageModel(nn.Module):
         if self._compute is not torch.float32:
             self._expert_casts.apply_to(self)
 
+    @cached_property
+    def _all_adapted(self) -> "list[LoraLayer]":
+        """The layers with adapters, also those of a value trunk, which is assigned later."""
+        return lora.adapted_layers(self)
+
     @contextmanager
     def autocast(self, device: str) -> Iterator[None]:
-        """The autocast context of forward passes; it does nothing in float32.
+        """The autocast context of forward passes; in float32 it casts nothing.
 
         Autocast keeps its copies of trained weights until the outermost context ends, and so do
-        experts. Enter this context around forward passes between which no weight changes, such as a
-        rollout's, so that weights are cast once instead of once per token.
+        experts. Adapters of DoRA compute their norms when it begins. Enter this context around
+        forward passes between which no weight changes, such as a rollout's, so that this is done
+        once instead of once per token.
         """
         half = self._compute is not torch.float32
-        with torch.autocast(device, self._compute, enabled=half), self._expert_casts.kept():
-            yield
+        outermost, self._in_pass = not self._in_pass, True
+        try:
+            if outermost:
+                dora.update_norms(self._all_adapted)
+            with torch.autocast(device, self._compute, enabled=half), self._expert_casts.kept():
+                yield
+        finally:
+            self._in_pass = not outermost
 
     def run(
         self,
@@ -139,7 +162,8 @@ class LanguageModel(nn.Module):
         detach_trunk: bool = False,
         positions: Tensor | None = None,
         read: HiddenReader | None = None,
-    ) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
+        balance: Tensor | None = None,
+    ) -> ModelOutputs:
         """Computes logits and values at k positions of each row.
 
         Args:
@@ -154,12 +178,15 @@ class LanguageModel(nn.Module):
             positions: (n, L) int64; default: computed from the mask.
             read: reads the hidden states, if it wants to and the function from hidden states to
                 logits is known.
+            balance: the tokens that count in the routers' load-balancing loss, (n, L) bool; None to
+                compute none.
 
         Returns:
             The logits, (n, k, V) in the model's dtype, the tensors that `read` returns, or None if
             not computed; and the values, (n, k) float32. The values are None without a value
             function, with `want="logits"`, and with a cache if the value function has a separate
-            trunk.
+            trunk. With `balance` also the routers' loss, a scalar with gradient; None if the logits
+            are.
         """
         if positions is None:
             # From the mask, so that left padding does not shift positions (trl#6819: 34 nats of
@@ -168,15 +195,29 @@ class LanguageModel(nn.Module):
         inputs: dict[str, Any] = {"attention_mask": attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = positions
-        logits: Tensor | tuple[Tensor, ...] | None = None
+        logits, balanced = None, None
         if want != "values" or self.value_trunk is None:
-            logits = self._logits(tokens, inputs, keep, cache, read)
+            logits, balanced = self._logits(tokens, inputs, keep, cache, read, balance)
+        values = self._values(tokens, inputs, keep, cache, want, detach_trunk=detach_trunk)
+        return (logits, values) if balance is None else (logits, values, balanced)
+
+    def _values(
+        self,
+        tokens: Tensor,
+        inputs: dict[str, Any],
+        keep: int | Tensor,
+        cache: Any,
+        want: str,
+        *,
+        detach_trunk: bool,
+    ) -> Tensor | None:
+        """The values of :meth:`run`; reads what a shared trunk has just computed."""
         hidden: Any = self._hidden  # of a shared trunk
         self._hidden = None  # it keeps all activations alive
         # A separate value trunk has no cache: it reads complete responses.
         separate_and_cached = self.value_trunk is not None and cache is not None
         if self.value_head is None or want == "logits" or separate_and_cached:
-            return logits, None
+            return None
         if self.value_trunk is not None:  # always trained together with the value head
             hidden = self.value_trunk(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
             hidden = hidden[:, -keep:] if isinstance(keep, int) else hidden_at(hidden, keep)
@@ -186,8 +227,8 @@ class LanguageModel(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             # A copy, not a view: FSDP2 registers hooks on the outputs, and an in-place operation on
             # a view would lose them.
-            values = self.value_head(hidden.float()).squeeze(-1).clone()
-        return logits, values
+            values: Tensor = self.value_head(hidden.float()).squeeze(-1).clone()
+        return values
 
     def _logits(
         self,
@@ -196,20 +237,26 @@ class LanguageModel(nn.Module):
         keep: int | Tensor,
         cache: Any,
         read: HiddenReader | None,
-    ) -> Tensor | tuple[Tensor, ...]:
+        balance: Tensor | None,
+    ) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
         """Runs the language model; stores the hidden states for a shared value head."""
         inputs = inputs | {
             "input_ids": tokens, self._cache_name: cache, "use_cache": cache is not None,
             "logits_to_keep": keep if isinstance(keep, int) else 0,  # 0: all
         }  # fmt: skip
+        if balance is not None:
+            inputs["output_router_logits"] = True
         self._read_at = None if isinstance(keep, int) else keep
         count = len(tokens) * keep if isinstance(keep, int) else len(keep)
         try:
             if read is None or not self._is_read(read, count):
-                return self.lm(**inputs).logits
-            with self.output.reading(partial(read, self.output)) as results:
-                self.lm(**inputs)
-            return results[0]
+                found = self.lm(**inputs)
+                logits = found.logits
+            else:
+                with self.output.reading(partial(read, self.output)) as results:
+                    found = self.lm(**inputs)
+                logits = results[0]
+            return logits, None if balance is None else router_loss(self.lm, found, balance)
         except BaseException:
             self._hidden = None
             raise
@@ -247,13 +294,13 @@ class AdapterFreePolicy:
         positions: Tensor | None = None,
         read: HiddenReader | None = None,
         **_: Any,
-    ) -> tuple[Any, None]:
+    ) -> ModelOutputs:
         """Like :meth:`LanguageModel.run` with `want="logits"`; the values are None."""
-        logits, _values = self._model(
+        outputs: ModelOutputs = self._model(
             tokens, attention_mask, keep, cache=cache, positions=positions, want="logits",
             adapters=False, read=read,
         )  # fmt: skip
-        return logits, None
+        return outputs
 
     def autocast(self, device: str) -> AbstractContextManager[None]:
         """As :meth:`LanguageModel.autocast`."""

@@ -27,7 +27,8 @@ from engine.train.data.chat_template import read_chat_template
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import offload_between_uses, place_model
-from engine.train.models import lora
+from engine.train.models.adapters import dora, lora
+from engine.train.models.adapters.quantised_linear import quantise
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import (
@@ -37,7 +38,6 @@ from engine.train.models.language_model import (
     cache_name,
 )
 from engine.train.models.mixed_precision import keep_hidden_states_float32
-from engine.train.models.quantised_linear import quantise
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 
@@ -82,9 +82,10 @@ def load_policy(
     with without_weights(ranks):
         if adapted:
             lora.add_adapters(lm, config.lora, seed=config.seed, base=base)
+            quantise(lm, config.lora)
+            dora.initialise(lora.adapted_layers(lm))
             if source != base and ranks.is_lead:
                 lora.load_adapters(lm, Path(source))
-            quantise(lm, config.lora)
         policy = LanguageModel(lm, value, compute_dtype(config))
         if value_model is not None:
             policy.value_trunk, policy.value_head = value_model
@@ -93,6 +94,7 @@ def load_policy(
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
                 quantise(trunk, config.lora)
+                dora.initialise(lora.adapted_layers(trunk))
             policy.value_trunk = trunk
     policy.cast_experts()
     if config.parallel.activation_checkpointing:

@@ -7,6 +7,7 @@ nor needed.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -156,7 +157,8 @@ def _shape(model: Any, config: Any, *, eager: bool, on_cpu: bool) -> Shape:
             for m in layer.modules()
             if isinstance(m, nn.Linear | Conv1D)
         ),
-        linear=_linear(layers),
+        linear=_linear(layers, lambda m: sum(m.weight.shape)),
+        outputs=_linear(layers, lambda m: m.weight.shape[0 if isinstance(m, nn.Linear) else 1]),
         window=_window(config),
         mask_heads=heads if config.model_type == "falcon" and config.alibi else 1,
         score_heads=heads if eager or _shares_keys_without_kernel(config, on_cpu=on_cpu) else 0,
@@ -211,13 +213,14 @@ def _intermediate(config: Any) -> int:
     return int(width or 4 * config.hidden_size)
 
 
-def _linear(layers: list[nn.Module]) -> dict[str, int]:
+def _linear(layers: list[nn.Module], size: Callable[[nn.Linear | Conv1D], int]) -> dict[str, int]:
+    """Sums a size of the linear modules of each name."""
     found: dict[str, int] = {}
     for layer in layers:
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
                 name = path.rsplit(".", 1)[-1]
-                found[name] = found.get(name, 0) + sum(module.weight.shape)
+                found[name] = found.get(name, 0) + size(module)
     return found
 
 

@@ -37,6 +37,8 @@ class TokenOutputs:
     """Entropies of the distributions at the temperature, in nats; None if not requested."""
     loss: tuple[Tensor, Tensor] | None = None
     """The loss and its sums, if computed together with the logits; `logprobs` are then zeros."""
+    router_loss: Tensor | None = None
+    """The load-balancing loss of experts, a scalar with gradient; None if not requested."""
 
     @property
     def width(self) -> int:
@@ -119,6 +121,7 @@ def rollout_forward(
     entropies: bool = False,
     loss: LossOfRows | None = None,
     separable: bool = True,
+    balance: bool = False,
 ) -> TokenOutputs:
     """Computes log-probabilities and values of some rows' response tokens in one forward pass.
 
@@ -140,8 +143,10 @@ def rollout_forward(
         loss: the loss to compute from the log-probabilities. It is called instead of returning them
             if there would be more logits than may be in memory at a time.
         separable: see :class:`ChunkedLoss`.
+        balance: also compute the routers' loss, over the tokens of the input.
     """
-    length = int(rollout.host_lengths[:, rows].sum(0).max()) - 1
+    lengths = rollout.host_lengths[:, rows].sum(0)
+    length = int(lengths.max()) - 1
     width = int(rollout.host_lengths[1, rows].max())
     index = response_mask(rollout.host_lengths[1, rows], width).flatten().nonzero().squeeze(1)
     both = torch.cat([rows, index]).to(rollout.ids.device)  # one copy
@@ -154,15 +159,19 @@ def rollout_forward(
     read_at = real.pack(read_at + starts[:, None])
     loss_of_tokens = None if loss is None else real.packed_loss(loss)
     read = RolloutReader(responses, temperature, entropies, loss_of_tokens, separable)
-    found, values = model(
-        tokens, no_padding, read_at, want=want, detach_trunk=detach_trunk, read=read
+    options: dict[str, Tensor] = {}
+    if balance:
+        options["balance"] = response_mask(lengths - 1, length).to(rows.device)
+    found, values, *others = model(
+        tokens, no_padding, read_at, want=want, detach_trunk=detach_trunk, read=read, **options
     )
+    router_loss = others[0] if others else None
     values = None if values is None else real.unpack(values)
     nothing = torch.zeros(real.rows, real.width, device=rows.device)
     if found is None or want == "values":
         return TokenOutputs(nothing, values, None)
     if isinstance(found, tuple) and loss is not None:
-        return TokenOutputs(nothing, values, None, (found[0], found[1]))
+        return TokenOutputs(nothing, values, None, (found[0], found[1]), router_loss)
     if isinstance(found, tuple):
         logprobs, entropy = found if entropies else (found[0], None)
     elif entropies:
@@ -170,7 +179,10 @@ def rollout_forward(
     else:
         logprobs, entropy = token_logprobs(found, responses, temperature), None
     return TokenOutputs(
-        real.unpack(logprobs), values, None if entropy is None else real.unpack(entropy)
+        real.unpack(logprobs),
+        values,
+        None if entropy is None else real.unpack(entropy),
+        router_loss=router_loss,
     )
 
 

@@ -117,6 +117,8 @@ def _optimiser_metrics(stats: UpdateStats, config: RunConfig) -> dict[str, float
         metrics["policy/off_policy_frac"] = sums.off_policy / sums.tokens
     if config.ppo.entropy_coef:
         metrics["loss/entropy_avg"] = sums.entropy / sums.tokens
+    if config.ppo.router_coef:
+        metrics["loss/router_avg"] = sums.router_loss / sums.tokens
     if config.kl.place == "loss":
         metrics["loss/kl_avg"] = sums.kl / sums.tokens
     return metrics | {

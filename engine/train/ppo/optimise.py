@@ -226,6 +226,7 @@ def micro_batch(
         entropies=config.ppo.entropy_coef > 0,
         loss=partial(_policy_loss_of_tokens, terms, config),
         separable=config.ppo.ratio == "token" and config.ppo.off_policy_mask is None,
+        balance=config.ppo.router_coef > 0,
     )  # fmt: skip
     values, width = outputs.values, outputs.width
     mask = rollout.mask[there, :width]
@@ -238,6 +239,10 @@ def micro_batch(
             loss, of_policy = outputs.loss
             found = dict(zip(POLICY_SUMS, of_policy, strict=True))
         sums |= found
+        if outputs.router_loss is not None:  # a mean over tokens, weighted like the other terms
+            of_routers = outputs.router_loss * mask.sum()
+            loss = loss + config.ppo.router_coef * of_routers
+            sums["router_loss"] = of_routers.detach()
         # During the value warm-up the policy's gradient is 0. DDP still expects one.
         loss = loss * 0.0 if warming_up else loss
     if values is None or targets.old_values is None or targets.returns is None:

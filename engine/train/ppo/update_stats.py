@@ -23,6 +23,8 @@ class LossSums:
     """Entropy, weighted like the loss; 0 without `ppo.entropy_coef`."""
     kl: float = 0.0
     """KL penalty in the loss, weighted like the loss, before beta; 0 unless `kl.place: loss`."""
+    router_loss: float = 0.0
+    """Load-balancing loss of experts, before its coefficient; 0 without `ppo.router_coef`."""
     value_clipped: float = 0.0
     squared_log_ratio: float = 0.0
     ratio: float = 0.0

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 
 from engine.train.distributed.sharding import blocks
+from engine.train.models.adapters.quantised_linear import packed_weight_count
 from engine.train.models.language_model import AnyModel, cache_name
-from engine.train.models.quantised_linear import packed_weight_count
 from engine.train.rollout.native.cast_weights import cast_weights
 from engine.train.rollout.native.cuda_graph import can_capture
 from engine.train.rollout.native.decoding_attention import DECODING_ATTENTION

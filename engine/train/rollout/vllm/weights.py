@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engine.errors import UserInputError
 from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rollout.messages import Checksum, TensorInfo
-from engine.train.models.lora import mergeable_weights, merged_weight
+from engine.train.models.adapters.lora import mergeable_weights, merged_weight
 from engine.train.rollout.vllm.checksum import MASK, checksum
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

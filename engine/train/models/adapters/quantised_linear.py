@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.config.sections.model import LoRAConfig
 from engine.errors import UserInputError, first_line
-from engine.train.models.lora import base_layers
+from engine.train.models.adapters.lora import base_layers
 
 BLOCK = 64
 """Number of weights that share a scale."""

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021) through peft.
+"""LoRA adapters (Hu et al. 2021) through peft, also rank-stabilised and as DoRA.
 
 peft replaces the linear layers in place, so the model keeps its transformers class and interface.
 Adapters are float32 regardless of the model's dtype. Only runs with adapters import peft, which
@@ -25,6 +25,7 @@ from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError, first_line
 from engine.train.data.randomness import derived_key
 from engine.train.distributed.sharding import full_tensor
+from engine.train.models.adapters import dora
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -37,6 +38,8 @@ PREFIX = "base_model.model."
 
 def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: str) -> None:
     """Freezes a model and adds adapters to its linear layers; its outputs do not change.
+
+    With DoRA, call :func:`.dora.initialise` once the frozen weights have their final values.
 
     Args:
         lm: the model, changed in place.
@@ -60,6 +63,8 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
     adapters = LoraConfig(
         r=config.rank or 0,
         lora_alpha=config.alpha or 0,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
         target_modules=config.targets or "all-linear",
         exclude_modules=routers or None,
         lora_dropout=0.0,  # old and new log-probabilities must come from the same function
@@ -76,6 +81,8 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
             raise UserInputError(f"lora.targets: {first_line(error)}") from error
     for name, layer in _named_layers(lm):
         _initialise(layer, derived_key(seed, f"adapter {name}"))
+        if config.dora:
+            dora.add_lengths(layer)
 
 
 def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
@@ -147,19 +154,23 @@ def mergeable_weights(module: nn.Module) -> "dict[str, tuple[nn.Parameter, LoraL
 
 
 def merged_weight(weight: nn.Parameter, layer: "LoraLayer | None") -> Tensor:
-    """Merges a weight with its adapter: W + scale · B·A in float32; unchanged without one.
+    """Merges a weight with its adapter in float32; unchanged without one.
+
+    The result is W + scale · B·A, with DoRA its rows at their trained lengths.
 
     In a sharded model the weight is gathered; all ranks must call this in the same order.
     """
     whole = full_tensor(weight.detach())
     if layer is None:
         return whole
-    first, second = (
-        full_tensor(part["default"].get_parameter("weight").detach()).float()
-        for part in (layer.lora_A, layer.lora_B)
-    )
-    change = (second @ first) * layer.scaling["default"]
-    return whole.float() + (change.T if getattr(layer, "fan_in_fan_out", False) else change)
+    transposed = getattr(layer, "fan_in_fan_out", False)
+    change = dora.low_rank_change(layer)
+    lengths = dora.row_lengths(layer)
+    if lengths is None:
+        return whole.float() + (change.T if transposed else change)
+    rows = dora.adapted_rows(layer)
+    rows *= (lengths.weight.detach() / torch.linalg.vector_norm(rows, dim=1))[:, None]
+    return rows.T if transposed else rows
 
 
 def adapter_tensors(

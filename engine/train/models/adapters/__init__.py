@@ -1,0 +1,1 @@
+"""Adapters to train: LoRA, DoRA, and frozen layers in 4 bits under them."""

@@ -1,0 +1,46 @@
+"""The auxiliary loss that balances the load of experts (`ppo.router_coef`).
+
+Source: Fedus et al. 2021, arXiv 2101.03961 (Switch Transformer, equations 4 to 6), as transformers
+computes it: over the routers of all layers together. With E experts it is E · Σᵢ fᵢ · Pᵢ, where fᵢ
+is the mean number of times that a token is sent to expert i, over layers and tokens, and Pᵢ the
+mean probability that routers give it. k experts for each token, evenly used, make it k.
+"""
+
+import inspect
+import sys
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+FUNCTION = "load_balancing_loss_func"
+"""The name of the loss in a module of transformers, which calls it in a model's forward pass."""
+
+
+def has_router_loss(lm: PreTrainedModel) -> bool:
+    """Whether transformers computes the loss for this model."""
+    asks = "output_router_logits" in inspect.signature(lm.forward).parameters
+    return asks and hasattr(sys.modules[_class(lm).__module__], FUNCTION)
+
+
+def router_loss(lm: PreTrainedModel, outputs: Any, real: Tensor) -> Tensor:
+    """Computes the loss from the outputs of a model.
+
+    The model's own includes tokens that pad the end, because its attention needs no mask.
+
+    Args:
+        lm: a model with :func:`has_router_loss`.
+        outputs: its outputs with `output_router_logits`.
+        real: (n, L) bool, false for padding.
+    """
+    function = getattr(sys.modules[_class(lm).__module__], FUNCTION)
+    model: Any = lm
+    loss: Tensor = function(
+        outputs.router_logits, model.num_experts, model.num_experts_per_tok, real
+    )
+    return loss
+
+
+def _class(lm: PreTrainedModel) -> type:
+    """The model's class in transformers: `fully_shard` derives another one from it."""
+    return next(c for c in type(lm).__mro__ if not c.__name__.startswith("FSDP"))
