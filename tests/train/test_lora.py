@@ -23,23 +23,21 @@ from transformers import (
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.merge import merge
 from engine.train.checkpoints.saver import Saver
-from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.adapters import lora
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
-from engine.train.models.pretrained import load_lm, load_policy, load_reference
+from engine.train.models.pretrained import load_policy, load_reference
 from engine.train.step import train_step
+from tests.train.loaded import SINGLE_RANK, loaded_lm
 from tests.variants import some_of
 
-SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 DEADLINE = 120
 """Seconds; generous, for a busy machine."""
 RANK = "lora.rank=4"
@@ -94,7 +92,7 @@ def logits(model):
 @pytest.fixture(scope="module")
 def plain(half_policy):
     """The base model, without adapters, with the products that a run's models use."""
-    model = LanguageModel(load_lm(str(half_policy), "model.policy", SINGLE_RANK))
+    model = LanguageModel(loaded_lm(half_policy))
     use_cpu_layers(model, SINGLE_RANK)
     return model
 
@@ -215,7 +213,7 @@ def test_a_merged_policy_is_a_plain_model_with_the_same_logits(trained, tmp_path
     run, session = trained
     save(run, session)
     merge(session, 1, "policy", tmp_path / "merged")
-    lm = load_lm(str(tmp_path / "merged"), "model.policy", SINGLE_RANK)
+    lm = loaded_lm(tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     gap = (logits(LanguageModel(lm)) - logits(run.policy)).abs().max()
     assert gap < 5e-5
@@ -338,12 +336,12 @@ def test_the_transposed_layers_of_gpt2_are_adapted_saved_and_loaded(tmp_path, ta
     config = LoRAConfig(rank=2, alpha=2, targets=targets)
 
     def adapted(seed):
-        lm = load_lm(base, "model.policy", SINGLE_RANK)
+        lm = loaded_lm(base)
         lora.add_adapters(lm, config, seed=seed, base=base)
         return LanguageModel(lm).eval()
 
     policy = adapted(0)
-    expected = logits(LanguageModel(load_lm(base, "model.policy", SINGLE_RANK)).eval())
+    expected = logits(LanguageModel(loaded_lm(base)).eval())
     assert torch.equal(logits(policy), expected)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

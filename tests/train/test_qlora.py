@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.model import LoRAConfig
 from engine.errors import UserInputError
 from engine.protocol.rank_messages import Begin
@@ -16,7 +15,6 @@ from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.merge import merge
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import read_unsharded
-from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.adapters.quantised_linear import QuantisedLinear, dequantise, quantise
 from engine.train.models.language_model import (
@@ -25,10 +23,9 @@ from engine.train.models.language_model import (
     fingerprint,
     parameter_count,
 )
-from engine.train.models.pretrained import load_lm
 from engine.train.step import train_step
+from tests.train.loaded import SINGLE_RANK, loaded_lm
 
-SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 DEADLINE = 120
 """Seconds; generous, for a busy machine."""
 NF4 = LoRAConfig(rank=4, quantise="nf4")
@@ -115,7 +112,7 @@ def test_a_merged_policy_has_the_logits_of_the_policy_that_was_trained(trained, 
     run, session, *_ = trained
     save(run, session)
     merge(session, 1, "policy", tmp_path / "merged")
-    lm = load_lm(str(tmp_path / "merged"), "model.policy", SINGLE_RANK)
+    lm = loaded_lm(tmp_path / "merged")
     assert not packed_layers(lm)
     assert (logits(LanguageModel(lm)) - logits(run.policy)).abs().max() < 5e-5
 

@@ -22,13 +22,14 @@ from engine.train.rewards.kinds.encoding import EncodedResponses
 from engine.train.rewards.kinds.model import RewardModel
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.source import LoadContext, RewardInputs
+from tests.train.loaded import loaded_reward_model
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 
 
 def test_the_same_tokens_or_the_same_text_give_the_same_score(inputs, tokenizer):
     config = RewardConfig(model="starter:reward")
-    by_ids = RewardModel("starter:reward", None, config, tokenizer.get_vocab(), SINGLE_RANK)
+    by_ids = loaded_reward_model("starter:reward", None, config, tokenizer.get_vocab())
     got = by_ids(inputs, report_nothing)
     model = AutoModelForSequenceClassification.from_pretrained(
         starter.resolve("starter:reward"), dtype=torch.float32
@@ -54,7 +55,7 @@ def foreign_classifier(tmp_path, tokenizer):
 
 def test_padding_never_hides_the_end_of_a_response(foreign_classifier, inputs, tokenizer):
     config = RewardConfig(model=foreign_classifier)
-    reward = RewardModel(foreign_classifier, "good", config, tokenizer.get_vocab(), SINGLE_RANK)
+    reward = loaded_reward_model(foreign_classifier, "good", config, tokenizer.get_vocab())
     together = reward(inputs, report_nothing)
     for i in range(3):
         one = RewardInputs(
@@ -109,8 +110,8 @@ def test_an_encoder_of_another_tokenizer_scores_as_when_it_is_called_by_hand(
     inputs, tokenizer, encoder, pair
 ):
     folder, model, own = encoder
-    reward = RewardModel(
-        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), SINGLE_RANK, pair=pair
+    reward = loaded_reward_model(
+        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), pair=pair
     )
     got = reward(inputs, report_nothing)
     assert len({round(score, 3) for score in got}) == 3
@@ -123,8 +124,8 @@ def test_an_encoder_of_another_tokenizer_scores_as_when_it_is_called_by_hand(
 @pytest.mark.parametrize("pair", [False, True])
 def test_a_rank_without_responses_scores_none(inputs, tokenizer, encoder, pair):
     folder, _, _ = encoder
-    reward = RewardModel(
-        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), SINGLE_RANK, pair=pair
+    reward = loaded_reward_model(
+        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), pair=pair
     )
     assert reward(inputs.select(torch.arange(0)), report_nothing) == []
 
@@ -132,7 +133,7 @@ def test_a_rank_without_responses_scores_none(inputs, tokenizer, encoder, pair):
 def test_a_value_cannot_be_fitted_to_a_model_that_reads_other_tokens(encoder, tokenizer):
     folder, _, _ = encoder
     config = RewardConfig(model=folder)
-    reward = RewardModel(folder, None, config, tokenizer.get_vocab(), SINGLE_RANK)
+    reward = loaded_reward_model(folder, None, config, tokenizer.get_vocab())
     with pytest.raises(UserInputError, match=r"bert' does not: set model\.value: shared"):
         reward.check_states()
 
@@ -142,7 +143,7 @@ def test_an_encoder_reads_the_end_of_what_is_too_long_and_its_special_tokens(
 ):
     folder, model, own = encoder
     config = RewardConfig(model=folder, max_tokens=8)
-    reward = RewardModel(folder, None, config, tokenizer.get_vocab(), SINGLE_RANK)
+    reward = loaded_reward_model(folder, None, config, tokenizer.get_vocab())
     (score,) = reward(inputs.select(torch.tensor([1])), report_nothing)
     words = ["[CLS]", "long", "[UNK]", "and", "bad", "again", "[UNK]", "[SEP]"]
     by_hand = torch.tensor([own.convert_tokens_to_ids(words)])
@@ -152,9 +153,9 @@ def test_an_encoder_reads_the_end_of_what_is_too_long_and_its_special_tokens(
 def test_of_several_labels_one_must_be_chosen(foreign_classifier, tokenizer):
     config = RewardConfig(model=foreign_classifier)
     with pytest.raises(UserInputError, match=r"has 3 labels.*2: good"):
-        RewardModel(foreign_classifier, None, config, tokenizer.get_vocab(), SINGLE_RANK)
+        loaded_reward_model(foreign_classifier, None, config, tokenizer.get_vocab())
     with pytest.raises(UserInputError, match="no label 'nice'"):
-        RewardModel(foreign_classifier, "nice", config, tokenizer.get_vocab(), SINGLE_RANK)
+        loaded_reward_model(foreign_classifier, "nice", config, tokenizer.get_vocab())
 
 
 def test_a_folder_without_a_classifier_is_an_error_on_one_line(tmp_path, tokenizer):

@@ -15,7 +15,7 @@ from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.reward import RewardConfig
 from engine.progress import report_nothing
 from engine.train.distributed.ranks import RankGroup
-from engine.train.rewards.kinds.model import RewardModel
+from tests.train.loaded import loaded_reward_model
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 SHAPE = {
@@ -54,8 +54,7 @@ def load(tmp_path, tokenizer):
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         config = RewardConfig(model=str(tmp_path), dtype="float32")
-        reward = RewardModel(str(tmp_path), None, config, tokenizer.get_vocab(), SINGLE_RANK)
-        reward.place(SINGLE_RANK, on_host=False)
+        reward = loaded_reward_model(str(tmp_path), None, config, tokenizer.get_vocab())
         return reward, model.eval()
 
     return loaded

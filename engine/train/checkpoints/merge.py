@@ -20,6 +20,7 @@ from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import SessionFolder
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.sharding import place_model
 from engine.train.models.adapters.quantised_linear import dequantise, quantise
 from engine.train.models.language_model import LanguageModel, fingerprint
 from engine.train.models.pretrained import compute_dtype, load_lm, load_tokenizer, policy_options
@@ -57,6 +58,7 @@ def merge(session: SessionFolder, step: int, part: str, target: Path) -> None:
     read = policy_options(config, source)
     lm = load_lm(source, "model.policy", ranks, compute_dtype(config), read)
     quantise(lm, config.lora)
+    place_model(lm, ranks, "ddp")
     if fingerprint(LanguageModel(lm)) != state.base:
         raise CheckpointError(
             "the model under the adapters is not the one this run was started with: "

@@ -1,9 +1,9 @@
 """Places models on the ranks: replicated (DDP) or sharded (torch's FSDP2).
 
-To replicate a model, rank 0 reads its weights and broadcasts them. To shard it, each rank reads its
-own shards (:mod:`engine.train.distributed.stored_tensor`), so that no rank holds the whole model; a
-rank that does not have the files receives its shards from rank 0. Each byte is read once, and the
-other machines need no copy of the files.
+To replicate a model, rank 0 reads its weights, one tensor at a time, to the device and broadcasts
+them. To shard it, each rank reads its own shards (:mod:`engine.train.distributed.stored_tensor`),
+so that no rank holds the whole model; a rank that does not have the files receives its shards from
+rank 0. Each byte is read once, and the other machines need no copy of the files.
 """
 
 import logging
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from engine.train.distributed.file_backed import back_by_file, drop_pages
 from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.stored_tensor import read_stored
 from engine.train.distributed.weight_source import WeightSource
 
 log = logging.getLogger("engine")
@@ -57,8 +58,8 @@ def place_model(
     Changes `module` in place. All ranks must call it.
 
     Args:
-        module: the model, with its weights on rank 0 and on the meta device on the other ranks. For
-            `fsdp` some or all may be on the meta device on rank 0 too, and marked as stored.
+        module: the model, with its weights on rank 0 and on the meta device on the other ranks.
+            Some or all may be on the meta device on rank 0 too, and marked as stored.
         ranks: all ranks of this attempt.
         strategy: `ddp` (replicated) or `fsdp`.
         compute: dtype in which FSDP gathers the weights; the shards keep their own dtype.
@@ -67,12 +68,15 @@ def place_model(
     Raises:
         OSError: a file of the weights cannot be read.
     """
-    if ranks.size == 1:
-        module.to(ranks.device)
-    elif strategy == "fsdp":
+    if ranks.size > 1 and strategy == "fsdp":
         _shard(module, ranks, compute, on_host=on_host)
-    else:
-        module.to(ranks.device) if ranks.is_lead else module.to_empty(device=ranks.device)
+        return
+    if ranks.is_lead:
+        read_stored(module, ranks.device)
+        module.to(ranks.device)
+    if ranks.size > 1:
+        if not ranks.is_lead:
+            module.to_empty(device=ranks.device)
         _tie_weights(module)
         for tensor in [*module.parameters(), *module.buffers()]:
             _broadcast(tensor.data, ranks)

@@ -1,8 +1,8 @@
 """Tensors in safetensors files, read in parts.
 
 The file is read, not mapped: the pages of a mapping would count as memory of the process, and their
-unaligned offsets would select other kernels. A sharded model is loaded through this module, so that
-no rank ever holds more than its own shards and one tensor.
+unaligned offsets would select other kernels. Models are loaded through this module, one tensor at a
+time, so that no rank ever holds more than what it keeps and one tensor.
 
 Source: the format, https://huggingface.co/docs/safetensors (an 8-byte length, a JSON header with
 the offsets, then the bytes of the tensors in row-major order).
@@ -187,6 +187,32 @@ def held_values(parameter: Tensor) -> Tensor:
     """The values of a parameter, from its file if it is on the meta device."""
     stored = stored_of(parameter)
     return parameter.data if stored is None else stored.read(dtype=parameter.dtype)
+
+
+def read_stored(module: nn.Module, device: torch.device) -> None:
+    """Reads the parameters that are still in their files to a device, one at a time.
+
+    Tied parameters stay tied. The others of the module are left as they are.
+
+    Args:
+        module: the model, changed in place.
+        device: a tensor that a CPU gets is not copied again.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    read: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            stored = stored_of(parameter)
+            if stored is None:
+                continue
+            if parameter not in read:
+                values = stored.read(dtype=parameter.dtype)
+                if device.type != "cpu":  # accelerate numbers CPUs, and to `cpu:1` it is copied
+                    values = values.to(device)
+                read[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            part.register_parameter(name, read[parameter])
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -161,7 +161,7 @@ def reward_options(source: RewardSource) -> ReadOptions:
 
 
 def shards_weights(ranks: RankGroup, strategy: str) -> bool:
-    """Whether models are sharded, so that rank 0 does not have to read them whole."""
+    """Whether models are sharded, so that each rank reads its own part."""
     return ranks.size > 1 and strategy == "fsdp"
 
 
@@ -182,17 +182,19 @@ def load_lm(
         ranks: all ranks; all must call this.
         dtype: dtype of the weights.
         read: how it is read.
-        sharded: whether the model is going to be sharded. Its weights then stay in their files
-            where that is possible (:mod:`engine.train.models.stored_weights`).
+        sharded: whether the model is going to be sharded.
+
+    Returns:
+        The model. Place it (:func:`engine.train.distributed.sharding.place_model`) before using
+        it: where that is possible, its weights are still in their files.
 
     Raises:
         UserInputError: the model cannot be loaded or used.
     """
     lm, stored = None, None
     if ranks.is_lead:
-        lm, stored = read_model(AutoModelForCausalLM, source, key, dtype, read, sharded=sharded)
+        lm, stored = read_model(AutoModelForCausalLM, source, key, dtype, read)
         _check_usable(lm, key)
-        copy_weights(lm)
     with broadcast_files(ranks, *((lm.config, lm.generation_config) if lm else ())) as folder:
         if lm is None:
             with without_weights(ranks):
@@ -204,8 +206,7 @@ def load_lm(
                     **read.of_model(),
                 )
             lm.generation_config = GenerationConfig.from_pretrained(folder)
-    if sharded:
-        share_stored(lm, stored, ranks)
+    share_stored(lm, stored, ranks, sharded=sharded)
     return lm
 
 
@@ -225,10 +226,8 @@ def read_model(
     key: str,
     dtype: torch.dtype,
     read: ReadOptions,
-    *,
-    sharded: bool,
 ) -> tuple[Any, StoredModel | None]:
-    """Reads a model on rank 0, or locates its weights if it is going to be sharded.
+    """Builds a model on rank 0 and locates its weights, or reads it whole.
 
     Args:
         kind: one of the Auto classes.
@@ -236,17 +235,16 @@ def read_model(
         key: the configuration key that names the source, for error messages.
         dtype: dtype of the weights.
         read: how it is read.
-        sharded: whether it is going to be sharded. All ranks then call `share_stored`.
 
     Returns:
-        The model, and where its weights are; None if it holds them.
+        The model, and where its weights are, for `share_stored`; None if it holds them.
 
     Raises:
         UserInputError: the model cannot be loaded.
     """
-    if sharded and (empty := empty_model(kind, source, key, dtype, read)) is not None:
+    if (empty := empty_model(kind, source, key, dtype, read)) is not None:
         return empty
-    return read_pretrained(kind, source, key, read=read, dtype=dtype), None
+    return copy_weights(read_pretrained(kind, source, key, read=read, dtype=dtype)), None
 
 
 def _check_usable(lm: PreTrainedModel, key: str) -> None:
@@ -272,14 +270,12 @@ def _load_trunk(
 ) -> Any:
     trunk, stored = None, None
     if ranks.is_lead:
-        trunk, stored = read_model(AutoModel, source, "model.policy", dtype, read, sharded=sharded)
-        copy_weights(trunk)
+        trunk, stored = read_model(AutoModel, source, "model.policy", dtype, read)
     else:
         trunk = AutoModel.from_config(
             lm.config, dtype=dtype, trust_remote_code=read.trust_remote_code, **read.of_model()
         )
-    if sharded:
-        share_stored(trunk, stored, ranks)
+    share_stored(trunk, stored, ranks, sharded=sharded)
     return trunk
 
 

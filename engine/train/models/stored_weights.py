@@ -1,12 +1,16 @@
-"""Builds models for FSDP, leaving weights in their files until each rank reads its shards.
+"""Builds models whose weights stay in their files until they are placed on a device.
 
 :func:`empty_model` builds a model on the meta device on rank 0, :func:`share_stored` tells the
-other ranks where the weights are, and :func:`engine.train.distributed.sharding.place_model` reads
-them. This works for models whose parameters are stored under their own names. If transformers has
-to convert tensors (joining experts into one tensor, quantised weights) or initialise some,
+other ranks where the weights are if each of them reads its own shards, and
+:func:`engine.train.distributed.sharding.place_model` reads them. So host memory never holds the
+whole of a model that is sharded, that is on a GPU, or whose weights are packed in 4 bits.
+
+This works for models whose parameters are stored under their own names. If transformers has to
+convert tensors (joining experts into one tensor, quantised weights) or initialise some,
 :func:`empty_model` returns None and rank 0 reads the whole model.
 """
 
+import copy
 import dataclasses
 import logging
 from pathlib import Path
@@ -89,23 +93,18 @@ def empty_model(
     if (adapters := find_adapters(source, key, read.revision)) is not None:
         return _empty_adapted(kind, adapters, key, dtype, read)
     check_weights(source, key)
-    config = read_pretrained(AutoConfig, source, key, "configuration", read)
-    if getattr(config, "quantization_config", None) is not None:
-        return None
     try:
+        config = read_pretrained(AutoConfig, source, key, "configuration", read)
         files = _weight_files(source, read.revision)
-        with init_empty_weights(include_buffers=False):
-            model = kind.from_config(
-                config, dtype=dtype, trust_remote_code=False, **read.of_model()
-            )
-        model.tie_weights()  # every registration has created a separate parameter
+        model = _on_meta(kind, config, dtype, read)
         stored = {name: t for f in files for name, t in stored_tensors(f).items()}
         found = _by_parameter(model, stored, dtype)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        as_is = found is not None and _has_exact_constants(model, kind, dtype, read)
+    except (UserInputError, OSError, ValueError, LookupError, TypeError) as error:
         # If the model cannot be loaded at all, transformers will report that too.
         log.info("load: rank 0 reads all of %s: %s", source, error)
         return None
-    if found is None:
+    if found is None or not as_is:
         log.info("load: rank 0 reads all of %s: its tensors are converted", source)
         return None
     for name, buffer in model.named_buffers():
@@ -114,6 +113,29 @@ def empty_model(
     if model.can_generate():
         _read_generation_config(model, source, read.revision)
     return model.eval(), StoredModel(found, {str(f): file_digest(f) for f in files})
+
+
+def _on_meta(kind: Any, config: Any, dtype: torch.dtype, read: ReadOptions) -> Any:
+    """Builds a model with its parameters on the meta device. Raises ValueError and others."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("its weights are quantised")
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, dtype=dtype, trust_remote_code=False, **read.of_model())
+    model.tie_weights()  # every registration has created a separate parameter
+    return model
+
+
+def _has_exact_constants(model: Any, kind: Any, dtype: torch.dtype, read: ReadOptions) -> bool:
+    """Whether float32 buffers do not depend on the model's dtype.
+
+    GPT-J computes its positions in the dtype in which it is built, then stores them as float32;
+    `from_pretrained` computes them again.
+    """
+    if dtype is torch.float32:
+        return True
+    exact = _on_meta(kind, copy.deepcopy(model.config), torch.float32, read)
+    pairs = zip(model.buffers(), exact.buffers(), strict=True)
+    return all(b.dtype != e.dtype or torch.equal(b, e) for b, e in pairs)
 
 
 def _empty_adapted(
@@ -147,17 +169,25 @@ def _empty_adapted(
     return model, StoredModel(tensors, digests)
 
 
-def share_stored(model: nn.Module, stored: StoredModel | None, ranks: RankGroup) -> None:
+def share_stored(
+    model: nn.Module, stored: StoredModel | None, ranks: RankGroup, *, sharded: bool
+) -> None:
     """Marks a model's parameters with the locations that :func:`empty_model` has found.
 
-    All ranks must call it. Every rank reads its own shards if all ranks have the same files, which
-    may not be the case on other machines. Otherwise rank 0 reads and sends one tensor at a time.
+    All ranks must call it. Of a model that is going to be sharded, every rank reads its own shards
+    if all ranks have the same files, which may not be the case on other machines. Otherwise rank 0
+    reads and sends one tensor at a time.
 
     Args:
         model: on the meta device, on every rank.
         stored: on rank 0; None if it has read the whole model.
         ranks: all ranks of this attempt.
+        sharded: whether the model is going to be sharded.
     """
+    if not sharded:
+        if stored is not None:
+            _mark(model, stored, on_every_rank=False)
+        return
     with torch.device("cpu"):  # the caller may be building modules on the meta device
         data = ranks.broadcast_bytes(msgspec.msgpack.encode(stored) if ranks.is_lead else b"")
         shared = msgspec.msgpack.decode(data, type=examined(StoredModel | None))
@@ -168,9 +198,13 @@ def share_stored(model: nn.Module, stored: StoredModel | None, ranks: RankGroup)
     everywhere = all(answer == b"1" for answer in answers)
     if not everywhere:
         log.info("load: rank 0 reads the weights for all, since others do not have the files")
+    _mark(model, shared, on_every_rank=everywhere)
+
+
+def _mark(model: nn.Module, stored: StoredModel, *, on_every_rank: bool) -> None:
     parameters = dict(model.named_parameters())
-    for name, tensor in shared.tensors.items():
-        mark_stored(parameters[name], replace(tensor, on_every_rank=everywhere))
+    for name, tensor in stored.tensors.items():
+        mark_stored(parameters[name], replace(tensor, on_every_rank=on_every_rank))
 
 
 def _weight_files(source: str, revision: str | None) -> list[Path]:

@@ -11,7 +11,6 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.stored_tensor import held_values
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.pretrained import (
-    copy_weights,
     load_tokenizer,
     policy_options,
     reward_options,
@@ -30,8 +29,8 @@ def load_value_model(
     response is a better first estimate of its value than 0. All ranks must call it.
 
     Returns:
-        The trunk and the head. On ranks other than 0 both are on the meta device; with `fsdp` the
-        trunk may be so on rank 0 too.
+        The trunk and the head. On ranks other than 0 both are on the meta device; the trunk may be
+        so on rank 0 too, until it is placed.
 
     Raises:
         UserInputError: the reward model does not read the policy's tokens, or has no linear layer
@@ -63,7 +62,7 @@ def load_value_model(
                 head.bias.zero_()
                 if scorer.bias is not None:
                     head.bias.copy_(held_values(scorer.bias)[label : label + 1])
-    return copy_weights(model.base_model), head
+    return model.base_model, head
 
 
 @torch.no_grad()

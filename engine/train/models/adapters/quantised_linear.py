@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.config.sections.model import LoRAConfig
 from engine.errors import UserInputError, first_line
+from engine.train.distributed.stored_tensor import held_values
 from engine.train.models.adapters.lora import base_layers
 
 BLOCK = 64
@@ -31,8 +32,8 @@ TYPE = "nf4"
 def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
     """Packs the weights of a model's linear layers, except the output layer and adapters.
 
-    Weights are packed on the host, so that the result is the same on every device. Weights on the
-    meta device stay there.
+    Weights are packed on the host, so that the result is the same on every device. Those that are
+    still in their files are read one at a time; others on the meta device stay there.
 
     Args:
         lm: the model, with adapters or without; changed in place.
@@ -79,7 +80,7 @@ class QuantisedLinear(nn.Module):
         """Packs the weight of a linear layer (`nn.Linear`, or `Conv1D` of GPT-2)."""
         super().__init__()
         self._transposed = isinstance(layer, Conv1D)
-        weight: Tensor = layer.weight.detach()
+        weight = held_values(layer.weight).detach()
         weight = weight.t() if self._transposed else weight
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype

@@ -238,16 +238,15 @@ def load_classifier(
 ) -> Any:
     """Reads a sequence classifier on rank 0, and its shape on the others, on the meta device.
 
-    With `fsdp` its weights stay in their files where that is possible.
+    Where that is possible, its weights stay in their files until it is placed.
 
     Raises:
         UserInputError: it cannot be loaded.
     """
     model, stored = None, None
-    sharded = shards_weights(ranks, strategy)
     if ranks.is_lead:
         kind = AutoModelForSequenceClassification
-        model, stored = read_model(kind, path, key, dtype, read, sharded=sharded)
+        model, stored = read_model(kind, path, key, dtype, read)
     with broadcast_files(ranks, model and model.config) as folder:
         if model is None:
             shape = read_shape(path, folder, key, read)
@@ -255,8 +254,7 @@ def load_classifier(
                 model = AutoModelForSequenceClassification.from_config(
                     shape, dtype=dtype, trust_remote_code=read.trust_remote_code
                 )
-    if sharded:
-        share_stored(model, stored, ranks)
+    share_stored(model, stored, ranks, sharded=shards_weights(ranks, strategy))
     return model
 
 
