@@ -54,7 +54,9 @@ def rollout_forward(
         ],
         1,
     )
-    logits, values = model(tokens, attention, tokens.shape[1], want=want, detach_trunk=detach_trunk)
+    logits, values, _ = model(
+        tokens, attention, tokens.shape[1], want=want, detach_trunk=detach_trunk
+    )
     longest = int(rollout.lengths[rows].max())  # of these rows; the loss expects no more
     if values is not None:
         values = values[:, -width - 1 : -1][:, :longest]
@@ -94,7 +96,7 @@ def generate(
     tokens = batch.ids
     attention = left_mask(batch.lengths, tokens.shape[1])
     for t in range(limit):
-        logits, values = model(tokens, attention, 1)
+        logits, values, _ = model(tokens, attention, 1)
         token, logprob, entropy = sample(logits[:, 0], uniforms[:, t], temperature, sampling)
         ids[:, t], floats[0, :, t], floats[1, :, t] = token, logprob, entropy
         if values is not None:

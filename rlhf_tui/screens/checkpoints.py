@@ -230,7 +230,7 @@ class CheckpointsScreen(SessionScreen):
     def _unsaved(self) -> str:
         """Why no checkpoint was saved since the last one; empty if nothing went wrong."""
         last = self._last()
-        for event in reversed(self.context.state.events):
+        for event in reversed(self.context.state.timeline.events):
             if last is not None and event.time <= last.time:
                 break
             if isinstance(event.payload, AlertEvent) and event.payload.rule == OF_CHECKPOINTS:

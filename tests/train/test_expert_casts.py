@@ -28,7 +28,7 @@ def policy(request):
 def gradients(policy):
     """Of the experts' weights, by name."""
     policy.zero_grad()
-    logits, _ = policy(IDS, torch.ones_like(IDS), 4)
+    logits = policy(IDS, torch.ones_like(IDS), 4).logits
     logits.float().log_softmax(-1)[..., 7].sum().backward()
     return {n: p.grad.clone() for n, p in policy.named_parameters() if ".experts." in n}
 
@@ -90,11 +90,11 @@ def test_a_reward_model_that_is_trained_computes_its_experts_in_bfloat16(tmp_pat
 def test_casts_end_with_the_autocast_context(policy):
     mask = torch.ones_like(IDS)
     with torch.no_grad():
-        before, _ = policy(IDS, mask, 1)
+        before = policy(IDS, mask, 1).logits
         for weight in policy.parameters():
             weight.mul_(1.5)
-        after, _ = policy(IDS, mask, 1)
+        after = policy(IDS, mask, 1).logits
         with policy.autocast("cpu"):
-            inside, _ = policy(IDS, mask, 1)
+            inside = policy(IDS, mask, 1).logits
     assert not torch.equal(before, after)
     assert torch.equal(after, inside)

@@ -15,7 +15,7 @@ def test_the_greedy_rollout_has_each_prompt_s_most_likely_response(make_run):
         assert prompt is rollout.batch.prompts[2 * i]
         ids = list(prompt.ids)
         for token in greedy.ids[i, : greedy.lengths[i]].tolist():
-            logits, _ = run.policy(torch.tensor([ids]), torch.ones(1, len(ids), dtype=int), 1)
+            logits = run.policy(torch.tensor([ids]), torch.ones(1, len(ids), dtype=int), 1).logits
             assert token == int(logits[0, -1].argmax())
             ids.append(token)
 

@@ -19,7 +19,6 @@ from engine.progress import report_nothing
 from engine.train.data.prompts import batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards.kinds.encoding import EncodedResponses
-from engine.train.rewards.kinds.model import RewardModel
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.source import LoadContext, RewardInputs
 from tests.train.loaded import loaded_reward_model

@@ -39,7 +39,7 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(tmp_path, kind):
     folder, (tokens, real) = write_model(tmp_path / kind, kind), batch()
     policy = policy_of(folder)
     assert has_router_loss(policy.lm)
-    ours = policy(tokens, torch.ones_like(tokens), 1, want="logits", balance=real)[2]
+    ours = policy(tokens, torch.ones_like(tokens), 1, want="logits", balance=real).router_loss
     ours.backward()
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs = lm(input_ids=tokens, attention_mask=real.long(), output_router_logits=True).aux_loss

@@ -168,7 +168,7 @@ def test_squared_probabilities_are_those_of_the_whole_distribution(make_run):
         n = int(rollout.lengths[i])
         ids = torch.tensor([prompt.ids + rollout.ids[i, : n - 1].tolist()])
         with torch.no_grad():
-            logits, _ = run.policy(ids, torch.ones_like(ids), n, want="logits")
+            logits = run.policy(ids, torch.ones_like(ids), n, want="logits").logits
         want = ((logits[0] / 0.7).softmax(-1) ** 2).sum(-1)
         torch.testing.assert_close(got[i, :n], want, rtol=2e-3, atol=1e-6)
         assert not got[i, n:].any()
@@ -335,7 +335,7 @@ def test_float32_logits_are_not_rounded_to_the_dtype_of_the_trunk(make_run, lora
     )  # fmt: skip
     rollout = rollout_of(run)
     for model in (run.policy, run.reference):
-        logits, _ = model(rollout.ids, rollout.mask.long(), 1, want="logits")
+        logits = model(rollout.ids, rollout.mask.long(), 1, want="logits").logits
         assert logits.dtype is torch.float32
         assert not torch.equal(logits, logits.bfloat16().float())
     metrics, _ = train_step(run, 1)

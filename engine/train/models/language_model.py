@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from engine.train.models.adapters import dora, lora
 from engine.train.models.adapters.quantised_linear import packed_weight_count
 from engine.train.models.mixed_precision import ExpertCasts
 from engine.train.models.output_layer import OutputLayer
-from engine.train.models.router_loss import router_loss
+from engine.train.models.router_loss import load_balancing_loss
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -35,9 +35,15 @@ class HiddenReader(Protocol):
         """Computes from the output layer's input, (…, H), inside the forward pass."""
 
 
-Logits = Tensor | tuple[Tensor, ...] | None
-ModelOutputs = tuple[Logits, Tensor | None] | tuple[Logits, Tensor | None, Tensor | None]
-"""Logits and values; with `balance` also the routers' loss. See :meth:`LanguageModel.run`."""
+class PassOutputs(NamedTuple):
+    """What a forward pass computes at k positions of n rows; None for what is not computed."""
+
+    logits: Any
+    """(n, k, V) in the model's dtype, or the tensors that a :class:`HiddenReader` returns."""
+    values: Tensor | None
+    """(n, k) float32."""
+    router_loss: Tensor | None = None
+    """The load-balancing loss of a mixture of experts; a scalar with gradient."""
 
 
 def cache_name(parameters: Container[str]) -> str:
@@ -107,7 +113,7 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, tokens: Tensor, *args: Any, adapters: bool = True, **kwargs: Any
-    ) -> ModelOutputs:
+    ) -> PassOutputs:
         """Calls :meth:`run` under autocast to the compute dtype.
 
         `adapters=False` disables the LoRA adapters for this call. It is an argument instead of
@@ -163,7 +169,7 @@ class LanguageModel(nn.Module):
         positions: Tensor | None = None,
         read: HiddenReader | None = None,
         balance: Tensor | None = None,
-    ) -> ModelOutputs:
+    ) -> PassOutputs:
         """Computes logits and values at k positions of each row.
 
         Args:
@@ -182,11 +188,8 @@ class LanguageModel(nn.Module):
                 compute none.
 
         Returns:
-            The logits, (n, k, V) in the model's dtype, the tensors that `read` returns, or None if
-            not computed; and the values, (n, k) float32. The values are None without a value
-            function, with `want="logits"`, and with a cache if the value function has a separate
-            trunk. With `balance` also the routers' loss, a scalar with gradient; None if the logits
-            are.
+            The outputs. The values are None without a value function, with `want="logits"`, and
+            with a cache if the value function has a separate trunk.
         """
         if positions is None:
             # From the mask, so that left padding does not shift positions (trl#6819: 34 nats of
@@ -195,11 +198,11 @@ class LanguageModel(nn.Module):
         inputs: dict[str, Any] = {"attention_mask": attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = positions
-        logits, balanced = None, None
+        logits, router_loss = None, None
         if want != "values" or self.value_trunk is None:
-            logits, balanced = self._logits(tokens, inputs, keep, cache, read, balance)
+            logits, router_loss = self._logits(tokens, inputs, keep, cache, read, balance)
         values = self._values(tokens, inputs, keep, cache, want, detach_trunk=detach_trunk)
-        return (logits, values) if balance is None else (logits, values, balanced)
+        return PassOutputs(logits, values, router_loss)
 
     def _values(
         self,
@@ -256,7 +259,7 @@ class LanguageModel(nn.Module):
                 with self.output.reading(partial(read, self.output)) as results:
                     found = self.lm(**inputs)
                 logits = results[0]
-            return logits, None if balance is None else router_loss(self.lm, found, balance)
+            return logits, None if balance is None else load_balancing_loss(self.lm, found, balance)
         except BaseException:
             self._hidden = None
             raise
@@ -294,9 +297,9 @@ class AdapterFreePolicy:
         positions: Tensor | None = None,
         read: HiddenReader | None = None,
         **_: Any,
-    ) -> ModelOutputs:
+    ) -> PassOutputs:
         """Like :meth:`LanguageModel.run` with `want="logits"`; the values are None."""
-        outputs: ModelOutputs = self._model(
+        outputs: PassOutputs = self._model(
             tokens, attention_mask, keep, cache=cache, positions=positions, want="logits",
             adapters=False, read=read,
         )  # fmt: skip

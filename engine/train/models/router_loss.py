@@ -23,7 +23,7 @@ def has_router_loss(lm: PreTrainedModel) -> bool:
     return asks and hasattr(sys.modules[_class(lm).__module__], FUNCTION)
 
 
-def router_loss(lm: PreTrainedModel, outputs: Any, real: Tensor) -> Tensor:
+def load_balancing_loss(lm: PreTrainedModel, outputs: Any, real: Tensor) -> Tensor:
     """Computes the loss from the outputs of a model.
 
     The model's own includes tokens that pad the end, because its attention needs no mask.

@@ -162,10 +162,9 @@ def rollout_forward(
     options: dict[str, Tensor] = {}
     if balance:
         options["balance"] = response_mask(lengths - 1, length).to(rows.device)
-    found, values, *others = model(
+    found, values, router_loss = model(
         tokens, no_padding, read_at, want=want, detach_trunk=detach_trunk, read=read, **options
     )
-    router_loss = others[0] if others else None
     values = None if values is None else real.unpack(values)
     nothing = torch.zeros(real.rows, real.width, device=rows.device)
     if found is None or want == "values":

@@ -7,7 +7,8 @@ from engine.journal.rows import CheckpointRow
 from engine.metrics import describe, title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.state.checkpoint_details import CheckpointDetails, changed_settings
-from rlhf_tui.state.session_state import RECENT, SessionState
+from rlhf_tui.state.curves import RECENT
+from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Row, flowed
 from rlhf_tui.widgets.panels.latest_samples import response_lines
 from rlhf_tui.widgets.panels.panel import Panel, heading
@@ -118,7 +119,7 @@ class CheckpointPanel(Panel):
         return rows
 
     def _value(self, name: str, step: int) -> float | None:
-        series = self.state.series(name)
+        series = self.state.curves.series(name)
         if name.startswith("eval/"):
             return series.latest(step)
         return series.mean(step - RECENT + 1, step)
@@ -141,7 +142,7 @@ class CheckpointPanel(Panel):
             return []
         later = [
             m
-            for m in self.state.markers()
+            for m in self.state.timeline.markers()
             if m.step > checkpoint.step and m.kind != "checkpoint" and not m.abandoned
         ]
         steps = max([LEAST_STEP, *(len(str(m.step)) for m in later)])

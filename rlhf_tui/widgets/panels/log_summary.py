@@ -85,12 +85,12 @@ class LogSummary(Panel):
     @property
     def wanted(self) -> int:
         """The lines of all that there is to show."""
-        entries = len(folded(self.state.timeline()))
+        entries = len(folded(self.state.timeline.entries()))
         return 3 + max(len(self._problems), 1) + len(self.state.head.attempts) + entries
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Each section below its heading. The newest attempts are always in sight."""
-        attempts, entries = self.state.head.attempts, folded(self.state.timeline())[::-1]
+        attempts, entries = self.state.head.attempts, folded(self.state.timeline.entries())[::-1]
         room = max(height - 2 - min(len(attempts), LEAST_ATTEMPTS), 1)
         problems = [_problem(p) for p in self._problems] or [[(" none", "dim")]]
         if len(problems) > room:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.train.distributed.sharding import full_tensor
+from engine.train.distributed.stored_tensor import held_values
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -54,7 +55,8 @@ class RowLengths(nn.Module):
 
 def add_lengths(layer: "LoraLayer") -> None:
     """Replaces the lengths that peft has added to a layer, which are not set afterwards."""
-    layer.lora_magnitude_vector["default"] = RowLengths(layer.out_features)
+    outputs = layer.lora_B["default"].get_parameter("weight").shape[0]
+    layer.lora_magnitude_vector["default"] = RowLengths(outputs)
 
 
 def row_lengths(layer: "LoraLayer") -> RowLengths | None:
@@ -98,7 +100,7 @@ def adapted_rows(layer: "LoraLayer") -> Tensor:
     if callable(base.weight):  # packed
         weight: Tensor = base.weight()
     else:
-        weight = base.weight.detach()
+        weight = held_values(base.weight).detach()  # possibly still in its file
         weight = weight.t() if getattr(layer, "fan_in_fan_out", False) else weight
     # A weight may be mapped from a file or in another order, in which sums would round otherwise.
     return low_rank_change(layer).add_(weight)

@@ -154,7 +154,7 @@ class Decoder:
         batch, n = request.batch, request.per_prompt
         first, last = rows.start // n, (rows.stop - 1) // n + 1
         ids, lengths = batch.ids[::n][first:last], batch.lengths[::n][first:last]
-        logits, values = self._model(ids, left_mask(lengths, ids.shape[1]), 1, cache=cache)
+        logits, values, _ = self._model(ids, left_mask(lengths, ids.shape[1]), 1, cache=cache)
         logits, values = logits[:, 0], None if values is None else values[:, 0]
         if n > 1:
             index = torch.tensor([row // n - first for row in rows]).to(self._device)
@@ -194,7 +194,7 @@ class Decoder:
         attended = cache.attended(slots.start)
         if cache.fixed_shapes:
             attended, positions = attended[:, None, None], slots.position[:, None]
-        logits, values = self._model(
+        logits, values, _ = self._model(
             slots.token[:, None], attended, 1, cache=cache.model_cache, positions=positions
         )
         slots.sample(self._responses, logits[:, 0], None if values is None else values[:, 0])
