@@ -18,8 +18,8 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.adapters import dora, lora
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel
-from engine.train.models.pretrained import load_lm
 from engine.train.step import train_step
+from tests.train.loaded import loaded_lm
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 DEADLINE = 120
@@ -209,7 +209,7 @@ def test_peft_loads_a_checkpoints_adapters_and_a_merge_has_the_same_logits(train
     ours = logits(run.policy)
     assert (logits(LanguageModel(lm.get_base_model())) - ours).abs().max() < 5e-5
     merge(session, 1, "policy", tmp_path / "merged")
-    merged = load_lm(str(tmp_path / "merged"), "model.policy", SINGLE_RANK)
+    merged = loaded_lm(tmp_path / "merged")
     assert (logits(LanguageModel(merged)) - ours).abs().max() < 5e-5
     assert (logits(run.reference) - ours).abs().max() > 1e-3
 

@@ -10,12 +10,12 @@ from engine.errors import UserInputError
 from engine.train.distributed.ranks import RankGroup
 from engine.train.experience.generation import generate_rollout
 from engine.train.models.language_model import LanguageModel
-from engine.train.models.pretrained import load_lm
 from engine.train.models.router_loss import has_router_loss
 from engine.train.ppo import chunked_loss
 from engine.train.ppo.forward import rollout_forward
 from engine.train.step import train_step
 from tests.train.architectures import write_model
+from tests.train.loaded import loaded_lm
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_next", "granitemoehybrid", "jamba")
@@ -23,7 +23,7 @@ KEYS = ("reward.model=starter:reward", "train.learning_rate=1e-3", "ppo.router_c
 
 
 def policy_of(folder):
-    return LanguageModel(load_lm(str(folder), "model.policy", SINGLE_RANK)).eval()
+    return LanguageModel(loaded_lm(folder)).eval()
 
 
 def batch():
@@ -54,7 +54,7 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(tmp_path, kind):
 
 
 def test_only_an_architecture_for_which_transformers_has_the_loss_is_accepted(make_run, tmp_path):
-    assert not has_router_loss(load_lm(starter.resolve("starter:policy"), "", SINGLE_RANK))
+    assert not has_router_loss(loaded_lm(starter.resolve("starter:policy")))
     with pytest.raises(UserInputError, match=r"ppo\.router_coef: .* for LlamaForCausalLM: leave"):
         make_run("ppo.router_coef=0.1")
 
