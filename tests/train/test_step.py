@@ -147,7 +147,7 @@ def test_a_value_function_from_the_reward_model_begins_with_the_scores_of_traini
     want = (raw - run.state.reward_mean) / run.state.reward_std
     for i, prompt in enumerate(inputs.batch.prompts):
         ids = torch.tensor([prompt.ids + inputs.ids[i]])
-        _, values = run.policy(ids, torch.ones_like(ids), 1, want="values")
+        values = run.policy(ids, torch.ones_like(ids), 1, want="values").values
         assert float(values) == pytest.approx(float(want[i]), abs=1e-4)
 
 
@@ -465,9 +465,9 @@ class CountingBackend:
     def sync(self, model, weights_version, report):
         self.backend.sync(model, weights_version, report)
 
-    def generate(self, model, batch, uniforms, temperature, **options):
-        self.rows.append(len(batch.prompts))
-        return self.backend.generate(model, batch, uniforms, temperature, **options)
+    def generate(self, model, request, report, on_ended):
+        self.rows.append(len(request.batch.prompts))
+        return self.backend.generate(model, request, report, on_ended)
 
 
 def test_every_response_comes_from_the_run_s_rollout_backend(make_run):
