@@ -252,10 +252,13 @@ def _begin(session: SessionFolder, start: StartOptions, mode: str | None) -> Non
 def _watch(session: SessionFolder, start: StartOptions) -> None:
     """Starts the engine in the background and opens the dashboard while it loads."""
     new = is_new(session, start)
+    with JournalReader(session) as reader:  # a fork has the errors of its source
+        copied = max((event.event for event in reader.events(last=1)), default=0)
     start_engine(session, start, timeout=0.0)
     code = view.open_screen(session.folder.parent, session)
     with JournalReader(session) as reader:
-        errors = [e.payload for e in reader.events() if isinstance(e.payload, ErrorEvent)]
+        events = reader.events(after=copied)
+        errors = [e.payload for e in events if isinstance(e.payload, ErrorEvent)]
         trained = reader.last_step() > start.from_step
     if new and errors and errors[-1].user_input and not trained and not session.is_live():
         remove_new(session)
