@@ -1,9 +1,9 @@
 """Sessions in which nothing was trained: new ones, and those whose start failed."""
 
 import contextlib
-import shutil
 from pathlib import Path
 
+from engine.errors import SessionError
 from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ForkOrigin
@@ -29,8 +29,16 @@ def remove_new(session: SessionFolder) -> None:
 
     It stays if another engine has it, or if something in it was judged meanwhile.
     """
-    if not session.may_be_live() and not session.labels_file.exists():
-        shutil.rmtree(session.folder, ignore_errors=True)
+    try:
+        held = session.acquire()
+    except SessionError:
+        return
+    try:
+        if not session.labels_file.exists():
+            with contextlib.suppress(OSError):
+                session.delete(held)
+    finally:
+        held.release()
 
 
 def is_failed_start(session: SessionFolder) -> bool:
