@@ -9,6 +9,7 @@ from engine.journal.rows import CommandRow
 from engine.protocol.client import Client
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command, Stop
+from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import SessionFolder
 
 POLL_INTERVAL = 0.5
@@ -53,7 +54,9 @@ def last_reply(
             if row is not None and row.status in ("applied", "rejected"):
                 return _reply(row)
             if not live and isinstance(command, Stop) and row is None:
-                return CommandReply(id=command_id, status="applied", step=reader.last_step())
+                last = reader.last_step()
+                reason = f"the engine has ended and could not record it: {_what_is_saved(reader)}"
+                return CommandReply(id=command_id, status="applied", step=last + 1, reason=reason)
             if not live:
                 raise LinkError(
                     f"the engine of '{session.name}' has ended, and its journal does not say "
@@ -62,6 +65,16 @@ def last_reply(
             if time.monotonic() > deadline:
                 raise TimeoutError
             time.sleep(POLL_INTERVAL)
+
+
+def _what_is_saved(reader: JournalReader) -> str:
+    """Says whether a resume would repeat steps."""
+    on_disk = complete_checkpoints(reader.session.checkpoints, lenient=True)
+    recorded = {row.step for row in reader.checkpoints(("complete", "written"))}
+    saved, last = max(on_disk.keys() & recorded, default=0), reader.last_step()
+    if saved == last:
+        return f"step {last}, the last one, is saved"
+    return f"step {last} is not saved, a resume continues from step {saved}"
 
 
 def _reply(row: CommandRow) -> CommandReply:

@@ -51,10 +51,14 @@ def resumable_checkpoints(session: SessionFolder) -> list[int]:
 
     A journal that was restored from a copy lacks the newest checkpoints.
     """
-    timeline = timeline_checkpoints(session)
+    return sorted({*timeline_checkpoints(session), *unknown_checkpoints(session)})
+
+
+def unknown_checkpoints(session: SessionFolder, after: int = 0) -> list[int]:
+    """The steps of complete checkpoints that the journal does not have, after a step."""
     with JournalReader(session) as reader:
         known = {row.step for row in reader.checkpoints(CHECKPOINT_STATUSES)}
-    return [s for s in checkpoint_steps(session) if s in timeline or s not in known]
+    return [step for step in checkpoint_steps(session) if step > after and step not in known]
 
 
 def missing_checkpoints(session: SessionFolder, after: int = 0) -> list[int]:

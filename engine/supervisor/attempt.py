@@ -40,6 +40,8 @@ class Attempt:
 
     def __init__(self, start: StartOptions) -> None:
         self.start = start
+        self.unknown: list[int] = []
+        """The steps of checkpoints after its start that the journal does not have."""
         self.failure: Failed | None = None
         """The most informative failure reported so far."""
         self.ended: Ended | None = None

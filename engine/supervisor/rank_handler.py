@@ -174,7 +174,8 @@ class RankMessageHandler:
                 recorded=journal.recorded_metrics(step),
                 checkpoints=journal.checkpoints.steps(),
                 kept=journal.checkpoints.kept(),
-                kept_aside=journal.checkpoints.kept_on_branches(),
+                kept_aside=dict.fromkeys(attempt.unknown, 0)
+                | journal.checkpoints.kept_on_branches(),
                 best=journal.checkpoints.values(self._best_metric),
                 placed=journal.placed(),
                 paused=self._state.paused,

@@ -30,6 +30,7 @@ from engine.launch.start_checkpoints import (
     adopted_checkpoint,
     checkpoint_steps,
     missing_checkpoints,
+    unknown_checkpoints,
 )
 from engine.launch.start_options import StartOptions
 from engine.monitoring.divergence import judges_of
@@ -189,6 +190,7 @@ class Supervisor:
         await self._journal_unlocked()
         resumes = start.from_step and not start.fresh
         missing = missing_checkpoints(self._session, start.from_step) if resumes else []
+        state.attempt.unknown = unknown_checkpoints(self._session, start.from_step)
         self._journal.begin_attempt(
             start.from_step,
             fresh=start.fresh,
@@ -205,6 +207,12 @@ class Supervisor:
             text = f"the checkpoint of step {missing[-1]} is recorded, but is not on disk: "
             text += f"resuming from the one before, of step {start.from_step}"
             self.publisher.notice("checkpoint", text, start.from_step)
+        if state.attempt.unknown and not start.fresh:
+            steps = ", ".join(map(str, state.attempt.unknown))
+            text = f"the journal lacks the checkpoints of steps {steps}, as if it was restored "
+            text += f"from a copy: continuing from step {start.from_step}; they are kept, and to "
+            text += f"continue from one, stop, then: {self._session.recorded_command('resume')} "
+            self.publisher.notice("checkpoint", f"{text}--from STEP", start.from_step)
         self._record_start_settings(start)
         self.publisher.set_state("starting")
         if state.stop_now:  # no rank has to start; a roll back that was applied holds

@@ -301,3 +301,18 @@ def test_of_two_engines_that_start_at_once_the_refused_one_is_not_taken_for_the_
             refused.result()
     held.release()
     writer.journal.close()
+
+
+def test_a_new_session_is_locked_while_it_is_removed(make_session, monkeypatch):
+    """Otherwise an engine that starts just then would lose its files."""
+    session, locked, delete = make_session(), [], SessionFolder.delete
+    new = NewSession(session, StartOptions())
+
+    def record(folder, held):
+        locked.append(folder.is_live())
+        delete(folder, held)
+
+    monkeypatch.setattr(SessionFolder, "delete", record)
+    assert new.remove_if_unused(UserInputError.exit_code)
+    assert locked == [True]
+    assert not session.folder.exists()

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from engine.errors import JournalError
+from engine.errors import JournalError, SessionError
 from engine.journal.judgements.labels import LabelReader, Response, set_label
 from engine.journal.writer import JournalWriter
 
@@ -90,3 +90,15 @@ def test_nothing_is_rolled_back_in_a_session_of_another_user(judged, victim):
         assert reader.count() == 1
     assert journal.read_bytes() == before
     assert victim.exists()
+
+
+def test_judging_in_a_session_of_another_user_writes_through_no_link(writer, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    session = writer.session
+    session.labels_file.symlink_to(tmp_path / "elsewhere")
+    os.chown(session.folder, 65534, -1)
+    response = Response(response="answer", attempt=1, step=1, index=0)
+    with pytest.raises(SessionError, match="belongs to"):
+        set_label(session, "prompt", response, "good", "me")
+    assert not (tmp_path / "elsewhere").exists()

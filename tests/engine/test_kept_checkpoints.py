@@ -25,7 +25,7 @@ from engine.session.checkpoints import checkpoint_path, incomplete_checkpoints
 from engine.supervisor import supervisor
 from engine.supervisor.commands import checkpoint_commands
 from engine.verification.verify import verify
-from tests.engine.supervised import until
+from tests.engine.supervised import begin_of, until
 
 
 def kept(session):
@@ -179,6 +179,20 @@ async def test_a_removed_checkpoint_that_was_put_back_from_a_copy_stays(engine, 
     engine.send(Stop(now=True))
     assert await engine.supervisor.run() == 0
     assert checkpoint_steps(saved.session) == [1, 2, 3]
+
+
+async def test_a_checkpoint_that_a_restored_journal_lacks_is_kept_and_told(engine, saved, tmp_path):
+    with closing(sqlite3.connect(saved.session.journal_file)) as db, db:
+        db.execute("DELETE FROM checkpoints WHERE step > 1")
+        db.execute("DELETE FROM steps WHERE step > 1")
+    engine.shared.next = StartOptions(from_step=1)
+    engine.send(Stop(now=True))
+    assert await engine.supervisor.run() == 0
+    with JournalReader(saved.session) as reader:
+        (text,) = (e.payload.text for e in reader.events() if e.kind == "alert")
+    assert text.startswith("the journal lacks the checkpoints of steps 2, 3, ")
+    assert "continuing from step 1" in text
+    assert (await begin_of(engine, tmp_path)).kept_aside == {2: 0, 3: 0}
 
 
 async def test_a_removal_that_cannot_be_finished_does_not_keep_a_run_from_starting(

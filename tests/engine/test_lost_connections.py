@@ -158,10 +158,14 @@ async def test_a_wait_for_an_engine_that_ends_without_a_word_says_so(crowded, li
 async def test_a_stop_that_no_journal_could_take_is_carried_out_once_its_engine_has_ended(
     crowded, live, writer
 ):
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
     with await asyncio.to_thread(Client, live, "me") as client:
         await asyncio.to_thread(client.send, Pause())
         with await asyncio.to_thread(Client, live, "another"):
             given = (client, live, Stop(), "of a stop on a full disk", None)
             waiting = asyncio.create_task(asyncio.to_thread(last_reply, *given))
             live.lock_file.unlink()  # as if the lock's holder were gone
-        assert (await waiting).status == "applied"
+        last = await waiting
+    assert (last.status, last.step) == ("applied", 4)
+    assert last.reason.endswith("step 3 is not saved, a resume continues from step 2")

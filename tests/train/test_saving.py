@@ -278,6 +278,22 @@ def test_what_an_operator_saved_on_an_abandoned_branch_is_moved_by_a_save_of_its
     assert told.endswith(f"(attempt 1) stays in {session.checkpoints}/step-000002-attempt-1")
 
 
+def test_a_checkpoint_that_the_journal_lacks_is_not_replaced(trained, link):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    first, second = (checkpoint_path(session.checkpoints, step) for step in (1, 2))
+    shutil.copytree(first, second)
+    (second / "mine").touch()
+    begin = Begin(attempt=2, from_step=1, checkpoints=[1], kept_aside={2: 0})
+    later = Boundary(session, run, begin, link)
+    later.after_step(2, dict(METRICS), 0.1)
+    assert later.checkpoints.save() is None
+    assert (session.checkpoints / "step-000002-attempt-0" / "mine").exists()
+    (told,) = [n.text for n in supervisor.of(Notice) if "stays in" in n.text]
+    assert told.startswith("the checkpoint of step 2, which the journal did not have, stays in")
+
+
 def test_a_checkpoint_is_said_to_be_moved_aside_once_it_is(trained, link, monkeypatch):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()

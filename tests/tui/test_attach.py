@@ -7,14 +7,17 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from click.testing import CliRunner
 
 from engine.errors import NoSuchSessionError, UserInputError
+from engine.journal.writer import JournalWriter
+from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.registry import announce
 from rlhf_tui.cli import cli
-from rlhf_tui.commands import view
+from rlhf_tui.commands import run, view
 
 DEADLINE = 240.0
 
@@ -133,3 +136,35 @@ def test_the_terminal_is_given_back(root, tmp_path):
     assert terminal.process.wait(DEADLINE) == 0
     for sequence in (b"\x1b[?1049l", b"\x1b[?25h", b"\x1b[?1000l"):
         assert sequence in terminal.data
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_fork_that_was_stopped_stays_although_its_source_had_wrong_input(
+    session_maker, tmp_path, monkeypatch, again
+):
+    """Only a fork whose own start fails for its input is removed."""
+    source = session_maker(tmp_path / "s", "source", 3)
+    wrong = {"text": "no such model", "user_input": True}
+    with closing(JournalWriter(source)) as journal:
+        journal.record_event("error", wrong, 1)
+        journal.set_meta(exit_code=UserInputError.exit_code)
+        journal.checkpoints.record(3, 1, 0.0, 0.0)
+        journal.checkpoints.complete(3)
+    checkpoint = checkpoint_path(source.checkpoints, 3)
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text('{"hashes": {}}')
+    mark_complete(checkpoint)
+
+    def start(session, *_args, **_options):
+        with closing(JournalWriter(session)) as journal:
+            journal.begin_attempt(3, fresh=True)
+            if again:
+                journal.record_event("error", wrong)
+                journal.set_meta(exit_code=UserInputError.exit_code, message="no such model")
+
+    monkeypatch.setattr(run, "is_terminal", lambda: True)
+    monkeypatch.setattr(run, "start_engine", start)
+    monkeypatch.setattr(view, "open_screen", lambda *_, **__: 0)
+    words = ["fork", "source", "--name", "child", "--sessions", str(tmp_path / "s")]
+    CliRunner().invoke(cli, [*words, "-o", "train.steps=9"])
+    assert (tmp_path / "s" / "child").exists() != again

@@ -13,7 +13,6 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -118,7 +117,7 @@ def _judge(
     who: str,
 ) -> None:
     values = msgspec.structs.asdict(response)
-    with _writing(session.labels_file) as db:
+    with _writing(session) as db:
         # Another response under the same key: samples.db was replaced, so attempts restarted at 1.
         db.execute(
             "DELETE FROM judgements WHERE attempt = :attempt AND step = :step AND idx = :index "
@@ -147,7 +146,7 @@ def prefer(
     """
     if chosen.response == rejected.response:
         raise UserInputError("the two responses are identical: neither can be preferred")
-    with _writing(session.labels_file) as db:
+    with _writing(session) as db:
         _delete_preference(db, prompt, chosen, rejected)
         db.execute(
             f"INSERT INTO preferences VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {NEXT})",  # noqa: S608 - a constant
@@ -161,7 +160,7 @@ def prefer(
 
 def forget_preference(session: SessionFolder, prompt: str, one: Response, other: Response) -> None:
     """Deletes the preference between two responses, if there is one. Raises JournalError."""
-    with _writing(session.labels_file) as db:
+    with _writing(session) as db:
         _delete_preference(db, prompt, one, other)
 
 
@@ -174,8 +173,15 @@ def _delete_preference(db: sqlite3.Connection, prompt: str, one: Response, other
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """Context manager of one transaction; creates the file if it is missing."""
+def _writing(session: SessionFolder) -> Iterator[sqlite3.Connection]:
+    """Context manager of one transaction; creates the file if it is missing.
+
+    Raises:
+        JournalError: it cannot be written.
+        SessionError: the session belongs to another user, whose file could be a link to any other.
+    """
+    path = session.labels_file
+    session.check_owner()
     try:
         access.create_file(path)
         check_rollback_journal(path)

@@ -82,7 +82,8 @@ class CheckpointManager:
         self._kept = set(begin.kept)
         """Steps of those that an operator saved, or wanted to."""
         self._kept_aside = dict(begin.kept_aside)
-        """Step → attempt of those that an operator saved on abandoned branches."""
+        """Step → attempt of those that an operator saved on abandoned branches. The attempt is 0
+        for those that the journal does not have."""
         self._score = self._kl = math.nan
         self._best: MetricValue | None = None
         self._recorded = dict(begin.best)
@@ -287,10 +288,10 @@ class CheckpointManager:
         path = aside_path(self._folder, step, attempt)
         if path.exists():  # since a save that was interrupted
             return None
-        self._moved = (
-            f"the checkpoint of step {step} that was saved on an abandoned branch (attempt "
-            f"{attempt}) stays in {path}"
-        )
+        origin = f" that was saved on an abandoned branch (attempt {attempt})"
+        if not attempt:
+            origin = ", which the journal did not have,"
+        self._moved = f"the checkpoint of step {step}{origin} stays in {path}"
         return path
 
     def _notice(self, step: int, text: str) -> None:
