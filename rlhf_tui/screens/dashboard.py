@@ -372,7 +372,7 @@ class DashboardScreen(SessionScreen):
 def _show_newest(session: SessionFolder, names: list[str], dialog: "PickerDialog") -> None:
     """Adds the newest values of metrics that no chart shows to a dialog; in a worker thread."""
     with JournalReader(session) as reader:
-        newest = {name: reader.newest_value(name) for name in names}
+        newest = {name: reader.metrics.newest_value(name) for name in names}
     values = {name: _number(name, found[1]) for name, found in newest.items() if found}
     dialog.call_later(dialog.show_values, values)
 
