@@ -187,9 +187,11 @@ def _measure_queries(session: SessionFolder, steps: int) -> dict[str, float]:
 
     results = {
         "open, state and last step (ms)": measure(lambda r: (r.meta(), r.last_step())),
-        "a whole curve (ms)": measure(lambda r: r.series("objective/scores")),
-        "a curve's new points (ms)": measure(lambda r: r.series("objective/scores", steps - 10)),
-        "the last 50 steps, all metrics (ms)": measure(lambda r: r.metrics(50)),
+        "a whole curve (ms)": measure(lambda r: r.metrics.series("objective/scores")),
+        "a curve's new points (ms)": measure(
+            lambda r: r.metrics.series("objective/scores", steps - 10)
+        ),
+        "the last 50 steps, all metrics (ms)": measure(lambda r: r.metrics.rows(50)),
     }
     for name, query in {
         "newest page of samples (ms)": SampleQuery(),

@@ -154,7 +154,8 @@ def run(root: Path, name: str, overrides: list[str]) -> tuple[float, float]:
     with JournalReader(SessionFolder(root / "sessions" / name)) as reader:
         ready = next((e.as_json() for e in reader.events() if e.kind == "ready"), {})
         measured = max(
-            (v for _, v in reader.series("perf/peak_memory_gb") if v is not None), default=0.0
+            (v for _, v in reader.metrics.series("perf/peak_memory_gb") if v is not None),
+            default=0.0,
         )
     if "planned_memory_gb" not in ready or not measured:
         raise RunError("the journal holds no estimate or no measured peak")

@@ -95,7 +95,7 @@ def run_supervised(folder: Path, name: str, steps: int) -> Supervised:
     if process.returncode:
         raise RuntimeError((folder / f"{name}.log").read_text(errors="replace")[-2000:])
     with JournalReader(SessionFolder(folder / "sessions" / name)) as reader:
-        rows = reader.metrics()
+        rows = reader.metrics.rows()
     times = [row.time for row in rows if row.time is not None]
     periods = [b - a for a, b in itertools.pairwise(times)]
     return Supervised(periods, [row.values["time/step"] or 0.0 for row in rows[1:]], cpu)

@@ -142,7 +142,7 @@ class Printer:
             self._write("\r\x1b[K", sys.stdout)
         with JournalReader(session) as reader:
             meta = reader.meta()
-            scores = reader.series(metrics.SCORE)
+            scores = reader.metrics.series(metrics.SCORE)
         ended = meta.state in ("finished", "stopped")
         if ended and scores:
             span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"

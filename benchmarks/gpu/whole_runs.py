@@ -82,8 +82,10 @@ def metrics(target: Target, name: str) -> dict[str, dict[int, float]]:
     """All metrics of a session by name and step, times and memory left out."""
     with JournalReader(session(target, name)) as reader:
         return {
-            metric: {step: value for step, value in reader.series(metric) if value is not None}
-            for metric in reader.metric_names()
+            metric: {
+                step: value for step, value in reader.metrics.series(metric) if value is not None
+            }
+            for metric in reader.metrics.names()
             if not metric.startswith(("time/", "perf/", "gpu/", "system/"))
         }
 

@@ -108,7 +108,7 @@ class SessionReader:
     def metric_names(self) -> list[str]:
         """The names of the metrics that the run has recorded."""
         with self._reader() as reader:
-            return reader.metric_names()
+            return reader.metrics.names()
 
     def metric(self, name: str) -> float:
         """The newest value of a metric; NaN if there is none yet.
@@ -119,9 +119,9 @@ class SessionReader:
             UserInputError: there is no such metric.
         """
         with self._reader() as reader:
-            newest = reader.newest_value(name)
+            newest = reader.metrics.newest_value(name)
             if newest is None:
-                _check_metric(name, reader.metric_names())
+                _check_metric(name, reader.metrics.names())
                 return math.nan
             return newest[1]
 
@@ -136,9 +136,9 @@ class SessionReader:
             UserInputError: there is no such metric.
         """
         with self._reader() as reader:
-            points = reader.series(name, after)
+            points = reader.metrics.series(name, after)
             if not points:
-                _check_metric(name, reader.metric_names())
+                _check_metric(name, reader.metrics.names())
         return as_curve(name, points)
 
     def as_arrays(self, *names: str, after: int = -1) -> dict[str, Any]:
@@ -153,12 +153,12 @@ class SessionReader:
             UserInputError: there is no such metric.
         """
         with self._reader() as reader:
-            known = reader.metric_names()
+            known = reader.metrics.names()
             # A step that ends meanwhile would appear only in the curves that are read later.
             last = reader.last_step()
             curves = []
             for name in names or known:
-                points = reader.series(name, after, last)
+                points = reader.metrics.series(name, after, last)
                 if not points:
                     _check_metric(name, known)
                 curves.append(as_curve(name, points))

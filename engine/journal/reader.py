@@ -6,20 +6,18 @@ writer's WAL.
 
 import functools
 import json
-import math
-from array import array
-from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Self
 
 import msgspec
 
 from engine.config.settings import SettingChange
 from engine.examined import examined
-from engine.journal import downsample, schema
+from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
 from engine.journal.history.meta import read_meta_at
 from engine.journal.history.views import journal_views, views_of
 from engine.journal.json_values import decoded
+from engine.journal.metric_reader import MetricReader, last_step
 from engine.journal.rows import (
     AttemptRow,
     CheckpointRow,
@@ -27,7 +25,6 @@ from engine.journal.rows import (
     CommandRow,
     EventRow,
     ForkOrigin,
-    MetricRow,
     ProbeResponse,
     SessionMeta,
     decode_payload,
@@ -37,12 +34,8 @@ from engine.metrics import SCORES
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import REWARD_CHANGED
 from engine.session.folder import SessionFolder
-from engine.session.position import NO_LIMIT
 from engine.session.states import LIVE_STATES
 
-VALUE_AT = """
-SELECT value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step
-"""
 REFERENCE_PROBES = """
 SELECT json_extract(result, '$.reference'), applied_step FROM commands
 WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
@@ -85,6 +78,7 @@ class JournalReader:
         self._db = database or ReadOnlyDatabase(
             session.journal_file, schema.JOURNAL, views_of(session, journal_views)
         )
+        self.metrics = MetricReader(session, self._db)
 
     def __enter__(self) -> Self:
         return self
@@ -140,9 +134,7 @@ class JournalReader:
 
     def last_step(self) -> int:
         """The last completed step, 0 before the first."""
-        if self.session.position is not None:
-            return self.session.position.step
-        return self._db.value("SELECT max(step) FROM steps") or 0
+        return last_step(self.session, self._db)
 
     def attempts(self) -> list[AttemptRow]:
         """All attempts, in order."""
@@ -178,138 +170,6 @@ class JournalReader:
             {"attempt": attempt},
         )
         return found is not None
-
-    def metric_names(self) -> list[str]:
-        """The names of all metrics in the journal."""
-        return [r[0] for r in self._db.rows("SELECT name FROM names ORDER BY id")]
-
-    def series(
-        self, name: str, after: int = -1, until: int | None = None
-    ) -> list[tuple[int, float | None]]:
-        """One metric of the current timeline, as (step, value) for the steps in (after, until].
-
-        Step 0 has the metrics of an evaluation before the first step.
-        """
-        return self._db.rows(
-            "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
-            "AND step > ? AND step <= ? ORDER BY step",
-            (name, after, NO_LIMIT if until is None else until),
-        )
-
-    def last_finite(self, name: str, count: int, after: int, until: int) -> list[tuple[int, float]]:
-        """The last `count` finite values of a metric, as :meth:`series` returns them."""
-        rows = self._db.rows(
-            "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
-            "AND step > ? AND step <= ? AND value IS NOT NULL ORDER BY step DESC LIMIT ?",
-            (name, after, until, count),
-        )
-        return rows[::-1]
-
-    def downsampled(
-        self, names: Iterable[str], spans: int
-    ) -> dict[str, list[tuple[int, float | None]]]:
-        """Downsamples long curves to the minimum and the maximum of each span of steps.
-
-        Takes a tenth of the time of :meth:`series`. SQLite returns a single row, so a thread does
-        not wait for the GIL between rows. The last point is the newest value; the other values are
-        rounded to the 15 digits of SQLite's JSON.
-
-        Args:
-            names: metrics of the current timeline.
-            spans: number of spans of equal length that the run is divided into.
-
-        Returns:
-            Metric → (step, value) with increasing steps. Metrics without values are omitted.
-        """
-        position = self.session.position
-        # The view that hides later steps would give SQLite a second bound, of which it uses one.
-        table = "main.metrics" if position is not None and not position.current else "metrics"
-        return downsample.downsampled(
-            self._db, names, table=table, last=self.last_step(), spans=spans
-        )
-
-    def cumulated(self, name: str, spans: int, *, summed: bool) -> list[tuple[int, float]]:
-        """The cumulated value of a metric at one step in each span of steps, and at the last step.
-
-        Args:
-            name: a metric of the current timeline that never decreases, or that `summed` adds up.
-            spans: number of spans of equal length that the run is divided into.
-            summed: returns the sum over all steps up to each.
-        """
-        return downsample.cumulated(
-            self._db, name, last=self.last_step(), spans=spans, summed=summed
-        )
-
-    def last_row(self, names: Iterable[str]) -> MetricRow | None:
-        """The last row of the current timeline, with these metrics only; None before the first."""
-        rows = self._db.rows("SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT 1")
-        if not rows:
-            return None
-        step, attempt, time = rows[0]
-        values = {n: self._db.value(VALUE_AT, {"name": n, "step": step}) for n in names}
-        return MetricRow(step=step, attempt=attempt, time=time, values=values)
-
-    def newest_value(self, name: str) -> tuple[int, float] | None:
-        """The last step of the current timeline at which a metric has a value, and the value."""
-        rows = self._db.rows(downsample.NEWEST_VALUE, {"name": name})
-        return rows[0] if rows else None
-
-    def past_series(self, name: str) -> list[tuple[int, int, float | None]]:
-        """One metric of the abandoned branches, as (attempt, step, value)."""
-        return self._db.rows(
-            "SELECT attempt, step, value FROM metrics_past "
-            "WHERE name = (SELECT id FROM names WHERE name = ?) ORDER BY attempt, step",
-            (name,),
-        )
-
-    def metrics(
-        self, last: int | None = None, only: Collection[str] | None = None
-    ) -> list[MetricRow]:
-        """The rows of :meth:`iter_metrics`."""
-        return list(self.iter_metrics(last, only))
-
-    def iter_metrics(
-        self, last: int | None = None, only: Collection[str] | None = None
-    ) -> Iterator[MetricRow]:
-        """One row per step of the current timeline, oldest first.
-
-        The evaluation before the first step is a row of step 0. All values are read at once, as
-        numbers of eight bytes; a row takes far more memory and is made when it is asked for.
-
-        Args:
-            last: maximum number of rows, the last ones; None for all.
-            only: names of the metrics to read; None for all.
-        """
-        query = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
-        steps = self._db.rows(query, (limit(last),))
-        # Read after the steps, so it has all of their names.
-        names = [n for n in self.metric_names() if only is None or n in only]
-        if last is None or len(steps) < last:
-            steps += self._before_first_step()
-        steps.reverse()
-        place = {step: i for i, (step, _, _) in enumerate(steps)}
-        columns = {name: array("d", [math.nan]) * len(steps) for name in names}
-        for name, column in columns.items():
-            for step, value in self.series(name, after=steps[0][0] - 1 if steps else 0):
-                if value is not None and step in place:
-                    column[place[step]] = value
-        return (
-            MetricRow(
-                step=step,
-                attempt=attempt,
-                time=time,
-                values={n: None if math.isnan(c[i]) else c[i] for n, c in columns.items()},
-            )
-            for i, (step, attempt, time) in enumerate(steps)
-        )
-
-    def _before_first_step(self) -> list[tuple[int, int, None]]:
-        """Step 0, as in the table `steps`, if it has metrics: the evaluation before the first."""
-        attempt = self._db.value(
-            "SELECT max(attempt) FROM attempts WHERE from_step = 0 AND EXISTS "
-            "(SELECT 1 FROM names CROSS JOIN metrics WHERE metrics.name = names.id AND step = 0)"
-        )
-        return [] if attempt is None else [(0, attempt, None)]
 
     def last_telemetry(self) -> Telemetry | None:
         """The newest telemetry; None if there is none or it is of another version."""
@@ -444,7 +304,7 @@ class JournalReader:
         for checkpoint in self.checkpoints(("complete",)):
             if changes and checkpoint.step <= changes[-1]:
                 continue
-            value = self._db.value(VALUE_AT, {"name": metric, "step": checkpoint.step})
+            value = self.metrics.value_at(metric, checkpoint.step)
             if value is not None:
                 found.append((value, checkpoint.step))
         return max(found)[1] if found else None

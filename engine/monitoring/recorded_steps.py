@@ -50,7 +50,7 @@ def evaluate(reader: JournalReader, rules: GuardrailConfig, run: RunConfig) -> I
     """
     rails = Guardrails(rules, judges_of(run))
     timeline = _Timeline(reader, run)
-    for step in timeline.steps(reader.metric_names(), 0, reader.last_step()):
+    for step in timeline.steps(reader.metrics.names(), 0, reader.last_step()):
         if step.begins_attempt:
             rails.begin_attempt()
         if step.new_reward:
@@ -153,14 +153,14 @@ class _Timeline:
         """Adds the steps in (after, until], at which no alert was raised or held."""
         reader, rule = self._reader, state.rule
         if not state.learns_from_all:
-            for step, finite in reader.last_finite(rule.metric, rule.window, after, until):
+            for step, finite in reader.metrics.last_finite(rule.metric, rule.window, after, until):
                 state.learn(step, finite, {})
             return
         judges = state.judges if rule.diverges else frozenset()
         for start in range(after, until, CHUNK):
             end = min(start + CHUNK, until)
             judged = _metrics(reader, judges, start, end)
-            for step, value in reader.series(rule.metric, start, end):
+            for step, value in reader.metrics.series(rule.metric, start, end):
                 if value is not None:
                     state.learn(step, value, judged.get(step, {}))
 
@@ -172,7 +172,7 @@ class _Timeline:
         """
         rule, held = state.rule, False
         judges = state.judges if rule.diverges else frozenset()
-        names = self._reader.metric_names() if rule.metric == "*" else {rule.metric, *judges}
+        names = self._reader.metrics.names() if rule.metric == "*" else {rule.metric, *judges}
         for taken in self.steps(names, alerts[0] - 1, until):
             known = state.is_known(taken.metrics)
             breach = state.observe(taken.step, taken.metrics, taken.settings) if known else None
@@ -191,7 +191,7 @@ def _metrics(
     """Metrics of the steps in (after, until]."""
     metrics: dict[int, dict[str, float | None]] = {}
     for name in names:
-        for step, value in reader.series(name, after, until):
+        for step, value in reader.metrics.series(name, after, until):
             # The journal stores a value that is not finite as None.
             metrics.setdefault(step, {})[name] = math.nan if value is None else value
     return metrics

@@ -96,7 +96,7 @@ def _check_beta(
 ) -> Iterator[Finding]:
     """Beta also changes after each step, by the controller, from the KL of that step."""
     batch = session.config().rollout.batch_size
-    betas, kls = dict(reader.series(BETA)), dict(reader.series(KL))
+    betas, kls = dict(reader.metrics.series(BETA)), dict(reader.metrics.series(KL))
     boundaries: dict[int, list[Any]] = {}
     """Step → the values of beta before the next one, in order."""
     for step, beta in betas.items():

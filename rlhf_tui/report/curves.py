@@ -77,10 +77,10 @@ def read_curves(reader: JournalReader, agreement: Agreement) -> list[Curve]:
         reader: the session's journal.
         agreement: of its scores with the judgements; its curve is the last one.
     """
-    known = reader.metric_names()
+    known = reader.metrics.names()
     sources = [name for name in known if name.startswith(SOURCES)][:MOST_SOURCES]
     names = [name for name in CURVES if name in known] + sources
-    recorded = reader.downsampled(names, SPANS)
+    recorded = reader.metrics.downsampled(names, SPANS)
     several = len(reader.attempts()) > 1
     curves = []
     for name in names:
@@ -95,7 +95,7 @@ def read_curves(reader: JournalReader, agreement: Agreement) -> list[Curve]:
 
 def _branches(reader: JournalReader, name: str) -> list[list[Point]]:
     found: dict[int, list[Point]] = {}
-    for attempt, step, value in reader.past_series(name):
+    for attempt, step, value in reader.metrics.past_series(name):
         if value is not None:
             found.setdefault(attempt, []).append((step, value))
     return [downsampled(points) for points in list(found.values())[-MOST_BRANCHES:]]

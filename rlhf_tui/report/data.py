@@ -81,7 +81,7 @@ def read_report(
     comparison = read_comparison(session, other) if other is not None else None
     with JournalReader(session) as reader:
         state, meta, attempts = reader.state(), reader.meta(), reader.attempts()
-        step, newest = reader.last_step(), reader.metrics(last=1)
+        step, newest = reader.last_step(), reader.metrics.rows(last=1)
         origin = reader.fork_origin()
         markers = timeline(
             reader.events(),
@@ -120,16 +120,14 @@ def read_report(
 def reached_steps(reader: JournalReader) -> dict[int, int]:
     """Attempt → its last step on an abandoned branch."""
     reached: dict[int, int] = {}
-    for attempt, step, _ in reader.past_series(SCORE):
+    for attempt, step, _ in reader.metrics.past_series(SCORE):
         reached[attempt] = max(reached.get(attempt, 0), step)
     return reached
 
 
 def _checkpoints(reader: JournalReader, metric: str) -> list[ReportCheckpoint]:
     rows = reader.checkpoints(("complete", "superseded", "removed"))
-    values = {
-        row.step: dict(reader.series(metric, row.step - 1, row.step)).get(row.step) for row in rows
-    }
+    values = {row.step: reader.metrics.value_at(metric, row.step) for row in rows}
     best = reader.best_checkpoint(metric)
     return [
         ReportCheckpoint(

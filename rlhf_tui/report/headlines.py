@@ -51,8 +51,8 @@ def read_held_out(reader: JournalReader, last_step: int) -> list[Headline]:
 
 def _headline(reader: JournalReader, name: str, last: int) -> Headline | None:
     steps = max(1, min(STEPS_AVERAGED, last // 2))
-    first = mean_of_known(value for _, value in reader.series(name, 0, steps))
-    end = mean_of_known(value for _, value in reader.series(name, last - steps, last))
+    first = mean_of_known(value for _, value in reader.metrics.series(name, 0, steps))
+    end = mean_of_known(value for _, value in reader.metrics.series(name, last - steps, last))
     return None if first is None and end is None else Headline(title_of(name), first, end)
 
 
@@ -63,11 +63,11 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
 
 
 def _held_out(reader: JournalReader, name: str, until: int) -> Headline | None:
-    series = reader.series(name, until=until)
+    series = reader.metrics.series(name, until=until)
     points = [(step, value) for step, value in series if value is not None]
     if not points:
         return None
     (first_step, first), (last_step, last) = points[0], points[-1]
-    widths = dict(reader.series(EVAL_SCORE_CI, until=until)) if name == EVAL_SCORE else {}
+    widths = dict(reader.metrics.series(EVAL_SCORE_CI, until=until)) if name == EVAL_SCORE else {}
     both = widths.get(first_step), widths.get(last_step)
     return Headline(title_of(name), first, last, both, (first_step, last_step))

@@ -58,7 +58,7 @@ def read_interventions(reader: JournalReader, markers: Sequence[Marker]) -> list
 def _effects(reader: JournalReader, step: int) -> dict[str, Effect]:
     effects = {}
     for name in COMPARED:
-        points = reader.series(name, step - STEPS_COMPARED - 1, step + STEPS_COMPARED - 1)
+        points = reader.metrics.series(name, step - STEPS_COMPARED - 1, step + STEPS_COMPARED - 1)
         before = mean_of_known(value for at, value in points if at < step)
         after = mean_of_known(value for at, value in points if at >= step)
         if before is not None or after is not None:

@@ -78,7 +78,7 @@ def spread(steps: list[int], count: int) -> list[int]:
 
 
 def _held_out(reader: JournalReader) -> list[list[SampleRow]]:
-    evaluated = [step for step, value in reader.series(EVAL_SCORE) if value is not None]
+    evaluated = [step for step, value in reader.metrics.series(EVAL_SCORE) if value is not None]
     found: dict[tuple[int, str], list[SampleRow]] = {}
     for step in spread(evaluated, STEPS_SHOWN):
         for row in reader.samples.evaluated(step):

@@ -1,17 +1,13 @@
 """The dashboard: current phase, charts, steering, timeline and machine."""
 
 import functools
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 from textual.widget import Widget
 
-from engine.journal.reader import JournalReader
-from engine.metrics import describe, title_of
-from engine.session.folder import SessionFolder
-from rlhf_tui import format as fmt
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts.overlaying import OverlaysRead, RunOverlays
 from rlhf_tui.state.messages import (
@@ -31,9 +27,6 @@ from rlhf_tui.widgets.panels.machine import MachinePanel
 from rlhf_tui.widgets.panels.phases import PhaseStrip
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
-
-if TYPE_CHECKING:  # imported when it is opened
-    from rlhf_tui.dialogs.picker import PickerDialog
 
 PAGES = ("timeline", "latest", "machine")
 """Panels that a narrow terminal shows one at a time."""
@@ -328,14 +321,7 @@ class DashboardScreen(SessionScreen):
 
     def action_metrics(self) -> None:
         """Asks which metrics have a chart."""
-        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
-
-        groups = [names_of(chart) for chart in self.grid.specs]
-        shown = [name for group in groups for name in group]
-        names = list(dict.fromkeys([*shown, *self.context.state.curves.drawable]))
-        options = [
-            Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "") for n in names
-        ]
+        from rlhf_tui.dialogs.metrics import ChartPicker  # noqa: PLC0415 - keeps start-up short
 
         async def take(result: str | None) -> None:
             if result:
@@ -345,16 +331,10 @@ class DashboardScreen(SessionScreen):
                 self.context.read_metrics()
                 await self.grid.set_charts(charts)
 
-        dialog = PickerDialog("Choose charts", options, groups)
+        dialog = ChartPicker(self.context.state, [names_of(chart) for chart in self.grid.specs])
         self.app.push_screen(dialog, take)
-        unread = [name for name in names if not self.context.state.curves.shape(name)]
-        if unread and self.context.session is not None:
-            read = functools.partial(_show_newest, self.context.session, unread, dialog)
-            self.read_in_thread("newest", read)
-
-    def _newest(self, name: str) -> str:
-        value = self.context.state.curves.shape(name).last
-        return "" if value is None else _number(name, value)
+        if dialog.unread and (session := self.context.session) is not None:
+            self.read_in_thread("newest", functools.partial(dialog.read_newest, session))
 
     def action_others(self) -> None:
         """Asks which sessions' curves are overlaid."""
@@ -367,15 +347,3 @@ class DashboardScreen(SessionScreen):
     def on_overlays_read(self, message: OverlaysRead) -> None:
         """Overlays the sessions that were read."""
         self.overlays.take(message)
-
-
-def _show_newest(session: SessionFolder, names: list[str], dialog: "PickerDialog") -> None:
-    """Adds the newest values of metrics that no chart shows to a dialog; in a worker thread."""
-    with JournalReader(session) as reader:
-        newest = {name: reader.newest_value(name) for name in names}
-    values = {name: _number(name, found[1]) for name, found in newest.items() if found}
-    dialog.call_later(dialog.show_values, values)
-
-
-def _number(name: str, value: float) -> str:
-    return fmt.number(value, describe(name).digits)

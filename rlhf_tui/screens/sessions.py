@@ -1,19 +1,16 @@
 """The sessions screen: lists the sessions of a folder; opens, resumes, forks and deletes them."""
 
 import functools
-import re
-from pathlib import Path
 from typing import ClassVar
 
-from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 
 from engine.metrics import title_of
-from engine.session.folder import SessionFolder, free_name
+from engine.session.folder import free_name
 from rlhf_tui import format as fmt
-from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
+from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts.engine_waits import EngineWaits
 from rlhf_tui.screens.parts.highlighted_preview import HighlightedPreview
@@ -282,24 +279,19 @@ class SessionsScreen(SessionScreen):
 
     def action_mark_matching(self) -> None:
         """Asks for a pattern, and marks the sessions whose names match it; none without a match."""
-        names = [s.row.name for s in self._rows.values()]
+        from rlhf_tui.dialogs.sessions import (  # noqa: PLC0415 - keeps start-up short
+            MarkSessionsDialog,
+            matching,
+        )
 
-        def check(text: str) -> tuple[bool, str]:
-            found = matching(text, names)
-            if found is None:
-                return False, "not a regular expression"
-            listed = f": {' '.join(found)}" if found else ""
-            return True, f"marks {fmt.plural(len(found), 'session')}{listed}"
+        names = list(self._rows)
 
         def take(text: str | None) -> None:
             if text is not None:
                 self._marked = matching(text, names) or []
                 self._show_marks()
 
-        rows: list[Row] = [[("A regular expression, such as ", "dim"), ("lr-.*-seed[12]", "key"),
-                            ("; empty: no marks", "dim")]]  # fmt: skip
-        title = "Mark the sessions whose names match"
-        self.app.push_screen(InputDialog(title, rows, "", check, verb="mark"), take)
+        self.app.push_screen(MarkSessionsDialog(names), take)
 
     def _show_marks(self) -> None:
         self._show_rows()
@@ -314,15 +306,13 @@ class SessionsScreen(SessionScreen):
 
     def action_metric(self) -> None:
         """Asks for the metric whose last value and newest values are listed."""
-        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
+        from rlhf_tui.dialogs.metrics import metric_option  # noqa: PLC0415 - keeps start-up short
+        from rlhf_tui.dialogs.picker import PickerDialog  # noqa: PLC0415 - keeps start-up short
 
         names = dict.fromkeys(n for s in self._rows.values() for n in s.metrics)
         title = title_of(self._columns.metric)
         shown = self._columns.metric
-        options = [
-            Option(n, n, "shown" if n == shown else "", title_of(n) if title_of(n) != n else "")
-            for n in names
-        ]
+        options = [metric_option(n, "shown" if n == shown else "") for n in names]
 
         def take(name: str | None) -> None:
             if name:
@@ -374,38 +364,15 @@ class SessionsScreen(SessionScreen):
 
     def action_delete(self) -> None:
         """Asks, then deletes the session."""
+        from rlhf_tui.dialogs.sessions import DeleteSessionDialog  # noqa: PLC0415 - start-up
+
         if (row := self._highlighted()) is None:
             return
-        name, count = row.name, len(row.checkpoints)
-        rows: list[Row] = [
-            [("Its journal, its samples and ", ""), (fmt.plural(count, "checkpoint"), "strong"),
-             (" are deleted. This cannot be undone.", "")],
-            [(short_path(row.folder), "dim")],
-        ]  # fmt: skip
-        choices = [Choice("c", "Cancel", "cancel"), Choice("d", "Delete", "delete", danger=True)]
-        dialog = ChoiceDialog(f"Delete session {name}?", [*rows, []], choices)
+        name = row.name
 
         def chosen(result: str | None) -> None:
             if result == "delete":
                 self.context.forget_session(name)
                 self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
-        self.app.push_screen(dialog, chosen)
-        self.show_freed(SessionFolder(Path(row.folder)), dialog, rows)
-
-    @work(thread=True, group="freed")
-    def show_freed(self, session: SessionFolder, dialog: ChoiceDialog, rows: list[Row]) -> None:
-        """Adds what deleting a session frees to the rows of a dialog, which may be closed."""
-        try:
-            freed: Row = [(fmt.freed(session.disk_usage()), "dim")]
-        except OSError:  # deleting it says so
-            return
-        dialog.call_later(dialog.say, [*rows, freed])
-
-
-def matching(pattern: str, names: list[str]) -> list[str] | None:
-    """The names that a regular expression matches: [] if it is empty, None if it is invalid."""
-    try:
-        return [name for name in names if pattern and re.search(pattern, name)]
-    except re.error:
-        return None
+        self.app.push_screen(DeleteSessionDialog(row, short_path(row.folder)), chosen)

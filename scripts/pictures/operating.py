@@ -71,7 +71,7 @@ def record(sessions: Path, name: str) -> Path:
     judges = judges_of(config)
     with JournalReader(session) as reader:
         names = sorted({rule.metric for rule in DEFAULT_RULES} | judges)
-        series = {name: dict(reader.series(name)) for name in names}
+        series = {name: dict(reader.metrics.series(name)) for name in names}
     steps = range(1, config.train.steps + 1)
     recorded = {
         "settings": msgspec.structs.asdict(settings_of(config)),

@@ -268,12 +268,12 @@ class Run:
     def numbers(self) -> list[dict[str, Any]]:
         """The metrics that must be equal bit for bit, by step."""
         with self.reader() as reader:
-            return numbers([row.as_json() for row in reader.metrics()])
+            return numbers([row.as_json() for row in reader.metrics.rows()])
 
     def betas(self) -> dict[int, float]:
         """The KL coefficient of each step."""
         with self.reader() as reader:
-            return dict(reader.series("objective/kl_coef"))
+            return dict(reader.metrics.series("objective/kl_coef"))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The events of a kind, as `events --json` prints them."""

@@ -15,8 +15,8 @@ def test_a_checkpoint_is_evaluated_to_the_numbers_of_its_step(lab):
     run.start()
     run.finish()
     with run.reader() as reader:
-        names = [n for n in reader.metric_names() if n.startswith("eval/")]
-        curves = {name: dict(reader.series(name)) for name in names}
+        names = [n for n in reader.metrics.names() if n.startswith("eval/")]
+        curves = {name: dict(reader.metrics.series(name)) for name in names}
         kept = [s.as_json() for s in reader.samples.evaluated(4)]
     assert all(set(curve) == {0, 4} for curve in curves.values())
     again = lab.json("eval", run.name, "--step", 4)
@@ -51,7 +51,7 @@ def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab,
     run.start()
     run.wait_for("paused")
     with run.reader() as reader:
-        assert [step for step, _ in reader.series("eval/kl")] == [0, 1]
+        assert [step for step, _ in reader.metrics.series("eval/kl")] == [0, 1]
     assert run.step == 2
     run.wait_saved(2)
     if ranks == "restart":
@@ -61,7 +61,7 @@ def test_an_evaluation_without_scores_is_made_up_for_when_the_run_continues(lab,
     assert run.command("unpause")["status"] == "applied"
     run.finish()
     with run.reader() as reader:
-        curve = dict(reader.series("eval/kl"))
+        curve = dict(reader.metrics.series("eval/kl"))
         responses = reader.samples.evaluated(2)
     assert list(curve) == [0, 1, 2, 3]
     assert curve[2] != 0, "it was measured before the reference became the policy"
@@ -96,7 +96,12 @@ def test_after_ranks_restart_a_watched_source_is_made_up_for_and_its_checkpoint_
     assert run.command("unpause")["status"] == "applied"
     run.finish()
     with run.reader() as reader:
-        assert dict(reader.series("eval/reward/judge")) == {0: 0.0, 2: -2.0, 4: -4.0, 6: -6.0}
+        assert dict(reader.metrics.series("eval/reward/judge")) == {
+            0: 0.0,
+            2: -2.0,
+            4: -4.0,
+            6: -6.0,
+        }
         assert [c.step for c in reader.checkpoints()] == [2, 6]
 
 

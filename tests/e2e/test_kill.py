@@ -145,7 +145,7 @@ def test_the_samples_are_the_same_each_once(resumed, steered):
 def test_what_was_trained_after_the_checkpoint_is_on_abandoned_branches(resumed):
     with resumed.reader() as reader:
         assert [a.from_step for a in reader.attempts()] == [0, 4, 4]
-        past = {(attempt, step) for attempt, step, _ in reader.past_series("lr")}
+        past = {(attempt, step) for attempt, step, _ in reader.metrics.past_series("lr")}
     assert past == {(1, 5), (1, 6), (2, 5), (2, 6)}
 
 
@@ -154,7 +154,7 @@ def test_what_was_trained_after_the_checkpoint_is_on_abandoned_branches(resumed)
 )
 def test_a_restarted_rank_repeats_the_numbers_of_the_uninterrupted_run(resumed, steered, name):
     with resumed.reader() as reader, steered.reader() as other:
-        past, expected = reader.past_series(name), dict(other.series(name))
+        past, expected = reader.metrics.past_series(name), dict(other.metrics.series(name))
     assert {step: value for attempt, step, value in past if attempt == 2} == {
         step: expected[step] for step in (5, 6)
     }

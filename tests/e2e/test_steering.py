@@ -246,7 +246,7 @@ def test_beta_and_controller_change_at_the_step_the_acknowledgement_says(steered
 
 def test_a_learning_rate_set_during_a_step_is_used_in_the_next_step(steered):
     with steered.reader() as reader:
-        rates = dict(reader.series("lr"))
+        rates = dict(reader.metrics.series("lr"))
     assert (rates[5], rates[6]) == (3e-4, 1e-4)
 
 
@@ -255,7 +255,7 @@ def test_settings_are_in_force_after_a_resume(lab, steered):
     done = lab.cli("resume", "steered", "-o", "train.steps=9", "--headless")
     assert done.returncode == 0, done.stderr
     with steered.reader() as reader:
-        assert dict(reader.series("lr"))[9] == 1e-4
+        assert dict(reader.metrics.series("lr"))[9] == 1e-4
         assert reader.meta().settings["target"] == 2.0
     assert steered.numbers()[8]["objective/kl_coef"] != 0.05
 
@@ -326,7 +326,7 @@ def test_a_reseeded_roll_back_survives_a_crash_before_the_next_save(lab):
     def third_step(attempt):
         def rows():
             with run.reader() as reader:
-                return [row for row in reader.metrics() if row.step == 3]
+                return [row for row in reader.metrics.rows() if row.step == 3]
 
         (row,) = until(lambda: [r for r in rows() if r.attempt == attempt], f"step 3 of {attempt}")
         return row.values["objective/scores"], row.values["objective/kl"]

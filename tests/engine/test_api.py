@@ -17,6 +17,7 @@ from engine.errors import (
     SessionError,
     UserInputError,
 )
+from engine.journal.metric_reader import MetricReader
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.session.registry import announce
@@ -67,14 +68,14 @@ def test_arrays_lie_over_the_same_steps(run):
 
 
 def test_a_step_that_ends_while_arrays_are_read_is_in_none_of_them(run, writer, monkeypatch):
-    read = JournalReader.series
+    read = MetricReader.series
 
-    def beside_a_run(reader, *arguments):
-        points = read(reader, *arguments)
-        writer.steps(reader.last_step() + 1)
+    def beside_a_run(metrics, *arguments):
+        points = read(metrics, *arguments)
+        writer.steps(writer.journal.step + 1)
         return points
 
-    monkeypatch.setattr(JournalReader, "series", beside_a_run)
+    monkeypatch.setattr(MetricReader, "series", beside_a_run)
     table = run.as_arrays("objective/scores", "lr")
     assert table["step"].tolist() == [1, 2, 3]
     assert table["lr"].tolist() == [1e-5] * 3

@@ -306,7 +306,7 @@ def test_a_step_that_is_written_when_there_is_room_again_has_its_metrics(writer)
     writer.journal.record_step(report)
     assert writer.journal.step == 1
     with JournalReader(writer.session) as reader:
-        assert [row.values for row in reader.metrics()] == [report.metrics]
+        assert [row.values for row in reader.metrics.rows()] == [report.metrics]
 
 
 async def test_what_a_killed_attempt_reported_is_not_written_into_the_next(

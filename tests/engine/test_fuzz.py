@@ -159,7 +159,7 @@ def read_everything(session):
         reader.state()
         [c.as_json() for c in reader.commands()]
         [e.as_json() for e in reader.events()]
-        [m.as_json() for m in reader.metrics()]
+        [m.as_json() for m in reader.metrics.rows()]
         reader.fork_origin()
         reader.last_reference_probe("x")
         [s.as_json() for s in reader.samples.newest()]

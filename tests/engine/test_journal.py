@@ -25,15 +25,15 @@ from engine.protocol.rank_messages import REWARD_CHANGED, StepReport
 
 def scores(session):
     with JournalReader(session) as reader:
-        return dict(reader.series("objective/scores"))
+        return dict(reader.metrics.series("objective/scores"))
 
 
 def test_a_step_is_read_as_it_was_written(writer):
     writer.steps(1, 2)
     with JournalReader(writer.session) as reader:
-        rows = reader.metrics()
+        rows = reader.metrics.rows()
         assert [(r.step, r.attempt, r.values["lr"]) for r in rows] == [(1, 1, 1e-5), (2, 1, 1e-5)]
-        assert reader.metrics(last=1) == rows[1:]
+        assert reader.metrics.rows(last=1) == rows[1:]
         assert reader.last_step() == 2
         assert reader.meta().settings == {"beta": 0.1}
         samples = reader.samples.newest()
@@ -49,7 +49,7 @@ def test_a_step_is_read_as_it_was_written(writer):
 def test_rows_of_some_metrics_have_these_and_no_others(writer):
     writer.steps(1, 2, late=3.0)
     with JournalReader(writer.session) as reader:
-        rows = reader.metrics(only=("late", "unheard of"))
+        rows = reader.metrics.rows(only=("late", "unheard of"))
     assert [(r.step, r.values) for r in rows] == [(1, {"late": 3.0}), (2, {"late": 3.0})]
 
 
@@ -87,15 +87,15 @@ def test_a_metric_that_begins_later_is_null_before(writer):
     writer.steps(1)
     writer.steps(2, late=3.0)
     with JournalReader(writer.session) as reader:
-        assert [r.values["late"] for r in reader.metrics()] == [None, 3.0]
-        assert reader.series("late") == [(2, 3.0)]
-        assert reader.series("unheard of") == []
+        assert [r.values["late"] for r in reader.metrics.rows()] == [None, 3.0]
+        assert reader.metrics.series("late") == [(2, 3.0)]
+        assert reader.metrics.series("unheard of") == []
 
 
 def test_a_metric_that_a_run_never_has_is_null_in_json(writer):
     writer.steps(1)
     with JournalReader(writer.session) as reader:
-        (row,) = reader.metrics()
+        (row,) = reader.metrics.rows()
     assert "loss/value_avg" not in row.values
     assert row.as_json()["loss/value_avg"] is None
     assert row.as_json()["lr"] == row.values["lr"]
@@ -116,7 +116,7 @@ def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(wri
     with JournalReader(writer.session) as reader:
         for _ in range(3):
             written = writer.journal.step
-            rows = reader.metrics()
+            rows = reader.metrics.rows()
             assert writer.journal.step >= written + 3, "steps are written between the queries"
             for row in rows:
                 assert row.values[f"only_{row.step}"] == 1.0
@@ -136,13 +136,13 @@ def test_what_is_not_finite_is_null_everywhere(writer):
     writer.journal.record_event("alert", {"window": [1.0, math.nan], "deep": {"a": math.inf}})
     writer.order("nan", "beta", value=math.nan)
     with JournalReader(writer.session) as reader:
-        rows = [*reader.metrics(), *reader.samples.newest(), *reader.events()]
+        rows = [*reader.metrics.rows(), *reader.samples.newest(), *reader.events()]
         everything = [*(row.as_json() for row in rows), reader.meta().settings]
         text = json.dumps(everything, allow_nan=False)
     assert "null" in text
     # Written without a value is not the same as never written: a replay can tell.
     with JournalReader(writer.session) as reader:
-        assert reader.series("inf") == [(1, None)]
+        assert reader.metrics.series("inf") == [(1, None)]
 
 
 def test_a_resume_takes_over_the_timeline_and_keeps_the_past(writer):
@@ -152,7 +152,7 @@ def test_a_resume_takes_over_the_timeline_and_keeps_the_past(writer):
     writer.steps(2)
     assert scores(writer.session) == {1: 1.1, 2: 2.2}
     with JournalReader(writer.session) as reader:
-        assert reader.past_series("objective/scores") == [(1, 2, 2.1), (1, 3, 3.1)]
+        assert reader.metrics.past_series("objective/scores") == [(1, 2, 2.1), (1, 3, 3.1)]
         assert [a.from_step for a in reader.attempts()] == [0, 1]
         assert [(s.step, s.attempt) for s in reader.samples.newest()] == [
             (1, 1), (1, 1), (2, 2), (2, 2),
@@ -165,8 +165,8 @@ def test_a_timeline_can_be_replaced_again_and_again(writer):
         writer.steps(1, 2)
         writer.journal.begin_attempt(0, fresh=True)
     with JournalReader(writer.session) as reader:
-        assert len(reader.past_series("lr")) == 6
-        assert reader.metrics() == []
+        assert len(reader.metrics.past_series("lr")) == 6
+        assert reader.metrics.rows() == []
 
 
 def test_the_next_attempt_is_told_where_the_last_one_computed(writer):
@@ -363,32 +363,32 @@ def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step
     writer.steps(1)
     writer.journal.begin_attempt(0, fresh=False)
     with JournalReader(writer.session) as reader:
-        assert reader.series("eval/score") == []
-        assert reader.past_series("eval/score") == [(1, 0, 1.0)]
+        assert reader.metrics.series("eval/score") == []
+        assert reader.metrics.past_series("eval/score") == [(1, 0, 1.0)]
         assert reader.samples.evaluated() == []
     writer.journal.record_evaluation(0, {"eval/score": 2.0}, [])
     with JournalReader(writer.session) as reader:
-        assert reader.series("eval/score") == [(0, 2.0)]
-        assert reader.series("eval/kl") == []
+        assert reader.metrics.series("eval/score") == [(0, 2.0)]
+        assert reader.metrics.series("eval/kl") == []
 
 
 def test_an_evaluation_before_the_first_step_is_a_row_of_step_0(writer):
     with JournalReader(writer.session) as reader:
-        assert reader.metrics() == []
+        assert reader.metrics.rows() == []
     writer.journal.record_evaluation(0, {"eval/score": 1.0}, [])
     writer.steps(1, 2)
     with JournalReader(writer.session) as reader:
-        first, *steps = reader.metrics()
+        first, *steps = reader.metrics.rows()
         assert (first.step, first.attempt, first.time) == (0, 1, None)
         assert (first.values["eval/score"], first.values["lr"]) == (1.0, None)
         assert [row.step for row in steps] == [1, 2]
-        assert [row.step for row in reader.metrics(last=2)] == [1, 2]
+        assert [row.step for row in reader.metrics.rows(last=2)] == [1, 2]
 
 
 def test_the_rows_of_all_steps_are_made_one_at_a_time(writer):
     writer.steps(*range(1, 51))
     with JournalReader(writer.session) as reader:
-        rows = reader.iter_metrics()
+        rows = reader.metrics.iter_rows()
     assert next(rows).step == 1
     assert sum(type(o) is MetricRow for o in gc.get_objects()) <= 1
     assert [row.step for row in rows] == list(range(2, 51))

@@ -23,12 +23,12 @@ DATA = Path(__file__).parent / "data"
 
 def scores(session):
     with JournalReader(session) as reader:
-        return dict(reader.series("objective/scores"))
+        return dict(reader.metrics.series("objective/scores"))
 
 
 def test_a_session_that_never_began_reads_as_empty(make_session):
     with JournalReader(make_session("new")) as reader:
-        assert reader.metrics() == reader.events() == reader.attempts() == []
+        assert reader.metrics.rows() == reader.events() == reader.attempts() == []
         assert reader.last_step() == 0
         assert reader.state() == "crashed"
 
@@ -107,7 +107,7 @@ def test_an_old_journal_is_read(old):
         assert reader.samples.newest()[-1].response == "answer 3.1"
         assert reader.samples.arrays(3, 0, 2).tokens == ["a", "b"]
         assert [c.step for c in reader.checkpoints()] == [1, 3]
-        assert reader.past_series("objective/scores") == [(1, 2, 2.1)]
+        assert reader.metrics.past_series("objective/scores") == [(1, 2, 2.1)]
 
 
 def test_an_old_journal_is_migrated_and_continued(old):

@@ -146,7 +146,7 @@ def content(session: SessionFolder) -> dict[str, Any]:
     """What readers see of a session."""
     with JournalReader(session) as reader, LabelReader(session) as labels:
         return {
-            "metrics": [row.as_json() for row in reader.metrics()],
+            "metrics": [row.as_json() for row in reader.metrics.rows()],
             "commands": [c.as_json() for c in reader.commands()],
             "events": [e.as_json() for e in reader.events()],
             "samples": [s.as_json() for s in reader.samples.newest()],

@@ -290,7 +290,7 @@ class FaultRun:
             # A roll back leaves a checkpoint on another branch; one of the same step replaces it.
             kinds = ("complete", "removed", "superseded", "replaced")
             rows = {c.step: c.status for c in reader.checkpoints(kinds)}
-            metrics = [row.as_json() for row in reader.metrics()]
+            metrics = [row.as_json() for row in reader.metrics.rows()]
             state = reader.state()
         for command_id, status in self.acknowledged.commands.items():
             if command_id not in commands:
@@ -340,7 +340,7 @@ class FaultRun:
     def numbers(self) -> list[dict[str, Any]]:
         """The metrics that must be equal bit for bit."""
         with JournalReader(self.session) as reader:
-            return numbers([row.as_json() for row in reader.metrics()])
+            return numbers([row.as_json() for row in reader.metrics.rows()])
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -113,7 +113,7 @@ class LightKills:
         """What holds for every run, and the history computed again."""
         self.run.check()
         with JournalReader(self.run.session) as reader:
-            rows = {row.step: row.values for row in reader.metrics()}
+            rows = {row.step: row.values for row in reader.metrics.rows()}
             commands = [c for c in reader.commands() if c.live and c.changes and c.applied_step]
             order = application_order(reader)
         check_history(settings_of(self.run.session.config()), rows, commands, order)

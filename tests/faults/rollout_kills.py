@@ -110,7 +110,7 @@ def weights(run: Run) -> str:
 def lags(run: Run) -> list[float]:
     """How old the weights were that sampled the responses of each step."""
     with run.reader() as reader:
-        return [row.values["rollout/version_lag"] for row in reader.metrics()]
+        return [row.values["rollout/version_lag"] for row in reader.metrics.rows()]
 
 
 def problems(killed: Run, undisturbed: Run) -> list[str]:

@@ -171,7 +171,7 @@ class Soak:
         self.run.finish()
         self.run.check()
         with JournalReader(self.run.session) as reader:
-            rates = {row.step: row.values["lr"] for row in reader.metrics()}
+            rates = {row.step: row.values["lr"] for row in reader.metrics.rows()}
             live = [c for c in reader.commands() if c.live and c.changes]
             order = application_order(reader)
             final = reader.meta().settings or {}

@@ -203,7 +203,7 @@ class Watched:
 
     def _seconds_per_step(self, began: float, ended: float) -> float:
         with JournalReader(self.run.session) as reader:
-            rows = reader.metrics(last=2000)
+            rows = reader.metrics.rows(last=2000)
         times = [row.time for row in rows if began <= row.time <= ended]
         if len(times) < 2:
             raise LostError(f"{len(times)} steps in {ended - began:.0f} s")

@@ -197,7 +197,7 @@ def test_intervals_are_bars_that_fit_the_scale_unless_there_is_no_room_between_t
 
 def test_an_outline_keeps_the_evaluation_before_the_first_step(folder):
     with JournalReader(SessionFolder(folder / "evaluated")) as reader:
-        found = reader.downsampled(["eval/score", "objective/scores"], 10)
+        found = reader.metrics.downsampled(["eval/score", "objective/scores"], 10)
     assert found["eval/score"][0] == (0, pytest.approx(-0.5))
     assert found["eval/score"][-1][0] == 60
     assert found["objective/scores"][0][0] == 1

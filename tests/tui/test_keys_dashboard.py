@@ -145,7 +145,7 @@ async def test_the_picker_shows_the_newest_values_of_metrics_without_a_chart_too
         await until(pilot, lambda: all(option.value for option in app.screen.options))
         shown = {option.key: option.value for option in app.screen.options}
         with JournalReader(app.session) as reader:
-            _, newest = reader.newest_value("grad_norm")
+            _, newest = reader.metrics.newest_value("grad_norm")
         assert float(shown["grad_norm"]) == pytest.approx(newest, 0.01)
         assert shown["grad_norm"] in app.screen.query_one(Table).text()
 

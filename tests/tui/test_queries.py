@@ -15,7 +15,7 @@ def reader(root):
 
 
 def test_a_left_timeline_is_read_by_attempt(reader):
-    rows = reader.past_series("objective/scores")
+    rows = reader.metrics.past_series("objective/scores")
     assert [(attempt, step) for attempt, step, _ in rows] == [(1, s) for s in range(101, 118)]
 
 
@@ -75,8 +75,8 @@ def test_conditions_and_words_are_accepted_as_a_filter(text):
 
 @pytest.mark.parametrize("spans", [7, 500])
 def test_an_outline_has_the_extremes_and_the_newest_value(reader, spans):
-    points = reader.series("objective/scores")
-    downsampled = reader.downsampled(["objective/scores", "no such metric"], spans)
+    points = reader.metrics.series("objective/scores")
+    downsampled = reader.metrics.downsampled(["objective/scores", "no such metric"], spans)
     assert list(downsampled) == ["objective/scores"]
     drawn = downsampled["objective/scores"]
     steps, values = zip(*drawn, strict=True)
@@ -88,6 +88,7 @@ def test_an_outline_has_the_extremes_and_the_newest_value(reader, spans):
 
 def test_an_outline_of_a_short_run_is_its_curve(reader):
     names = ["objective/scores"]
-    downsampled, curve = reader.downsampled(names, 500)[names[0]], reader.series(names[0])
+    downsampled = reader.metrics.downsampled(names, 500)[names[0]]
+    curve = reader.metrics.series(names[0])
     assert [s for s, _ in downsampled] == [s for s, _ in curve]
     assert [v for _, v in downsampled] == pytest.approx([v for _, v in curve])

@@ -106,7 +106,7 @@ def seen(session):
     with JournalReader(session) as reader:
         return {
             "meta": reader.meta(),
-            "series": reader.series(SCORE, after=195),
+            "series": reader.metrics.series(SCORE, after=195),
             "events": reader.events(),
             "commands": reader.commands(),
             "checkpoints": reader.checkpoints(),
@@ -168,7 +168,7 @@ def test_a_copy_reads_as_the_session_does(root, copied):
 def test_of_a_long_run_the_tail_is_copied(root, copied):
     copy, _ = copied(SessionFolder(root / "frozen"), tail=50)
     with JournalReader(copy) as reader:
-        assert [step for step, _ in reader.series(SCORE)] == list(range(151, 201))
+        assert [step for step, _ in reader.metrics.series(SCORE)] == list(range(151, 201))
         assert reader.last_step() == 200
 
 
@@ -180,13 +180,13 @@ def test_a_copy_follows_new_steps_and_roll_backs(session_maker, tmp_path, copied
     update()
     with JournalReader(copy) as reader:
         assert reader.last_step() == 10
-        assert len(reader.past_series(SCORE)) == 10
+        assert len(reader.metrics.past_series(SCORE)) == 10
     report = StepReport(step=11, metrics={SCORE: 5.0}, samples=[], settings={"beta": 0.05})
     journal.record_step(report)
     update()
     assert seen(copy) == seen(session)
     with JournalReader(copy) as reader:
-        assert reader.series(SCORE, after=10) == [(11, 5.0)]
+        assert reader.metrics.series(SCORE, after=10) == [(11, 5.0)]
     journal.close()
 
 
@@ -200,7 +200,7 @@ def test_of_a_run_without_a_step_the_evaluation_before_it_is_copied(tmp_path, co
     journal.record_evaluation(0, {EVAL_SCORE: 0.5}, [])
     update()
     with JournalReader(copy) as reader:
-        assert reader.series(EVAL_SCORE) == [(0, 0.5)]
+        assert reader.metrics.series(EVAL_SCORE) == [(0, 0.5)]
     journal.close()
 
 

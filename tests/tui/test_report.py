@@ -98,7 +98,7 @@ def test_each_intervention_has_the_means_before_and_after_and_its_number_in_the_
     first, second = report.interventions
     assert (first.number, first.marker.step, second.number) == (1, 63, 2)
     with JournalReader(SessionFolder(root / "frozen")) as reader:
-        values = dict(reader.series("objective/kl"))
+        values = dict(reader.metrics.series("objective/kl"))
     effect = first.effects["objective/kl"]
     assert effect.before == pytest.approx(sum(values[s] for s in range(53, 63)) / 10)
     assert effect.after == pytest.approx(sum(values[s] for s in range(63, 73)) / 10)
@@ -215,7 +215,7 @@ def test_a_session_of_an_earlier_version_that_was_killed_has_a_report(tmp_path):
 def test_the_start_and_the_end_of_a_short_run_are_its_halves(tmp_path):
     shutil.copy(OLD / "finished" / "journal.db", tmp_path)
     with JournalReader(SessionFolder(tmp_path)) as reader:
-        curve = reader.series(SCORE)
+        curve = reader.metrics.series(SCORE)
         score = read_headlines(reader, len(curve))[0]
     values = [value for _, value in curve]
     assert len(values) == 6

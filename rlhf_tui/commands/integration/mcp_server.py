@@ -227,8 +227,8 @@ class ReadingTools:
         known = {metric.name: metric for metric in METRICS}
         rows = []
         with JournalReader(self._sessions.find(session)) as reader:
-            for name in reader.metric_names():
-                step, value = reader.newest_value(name) or (None, None)
+            for name in reader.metrics.names():
+                step, value = reader.metrics.newest_value(name) or (None, None)
                 about = known.get(name)
                 rows.append({
                     "name": name, "unit": about.unit if about else "",

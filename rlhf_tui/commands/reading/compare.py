@@ -54,11 +54,8 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(JournalReader(session)) for session in sessions]
         step = min(reader.last_step() for reader in readers)
-        metrics = {
-            key: [dict(r.series(key, after=step - 1)).get(step) for r in readers]
-            for key in HEADLINES
-        }
-        evaluated = [dict(reader.series(EVAL_SCORE)) for reader in readers]
+        metrics = {key: [r.metrics.value_at(key, step) for r in readers] for key in HEADLINES}
+        evaluated = [dict(reader.metrics.series(EVAL_SCORE)) for reader in readers]
     common = max(set[int].intersection(*map(set, evaluated)), default=None)
     held_out = None
     if common is not None:

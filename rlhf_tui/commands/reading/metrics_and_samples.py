@@ -69,7 +69,7 @@ def metrics(
     """
     form = "json" if as_json else form
     with JournalReader(existing_or_live(root, name)) as reader:
-        found = reader.iter_metrics(last, None if form or output else {*COLUMNS, *HELD_OUT})
+        found = reader.metrics.iter_rows(last, None if form or output else {*COLUMNS, *HELD_OUT})
     if printed_rows((r.as_json() for r in found), form, output, STEP_FIELDS):
         return
     rows = list(found)

@@ -59,7 +59,7 @@ class FirstRead:
                 if reader.attempts():
                     head = read_summary(self.session, reader)
                     self._update = SessionUpdate(
-                        head=head, downsampled=reader.downsampled(self._names, SPANS)
+                        head=head, downsampled=reader.metrics.downsampled(self._names, SPANS)
                     )
         except (RlhfError, OSError):
             return

@@ -118,7 +118,8 @@ class JournalChanges:
         self._output.post(update)
         branch = session.position is not None and session.position.current
         if (first or reset) and head.step > LONG and not branch:  # there they take longer
-            self._output.post(SessionUpdate(downsampled=reader.downsampled(self._wanted, SPANS)))
+            downsampled = reader.metrics.downsampled(self._wanted, SPANS)
+            self._output.post(SessionUpdate(downsampled=downsampled))
         self._read_curves(reader, at_once=not (first or reset))
         if advanced and head.step != self._samples_step:
             self._samples_step = head.step
@@ -158,7 +159,7 @@ class JournalChanges:
         return commands
 
     def _with_names(self, update: SessionUpdate, reader: JournalReader) -> SessionUpdate:
-        names = reader.metric_names()
+        names = reader.metrics.names()
         if names != self._names:
             self._names = names
             update = msgspec.structs.replace(update, names=names)
@@ -172,13 +173,13 @@ class JournalChanges:
         for name in wanted:
             if self._output.stopped.is_set():
                 return
-            points = reader.series(name, after=self._at.get(name, -1))
+            points = reader.metrics.series(name, after=self._at.get(name, -1))
             if points:
                 self._at[name] = points[-1][0]
                 curves[name] = points
             if self._attempts > 1 and name not in self._past:
                 self._past.add(name)
-                if rows := reader.past_series(name):
+                if rows := reader.metrics.past_series(name):
                     past[name] = rows
             if not at_once:
                 self._output.post(SessionUpdate(curves=curves, past=past))

@@ -200,8 +200,8 @@ class ReplayFeed:
         """The seconds of each phase of a step, in order."""
         if self._phase_times[0] != step:
             with JournalReader(self._session) as reader:
-                times = {n: dict(reader.series(phase_time(n), step - 1, step)) for n in PHASES}
-            seconds = {n: value for n, of in times.items() if (value := of.get(step))}
+                times = {n: reader.metrics.value_at(phase_time(n), step) for n in PHASES}
+            seconds = {n: value for n, value in times.items() if value}
             self._phase_times = step, seconds
         return self._phase_times[1]
 

@@ -48,8 +48,8 @@ def listed_session(session: SessionFolder, metric: str) -> ListedSession:
     try:
         with JournalReader(session) as reader:
             row = session_row(session, reader)
-            points = reader.series(metric, after=max(row.step - SPARK_STEPS, 0))
-            names = reader.metric_names()
+            points = reader.metrics.series(metric, after=max(row.step - SPARK_STEPS, 0))
+            names = reader.metrics.names()
             attempts = reader.attempts()
     except (RlhfError, OSError) as error:
         return ListedSession(row=unreadable_row(session, error))

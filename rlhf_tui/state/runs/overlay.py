@@ -65,7 +65,7 @@ def read_overlay(session: SessionFolder, names: Iterable[str]) -> Overlay:
     """Reads the downsampled curves and the clocks of a run. Call it in a thread."""
     try:
         with JournalReader(session) as reader:
-            downsampled = reader.downsampled(names, SPANS)
+            downsampled = reader.metrics.downsampled(names, SPANS)
             clocks = _clocks(reader)
     except (RlhfError, OSError) as error:
         return Overlay(session.name, problem=str(error))
@@ -80,7 +80,7 @@ def read_clocks(session: SessionFolder) -> dict[str, RunClock]:
 
 def _clocks(reader: JournalReader) -> dict[str, RunClock]:
     return {
-        alignment: RunClock(reader.cumulated(metric, SPANS, summed=summed))
+        alignment: RunClock(reader.metrics.cumulated(metric, SPANS, summed=summed))
         for alignment, (metric, summed) in CLOCKS.items()
     }
 

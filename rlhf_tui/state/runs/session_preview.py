@@ -58,8 +58,8 @@ def read_preview(session: SessionFolder, other: SessionFolder | None) -> Session
             alert = reader.last_alert()
             update = SessionUpdate(
                 head=read_summary(session, reader),
-                downsampled=reader.downsampled(with_drawn(METRICS), SPANS),
-                names=reader.metric_names(),
+                downsampled=reader.metrics.downsampled(with_drawn(METRICS), SPANS),
+                names=reader.metrics.names(),
                 events=[alert] if alert is not None else [],
                 samples=reader.samples.newest(RESPONSES),
             )

@@ -165,7 +165,7 @@ def session_row(session: SessionFolder, reader: JournalReader) -> SessionRow:
     session.check_config_file()  # without it the session cannot be resumed
     meta, attempts = reader.meta(), reader.attempts()
     state = reader.state() if meta.state in LIVE_STATES else meta.state
-    last = reader.last_row((SCORE, KL))
+    last = reader.metrics.last_row((SCORE, KL))
     checkpoints = [c.step for c in reader.checkpoints(("complete",))]
     held_out = read_held_out(reader)
     engine = session.engine() if session.is_live() else None
@@ -210,11 +210,11 @@ def _lost_history(session: SessionFolder) -> str:
 
 def read_held_out(reader: JournalReader) -> HeldOutScore | None:
     """Reads the result of the last evaluation; None without one. Raises JournalError."""
-    newest = reader.newest_value(EVAL_SCORE)
+    newest = reader.metrics.newest_value(EVAL_SCORE)
     if newest is None:
         return None
     step, score = newest
-    interval = dict(reader.series(EVAL_SCORE_CI, after=step - 1)).get(step)
+    interval = reader.metrics.value_at(EVAL_SCORE_CI, step)
     return HeldOutScore(step, score, interval)
 
 
