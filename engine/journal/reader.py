@@ -120,7 +120,10 @@ class JournalReader:
         return read_meta_at(self._db, position, meta)
 
     def state(self) -> str:
-        """The session's state; `crashed` if the recorded state is live but there is no engine."""
+        """The session's state; `crashed` if the recorded state is live but there is no engine.
+
+        A new session is `starting` until its first engine runs.
+        """
         if (position := self.session.position) is not None:
             state = self.meta().state
             return "crashed" if state in LIVE_STATES and not position.live else state
@@ -129,7 +132,8 @@ class JournalReader:
         state = self.meta().state
         if state in LIVE_STATES and not live and not self.session.is_live():
             state = self.meta().state
-            return "crashed" if state in LIVE_STATES else state
+            dead = state in LIVE_STATES and not self.session.is_being_started()
+            return "crashed" if dead else state
         return state
 
     def last_step(self) -> int:

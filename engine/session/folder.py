@@ -36,6 +36,8 @@ LONGEST_PATH = 512 - len("/journal.db-journal")
 """Bytes in the path of a session's folder: SQLite takes 512 for each of its files."""
 ENDING = 15.0
 """Seconds to wait for the lock of an engine that was killed: a thread of it may still write."""
+FIRST_START = 30.0
+"""Seconds from the creation of a session within which its first engine locks it, unless it died."""
 SUPERVISORS = {b"engine", b"rlhf_tui.headless"}
 """The modules of the processes that serve a session, with its folder as an argument."""
 SIGN_INTERVAL = 5.0
@@ -227,6 +229,15 @@ class SessionFolder:
             return self.is_live()
         except SessionError:
             return True
+
+    def is_being_started(self) -> bool:
+        """Whether the session is so new that its first engine may not have locked it yet."""
+        if self.engine_file.exists() or self.journal_file.exists():
+            return False
+        try:
+            return 0 <= time.time() - self.config_file.stat().st_mtime < FIRST_START
+        except OSError:
+            return False
 
     def acquire(self, advice: str | None = None) -> lock.SessionLock:
         """Locks the session for one engine, once one that was killed has ended.

@@ -4,6 +4,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,21 @@ def test_a_session_that_never_began_reads_as_empty(make_session):
     with JournalReader(make_session("new")) as reader:
         assert reader.metrics.rows() == reader.events() == reader.attempts() == []
         assert reader.last_step() == 0
+
+
+def test_a_new_session_is_starting_until_its_engine_could_have_locked_it(make_session):
+    session = make_session("new")
+    with JournalReader(session) as reader:
+        assert reader.state() == "starting"
+        long_ago = time.time() - 60
+        os.utime(session.config_file, (long_ago, long_ago))
+        assert reader.state() == "crashed"
+
+
+def test_a_new_session_whose_engine_died_before_it_recorded_anything_has_crashed(make_session):
+    session = make_session("new")
+    session.write_engine("/a/socket", "1.0")
+    with JournalReader(session) as reader:
         assert reader.state() == "crashed"
 
 

@@ -30,6 +30,17 @@ from rlhf_tui.format import plural
 DEADLINE = 240.0
 
 
+def test_diff_compares_settings_that_were_changed_during_a_run(session_maker, tmp_path):
+    session_maker(tmp_path, "kept", 10)
+    session_maker(tmp_path, "steered", 70)  # beta is set at step 63
+    words = ["--sessions", str(tmp_path), "diff", "kept", "steered"]
+    lines = [" ".join(line.split()) for line in CliRunner().invoke(cli, words).output.splitlines()]
+    assert "kl.beta @ last step 0.05 0.08" in lines
+    assert not any(line.startswith("kl.target") for line in lines)
+    found = json.loads(CliRunner().invoke(cli, [*words, "--json"]).output)
+    assert found["settings"] == {"kl.beta": [0.05, 0.08]}
+
+
 def test_the_commands_of_ctl_are_described_whole():
     printed = CliRunner().invoke(cli, ["ctl", "--help"]).output
     for kind in COMMANDS.values():

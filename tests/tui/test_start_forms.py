@@ -263,6 +263,24 @@ async def test_a_run_is_started_from_a_file_whose_path_is_completed(
         assert app.ran == [words]
 
 
+async def test_tab_completes_the_keys_and_values_of_the_file_of_a_new_run(
+    seat, until, tmp_path, root, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = (root / "frozen" / "config.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(text)
+    async with seat(None) as (app, pilot):
+        await form(app, pilot, until, "N")
+        app.screen.query_one("#path", Input).value = "run.yaml"
+        await until(pilot, lambda: "200 steps, folder:" in effect(app))
+        field = app.screen.query_one("#overrides", Input)
+        assert await field.suggester.get_suggestion("kl.be") == "kl.beta="
+        assert await field.suggester.get_suggestion("kl.target=") == "kl.target=6.0"
+        app.screen.query_one("#path", Input).value = "none.yaml"
+        await until(pilot, lambda: "no configuration file" in effect(app))
+        assert await field.suggester.get_suggestion("kl.be") is None
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("kl: {bta: 1}", "unknown key 'kl.bta'"), ("- 1", "must contain sections"),

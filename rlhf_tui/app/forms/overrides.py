@@ -152,6 +152,16 @@ def check_config_file(root: Path, path: str, name: str, overrides: list[str]) ->
     return f"{config.train.steps:,} steps, {check_new_name(root, name)}"
 
 
+def values_of_file(path: str) -> dict[str, str]:
+    """The values of a configuration file as :meth:`EarlierRun.values`; empty if it has none."""
+    file = typed_path(path)
+    try:
+        config = config_file.load(file) if file.is_file() else None
+    except ConfigError:
+        return {}
+    return {} if config is None else EarlierRun(config, config).values(fixed=True)
+
+
 def typed_path(text: str) -> Path:
     """A typed path; `~` is the home folder, `starter:demo` the file of that name."""
     try:

@@ -19,6 +19,7 @@ from rlhf_tui.app.forms.overrides import (
     check_new_name,
     split_overrides,
     typed_path,
+    values_of_file,
 )
 from rlhf_tui.dialogs.form import Field, FormDialog, Values, Verdict
 from rlhf_tui.state.runs.session_row import SessionRow, read_session_row
@@ -40,8 +41,16 @@ class StartForm(Struct, frozen=True):
 
 def new_run_form(root: Path) -> StartForm:
     """Asks for a configuration file."""
+    present: dict[str, str] = {}
+    """The values of the file, which tab completes; of no file until there is one."""
+    read = ""
 
     def check(values: Values) -> tuple[Verdict, str]:
+        nonlocal read
+        if values["path"] != read:
+            read = values["path"]
+            present.clear()
+            present.update(values_of_file(read))
         try:
             pairs = split_overrides(values["overrides"])
             return "valid", check_config_file(root, values["path"], values["name"], pairs)
@@ -60,8 +69,11 @@ def new_run_form(root: Path) -> StartForm:
     fields = [
         Field("path", "configuration file (YAML)", hint="run.yaml", suggester=PathSuggester()),
         Field("name", "name of the session (optional)", hint="that of the file"),
-        Field("overrides", OVERRIDES, hint="kl.beta=0.1 train.steps=500"),
-    ]
+        Field(
+            "overrides", OVERRIDES,
+            hint="kl.beta=0.1 train.steps=500", suggester=KeySuggester(present),
+        ),
+    ]  # fmt: skip
     rows: list[Row] = [[(f"A relative path starts at {Path.cwd()}.", "dim")]]
     dialog = FormDialog("New run from a configuration file", rows, fields, check, "start")
     return StartForm(dialog, arguments, name)
