@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from engine import metrics
 from engine.config import schema, sections
+from engine.config.sections.ppo import ADVANTAGES, AdvantageTraits
 from engine.config.settings import LIVE_SETTINGS
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -53,6 +54,8 @@ description says after *Default:* what then applies.
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
 they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) are far outside the useful
 range."""
+BY_ESTIMATOR = {"rollout.per_prompt": "per_prompt", "ppo.whiten": "whiten"}
+"""Key → the trait of estimators that is its default."""
 GROUP = re.compile(r"    # -- (.+?) -+")
 """The comment that begins a group of keys, a line by itself."""
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
@@ -215,8 +218,28 @@ def _rows(statements: list[ast.stmt], prefix: str, classes: dict[str, _Class]) -
             for pattern, name in TYPE_NAMES:
                 values = re.sub(pattern, name, values)
             default = _default(node.value)
-            rows.append(f"| `{key}`{mark} | {values} | {default} | {_docstring(after)} |")
+            text = _docstring(after)
+            if key in BY_ESTIMATOR:
+                text = f"{text.removesuffix('.')}: {_by_estimator(BY_ESTIMATOR[key])}."
+            rows.append(f"| `{key}`{mark} | {values} | {default} | {text} |")
     return rows
+
+
+def _by_estimator(trait: str) -> str:
+    """A default that the traits of estimators determine: `8 for grpo and opo, 1 otherwise`."""
+    names: dict[int, list[str]] = {}
+    for name, traits in ADVANTAGES.items():
+        names.setdefault(getattr(traits, trait), []).append(name)
+    usual: int = getattr(AdvantageTraits(), trait)
+
+    def word(value: int) -> str:
+        return ("off", "on")[value] if isinstance(value, bool) else str(value)
+
+    parts = [f"{word(usual)} otherwise"]
+    for value in sorted(names.keys() - {usual}):
+        *rest, last = names[value]
+        parts.append(f"{word(value)} for {' and '.join(filter(None, (', '.join(rest), last)))}")
+    return ", ".join(reversed(parts))
 
 
 def _default(value: ast.expr | None) -> str:

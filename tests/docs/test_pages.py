@@ -18,7 +18,7 @@ from engine.config.key_errors import known_keys
 from engine.config.rules.run_config import check_config
 from engine.config.rules.trackers import TRACKER_PACKAGES
 from engine.config.schema import RunConfig
-from engine.config.sections.ppo import ADVANTAGES, KLConfig, PPOConfig
+from engine.config.sections.ppo import KLConfig, PPOConfig
 from engine.monitoring.channels.webhook import FORMATS
 from engine.monitoring.guardrails import DEFAULT_RULES
 from engine.monitoring.notify import CHANNELS
@@ -109,19 +109,6 @@ def test_every_tracker_stands_on_the_page_and_in_the_text_of_its_key():
     for tracker in TRACKER_PACKAGES:
         assert f"`{tracker}`" in "".join(rows_of("trackers.md"))
         assert f"`{tracker}`" in row
-
-
-def listed(names):
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def test_the_defaults_that_depend_on_the_estimator_are_those_of_its_traits():
-    numbers = sorted({t.per_prompt for t in ADVANTAGES.values()} - {1}, reverse=True)
-    groups = {n: [k for k, t in ADVANTAGES.items() if t.per_prompt == n] for n in numbers}
-    wanted = [f"{n} for {listed(names)}" for n, names in groups.items()]
-    assert f"Default: {', '.join(wanted)}, 1 otherwise. |" in page()
-    whitened = listed([k for k, t in ADVANTAGES.items() if t.whiten])
-    assert f"Default: on for {whitened}, off otherwise. |" in page()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=title)

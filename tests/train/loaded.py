@@ -1,10 +1,9 @@
-"""Models that are loaded and placed on the one rank of a test."""
+"""Language models that are loaded and placed on the one rank of a test."""
 
 from engine.config.sections.launch import LaunchConfig
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import place_model
 from engine.train.models.pretrained import load_lm
-from engine.train.rewards.kinds.model import RewardModel
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 
@@ -14,10 +13,3 @@ def loaded_lm(source):
     lm = load_lm(str(source), "model.policy", SINGLE_RANK)
     place_model(lm, SINGLE_RANK, "ddp")
     return lm
-
-
-def loaded_reward_model(source, label, config, vocabulary, **options):
-    """A reward model, as a run makes it."""
-    model = RewardModel(source, label, config, vocabulary, SINGLE_RANK, **options)
-    model.place(SINGLE_RANK, on_host=False)
-    return model

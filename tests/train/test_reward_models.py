@@ -21,15 +21,21 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards.kinds.encoding import EncodedResponses
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.source import LoadContext, RewardInputs
-from tests.train.loaded import loaded_reward_model
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 
 
-def test_the_same_tokens_or_the_same_text_give_the_same_score(inputs, tokenizer):
-    config = RewardConfig(model="starter:reward")
-    by_ids = loaded_reward_model("starter:reward", None, config, tokenizer.get_vocab())
-    got = by_ids(inputs, report_nothing)
+@pytest.fixture
+def load(tokenizer):
+    """Loads the reward model of a section `reward`, for the policy of that tokenizer."""
+    vocabulary = tokenizer.get_vocab()
+    return lambda **keys: load_rewards(
+        LoadContext(RewardConfig(**keys), vocabulary, SINGLE_RANK)
+    ).reward_model()
+
+
+def test_the_same_tokens_or_the_same_text_give_the_same_score(inputs, load):
+    got = load(model="starter:reward")(inputs, report_nothing)
     model = AutoModelForSequenceClassification.from_pretrained(
         starter.resolve("starter:reward"), dtype=torch.float32
     )
@@ -52,9 +58,8 @@ def foreign_classifier(tmp_path, tokenizer):
     return str(tmp_path / "gpt2")
 
 
-def test_padding_never_hides_the_end_of_a_response(foreign_classifier, inputs, tokenizer):
-    config = RewardConfig(model=foreign_classifier)
-    reward = loaded_reward_model(foreign_classifier, "good", config, tokenizer.get_vocab())
+def test_padding_never_hides_the_end_of_a_response(foreign_classifier, inputs, load):
+    reward = load(model=foreign_classifier, label="good")
     together = reward(inputs, report_nothing)
     for i in range(3):
         one = RewardInputs(
@@ -106,13 +111,10 @@ def encoder(tmp_path):
 
 @pytest.mark.parametrize("pair", [False, True])
 def test_an_encoder_of_another_tokenizer_scores_as_when_it_is_called_by_hand(
-    inputs, tokenizer, encoder, pair
+    inputs, load, encoder, pair
 ):
     folder, model, own = encoder
-    reward = loaded_reward_model(
-        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), pair=pair
-    )
-    got = reward(inputs, report_nothing)
+    got = load(model=folder, pair=pair)(inputs, report_nothing)
     assert len({round(score, 3) for score in got}) == 3
     for score, text in zip(got, inputs.texts, strict=True):
         texts = ("The film", text) if pair else ("The film" + text,)
@@ -121,45 +123,37 @@ def test_an_encoder_of_another_tokenizer_scores_as_when_it_is_called_by_hand(
 
 
 @pytest.mark.parametrize("pair", [False, True])
-def test_a_rank_without_responses_scores_none(inputs, tokenizer, encoder, pair):
+def test_a_rank_without_responses_scores_none(inputs, load, encoder, pair):
     folder, _, _ = encoder
-    reward = loaded_reward_model(
-        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), pair=pair
-    )
+    reward = load(model=folder, pair=pair)
     assert reward(inputs.select(torch.arange(0)), report_nothing) == []
 
 
-def test_a_value_cannot_be_fitted_to_a_model_that_reads_other_tokens(encoder, tokenizer):
+def test_a_value_cannot_be_fitted_to_a_model_that_reads_other_tokens(encoder, load):
     folder, _, _ = encoder
-    config = RewardConfig(model=folder)
-    reward = loaded_reward_model(folder, None, config, tokenizer.get_vocab())
+    reward = load(model=folder)
     with pytest.raises(UserInputError, match=r"bert' does not: set model\.value: shared"):
         reward.check_states()
 
 
-def test_an_encoder_reads_the_end_of_what_is_too_long_and_its_special_tokens(
-    inputs, tokenizer, encoder
-):
+def test_an_encoder_reads_the_end_of_what_is_too_long_and_its_special_tokens(inputs, load, encoder):
     folder, model, own = encoder
-    config = RewardConfig(model=folder, max_tokens=8)
-    reward = loaded_reward_model(folder, None, config, tokenizer.get_vocab())
+    reward = load(model=folder, max_tokens=8)
     (score,) = reward(inputs.select(torch.tensor([1])), report_nothing)
     words = ["[CLS]", "long", "[UNK]", "and", "bad", "again", "[UNK]", "[SEP]"]
     by_hand = torch.tensor([own.convert_tokens_to_ids(words)])
     assert score == pytest.approx(float(model(input_ids=by_hand).logits[0, 0]), abs=1e-5)
 
 
-def test_of_several_labels_one_must_be_chosen(foreign_classifier, tokenizer):
-    config = RewardConfig(model=foreign_classifier)
+def test_of_several_labels_one_must_be_chosen(foreign_classifier, load):
     with pytest.raises(UserInputError, match=r"has 3 labels.*2: good"):
-        loaded_reward_model(foreign_classifier, None, config, tokenizer.get_vocab())
+        load(model=foreign_classifier)
     with pytest.raises(UserInputError, match="no label 'nice'"):
-        loaded_reward_model(foreign_classifier, "nice", config, tokenizer.get_vocab())
+        load(model=foreign_classifier, label="nice")
 
 
-def test_a_folder_without_a_classifier_is_an_error_on_one_line(tmp_path, tokenizer):
+def test_a_folder_without_a_classifier_is_an_error_on_one_line(tmp_path, load):
     with pytest.raises(UserInputError) as caught:
-        config = RewardConfig(model=str(tmp_path))
-        load_rewards(LoadContext(config, tokenizer.get_vocab(), SINGLE_RANK))
+        load(model=str(tmp_path))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)

@@ -12,10 +12,11 @@ from transformers import (
 )
 
 from engine.config.sections.launch import LaunchConfig
-from engine.config.sections.reward import RewardConfig
+from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.progress import report_nothing
 from engine.train.distributed.ranks import RankGroup
-from tests.train.loaded import loaded_reward_model
+from engine.train.rewards.kinds.model import RewardModel
+from engine.train.rewards.source import LoadContext
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 SHAPE = {
@@ -53,9 +54,8 @@ def load(tmp_path, tokenizer):
         model = AutoModelForSequenceClassification.from_config(config)
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        config = RewardConfig(model=str(tmp_path), dtype="float32")
-        reward = loaded_reward_model(str(tmp_path), None, config, tokenizer.get_vocab())
-        return reward, model.eval()
+        context = LoadContext(RewardConfig(), tokenizer.get_vocab(), SINGLE_RANK)
+        return RewardModel(RewardSource(model=str(tmp_path)), context), model.eval()
 
     return loaded
 

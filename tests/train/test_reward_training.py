@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BertTokenizerFast
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.sections.reward import RewardConfig
+from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import RlhfError, UserInputError
 from engine.progress import report_nothing
@@ -24,8 +24,8 @@ from engine.train.reward_training.fit import best_threshold
 from engine.train.reward_training.inputs import judged_inputs
 from engine.train.reward_training.split import Judgement, all_judgements, split_judgements
 from engine.train.reward_training.train import train_reward
-from engine.train.rewards.source import RewardInputs
-from tests.train.loaded import loaded_reward_model
+from engine.train.rewards.kinds.model import RewardModel
+from engine.train.rewards.source import LoadContext, RewardInputs
 from tests.train.repeating import ENVIRONMENT, STOPS, respond
 from tests.train.test_rewards import SINGLE_RANK
 
@@ -145,9 +145,8 @@ def test_a_trained_model_is_a_folder_that_a_run_scores_with(tmp_path):
     # The scores of a run have the mean and the deviation that the card states.
     given = request()
     inputs = judged_inputs(given, SINGLE_RANK)
-    folder = str(tmp_path / "out")
-    config = RewardConfig(model=folder)
-    model = loaded_reward_model(folder, None, config, inputs.vocabularies[0])
+    context = LoadContext(RewardConfig(), inputs.vocabularies[0], SINGLE_RANK)
+    model = RewardModel(RewardSource(model=str(tmp_path / "out")), context)
     batch = batch_prompts(inputs.prompts, 1, 0)
     scores = model(RewardInputs(batch, inputs.ids, inputs.texts, [True] * 48, 1), report_nothing)
     found = torch.tensor(scores)

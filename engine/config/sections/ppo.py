@@ -113,8 +113,7 @@ class PPOConfig(Section, frozen=True):
     """What the difference to the group's mean, or the lead, is divided by (grpo, grpo_passk): the
     standard deviation of the prompt's responses, that of the batch, or nothing (Dr. GRPO)."""
     whiten: bool | None = None
-    """Whiten advantages over the global batch. Default: on for gae and reinforce_plus_plus, off
-    otherwise."""
+    """Whiten advantages over the global batch. Default: that of `advantage`."""
     whiten_scale: bool = True
     """Whether whitening divides by the deviation; false only subtracts the mean."""
     whiten_rewards: bool = False

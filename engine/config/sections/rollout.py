@@ -97,8 +97,7 @@ class RolloutConfig(Section, frozen=True):
     20 s once per start and needs a C compiler. `auto`: on a GPU, for layers of 50 million weights
     or more, without `model.kernels: liger`. A model that cannot be compiled is used as it is."""
     per_prompt: Count | None = None
-    """Responses to each prompt. Default: 8 for grpo, grpo_passk, opo and
-    optimal_token_baseline, 4 for rloo, 1 otherwise."""
+    """Responses to each prompt. Default: that of `ppo.advantage`."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Maximum length of a response, in tokens; longer responses are truncated."""
     temperature: Annotated[float, Meta(ge=1e-6, le=1000)] = 1.0

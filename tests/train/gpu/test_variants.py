@@ -160,7 +160,8 @@ def compare_step(make_run, tiny_model, few_prompts, overrides, monkeypatch, tole
     # With fixed shapes and few looks on the CPU too, since sums of other shapes are rounded
     # otherwise; every third token, so that most of the few tokens here come from CUDA graphs.
     monkeypatch.setattr(native, "schedule_for", lambda _device: Schedule(3, fixed_shapes=True))
-    for module in ("models.pretrained", "rewards.model"):  # the CPU's own layers round otherwise
+    # The CPU's own layers round otherwise.
+    for module in ("models.pretrained", "rewards.kinds.model"):
         monkeypatch.setattr(f"engine.train.{module}.use_cpu_layers", lambda *_: None)
     keys = [*SMALLEST, f"model.policy={tiny_model}", f"data.prompts={few_prompts}", *overrides]
     run, _ = make_run(*keys)

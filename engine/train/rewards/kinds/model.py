@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from engine import starter
-from engine.config.sections.reward import RewardConfig, RewardSource
+from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError
 from engine.progress import ReportProgress
 from engine.train.distributed import sharding
@@ -25,7 +25,7 @@ from engine.train.models.pretrained import (
     reward_options,
     shards_weights,
 )
-from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions
+from engine.train.models.read_pretrained import ReadOptions
 from engine.train.models.shapes import transformer_layers
 from engine.train.models.stored_weights import share_stored
 from engine.train.rewards.kinds.encoding import RewardEncoding
@@ -40,61 +40,39 @@ class RewardModel:
     :class:`~engine.train.rewards.kinds.encoding.RewardEncoding` says what it reads.
     """
 
-    def __init__(
-        self,
-        source: str,
-        label: int | str | None,
-        config: RewardConfig,
-        policy_vocabulary: dict[str, int],
-        ranks: RankGroup,
-        strategy: str = "ddp",
-        *,
-        pair: bool = False,
-        read: ReadOptions = NO_OPTIONS,
-        key: str = "reward",
-    ) -> None:
-        """Reads the classifier on rank 0 and its shape on the others; then call :meth:`place`.
+    def __init__(self, source: RewardSource, context: LoadContext) -> None:
+        """Reads the classifier on rank 0, and places its weights on every rank; a collective.
+
+        See :mod:`engine.train.distributed.sharding`.
 
         Args:
-            source: a folder, a hub name, or a starter model.
-            label: which logit is the score, by index or name; None if there is only one.
-            config: dtype, batch size and token limit.
-            policy_vocabulary: token ids by token.
-            ranks: all ranks of this attempt.
-            strategy: `ddp` or `fsdp`.
-            pair: whether the tokenizer gets prompt and response as a pair of texts.
-            read: how the classifier is read.
-            key: of the source in the configuration, for errors.
+            source: with `model`.
+            context: the run.
 
         Raises:
             UserInputError: the classifier cannot be loaded, or `label` does not select a logit.
         """
-        path = starter.resolve(source)
-        tokenizer = load_tokenizer(path, f"{key}.model", ranks, read)
+        config, ranks, key = context.config, context.ranks, f"{context.key}.model"
+        path, read = starter.resolve(source.value), reward_options(source)
+        tokenizer = load_tokenizer(path, key, ranks, read)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        model = load_classifier(path, ranks, strategy, dtype, read, f"{key}.model")
-        self._source = source
-        self._strategy = strategy
-        self._label = label_index(source, label, model.config, key)
+        model = load_classifier(path, ranks, context.strategy, dtype, read, key)
+        self._source = source.value
+        self._label = label_index(source.value, source.label, model.config, context.key)
         model.config.use_cache = False  # a decoder would fill one for nothing
         self._model = model.eval().requires_grad_(False)
         self._device = ranks.device
         self._size = config.batch_size
         self._encoding = RewardEncoding(
-            tokenizer, model, policy_vocabulary, max_tokens=config.max_tokens, pair=pair
-        )
-        self._needs_mask = True
+            tokenizer, model, context.policy_vocabulary,
+            max_tokens=config.max_tokens, pair=source.pair,
+        )  # fmt: skip
         self._recorded: TokenStates | None = None
         """Receives the hidden states of scored responses inside :meth:`recorded_states`."""
-
-    def place(self, ranks: RankGroup, *, on_host: bool) -> None:
-        """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`.
-
-        Also determines whether the model needs an attention mask.
-        """
-        sharding.place_model(self._model, ranks, self._strategy, on_host=on_host)
+        on_host = context.on_host
+        sharding.place_model(self._model, ranks, context.strategy, on_host=on_host)
         use_cpu_layers(self._model, ranks)
-        sharding.offload_between_uses(self._model, ranks, self._strategy, on_host=on_host)
+        sharding.offload_between_uses(self._model, ranks, context.strategy, on_host=on_host)
         with sharding.materialised(self._model):
             self._needs_mask = reads_padding(self._model, self._encoding, self._label, self._device)
 
@@ -276,18 +254,8 @@ def label_index(source: str, label: int | str | None, config: Any, key: str = "r
     raise UserInputError(f"{key}.label: '{source}' has no label {label!r} (it has {listed})")
 
 
-def _load(source: RewardSource, context: LoadContext) -> RewardModel:
-    model = RewardModel(
-        source.value, source.label, context.config, context.policy_vocabulary, context.ranks,
-        context.strategy, pair=source.pair, read=reward_options(source),
-        key=context.key,
-    )  # fmt: skip
-    model.place(context.ranks, on_host=context.on_host)
-    return model
-
-
 KIND = SourceKind(
     runs_on=RunsOn.EVERY_RANK,
-    load=_load,
+    load=RewardModel,
     default_name=lambda value: value.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1],
 )
