@@ -6,12 +6,14 @@ import threading
 import pytest
 import torch
 
-from engine.protocol.rollout.messages import NextTurns
+from engine.protocol.rollout.messages import EndedTurn, NextTurns
 from engine.train.environment.response import FinishedResponse, Limits, Response
 from engine.train.experience.generation import generate_rollout
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
 from engine.train.rollout.conversation import SampledTurn
+from engine.train.rollout.stop_criteria import StopCriteria
+from engine.train.rollout.vllm.remote_engine import sampled_turn
 from engine.train.step import train_step
 from engine.train.user_code import concurrent_calls
 from tests.train.repeating import ENVIRONMENT, SCORED, STOPS, respond
@@ -306,6 +308,16 @@ def test_a_call_that_takes_long_is_told_with_its_turn(make_run, engine, tmp_path
     texts = [r.getMessage() for r in caplog.records if "has not returned" in r.getMessage()]
     assert len(texts) == 1
     assert texts[0].startswith("environment 'slow_turn:Slow' at turn 1 of step 1 has not returned")
+
+
+def test_a_turn_has_float32_numbers_whatever_dtype_an_environment_makes_the_default(tokenizer):
+    ended = EndedTurn(0, [5, 6], bytes(8), bytes(8))
+    torch.set_default_dtype(torch.float64)
+    try:
+        turn = sampled_turn(ended, StopCriteria([1], [], tokenizer), 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert turn.floats.dtype == torch.float32  # of which the other ranks get the bytes
 
 
 def test_a_finished_response_is_the_same_on_another_rank(make_run, tokenizer):

@@ -188,6 +188,17 @@ def test_a_batch_in_several_messages_has_the_same_responses(make_run, engine, mo
     assert said == sorted(said)
 
 
+def test_an_engine_holds_twice_as_many_responses_as_it_generates_at_once(
+    make_run, engine, monkeypatch
+):
+    monkeypatch.setattr(remote_engines, "WAITING", 1)
+    run, _ = make_run(VLLM, "rollout.at_once=2", "rollout.stop=[a, e]")
+    native, _ = make_run("rollout.stop=[a, e]")
+    assert torch.equal(generate_rollout(run, 1).ids, generate_rollout(native, 1).ids)
+    assert len(engine.turns[0]) == 4
+    assert [row for turns in engine.turns for row in turns] == [*range(8)]
+
+
 def test_a_message_over_the_limit_ends_the_run_with_a_reason(make_run, engine, monkeypatch):
     monkeypatch.setattr(frames, "MAX_FRAME", 10)
     with pytest.raises(RlhfError, match=r"cannot be asked: .* over the limit of 10$") as raised:

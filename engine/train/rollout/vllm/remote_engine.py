@@ -30,7 +30,8 @@ def sampled_turn(turn: EndedTurn, criteria: StopCriteria, version: int) -> Sampl
     arrays = [torch.frombuffer(bytearray(a), dtype=torch.float32)[: len(ids)]
               for a in (turn.logprobs, turn.entropies)]  # fmt: skip
     eos = ids[-1] in criteria.eos_ids(torch.device("cpu")).tolist()
-    floats = torch.stack([*arrays, torch.zeros(len(ids))])
+    # The default dtype may be that of an environment, whose code runs at the same time.
+    floats = torch.stack([*arrays, torch.zeros(len(ids), dtype=torch.float32)])
     return SampledTurn(turn.row, ids, floats, eos, eos or at is not None, version)
 
 

@@ -31,6 +31,9 @@ from engine.train.rollout.vllm.weights import file_size, folder_with_room, inven
 WEIGHTS = "weights.safetensors"
 BUDGET = MAX_FRAME - 64 * 1024
 """Most bytes for the turns of a message; the rest is for parts of constant size."""
+WAITING = 64
+"""An engine holds the numbers of twice as many responses as it generates at once, or of twice as
+many as this, so that others can begin before it is sent more."""
 ROOM = 16
 """Extra tokens in the engines' maximum length, beyond the longest prompt and response."""
 
@@ -213,7 +216,8 @@ class RemoteEngines:
         count, at_most, found = len(self._engines), turns_in_message(turns.longest), []
         for i, engine in enumerate(self._engines):
             rows = range(turns.count * i // count, turns.count * (i + 1) // count)
-            part = replace(request, at_once=max(len(rows), 1), at_most=at_most)
+            most = 2 * max(engine.start.max_responses, WAITING)
+            part = replace(request, at_once=min(max(len(rows), 1), most), at_most=at_most)
             found.append((engine, part, rows))
         return found
 
