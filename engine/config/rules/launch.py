@@ -20,6 +20,12 @@ def check_launch(config: RunConfig) -> None:
         raise ConfigError(
             f"launch.min_nodes ({launch.min_nodes}) must be at most launch.nodes ({launch.nodes})"
         )
+    parallel = config.parallel
+    if parallel.activations == "offload" and not parallel.activation_checkpointing:
+        raise ConfigError(
+            "parallel.activations: offload needs parallel.activation_checkpointing: true: it moves "
+            "what that keeps"
+        )
     check_gpus("launch", launch.gpus)
     if launch.rendezvous is not None:
         check_address(launch.rendezvous)

@@ -18,6 +18,7 @@ from engine.train.distributed.sharding import full_tensor
 from engine.train.models.adapters import dora, lora
 from engine.train.models.adapters.quantised_linear import packed_weight_count
 from engine.train.models.mixed_precision import ExpertCasts
+from engine.train.models.offloaded_activations import OffloadedActivations
 from engine.train.models.output_layer import OutputLayer
 from engine.train.models.router_loss import router_loss
 
@@ -91,6 +92,8 @@ class LanguageModel(nn.Module):
         self._hidden: Tensor | None = None
         """The output layer's input, for a shared value head."""
         self._adapted = lora.adapted_layers(lm)
+        self.offloaded: OffloadedActivations | None = None
+        """Set if what is kept for the backward pass is to be moved to the host."""
         self._in_pass = False
         """Whether a context of :meth:`autocast` is open."""
         parameters = inspect.signature(lm.forward).parameters
@@ -117,6 +120,8 @@ class LanguageModel(nn.Module):
             if not adapters:
                 stack.enter_context(lora.disabled(self._adapted))
             stack.enter_context(self.autocast(tokens.device.type))
+            if self.offloaded is not None:
+                stack.enter_context(self.offloaded.kept())
             return self.run(tokens, *args, **kwargs)
 
     def cast_experts(self) -> None:
@@ -294,13 +299,13 @@ class AdapterFreePolicy:
         positions: Tensor | None = None,
         read: HiddenReader | None = None,
         **_: Any,
-    ) -> ModelOutputs:
+    ) -> tuple[Any, None]:
         """Like :meth:`LanguageModel.run` with `want="logits"`; the values are None."""
-        outputs: ModelOutputs = self._model(
+        logits, _values = self._model(
             tokens, attention_mask, keep, cache=cache, positions=positions, want="logits",
             adapters=False, read=read,
         )  # fmt: skip
-        return outputs
+        return logits, None
 
     def autocast(self, device: str) -> AbstractContextManager[None]:
         """As :meth:`LanguageModel.autocast`."""

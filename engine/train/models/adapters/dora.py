@@ -54,7 +54,8 @@ class RowLengths(nn.Module):
 
 def add_lengths(layer: "LoraLayer") -> None:
     """Replaces the lengths that peft has added to a layer, which are not set afterwards."""
-    layer.lora_magnitude_vector["default"] = RowLengths(layer.out_features)
+    rows = layer.lora_B["default"].get_parameter("weight").shape[0]
+    layer.lora_magnitude_vector["default"] = RowLengths(rows)
 
 
 def row_lengths(layer: "LoraLayer") -> RowLengths | None:
