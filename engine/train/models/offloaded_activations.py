@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.errors import first_line
+
 log = logging.getLogger("engine")
 
 
@@ -41,7 +43,8 @@ class OffloadedActivations:
         on_cpu = tensor.device.type == "cpu"
         if on_cpu or tensor.dim() != 3 or tensor.shape[-1] != self._width:
             return tensor
-        copy = self._empty(tensor).copy_(tensor.detach(), non_blocking=True)
+        copy = self._empty(tensor)
+        copy.copy_(tensor.detach(), non_blocking=True)
         return OnHost(copy, tensor.new_empty(0))
 
     def _empty(self, like: Tensor) -> Tensor:
@@ -51,12 +54,14 @@ class OffloadedActivations:
                 return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
             except RuntimeError as error:  # a container's limit on locked memory, for example
                 self._pins = False
-                log.warning("activations are kept in pageable memory: %s", error)
+                # Not the error itself: its traceback holds the tensors of the forward pass.
+                log.warning("activations are kept in pageable memory: %s", first_line(error))
         return torch.empty(like.shape, dtype=like.dtype)
 
 
 def _to_device(kept: Tensor | OnHost) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    there = kept.there.new_empty(kept.copy.shape)
-    return there.copy_(kept.copy, non_blocking=True)
+    tensor = kept.there.new_empty(kept.copy.shape)
+    tensor.copy_(kept.copy, non_blocking=True)
+    return tensor

@@ -29,34 +29,32 @@ def run_on_gpu(make_run, few_prompts):
     return partial(make_run, *keys, device=GPU)
 
 
+def forward_and_backward(run):
+    """Bytes that the forward pass leaves on the GPU, those of one layer's input, and gradients."""
+    rollout = generate_rollout(run, 1)
+    run.learner.train()
+    before = bytes_on_gpu()
+    outputs = rollout_forward(run.learner, rollout, rollout.rows, 1.0)
+    kept = bytes_on_gpu() - before
+    (outputs.logprobs.sum() + outputs.values.sum()).backward()
+    shape = run.policy.lm.config
+    tokens = len(rollout.ids) * (int(rollout.host_lengths.sum(0).max()) - 1)
+    return kept, 4 * tokens * shape.hidden_size, [p.grad.cpu() for p in run.policy.parameters()]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpu_keeps_no_inputs_of_layers_and_the_gradients_are_the_same(run_on_gpu, dtype):
     with pretend_gpu():
-        found = []
-        for keys in ((CHECKPOINTING,), (CHECKPOINTING, OFFLOAD)):
-            run, _ = run_on_gpu(f"model.dtype={dtype}", *keys)
-            rollout = generate_rollout(run, 1)
-            run.learner.train()
-            before = bytes_on_gpu()
-            outputs = rollout_forward(run.learner, rollout, rollout.rows, 1.0)
-            kept = bytes_on_gpu() - before
-            (outputs.logprobs.sum() + outputs.values.sum()).backward()
-            gradients = [p.grad.cpu() for p in run.policy.parameters()]
-            found.append((kept, gradients))
-        shape = run.policy.lm.config
-        tokens = len(rollout.ids) * (int(rollout.host_lengths.sum(0).max()) - 1)
-        (kept, gradients), (moved, same) = found
-        assert kept - moved >= shape.num_hidden_layers * tokens * 4 * shape.hidden_size
-        assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+        run, _ = run_on_gpu(f"model.dtype={dtype}", CHECKPOINTING)
+        kept, layer_input, gradients = forward_and_backward(run)
+        moved, _, same = forward_and_backward(
+            run_on_gpu(f"model.dtype={dtype}", CHECKPOINTING, OFFLOAD)[0]
+        )
+    # And what the last norm keeps: its input and its normalised input.
+    assert kept - moved == (run.policy.lm.config.num_hidden_layers + 2) * layer_input
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
 
 
 def test_an_offloaded_model_computes_on_a_cpu_what_it_computes_without(make_run):
-    found = []
-    for keys in ((CHECKPOINTING,), (CHECKPOINTING, OFFLOAD)):
-        run, _ = make_run(*keys)
-        rollout = generate_rollout(run, 1)
-        run.learner.train()
-        outputs = rollout_forward(run.learner, rollout, rollout.rows, 1.0)
-        outputs.logprobs.sum().backward()
-        found.append([p.grad for p in run.policy.parameters() if p.grad is not None])
+    found = [forward_and_backward(make_run(CHECKPOINTING, *keys)[0])[2] for keys in ([], [OFFLOAD])]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
