@@ -81,6 +81,7 @@ _NAMES = {
     "train.keep_last": "save_total_limit max_ckpt_num",
     "eval.every": "eval_steps test_freq",
     "log.trackers": "report_to logger",
+    "parallel.activations": "activation_offloading",
     "parallel.activation_checkpointing": "gradient_checkpointing enable_gradient_checkpointing",
 }
 

@@ -107,6 +107,7 @@ def _smaller(config: RunConfig, layout: Layout) -> Iterator[tuple[str, str, Chan
         yield "reward.batch_size", str(size), ("reward", {"batch_size": size}), None
     recompute: Change = ("parallel", {"activation_checkpointing": True})
     yield "parallel.activation_checkpointing", "true", recompute, None
+    yield "parallel.activations", "offload", ("parallel", {"activations": "offload"}), None
     yield "reward.dtype", "bfloat16", ("reward", {"dtype": "bfloat16"}), None
     yield "model.dtype", "bfloat16", ("model", {"dtype": "bfloat16"}), None
     eight: Change = ("train", {"optimiser": "adamw_8bit"})

@@ -237,6 +237,8 @@ class _Estimator:
         kept = kept_for_backward(
             policy, rows, length, self._compute, checkpointing=self._checkpointing
         )
+        if self._config.parallel.activations == "offload" and self._models.device == "cuda":
+            kept -= policy.layers * rows * length * MASTER * policy.hidden
         # With DoRA also the results of the adapted layers, for the gradient of the rows' lengths.
         scaled = rows * length * self._compute * self._scaled_outputs
         kept += scaled // policy.layers if self._checkpointing else scaled

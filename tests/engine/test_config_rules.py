@@ -106,6 +106,7 @@ def test_keys_of_services_and_judges_that_make_no_sense_are_refused(overrides, s
         (["lora.quantise=nf4", "lora.rank=4", "parallel.strategy=fsdp"], "use ddp"),
         (["lora.quantise=nf4", "lora.rank=4", "rollout.engine=vllm"], "use native"),
         (["lora.dora=true", "lora.rank=4", "parallel.strategy=fsdp"], "use ddp"),
+        (["parallel.activations=offload"], "needs parallel.activation_checkpointing: true"),
         (["data.template_arguments={tokenize: true}"], "cannot contain tokenize"),
         (
             ["reward.model=null", "reward.function='a:b'", "reward.trust_remote_code=true"],

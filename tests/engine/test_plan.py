@@ -193,6 +193,16 @@ def test_gradients_take_the_place_of_activations_in_a_minibatch_of_one_pass():
         assert both[0] == 2 * both[1]
 
 
+def test_activations_on_the_host_are_the_inputs_of_the_layers():
+    keys = ("parallel.activation_checkpointing=true", "parallel.activations=offload")
+    kept, moved = (
+        one(*k, device="cuda").phases["optimise"]["activations"] for k in (keys[:1], keys)
+    )
+    tokens = config().ppo.micro_batch_size * (100 + config().rollout.max_new_tokens - 1)
+    assert kept - moved == shape().layers * tokens * 4 * shape().hidden
+    assert one(*keys).peak == one(*keys[:1]).peak  # on a CPU nothing is moved
+
+
 def test_gaps_in_the_heap_grow_with_small_tensors_and_are_none_on_a_gpu():
     assert int(MALLOC_SETTINGS["MALLOC_MMAP_THRESHOLD_"]) == SMALL_BLOCK
 

@@ -19,6 +19,12 @@ def launch_mistakes(config: RunConfig) -> Iterator[str]:
         yield (
             f"launch.min_nodes ({launch.min_nodes}) must be at most launch.nodes ({launch.nodes})"
         )
+    parallel = config.parallel
+    if parallel.activations == "offload" and not parallel.activation_checkpointing:
+        yield (
+            "parallel.activations: offload needs parallel.activation_checkpointing: true: it moves "
+            "what that keeps"
+        )
     yield from gpu_mistakes("launch", launch.gpus)
     if launch.rendezvous is not None:
         yield from mistakes_of(check_address, launch.rendezvous)

@@ -18,6 +18,7 @@ from engine.train.distributed.sharding import full_tensor
 from engine.train.models.adapters import dora, lora
 from engine.train.models.adapters.quantised_linear import packed_weight_count
 from engine.train.models.mixed_precision import ExpertCasts
+from engine.train.models.offloaded_activations import OffloadedActivations
 from engine.train.models.output_layer import OutputLayer
 from engine.train.models.router_loss import load_balancing_loss
 
@@ -97,6 +98,8 @@ class LanguageModel(nn.Module):
         self._hidden: Tensor | None = None
         """The output layer's input, for a shared value head."""
         self._adapted = lora.adapted_layers(lm)
+        self.offloaded: OffloadedActivations | None = None
+        """Set if what is kept for the backward pass is to be moved to the host."""
         self._in_pass = False
         """Whether a context of :meth:`autocast` is open."""
         parameters = inspect.signature(lm.forward).parameters
@@ -123,6 +126,8 @@ class LanguageModel(nn.Module):
             if not adapters:
                 stack.enter_context(lora.disabled(self._adapted))
             stack.enter_context(self.autocast(tokens.device.type))
+            if self.offloaded is not None:
+                stack.enter_context(self.offloaded.kept())
             return self.run(tokens, *args, **kwargs)
 
     def cast_experts(self) -> None:

@@ -38,6 +38,7 @@ from engine.train.models.language_model import (
     cache_name,
 )
 from engine.train.models.mixed_precision import keep_hidden_states_float32
+from engine.train.models.offloaded_activations import OffloadedActivations
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 
@@ -99,6 +100,8 @@ def load_policy(
     policy.cast_experts()
     if config.parallel.activation_checkpointing:
         _checkpoint_activations(policy)
+    if config.parallel.activations == "offload":
+        policy.offloaded = OffloadedActivations(lm.get_output_embeddings().in_features)
     place_model(_disable_dropout(policy), ranks, strategy, compute_dtype(config))
     use_cpu_layers(policy, ranks)
     if config.model.float32_logits:
