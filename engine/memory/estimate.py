@@ -146,9 +146,11 @@ class _Estimator:
         return int(self._compute * (parameters - packed) + self._quantised * packed)
 
     def _loading(self) -> dict[str, int]:
-        """The peak during loading: the pages of the last model's file plus their copy.
+        """The peak during loading: all models but the last, and what reading that takes.
 
-        With a sharded model, each rank only reads its own shards, plus one tensor or layer.
+        Weights go from their files to their place one tensor at a time; of a sharded model each
+        rank reads its own shards. An unsharded reference is then copied to the file to which it is
+        mapped. A model that transformers reads is mapped from its own file and copied.
         """
         last = self._policy if self._shared_reference else self._models.reference
         loaded = {
@@ -160,7 +162,11 @@ class _Estimator:
             largest = max(last.largest_layer, last.vocabulary * last.hidden)
             shards = 0 if self._shared_reference else self._compute * last.parameters
             return loaded | {"loading": shards // self._shards + MASTER * largest}
-        return loaded | {"loading": (2 * MASTER) * last.parameters}
+        if last.read_whole:
+            return loaded | {"loading": 2 * MASTER * last.parameters}
+        packed = MASTER * last.largest_layer if self._quantised else 0
+        copied = 0 if self._shared_reference else 2 * self._compute * last.parameters
+        return loaded | {"loading": copied + packed}
 
     # -- the phases of a step -----------------------------------------------------------------
 

@@ -66,6 +66,8 @@ class Shape(Struct, frozen=True, kw_only=True):
     ignores_padding: bool = False
     """Whether it is a classifier whose score does not change with padding at the end, so that it
     gets no mask for it."""
+    read_whole: bool = False
+    """Whether all of it is in host memory while it is read, because transformers joins tensors."""
 
     def needs_mask(self, length: int) -> bool:
         """Whether causal attention over `length` positions without padding needs a mask."""

@@ -251,11 +251,13 @@ def _conclusion(
     lines.append(f"As configured ({layout.title}) the run needs {peak} per rank.")
     if fits(smaller, capacity):
         lines.append(f"It fits, with {smaller.peak / GB:.2f} GB per rank, with: {options}")
-    else:
+    elif changes:
         lines.append(
             f"Even with {options} it needs {smaller.peak / GB:.2f} GB per rank: "
             "use a smaller model or more memory."
         )
+    else:
+        lines.append("No setting would lower this: use a smaller model or more memory.")
     return lines
 
 

@@ -32,6 +32,7 @@ from engine.train.data.load_prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.pretrained import load_policy_tokenizer, policy_options, reward_options
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
+from engine.train.models.stored_weights import joins_tensors
 
 MAX_PROMPT_FILE = 20_000_000
 """In bytes. For larger files `data.max_prompt_tokens` is used instead of the longest prompt."""
@@ -165,6 +166,7 @@ def _shape(model: Any, config: Any, *, eager: bool, on_cpu: bool) -> Shape:
         capped_scores=getattr(config, "attn_logit_softcapping", None) is not None,
         score_tensors=_score_tensors(config, eager=eager),
         ignores_padding=is_classifier_on_decoder(model),
+        read_whole=joins_tensors(model),
     )
 
 

@@ -263,17 +263,27 @@ def _fits(target: Tensor, stored: StoredTensor) -> bool:
 
 def _is_converted(model: PreTrainedModel, names: list[str]) -> bool:
     """Whether transformers renames or converts tensors of these names when it loads the model."""
+    rules = _conversions(model)
+    if rules is None:
+        return True
+    return any(rule.rename_source_key(name)[1] is not None for rule in rules for name in names)
+
+
+def joins_tensors(model: PreTrainedModel) -> bool:
+    """Whether files of this architecture may have tensors that transformers joins: experts."""
+    rules = _conversions(model)
+    return rules is None or any(hasattr(rule, "operations") for rule in rules)
+
+
+def _conversions(model: PreTrainedModel) -> list[Any] | None:
+    """The rules of transformers for the tensors of a model; None if its version has none."""
     try:
         from transformers.conversion_mapping import (  # noqa: PLC0415 - not in every version
             get_model_conversion_mapping,
         )
     except ImportError:
-        return True
-    return any(
-        rule.rename_source_key(name)[1] is not None
-        for rule in get_model_conversion_mapping(model)
-        for name in names
-    )
+        return None
+    return list(get_model_conversion_mapping(model))
 
 
 def _read_generation_config(model: PreTrainedModel, source: str, revision: str | None) -> None:
