@@ -23,6 +23,7 @@ from engine.train.models.language_model import (
     fingerprint,
     parameter_count,
 )
+from engine.train.models.pretrained import load_lm
 from engine.train.step import train_step
 from tests.train.loaded import SINGLE_RANK, loaded_lm
 
@@ -146,6 +147,18 @@ def test_another_rank_gets_the_shapes_of_the_packed_weights_on_the_meta_device()
     shapes = [{k: (v.shape, v.dtype) for k, v in lm.state_dict().items()} for lm in (here, there)]
     assert shapes[0] == shapes[1]
     assert all(v.is_meta for k, v in there.state_dict().items() if "packed" in k)
+
+
+@needs_bitsandbytes
+def test_weights_are_packed_from_their_files_without_an_unpacked_model_in_memory(tmp_path):
+    small_gpt2().save_pretrained(tmp_path)
+    lm, whole = load_lm(str(tmp_path), "model.policy", SINGLE_RANK), loaded_lm(tmp_path)
+    for model in (lm, whole):
+        quantise(model, NF4)
+    assert all(parameter.is_meta for parameter in lm.parameters())
+    packed = {k: v for k, v in lm.state_dict().items() if "packed" in k or "scales" in k}
+    assert len(packed) == 2 * 8
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in packed.items())
 
 
 @needs_bitsandbytes

@@ -1,4 +1,4 @@
-"""A model that is going to be sharded stays in its files until each rank reads its shards."""
+"""A model stays in its files until it is placed, and each rank reads what it keeps."""
 
 import json
 from pathlib import Path
@@ -42,9 +42,9 @@ LOADS = (
 )
 
 
-@pytest.fixture(scope="module")
-def loads(tmp_path_factory):
-    """What two ranks report of each load, and the bytes of one layer in float32."""
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def loads(request, tmp_path_factory):
+    """What each rank reports of each load, and the bytes of one layer in float32."""
     folder = tmp_path_factory.mktemp("model")
     lm = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
     layer = 4 * sum(p.numel() for p in lm.model.layers[0].parameters())
@@ -52,17 +52,18 @@ def loads(tmp_path_factory):
     assert len(list(folder.glob("*.safetensors"))) > 2
     adapters, results = (tmp_path_factory.mktemp(name) for name in ("adapters", "results"))
     write_adapters(folder, adapters, tokenizer=False, target_modules="all-linear")
-    done = run_ranks(2, SCRIPT, folder, adapters, results, folder=results)
+    done = run_ranks(request.param, SCRIPT, folder, adapters, results, folder=results)
     assert done.code == 0, done.output
     found = {
-        n: [json.loads((results / f"{n}-{r}.json").read_text()) for r in (0, 1)] for n in LOADS
+        n: [json.loads((results / f"{n}-{r}.json").read_text()) for r in range(request.param)]
+        for n in LOADS
     }
     return found, layer
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOADS)
-def test_a_rank_holds_its_share_and_at_most_one_layer_more(loads, name):
+def test_a_rank_holds_its_weights_and_at_most_one_layer_more(loads, name):
     found, layer = loads
     for rank in found[name]:
         assert rank["share"] > 2 * layer
@@ -70,7 +71,7 @@ def test_a_rank_holds_its_share_and_at_most_one_layer_more(loads, name):
 
 
 @pytest.mark.parametrize("name", LOADS)
-def test_sharded_weights_and_buffers_are_those_that_transformers_loads_and_peft_merges(loads, name):
+def test_weights_and_buffers_are_those_that_transformers_loads_and_peft_merges(loads, name):
     found, _ = loads
     assert found[name][0]["different"] == []
 
@@ -123,6 +124,17 @@ def test_names_and_buffers_of_other_families_are_found(tmp_path, family, kind):
     for name, buffer in model.named_buffers():
         assert buffer.dtype == buffers[name].dtype
         assert torch.equal(buffer, buffers[name])
+
+
+def test_a_model_whose_constants_depend_on_the_dtype_it_is_built_in_is_left_to_transformers(
+    tmp_path,
+):
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "rotary_dim": 4}
+    config = AutoConfig.for_model("gptj", **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    kind = AutoModelForCausalLM
+    assert empty_model(kind, str(tmp_path), "model.policy", torch.float32) is not None
+    assert empty_model(kind, str(tmp_path), "model.policy", torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])

@@ -1,7 +1,7 @@
-"""Loads and shards a model as one of several ranks, and measures the memory that this takes.
+"""Loads a model, sharded if there are several ranks, and measures the memory that this takes.
 
 ``loading.py FOLDER ADAPTERS RESULTS``: FOLDER holds the model, ADAPTERS some for it. Each rank
-writes a JSON file per load to RESULTS: the bytes of its shards, the growth of its resident memory
+writes a JSON file per load to RESULTS: the bytes of its weights, the growth of its resident memory
 at the peak of the load, and, on rank 0, the tensors that differ from those that transformers loads,
 or that peft merges.
 """
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.config.sections.launch import LaunchConfig
 from engine.train.distributed.ranks import RankGroup
-from engine.train.distributed.sharding import full_tensor, place_model
+from engine.train.distributed.sharding import full_tensor, local_tensor, place_model
 from engine.train.distributed.stored_tensor import mark_stored, stored_of
 from engine.train.models.language_model import LanguageModel, fingerprint
 from engine.train.models.pretrained import load_lm
@@ -49,14 +49,14 @@ def load(folder, ranks, dtype, *, on_every_rank):
     ctypes.CDLL(None).malloc_trim(0)  # what the load before has freed would hide a growth
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    lm = load_lm(folder, "model.policy", ranks, dtype, sharded=True)
+    lm = load_lm(folder, "model.policy", ranks, dtype, sharded=ranks.size > 1)
     for parameter in lm.parameters():
         mark_stored(parameter, replace(stored_of(parameter), on_every_rank=on_every_rank))
     model = LanguageModel(lm)
     place_model(model, ranks, "fsdp")
     mark = fingerprint(model)
     growth = memory("VmHWM") - before
-    share = sum(p.to_local().nbytes for p in model.parameters())
+    share = sum(local_tensor(p).nbytes for p in model.parameters())
     tensors = {n: full_tensor(t).detach() for n, t in model.lm.state_dict().items()}
     tensors |= dict(model.lm.named_buffers())
     different = []
