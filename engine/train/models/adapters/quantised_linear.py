@@ -27,6 +27,9 @@ from engine.train.models.adapters.lora import base_layers
 BLOCK = 64
 """Number of weights that share a scale."""
 TYPE = "nf4"
+PIECE = 1 << 22
+"""Number of weights that are packed at once; a multiple of BLOCK. bitsandbytes needs 22 bytes for
+each while it packs, more than twice as many as the layer takes in float32."""
 
 
 def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
@@ -89,9 +92,11 @@ class QuantisedLinear(nn.Module):
             packed = weight.new_empty((math.ceil(count / 2), 1), dtype=torch.uint8)
             scales = weight.new_empty(math.ceil(count / BLOCK), dtype=torch.float32)
         else:
-            packed, scales = torch.ops.bitsandbytes.quantize_4bit(
-                weight.cpu().contiguous(), BLOCK, TYPE, torch.uint8
-            )
+            parts = [
+                torch.ops.bitsandbytes.quantize_4bit(part, BLOCK, TYPE, torch.uint8)
+                for part in weight.cpu().reshape(-1).split(PIECE)
+            ]
+            packed, scales = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.register_parameter("bias", layer.bias)
