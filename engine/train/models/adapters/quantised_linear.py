@@ -28,8 +28,8 @@ BLOCK = 64
 """Number of weights that share a scale."""
 TYPE = "nf4"
 PIECE = 1 << 22
-"""Number of weights that are packed at once; a multiple of BLOCK. bitsandbytes needs 22 bytes for
-each while it packs, more than twice as many as the layer takes in float32."""
+"""Number of weights that are packed at once, a multiple of BLOCK: bitsandbytes needs some 20 bytes
+for each while it packs."""
 
 
 def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
