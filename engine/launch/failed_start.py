@@ -1,10 +1,9 @@
 """Sessions in which nothing was trained: new ones, and those whose start failed."""
 
 import contextlib
-import shutil
 from pathlib import Path
 
-from engine.errors import JournalError, UserInputError
+from engine.errors import JournalError, SessionError, UserInputError
 from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ForkOrigin
@@ -42,10 +41,20 @@ class NewSession:
         unused = code == UserInputError.exit_code or (
             code == INTERRUPTED and attempt is not None and _last_attempt(session) == attempt
         )
-        if not (self._is_new and unused) or session.may_be_live() or session.labels_file.exists():
+        if not (self._is_new and unused):
             return False
-        shutil.rmtree(session.folder, ignore_errors=True)
-        return True
+        try:
+            held = session.acquire()
+        except (SessionError, OSError):  # another engine has it, or the user has deleted it
+            return False
+        try:
+            if session.labels_file.exists():
+                return False
+            with contextlib.suppress(OSError):
+                session.delete(held)
+            return True
+        finally:
+            held.release()
 
 
 def _is_new(session: SessionFolder, start: StartOptions) -> bool:
