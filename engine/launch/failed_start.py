@@ -45,7 +45,7 @@ class NewSession:
             return False
         try:
             held = session.acquire()
-        except (SessionError, OSError):  # another engine has it, or the user has deleted it
+        except SessionError:  # another engine has it
             return False
         try:
             if session.labels_file.exists():

@@ -279,20 +279,6 @@ def test_a_new_session_is_removed_if_nothing_came_of_its_start(
     assert session.folder.exists() != removed
 
 
-def test_a_new_session_is_locked_while_it_is_removed(make_session, monkeypatch):
-    """Otherwise an engine that starts just then would lose its files."""
-    session, locked, delete = make_session(), [], SessionFolder.delete
-
-    def record(folder, held):
-        locked.append(folder.is_live())
-        delete(folder, held)
-
-    monkeypatch.setattr(SessionFolder, "delete", record)
-    assert NewSession(session, StartOptions()).remove_if_unused(UserInputError.exit_code)
-    assert locked == [True]
-    assert not session.folder.exists()
-
-
 def test_a_new_session_that_another_engine_has_is_not_removed(make_session):
     session = make_session()
     new, held = NewSession(session, StartOptions()), session.acquire()
