@@ -32,14 +32,12 @@ from rlhf_tui.screens.parts.sample_list import (
     SampleList,
 )
 from rlhf_tui.screens.parts.sample_query_line import empty_list, not_shown_yet, query_line
-from rlhf_tui.screens.parts.sample_table import SamplesTable, cells_of, samples_table
+from rlhf_tui.screens.parts.sample_table import SamplesTable
 from rlhf_tui.state.label_writer import LabelWritten
 from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, justified, row_width
-from rlhf_tui.widgets.samples.common_affixes import CommonAffixes, common_affixes
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
-from rlhf_tui.widgets.table import Table
 
 
 class ArraysRead(Message):
@@ -81,6 +79,16 @@ class SamplesScreen(SessionScreen):
         self._labels_read: FileSignature = ()
         """The value of `state.labels` for which the comparison was read."""
 
+    @property
+    def table(self) -> SamplesTable:
+        """The list."""
+        return self.query_one(SamplesTable)
+
+    @property
+    def view(self) -> SampleView:
+        """The sample under the cursor."""
+        return self.query_one(SampleView)
+
     @functools.cached_property
     def samples(self) -> SampleList:
         """The rows of the table."""
@@ -103,7 +111,7 @@ class SamplesScreen(SessionScreen):
         """The table, and the selected sample beside or below it."""
         yield Lines(id="filter")
         with Container(id="panes"):
-            yield samples_table()
+            yield SamplesTable()
             yield SampleView()
 
     def refresh_content(self) -> None:
@@ -123,8 +131,8 @@ class SamplesScreen(SessionScreen):
         self._clear()
 
     def _clear(self) -> None:
-        self.query_one(Table).set_rows([])
-        self.query_one(SampleView).read(None)
+        self.table.set_rows([])
+        self.view.read(None)
 
     def why_disabled(self, action: str) -> str:
         """Responses to held-out prompts cannot be judged, and have no token values."""
@@ -141,25 +149,16 @@ class SamplesScreen(SessionScreen):
 
     def on_page_read(self, message: PageRead) -> None:
         """Shows a page, unless another one was requested meanwhile or the list is frozen."""
-        table, samples = self.query_one(Table), self.samples
-        asked = message.request.asked
+        table, samples, asked = self.table, self.samples, message.request.asked
         if samples.following and not asked and table.cursor:
             samples.freeze()  # the message of a key that has moved the cursor is still on its way
         if not samples.take(message, unwritten=bool(self.labels.unwritten)):
             return
-        query = samples.query
-        table.sorted_by = ORDER_TITLES[query.order]
-        table.descending = query.descending
-        table.matching = query.text
         before = table.key
-        key, samples.select = samples.select, None
+        select, samples.select = samples.select, None
         if samples.following:
-            key = next(iter(samples.rows), None)
-        affixes = self._common_affixes()
-        rows = [(k, cells_of(row, affixes)) for k, row in samples.rows.items()]
-        self.query_one(SamplesTable).show_turns(samples.rows.values())
-        empty = empty_list(samples, self.context.state)
-        table.set_rows(rows, empty, key=key, lost=0)
+            select = next(iter(samples.rows), None)
+        table.show_list(samples, empty_list(samples, self.context.state), select)
         self.rows_read()
         samples.arrived |= not asked and before not in (None, table.key)
         self._show_query()
@@ -183,12 +182,12 @@ class SamplesScreen(SessionScreen):
         self._show_query()
 
     def _show_query(self) -> None:
-        table, samples, line = self.query_one(Table), self.samples, self.query_one("#filter", Lines)
+        table, samples, line = self.table, self.samples, self.query_one("#filter", Lines)
         state = self.context.state
         new = not_shown_yet(samples, live=state.live)
         shown = query_line(
             samples, state, cursor=table.cursor, count=table.count(),
-            mode=self.query_one(SampleView).mode,
+            mode=self.view.mode,
             full_screen=self.query_one("#panes").has_class("alone"),
             room=line.size.width - row_width(new),
         )  # fmt: skip
@@ -203,25 +202,22 @@ class SamplesScreen(SessionScreen):
         if message.moved:
             self.samples.freeze()
         row, session = self.samples.rows.get(message.key), self.context.session
-        self.query_one(SampleView).read(row)
+        self.view.read(row)
         if row is not None and session is not None and not row.held_out:
             read = functools.partial(_read_arrays, session, message.key)
             self.read_in_thread("arrays", read)
         self.comparison.select(row)
         self._show_query()
 
-    def _common_affixes(self) -> CommonAffixes:
-        return common_affixes(row.prompt for row in self.samples.rows.values())
-
     def selected(self) -> SampleRow | None:
         """The sample under the cursor."""
-        return self.samples.rows.get(self.query_one(Table).key)
+        return self.samples.rows.get(self.table.key)
 
     def show_judgement(self, row: SampleRow) -> None:
         """Shows a sample of this page with another judgement."""
-        key, view = key_of(row), self.query_one(SampleView)
+        key, view = key_of(row), self.view
         self.samples.rows[key] = row
-        self.query_one(Table).set_cells(key, cells_of(row, self._common_affixes()))
+        self.table.show_row(row)
         if view.sample is not None and key_of(view.sample) == key:
             view.read(row, view.arrays, view.kept)
 
@@ -232,14 +228,14 @@ class SamplesScreen(SessionScreen):
 
     def on_arrays_read(self, message: ArraysRead) -> None:
         """Shows token values."""
-        if message.key == self.query_one(Table).key and not self.samples.query.held_out:
+        if message.key == self.table.key and not self.samples.query.held_out:
             row = self.samples.rows.get(message.key)
-            self.query_one(SampleView).read(row, message.arrays, message.kept)
+            self.view.read(row, message.arrays, message.kept)
 
     @on(RowSelected)
     def _focus_sample(self) -> None:
         self.samples.freeze()
-        self.query_one(SampleView).focus()
+        self.view.focus()
 
     def on_label_written(self, message: LabelWritten) -> None:
         """A judgement was written."""
@@ -330,7 +326,7 @@ class SamplesScreen(SessionScreen):
         """Switches between the responses of training and those to held-out prompts."""
         self.comparison.leave()
         self.samples.switch()
-        self.query_one(SampleView).as_text()
+        self.view.as_text()
         self._clear()
         self._show_query()
         self.refresh_keys()
@@ -348,12 +344,12 @@ class SamplesScreen(SessionScreen):
 
     def action_next(self, by: int) -> None:
         """Selects the next sample, whatever has the focus."""
-        self.query_one(Table).action_move(by)
+        self.table.action_move(by)
 
     def action_view(self) -> None:
         """Cycles through text and the numbers of each token."""
         self.samples.freeze()
-        self.query_one(SampleView).cycle()
+        self.view.cycle()
         self._show_query()
 
     def action_enlarge(self) -> None:
@@ -361,8 +357,7 @@ class SamplesScreen(SessionScreen):
         self.samples.freeze()
         panes = self.query_one("#panes")
         panes.toggle_class("alone")
-        target = SampleView if panes.has_class("alone") else Table
-        self.query_one(target).focus()
+        (self.view if panes.has_class("alone") else self.table).focus()
         self._show_query()
 
     def action_back(self) -> None:
@@ -372,8 +367,8 @@ class SamplesScreen(SessionScreen):
             self.action_enlarge()
         elif self.comparison.leave():
             return
-        elif not self.query_one(Table).has_focus:
-            self.query_one(Table).focus()
+        elif not self.table.has_focus:
+            self.table.focus()
         elif self.samples.filter:
             self.samples.set_filter("")
         else:

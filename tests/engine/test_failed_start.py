@@ -279,6 +279,22 @@ def test_a_new_session_is_removed_if_nothing_came_of_its_start(
     assert session.folder.exists() != removed
 
 
+def test_a_new_session_that_another_engine_has_is_not_removed(make_session):
+    session = make_session()
+    new, held = NewSession(session, StartOptions()), session.acquire()
+    assert not new.remove_if_unused(UserInputError.exit_code)
+    held.release()
+    assert session.config_file.is_file()
+
+
+def test_a_new_session_that_was_deleted_meanwhile_need_not_be_removed(make_session):
+    session = make_session()
+    new = NewSession(session, StartOptions())
+    shutil.rmtree(session.folder)
+    assert not new.remove_if_unused(UserInputError.exit_code)
+    assert not session.folder.exists()
+
+
 def test_a_start_beside_a_deletion_of_the_session_says_so(make_session):
     session = make_session()
     shutil.rmtree(session.folder)
