@@ -8,7 +8,6 @@ import torch
 
 from engine.errors import LinkError, RewardError
 from engine.progress import ReportProgress
-from engine.train.rewards.kinds.environment import EnvironmentReward
 from engine.train.rewards.kinds.function import FunctionReward
 from engine.train.rewards.kinds.http_client import REPORT_INTERVAL, REQUEST_THREADS
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
@@ -17,6 +16,7 @@ from engine.train.rewards.source import (
     Reward,
     RewardCallError,
     RewardInputs,
+    RunsUserCode,
     Score,
 )
 from engine.train.user_code.concurrent_calls import CallTimeoutError
@@ -125,9 +125,9 @@ class SourceCall:
             raise RewardCallError(str(error), retry=False) from error
 
 
-def allow_reload(reward: Reward | None) -> None:
+def allow_reload(reward: object) -> None:
     """Lets the next call import the code of a source again if its scores could not be used."""
-    if isinstance(reward, FunctionReward | EnvironmentReward):
+    if isinstance(reward, RunsUserCode):
         reward.code.result_was_unusable()
 
 

@@ -118,6 +118,13 @@ class AsksEarly(Protocol):
         """Begins to score a response; a later call of the source waits for its score."""
 
 
+@runtime_checkable
+class RunsUserCode(Protocol):
+    """A source that calls code of the user's, which can be imported again if its file changed."""
+
+    code: UserFunction
+
+
 class RunsOn(Enum):
     """Which ranks call a source, and with which responses."""
 
