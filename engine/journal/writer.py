@@ -98,6 +98,11 @@ class JournalWriter:
         return os.path.samestat(found, self._opened)
 
     @property
+    def file_id(self) -> tuple[int, int]:
+        """The device and inode of the open journal."""
+        return self._opened.st_dev, self._opened.st_ino
+
+    @property
     def attempt(self) -> int:
         """Number of the current attempt, from 1."""
         return self._events.attempt

@@ -308,6 +308,8 @@ class Begin(Message, frozen=True, tag="begin"):
     kept_aside: dict[int, int] = {}
     """Step → attempt of checkpoints that an operator saved on branches that are abandoned now, or 0
     if the journal does not have them. A checkpoint of the same step does not replace them."""
+    journal: tuple[int, int] | None = None
+    """Device and inode of the session's journal: where another file is, so is another session."""
     best: dict[int, float] = {}
     """`train.best_metric` of these steps in the journal, where they have it. A checkpoint whose
     evaluation was made up for after it was saved does not have it."""

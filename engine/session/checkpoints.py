@@ -60,17 +60,21 @@ def complete_checkpoints(checkpoints: Path, *, lenient: bool = False) -> dict[in
 
     Args:
         checkpoints: the folder of a session's checkpoints.
-        lenient: whether those that cannot be looked at are left out.
+        lenient: whether those that cannot be looked at are left out. Older ones always are.
 
     Raises:
-        OSError: one cannot be looked at, such as the folder of another user. A run that took it for
-            a missing one would abandon its steps.
+        OSError: one cannot be looked at that may be the newest, such as the folder of another user.
+            A run that took it for a missing one would abandon its steps.
     """
-    found = {}
+    found, errors = {}, {}
     for step, folder in _folders(checkpoints):
-        with contextlib.suppress(*([OSError] if lenient else [])):
+        try:
             if _has_marker(folder):
                 found[step] = folder
+        except OSError as error:
+            errors[step] = error
+    if errors and not lenient and max(errors) > max(found, default=0):
+        raise errors[max(errors)]
     return dict(sorted(found.items()))
 
 

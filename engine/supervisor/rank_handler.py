@@ -176,6 +176,7 @@ class RankMessageHandler:
                 kept=journal.checkpoints.kept(),
                 kept_aside=dict.fromkeys(attempt.unknown, 0)
                 | journal.checkpoints.kept_on_branches(),
+                journal=journal.file_id,
                 best=journal.checkpoints.values(self._best_metric),
                 placed=journal.placed(),
                 paused=self._state.paused,

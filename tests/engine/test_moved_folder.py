@@ -17,11 +17,12 @@ from engine.launch.start_options import StartOptions
 from engine.protocol.client import Client
 from engine.protocol.rank_messages import CheckpointWritten, Ended
 from engine.session import registry
+from engine.session.file_signature import file_id
 from engine.session.folder import SessionFolder
 from engine.supervisor import watchdog as watchdog_module
 from engine.supervisor.processes import rank_processes
 from engine.supervisor.serve import supervise
-from tests.engine.supervised import until
+from tests.engine.supervised import begin_of, until
 
 RANK = ["sleep", "307"]
 
@@ -86,6 +87,12 @@ async def test_a_checkpoint_in_a_folder_that_has_replaced_the_sessions_does_not_
     moved.folder.rename(writer.session.folder)
     engine.receive(written)
     assert statuses(writer.session) == {2: "written"}
+
+
+async def test_the_ranks_are_told_which_journal_is_that_of_the_session(engine, writer, tmp_path):
+    """By it they see that another session is at its path, and save nothing there."""
+    begin = await begin_of(engine, tmp_path)
+    assert begin.journal == file_id(writer.session.journal_file)
 
 
 @pytest.fixture

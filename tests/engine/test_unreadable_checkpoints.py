@@ -47,6 +47,13 @@ def test_a_resume_does_not_continue_from_the_one_before(saved, newest):
         resume(saved.session, from_step=None, **GIVEN)
 
 
+def test_an_older_one_is_left_out(saved):
+    checkpoint_path(saved.session.checkpoints, 2).chmod(0)
+    with held_to_modes():
+        assert list(complete_checkpoints(saved.session.checkpoints)) == [4]
+        assert resume(saved.session, from_step=None, **GIVEN).from_step == 4
+
+
 def test_it_is_not_taken_for_the_rest_of_an_interrupted_save(saved, newest):
     newest.chmod(0)
     with held_to_modes():

@@ -23,6 +23,7 @@ from engine.protocol.rank_messages import (
     RepeatedChange,
 )
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints, saved_settings
+from engine.session.file_signature import file_id
 from engine.train.boundary import Boundary
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import manager
@@ -292,6 +293,26 @@ def test_a_checkpoint_that_the_journal_lacks_is_not_replaced(trained, link):
     assert (session.checkpoints / "step-000002-attempt-0" / "mine").exists()
     (told,) = [n.text for n in supervisor.of(Notice) if "stays in" in n.text]
     assert told.startswith("the checkpoint of step 2, which the journal did not have, stays in")
+
+
+def test_nothing_is_replaced_in_a_folder_that_has_taken_the_sessions_place(trained, link):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    first, second = (checkpoint_path(session.checkpoints, step) for step in (1, 2))
+    part = checkpoint_folder.part_of(second)
+    for folder in (second, part):
+        shutil.copytree(first, folder)
+    (checkpoint_path(session.checkpoints, 3)).mkdir()  # which the other session is deleting
+    session.journal_file.touch()
+    begin = Begin(attempt=2, from_step=1, checkpoints=[1], journal=file_id(session.journal_file))
+    session.journal_file.rename(session.folder / "moved")
+    session.journal_file.touch()
+    before = {path: path.lstat().st_ino for path in session.checkpoints.rglob("*")}
+    later = Boundary(session, run, begin, link)
+    later.after_step(2, dict(METRICS), 0.1)
+    assert "was moved, deleted or replaced" in later.checkpoints.save()
+    assert {path: path.lstat().st_ino for path in session.checkpoints.rglob("*")} == before
 
 
 def test_a_checkpoint_is_said_to_be_moved_aside_once_it_is(trained, link, monkeypatch):

@@ -24,6 +24,7 @@ from engine.session.checkpoints import (
     mark_complete,
     remove,
 )
+from engine.session.file_signature import file_id
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import MetricValue, SavedState
 from engine.train.checkpoints.saver import Outcome, Saved, Saver
@@ -65,6 +66,7 @@ class CheckpointManager:
             begin: the step the run starts from, and the checkpoints of its branch.
         """
         self._folder = folder
+        self._journal = begin.journal
         self._run = run
         self._link = link
         self._saver = Saver(
@@ -74,6 +76,7 @@ class CheckpointManager:
             confirm=self._confirm,
             notice=lambda text: self._notice(run.state.step, text),
             aside=self._aside,
+            check_place=self._check_place,
         )
         self._saved_step = begin.from_step
         """The step of the last save that was started."""
@@ -98,8 +101,18 @@ class CheckpointManager:
         self._failed_step: int | None = None
         """The step whose save failed last, of which the operator has been notified."""
         if run.ranks.is_lead:  # a run that only records its end saves no more
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, CheckpointError):
+                self._check_place()
                 checkpoint_folder.clear_interrupted(folder)
+
+    def _check_place(self) -> None:
+        """Raises CheckpointError if the session's folder was moved: another may be at its path."""
+        path = self._folder.with_name("journal.db")
+        if self._journal is not None and file_id(path) != self._journal:
+            raise CheckpointError(
+                f"the folder {self._folder.parent} was moved, deleted or replaced: nothing is "
+                "saved there"
+            )
 
     def poll(self) -> None:
         """Raises the unexpected error of the saving thread, if there was one."""
@@ -272,8 +285,9 @@ class CheckpointManager:
     def _remove(self, step: int, saved_step: int) -> None:
         """Removes a checkpoint. If that fails, notifies the operator and lets the run continue."""
         try:
+            self._check_place()
             remove(checkpoint_path(self._folder, step))
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._notice(
                 saved_step, f"the old checkpoint of step {step} cannot be removed: {error}"
             )

@@ -5,6 +5,7 @@ exchange their results over a process group of their own, separate from training
 the save fails on all ranks.
 """
 
+import contextlib
 import copy
 import shutil
 import threading
@@ -104,6 +105,7 @@ class Saver:
         confirm: Callable[[Saved], None] | None = None,
         notice: Callable[[str], None] = lambda _text: None,
         aside: Callable[[int], Path | None] = lambda _step: None,
+        check_place: Callable[[], None] = lambda: None,
     ) -> None:
         """Initialises a saver.
 
@@ -116,6 +118,8 @@ class Saver:
                 checkpoint as complete. Like that of any other stage, its OSError fails the save.
             notice: called on rank 0 with a sentence if checkpoints lack the tokenizer.
             aside: where an earlier checkpoint of a step is moved; None if it is removed.
+            check_place: called on rank 0 before anything in the folder is replaced; raises
+                CheckpointError if it is no longer that of the session.
         """
         self._checkpoints = checkpoints
         self._group = group
@@ -125,6 +129,7 @@ class Saver:
         self._confirm = confirm
         self._notice = notice
         self._aside = aside
+        self._check_place = check_place
         self._files: dict[str, bytes] = {}
         self._host_copies = HostCopies()
         self._running: Future[Outcome] | None = None
@@ -248,7 +253,9 @@ class Saver:
             except CheckpointError as error:
                 final = checkpoint_path(self._checkpoints, step)
                 if self._rank == 0:
-                    shutil.rmtree(checkpoint_folder.part_of(final), ignore_errors=True)
+                    with contextlib.suppress(CheckpointError):
+                        self._check_place()
+                        shutil.rmtree(checkpoint_folder.part_of(final), ignore_errors=True)
                 outcome = error
             if self._rank == 0 and self._conclude is not None:
                 self._conclude(step, outcome)
@@ -278,12 +285,7 @@ class Saver:
         for hashes in self._on_all_ranks(final, sync_share):
             content.hashes |= hashes
         content.hashes = dict(sorted(content.hashes.items()))
-        size = self._on_rank_0(
-            final,
-            lambda: checkpoint_folder.publish(
-                folders.part, final, content, self._aside(content.state.step)
-            ),
-        )
+        size = self._on_rank_0(final, lambda: self._publish(folders, final, content))
         saved = Saved(
             step=content.state.step,
             folder=final,
@@ -312,11 +314,18 @@ class Saver:
         """Creates the folders if all ranks can save and the disk has room."""
         if job.early_error is not None:
             raise job.early_error
+        self._check_place()
         checkpoint_folder.clear_interrupted(self._checkpoints)
         checkpoint_folder.check_space(self._checkpoints, need)
         averages = (folders.average, folders.average_policy) if job.averaged else ()
         for folder in (folders.training, folders.policy, folders.policy_shards, *averages):
             make_folders(folder)
+
+    def _publish(self, folders: _Folders, final: Path, content: StateFile) -> int:
+        """Moves a written checkpoint to its place; returns its size in bytes."""
+        self._check_place()
+        aside = self._aside(content.state.step)
+        return checkpoint_folder.publish(folders.part, final, content, aside)
 
     def _save_shards(self, job: _Job, folders: _Folders) -> None:
         """Writes this rank's shards; all ranks call it together. Raises CheckpointError."""

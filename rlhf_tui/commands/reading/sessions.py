@@ -8,7 +8,6 @@ import msgspec
 
 from engine.errors import LinkError, UserInputError
 from engine.examined import examined
-from engine.session.checkpoints import aside_checkpoints
 from engine.session.folder import all_sessions
 from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
@@ -123,9 +122,8 @@ def status(root: Path, name: str | None, as_json: bool) -> None:
     """
     session = existing_or_live(root, name)
     row = read_session_row(session, ask=True, best=True)
-    aside = list(aside_checkpoints(session.checkpoints))
     if as_json:
-        print_json(row.as_json() | {"moved_aside": aside})
+        print_json(row.as_json())
         return
     engine = f"pid {row.pid} on {row.host}" if row.pid else "none"
     said, message = one_line(_state_text(row)), one_line(row.message)
@@ -146,8 +144,8 @@ def status(root: Path, name: str | None, as_json: bool) -> None:
         f"{s} (best)" if s == row.best_checkpoint else str(s) for s in row.checkpoints
     )
     say(f"  checkpoints {f'of step {steps}' if steps else 'none'}")
-    if aside:
-        say(f"  moved aside {', '.join(aside)}, of abandoned branches")
+    if row.moved_aside:
+        say(f"  moved aside {', '.join(row.moved_aside)}, of abandoned branches")
     say(f"  engine      {engine}")
     if row.deadline is not None:
         say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")

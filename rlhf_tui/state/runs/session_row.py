@@ -12,7 +12,7 @@ from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.metrics import EVAL_SCORE, EVAL_SCORE_CI, KL, SCORE
 from engine.protocol.client import Client
-from engine.session.checkpoints import complete_checkpoints
+from engine.session.checkpoints import aside_checkpoints, complete_checkpoints
 from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 from rlhf_tui.identity import who
@@ -55,6 +55,9 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     """Steps that can be resumed from."""
     best_checkpoint: int | None = None
     """The best of them by `train.best_metric`; None without one, or if it was not requested."""
+    moved_aside: list[str] = []
+    """Checkpoints of abandoned branches that were moved aside, such as `120-attempt-2`; empty if
+    not requested."""
     message: str = ""
     pause_reason: str | None = None
     """What paused it: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
@@ -101,7 +104,7 @@ def read_session_row(
     Args:
         session: the session to read.
         ask: also ask its engine what it waits for; one that hangs takes :data:`REPLY_TIMEOUT`.
-            Also read its size, which looks at each of its files.
+            Also read its size, which looks at each of its files, and what was moved aside.
         best: also read its best checkpoint. If an earlier version has run the session, this opens
             the configuration, which takes some ten milliseconds.
 
@@ -112,7 +115,11 @@ def read_session_row(
     with JournalReader(session) as reader:
         row = session_row(session, reader)
         if ask:
-            row = msgspec.structs.replace(row, size=session.disk_usage().size)
+            row = msgspec.structs.replace(
+                row,
+                size=session.disk_usage().size,
+                moved_aside=list(aside_checkpoints(session.checkpoints)),
+            )
         if best and row.checkpoints:
             found = _best_checkpoint(session, reader)
             row = msgspec.structs.replace(row, best_checkpoint=found)
