@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 from textual.app import App
+from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
 from engine.session.folder import SessionFolder
@@ -21,6 +22,7 @@ from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.messages import SessionUpdated
 from rlhf_tui.state.replay.player import Player, ReplayOptions
 from rlhf_tui.state.session_state import ALWAYS, SessionState
+from rlhf_tui.state.timeline import MARKER_GLYPHS
 from rlhf_tui.state.viewport import Viewport
 
 DRAW_AFTER = 0.04
@@ -28,6 +30,10 @@ DRAW_AFTER = 0.04
 TICK = 1.0
 """Seconds between two calls of :meth:`SessionFollower.tick`."""
 SAVE_SEEN_INTERVAL = 30.0
+MOST_ANNOUNCED = 3
+"""Notices of events that are read at once."""
+SEVERITIES: dict[str, SeverityLevel] = {"alert": "warning", "crash": "error"}
+"""Kinds of events that are announced."""
 
 
 class DrawScreens(Protocol):
@@ -89,6 +95,9 @@ class SessionFollower:
         self._only_live = True
         """Whether only phases and machine have changed since the last drawing."""
         self._digest_shown = True
+        self._opened = now()
+        self._announced = 0
+        """Id of the newest event that was read."""
         self._seen_saved = now()
 
     # -- the open session ----------------------------------------------------------------------
@@ -104,6 +113,7 @@ class SessionFollower:
         self.state = SessionState(session.name, now=self._time, root=self._root)
         self.view = self._new_view()
         self._digest_shown = self._replay_options is not None
+        self._opened, self._announced = self._now(), 0
         folder, app = str(session.folder), self._app
         names = [*self._preferences.metrics(), *ALWAYS]
 
@@ -185,6 +195,7 @@ class SessionFollower:
         if self.session is None or message.folder != str(self.session.folder):
             return False
         self.state.take(message.update)
+        self._announce(message.update)
         if message.update.replay is not None:
             self.session = self.session.at(message.update.replay.position)
         self._only_live = self._only_live and message.update.only_live
@@ -192,6 +203,28 @@ class SessionFollower:
             self._draw_due = True
             self._app.set_timer(DRAW_AFTER, self._draw)
         return True
+
+    def _announce(self, update: SessionUpdate) -> None:
+        """Shows alerts and failures that were just recorded: only the dashboard lists them.
+
+        Those from before the session was opened are in the digest.
+        """
+        if not update.events:
+            return
+        before, self._announced = self._announced, update.events[-1].event
+        if update.reset or self._replay_options is not None:
+            return
+        news = [
+            marker
+            for marker in self.state.timeline()
+            if marker.kind in SEVERITIES
+            and marker.event is not None
+            and marker.event.event > before
+            and (self._digest_shown or marker.time >= self._opened)
+        ]
+        for marker in news[-MOST_ANNOUNCED:]:
+            sign = MARKER_GLYPHS[marker.kind]
+            self._say(f"{sign} step {marker.step}: {marker.text}", SEVERITIES[marker.kind])
 
     def _draw(self) -> None:
         self._draw_due = False
