@@ -212,7 +212,7 @@ class SessionFollower:
         if not update.events:
             return
         before, self._announced = self._announced, update.events[-1].event
-        if update.reset or self._replay_options is not None:
+        if self._replay_options is not None:
             return
         news = [
             marker

@@ -58,8 +58,10 @@ async def test_a_failure_is_announced_without_the_notice_that_repeats_it(trainin
         journal.record_event("error", {"text": "rank 0 was ended by SIGKILL"}, 60)
         notice = {"rule": "restart", "text": "rank 0 was ended by SIGKILL: restart 1 of 3"}
         journal.record_event("alert", notice, 60)
-        await until(pilot, lambda: app.state.events[-1].kind == "alert")
+        journal.begin_attempt(50, fresh=False)  # everything is read again: steps are abandoned
         await until(pilot, lambda: notices(app) == ["✗ step 60: rank 0 was ended by SIGKILL"])
+        await until(pilot, lambda: len(app.state.head.attempts) == 3)
+        assert notices(app) == ["✗ step 60: rank 0 was ended by SIGKILL"]
 
 
 async def test_of_many_alerts_at_once_the_newest_are_announced(training, running, until):
