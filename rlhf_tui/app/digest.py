@@ -11,6 +11,7 @@ from rlhf_tui.state.timeline import (
     Marker,
     command_text,
     effect_text,
+    in_app,
 )
 from rlhf_tui.widgets.lines import Row
 
@@ -88,7 +89,7 @@ def _row(marker: Marker) -> Row:
     return [
         (f"{marker.step:>6} ", "dim"),
         (f"{MARKER_GLYPHS[marker.kind]} ", MARKER_TONES[marker.kind]),
-        (marker.text, ""),
+        (in_app(marker.text), ""),
         (_by(marker.who), "dim"),
     ]
 

@@ -22,7 +22,7 @@ from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.messages import SessionUpdated
 from rlhf_tui.state.replay.player import Player, ReplayOptions
 from rlhf_tui.state.session_state import ALWAYS, SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS
+from rlhf_tui.state.timeline import MARKER_GLYPHS, in_app
 from rlhf_tui.state.viewport import Viewport
 
 DRAW_AFTER = 0.04
@@ -224,7 +224,7 @@ class SessionFollower:
         ]
         for marker in news[-MOST_ANNOUNCED:]:
             sign = MARKER_GLYPHS[marker.kind]
-            self._say(f"{sign} step {marker.step}: {marker.text}", SEVERITIES[marker.kind])
+            self._say(f"{sign} step {marker.step}: {in_app(marker.text)}", SEVERITIES[marker.kind])
 
     def _draw(self) -> None:
         self._draw_due = False
