@@ -5,6 +5,7 @@ one line and an exit code.
 """
 
 import contextlib
+import difflib
 import importlib
 import os
 import re
@@ -17,6 +18,7 @@ import click
 
 from engine import __version__
 from engine.errors import RlhfError, UserInputError
+from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import colors_option, sessions_option
 from rlhf_tui.text import escape_unencodable, one_line
 
@@ -70,6 +72,15 @@ class Commands(click.Group):
             with formatter.section(title):
                 formatter.write_dl(rows)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command of these arguments. Raises UsageError, with the command that may be meant."""
+        name = args[0]
+        if name not in MODULES and not name.startswith("-"):
+            raise click.UsageError(f"no command '{name}'{_meant(name)}", ctx)
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Imports a command; None if there is no such command."""
         if cmd_name not in MODULES:
@@ -85,6 +96,16 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError as error:
             raise ReaderGoneError from error
+
+
+def _meant(name: str) -> str:
+    """What may be meant by a command that does not exist, to follow it in a message."""
+    from engine.protocol.commands import COMMANDS  # noqa: PLC0415 - only needed here
+
+    if name in COMMANDS:
+        return f"; to steer a run, type {fmt.command('ctl', 'NAME', name)}"
+    near = difflib.get_close_matches(name, MODULES, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 class ReaderGoneError(Exception):

@@ -9,6 +9,7 @@ from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.curves import RECENT
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import (
@@ -17,10 +18,13 @@ from rlhf_tui.state.timeline import (
     Marker,
     command_text,
     effect_text,
+    in_app,
 )
 from rlhf_tui.widgets.lines import Row
 
 MOST = 8
+MOST_ANNOUNCED = 3
+"""Alerts and failures that are announced at once."""
 AWAY = 60.0
 """Minimum seconds of absence for which a digest is shown."""
 SAVE_INTERVAL = 30.0
@@ -42,7 +46,9 @@ class Visit:
         self._folder = str(session.folder)
         self._state = state
         self._now = now
-        self._saved = now()
+        self._opened = self._saved = now()
+        self._read = 0
+        """Id of the newest event that was read."""
         self._digest_shown = False
 
     def digest(self) -> list[Row]:
@@ -52,6 +58,23 @@ class Visit:
         self._digest_shown = True
         seen = prefs.load_seen().get(self._folder)
         return digest(self._state, seen) if seen is not None else []
+
+    def news(self, update: SessionUpdate) -> list[Marker]:
+        """The newest alerts and failures of an update that the state has just taken.
+
+        Those from before the session was opened are in the digest.
+        """
+        if not update.events:
+            return []
+        before, self._read = self._read, update.events[-1].event
+        return [
+            marker
+            for marker in self._state.timeline.entries()
+            if marker.kind in ("alert", "crash")
+            and marker.event is not None
+            and marker.event.event > before
+            and (self._digest_shown or marker.time >= self._opened)
+        ][-MOST_ANNOUNCED:]
 
     def save(self) -> None:
         """Saves what was seen, if it was; what happened before the digest counts as not seen."""
@@ -143,7 +166,7 @@ def _row(marker: Marker) -> Row:
     return [
         (f"{marker.step:>6} ", "dim"),
         (f"{MARKER_GLYPHS[marker.kind]} ", MARKER_TONES[marker.kind]),
-        (marker.text, ""),
+        (in_app(marker.text), ""),
         (_by(marker.who), "dim"),
     ]
 

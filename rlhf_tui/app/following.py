@@ -4,6 +4,7 @@ from typing import Protocol
 
 import msgspec
 from textual.app import App
+from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
 from engine.session.folder import SessionFolder
@@ -17,12 +18,15 @@ from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.messages import SessionUpdated
 from rlhf_tui.state.replay.player import Player, ReplayOptions
 from rlhf_tui.state.session_state import ALWAYS, SessionState
+from rlhf_tui.state.timeline import MARKER_GLYPHS, in_app
 from rlhf_tui.state.viewport import Viewport
 
 DRAW_AFTER = 0.04
 """Seconds during which updates are collected before they are drawn."""
 TICK = 1.0
 """Seconds between two calls of :meth:`SessionFollower.tick`."""
+SEVERITIES: dict[str, SeverityLevel] = {"alert": "warning", "crash": "error"}
+"""Of the notices of alerts and failures."""
 
 
 class DrawScreens(Protocol):
@@ -172,6 +176,7 @@ class SessionFollower:
         if self.session is None or message.folder != str(self.session.folder):
             return False
         self.state.take(message.update)
+        self._announce(message.update)
         if message.update.replay is not None:
             self.session = self.session.at(message.update.replay.position)
         self._only_live = self._only_live and message.update.only_live
@@ -179,6 +184,12 @@ class SessionFollower:
             self._draw_due = True
             self._app.set_timer(DRAW_AFTER, self._draw)
         return True
+
+    def _announce(self, update: SessionUpdate) -> None:
+        """Shows alerts and failures that were just recorded: only the dashboard lists them."""
+        for marker in [] if self._visit is None else self._visit.news(update):
+            text = f"{MARKER_GLYPHS[marker.kind]} step {marker.step}: {in_app(marker.text)}"
+            self._context.say(text, SEVERITIES[marker.kind])
 
     def _draw(self) -> None:
         self._draw_due = False

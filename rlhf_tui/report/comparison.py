@@ -7,9 +7,11 @@ from engine.config import file as config_file
 from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.session.folder import SessionFolder
+from rlhf_tui.format import value_text
 from rlhf_tui.report.curves import Curve, read_curves
 from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
 from rlhf_tui.report.settings import Setting
+from rlhf_tui.state.runs.differences import AFTER, settings_after
 
 
 class Comparison(Struct, frozen=True):
@@ -41,8 +43,11 @@ def read_comparison(session: SessionFolder, other: SessionFolder) -> Comparison:
     Raises:
         RlhfError: its journal or a configuration cannot be read.
     """
-    changed = config_file.changes(session.config(), other.config())
-    with JournalReader(other) as reader:
+    configs = [session.config(), other.config()]
+    changed = config_file.changes(*configs)
+    with JournalReader(session) as own, JournalReader(other) as reader:
+        in_force = [each.meta().settings or {} for each in (own, reader)]
+        after = settings_after(configs, in_force)
         step = reader.last_step()
         return Comparison(
             name=other.name,
@@ -50,6 +55,9 @@ def read_comparison(session: SessionFolder, other: SessionFolder) -> Comparison:
             step=step,
             headlines=read_headlines(reader, step),
             held_out=read_held_out(reader, step),
-            settings=[Setting(key, mine, theirs) for key, (mine, theirs) in changed.items()],
+            settings=[
+                *(Setting(key, mine, theirs) for key, (mine, theirs) in changed.items()),
+                *(Setting(f"{key}{AFTER}", *map(value_text, last)) for key, last in after.items()),
+            ],
             curves={curve.name: curve for curve in read_curves(reader, read_agreement(reader))},
         )

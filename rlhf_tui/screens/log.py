@@ -13,7 +13,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.panels.log_summary import LogSummary, Problems
+from rlhf_tui.widgets.panels.log_summary import LogSummary, Problems, line_tone
 from rlhf_tui.widgets.scroll_list import ScrollList
 
 MOST_BYTES = 8_000_000
@@ -85,12 +85,7 @@ class LogView(ScrollList):
     def row(self, index: int, width: int) -> Row:
         """A line from the column it is shifted to; errors have another tone."""
         line = (self._short if width < NARROW else self.lines)[index]
-        lower = line.lower()
-        tone = ""
-        if "error" in lower or "traceback" in lower:
-            tone = "bad"
-        elif "warning" in lower:
-            tone = "warn"
+        tone = line_tone(self.lines[index])
         sign = ("▸", "accent") if index == self.match else (" ", "")
         return [sign, (line[self.shift :], tone)]
 

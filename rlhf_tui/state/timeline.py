@@ -77,6 +77,8 @@ _PREDICTED = re.compile(
     r"(?P<metric>\S+) is (?P<value>\S+) and rises: (?P<predicted>\S+) in (?P<ahead>\d+) steps is "
     r"above (?P<bound>[^;\n]+)(?:; (?P<again>alert \d+), .+)?"
 )
+_SEE_LOGS = re.compile(r"; see ('[^']*'|\S*rlhf-tui) logs .*")
+SEE_LOG = "see 5 Log"
 DIED = "engine died (no exit message)"
 
 
@@ -97,6 +99,11 @@ class Marker(Struct, frozen=True):
     """The event of the entry; None for a command and for an engine that died."""
     after: int = 0
     """Id of the last event that had been recorded with it; 0 if that is not known."""
+
+
+def in_app(text: str) -> str:
+    """A message of an engine with the screen of the log instead of the command that prints it."""
+    return _SEE_LOGS.sub(f"; {SEE_LOG}", text)
 
 
 def command_text(command: CommandRow) -> str:

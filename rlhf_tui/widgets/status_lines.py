@@ -1,12 +1,11 @@
 """The two top lines of every screen: the tabs, and the status of the run."""
 
-import re
-
 from rich.cells import cell_len
 
 from engine import metrics
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.timeline import SEE_LOG, in_app
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width, shorten, shorten_middle
 from rlhf_tui.widgets.panels.panel import Panel, bar
@@ -25,8 +24,6 @@ STATE_MARKS = {
     "unreadable": ("✗", "bad"),
 }
 """Mark and tone by state; `waiting` is one that waits for something from outside."""
-SEE_LOGS = re.compile(r"; see rlhf-tui logs .*")
-"""In the message of an engine: a command in place of a screen of this app."""
 LEAST_NAME = 6
 """Cells that a session's name keeps in a narrow terminal."""
 
@@ -139,7 +136,7 @@ class StatusLine(Panel):
             waiting = (refused, "warn") if refused else ("connecting to the engine …", "dim")
         return {
             "crashed": (self._with_resume("engine died", width), "bad"),
-            "failed": (f"failed: {SEE_LOGS.sub('; see 5 Log', first) or 'see 5 Log'}", "bad"),
+            "failed": (f"failed: {in_app(first) or SEE_LOG}", "bad"),
             "finished": (stopped, "dim"),
             "stopped": (stopped, "dim"),
             "paused": (self._paused(width), "warn"),

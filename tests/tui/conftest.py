@@ -190,8 +190,9 @@ def freeze(session: SessionFolder) -> None:
         )
         last = "(SELECT max(attempt) FROM attempts)"
         db.execute(
-            f"UPDATE attempts SET started = ?, pid = 4242 + {last} - attempt, host = 'box'",  # noqa: S608 - a constant
-            (START,),
+            f"UPDATE attempts SET started = ?, pid = 4242 + {last} - attempt, host = 'box', "  # noqa: S608 - a constant
+            "ended = CASE WHEN ended IS NOT NULL THEN ? END",
+            (START, START + 900),
         )
     db.close()
 

@@ -41,6 +41,26 @@ def test_diff_compares_settings_that_were_changed_during_a_run(session_maker, tm
     assert found["settings"] == {"kl.beta": [0.05, 0.08]}
 
 
+def test_a_report_of_two_runs_compares_settings_that_were_changed(session_maker, tmp_path):
+    session_maker(tmp_path, "kept", 10)
+    session_maker(tmp_path, "steered", 70)  # beta is set at step 63
+    page = tmp_path / "page.md"
+    words = ["--sessions", str(tmp_path), "report", "kept", "--diff", "steered", "-o", str(page)]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    assert "| kl.beta @ last step | 0.05 | 0.08 |" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("statu", "; did you mean 'status'?"), ("unpause", "; to steer a run, type rlhf-tui ctl NAME "
+      "unpause"), ("frobnicate", "")],
+)  # fmt: skip
+def test_a_command_that_does_not_exist_names_the_one_that_may_be_meant(word, hint):
+    with pytest.raises(click.UsageError) as caught:
+        cli.main([word], standalone_mode=False)
+    assert caught.value.message == f"no command '{word}'{hint}"
+
+
 def test_the_commands_of_ctl_are_described_whole():
     printed = CliRunner().invoke(cli, ["ctl", "--help"]).output
     for kind in COMMANDS.values():

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.screens.log import LogView
-from rlhf_tui.widgets.panels.log_summary import LogSummary, Problems
+from rlhf_tui.widgets.panels.log_summary import LogSummary, Problems, line_tone
 from tests.tui.panels import FIRST, make_state, text
 
 LOG = """\
@@ -15,7 +15,8 @@ Traceback (most recent call last):
   File "worker.py", line 1, in <module>
     train()
 ValueError: no score
-a line of another program that names an ERROR
+a line of another program
+UserWarning: it is slow
 2026-11-28 10:00:09,001 WARNING refused a connection
 """.splitlines()
 
@@ -41,9 +42,22 @@ def test_warnings_and_errors_are_listed_once_with_their_number_and_last_time():
     found = [(p.text, p.count, p.last[-8:]) for p in problems_of(LOG)]
     assert found == [
         ("refused a connection", 2, "10:00:09"),
+        ("UserWarning: it is slow", 1, "10:00:02"),
         ("ValueError: no score", 1, "10:00:02"),
         ("rank 1 ends", 1, "10:00:02"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "tone"),
+    [
+        (f"{LOG[0]}, without an error", ""), (LOG[1], "warn"), (LOG[2], "bad"),
+        ("2026-11-28 10:00:00,001 a line of an earlier version with an error", "bad"),
+        ("RuntimeError: none", "bad"), ("a warning of a library", "warn"), ("step 7", ""),
+    ],
+)  # fmt: skip
+def test_the_level_of_a_line_decides_its_tone_or_else_its_words(line, tone):
+    assert line_tone(line) == tone
 
 
 def test_a_traceback_that_arrives_in_two_parts_is_one_error():

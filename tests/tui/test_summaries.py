@@ -83,9 +83,10 @@ def test_the_step_is_never_cut_off_for_what_stands_beside_it(given):
         assert len(shown) <= width
 
 
-def test_the_top_line_of_a_failed_run_names_the_screen_of_the_log():
+@pytest.mark.parametrize("program", ["rlhf-tui", "/opt/venv/bin/rlhf-tui", "'/a b/rlhf-tui'"])
+def test_the_top_line_of_a_failed_run_names_the_screen_of_the_log(program):
     died = "rank 0 ended with status 3"
-    message = f"{died}; see rlhf-tui logs run --sessions {50 * 'x'}"
+    message = f"{died}; see {program} logs run --sessions {50 * 'x'}"
     line = StatusLine(make_state(state="failed", message=message))
     assert text(line, 80).rstrip().endswith(f"failed: {died}; see 5 Log")
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from engine.config.mistakes import raise_mistakes
 from engine.config.rules.supervision import guardrail_mistakes
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import GuardrailConfig
-from engine.config.settings import LIVE_SETTINGS
 from engine.config.yaml_document import parse_yaml
 from engine.errors import UserInputError
 from engine.examined import examined
@@ -32,6 +31,7 @@ from rlhf_tui.commands.options import (
     say,
     sessions_option,
 )
+from rlhf_tui.state.runs.differences import AFTER, settings_after
 from rlhf_tui.text import one_line
 
 HEADLINES = (SCORE, KL, RESPONSE_LENGTH, DISTINCT_2)
@@ -67,7 +67,7 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
         held_out = {"step": common, "scores": [scores[common] for scores in evaluated]}
     if as_json:
         found = {"config": changed, "step": step, "metrics": metrics, "held_out": held_out}
-        print_json(found | {"settings": _settings_after(configs, settings)})
+        print_json(found | {"settings": settings_after(configs, settings)})
         return
     entries = [_entries(config) for config in configs]
     parts = [
@@ -76,8 +76,8 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
         for part in _parts(key, [of.get(key, v) for of, v in zip(entries, values, strict=True)])
     ]
     rows = [[key, *map(_shown, values)] for key, values in parts]
-    after = _settings_after(configs, settings)
-    rows += [[f"{key} @ last step", *map(_shown, values)] for key, values in after.items()]
+    after = settings_after(configs, settings)
+    rows += [[f"{key}{AFTER}", *map(_shown, values)] for key, values in after.items()]
     rows += [[f"{k} @ {step}", *map(fmt.number, values)] for k, values in metrics.items()]
     if common is not None:
         rows.append(
@@ -96,23 +96,6 @@ def _differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
         rest = [changes[key][1] if key in changes else value for changes in found]
         differences[key] = [value, *rest]
     return differences
-
-
-def _settings_after(
-    configs: Sequence[RunConfig], settings: Sequence[Mapping[str, Any]]
-) -> dict[str, list[Any]]:
-    """The settings after the last steps that differ, if one is not as it was configured.
-
-    A session without a step has those of its configuration.
-    """
-    configured = [config_file.to_flat(config) for config in configs]
-    found: dict[str, list[Any]] = {}
-    for name, key in LIVE_SETTINGS.items():
-        first = [flat.get(key) for flat in configured]
-        last = [own.get(name, value) for own, value in zip(settings, first, strict=True)]
-        if last != first and any(value != last[0] for value in last):
-            found[key] = last
-    return found
 
 
 def _entries(section: msgspec.Struct, prefix: str = "") -> dict[str, list[Any]]:

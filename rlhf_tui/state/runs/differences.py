@@ -1,12 +1,17 @@
 """The configuration keys in which several runs differ."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.config.settings import LIVE_SETTINGS
 from engine.journal.reader import JournalReader
 from engine.session.folder import SessionFolder
 
+if TYPE_CHECKING:  # the schema takes long to import
+    from engine.config.schema import RunConfig
+
+AFTER = " @ last step"
+"""Behind the key of a setting whose value is that after the last step of each run."""
 NAMED_ALIKE = ("model", "data", "reward")
 """Sections whose keys are shown with the section: `path` alone says little."""
 
@@ -23,6 +28,31 @@ def configuration_of(session: SessionFolder) -> dict[str, Any]:
     with JournalReader(session) as reader:
         settings = reader.meta().settings or {}
     return flat | {LIVE_SETTINGS[k]: v for k, v in settings.items() if k in LIVE_SETTINGS}
+
+
+def settings_after(
+    configs: Sequence["RunConfig"], settings: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Any]]:
+    """The settings after the last steps that differ, if one is not as it was configured.
+
+    Args:
+        configs: of the runs.
+        settings: of the runs, in force after the last step. A setting that is missing, as all are
+            before the first step, is that of the configuration.
+
+    Returns:
+        Key → the value of each run.
+    """
+    from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
+
+    configured = [config_file.to_flat(config) for config in configs]
+    found: dict[str, list[Any]] = {}
+    for name, key in LIVE_SETTINGS.items():
+        first = [flat.get(key) for flat in configured]
+        last = [own.get(name, value) for own, value in zip(settings, first, strict=True)]
+        if last != first and any(value != last[0] for value in last):
+            found[key] = last
+    return found
 
 
 def differing(configurations: Sequence[Mapping[str, Any]]) -> list[str]:

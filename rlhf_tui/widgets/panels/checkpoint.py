@@ -62,15 +62,16 @@ class CheckpointPanel(Panel):
         if checkpoint.status == "complete":
             rows += self._metrics(checkpoint, width)
         rows += self._settings(details, width)
-        responses = response_lines(details.samples, width) if details is not None else []
+        samples = details.samples if details is not None else []
         events = self._events(checkpoint, width)
-        room = height - len(rows) - bool(events) - bool(responses)
-        most = max(LEAST_EVENTS, room - len(responses))
+        room = height - len(rows) - bool(events) - bool(samples)
+        most = max(LEAST_EVENTS, room - len(samples))
         if events:
             rows.append(heading(f"After step {checkpoint.step}", "", width))
             rows += events if len(events) <= most else _cut(events, most)
-        if responses:
-            rows += [heading(f"Responses of step {checkpoint.step}", "", width), *responses]
+        if samples:
+            rows.append(heading(f"Responses of step {checkpoint.step}", "", width))
+            rows += response_lines(samples, width, height - len(rows))
         return rows
 
     def _about(

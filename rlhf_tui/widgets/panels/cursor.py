@@ -6,7 +6,7 @@ from engine import metrics
 from rlhf_tui import format as fmt
 from rlhf_tui.state.curves import RECENT
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, in_app
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Piece, Row, flowed, justified, row_width, shorten_middle
@@ -95,7 +95,7 @@ class CursorPanel(Panel):
         when = f" · {fmt.clock(marker.time)[11:16]}" if marker.time else ""
         first: Row = [
             (f" {MARKER_GLYPHS[marker.kind]} step {marker.step} ", MARKER_TONES[marker.kind]),
-            (marker.text, "strong"),
+            (in_app(marker.text), "strong"),
             (f"{who}{when}", "dim"),
         ]
         if marker.key == self.view.selected:

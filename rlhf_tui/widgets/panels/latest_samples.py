@@ -36,13 +36,13 @@ def newest_responses(
     versions = [s.weights_version for s in newest if s.weights_version is not None]
     if versions and min(versions) < step - 1:  # generated ahead
         title += f", weights of step {min(versions)}"
-    return [heading(title, keys, width), *response_lines(newest, width)[: height - 1]]
+    return [heading(title, keys, width), *response_lines(newest, width, height - 1)]
 
 
-def response_lines(samples: Sequence[SampleRow], width: int) -> list[Row]:
-    """A line for each response: score, KL and length, the end of the prompt, the response."""
+def response_lines(samples: Sequence[SampleRow], width: int, most: int) -> list[Row]:
+    """At most so many lines, one for each response: its numbers, the end of the prompt, itself."""
     affixes = common_affixes(sample.prompt for sample in samples)
-    return [_response(sample, width, affixes) for sample in samples]
+    return [_response(sample, width, affixes) for sample in samples[: max(most, 0)]]
 
 
 def _response(sample: SampleRow, width: int, affixes: CommonAffixes) -> Row:

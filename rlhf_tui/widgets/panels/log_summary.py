@@ -13,7 +13,7 @@ from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.panel import Panel, heading
 from rlhf_tui.widgets.panels.timeline import LEAST_STEP, entry_line
 
-LEVELS = {"WARNING": "warn", "ERROR": "bad", "CRITICAL": "bad"}
+LEVELS = {"DEBUG": "", "INFO": "", "WARNING": "warn", "ERROR": "bad", "CRITICAL": "bad"}
 """Level of a line → its tone."""
 TRACEBACK = "Traceback (most recent call last)"
 MOST_PROBLEMS = 200
@@ -21,6 +21,20 @@ MOST_PROBLEMS = 200
 LEAST_ATTEMPTS = 2
 """Lines of attempts that are shown whatever the number of problems."""
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:,\d{3})? (?:([A-Z]+) )?(.*)")
+
+
+def line_tone(line: str) -> str:
+    """The tone of a line of a log: of its level, or else of the words of another program."""
+    return _tone(line, _STAMPED.match(line))
+
+
+def _tone(line: str, stamped: re.Match[str] | None) -> str:
+    if stamped is not None and stamped[2] in LEVELS:
+        return LEVELS[stamped[2]]
+    lower = line.lower()
+    if "error" in lower or "traceback" in lower:
+        return "bad"
+    return "warn" if "warning" in lower else ""
 
 
 class Problem(Struct):
@@ -49,13 +63,16 @@ class Problems:
             if stamped is not None:
                 self._time = stamped[1]
                 self._in_traceback = False
-                if tone := LEVELS.get(stamped[2] or ""):
+                if tone := _tone(line, stamped):
                     self._count(stamped[3], tone)
             elif TRACEBACK in line:
                 self._in_traceback = True
-            elif self._in_traceback and line.strip() and not line.startswith(" "):
-                self._in_traceback = False
-                self._count(line.strip(), "bad")  # the last line of a traceback is its error
+            elif self._in_traceback:
+                if line.strip() and not line.startswith(" "):
+                    self._in_traceback = False
+                    self._count(line.strip(), "bad")  # the last line of a traceback is its error
+            elif tone := _tone(line, None):
+                self._count(line.strip(), tone)
 
     def _count(self, text: str, tone: str) -> None:
         problem = self._found.pop(text, None) or Problem(text, tone, "")

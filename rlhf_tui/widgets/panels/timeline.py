@@ -8,7 +8,7 @@ from textual.binding import Binding, BindingType
 from rlhf_tui import format as fmt
 from rlhf_tui.state.messages import RowHighlighted, RowSelected
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, folded, sender
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, folded, in_app, sender
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.lines import Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import heading
@@ -157,7 +157,7 @@ def entry_line(markers: list[Marker], width: int, step_width: int) -> Row:
     left += [(f"{MARKER_GLYPHS[entry.kind]} ", "dim" if entry.abandoned else tone)]
     note = "abandoned" if entry.abandoned else sender(entry.who)
     room = width - row_width(left) - (len(note) + 3 if note else 0)
-    text = checkpoints_text(markers, room) if entry.kind == "checkpoint" else entry.text
+    text = checkpoints_text(markers, room) if entry.kind == "checkpoint" else in_app(entry.text)
     left += [(text, "dim" if entry.abandoned else text_tone)]
     return justified(left, [(f" {note} ", "dim")], width) if note else left
 
