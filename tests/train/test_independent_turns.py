@@ -16,6 +16,7 @@ from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.remote_engine import sampled_turn
 from engine.train.step import train_step
 from engine.train.user_code import concurrent_calls
+from tests.train.arithmetic import CHATTING
 from tests.train.repeating import ENVIRONMENT, SCORED, STOPS, respond
 from tests.train.test_rollout_engine import dies_at
 
@@ -278,6 +279,17 @@ def test_a_step_and_a_probe_have_conversations(make_run, engine):
     before = len(engine.turns)
     answer_probe(run, run.prompts.for_step(1)[0].text)
     assert len(engine.turns) > before
+
+
+def test_tools_are_called_as_in_responses_that_take_their_turns_together(make_run, engine):
+    run, _ = make_run(*CHATTING, *INDEPENDENT)
+    native, _ = make_run(*CHATTING)
+    ours, theirs = respond(run), respond(native)
+    assert torch.equal(ours.conversation.ids, theirs.conversation.ids)
+    found = [[(t.messages, t.tool_calls, t.failed_calls) for t in rollout.conversation.turns]
+             for rollout in (ours, theirs)]  # fmt: skip
+    assert found[0] == found[1]
+    assert any(calls for _, calls, _ in found[0])
 
 
 def test_a_call_that_takes_long_is_told_with_its_turn(make_run, engine, tmp_path, monkeypatch,

@@ -60,6 +60,7 @@ from engine.train.step import train_step
 from tests.train.conftest import SMALL
 from tests.train.ranks.launch import run_ranks
 from tests.train.weights_file import write_weights
+from tests.waiting import until
 
 VLLM = "rollout.engine=vllm"
 ENDED = Path(__file__).parent / "ranks" / "ended.py"
@@ -145,21 +146,44 @@ def test_log_pi_old_is_the_trainers_own_whatever_the_engine_reports(make_run, en
     assert values.shape == right.shape
 
 
+@pytest.fixture
+def generate_on_two_ranks(engine, half_models, tmp_path):
+    """Returns a function that runs tests/train/ranks/ended.py and returns what it writes."""
+    result = tmp_path / "told.json"
+
+    def run(*keys):
+        keys = (*SMALL, *half_models, VLLM, "launch.processes=2", *keys)
+        session = create(tmp_path, "s", config_file.load(starter.FOLDER / "demo.yaml", keys))
+        variables = (
+            f"{name}={os.environ[name]}"
+            for name in (rollout_socket_variable(0), ROLLOUT_FOLDER_VARIABLE)
+        )
+        outcome = run_ranks(2, ENDED, session.folder, result, *variables, folder=tmp_path)
+        assert outcome.code == 0, outcome.output
+        return json.loads(result.read_text())
+
+    return run
+
+
 @pytest.mark.parametrize("per_prompt", [1, 2])
 def test_rank_0_is_told_of_the_responses_of_all_ranks_when_they_have_ended(
-    engine, half_models, tmp_path, per_prompt
+    generate_on_two_ranks, per_prompt
 ):
-    keys = (*SMALL, *half_models, VLLM, f"rollout.per_prompt={per_prompt}", "launch.processes=2")
-    session = create(tmp_path, "s", config_file.load(starter.FOLDER / "demo.yaml", keys))
-    result = tmp_path / "told.json"
-    variables = (
-        f"{name}={os.environ[name]}"
-        for name in (rollout_socket_variable(0), ROLLOUT_FOLDER_VARIABLE)
-    )
-    outcome = run_ranks(2, ENDED, session.folder, result, *variables, folder=tmp_path)
-    assert outcome.code == 0, outcome.output
-    found = json.loads(result.read_text())
+    found = generate_on_two_ranks(f"rollout.per_prompt={per_prompt}")
     assert sorted(found["told"]) == sorted(found["all"])
+
+
+def test_ranks_that_wait_for_the_engine_say_so(generate_on_two_ranks, engine, tmp_path):
+    """Otherwise one would be taken for one that hangs, when responses take long."""
+    waits = tmp_path / "told.json-waits"
+
+    def goes_on_when_told(message):
+        if isinstance(message, NextTurns) and engine.turns:
+            until(waits.exists, "a report of a rank that waits", 30)
+
+    engine.faults = iter([goes_on_when_told])
+    generate_on_two_ranks()
+    assert engine.engines == 1
 
 
 # -- large batches ---------------------------------------------------------------------------------

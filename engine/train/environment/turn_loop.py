@@ -110,11 +110,11 @@ class TurnLoop:
         def waits() -> None:
             self._report(*progress)
 
-        def run(act: Callable[[], None]) -> None:
+        def run(act: Callable[[ReportProgress], None]) -> None:
             def call(waits: Callable[[], None]) -> None:
                 if turns is not None:
                     with turns.calling(waits):
-                        act()
+                        act(report)
 
             environments.on_rank_0(lambda: turns.when if turns else "", call, waits)
 

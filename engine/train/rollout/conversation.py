@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from engine.progress import ReportProgress
 from engine.protocol.rollout.messages import NextTurn
 from engine.train.data.prompts import Messages
 
@@ -60,8 +61,9 @@ class SampledTurn:
     """The step whose update produced the weights that sampled it."""
 
 
-RunOnRank0 = Callable[[Callable[[], None]], None]
-"""Calls a function on rank 0 while the other ranks wait; a collective."""
+RunOnRank0 = Callable[[Callable[[ReportProgress], None]], None]
+"""Calls a function on rank 0, with what it reports its progress to, while the other ranks wait; a
+collective."""
 
 
 class TurnSource(Protocol):

@@ -20,6 +20,7 @@ import torch
 from engine.examined import examined
 from engine.progress import ReportProgress, report_nothing
 from engine.protocol.rollout.messages import Generate, LoadWeights
+from engine.train.distributed.compute_on_rank_0 import compute_on_rank_0
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.conversation import RunOnRank0, TurnSource
@@ -50,8 +51,8 @@ class VllmPending:
         Raises:
             RlhfError: several engines in a row failed.
         """
+        self._backend.wait_for(self, report)
         if self.generation is not None:
-            self.generation.wait(report)
             self.generation.check()
         return self._backend.distribute(self._work)
 
@@ -145,7 +146,9 @@ class VllmBackend:
         work, temperature = self._gather(request, on_ended), request.temperature
         later_turn = request.limits is not None
         message = self._message(work.responses, temperature, later_turn=later_turn)
-        self._generate(message, work.responses, lambda act: act(), report)
+        self._generate(
+            message, work.responses, lambda act: self._run_on_rank_0(act, report), report
+        )
         return self.distribute(work)
 
     def converse(
@@ -175,7 +178,7 @@ class VllmBackend:
                 return problem
             errors: list[Exception] = []
 
-            def act() -> None:
+            def act(report: ReportProgress) -> None:
                 if self._engines is not None and turns is not None:
                     try:
                         self._engines.generate(message, turns, done, report)
@@ -216,10 +219,32 @@ class VllmBackend:
         return self._pending
 
     def _finish_pending(self, report: ReportProgress) -> None:
-        """Waits until the engines are free; keeps what they have generated."""
+        """Waits until the engines are free; keeps what they have generated. A collective."""
         pending, self._pending = self._pending, None
-        if pending is not None and pending.generation is not None:
-            pending.generation.wait(report)
+        if pending is not None:
+            self.wait_for(pending, report)
+
+    def wait_for(self, pending: VllmPending, report: ReportProgress) -> None:
+        """Waits until responses have been generated, or cannot be; a collective."""
+
+        def wait(report: ReportProgress) -> None:
+            if pending.generation is not None:
+                pending.generation.wait(report)
+
+        self._run_on_rank_0(wait, report)
+
+    def _run_on_rank_0(self, act: Callable[[ReportProgress], None], report: ReportProgress) -> None:
+        """Calls a function on rank 0; meanwhile the other ranks report that they wait."""
+
+        def compute(others_wait: Callable[[], None]) -> bytes:
+            def reporting(done: int, total: int) -> None:
+                report(done, total)
+                others_wait()
+
+            act(reporting)
+            return b"."
+
+        compute_on_rank_0(self._context.ranks, compute, lambda: report(0, 1))
 
     def _gather(self, request: RolloutRequest, on_ended: OnEnded | None) -> Work:
         """Gathers the requests of all ranks; a collective."""
