@@ -13,8 +13,10 @@ from tokenizers.models import WordLevel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from engine.config.sections.model import LoRAConfig
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
+from engine.train.models.adapters import dora, lora
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native import decoder
 from engine.train.rollout.native.backend import generate
@@ -112,6 +114,28 @@ def test_responses_are_the_same_and_all_layers_and_lengths_share_compilations(po
     # The first compilation takes the slots for all rows of the cache, which ends when they are
     # halved. One more is of the sampling.
     assert backend.graphs == 3
+
+
+def test_compiled_layers_with_dora_follow_the_weights(policy):
+    lm = policy(torch.float32).lm
+    lora.add_adapters(lm, LoRAConfig(rank=2, alpha=4, dora=True), seed=0, base="base")
+    layers = lora.adapted_layers(lm)
+    dora.initialise(layers)
+    model, compiled = (
+        LanguageModel(lm, "shared").eval(),
+        CompiledLayers("always", backend=Backend()),
+    )
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_B["default"].weight.add_(0.3)
+        plain, other = respond(model, None), respond(model, compiled)
+        assert compiled.shapes_of(model), "nothing was compiled"
+        assert torch.equal(plain.ids, other.ids)
+        torch.testing.assert_close(plain.logprobs, other.logprobs, rtol=0, atol=1e-5)
+        found.append(plain.ids)
+    assert not torch.equal(*found)
 
 
 def test_a_short_cache_is_read_to_one_length(policy):

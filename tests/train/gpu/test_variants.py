@@ -43,8 +43,13 @@ VARIANTS = {
     "LoRA in bfloat16, separate value trunk": [
         "lora.rank=2", "model.dtype=bfloat16", "model.value=separate",
     ],
-    "frozen models on the host, activations recomputed": [
+    "DoRA in bfloat16, averaged policy, evaluation": [
+        "lora={rank: 2, dora: true}", "model.dtype=bfloat16", "train.ema.decay=0.5",
+        "eval={every: 1, holdout: 2, max_new_tokens: 4}",
+    ],
+    "frozen models and activations on the host": [
         "parallel.frozen=offload", "parallel.activation_checkpointing=true",
+        "parallel.activations=offload",
     ],
     "normalised rewards, a value function on their model's states": [
         "reward.normalise=reference", "reward.normalise_samples=2",
