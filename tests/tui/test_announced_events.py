@@ -8,7 +8,7 @@ import pytest
 from engine.journal.rows import AlertEvent, EventRow
 from engine.journal.writer import JournalWriter
 from rlhf_tui.app.app import RlhfApp
-from rlhf_tui.app.following import MOST_ANNOUNCED
+from rlhf_tui.app.digest import MOST_ANNOUNCED
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.messages import SessionUpdated
 from rlhf_tui.widgets.table import Table
