@@ -48,7 +48,7 @@ async def test_an_alert_is_announced_once_on_another_screen(training, running, u
         journal.record_event("alert", HIGH | {"count": 2}, 60)
         await until(pilot, lambda: notices(app) == ["! step 60: kl_high: KL 7.26 > 6"])
         journal.record_event("note", {"text": "seen", "who": "ana"}, 60)
-        await until(pilot, lambda: app.state.events[-1].kind == "note")
+        await until(pilot, lambda: app.state.timeline.events[-1].kind == "note")
         assert notices(app) == ["! step 60: kl_high: KL 7.26 > 6"]
 
 
