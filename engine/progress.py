@@ -11,6 +11,15 @@ def report_nothing(_done: int, _total: int) -> None:
     """A :data:`ReportProgress` for work that nobody watches."""
 
 
+BeginPart = Callable[[str], ReportProgress]
+"""Called with the name of a part of loading; returns what reports the progress of the part."""
+
+
+def no_progress(_part: str) -> ReportProgress:
+    """Reports progress to nobody."""
+    return report_nothing
+
+
 class Announce(Protocol):
     """Reports that a phase of a run begins; returns what reports the progress of the phase."""
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from engine import starter
 from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
-from engine.progress import Announce, announce_nothing, report_nothing
+from engine.progress import Announce, BeginPart, announce_nothing, report_nothing
 from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import SessionFolder
@@ -25,7 +25,6 @@ from engine.train.checkpoints.shards import (
     load_reference_weights,
     load_training,
 )
-from engine.train.data.load_prompts import BeginPart
 from engine.train.data.prompt_order import Prompts
 from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import derived_seed
@@ -143,7 +142,10 @@ def load_run(
 
     # 4. The policy, its optimiser and the reference.
     begin_stage("policy")
-    policy = _load_policy(start, config, ranks, strategy)
+    policy = _load_policy(
+        start, config, ranks, strategy,
+        lambda part: announce(begin.from_step, f"load policy: {part}"),
+    )  # fmt: skip
     check_routers(config, policy)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")
@@ -234,12 +236,16 @@ def _load_environments(
 
 
 def _load_policy(
-    start: _StartingPoint, config: RunConfig, ranks: RankGroup, strategy: str
+    start: _StartingPoint,
+    config: RunConfig,
+    ranks: RankGroup,
+    strategy: str,
+    begin_part: BeginPart,
 ) -> LanguageModel:
     """Loads the policy, with the value function that the configuration asks for."""
     from_reward = config.ppo.value_init == "reward_model"
     value_model = load_value_model(config, ranks, strategy) if from_reward else None
-    return load_policy(config, start.policy, ranks, strategy, value_model)
+    return load_policy(config, start.policy, ranks, strategy, value_model, begin_part)
 
 
 def _make_backend(

@@ -153,11 +153,13 @@ def test_another_rank_gets_the_shapes_of_the_packed_weights_on_the_meta_device()
 def test_weights_are_packed_from_their_files_without_an_unpacked_model_in_memory(tmp_path):
     small_gpt2().save_pretrained(tmp_path)
     lm, whole = load_lm(str(tmp_path), "model.policy", SINGLE_RANK), loaded_lm(tmp_path)
+    done = []
     for model in (lm, whole):
-        quantise(model, NF4)
+        quantise(model, NF4, lambda part: lambda *progress: done.append((part, *progress)))
     assert all(parameter.is_meta for parameter in lm.parameters())
     packed = {k: v for k, v in lm.state_dict().items() if "packed" in k or "scales" in k}
     assert len(packed) == 2 * 8
+    assert done == 2 * [("pack weights", i, 8) for i in range(1, 9)]
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in packed.items())
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.model import DataConfig, PromptSource
 from engine.errors import UserInputError
-from engine.progress import ReportProgress, report_nothing
+from engine.progress import BeginPart, no_progress
 from engine.session.file_signature import file_signature
 from engine.train.data.formats import PromptColumn
 from engine.train.data.prompt_cache import (
@@ -48,9 +48,6 @@ second to tokenise."""
 KEY_OF_A_SET = re.compile(r"^data\.(prompts|column|split)\b")
 """The keys of `data` that `eval` has as well, at the beginning of an error."""
 
-BeginPart = Callable[[str], ReportProgress]
-"""Called with the name of a part of loading; returns the function that takes its progress."""
-
 
 @dataclass(frozen=True)
 class LoadedSet:
@@ -63,11 +60,6 @@ class LoadedSet:
     """The folder in the cache that holds all of its prompts; None if they are in memory."""
     left_out: dict[str, int]
     """Number of unused prompts, by reason."""
-
-
-def no_progress(_part: str) -> ReportProgress:
-    """Reports progress to nobody."""
-    return report_nothing
 
 
 def load_prompts(

@@ -14,11 +14,10 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.model import DataConfig, PromptSource
+from engine.progress import BeginPart, no_progress
 from engine.train.data.load_prompts import (
-    BeginPart,
     LoadedSet,
     load_sets,
-    no_progress,
     ordered,
     within_limits,
 )

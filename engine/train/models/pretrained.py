@@ -23,6 +23,7 @@ from engine import starter
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError
+from engine.progress import BeginPart, no_progress
 from engine.train.data.chat_template import read_chat_template
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
@@ -52,6 +53,7 @@ def load_policy(
     ranks: RankGroup,
     strategy: str,
     value_model: tuple[nn.Module, nn.Linear] | None = None,
+    begin: BeginPart = no_progress,
 ) -> LanguageModel:
     """Loads the trainable policy, with a value function if the advantage estimator needs one.
 
@@ -66,6 +68,7 @@ def load_policy(
         strategy: `ddp` or `fsdp`.
         value_model: trunk and head of a separate value function, if it does not start from the
             policy.
+        begin: called when a part begins that can take minutes.
 
     Raises:
         UserInputError: the model or the adapters' targets cannot be used.
@@ -83,7 +86,7 @@ def load_policy(
     with without_weights(ranks):
         if adapted:
             lora.add_adapters(lm, config.lora, seed=config.seed, base=base)
-            quantise(lm, config.lora)
+            quantise(lm, config.lora, begin)
             dora.initialise(lora.adapted_layers(lm))
             if source != base and ranks.is_lead:
                 lora.load_adapters(lm, Path(source))
@@ -94,7 +97,7 @@ def load_policy(
             trunk = _load_trunk(base, lm, ranks, dtype, read, sharded=sharded)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
-                quantise(trunk, config.lora)
+                quantise(trunk, config.lora, begin)
                 dora.initialise(lora.adapted_layers(trunk))
             policy.value_trunk = trunk
     policy.cast_experts()

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.config.sections.model import LoRAConfig
 from engine.errors import UserInputError, first_line
+from engine.progress import BeginPart, no_progress
 from engine.train.distributed.stored_tensor import held_values
 from engine.train.models.adapters.lora import base_layers
 
@@ -32,7 +33,7 @@ PIECE = 1 << 22
 for each while it packs."""
 
 
-def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
+def quantise(lm: PreTrainedModel, config: LoRAConfig, begin: BeginPart = no_progress) -> None:
     """Packs the weights of a model's linear layers, except the output layer and adapters.
 
     Weights are packed on the host, so that the result is the same on every device. Those that are
@@ -41,6 +42,7 @@ def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
     Args:
         lm: the model, with adapters or without; changed in place.
         config: without `quantise` nothing is done.
+        begin: called when packing begins, which takes minutes for billions of weights on few cores.
 
     Raises:
         UserInputError: bitsandbytes is not installed, or cannot be used here.
@@ -55,9 +57,12 @@ def quantise(lm: PreTrainedModel, config: LoRAConfig) -> None:
             f"lora.quantise: bitsandbytes cannot be used here: {first_line(error)} "
             "(pip install 'rlhf-tui[qlora]')"
         ) from error
-    for name, layer in base_layers(lm).items():
+    layers = base_layers(lm)
+    report = begin("pack weights")
+    for done, (name, layer) in enumerate(layers.items(), 1):
         if type(layer) in (nn.Linear, Conv1D):  # a subclass may compute something else
             lm.set_submodule(name, QuantisedLinear(layer))
+        report(done, len(layers))
 
 
 def dequantise(lm: nn.Module) -> None:
