@@ -96,11 +96,12 @@ def test_a_chosen_one_is_refused_and_nothing_is_changed(saved, newest):
         resume(saved.session, from_step=4, **GIVEN)
 
 
-def test_verify_does_not_advise_to_remove_it(saved, newest):
-    (newest / "state.json").chmod(0)
+@pytest.mark.parametrize("name", ["", "state.json"])
+def test_verify_does_not_advise_to_remove_it(saved, newest, name):
+    (newest / name).chmod(0)
     with held_to_modes():
         found = verify(saved.session).findings
-    (unreadable,) = (f for f in found if "checkpoint of step 4" in f.text)
+    (unreadable,) = (f for f in found if "checkpoint" in f.text)
     assert "cannot be read" in unreadable.text
     assert "do not remove it" in unreadable.advice
 
