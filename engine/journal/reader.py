@@ -132,9 +132,13 @@ class JournalReader:
         state = self.meta().state
         if state in LIVE_STATES and not live and not self.session.is_live():
             state = self.meta().state
-            dead = state in LIVE_STATES and not self.session.is_being_started()
+            dead = state in LIVE_STATES and not (state == "starting" and self._is_being_started())
             return "crashed" if dead else state
         return state
+
+    def _is_being_started(self) -> bool:
+        begun = max((attempt.started for attempt in self.attempts()), default=0.0)
+        return self.session.is_being_started(begun)
 
     def last_step(self) -> int:
         """The last completed step, 0 before the first."""

@@ -66,6 +66,19 @@ def complete_checkpoints(checkpoints: Path, *, lenient: bool = False) -> dict[in
         OSError: one cannot be looked at that may be the newest, such as the folder of another user.
             A run that took it for a missing one would abandon its steps.
     """
+    found, errors = _looked_at(checkpoints)
+    if errors and not lenient and max(errors) > max(found, default=0):
+        raise errors[max(errors)]
+    return dict(sorted(found.items()))
+
+
+def unreadable_checkpoints(checkpoints: Path) -> dict[int, OSError]:
+    """The steps of checkpoints that cannot be looked at, and why, in ascending order."""
+    return dict(sorted(_looked_at(checkpoints)[1].items()))
+
+
+def _looked_at(checkpoints: Path) -> tuple[dict[int, Path], dict[int, OSError]]:
+    """The complete checkpoints by step, and why others cannot be looked at, in no order."""
     found, errors = {}, {}
     for step, folder in _folders(checkpoints):
         try:
@@ -73,9 +86,7 @@ def complete_checkpoints(checkpoints: Path, *, lenient: bool = False) -> dict[in
                 found[step] = folder
         except OSError as error:
             errors[step] = error
-    if errors and not lenient and max(errors) > max(found, default=0):
-        raise errors[max(errors)]
-    return dict(sorted(found.items()))
+    return found, errors
 
 
 def _folders(checkpoints: Path) -> Iterator[tuple[int, Path]]:

@@ -230,14 +230,22 @@ class SessionFolder:
         except SessionError:
             return True
 
-    def is_being_started(self) -> bool:
-        """Whether the session is so new that its first engine may not have locked it yet."""
-        if self.engine_file.exists() or self.journal_file.exists():
+    def is_being_started(self, last_attempt: float) -> bool:
+        """Whether the session is so new that its first engine may not have locked it yet.
+
+        That of a fork begins once its journal is copied, which may take longer than a start.
+
+        Args:
+            last_attempt: when the last attempt began that the journal has, a copied one included.
+        """
+        if self.engine_file.exists():
             return False
         try:
-            return 0 <= time.time() - self.config_file.stat().st_mtime < FIRST_START
+            created = self.config_file.stat().st_mtime
+            copied = self.journal_file.stat().st_mtime if self.journal_file.exists() else created
         except OSError:
             return False
+        return last_attempt < created and 0 <= time.time() - max(created, copied) < FIRST_START
 
     def acquire(self, advice: str | None = None) -> lock.SessionLock:
         """Locks the session for one engine, once one that was killed has ended.

@@ -34,6 +34,7 @@ MOVED = (
     "its folder is now"
 )
 """Why a run ended, with the path at which its folder was."""
+UNREADABLE = "the checkpoints cannot be read: {}"
 
 
 class EndHandler:
@@ -80,17 +81,13 @@ class EndHandler:
             return self._handle(status)
         except sqlite3.Error as error:
             raise SessionError(self._unrecorded_end(status, error)) from error
-        except OSError as error:  # of a checkpoint; from an earlier one, its steps would be lost
-            text = f"{self._cause(status).text}; the checkpoints cannot be read: {error}"
-            log.info(text)
-            return self._set_end("failed", text, 1)
+        except OSError as error:
+            return self._fail(f"{self._cause(status).text}; {UNREADABLE.format(error)}", 1)
 
     def _handle(self, status: int) -> int:
         state, attempt = self._state, self._state.attempt
         if not self._journal.is_in_place():  # what is at its path now is not of this run
-            text = MOVED.format(self._session.folder)
-            log.error(text, extra=NOTICED)
-            return self._set_end("failed", text, 1)
+            return self._fail(MOVED.format(self._session.folder), 1)
         if attempt.ended is not None:
             return self._end_regularly(attempt.ended.reason)
         if state.stop_now and not attempt.failed_by_itself:
@@ -109,7 +106,7 @@ class EndHandler:
         final = failure.final or failure.user_input or state.stop_now
         other_settings = bool(failure.changes) and not state.stop_now
         again = not final and self._restarts < self._config.launch.max_restarts
-        if (again or other_settings) and (problem := all_lost(self._session)):
+        if (again or other_settings) and (problem := self._no_start()):
             again = other_settings = False
             failure = msgspec.structs.replace(failure, text=f"{failure.text}; {problem}")
         data = {
@@ -123,10 +120,16 @@ class EndHandler:
         elif again:
             self._restart(failure)
         else:
-            log.error(failure.text, extra=NOTICED)
             code = 2 if failure.user_input and not state.began else 1
-            return self._set_end("failed", failure.text, code)
+            return self._fail(failure.text, code)
         return 1
+
+    def _no_start(self) -> str | None:
+        """Why no attempt may follow: from an earlier checkpoint, steps would be abandoned."""
+        try:
+            return all_lost(self._session)
+        except OSError as error:
+            return UNREADABLE.format(error)
 
     def _end_regularly(self, reason: str) -> int:
         """Sets the state after the ranks reported their end, or restarts them."""
@@ -145,6 +148,11 @@ class EndHandler:
         preempted = early or self._state.preempted
         code = self._config.launch.preempted_exit if preempted else 0
         return self._set_end("stopped", text, code)
+
+    def _fail(self, text: str, code: int) -> int:
+        """Ends the session as failed."""
+        log.error(text, extra=NOTICED)
+        return self._set_end("failed", text, code)
 
     def _set_end(self, end: State, text: str, code: int) -> int:
         """Sets the session's final state, and its exit code, which other machines read."""

@@ -5,7 +5,12 @@ from pathlib import Path
 
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow
-from engine.session.checkpoints import aside_checkpoints, complete_checkpoints, find_damage
+from engine.session.checkpoints import (
+    aside_checkpoints,
+    complete_checkpoints,
+    find_damage,
+    unreadable_checkpoints,
+)
 from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, listed, note, problem
 
@@ -13,11 +18,18 @@ from engine.verification.finding import Finding, listed, note, problem
 def check_checkpoints(session: SessionFolder, reader: JournalReader) -> Iterator[Finding]:
     """Reads every file of every complete checkpoint, and compares with the journal."""
     rows = _all(reader)
-    on_disk = complete_checkpoints(session.checkpoints)
+    on_disk = complete_checkpoints(session.checkpoints, lenient=True)
+    for step, error in unreadable_checkpoints(session.checkpoints).items():
+        yield _unreadable(f"the checkpoint of step {step}", error)
     yield from _damaged(on_disk)
     yield from _damaged_aside(session)
     yield from _lost(session, reader, rows)
     yield from _unknown(session, reader, rows, on_disk)
+
+
+def _unreadable(what: str, error: OSError) -> Finding:
+    text = f"{what} cannot be read: {error}"
+    return problem("checkpoints", text, "solve this, and do not remove it")
 
 
 def _damaged(on_disk: dict[int, Path]) -> Iterator[Finding]:
@@ -25,8 +37,7 @@ def _damaged(on_disk: dict[int, Path]) -> Iterator[Finding]:
         try:
             damage = find_damage(folder)
         except OSError as error:
-            text = f"the checkpoint of step {step} cannot be read: {error}"
-            yield problem("checkpoints", text, "solve this, and do not remove it")
+            yield _unreadable(f"the checkpoint of step {step}", error)
             continue
         if damage and folder.is_dir():  # an engine may have removed it in the meantime
             others = [s for s in on_disk if s != step]
@@ -44,8 +55,7 @@ def _damaged_aside(session: SessionFolder) -> Iterator[Finding]:
         try:
             damage = find_damage(folder)
         except OSError as error:
-            text = f"the checkpoint {name}, of an abandoned branch, cannot be read: {error}"
-            yield problem("checkpoints", text, "solve this, and do not remove it")
+            yield _unreadable(f"the checkpoint {name}, of an abandoned branch,", error)
             continue
         if damage and folder.is_dir():
             text = f"the checkpoint {name}, of an abandoned branch, is damaged: {damage}"
@@ -57,7 +67,10 @@ def _lost(
     session: SessionFolder, reader: JournalReader, rows: list[CheckpointRow]
 ) -> Iterator[Finding]:
     """Checkpoints that only the journal has."""
-    on_disk = complete_checkpoints(session.checkpoints)
+    on_disk = {
+        *complete_checkpoints(session.checkpoints, lenient=True),
+        *unreadable_checkpoints(session.checkpoints),
+    }
     lost = [row.step for row in rows if row.status == "complete" and row.step not in on_disk]
     if lost and session.is_live():  # they may have been removed since the journal was read
         kept = {row.step for row in _all(reader) if row.status == "complete"}

@@ -151,7 +151,7 @@ def _saved(session: SessionFolder, reader: JournalReader) -> dict[int, dict[str,
     known = {row.step for row in reader.checkpoints(("complete", "written"))}
     return {
         step: saved_settings(checkpoint_path(session.checkpoints, step))
-        for step in complete_checkpoints(session.checkpoints)
+        for step in complete_checkpoints(session.checkpoints, lenient=True)
         if step in known
     }
 

@@ -61,7 +61,9 @@ def verify(session: SessionFolder) -> Verified:
             findings.append(finding)
         contents = _contents(session)
     except (JournalError, ConfigError) as error:
-        contents = Contents(checkpoints=len(complete_checkpoints(session.checkpoints)))
+        contents = Contents(
+            checkpoints=len(complete_checkpoints(session.checkpoints, lenient=True))
+        )
         if not any(str(error) in f.text for f in findings):  # reported by the checks of the files
             findings.append(problem("files", str(error), RESTORE))
     return Verified(contents, findings)
@@ -93,7 +95,7 @@ def _check_config(session: SessionFolder) -> Iterator[Finding]:
 
 
 def _check_without_journal(session: SessionFolder) -> Iterator[Finding]:
-    steps = list(complete_checkpoints(session.checkpoints))
+    steps = list(complete_checkpoints(session.checkpoints, lenient=True))
     if steps:
         yield problem(
             "files",
@@ -120,7 +122,7 @@ def _contents(session: SessionFolder) -> Contents:
     with JournalReader(session) as reader, LabelReader(session) as labels:
         return Contents(
             state=reader.state(),
-            checkpoints=len(complete_checkpoints(session.checkpoints)),
+            checkpoints=len(complete_checkpoints(session.checkpoints, lenient=True)),
             steps=reader.last_step(),
             commands=len(reader.commands()),
             samples=_response_count(session),

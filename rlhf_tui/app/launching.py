@@ -111,8 +111,7 @@ class EngineStarter:
             self._open_when_created(name, self._app.current_mode, self._context.now() + APPEARS)
 
     def _open_when_created(self, name: str, mode: str, deadline: float) -> None:
-        # Until its engine runs, a new session looks as if its engine had died. A fork also locks
-        # it while it copies.
+        # Not before its engine runs, which may never be. A fork also locks it while it copies.
         session = SessionFolder(self._context.root / name)
         if session.may_be_live() and session.engine_file.exists():
             if self._takes_keys(mode):

@@ -1,5 +1,6 @@
 """What a checkpoint's folder and its step have that the list of checkpoints has not."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ class CheckpointDetails(Struct, frozen=True):
 
     checkpoint: CheckpointRow
     folder: str = ""
-    """Where it is; empty if there is no such folder here, as with a copy of a session."""
+    """Where it is; empty if there is no such folder here, as with a copy of a session, or if this
+    user may not see it."""
     settings: dict[str, Any] = {}
     """The settings in force after its step; empty if they cannot be read."""
     samples: list[SampleRow] = []
@@ -37,7 +39,7 @@ def read_details(session: SessionFolder, checkpoint: CheckpointRow) -> Checkpoin
     with SampleReader(session) as samples:
         return CheckpointDetails(
             checkpoint,
-            str(folder) if folder.is_dir() else "",
+            str(folder) if os.path.isdir(folder) else "",  # noqa: PTH112 - Path.is_dir may raise
             saved_settings(folder),
             samples.of_step(checkpoint.step),
         )

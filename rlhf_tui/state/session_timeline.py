@@ -3,7 +3,7 @@
 from engine.journal.rows import CommandRow, EventRow
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate, newest_events
 from rlhf_tui.state.marked_steps import MarkedSteps
-from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
+from rlhf_tui.state.timeline import Marker, folded, pause_reason, sender, timeline
 
 
 class SessionTimeline:
@@ -17,13 +17,14 @@ class SessionTimeline:
         self._reached: dict[int, int] = {}
         """Attempt → its last step, where a later attempt replaced that step."""
         self._entries: list[Marker] | None = None
+        self._folded: list[list[Marker]] | None = None
         self._markers: list[Marker] | None = None
         self._marked_steps: MarkedSteps | None = None
 
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""
         if self._is_changed_by(update):
-            self._entries = self._markers = self._marked_steps = None
+            self._entries = self._folded = self._markers = self._marked_steps = None
         if update.head is not None:
             self._head = update.head
         if update.events:
@@ -54,6 +55,12 @@ class SessionTimeline:
                 crashed_at=head.step if head.state == "crashed" else None,
             )
         return self._entries
+
+    def folded(self) -> list[list[Marker]]:
+        """:meth:`entries`, newest first; checkpoints with nothing between them are together."""
+        if self._folded is None:
+            self._folded = folded(self.entries())[::-1]
+        return self._folded
 
     def markers(self) -> list[Marker]:
         """The entries that the charts show, by step."""

@@ -77,7 +77,11 @@ _PREDICTED = re.compile(
     r"(?P<metric>\S+) is (?P<value>\S+) and rises: (?P<predicted>\S+) in (?P<ahead>\d+) steps is "
     r"above (?P<bound>[^;\n]+)(?:; (?P<again>alert \d+), .+)?"
 )
-_SEE_LOGS = re.compile(r"; see ('[^']*'|\S*rlhf-tui) logs .*")
+_SEE_LOGS = re.compile(
+    r"; see ('[^']*'|\S*rlhf-tui) logs \S+?"
+    r"( --sessions ('[^']*'(\"'\"'[^']*')*|\S+?))?(?=[;:,]?(\s|$))"
+)
+"""What follows the command, such as why the run was not restarted, stays."""
 SEE_LOG = "see 5 Log"
 DIED = "engine died (no exit message)"
 

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,18 @@ def test_a_fork_that_is_killed_amid_its_copies_does_not_seem_to_have_made_the_st
     start = resume(child, from_step=2, reseed=False, overrides=["launch.max_restarts=0"], who="me")
     assert asyncio.run(supervise(child, start)) == 1
     assert not [*child.folder.glob("part.db*")]
+
+
+def test_a_fork_is_starting_until_its_engine_could_have_locked_it(writer):
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    with JournalReader(child) as reader:
+        assert reader.state() == "starting"
+        long_ago = time.time() - 60
+        for file in (child.config_file, child.journal_file):
+            os.utime(file, (long_ago, long_ago))
+        assert reader.state() == "crashed"
 
 
 def test_what_a_fork_has_copied_in_part_can_neither_be_resumed_nor_deleted(writer, monkeypatch):

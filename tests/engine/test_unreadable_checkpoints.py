@@ -7,6 +7,7 @@ import pytest
 
 from engine.errors import SessionError
 from engine.journal.reader import JournalReader
+from engine.journal.rows import ErrorEvent
 from engine.launch.start import resume
 from engine.launch.start_options import StartOptions
 from engine.protocol.rank_messages import Failed
@@ -95,21 +96,29 @@ def test_a_chosen_one_is_refused_and_nothing_is_changed(saved, newest):
         resume(saved.session, from_step=4, **GIVEN)
 
 
-def test_verify_does_not_advise_to_remove_it(saved, newest):
-    (newest / "state.json").chmod(0)
+@pytest.mark.parametrize("name", ["", "state.json"])
+def test_verify_does_not_advise_to_remove_it(saved, newest, name):
+    (newest / name).chmod(0)
     with held_to_modes():
         found = verify(saved.session).findings
-    (unreadable,) = (f for f in found if "checkpoint of step 4" in f.text)
+    (unreadable,) = (f for f in found if "checkpoint" in f.text)
     assert "cannot be read" in unreadable.text
     assert "do not remove it" in unreadable.advice
 
 
-async def test_a_restart_ends_the_run_instead_of_abandoning_its_steps(engine, saved, newest):
+async def test_a_restart_ends_the_run_instead_of_abandoning_its_steps(
+    engine, saved, newest, caplog
+):
     newest.chmod(0)
     engine.shared.attempt.start = StartOptions(from_step=2)
-    engine.shared.attempt.record_failure(Failed(rank=0, text="the GPU is gone"))
+    failure = Failed(rank=0, text="the GPU is gone", traceback="in reward.py, line 3")
+    engine.shared.attempt.record_failure(failure)
     with held_to_modes():
         assert engine.supervisor.attempt_end.handle(1) == 1
     assert engine.shared.next is None
     with JournalReader(saved.session) as reader:
         assert "the GPU is gone; the checkpoints cannot be read" in reader.meta().message
+        errors = [e.payload for e in reader.events() if isinstance(e.payload, ErrorEvent)]
+    assert [error.traceback for error in errors] == [failure.traceback]
+    told = [r for r in caplog.records if "the GPU is gone" in r.getMessage()]
+    assert [r.levelname for r in told] == ["ERROR"]

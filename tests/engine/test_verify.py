@@ -268,7 +268,9 @@ def test_a_log_that_was_cut_short_in_its_last_transaction_is_whole(crashed):
 def test_the_folder_of_checkpoints_is_listed_as_often_for_many_as_for_one(writer, monkeypatch):
     listings, listed = [], checkpoints.complete_checkpoints
     monkeypatch.setattr(
-        checkpoints, "complete_checkpoints", lambda f: listings.append(f) or listed(f)
+        checkpoints,
+        "complete_checkpoints",
+        lambda folder, **given: listings.append(folder) or listed(folder, **given),
     )
     writer.steps(1)
     writer.checkpoint(1)

@@ -12,6 +12,7 @@ from rlhf_tui.state.checkpoint_details import CheckpointDetails, read_details
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.panels.checkpoint import CheckpointPanel
 from rlhf_tui.widgets.table import Table
+from tests.privileges import held_to_modes
 from tests.tui.panels import SETTINGS, make_state, text
 
 AT_20 = CheckpointRow(20, 1, 1_700_000_000.0, 49_000_000, 1.2, 7.5, "complete")
@@ -105,4 +106,18 @@ def test_details_are_read_from_the_folder_of_the_checkpoint(judged):
     details = read_details(judged, msgspec.structs.replace(AT_20, step=2))
     assert details.folder == str(folder)
     assert details.settings == {"beta": 0.2}
+    assert {sample.step for sample in details.samples} == {2}
+
+
+def test_a_checkpoint_in_a_folder_of_another_user_is_shown_without_its_settings(judged):
+    folder = checkpoint_path(judged.checkpoints, 2)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"state": {"settings": {"beta": 0.2}}}))
+    judged.checkpoints.chmod(0)
+    try:
+        with held_to_modes():
+            details = read_details(judged, msgspec.structs.replace(AT_20, step=2))
+    finally:
+        judged.checkpoints.chmod(0o700)
+    assert (details.folder, details.settings) == ("", {})
     assert {sample.step for sample in details.samples} == {2}

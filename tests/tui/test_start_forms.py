@@ -281,6 +281,14 @@ async def test_tab_completes_the_keys_and_values_of_the_file_of_a_new_run(
         assert await field.suggester.get_suggestion("kl.be") is None
 
 
+async def test_a_path_that_cannot_be_looked_at_is_told_in_the_form(seat, until):
+    async with seat(None) as (app, pilot):
+        await form(app, pilot, until, "N")
+        app.screen.query_one("#path", Input).value = "x" * 300  # such as a text pasted by mistake
+        await until(pilot, lambda: "File name too long" in effect(app))
+        assert isinstance(app.screen, FormDialog)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("kl: {bta: 1}", "unknown key 'kl.bta'"), ("- 1", "must contain sections"),

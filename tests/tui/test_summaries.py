@@ -1,6 +1,7 @@
 """How a run stands and what happened, in a line or two each."""
 
 import math
+import shlex
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from rlhf_tui.screens.modes import MODES
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.runs.listing import spark
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.timeline import in_app
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
@@ -89,6 +91,13 @@ def test_the_top_line_of_a_failed_run_names_the_screen_of_the_log(program):
     message = f"{died}; see {program} logs run --sessions {50 * 'x'}"
     line = StatusLine(make_state(state="failed", message=message))
     assert text(line, 80).rstrip().endswith(f"failed: {died}; see 5 Log")
+
+
+@pytest.mark.parametrize("rest", ["", "; no checkpoint is there", ": restart from step 4, from 9"])
+@pytest.mark.parametrize("root", ["/home/me/runs:2", "/it's here/my runs", "/a; b/runs"])
+def test_what_follows_the_command_that_prints_the_log_is_told_in_the_app_too(root, rest):
+    see = shlex.join(["/opt/rlhf-tui", "logs", "run", "--sessions", root])
+    assert in_app(f"rank 0 died; see {see}{rest}") == f"rank 0 died; see 5 Log{rest}"
 
 
 def test_a_long_name_leaves_room_for_the_screens_and_the_state():

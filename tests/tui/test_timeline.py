@@ -137,6 +137,16 @@ def test_checkpoints_of_an_abandoned_branch_are_an_entry_of_their_own():
     ]
 
 
+def test_entries_are_put_together_once_until_something_happens():
+    """Panels ask for them whenever they are drawn, and there may be thousands."""
+    state = timeline_of(*saved(10, 20)).state
+    before = state.timeline.folded()
+    state.take(SessionUpdate(curves={"objective/kl": [(51, 1.0)]}))
+    assert state.timeline.folded() is before
+    state.take(SessionUpdate(events=events(*saved(10, 20, 30))[2:]))
+    assert [[m.step for m in e] for e in state.timeline.folded()] == [[10, 20, 30]]
+
+
 def test_an_engine_that_died_is_in_the_timeline_where_its_attempt_ended():
     state = make_state(attempts=attempts(0, 20, each_killed=True))
     state.take(

@@ -141,8 +141,11 @@ def check_config_file(root: Path, path: str, name: str, overrides: list[str]) ->
         FormError: a field is wrong; the message is that of the configuration.
     """
     file = typed_path(path)
-    if not file.is_file():
-        raise _missing_file(path)
+    try:
+        if not file.is_file():
+            raise _missing_file(path)
+    except OSError as error:  # in a folder of another user, or a name that is too long
+        raise FormError(f"{error.strerror}: {path}") from error
     try:
         config = config_file.load(file, overrides)
         check_inputs(config)
@@ -156,10 +159,12 @@ def values_of_file(path: str) -> dict[str, str]:
     """The values of a configuration file as :meth:`EarlierRun.values`; empty if it has none."""
     file = typed_path(path)
     try:
-        config = config_file.load(file) if file.is_file() else None
-    except ConfigError:
+        if not file.is_file():
+            return {}
+        config = config_file.load(file)
+    except (ConfigError, OSError):
         return {}
-    return {} if config is None else EarlierRun(config, config).values(fixed=True)
+    return EarlierRun(config, config).values(fixed=True)
 
 
 def typed_path(text: str) -> Path:

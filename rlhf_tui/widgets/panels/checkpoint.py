@@ -9,6 +9,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.state.checkpoint_details import CheckpointDetails, changed_settings
 from rlhf_tui.state.curves import RECENT
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.lines import Row, flowed
 from rlhf_tui.widgets.panels.latest_samples import response_lines
 from rlhf_tui.widgets.panels.panel import Panel, heading
@@ -63,12 +64,12 @@ class CheckpointPanel(Panel):
             rows += self._metrics(checkpoint, width)
         rows += self._settings(details, width)
         samples = details.samples if details is not None else []
-        events = self._events(checkpoint, width)
+        events = self._later(checkpoint)
         room = height - len(rows) - bool(events) - bool(samples)
         most = max(LEAST_EVENTS, room - len(samples))
         if events:
             rows.append(heading(f"After step {checkpoint.step}", "", width))
-            rows += events if len(events) <= most else _cut(events, most)
+            rows += _event_lines(events, width, most)
         if samples:
             rows.append(heading(f"Responses of step {checkpoint.step}", "", width))
             rows += response_lines(samples, width, height - len(rows))
@@ -137,17 +138,15 @@ class CheckpointPanel(Panel):
         ]
         return [*rows, *([(" ", ""), *row] for row in flowed(groups, width - 1))]
 
-    def _events(self, checkpoint: CheckpointRow, width: int) -> list[Row]:
+    def _later(self, checkpoint: CheckpointRow) -> list[Marker]:
         """What a roll back would abandon, newest first, without checkpoints."""
         if checkpoint.status != "complete":
             return []
-        later = [
+        return [
             m
-            for m in self.state.timeline.markers()
+            for m in reversed(self.state.timeline.markers())
             if m.step > checkpoint.step and m.kind != "checkpoint" and not m.abandoned
         ]
-        steps = max([LEAST_STEP, *(len(str(m.step)) for m in later)])
-        return [entry_line([marker], width, steps) for marker in reversed(later)]
 
 
 def _metric(title: str, before: str, after: str = "", change: str = "", tone: str = "") -> Row:
@@ -156,6 +155,11 @@ def _metric(title: str, before: str, after: str = "", change: str = "", tone: st
     return [(f" {fitted(title, NAME)}", "dim"), *values, last]
 
 
-def _cut(rows: list[Row], most: int) -> list[Row]:
-    """The first rows, and a last one with the number of the others."""
-    return [*rows[: most - 1], [(f"        … and {len(rows) - most + 1:,} earlier", "dim")]]
+def _event_lines(events: Sequence[Marker], width: int, most: int) -> list[Row]:
+    """The first events; if there are more, the last line has the number of the others."""
+    steps = max([LEAST_STEP, *(len(str(m.step)) for m in events)])
+    shown = events if len(events) <= most else events[: most - 1]
+    rows: list[Row] = [entry_line([marker], width, steps) for marker in shown]
+    if len(shown) < len(events):
+        rows.append([(f"        … and {len(events) - len(shown):,} earlier", "dim")])
+    return rows

@@ -8,7 +8,6 @@ from msgspec import Struct
 from engine.journal.rows import AttemptRow
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.timeline import folded
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.panel import Panel, heading
 from rlhf_tui.widgets.panels.timeline import LEAST_STEP, entry_line
@@ -102,12 +101,12 @@ class LogSummary(Panel):
     @property
     def wanted(self) -> int:
         """The lines of all that there is to show."""
-        entries = len(folded(self.state.timeline.entries()))
+        entries = len(self.state.timeline.folded())
         return 3 + max(len(self._problems), 1) + len(self.state.head.attempts) + entries
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Each section below its heading. The newest attempts are always in sight."""
-        attempts, entries = self.state.head.attempts, folded(self.state.timeline.entries())[::-1]
+        attempts, entries = self.state.head.attempts, self.state.timeline.folded()
         room = max(height - 2 - min(len(attempts), LEAST_ATTEMPTS), 1)
         problems = [_problem(p) for p in self._problems] or [[(" none", "dim")]]
         if len(problems) > room:

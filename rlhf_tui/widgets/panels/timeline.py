@@ -8,7 +8,7 @@ from textual.binding import Binding, BindingType
 from rlhf_tui import format as fmt
 from rlhf_tui.state.messages import RowHighlighted, RowSelected
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, folded, in_app, sender
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, in_app, sender
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.lines import Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import heading
@@ -35,8 +35,7 @@ class TimelinePanel(ScrollList):
         """`view` has the selected entry, which the charts share."""
         super().__init__(id="timeline")
         self.state, self.view = state, view
-        self._folded: tuple[list[Marker], list[list[Marker]]] = [], []
-        """The timeline, and its entries, newest first."""
+        self._entries: list[list[Marker]] = []
         self._step_width = LEAST_STEP
 
     def read(self, state: SessionState, view: Viewport) -> None:
@@ -46,11 +45,11 @@ class TimelinePanel(ScrollList):
 
     def entries(self) -> list[list[Marker]]:
         """The entries, newest first: each is a marker, or several checkpoints, oldest first."""
-        markers = self.state.timeline.entries()
-        if self._folded[0] is not markers:
-            self._folded = markers, folded(markers)[::-1]
-            self._step_width = max([LEAST_STEP, *(len(str(m.step)) for m in markers)])
-        return self._folded[1]
+        entries = self.state.timeline.folded()
+        if self._entries is not entries:
+            self._entries = entries
+            self._step_width = max([LEAST_STEP, *(len(str(e[-1].step)) for e in entries)])
+        return entries
 
     def _selected(self) -> int | None:
         """The index of the entry with the selected marker."""
