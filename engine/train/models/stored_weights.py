@@ -6,8 +6,9 @@ other ranks where the weights are if each of them reads its own shards, and
 whole of a model that is sharded, that is on a GPU, or whose weights are packed in 4 bits.
 
 This works for models whose parameters are stored under their own names. If transformers has to
-convert tensors (joining experts into one tensor, quantised weights) or initialise some,
-:func:`empty_model` returns None and rank 0 reads the whole model.
+convert tensors (joining experts into one tensor, quantised weights) or initialise some, or if the
+model computes buffers from its parameters, :func:`empty_model` returns None and rank 0 reads the
+whole model.
 """
 
 import copy
@@ -102,7 +103,7 @@ def empty_model(
         log.info("load: rank 0 reads all of %s: %s", source, first_line(error))
         return None
     if found is None:
-        log.info("load: rank 0 reads all of %s: its tensors are converted", source)
+        log.info("load: rank 0 reads all of %s: its tensors are converted or computed", source)
     return found
 
 
@@ -116,6 +117,8 @@ def _located(
     stored = {name: t for f in files for name, t in stored_tensors(f).items()}
     found = _by_parameter(model, stored, dtype)
     if found is None or not _has_exact_constants(model, kind, dtype, read):
+        return None
+    if any(buffer.is_meta for buffer in model.buffers()):  # computed from parameters
         return None
     for name, buffer in model.named_buffers():
         if name in found:
