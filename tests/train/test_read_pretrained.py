@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,10 @@ MODELS = {
     ),
     "an unknown kind": (lambda f: change_config(f, model_type="x"), "no model that can be"),
     "numbers that do not fit": (lambda f: change_config(f, hidden_size="many"), "no model that"),
+    "a negative size": (lambda f: change_config(f, hidden_size=-64), "no model that can be"),
+    "weights whose header is a list": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"[]"), "no model that"
+    ),
 }  # fmt: skip
 
 
@@ -138,6 +143,20 @@ def test_attention_that_a_model_cannot_be_computed_with_is_not_its_folders_fault
     read = ReadOptions(attn_implementation=kind)
     with pytest.raises(UserInputError, match=f"^model.attn_implementation: .* with {kind}, leave"):
         read_pretrained(AutoModelForCausalLM, str(folder), "model.policy", read=read)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_attention_whose_package_is_missing_is_one_sentence(folder):
+    read = ReadOptions(attn_implementation="flash_attention_2")
+    with pytest.raises(UserInputError, match=r"^model\.attn_implementation: .*be installed"):
+        load_lm(str(folder), "model.policy", RANKS, torch.float32, read)
+
+
+@pytest.mark.parametrize("text", ["{", ""])
+def test_a_damaged_generation_configuration_does_not_matter(folder, text):
+    (folder / "generation_config.json").write_text(text)
+    lm = load_lm(str(folder), "model.policy", RANKS)
+    assert lm.generation_config.eos_token_id == lm.config.eos_token_id
 
 
 def test_a_language_model_is_no_reward_model(folder):

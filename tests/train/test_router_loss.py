@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
@@ -57,6 +57,11 @@ def test_only_an_architecture_for_which_transformers_has_the_loss_is_accepted(ma
     assert not has_router_loss(loaded_lm(starter.resolve("starter:policy")))
     with pytest.raises(UserInputError, match=r"ppo\.router_coef: .* for LlamaForCausalLM: leave"):
         make_run("ppo.router_coef=0.1")
+    doge = AutoConfig.for_model(
+        "doge", vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, is_moe=True, num_experts=4,
+    )  # fmt: skip
+    assert not has_router_loss(AutoModelForCausalLM.from_config(doge)), "it has other arguments"
 
 
 @pytest.fixture

@@ -186,3 +186,13 @@ def test_a_model_whose_weights_are_converted_or_missing_is_left_to_transformers(
     policy = starter.resolve("starter:policy")
     kind = AutoModelForSequenceClassification  # has a head that the policy's files do not hold
     assert empty_model(kind, policy, "reward.model", torch.float32) is None
+
+
+def test_a_model_that_computes_constants_from_its_weights_is_left_to_transformers(tmp_path):
+    config = AutoConfig.for_model(
+        "ibert", hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=40,
+        num_attention_heads=2, num_labels=1,
+    )  # fmt: skip
+    kind = AutoModelForSequenceClassification
+    kind.from_config(config).save_pretrained(tmp_path)
+    assert empty_model(kind, str(tmp_path), "reward.model", torch.float32) is None

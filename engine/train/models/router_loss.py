@@ -15,12 +15,18 @@ from transformers import PreTrainedModel
 
 FUNCTION = "load_balancing_loss_func"
 """The name of the loss in a module of transformers, which calls it in a model's forward pass."""
+ARGUMENTS = 4
+"""Its number of arguments: logits, number of experts, experts for each token, and mask."""
 
 
 def has_router_loss(lm: PreTrainedModel) -> bool:
     """Whether transformers computes the loss for this model."""
     asks = "output_router_logits" in inspect.signature(lm.forward).parameters
-    return asks and hasattr(sys.modules[_class(lm).__module__], FUNCTION)
+    function = getattr(sys.modules[_class(lm).__module__], FUNCTION, None)
+    # Doge's takes more: it has two sets of keys for its experts.
+    return (
+        asks and function is not None and len(inspect.signature(function).parameters) == ARGUMENTS
+    )
 
 
 def load_balancing_loss(lm: PreTrainedModel, outputs: Any, real: Tensor) -> Tensor:

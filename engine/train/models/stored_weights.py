@@ -6,8 +6,9 @@ other ranks where the weights are if each of them reads its own shards, and
 whole of a model that is sharded, that is on a GPU, or whose weights are packed in 4 bits.
 
 This works for models whose parameters are stored under their own names. If transformers has to
-convert tensors (joining experts into one tensor, quantised weights) or initialise some,
-:func:`empty_model` returns None and rank 0 reads the whole model.
+convert tensors (joining experts into one tensor, quantised weights) or initialise some, or if the
+model computes buffers from its parameters, :func:`empty_model` returns None and rank 0 reads the
+whole model.
 """
 
 import copy
@@ -31,7 +32,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from engine.config.model_folder import ADAPTER_WEIGHTS
-from engine.errors import UserInputError
+from engine.errors import UserInputError, first_line
 from engine.examined import examined
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.stored_tensor import (
@@ -94,18 +95,30 @@ def empty_model(
         return _empty_adapted(kind, adapters, key, dtype, read)
     check_weights(source, key)
     try:
-        config = read_pretrained(AutoConfig, source, key, "configuration", read)
-        files = _weight_files(source, read.revision)
-        model = _on_meta(kind, config, dtype, read)
-        stored = {name: t for f in files for name, t in stored_tensors(f).items()}
-        found = _by_parameter(model, stored, dtype)
-        as_is = found is not None and _has_exact_constants(model, kind, dtype, read)
-    except (UserInputError, OSError, ValueError, LookupError, TypeError) as error:
-        # If the model cannot be loaded at all, transformers will report that too.
-        log.info("load: rank 0 reads all of %s: %s", source, error)
+        found = _located(kind, source, key, dtype, read)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Almost any type. If the model cannot be loaded at all, transformers will report that too.
+        log.info("load: rank 0 reads all of %s: %s", source, first_line(error))
         return None
-    if found is None or not as_is:
-        log.info("load: rank 0 reads all of %s: its tensors are converted", source)
+    if found is None:
+        log.info("load: rank 0 reads all of %s: its tensors are converted or computed", source)
+    return found
+
+
+def _located(
+    kind: Any, source: str, key: str, dtype: torch.dtype, read: ReadOptions
+) -> tuple[Any, StoredModel] | None:
+    """The result of :func:`empty_model` for a model without adapters; raises anything."""
+    config = read_pretrained(AutoConfig, source, key, "configuration", read)
+    files = _weight_files(source, read.revision)
+    model = _on_meta(kind, config, dtype, read)
+    stored = {name: t for f in files for name, t in stored_tensors(f).items()}
+    found = _by_parameter(model, stored, dtype)
+    if found is None or not _has_exact_constants(model, kind, dtype, read):
+        return None
+    if any(buffer.is_meta for buffer in model.buffers()):  # computed from parameters
         return None
     for name, buffer in model.named_buffers():
         if name in found:
@@ -116,7 +129,7 @@ def empty_model(
 
 
 def _on_meta(kind: Any, config: Any, dtype: torch.dtype, read: ReadOptions) -> Any:
-    """Builds a model with its parameters on the meta device. Raises ValueError and others."""
+    """Builds a model with its parameters on the meta device; raises anything."""
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("its weights are quantised")
     with init_empty_weights(include_buffers=False):
