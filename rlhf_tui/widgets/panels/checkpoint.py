@@ -64,12 +64,12 @@ class CheckpointPanel(Panel):
         rows += self._settings(details, width)
         samples = details.samples if details is not None else []
         events = self._events(checkpoint, width)
-        room = height - len(rows) - bool(events) - bool(samples)
-        most = max(LEAST_EVENTS, room - len(samples))
-        if events:
+        room = height - len(rows) - 1
+        if events and room > 0:
+            most = min(room, max(LEAST_EVENTS, room - 1 - len(samples)))
             rows.append(heading(f"After step {checkpoint.step}", "", width))
             rows += events if len(events) <= most else _cut(events, most)
-        if samples:
+        if samples and height - len(rows) > 1:
             rows.append(heading(f"Responses of step {checkpoint.step}", "", width))
             rows += response_lines(samples, width, height - len(rows))
         return rows
