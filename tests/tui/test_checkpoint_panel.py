@@ -65,7 +65,7 @@ def test_no_heading_of_the_panel_is_without_a_line_below_it(height):
     state.take(SessionUpdate(events=[alert(step) for step in (30, 40, 41, 42)]))
     lines = text(panel(state, settings=SETTINGS, samples=[sample(20)]), height=height).split("\n")
     assert len(lines) <= height
-    assert not lines[-1].strip().startswith(("After", "Responses"))
+    assert not lines[-1].strip().startswith(("Settings", "After", "Responses"))
 
 
 async def test_beside_the_list_there_is_room_on_a_wide_terminal(run_app, until):
@@ -88,7 +88,15 @@ async def test_without_checkpoints_there_is_no_panel(session_maker, tmp_path, ru
 def test_metrics_of_the_checkpoint_are_beside_those_of_the_newest_step():
     lines = [" ".join(line.split()) for line in text(panel(make_state())).splitlines()]
     assert "score 0.310 0.910 +0.600" in lines, "means of the steps 11 to 20, and 41 to 50"
-    assert "KL 6.000 6.000 0.000" in lines
+    assert "KL 6.000 6.000 0" in lines
+
+
+def test_a_change_that_the_digits_do_not_show_is_none():
+    state = make_state()
+    curve = [(step, 1.2 if step <= 20 else 1.20001) for step in range(1, 51)]
+    state.take(SessionUpdate(curves={"policy/entropy_avg": curve}))
+    (line,) = [line for line in text(panel(state)).splitlines() if "entropy" in line]
+    assert line.split() == ["entropy", "1.200", "1.200", "0"]
 
 
 def test_settings_that_a_roll_back_changes_are_listed():

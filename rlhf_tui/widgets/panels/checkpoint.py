@@ -61,7 +61,8 @@ class CheckpointPanel(Panel):
         ]
         if checkpoint.status == "complete":
             rows += self._metrics(checkpoint, width)
-        rows += self._settings(details, width)
+        if height - len(rows) > 1:
+            rows += self._settings(details, width)
         samples = details.samples if details is not None else []
         events = self._events(checkpoint, width)
         room = height - len(rows) - 1
@@ -114,9 +115,12 @@ class CheckpointPanel(Panel):
         for name in known:
             before, after = then[name], self._value(name, last)
             change = ""
+            shown = fmt.number(before), fmt.number(after)
             if before is not None and after is not None:
                 change = ("+" if after > before else "") + fmt.number(after - before)
-            rows.append(_metric(title_of(name), fmt.number(before), fmt.number(after), change))
+            if shown[0] == shown[1]:  # the digits of a smaller change would be others than theirs
+                change = "0"
+            rows.append(_metric(title_of(name), *shown, change))
         return rows
 
     def _value(self, name: str, step: int) -> float | None:
