@@ -143,12 +143,14 @@ def test_a_response_without_token_values_is_read_nevertheless_and_says_which_hav
     assert not any("kept" in line for line in lines_of(body(row, None, mode, 60)))
 
 
-def test_a_legend_that_fits_without_its_name_has_one_row():
+def test_a_legend_that_nearly_fits_has_one_row_without_its_name():
     scale = HeatScale.of([-4.32, -1.0, 3.98])
-    whole = sum(len(text) for text, _ in scale.legend(80)[0])
-    assert scale.legend(80)[0][0][0] == "scale "
-    (row,) = scale.legend(whole - 1)
-    assert row[0][0].strip() == "-4.32"
+    (wide,) = scale.legend(80)
+    assert wide[0][0] == "scale "
+    width = sum(len(text) for text, _ in wide) - len(wide[1:]) - len("scale ")
+    (row,) = scale.legend(width)
+    assert [text.strip() for text, _ in row] == [text.strip() for text, _ in wide[1:]]
+    assert scale.legend(width - 1)[0][0][0] == "scale "
 
 
 def test_a_legend_that_is_too_wide_has_more_rows_and_keeps_the_largest_value():
