@@ -145,12 +145,12 @@ def test_a_response_without_token_values_is_read_nevertheless_and_says_which_hav
 
 def test_a_legend_that_nearly_fits_has_one_row_without_its_name():
     scale = HeatScale.of([-4.32, -1.0, 3.98])
-    (wide,) = scale.legend(80)
-    assert wide[0][0] == "scale "
-    width = sum(len(text) for text, _ in wide) - len(wide[1:]) - len("scale ")
-    (row,) = scale.legend(width)
-    assert [text.strip() for text, _ in row] == [text.strip() for text, _ in wide[1:]]
-    assert scale.legend(width - 1)[0][0][0] == "scale "
+    (wide,) = lines_of(scale.legend(80))
+    assert wide.split()[0] == "scale"
+    width = len(" ".join(wide.split()[1:])) + 1
+    (row,) = lines_of(scale.legend(width))
+    assert row.split() == wide.split()[1:]
+    assert lines_of(scale.legend(width - 1))[0].split()[0] == "scale"
 
 
 def test_a_legend_that_is_too_wide_has_more_rows_and_keeps_the_largest_value():
