@@ -12,6 +12,8 @@ from rlhf_tui.widgets.lines import Row, row_width
 
 LEFT_OUT = ("screen.copy_text", "help_quit", "command_palette")
 """Actions of Textual that do not work here or are named below the list."""
+OF_SEVERAL_PANELS = ("app.focus_next", "app.focus_previous")
+"""Actions that do nothing on a screen with one panel."""
 WIDE, COLUMN = 100, 45
 """Terminal width from which on the help has two columns, and the width of the first one."""
 DESCRIPTIONS = {
@@ -50,6 +52,11 @@ DESCRIPTIONS = {
     "filter": "filter by words, score, KL",
     "view": "values of each token",
     "held_out": "held-out responses",
+    "search": "search the log",
+    "match(1)": "next match",
+    "match(-1)": "previous match",
+    "shift(20)": "scroll to the right",
+    "shift(-20)": "scroll to the left",
 }
 """Descriptions of actions whose labels in the line of keys are too short for a list. Actions of
 every screen have at most 21 characters, the width of the second column; others 29."""
@@ -81,9 +88,10 @@ Group = list[tuple[str, str]]
 def help_groups(screen: Screen[Any]) -> dict[str, Group]:
     """Returns the actions of a screen in groups, each action with all its keys."""
     found: dict[str, dict[str, tuple[list[str], str]]] = {}
+    left_out = LEFT_OUT if len(screen.focus_chain) > 1 else (*LEFT_OUT, *OF_SEVERAL_PANELS)
     for active in screen.active_bindings.values():
         binding = active.binding
-        if not binding.description or binding.action in LEFT_OUT:
+        if not binding.description or binding.action in left_out:
             continue
         here = "Everywhere" if active.node is screen.app else "Here"
         if active.node is not screen and here == "Here":

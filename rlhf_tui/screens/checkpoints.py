@@ -34,7 +34,9 @@ LEAST = float("-inf")
 """Sorts before all values."""
 BESIDE, BELOW, LEAST_ROWS = 170, 34, 6
 """Minimum width at which the selected checkpoint is beside the table, minimum height at which it is
-below it, and the table's minimum height then."""
+below any table, and the table's minimum height then."""
+LOW = 16
+"""Lines of the screen beside the table, below which a lower screen has the selected checkpoint."""
 ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
     "step": lambda c: c.step,
     "attempt": lambda c: c.attempt,
@@ -94,11 +96,12 @@ class CheckpointsScreen(SessionScreen):
         width, height = self.size
         panes, table = self.query_one("#checkpoint-panes"), self.query_one(Table)
         beside = bool(table.count()) and width >= BESIDE
-        below = bool(table.count()) and not beside and height >= BELOW
+        rows = max(table.count() + 1, LEAST_ROWS)
+        below = bool(table.count()) and not beside and height >= min(BELOW, rows + LOW)
         panes.set_class(beside, "beside")
         panes.set_class(below, "below")
         if below:
-            table.styles.height = min(max(table.count() + 1, LEAST_ROWS), height * 2 // 5)
+            table.styles.height = rows if height < BELOW else min(rows, height * 2 // 5)
         else:
             table.styles.clear_rule("height")
 

@@ -18,6 +18,8 @@ from rlhf_tui.widgets.scroll_list import ScrollList
 
 MOST_BYTES = 8_000_000
 MOST_LINES = 100_000
+MOST_CHARACTERS = 4
+"""Characters of a line that are looked at, for each cell: a line may have millions."""
 EVERY = 1.0
 NARROW = 100
 """Below this many columns, a line begins with the time of day instead of date and milliseconds."""
@@ -27,6 +29,8 @@ ABOVE_AND_BELOW = 4
 """Lines of the screen that are neither the log's nor the summary's."""
 STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 """The time stamp of lines that the engine's loggers write."""
+BEGINNING = re.compile(r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d(,\d{3})? ((DEBUG|INFO) )?")
+"""What is less bright than the rest of a line: its time, and a level that most lines have."""
 DATE_AND_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d)(,\d{3})?")
 
 
@@ -83,11 +87,14 @@ class LogView(ScrollList):
         return self.hint
 
     def row(self, index: int, width: int) -> Row:
-        """A line from the column it is shifted to; errors have another tone."""
+        """A line from the column it is shifted to; a level decides its tone."""
         line = (self._short if width < NARROW else self.lines)[index]
         tone = line_tone(self.lines[index])
         sign = ("▸", "accent") if index == self.match else (" ", "")
-        return [sign, (line[self.shift :], tone)]
+        line = line[: self.shift + MOST_CHARACTERS * width]
+        begun = BEGINNING.match(line) if not tone else None
+        at = max(begun.end(), self.shift) if begun else self.shift
+        return [sign, (line[self.shift : at], "dim"), (line[at:], tone)]
 
     def rows(self, width: int, height: int) -> list[Row]:
         """The visible lines."""
@@ -178,7 +185,7 @@ class LogScreen(SessionScreen):
             return
         summary.show_problems(view.problems.newest_first())
         left = height - ABOVE_AND_BELOW - view.count()
-        summary.styles.height = min(summary.wanted, max(left, LEAST_SUMMARY))
+        summary.styles.height = min(summary.wanted(self.size.width), max(left, LEAST_SUMMARY))
 
     def read_more(self) -> None:
         """Reads what was appended, in a thread, if the screen is visible."""

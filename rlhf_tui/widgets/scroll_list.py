@@ -1,5 +1,6 @@
 """Scrolling lists that render only the visible lines: logs, texts, and the base of tables."""
 
+from itertools import groupby
 from typing import ClassVar
 
 from textual import events
@@ -191,13 +192,19 @@ def thumb(top: int, page: int, count: int) -> tuple[int, int]:
 
 def marked(row: Row, words: str) -> Row:
     """A row with all occurrences of `words` highlighted, ignoring case."""
-    highlighted: list[Piece] = []
-    needle = words.lower()
-    for text, tone in row:
-        lower, at = text.lower(), 0
-        # Some letters have another length in lower case; positions would then be wrong.
-        while len(lower) == len(text) and (hit := lower.find(needle, at)) >= 0:
-            highlighted += [(text[at:hit], tone), (text[hit : hit + len(words)], "match")]
-            at = hit + len(words)
-        highlighted.append((text[at:], tone))
-    return highlighted
+    lower, needle = _lower("".join(text for text, _ in row)), _lower(words)
+    inside = [False] * len(lower)
+    at = lower.find(needle)
+    while at >= 0:
+        end = at + len(needle)
+        inside[at:end] = [True] * len(needle)
+        at = lower.find(needle, end)
+    chars = [(char, tone) for text, tone in row for char in text]
+    toned = [(c, "match" if hit else tone) for (c, tone), hit in zip(chars, inside, strict=True)]
+    grouped = groupby(toned, key=lambda each: each[1])
+    return [("".join(char for char, _ in group), tone) for tone, group in grouped]
+
+
+def _lower(text: str) -> str:
+    """The text in lower case, but for letters that have another length there."""
+    return "".join(low if len(low := char.lower()) == 1 else char for char in text)

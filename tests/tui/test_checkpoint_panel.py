@@ -12,6 +12,7 @@ from rlhf_tui.state.checkpoint_details import CheckpointDetails, read_details
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.panels.checkpoint import CheckpointPanel
 from rlhf_tui.widgets.table import Table
+from tests.judging import sample
 from tests.privileges import held_to_modes
 from tests.tui.panels import SETTINGS, make_state, text
 
@@ -25,7 +26,14 @@ def panel(state, checkpoint=AT_20, **details):
     return shown
 
 
-@pytest.mark.parametrize(("size", "visible"), [((80, 24), False), ((120, 40), True)])
+def alert(step):
+    return EventRow(
+        event=step, attempt=1, step=step, time=1.0, kind="alert",
+        payload=AlertEvent(rule="kl_high", text=f"high at {step}"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "visible"), [((80, 20), False), ((120, 40), True)])
 async def test_the_selected_checkpoint_is_shown_where_there_is_room(run_app, until, size, visible):
     async with run_app(size=size) as (app, pilot):
         await pilot.press("4")
@@ -39,6 +47,26 @@ async def test_the_selected_checkpoint_is_shown_where_there_is_room(run_app, unt
             await pilot.press("j")
             await until(pilot, lambda: "Responses of step 150" in shown.text())
             assert "one of the newest 3: stays until 2 more saves" in shown.text()
+
+
+async def test_a_short_list_leaves_room_for_why_the_checkpoint_stays_and_its_metrics(
+    run_app, until
+):
+    async with run_app(size=(80, 24)) as (app, pilot):
+        await pilot.press("4")
+        table, shown = app.screen.query_one(Table), app.screen.query_one(CheckpointPanel)
+        await until(pilot, lambda: table.count() == 4 and "Metrics" in shown.text())
+        assert "last: a resume continues from it" in shown.text()
+        assert table.size.height > table.count()
+
+
+@pytest.mark.parametrize("height", range(13, 24))
+def test_no_heading_of_the_panel_is_without_a_line_below_it(height):
+    state = make_state()
+    state.take(SessionUpdate(events=[alert(step) for step in (30, 40, 41, 42)]))
+    lines = text(panel(state, settings=SETTINGS, samples=[sample(20)]), height=height).split("\n")
+    assert len(lines) <= height
+    assert not lines[-1].strip().startswith(("Settings", "After", "Responses"))
 
 
 async def test_beside_the_list_there_is_room_on_a_wide_terminal(run_app, until):
@@ -61,7 +89,15 @@ async def test_without_checkpoints_there_is_no_panel(session_maker, tmp_path, ru
 def test_metrics_of_the_checkpoint_are_beside_those_of_the_newest_step():
     lines = [" ".join(line.split()) for line in text(panel(make_state())).splitlines()]
     assert "score 0.310 0.910 +0.600" in lines, "means of the steps 11 to 20, and 41 to 50"
-    assert "KL 6.000 6.000 0.000" in lines
+    assert "KL 6.000 6.000 0" in lines
+
+
+def test_a_change_that_the_digits_do_not_show_is_none():
+    state = make_state()
+    curve = [(step, 1.2 if step <= 20 else 1.20001) for step in range(1, 51)]
+    state.take(SessionUpdate(curves={"policy/entropy_avg": curve}))
+    (line,) = [line for line in text(panel(state)).splitlines() if "entropy" in line]
+    assert line.split() == ["entropy", "1.200", "1.200", "0"]
 
 
 def test_settings_that_a_roll_back_changes_are_listed():
@@ -72,14 +108,7 @@ def test_settings_that_a_roll_back_changes_are_listed():
 
 def test_what_a_roll_back_would_abandon_is_listed_newest_first():
     state = make_state()
-    alerts = [
-        EventRow(
-            event=step, attempt=1, step=step, time=1.0, kind="alert",
-            payload=AlertEvent(rule="kl_high", text=f"high at {step}"),
-        )
-        for step in (10, 30, 40)
-    ]  # fmt: skip
-    state.take(SessionUpdate(events=alerts))
+    state.take(SessionUpdate(events=[alert(step) for step in (10, 30, 40)]))
     shown = text(panel(state))
     assert shown.index("high at 40") < shown.index("high at 30")
     assert "high at 10" not in shown

@@ -51,6 +51,7 @@ def saved(tmp_path):
                 journal.checkpoints.complete(step)
                 policy = session.checkpoints / f"step-{step:06d}" / "policy"
                 policy.mkdir(parents=True)
+                (policy.parent / "state.json").write_text('{"hashes": {}}')
                 (policy.parent / "COMPLETE").touch()
     return session
 

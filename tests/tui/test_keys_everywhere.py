@@ -151,6 +151,15 @@ async def test_the_help_of_every_screen_fits_its_two_columns(run_app, until):
             await until(pilot, lambda: not isinstance(app.screen, HelpDialog))
 
 
+@pytest.mark.parametrize(("key", "several"), [("2", True), ("3", True), ("4", False), ("5", False)])
+async def test_the_help_has_keys_between_panels_where_there_are_several(
+    run_app, until, key, several
+):
+    async with run_app() as (app, pilot):
+        await press_for(pilot, HelpDialog, key, "question_mark")
+        assert ("next panel" in app.screen.query_one(ScrollText).text()) == several
+
+
 async def test_t_changes_the_theme(run_app):
     async with run_app() as (app, pilot):
         seen = {app.theme}

@@ -5,6 +5,7 @@ import pytest
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.screens.log import LogView
 from rlhf_tui.widgets.panels.log_summary import LogSummary, Problems, line_tone
+from rlhf_tui.widgets.scroll_list import marked
 from tests.tui.panels import FIRST, make_state, text
 
 LOG = """\
@@ -60,6 +61,22 @@ def test_the_level_of_a_line_decides_its_tone_or_else_its_words(line, tone):
     assert line_tone(line) == tone
 
 
+def test_the_time_and_a_usual_level_of_a_line_are_less_bright_than_its_text():
+    view = LogView()
+    view.add(LOG, fresh=True)
+    assert view.row(0, 120) == [(" ", ""), (f"{LOG[0][:29]}", "dim"), ("load policy", "")]
+    assert view.row(0, 80) == [(" ", ""), ("2026-11-28 10:00:00 INFO ", "dim"), ("load policy", "")]
+    assert "dim" not in {tone for text, tone in view.row(1, 120) if text}
+    view.shift = 34
+    assert [text for text, _ in view.row(0, 120)] == [" ", "", "policy"]
+
+
+def test_a_search_finds_words_that_are_partly_in_the_less_bright_beginning():
+    assert marked([("10:00 INFO ", "dim"), ("load policy", "")], "info load") == [
+        ("10:00 ", "dim"), ("INFO load", "match"), (" policy", ""),
+    ]  # fmt: skip
+
+
 def test_a_traceback_that_arrives_in_two_parts_is_one_error():
     problems = Problems()
     problems.add(LOG[:5])
@@ -75,6 +92,17 @@ def test_the_newest_attempts_stay_in_sight_below_many_problems():
     assert "problem 29" in shown
     assert "27 earlier" in shown
     assert shown.count("supervisor 77 on box") == 2
+
+
+def test_a_long_warning_is_whole_if_there_is_room_for_its_lines():
+    words = [f"word{i}" for i in range(15)]
+    summary = LogSummary(make_state(attempts=[FIRST]))
+    summary.show_problems(problems_of([f"{LOG[0][:24]}WARNING {' '.join(words)}"]))
+    shown = text(summary, 80, summary.wanted(80))
+    assert all(word in shown for word in words)
+    assert "supervisor 77 on box" in shown
+    low = text(summary, 80, 4).splitlines()
+    assert ["Attempts" in line for line in low] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(("size", "visible"), [((80, 24), False), ((120, 40), True)])

@@ -13,6 +13,7 @@ from rlhf_tui.widgets.charts.axis import GUTTER, labels, scale_of
 from rlhf_tui.widgets.charts.plot import (
     BAND,
     CURSOR,
+    POINT,
     PRIORITY,
     STYLE,
     Line,
@@ -105,6 +106,13 @@ def test_the_band_covers_the_rows_within_a_fifth_of_the_target():
     banded = [y for y in range(1, 21) if picture.styles[y][GUTTER + 1] & BAND]
     scale = scale_of([decimate(RISE, 1, 100, 104)], target=5.0)
     assert banded == list(range(1 + scale.row(6.0, 80) // 4, 1 + scale.row(4.0, 80) // 4 + 1))
+
+
+def test_a_point_of_a_sparse_curve_has_the_background_of_its_cell():
+    point = Line(Series([(50, 5.0)]), "s2", sparse=True)
+    picture = paint(plot_of(target=5.0, lines=[Line(RISE, "s1"), point]), 60, 22)
+    ((x, y),) = [(x, y) for y in range(1, 21) for x in range(60) if picture.chars[y][x] == POINT]
+    assert picture.styles[y][x] == STYLE["s2"] | BAND
 
 
 def test_the_band_has_dotted_edges_for_those_who_see_no_colour():

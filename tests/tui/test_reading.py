@@ -143,6 +143,16 @@ def test_a_response_without_token_values_is_read_nevertheless_and_says_which_hav
     assert not any("kept" in line for line in lines_of(body(row, None, mode, 60)))
 
 
+def test_a_legend_that_nearly_fits_has_one_row_without_its_name():
+    scale = HeatScale.of([-4.32, -1.0, 3.98])
+    (wide,) = lines_of(scale.legend(80))
+    assert wide.split()[0] == "scale"
+    width = len(" ".join(wide.split()[1:])) + 1
+    (row,) = lines_of(scale.legend(width))
+    assert row.split() == wide.split()[1:]
+    assert lines_of(scale.legend(width - 1))[0].split()[0] == "scale"
+
+
 def test_a_legend_that_is_too_wide_has_more_rows_and_keeps_the_largest_value():
     rows = HeatScale.of([-4.32, -1.0, 3.98]).legend(24)
     assert len(rows) > 1

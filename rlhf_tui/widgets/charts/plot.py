@@ -261,10 +261,16 @@ def _points(canvas: Canvas, plot: Plot, drawing: Drawing, scale: Scale) -> None:
         style = curve.style
         for point in decimate(curve.series, *window) if curve.sparse else []:
             y = scale.row(point.last, rows * 4) // 4
-            canvas.write(GUTTER + point.x // 2, 1 + y, POINT, STYLE[style])
+            _point(canvas, point.x // 2, y, POINT, style)
         if curve.mark and points:
             y = scale.row(points[-1].last, rows * 4) // 4
-            canvas.write(GUTTER + points[-1].x // 2, 1 + y, curve.mark, STYLE[style])
+            _point(canvas, points[-1].x // 2, y, curve.mark, style)
+
+
+def _point(canvas: Canvas, x: int, y: int, mark: str, style: str) -> None:
+    """Writes a mark in a cell of the curves, on the background that the cell has."""
+    background = canvas.styles[1 + y][GUTTER + x] & (BAND | CURSOR)
+    canvas.write(GUTTER + x, 1 + y, mark, STYLE[style] | background)
 
 
 def _target(raster: Raster, plot: Plot, scale: Scale) -> range:

@@ -62,15 +62,16 @@ class CheckpointPanel(Panel):
         ]
         if checkpoint.status == "complete":
             rows += self._metrics(checkpoint, width)
-        rows += self._settings(details, width)
+        if height - len(rows) > 1:
+            rows += self._settings(details, width)
         samples = details.samples if details is not None else []
         events = self._later(checkpoint)
-        room = height - len(rows) - bool(events) - bool(samples)
-        most = max(LEAST_EVENTS, room - len(samples))
-        if events:
+        room = height - len(rows) - 1
+        if events and room > 0:
+            most = min(room, max(LEAST_EVENTS, room - 1 - len(samples)))
             rows.append(heading(f"After step {checkpoint.step}", "", width))
             rows += _event_lines(events, width, most)
-        if samples:
+        if samples and height - len(rows) > 1:
             rows.append(heading(f"Responses of step {checkpoint.step}", "", width))
             rows += response_lines(samples, width, height - len(rows))
         return rows
@@ -115,9 +116,12 @@ class CheckpointPanel(Panel):
         for name in known:
             before, after = then[name], self._value(name, last)
             change = ""
+            shown = fmt.number(before), fmt.number(after)
             if before is not None and after is not None:
                 change = ("+" if after > before else "") + fmt.number(after - before)
-            rows.append(_metric(title_of(name), fmt.number(before), fmt.number(after), change))
+            if shown[0] == shown[1]:  # the digits of a smaller change would be others than theirs
+                change = "0"
+            rows.append(_metric(title_of(name), *shown, change))
         return rows
 
     def _value(self, name: str, step: int) -> float | None:

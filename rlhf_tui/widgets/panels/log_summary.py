@@ -11,12 +11,15 @@ from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.panel import Panel, heading
 from rlhf_tui.widgets.panels.timeline import LEAST_STEP, entry_line
+from rlhf_tui.widgets.wrap import wrap
 
 LEVELS = {"DEBUG": "", "INFO": "", "WARNING": "warn", "ERROR": "bad", "CRITICAL": "bad"}
 """Level of a line → its tone."""
 TRACEBACK = "Traceback (most recent call last)"
 MOST_PROBLEMS = 200
 """Different ones that are remembered, the newest."""
+TEXT_FROM, LEAST_TEXT, MOST_LINES = 27, 20, 3
+"""Column in which the text of a problem begins, minimum cells and maximum lines that it has."""
 LEAST_ATTEMPTS = 2
 """Lines of attempts that are shown whatever the number of problems."""
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:,\d{3})? (?:([A-Z]+) )?(.*)")
@@ -98,17 +101,20 @@ class LogSummary(Panel):
         self._problems = problems
         self.update()
 
-    @property
-    def wanted(self) -> int:
-        """The lines of all that there is to show."""
+    def wanted(self, width: int) -> int:
+        """The lines of all that there is to show, in `width` cells."""
         entries = len(self.state.timeline.folded())
-        return 3 + max(len(self._problems), 1) + len(self.state.head.attempts) + entries
+        problems = sum(len(_problem(p, width)) for p in self._problems)
+        return 3 + max(problems, 1) + len(self.state.head.attempts) + entries
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Each section below its heading. The newest attempts are always in sight."""
         attempts, entries = self.state.head.attempts, self.state.timeline.folded()
         room = max(height - 2 - min(len(attempts), LEAST_ATTEMPTS), 1)
-        problems = [_problem(p) for p in self._problems] or [[(" none", "dim")]]
+        problems = [row for p in self._problems for row in _problem(p, width)]
+        if len(problems) > room:
+            problems = [_begin(p) for p in self._problems]
+        problems = problems or [[(" none", "dim")]]
         if len(problems) > room:
             more = len(problems) - room + 1
             problems = [*problems[: room - 1], [(f" … and {more:,} earlier", "dim")]]
@@ -146,6 +152,16 @@ class LogSummary(Panel):
         return rows
 
 
-def _problem(problem: Problem) -> Row:
+def _begin(problem: Problem, text: str | None = None) -> Row:
+    """The line of a problem; `text`: what there is room for, if it has more lines."""
     times = f"{problem.count:>4,}×" if problem.count > 1 else " " * 5
-    return [(f" {problem.last or ' ' * 19} {times} ", "dim"), (problem.text, problem.tone)]
+    text = problem.text if text is None else text
+    return [(f" {problem.last or ' ' * 19} {times} ", "dim"), (text, problem.tone)]
+
+
+def _problem(problem: Problem, width: int) -> list[Row]:
+    """The whole text of a problem, or its beginning if it is long."""
+    first, *more = wrap(problem.text, max(width - TEXT_FROM - 1, LEAST_TEXT))
+    if len(more) >= MOST_LINES:
+        return [_begin(problem)]
+    return [_begin(problem, first), *([(" " * TEXT_FROM + line, problem.tone)] for line in more)]

@@ -65,4 +65,8 @@ class HeatScale(Struct, frozen=True):
             # Adding 0.0 makes a rounded -0.0 a plain 0; the ends come before values equal to them.
             texts.setdefault(fmt.number(round(value, 2) + 0.0, 2), self.tone(value))
         shown: list[Row] = [[(f" {text} ", tone)] for text, tone in texts.items()]
-        return flowed([[("scale ", "dim")], *shown], width, "")
+        rows = flowed([[("scale ", "dim")], *shown], width, "")
+        if len(rows) == 1:
+            return rows
+        tight = flowed([[(f"{text} ", tone)] for text, tone in texts.items()], width, "")
+        return tight if len(tight) == 1 else rows
