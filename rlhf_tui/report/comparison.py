@@ -11,7 +11,7 @@ from rlhf_tui.format import value_text
 from rlhf_tui.report.curves import Curve, read_curves
 from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
 from rlhf_tui.report.settings import Setting
-from rlhf_tui.state.runs.differences import AFTER, settings_after, settings_of_last_step
+from rlhf_tui.state.runs.differences import AFTER, settings_after
 
 
 class Comparison(Struct, frozen=True):
@@ -46,7 +46,7 @@ def read_comparison(session: SessionFolder, other: SessionFolder) -> Comparison:
     configs = [session.config(), other.config()]
     changed = config_file.changes(*configs)
     with JournalReader(session) as own, JournalReader(other) as reader:
-        in_force = [settings_of_last_step(session, own), settings_of_last_step(other, reader)]
+        in_force = [each.settings_after_last_step() for each in (own, reader)]
         after = settings_after(configs, in_force)
         step = reader.last_step()
         return Comparison(

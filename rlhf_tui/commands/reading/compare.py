@@ -31,7 +31,7 @@ from rlhf_tui.commands.options import (
     say,
     sessions_option,
 )
-from rlhf_tui.state.runs.differences import AFTER, settings_after, settings_of_last_step
+from rlhf_tui.state.runs.differences import AFTER, settings_after
 from rlhf_tui.text import one_line
 
 HEADLINES = (SCORE, KL, RESPONSE_LENGTH, DISTINCT_2)
@@ -60,7 +60,7 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
         step = min(reader.last_step() for reader in readers)
         metrics = {key: [r.metrics.value_at(key, step) for r in readers] for key in HEADLINES}
         evaluated = [dict(reader.metrics.series(EVAL_SCORE)) for reader in readers]
-        settings = list(map(settings_of_last_step, sessions, readers))
+        settings = [reader.settings_after_last_step() for reader in readers]
     common = max(set[int].intersection(*map(set, evaluated)), default=None)
     held_out = None
     if common is not None:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config.settings import LIVE_SETTINGS
 from engine.journal.reader import JournalReader
-from engine.session.checkpoints import checkpoint_path, saved_settings
 from engine.session.folder import SessionFolder
 
 if TYPE_CHECKING:  # the schema takes long to import
@@ -27,23 +26,8 @@ def configuration_of(session: SessionFolder) -> dict[str, Any]:
 
     flat = config_file.to_flat(session.config())
     with JournalReader(session) as reader:
-        settings = settings_of_last_step(session, reader)
+        settings = reader.settings_after_last_step()
     return flat | {LIVE_SETTINGS[k]: v for k, v in settings.items() if k in LIVE_SETTINGS}
-
-
-def settings_of_last_step(session: SessionFolder, reader: JournalReader) -> dict[str, Any]:
-    """The live settings in force after the last step of a session; empty before the first.
-
-    Until a fork has loaded its checkpoint, its journal does not have them.
-
-    Args:
-        session: the session.
-        reader: of its journal.
-    """
-    settings, step = reader.meta().settings, reader.last_step()
-    if settings is None and step:
-        return saved_settings(checkpoint_path(session.checkpoints, step))
-    return settings or {}
 
 
 def settings_after(
