@@ -101,7 +101,7 @@ class SessionReader:
         """
         configured = msgspec.structs.asdict(settings_of(self.config()))
         with self._reader() as reader:
-            return configured | (reader.meta().settings or {})
+            return configured | reader.settings_after_last_step()
 
     # -- recorded data ---------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from engine.journal.samples import SampleReader
 from engine.metrics import SCORES
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import REWARD_CHANGED
+from engine.session.checkpoints import checkpoint_path, saved_settings
 from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 
@@ -143,6 +144,16 @@ class JournalReader:
     def last_step(self) -> int:
         """The last completed step, 0 before the first."""
         return last_step(self.session, self._db)
+
+    def settings_after_last_step(self) -> dict[str, Any]:
+        """The live settings in force after the last step; empty before the first.
+
+        Until a fork has loaded its checkpoint, its journal does not have them.
+        """
+        settings, step = self.meta().settings, self.last_step()
+        if settings is None and step:
+            return saved_settings(checkpoint_path(self.session.checkpoints, step))
+        return settings or {}
 
     def attempts(self) -> list[AttemptRow]:
         """All attempts, in order."""

@@ -46,7 +46,7 @@ def read_comparison(session: SessionFolder, other: SessionFolder) -> Comparison:
     configs = [session.config(), other.config()]
     changed = config_file.changes(*configs)
     with JournalReader(session) as own, JournalReader(other) as reader:
-        in_force = [each.meta().settings or {} for each in (own, reader)]
+        in_force = [each.settings_after_last_step() for each in (own, reader)]
         after = settings_after(configs, in_force)
         step = reader.last_step()
         return Comparison(

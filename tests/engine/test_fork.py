@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.api.session_reader import SessionReader
 from engine.errors import (
     ConfigError,
     NoSuchSessionError,
@@ -83,6 +85,16 @@ def test_a_fork_is_starting_until_its_engine_could_have_locked_it(writer):
         for file in (child.config_file, child.journal_file):
             os.utime(file, (long_ago, long_ago))
         assert reader.state() == "crashed"
+
+
+def test_a_fork_that_has_not_trained_has_the_settings_of_its_checkpoint(writer):
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    state = {"hashes": {}, "state": {"settings": {"beta": 0.3}}}
+    path = checkpoint_path(writer.session.checkpoints, 2) / "state.json"
+    path.write_text(json.dumps(state))
+    child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    assert SessionReader(child.folder).settings()["beta"] == 0.3
 
 
 def test_what_a_fork_has_copied_in_part_can_neither_be_resumed_nor_deleted(writer, monkeypatch):

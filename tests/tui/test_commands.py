@@ -18,6 +18,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import ConfigError, NoSuchSessionError, SessionError
 from engine.journal.reader import JournalReader
+from engine.launch.start import fork
 from engine.protocol.commands import COMMANDS
 from engine.session.checkpoints import aside_path, checkpoint_path, complete_checkpoints
 from engine.session.folder import create
@@ -39,6 +40,20 @@ def test_diff_compares_settings_that_were_changed_during_a_run(session_maker, tm
     assert not any(line.startswith("kl.target") for line in lines)
     found = json.loads(CliRunner().invoke(cli, [*words, "--json"]).output)
     assert found["settings"] == {"kl.beta": [0.05, 0.08]}
+
+
+def test_diff_compares_a_fork_that_has_not_trained_by_the_settings_of_its_checkpoint(
+    session_maker, tmp_path
+):
+    source = session_maker(tmp_path, "source", 70)
+    folder = checkpoint_path(source.checkpoints, 50)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"state": {"settings": {"beta": 0.3}}}))
+    (folder / "COMPLETE").touch()
+    fork(source, "child", from_step=50, reseed=False, overrides=[], who="me")
+    words = ["--sessions", str(tmp_path), "diff", "source", "child", "--json"]
+    found = json.loads(CliRunner().invoke(cli, words).output)
+    assert found["settings"] == {"kl.beta": [0.08, 0.3]}
 
 
 def test_a_report_of_two_runs_compares_settings_that_were_changed(session_maker, tmp_path):

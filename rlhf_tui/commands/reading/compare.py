@@ -60,7 +60,7 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
         step = min(reader.last_step() for reader in readers)
         metrics = {key: [r.metrics.value_at(key, step) for r in readers] for key in HEADLINES}
         evaluated = [dict(reader.metrics.series(EVAL_SCORE)) for reader in readers]
-        settings = [reader.meta().settings or {} for reader in readers]
+        settings = [reader.settings_after_last_step() for reader in readers]
     common = max(set[int].intersection(*map(set, evaluated)), default=None)
     held_out = None
     if common is not None:

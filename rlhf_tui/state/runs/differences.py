@@ -26,7 +26,7 @@ def configuration_of(session: SessionFolder) -> dict[str, Any]:
 
     flat = config_file.to_flat(session.config())
     with JournalReader(session) as reader:
-        settings = reader.meta().settings or {}
+        settings = reader.settings_after_last_step()
     return flat | {LIVE_SETTINGS[k]: v for k, v in settings.items() if k in LIVE_SETTINGS}
 
 
