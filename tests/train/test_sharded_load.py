@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -196,3 +197,19 @@ def test_a_model_that_computes_constants_from_its_weights_is_left_to_transformer
     kind = AutoModelForSequenceClassification
     kind.from_config(config).save_pretrained(tmp_path)
     assert empty_model(kind, str(tmp_path), "reward.model", torch.float32) is None
+
+
+class WithWeightOfItsOwn(AutoModelForCausalLM):
+    """Builds a model of which one weight does not go to `meta`."""
+
+    @classmethod
+    def from_config(cls, *args, **options):
+        model = super().from_config(*args, **options)
+        torch.utils.swap_tensors(model.model.norm.weight, nn.Parameter(torch.ones(256)))
+        return model
+
+
+def test_a_model_that_holds_a_weight_although_it_was_built_without_is_left_to_transformers():
+    source = starter.resolve("starter:policy")
+    assert empty_model(AutoModelForCausalLM, source, "model.policy", torch.float32) is not None
+    assert empty_model(WithWeightOfItsOwn, source, "model.policy", torch.float32) is None

@@ -120,6 +120,8 @@ def _located(
         return None
     if any(buffer.is_meta for buffer in model.buffers()):  # computed from parameters
         return None
+    if not all(parameter.is_meta for parameter in model.parameters()):  # would keep random values
+        return None
     for name, buffer in model.named_buffers():
         if name in found:
             buffer.copy_(found.pop(name).read())

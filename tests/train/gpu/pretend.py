@@ -264,6 +264,8 @@ class PretendGpu(TorchFunctionMode):
                 copy = copy or (flags == 2 and given)
             elif given is not None:
                 device = given
+        if device is not None and torch.device(device).type == "meta":
+            return torch.Tensor.to(real(x), device="meta", dtype=dtype or x.dtype)
         source, target = isinstance(x, GpuTensor), names_gpu(device)
         if device is None:
             target = source
