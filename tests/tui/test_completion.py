@@ -24,6 +24,12 @@ def test_a_folder_whose_name_would_be_a_command_is_not_completed(tmp_path, monke
     assert [c.value for c in completion.get_completions(["status"], "r")] == ["run"]
 
 
+def test_fish_takes_descriptions_with_commas_as_they_are():
+    script = CliRunner().invoke(cli, ["completion", "fish"]).output
+    assert 'string split --max 1 "," $completion' in script
+    assert 'string split ","' not in script
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_of_a_shell_asks_by_the_variable_that_the_program_reads(shell):
     script = CliRunner().invoke(cli, ["completion", shell]).output

@@ -190,6 +190,12 @@ def test_no_value_at_the_crosshair_is_cut_off(width):
     assert [w for w in shown if w.isalpha()] == ["step", "score", "KL", "clip", "length", "beta"]
 
 
+def test_the_keys_of_a_new_run_fit_beside_the_panels_in_110_columns():
+    (row,) = text(CursorPanel(make_state(), Viewport()), 63, 2).splitlines()
+    assert row.endswith("enlarge")
+    assert len(row) <= 63
+
+
 def test_an_update_of_the_reference_is_marked_on_the_charts():
     state = make_state()
     payload = decode_payload("reference", '{"mix": 0.6}')

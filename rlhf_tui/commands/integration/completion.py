@@ -23,4 +23,6 @@ def completion(context: click.Context, shell: str) -> None:
     if kind is None:
         raise click.UsageError(f"this version of click has no completion for {shell}")
     root = context.find_root()
-    click.echo(kind(root.command, {}, "rlhf-tui", VARIABLE).source())
+    script = kind(root.command, {}, "rlhf-tui", VARIABLE).source()
+    # click's script for fish cuts values and their descriptions at their first comma.
+    click.echo(script.replace('string split ","', 'string split --max 1 ","'))

@@ -142,7 +142,7 @@ def _hint() -> list[Row]:
         ("m", "metrics"),
         ("z", "enlarge"),
     )
-    row: list[Piece] = [(" ", "")]
+    row: list[Piece] = []
     for key, description in keys:
-        row += [(key, "key"), (f" {description}   ", "dim")]
+        row += [("   " if row else " ", ""), (key, "key"), (f" {description}", "dim")]
     return [row]
