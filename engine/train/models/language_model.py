@@ -110,6 +110,8 @@ class LanguageModel(nn.Module):
         hidden, *others = inputs
         if self._read_at is not None:
             hidden = hidden_at(hidden, self._read_at)
+        # torch multiplies each row of a slice by itself, and on a CPU copies the weight for each.
+        hidden = hidden.contiguous()
         if self._shared_value:
             self._hidden = hidden
         return hidden, *others
