@@ -1,6 +1,7 @@
 """A model stays in its files until it is placed, and each rank reads what it keeps."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,17 @@ from transformers import (
 )
 
 from engine import starter
+from engine.config.sections.launch import LaunchConfig
+from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.sharding import place_model
 from engine.train.distributed.stored_tensor import file_digest, stored_tensors
+from engine.train.models.pretrained import load_lm
 from engine.train.models.read_pretrained import read_pretrained
 from engine.train.models.stored_weights import empty_model
 from tests.train.adapters import write_adapters
 from tests.train.ranks.launch import run_ranks
 
+SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 SCRIPT = Path(__file__).parent / "ranks" / "loading.py"
 NOISE = 8_000_000
 """Bytes by which the resident memory of a process varies, and the buffers of reading."""
@@ -213,3 +219,19 @@ def test_a_model_that_holds_a_weight_although_it_was_built_without_is_left_to_tr
     source = starter.resolve("starter:policy")
     assert empty_model(AutoModelForCausalLM, source, "model.policy", torch.float32) is not None
     assert empty_model(WithWeightOfItsOwn, source, "model.policy", torch.float32) is None
+
+
+@pytest.mark.parametrize("replaced", ["model.safetensors", "adapter_model.safetensors"])
+def test_a_file_that_changes_before_it_is_read_is_not_mixed_with_what_it_was(
+    half_policy, tmp_path, replaced
+):
+    base, source = tmp_path / "base", tmp_path / "sft"
+    shutil.copytree(half_policy, base)
+    write_adapters(base, source, tokenizer=False)
+    lm = load_lm(str(source), "model.policy", SINGLE_RANK)
+    (path,) = tmp_path.rglob(replaced)
+    other = {name: tensor + 1 for name, tensor in load_file(path).items()}
+    save_file(other, tmp_path / "new", metadata={"format": "pt"})
+    (tmp_path / "new").replace(path)
+    with pytest.raises(OSError, match=f"{replaced} was changed while the model was read"):
+        place_model(lm, SINGLE_RANK, "ddp")

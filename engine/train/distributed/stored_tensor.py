@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from engine.train.distributed.ranks import one_thread
@@ -58,6 +59,16 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
     """Whether every rank can read the file; otherwise rank 0 reads and sends."""
     changes: "tuple[LowRankChange, ...]" = ()
     """Adapters that are merged, in this order."""
+    version: tuple[int, int] | None = None
+    """The file's :func:`file_version`, which it must still have when it is read."""
+
+    def with_versions(self) -> "StoredTensor":
+        """The same tensor, which cannot be read once a file has changed."""
+        changes = tuple(
+            replace(c, first=c.first.with_versions(), second=c.second.with_versions())
+            for c in self.changes
+        )
+        return replace(self, version=file_version(self.path), changes=changes)
 
     def read(
         self, first: int = 0, count: int | None = None, dtype: torch.dtype | None = None
@@ -73,7 +84,7 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
             A new tensor on the CPU, (count, ...).
 
         Raises:
-            OSError: the file cannot be read, or has become shorter.
+            OSError: the file cannot be read, or has changed.
         """
         shape, width = self.shape, 1
         if self.shape:
@@ -91,7 +102,7 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
             skip: the number of values before the first one to read.
 
         Raises:
-            OSError: the file cannot be read, or has become shorter.
+            OSError: the file cannot be read, or has changed.
         """
         if not self.changes:
             self._read_stored(tensor, skip)
@@ -110,6 +121,8 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
         converts = tensor.dtype != stored or tensor.device.type != "cpu"
         buffer = _buffer().view(stored) if converts else values
         with Path(self.path).open("rb", buffering=0) as file:
+            if self.version is not None and file_version(file.fileno()) != self.version:
+                raise OSError(f"{self.path} was changed while the model was read")
             file.seek(self.offset + skip * stored.itemsize)
             for part in values.split(len(buffer)) if len(values) else ():
                 content = buffer[: len(part)]
@@ -148,6 +161,18 @@ class LowRankChange(msgspec.Struct, frozen=True):
             torch.mm(outer, inner, out=change)
         change.mul_(self.scale)
         rows.add_((change.T if self.transposed else change)[first : first + len(rows)])
+
+
+def file_version(file: str | int) -> tuple[int, int] | None:
+    """Size and time of modification of a file, by path or descriptor; None if there is none.
+
+    Not its inode, which some network file systems change.
+    """
+    try:
+        found = os.stat(file)  # noqa: PTH116 - also a descriptor
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def temporary_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

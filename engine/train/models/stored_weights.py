@@ -219,7 +219,8 @@ def share_stored(
 def _mark(model: nn.Module, stored: StoredModel, *, on_every_rank: bool) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in stored.tensors.items():
-        mark_stored(parameters[name], replace(tensor, on_every_rank=on_every_rank))
+        found = replace(tensor, on_every_rank=on_every_rank).with_versions()
+        mark_stored(parameters[name], found)
 
 
 def _weight_files(source: str, revision: str | None) -> list[Path]:
