@@ -9,7 +9,8 @@ import msgspec
 from engine import __version__
 from engine.errors import LinkError
 from engine.journal import schema
-from engine.session.folder import EngineInfo, SessionFolder, check_name, write_atomically
+from engine.session.engine_info import EngineInfo
+from engine.session.folder import SessionFolder, check_name, write_atomically
 from engine.session.lock import SessionLock
 from rlhf_tui.remote.messages import VERSION, EngineState, Hello, Log, Message, Rows
 

@@ -22,7 +22,8 @@ from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
-from engine.session.folder import EngineInfo, SessionFolder, create
+from engine.session.engine_info import EngineInfo
+from engine.session.folder import SessionFolder, create
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.state import command_sender

@@ -7,7 +7,8 @@ from textual.events import Key
 
 from engine.journal.writer import JournalWriter
 from engine.protocol.commands import Note, Pause, SetBeta, Stop, Unpause
-from engine.session.folder import EngineInfo, SessionFolder
+from engine.session.engine_info import EngineInfo
+from engine.session.folder import SessionFolder
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
 from rlhf_tui.screens import base
