@@ -115,7 +115,7 @@ async def test_the_summary_takes_the_room_that_a_log_leaves(logged, running, unt
         await until(pilot, lambda: summary.display == visible)
         assert view.size.height >= len(LOG)
         if visible:
-            assert "2× refused a connection" in summary.text()
+            await until(pilot, lambda: "2× refused a connection" in summary.text())
             assert "What happened" in summary.text()
 
 
