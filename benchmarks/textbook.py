@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.train.data.prompts import PromptBatch
 from engine.train.ppo import forward
 from engine.train.ppo.forward import MicroBatchLimit, TokenOutputs, score_tokens
 from engine.train.ppo.masked import response_mask
+from engine.train.rollout.request import RolloutRequest
 from engine.train.rollout.rollout import Rollout, assemble, left_mask
 from engine.train.rollout.sampling import sample
 from engine.train.rollout.stop_criteria import StopCriteria
@@ -78,9 +78,7 @@ def old_policy_outputs(
 @torch.no_grad()
 def generate(
     model: Any,
-    batch: PromptBatch,
-    uniforms: Tensor,
-    temperature: float,
+    request: RolloutRequest,
     stop_criteria: StopCriteria,
     tokenizer: Any,
     *_report: Any,
@@ -88,6 +86,7 @@ def generate(
     **_of_schedule: Any,
 ) -> Rollout:
     """Generates without a cache; every row is computed until the last response has ended."""
+    batch, uniforms, temperature = request.batch, request.uniforms, request.temperature
     count, limit = uniforms.shape
     ids = torch.zeros(count, limit, dtype=torch.int64)
     floats = torch.zeros(3, count, limit)

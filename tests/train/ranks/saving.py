@@ -80,7 +80,7 @@ def train(policy: LanguageModel, optimiser: torch.optim.Optimizer, strategy: str
     """One step on the same tokens on all ranks, so that all strategies give the same weights."""
     tokens = torch.arange(24).reshape(2, 12)
     module = DistributedDataParallel(policy) if strategy == "ddp" else policy
-    logits, values = module(tokens, torch.ones_like(tokens), 12)
+    logits, values, _ = module(tokens, torch.ones_like(tokens), 12)
     (logits.logsumexp(-1).mean() + (values - 1).square().mean()).backward()
     optimiser.step()
     optimiser.zero_grad()
