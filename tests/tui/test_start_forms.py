@@ -136,14 +136,20 @@ async def test_a_new_run_is_opened_once_its_engine_lives_and_no_other_one(starti
                 assert app.state.name == "new"
 
 
-async def test_a_fork_is_not_opened_while_it_is_copied(starting, until, monkeypatch):
-    looked, look = [], SessionFolder.may_be_live
+@pytest.fixture
+def looked(monkeypatch):
+    """Collects the sessions that are looked at, each with whether it may be live."""
+    found, look = [], SessionFolder.may_be_live
 
     def record(session):
-        looked.append((session.name, live := look(session)))
+        found.append((session.name, live := look(session)))
         return live
 
     monkeypatch.setattr(SessionFolder, "may_be_live", record)
+    return found
+
+
+async def test_a_fork_is_not_opened_while_it_is_copied(starting, until, looked):
     async with starting() as (app, pilot, make, _):
         new = make("new")
         copying = new.acquire()
@@ -155,15 +161,8 @@ async def test_a_fork_is_not_opened_while_it_is_copied(starting, until, monkeypa
 
 
 async def test_a_new_run_does_not_take_the_keys_that_are_typed_into_a_dialog(
-    starting, until, monkeypatch
+    starting, until, looked
 ):
-    looked, look = [], SessionFolder.may_be_live
-
-    def record(session):
-        looked.append((session.name, live := look(session)))
-        return live
-
-    monkeypatch.setattr(SessionFolder, "may_be_live", record)
     async with starting() as (app, pilot, make, ended):
         await form(app, pilot, until, "N")
         with locked(make("new")):
