@@ -11,19 +11,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.model import LoRAConfig
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.merge import merge
-from engine.train.checkpoints.saver import Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.adapters import dora, lora
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel
 from engine.train.step import train_step
+from tests.train.checkpoints import save_checkpoint
 from tests.train.loaded import loaded_lm
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
-DEADLINE = 120
-"""Seconds; generous, for a busy machine."""
 FAST = "train.learning_rate=1e-3"
 VARIANTS = {
     "DoRA": ["lora={rank: 4, dora: true}"],
@@ -84,14 +81,6 @@ def of_peft(lm, policy, **settings):
     result = theirs.load_state_dict(policy.lm.state_dict())
     assert not result.missing_keys and not result.unexpected_keys
     return theirs
-
-
-def save(run, session):
-    saver = Saver(session.checkpoints)
-    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=0.0, kl=0.0)
-    folder = saver.wait(DEADLINE).folder
-    mark_complete(folder)
-    return folder
 
 
 def take_step(run, step=1):
@@ -193,7 +182,7 @@ def test_a_run_starts_at_its_reference_and_trains_every_part_of_its_adapters(mak
 def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_step, overrides):
     run, session = make_run(FAST, *overrides)
     take_step(run)
-    save(run, session)
+    save_checkpoint(run, session)
     again = load_run(session, session.config(), Begin(attempt=2, from_step=1), SINGLE_RANK)
     assert_same_step(run, again, 2)
 
@@ -201,7 +190,7 @@ def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_s
 @torch.no_grad()
 def test_peft_loads_a_checkpoints_adapters_and_a_merge_has_the_same_logits(trained, tmp_path):
     run, session = trained
-    folder = save(run, session) / "policy"
+    folder = save_checkpoint(run, session) / "policy"
     settings = json.loads((folder / "adapter_config.json").read_text())
     wanted = run.config.lora
     assert (settings["use_dora"], settings["use_rslora"]) == (wanted.dora, wanted.rslora)
@@ -252,6 +241,6 @@ def test_over_packed_weights_a_run_starts_at_its_reference_and_resumes(make_run,
     with torch.no_grad():
         assert torch.equal(logits(run.policy), logits(run.reference))
     take_step(run)
-    save(run, session)
+    save_checkpoint(run, session)
     again = load_run(session, session.config(), Begin(attempt=2, from_step=1), SINGLE_RANK)
     assert_same_step(run, again, 2)

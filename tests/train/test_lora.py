@@ -26,20 +26,17 @@ from engine.config import file as config_file
 from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.merge import merge
-from engine.train.checkpoints.saver import Saver
 from engine.train.load import load_run
 from engine.train.models.adapters import lora
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
 from engine.train.models.pretrained import load_policy, load_reference
 from engine.train.step import train_step
+from tests.train.checkpoints import save_checkpoint
 from tests.train.loaded import SINGLE_RANK, loaded_lm
 from tests.variants import some_of
 
-DEADLINE = 120
-"""Seconds; generous, for a busy machine."""
 RANK = "lora.rank=4"
 FAST = "train.learning_rate=1e-3"
 VARIANTS = {
@@ -52,16 +49,6 @@ VARIANTS = {
 variants = pytest.mark.parametrize(
     "overrides", some_of(VARIANTS, "gae, separate value trunk", "some targets")
 )
-
-
-def save(run, session):
-    saver = Saver(session.checkpoints)
-    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=1.0, kl=0.5)
-    outcome = saver.wait(DEADLINE)
-    if isinstance(outcome, CheckpointError):
-        raise outcome
-    mark_complete(outcome.folder)
-    return outcome.folder
 
 
 def take_step(run, step=1):
@@ -183,13 +170,13 @@ def test_the_seed_alone_determines_the_initial_adapters(make_run):
 def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_step, overrides):
     run, session = make_run(RANK, FAST, *overrides)
     take_step(run)
-    save(run, session)
+    save_checkpoint(run, session)
     assert_same_step(run, resumed(session), 2)
 
 
 def test_a_checkpoint_holds_the_adapters_and_not_the_base_model(trained, half_policy):
     run, session = trained
-    folder = save(run, session)
+    folder = save_checkpoint(run, session)
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     assert size < sum(p.numel() for p in run.reference.parameters())  # a quarter of its bytes
     assert not list((folder / "policy").glob("model*"))
@@ -201,7 +188,7 @@ def test_a_checkpoint_holds_the_adapters_and_not_the_base_model(trained, half_po
 @pytest.mark.parametrize("loader", [AutoPeftModelForCausalLM, AutoModelForCausalLM])
 def test_peft_and_transformers_load_a_checkpoints_adapters(trained, loader):
     run, session = trained
-    folder = save(run, session) / "policy"
+    folder = save_checkpoint(run, session) / "policy"
     lm = loader.from_pretrained(folder, dtype=torch.float32).eval()
     model = lm.get_base_model() if loader is AutoPeftModelForCausalLM else lm
     assert lora.adapted_layers(model)
@@ -211,7 +198,7 @@ def test_peft_and_transformers_load_a_checkpoints_adapters(trained, loader):
 
 def test_a_merged_policy_is_a_plain_model_with_the_same_logits(trained, tmp_path):
     run, session = trained
-    save(run, session)
+    save_checkpoint(run, session)
     merge(session, 1, "policy", tmp_path / "merged")
     lm = loaded_lm(tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
@@ -222,7 +209,7 @@ def test_a_merged_policy_is_a_plain_model_with_the_same_logits(trained, tmp_path
 
 def test_a_merged_policy_for_which_there_is_no_room_is_refused_with_the_reason(trained, tmp_path):
     run, session = trained
-    save(run, session)
+    save_checkpoint(run, session)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
@@ -236,7 +223,7 @@ def test_a_merged_policy_for_which_there_is_no_room_is_refused_with_the_reason(t
 def test_an_error_of_a_merge_is_one_line(trained, tmp_path):
     run, session = trained
     run.state.base = "another"
-    save(run, session)
+    save_checkpoint(run, session)
     done = subprocess.run(
         [sys.executable, "-m", "engine.train.checkpoints.merge", session.folder, "1",
          "policy", tmp_path / "merged"],
@@ -250,7 +237,7 @@ def test_an_error_of_a_merge_is_one_line(trained, tmp_path):
 def test_a_changed_base_is_refused_on_a_resume(shared_run, copied_base):
     run, session = shared_run(RANK, FAST, f"model.reference={copied_base}", steps=1)
     run.state.base = "another"
-    save(run, session)
+    save_checkpoint(run, session)
     with pytest.raises(CheckpointError, match="model under the adapters is not the one"):
         resumed(session)
 
@@ -276,10 +263,10 @@ def test_a_checkpoint_of_the_other_kind_is_refused(make_run, shared_run):
     full, full_session = make_run()
     take_step(full)
     with pytest.raises(CheckpointError, match=r"holds no adapters, but lora\.rank is set"):
-        lora.load_adapters(adapted.policy.lm, save(full, full_session) / "policy")
+        lora.load_adapters(adapted.policy.lm, save_checkpoint(full, full_session) / "policy")
     other, session = make_run("lora.rank=2")
     take_step(other)
-    folder = save(other, session) / "policy"
+    folder = save_checkpoint(other, session) / "policy"
     with pytest.raises(CheckpointError, match="another model, rank or targets"):
         lora.load_adapters(adapted.policy.lm, folder)
 

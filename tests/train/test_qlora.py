@@ -11,9 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from engine.config.sections.model import LoRAConfig
 from engine.errors import UserInputError
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.merge import merge
-from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import read_unsharded
 from engine.train.load import load_run
 from engine.train.models.adapters.quantised_linear import QuantisedLinear, dequantise, quantise
@@ -25,10 +23,9 @@ from engine.train.models.language_model import (
 )
 from engine.train.models.pretrained import load_lm
 from engine.train.step import train_step
+from tests.train.checkpoints import save_checkpoint
 from tests.train.loaded import SINGLE_RANK, loaded_lm
 
-DEADLINE = 120
-"""Seconds; generous, for a busy machine."""
 NF4 = LoRAConfig(rank=4, quantise="nf4")
 KEYS = ("lora.rank=4", "lora.quantise=nf4", "train.learning_rate=1e-3")
 
@@ -63,14 +60,6 @@ def trained(make_run):
     return run, session, metrics, before
 
 
-def save(run, session):
-    saver = Saver(session.checkpoints)
-    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=0.0, kl=0.0)
-    folder = saver.wait(DEADLINE).folder
-    mark_complete(folder)
-    return folder
-
-
 @needs_bitsandbytes
 def test_a_run_starts_at_its_reference_and_trains_its_adapters_alone(trained):
     run, _, first, before = trained
@@ -99,7 +88,7 @@ def test_the_linear_layers_of_policy_and_value_trunk_take_half_a_byte_a_weight(t
 @needs_bitsandbytes
 def test_the_next_step_of_a_resumed_run_is_bitwise_equal(trained, assert_same_step):
     run, session, *_ = trained
-    folder = save(run, session)
+    folder = save_checkpoint(run, session)
     names = {f.name for f in (folder / "policy").iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
     saved = read_unsharded(folder / "training")
@@ -111,7 +100,7 @@ def test_the_next_step_of_a_resumed_run_is_bitwise_equal(trained, assert_same_st
 @needs_bitsandbytes
 def test_a_merged_policy_has_the_logits_of_the_policy_that_was_trained(trained, tmp_path):
     run, session, *_ = trained
-    save(run, session)
+    save_checkpoint(run, session)
     merge(session, 1, "policy", tmp_path / "merged")
     lm = loaded_lm(tmp_path / "merged")
     assert not packed_layers(lm)
