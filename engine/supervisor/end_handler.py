@@ -109,11 +109,7 @@ class EndHandler:
         if (again or other_settings) and (problem := self._no_start()):
             again = other_settings = False
             failure = msgspec.structs.replace(failure, text=f"{failure.text}; {problem}")
-        data = {
-            "text": failure.text,
-            "traceback": failure.traceback,
-            "user_input": failure.user_input,
-        }
+        data = {"text": failure.text, "traceback": failure.traceback}
         self._journal.record_event("error", data)
         if other_settings:
             self._restart_with_changes(failure)

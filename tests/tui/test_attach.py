@@ -144,7 +144,7 @@ def test_a_fork_that_was_stopped_stays_although_its_source_had_wrong_input(
 ):
     """Only a fork whose own start fails for its input is removed."""
     source = session_maker(tmp_path / "s", "source", 3)
-    wrong = {"text": "no such model", "user_input": True}
+    wrong = {"text": "no such model"}
     with closing(JournalWriter(source)) as journal:
         journal.record_event("error", wrong, 1)
         journal.set_meta(exit_code=UserInputError.exit_code)
