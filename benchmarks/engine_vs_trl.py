@@ -23,7 +23,7 @@ from benchmarks.engine_side import settings
 from benchmarks.side import NO_TRL, Side, has_ppo_trainer
 from benchmarks.task import SMALL_TASK, TINY, Task, write_models
 from engine.config.sections.launch import LaunchConfig
-from engine.launch.environment import OPENMP_WAITING, rank_environment
+from engine.launch.environment import rank_environment
 
 EQUAL = ["model.value=separate", "model.dtype=float32", "reward.dtype=float32"]
 """Settings that give the engine TRL's workload: a separate value model and float32."""
@@ -94,13 +94,11 @@ def start(folder: Path, task: Task, extra: list[str]) -> list[Side]:
     trl = ("benchmarks.trl_side", [str(folder), json.dumps(asdict(task))])
     equal = (OURS, [str(folder), *settings(task), *EQUAL, *extra])
     defaults = (OURS, [str(folder), *settings(task), *extra])
-    # TRL gets the launcher's OpenMP wait settings too: with libgomp's defaults, threads that spin
-    # while they wait would slow TRL down most on a machine that other programs use.
-    trl_environment = OPENMP_WAITING | os.environ
+    # Each side waits as its users' do: TRL's threads spin as long as libgomp's do by default.
     ours = rank_environment(LaunchConfig(nice=0))
     sides = []
     for name, (module, arguments), environment in (
-        ("TRL", trl, trl_environment),
+        ("TRL", trl, dict(os.environ)),
         ("ours, equal work", equal, ours),
         ("ours, defaults", defaults, ours),
     ):

@@ -64,6 +64,29 @@ busy process. If they sleep at once, a step on an idle machine takes an eighth l
 decoding consists of thousands of short parallel regions. Ten thousand spins gain little on an idle
 machine and make a step 1.5 times as long beside another busy process."""
 
+LONG_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000"}
+"""A waiting thread spins for some milliseconds.
+
+Where a sleeping thread takes long to wake up, as in a virtual machine, a step then takes 12 to 20 %
+less. For a rank that has an idle core for each thread (`engine.train.distributed.idle_cores`)."""
+
+
+def threads_per_rank(launch: LaunchConfig, ranks: int) -> int:
+    """`launch.threads`, or an equal share of the cores for each of `ranks` on this machine."""
+    return launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def needs_most_cores(threads: int) -> bool:
+    """Whether two teams of so many threads are more threads than this process has cores."""
+    return 1 < threads <= len(os.sched_getaffinity(0)) < 2 * threads - 1
+
+
+def openmp_waiting(launch: LaunchConfig, ranks: int) -> dict[str, str]:
+    """How the threads of each of `ranks` on this machine wait for each other."""
+    alone = ranks == 1 and needs_most_cores(threads_per_rank(launch, 1))
+    return LONG_WAITING if alone else OPENMP_WAITING
+
+
 MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 23), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """Make glibc keep the memory that tensors free, instead of returning it and asking for it again.
 
@@ -192,8 +215,13 @@ def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:
     return [sys.executable, "-P", "-m", "engine.launch.rank", agent, folder, str(count)]
 
 
-def rank_environment(launch: LaunchConfig) -> dict[str, str]:
-    """The environment of ranks on any machine, except for their token and addresses."""
+def rank_environment(launch: LaunchConfig, ranks: int = 1) -> dict[str, str]:
+    """The environment of ranks on any machine, except for their token and addresses.
+
+    Args:
+        launch: the section of the configuration.
+        ranks: how many of them are on this machine.
+    """
     settings = {
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
@@ -204,8 +232,8 @@ def rank_environment(launch: LaunchConfig) -> dict[str, str]:
     }
     if launch.gpus:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join(chosen_gpus(launch.gpus))
-    defaults = OPENMP_WAITING | MALLOC_SETTINGS | ONEDNN_CACHES | mkl_settings() | GPU_ORDER
-    defaults |= allocator_settings(launch)
+    defaults = openmp_waiting(launch, ranks) | MALLOC_SETTINGS | ONEDNN_CACHES
+    defaults |= mkl_settings() | GPU_ORDER | allocator_settings(launch)
     found = defaults | clean_environment() | settings | LOG_ENCODING
     found.pop(TF32_OVERRIDE, None)
     return found

@@ -65,7 +65,7 @@ class RankProcesses:
         with self._session.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *rank_command(self._launch, str(self._session.folder), self.count),
-                env=rank_environment(self._launch) | link | rollout,
+                env=rank_environment(self._launch, self.count) | link | rollout,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -26,12 +26,13 @@ from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # 
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
 from engine.examined import examined
-from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
+from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE, threads_per_rank
 from engine.launch.secret import SECRET_VARIABLE
 from engine.memory.capacity import of_gpus
 from engine.nvml import driver_problem, visible_gpus
 from engine.protocol.rank_messages import LEAVING_KEY, WAITING_KEY
 from engine.train.distributed.exchange import all_gather_bytes
+from engine.train.distributed.idle_cores import wait_by_idle_cores
 from engine.train.distributed.rank_store import RankStore
 
 log = logging.getLogger("engine")
@@ -356,6 +357,7 @@ def set_threads_and_nice(ranks: RankGroup, launch: LaunchConfig) -> int:
         os.nice(int(os.environ.get(NICE_VARIABLE, "0")))
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads_per_rank(launch, local_ranks))
+    wait_by_idle_cores()
     return torch.get_num_threads()
 
 
@@ -368,8 +370,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def threads_per_rank(launch: LaunchConfig, ranks: int) -> int:
-    """`launch.threads`, or an equal share of the cores for each of `ranks` on this machine."""
-    return launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)

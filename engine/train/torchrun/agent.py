@@ -33,6 +33,7 @@ from engine.launch.environment import (
     JOINED_VARIABLE,
     LAUNCH_VARIABLE,
     STORE_VARIABLE,
+    threads_per_rank,
 )
 from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
@@ -41,7 +42,6 @@ from engine.log_lines import log_to
 from engine.protocol.machines.store_messages import SetKeys
 from engine.protocol.rank_messages import JOIN_INFO_KEY, Failed, JoinInfo
 from engine.session.temporary_folders import TemporaryFolder
-from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link
 from engine.train.torchrun.rendezvous import StoreRendezvous
 

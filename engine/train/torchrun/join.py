@@ -222,7 +222,7 @@ def run_agent(
     leave_deleted_folder(Path(found.info.folder))
     process = subprocess.Popen(  # noqa: S603 - our own module
         rank_command(launch, found.info.folder, count),
-        env=rank_environment(launch) | variables,
+        env=rank_environment(launch, count) | variables,
         stdin=subprocess.DEVNULL,
     )
     last_seen = time.monotonic()
