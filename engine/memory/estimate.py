@@ -359,12 +359,13 @@ def kept_for_backward(
 ) -> int:
     """Computes the bytes that autograd keeps from a forward pass for the backward pass.
 
-    In float32 a layer keeps 6·H (each norm's input, normalised input and output), 4·A
-    (queries, expanded keys and values, output) and 4·I of a gated MLP (gate, its activation, up,
-    their product). Under autocast the norms stay float32, and each product keeps a bfloat16 copy of
-    its input. If there is a mask, each layer of a fused kernel converts it, L×L per row; one for
-    each head is float32 already, so that all layers keep the same. Without a fused kernel a layer
-    keeps the float32 softmax of its scores, a bfloat16 copy, and what a soft cap returns.
+    In float32 a layer keeps 6·H (each norm's input, normalised input and output), 4·A (queries,
+    expanded keys and values, output) and 2·I of a gated MLP (gate and up; 4·I if its activation and
+    their product are not computed again). Under autocast the norms stay float32, and each product
+    keeps a bfloat16 copy of its input. If there is a mask, each layer of a fused kernel converts
+    it, L×L per row; one for each head is float32 already, so that all layers keep the same. Without
+    a fused kernel a layer keeps the float32 softmax of its scores, a bfloat16 copy, and what a soft
+    cap returns.
 
     Args:
         shape: the model's shape.
@@ -374,7 +375,9 @@ def kept_for_backward(
         checkpointing: activation checkpointing keeps a layer's input and recomputes the rest.
     """
     h, a, i = shape.hidden, shape.attention, shape.intermediate
-    layer = 4 * (6 * h + 4 * a + 4 * i) if width == MASTER else 26 * h + 8 * a + 8 * i
+    wide = 2 if shape.recomputes_products and not checkpointing else 4
+    layer = 4 * (6 * h + 4 * a) if width == MASTER else 26 * h + 8 * a
+    layer += wide * width * i
     tokens = rows * length
     one_layer = tokens * layer
     outside = 3 * MASTER * h * tokens

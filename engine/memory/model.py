@@ -68,6 +68,8 @@ class Shape(Struct, frozen=True, kw_only=True):
     gets no mask for it."""
     read_whole: bool = False
     """Whether all of it is in host memory while it is read, because transformers joins tensors."""
+    recomputes_products: bool = False
+    """Whether each layer has a gated MLP whose two products are computed again in training."""
 
     def needs_mask(self, length: int) -> bool:
         """Whether causal attention over `length` positions without padding needs a mask."""

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from engine.train.distributed.sharding import full_tensor
+from engine.train.models.activations.offloaded import OffloadedActivations
 from engine.train.models.adapters import dora, lora
 from engine.train.models.adapters.quantised_linear import packed_weight_count
 from engine.train.models.mixed_precision import ExpertCasts
-from engine.train.models.offloaded_activations import OffloadedActivations
 from engine.train.models.output_layer import OutputLayer
 from engine.train.models.router_loss import load_balancing_loss
 

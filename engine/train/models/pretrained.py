@@ -28,6 +28,8 @@ from engine.train.data.chat_template import read_chat_template
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import offload_between_uses, place_model
+from engine.train.models.activations.offloaded import OffloadedActivations
+from engine.train.models.activations.recomputed import recompute_products
 from engine.train.models.adapters import dora, lora
 from engine.train.models.adapters.quantised_linear import quantise
 from engine.train.models.cpu_layers import use_cpu_layers
@@ -39,7 +41,6 @@ from engine.train.models.language_model import (
     cache_name,
 )
 from engine.train.models.mixed_precision import keep_hidden_states_float32
-from engine.train.models.offloaded_activations import OffloadedActivations
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 
@@ -103,6 +104,8 @@ def load_policy(
     policy.cast_experts()
     if config.parallel.activation_checkpointing:
         _checkpoint_activations(policy)
+    else:
+        recompute_products(policy)
     if config.parallel.activations == "offload":
         policy.offloaded = OffloadedActivations(lm.get_output_embeddings().in_features)
     place_model(_disable_dropout(policy), ranks, strategy, compute_dtype(config))

@@ -30,6 +30,7 @@ from engine.memory.model import Models, Shape
 from engine.protocol.programs.result import print_result
 from engine.train.data.load_prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
+from engine.train.models.activations.recomputed import is_gated_mlp
 from engine.train.models.pretrained import load_policy_tokenizer, policy_options, reward_options
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import joins_tensors
@@ -167,6 +168,7 @@ def _shape(model: Any, config: Any, *, eager: bool, on_cpu: bool) -> Shape:
         score_tensors=_score_tensors(config, eager=eager),
         ignores_padding=is_classifier_on_decoder(model),
         read_whole=joins_tensors(model),
+        recomputes_products=all(map(partial(_is_gated, width=_intermediate(config)), layers)),
     )
 
 
@@ -213,6 +215,12 @@ def _intermediate(config: Any) -> int:
     if experts:
         width = experts * (getattr(config, "moe_intermediate_size", None) or width)
     return int(width or 4 * config.hidden_size)
+
+
+def _is_gated(layer: nn.Module, width: int) -> bool:
+    """Whether a layer has one MLP of its width, of the kind whose products are computed again."""
+    gated = (m for m in layer.modules() if is_gated_mlp(m))
+    return any(m.down_proj.in_features == width for m in gated)
 
 
 def _linear(layers: list[nn.Module], size: Callable[[nn.Linear | Conv1D], int]) -> dict[str, int]:

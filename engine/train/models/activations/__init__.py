@@ -1,0 +1,1 @@
+"""What autograd keeps of a forward pass: moved to the host, or computed again."""

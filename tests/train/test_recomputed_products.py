@@ -1,0 +1,133 @@
+"""Gated MLPs compute two tensors again in the backward pass instead of keeping them."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import SiLUActivation
+
+from engine.train.models.activations.recomputed import is_gated_mlp, recompute_products
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+    "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+
+
+def tiny_model(kind: str) -> nn.Module:
+    """A model of an architecture with random weights."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+
+
+def backward_pass(model: nn.Module, *, bfloat16: bool = False, times: int = 1) -> list[Tensor]:
+    """Logits and all gradients of a sum over some random tokens."""
+    ids = torch.randint(60, (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        logits = model(ids, use_cache=False).logits
+    for _ in range(times):
+        logits.float().logsumexp(-1).sum().backward(retain_graph=times > 1)
+    return [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "olmo2"])
+def test_outputs_and_gradients_are_the_same_bits(kind: str, bfloat16: bool) -> None:
+    usual = tiny_model(kind)
+    lean = copy.deepcopy(usual)
+
+    recompute_products(lean)
+
+    assert any("forward" in vars(part) for part in lean.modules())
+    found = backward_pass(lean, bfloat16=bfloat16)
+    expected = backward_pass(usual, bfloat16=bfloat16)
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_second_backward_pass_over_the_same_graph_adds_the_same_gradients() -> None:
+    usual = tiny_model("llama")
+    lean = copy.deepcopy(usual)
+
+    recompute_products(lean)
+
+    assert all(map(torch.equal, backward_pass(lean, times=2), backward_pass(usual, times=2)))
+
+
+class Seen(SiLUActivation):
+    """An activation that remembers whether its results still exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[weakref.ref[Tensor]] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        result = super().forward(input)
+        self.results.append(weakref.ref(result))
+        return result
+
+
+def test_activation_and_product_do_not_exist_between_forward_and_backward_pass() -> None:
+    model = tiny_model("llama")
+    products: list[weakref.ref[Tensor]] = []
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Seen()
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _part, args: products.append(weakref.ref(args[0]))
+        )
+    recompute_products(model)
+
+    logits = model(torch.arange(6)[None], use_cache=False).logits
+
+    activations = [ref for layer in model.model.layers for ref in layer.mlp.act_fn.results]
+    assert len(activations) == len(products) == 2
+    assert logits.requires_grad
+    assert [ref() for ref in activations + products] == [None] * 4
+
+
+def test_without_gradients_nothing_is_computed_again() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Seen()
+    recompute_products(model)
+
+    with torch.no_grad():
+        model(torch.arange(6)[None], use_cache=False)
+
+    assert [len(layer.mlp.act_fn.results) for layer in model.model.layers] == [1, 1]
+
+
+class Gated(nn.Module):
+    """A gated MLP with a factor that others do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(4, 8), nn.Linear(4, 8)
+        self.down_proj, self.act_fn = nn.Linear(8, 4), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 0.5
+
+
+class Clipped(Gated):
+    """One that does more than one statement."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clamp(-1, 1)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("other", [Gated(), Clipped(), nn.Linear(4, 4)])
+def test_a_module_that_computes_something_else_is_left_alone(other: nn.Module) -> None:
+    assert not is_gated_mlp(other)
+
+
+def test_an_mlp_with_a_forward_of_its_own_is_left_alone() -> None:
+    mlp = tiny_model("llama").model.layers[0].mlp
+    mlp.forward = lambda x: x  # as Liger's kernels replace it
+
+    assert not is_gated_mlp(mlp)
