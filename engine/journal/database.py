@@ -5,12 +5,13 @@ import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from engine.errors import JournalError
 from engine.journal import schema
+from engine.session.access import open_to_read
 
 Values = Iterable[Any] | Mapping[str, Any]
 """The parameters of a query, positional or named."""
@@ -142,7 +143,12 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
         raise JournalError(f"cannot read {path}: {error.strerror}") from error
     if not stat.S_ISREG(mode):
         raise JournalError(f"cannot read {path}: it is not a file; move it away")
-    uri = f"{path.resolve().as_uri()}?mode=ro"
+    file = path.resolve()
+    for beside in (file.with_name(f"{file.name}-{part}") for part in ("journal", "wal", "shm")):
+        with suppress(OSError):  # which SQLite reports
+            if not stat.S_ISREG(beside.stat().st_mode):  # it would wait for a pipe's other end
+                raise JournalError(f"cannot read {beside}: it is not a file; move it away")
+    uri = f"{file.as_uri()}?mode=ro"
     try:
         try:
             db = sqlite3.connect(uri, uri=True, timeout=5.0)
@@ -193,7 +199,7 @@ def check_rollback_journal(path: Path) -> None:
     """
     journal = path.resolve().with_name(f"{path.resolve().name}-journal")
     try:
-        with journal.open("rb") as file:
+        with open_to_read(journal) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - len(_JOURNAL_END)))
             end = file.read()
     except FileNotFoundError:

@@ -4,12 +4,14 @@ A session's configuration can name Python code, so anyone who can write to a ses
 the user who resumes it. Modes are therefore set explicitly and do not depend on the umask.
 """
 
+import errno
 import getpass
 import os
 import pwd
 import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from engine.errors import SessionError
 
@@ -67,9 +69,41 @@ def create_file(path: Path) -> None:
     SQLite gives the files beside a database (``-wal``, ``-journal``) the mode of the database.
 
     Raises:
-        OSError: the file cannot be created.
+        OSError: the file cannot be created, or what is there is not a regular file.
     """
-    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+    os.close(open_regular(path, os.O_RDONLY | os.O_CREAT))
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Opens a file of a session, and returns its descriptor.
+
+    Whoever can write to a session that is shared, or copied from somebody, can put a named pipe
+    there. Opening that would wait for its other end.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file; move it away", str(path))
+    return fd
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """Opens a file of a session for reading, see :func:`open_regular`. Raises OSError."""
+    return os.fdopen(open_regular(path), "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file of a session, see :func:`open_regular`. Raises OSError."""
+    with open_to_read(path) as file:
+        return file.read()
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Opens a log of a session, which is created if it is missing. Raises OSError."""
+    return os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def open_to_umask(folder: Path) -> None:

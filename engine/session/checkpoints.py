@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from engine.examined import examined
+from engine.session.access import open_to_read, read_bytes
 
 COMPLETE = "COMPLETE"
 """The file that is created last, once the journal holds everything up to the checkpoint's step. It
@@ -185,7 +186,7 @@ def find_damage(folder: Path, part: str = "", copy: Path | None = None) -> str |
     if problem := _find_state_damage(folder):
         return problem
     try:
-        sums = msgspec.json.decode((folder / STATE).read_bytes(), type=examined(_Sums)).hashes
+        sums = msgspec.json.decode(read_bytes(folder / STATE), type=examined(_Sums)).hashes
         for name, expected in sums.items():
             if part and not name.startswith(f"{part}/"):
                 continue
@@ -204,7 +205,7 @@ def find_damage(folder: Path, part: str = "", copy: Path | None = None) -> str |
 def _find_state_damage(folder: Path) -> str | None:
     """Like :func:`find_damage`, for state.json alone. An empty COMPLETE, without a sum, passes."""
     try:
-        expected = (folder / COMPLETE).read_text(encoding="ascii").strip()
+        expected = read_bytes(folder / COMPLETE).decode("ascii").strip()
         if expected and sha256(folder / STATE) != expected:
             return f"{STATE} does not match its hash in {COMPLETE}"
     except (OSError, ValueError) as error:
@@ -221,7 +222,7 @@ def raise_unless_damage(error: Exception) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal digits. Raises OSError."""
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -253,7 +254,7 @@ class StateSummary(msgspec.Struct, frozen=True):
 def read_summary(folder: Path) -> StateSummary:
     """Reads state.json; empty if it is unreadable, which the rank that loads it then reports."""
     try:
-        return msgspec.json.decode((folder / STATE).read_bytes(), type=examined(StateSummary))
+        return msgspec.json.decode(read_bytes(folder / STATE), type=examined(StateSummary))
     except (OSError, msgspec.DecodeError, RecursionError):
         return StateSummary()
 
