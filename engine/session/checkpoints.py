@@ -37,7 +37,7 @@ NO_DAMAGE = (
 """Errors after which nothing is known of a file: this user may not read it, this machine has no
 room for it, or its file system is away. Nothing may be abandoned for them."""
 _NAME = re.compile(r"step-(\d{6,})")
-_ASIDE = re.compile(r"step-(\d{6,})-attempt-(\d+)")
+_ASIDE = re.compile(r"step-(\d{6,})-attempt-(\d+)(?:-(\d+))?")
 
 
 class _Sums(msgspec.Struct):
@@ -52,8 +52,17 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 
 
 def aside_path(checkpoints: Path, step: int, attempt: int) -> Path:
-    """Where a checkpoint of an abandoned branch stays when its step has another one."""
-    return checkpoints / f"step-{step:06d}-attempt-{attempt}"
+    """Where a checkpoint of an abandoned branch stays when its step has another one.
+
+    If the path is taken, a number is appended: a journal that was restored from a copy counts the
+    attempts after it again.
+    """
+    path = taken = checkpoints / f"step-{step:06d}-attempt-{attempt}"
+    number = 1
+    while path.exists():
+        number += 1
+        path = taken.with_name(f"{taken.name}-{number}")
+    return path
 
 
 def complete_checkpoints(checkpoints: Path, *, lenient: bool = False) -> dict[int, Path]:
@@ -113,8 +122,11 @@ def aside_checkpoints(checkpoints: Path) -> dict[str, Path]:
     found = {}
     for folder in checkpoints.glob("step-*-attempt-*"):
         if match := _ASIDE.fullmatch(folder.name):
-            found[int(match[1]), int(match[2])] = folder
-    return {f"{step}-attempt-{attempt}": found[step, attempt] for step, attempt in sorted(found)}
+            found[int(match[1]), int(match[2]), int(match[3] or 0)] = folder
+    return {
+        f"{step}-attempt-{attempt}" + (f"-{number}" if number else ""): folder
+        for (step, attempt, number), folder in sorted(found.items())
+    }
 
 
 def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
