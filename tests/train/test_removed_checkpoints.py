@@ -153,6 +153,20 @@ def test_one_that_was_moved_aside_before_is_not_replaced_either(trained, link):
     assert all((folder / name).exists() for folder, name in kept)
 
 
+def test_a_folder_that_cannot_be_looked_at_was_not_moved(trained, link):
+    """As while a network file system is away."""
+    run, session, _, _ = trained
+    session.journal_file.touch()
+    begin = Begin(attempt=2, from_step=1, checkpoints=[1], journal=file_id(session.journal_file))
+    session.journal_file.unlink()
+    session.journal_file.symlink_to("x" * 1000)
+    later = Boundary(session, run, begin, link)
+    later.after_step(2, dict(METRICS), 0.1)
+    problem = later.checkpoints.save()
+    assert "File name too long" in problem
+    assert "moved" not in problem
+
+
 def test_nothing_is_replaced_in_a_folder_that_has_taken_the_sessions_place(trained, link):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()

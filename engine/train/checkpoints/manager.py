@@ -106,7 +106,12 @@ class CheckpointManager:
                 checkpoint_folder.clear_interrupted(folder)
 
     def _check_place(self) -> None:
-        """Raises CheckpointError if the session's folder was moved: another may be at its path."""
+        """Checks that the session's folder was not moved: another may be at its path.
+
+        Raises:
+            CheckpointError: it was.
+            OSError: it cannot be looked at.
+        """
         path = self._folder.with_name("journal.db")
         if self._journal is not None and file_id(path) != self._journal:
             raise CheckpointError(
