@@ -157,6 +157,7 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
             # In a read-only folder, SQLite cannot create the shared memory of WAL.
             db, uri = _connect_without_shared_memory(path, uri)
             version = schema.schema_version(db)
+        check_schema(db, path)
     except sqlite3.Error as error:
         raise JournalError(f"cannot read {path}: {error}") from error
     if version > newest:
@@ -183,6 +184,21 @@ def _connect_without_shared_memory(path: Path, uri: str) -> tuple[sqlite3.Connec
     db = sqlite3.connect(uri, uri=True, timeout=5.0)
     db.execute("PRAGMA locking_mode = EXCLUSIVE")
     return db, uri
+
+
+def check_schema(db: sqlite3.Connection, path: Path) -> None:
+    """Refuses a database with a view or a trigger, since ours have none.
+
+    Somebody has added it by hand. What a view returns is computed, and that may never end.
+
+    Raises:
+        JournalError: there is one.
+        sqlite3.Error: the file cannot be read.
+    """
+    query = "SELECT 1 FROM sqlite_schema WHERE type IN ('view', 'trigger')"
+    if db.execute(query).fetchone() is not None:
+        db.close()
+        raise JournalError(f"{path} is not as rlhf-tui writes it: do not trust this session")
 
 
 def check_rollback_journal(path: Path) -> None:
