@@ -17,6 +17,8 @@ from engine.errors import SessionError
 
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
+MOST_BYTES = 1 << 26
+"""Most bytes of a file in JSON. A checkpoint's state.json has a line for each file of a model."""
 
 
 def make_folders(path: Path) -> None:
@@ -96,9 +98,16 @@ def open_to_read(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The contents of a file of a session, see :func:`open_regular`. Raises OSError."""
+    """The contents of a small file of a session, see :func:`open_regular`.
+
+    Raises:
+        OSError: it cannot be read, or has more than :data:`MOST_BYTES`.
+    """
     with open_to_read(path) as file:
-        return file.read()
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes", str(path))
+    return data
 
 
 def open_to_append(path: Path) -> BinaryIO:
