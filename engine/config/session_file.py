@@ -1,5 +1,7 @@
 """The text of a session's config.yaml. Imports no YAML, so that lists of sessions are quick."""
 
+import contextlib
+import stat
 from pathlib import Path
 
 from engine.errors import ConfigError
@@ -45,6 +47,9 @@ def read_session_text(path: Path) -> str:
     Raises:
         ConfigError: it cannot be read, is empty, or is cut off.
     """
+    with contextlib.suppress(OSError):  # which reading it reports
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise ConfigError(f"cannot read {path}: it is not a regular file; move it away")
     text = read_text(path)
     if not text.strip():
         raise ConfigError(f"{path} is empty; restore it from a copy")

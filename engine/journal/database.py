@@ -5,12 +5,13 @@ import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from engine.errors import JournalError
 from engine.journal import schema
+from engine.session.access import open_to_read
 
 Values = Iterable[Any] | Mapping[str, Any]
 """The parameters of a query, positional or named."""
@@ -142,7 +143,12 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
         raise JournalError(f"cannot read {path}: {error.strerror}") from error
     if not stat.S_ISREG(mode):
         raise JournalError(f"cannot read {path}: it is not a file; move it away")
-    uri = f"{path.resolve().as_uri()}?mode=ro"
+    file = path.resolve()
+    for beside in (file.with_name(f"{file.name}-{part}") for part in ("journal", "wal", "shm")):
+        with suppress(OSError):  # which SQLite reports
+            if not stat.S_ISREG(beside.stat().st_mode):  # it would wait for a pipe's other end
+                raise JournalError(f"cannot read {beside}: it is not a file; move it away")
+    uri = f"{file.as_uri()}?mode=ro"
     try:
         try:
             db = sqlite3.connect(uri, uri=True, timeout=5.0)
@@ -151,6 +157,7 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
             # In a read-only folder, SQLite cannot create the shared memory of WAL.
             db, uri = _connect_without_shared_memory(path, uri)
             version = schema.schema_version(db)
+        check_schema(db, path)
     except sqlite3.Error as error:
         raise JournalError(f"cannot read {path}: {error}") from error
     if version > newest:
@@ -179,6 +186,21 @@ def _connect_without_shared_memory(path: Path, uri: str) -> tuple[sqlite3.Connec
     return db, uri
 
 
+def check_schema(db: sqlite3.Connection, path: Path) -> None:
+    """Refuses a database with a view or a trigger, since ours have none.
+
+    Somebody has added it by hand. What a view returns is computed, and that may never end.
+
+    Raises:
+        JournalError: there is one.
+        sqlite3.Error: the file cannot be read.
+    """
+    query = "SELECT 1 FROM sqlite_schema WHERE type IN ('view', 'trigger')"
+    if db.execute(query).fetchone() is not None:
+        db.close()
+        raise JournalError(f"{path} is not as rlhf-tui writes it: do not trust this session")
+
+
 def check_rollback_journal(path: Path) -> None:
     """Refuses a rollback journal that SQLite would delete another file for.
 
@@ -193,7 +215,7 @@ def check_rollback_journal(path: Path) -> None:
     """
     journal = path.resolve().with_name(f"{path.resolve().name}-journal")
     try:
-        with journal.open("rb") as file:
+        with open_to_read(journal) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - len(_JOURNAL_END)))
             end = file.read()
     except FileNotFoundError:

@@ -18,7 +18,7 @@ import msgspec
 from engine import __version__
 from engine.errors import JournalError
 from engine.journal import schema
-from engine.journal.database import check_rollback_journal, write_problem
+from engine.journal.database import check_rollback_journal, check_schema, write_problem
 from engine.journal.json_values import finite
 from engine.journal.logs.checkpoint_log import AdoptedCheckpoint, CheckpointLog
 from engine.journal.logs.command_log import CommandLog
@@ -374,6 +374,7 @@ def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
         access.create_file(path)
         check_rollback_journal(path)
         db = sqlite3.connect(path, timeout=OPEN_TIMEOUT)
+        check_schema(db, path)
         db.execute(f"PRAGMA journal_mode = {mode}")
         db.execute("PRAGMA synchronous = NORMAL")
         schema.migrate(db, migrations, path)

@@ -14,6 +14,7 @@ from engine.journal.rows import AlertEvent, ReadyEvent
 from engine.launch.environment import LOG_ENCODING
 from engine.launch.failed_start import NewSession
 from engine.launch.start_options import StartOptions, start_variable
+from engine.session import access
 from engine.session.folder import SessionFolder
 from engine.session.states import LIVE_STATES
 
@@ -64,7 +65,7 @@ def _start(
     attempts, last_event = _attempts(session), _last_event(session)
     log_size = _size(session.log_file)
     # The engine inherits no open file: a script that reads our output must see its end.
-    with session.log_file.open("ab") as log:
+    with access.open_to_append(session.log_file) as log:
         process = subprocess.Popen(  # noqa: S603 - this program
             [sys.executable, "-P", "-m", "engine", str(session.folder)],
             env=os.environ | LOG_ENCODING | start_variable(start),
@@ -119,7 +120,7 @@ def _ended(session: SessionFolder, code: int, state: str, pid: int, log_size: in
 
 def _last_line(session: SessionFolder, start: int) -> str:
     """The last line that this engine wrote to the log after a byte offset; empty if none."""
-    with session.log_file.open("rb") as file:
+    with access.open_to_read(session.log_file) as file:
         file.seek(start)
         lines = file.read().decode("utf-8", "replace").splitlines()
     return lines[-1].removeprefix("rlhf-tui: ") if lines else ""

@@ -8,6 +8,7 @@ from engine.journal.judgements.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ForkOrigin
 from engine.launch.start_options import StartOptions
+from engine.session.access import read_bytes
 from engine.session.checkpoints import COMPLETE, checkpoint_path
 from engine.session.folder import SessionFolder
 
@@ -109,7 +110,7 @@ def _copied(session: SessionFolder, origin: ForkOrigin) -> set[Path]:
     source = SessionFolder(session.folder.parent / origin.session)
     folders = [checkpoint_path(s.checkpoints, origin.step) for s in (session, source)]
     try:
-        sums = {(folder / COMPLETE).read_bytes() for folder in folders}
+        sums = {read_bytes(folder / COMPLETE) for folder in folders}
     except OSError:
         return set()
     return set() if len(sums) > 1 else {folders[0]}

@@ -4,17 +4,21 @@ A session's configuration can name Python code, so anyone who can write to a ses
 the user who resumes it. Modes are therefore set explicitly and do not depend on the umask.
 """
 
+import errno
 import getpass
 import os
 import pwd
 import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from engine.errors import SessionError
 
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
+MOST_BYTES = 1 << 26
+"""Most bytes of a file in JSON. A checkpoint's state.json has a line for each file of a model."""
 
 
 def make_folders(path: Path) -> None:
@@ -67,9 +71,48 @@ def create_file(path: Path) -> None:
     SQLite gives the files beside a database (``-wal``, ``-journal``) the mode of the database.
 
     Raises:
-        OSError: the file cannot be created.
+        OSError: the file cannot be created, or what is there is not a regular file.
     """
-    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+    os.close(open_regular(path, os.O_RDONLY | os.O_CREAT))
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Opens a file of a session, and returns its descriptor.
+
+    Whoever can write to a session that is shared, or copied from somebody, can put a named pipe
+    there. Opening that would wait for its other end.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file; move it away", str(path))
+    return fd
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """Opens a file of a session for reading, see :func:`open_regular`. Raises OSError."""
+    return os.fdopen(open_regular(path), "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a small file of a session, see :func:`open_regular`.
+
+    Raises:
+        OSError: it cannot be read, or has more than :data:`MOST_BYTES`.
+    """
+    with open_to_read(path) as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes", str(path))
+    return data
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Opens a log of a session, which is created if it is missing. Raises OSError."""
+    return os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def open_to_umask(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from engine.examined import examined
+from engine.session.access import open_to_read, read_bytes
 
 COMPLETE = "COMPLETE"
 """The file that is created last, once the journal holds everything up to the checkpoint's step. It
@@ -36,7 +37,7 @@ NO_DAMAGE = (
 """Errors after which nothing is known of a file: this user may not read it, this machine has no
 room for it, or its file system is away. Nothing may be abandoned for them."""
 _NAME = re.compile(r"step-(\d{6,})")
-_ASIDE = re.compile(r"step-(\d{6,})-attempt-(\d+)")
+_ASIDE = re.compile(r"step-(\d{6,})-attempt-(\d+)(?:-(\d+))?")
 
 
 class _Sums(msgspec.Struct):
@@ -51,8 +52,17 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 
 
 def aside_path(checkpoints: Path, step: int, attempt: int) -> Path:
-    """Where a checkpoint of an abandoned branch stays when its step has another one."""
-    return checkpoints / f"step-{step:06d}-attempt-{attempt}"
+    """Where a checkpoint of an abandoned branch stays when its step has another one.
+
+    If the path is taken, a number is appended: a journal that was restored from a copy counts the
+    attempts after it again.
+    """
+    path = taken = checkpoints / f"step-{step:06d}-attempt-{attempt}"
+    number = 1
+    while path.exists():
+        number += 1
+        path = taken.with_name(f"{taken.name}-{number}")
+    return path
 
 
 def complete_checkpoints(checkpoints: Path, *, lenient: bool = False) -> dict[int, Path]:
@@ -112,8 +122,11 @@ def aside_checkpoints(checkpoints: Path) -> dict[str, Path]:
     found = {}
     for folder in checkpoints.glob("step-*-attempt-*"):
         if match := _ASIDE.fullmatch(folder.name):
-            found[int(match[1]), int(match[2])] = folder
-    return {f"{step}-attempt-{attempt}": found[step, attempt] for step, attempt in sorted(found)}
+            found[int(match[1]), int(match[2]), int(match[3] or 0)] = folder
+    return {
+        f"{step}-attempt-{attempt}" + (f"-{number}" if number else ""): folder
+        for (step, attempt, number), folder in sorted(found.items())
+    }
 
 
 def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
@@ -185,7 +198,7 @@ def find_damage(folder: Path, part: str = "", copy: Path | None = None) -> str |
     if problem := _find_state_damage(folder):
         return problem
     try:
-        sums = msgspec.json.decode((folder / STATE).read_bytes(), type=examined(_Sums)).hashes
+        sums = msgspec.json.decode(read_bytes(folder / STATE), type=examined(_Sums)).hashes
         for name, expected in sums.items():
             if part and not name.startswith(f"{part}/"):
                 continue
@@ -204,7 +217,7 @@ def find_damage(folder: Path, part: str = "", copy: Path | None = None) -> str |
 def _find_state_damage(folder: Path) -> str | None:
     """Like :func:`find_damage`, for state.json alone. An empty COMPLETE, without a sum, passes."""
     try:
-        expected = (folder / COMPLETE).read_text(encoding="ascii").strip()
+        expected = read_bytes(folder / COMPLETE).decode("ascii").strip()
         if expected and sha256(folder / STATE) != expected:
             return f"{STATE} does not match its hash in {COMPLETE}"
     except (OSError, ValueError) as error:
@@ -221,7 +234,7 @@ def raise_unless_damage(error: Exception) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal digits. Raises OSError."""
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -253,7 +266,7 @@ class StateSummary(msgspec.Struct, frozen=True):
 def read_summary(folder: Path) -> StateSummary:
     """Reads state.json; empty if it is unreadable, which the rank that loads it then reports."""
     try:
-        return msgspec.json.decode((folder / STATE).read_bytes(), type=examined(StateSummary))
+        return msgspec.json.decode(read_bytes(folder / STATE), type=examined(StateSummary))
     except (OSError, msgspec.DecodeError, RecursionError):
         return StateSummary()
 

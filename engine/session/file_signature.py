@@ -20,9 +20,12 @@ def file_id(path: Path) -> tuple[int, int] | None:
     """Returns the device and inode of the file at a path; None if there is no file.
 
     Unlike the signature, it changes only when another file takes the path, not on writes.
+
+    Raises:
+        OSError: it cannot be looked at, such as while a network file system is away.
     """
     try:
         found = os.stat(path)  # noqa: PTH116
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_dev, found.st_ino

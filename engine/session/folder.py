@@ -267,7 +267,7 @@ class SessionFolder:
     def _sign(self) -> int | None:
         """The time of engine.json, as its file system has it when it is opened; None without it."""
         try:
-            with self.engine_file.open("rb") as file:
+            with access.open_to_read(self.engine_file) as file:
                 return os.fstat(file.fileno()).st_mtime_ns
         except OSError:
             return None
@@ -326,7 +326,8 @@ class SessionFolder:
     def engine(self) -> EngineInfo | None:
         """The contents of engine.json, None if missing. They may be stale: see :meth:`is_live`."""
         try:
-            return msgspec.json.decode(self.engine_file.read_bytes(), type=examined(EngineInfo))
+            content = access.read_bytes(self.engine_file)
+            return msgspec.json.decode(content, type=examined(EngineInfo))
         except (OSError, msgspec.DecodeError, RecursionError):
             return None
 

@@ -12,6 +12,7 @@ import struct
 from pathlib import Path
 
 from engine.errors import SessionError, SessionLockedError
+from engine.session.access import open_regular
 
 # struct flock: l_type, l_whence, (padding), l_start, l_len, l_pid; native sizes.
 _FLOCK = struct.Struct("hhqqi0q")
@@ -29,7 +30,7 @@ class SessionLock:
         """
         self._path = path
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = open_regular(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise SessionError(f"cannot lock {path}: {error.strerror}") from error
         try:
@@ -79,7 +80,7 @@ def is_held(path: Path) -> bool:
         SessionError: the lock cannot be tested, such as without a free file descriptor.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         try:
             query = _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
             kind = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from engine.errors import SessionError
 from engine.session import lock
 from engine.session.checkpoints import sync
+from engine.session.machine import on_network
 
 PREFIX = "rlhf-tui-"
 LOCK = ".rlhf-tui.lock"
@@ -51,30 +52,39 @@ def written_whole(out: Path) -> Iterator[Path]:
     """Context manager that yields a new folder beside `out` and moves it there at the end.
 
     It is removed instead if the context raises. So `out` has all of its files or does not exist,
-    even if the process is killed.
+    even if the process is killed. What that leaves is removed by the next one beside it, except on
+    network file systems, where locks of other machines may not be seen.
 
     Raises:
         OSError: a folder cannot be created or synced, or `out` exists and is not an empty folder.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not on_network(out.parent):
+        remove_abandoned(out.parent, ".*.part")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a killed process with the same id
     part.mkdir()
+    held = None
+    with contextlib.suppress(SessionError):  # a file system without locks
+        held = lock.SessionLock(part / LOCK)
     try:
         yield part
         for path in [*part.rglob("*"), part]:
             sync(path)
         if out.exists():
             out.rmdir()  # an empty folder; another one raises
+        (part / LOCK).unlink(missing_ok=True)
         part.rename(out)
         sync(out.parent)
     finally:
+        if held is not None:
+            held.release()
         shutil.rmtree(part, ignore_errors=True)
 
 
-def remove_abandoned(parent: Path) -> None:
+def remove_abandoned(parent: Path, pattern: str = f"{PREFIX}*") -> None:
     """Removes the folders of processes that were killed; ignores those it cannot remove."""
-    for folder in parent.glob(f"{PREFIX}*"):
+    for folder in parent.glob(pattern):
         file = folder / LOCK
         with contextlib.suppress(OSError, SessionError):
             status = file.lstat()

@@ -84,6 +84,10 @@ class EndHandler:
         except OSError as error:
             return self._fail(f"{self._cause(status).text}; {UNREADABLE.format(error)}", 1)
 
+    def not_begun(self, error: Exception) -> int:
+        """Ends a run whose next attempt cannot begin; returns the exit code."""
+        return self._fail(f"the ranks cannot be started again: {error}", 1)
+
     def _handle(self, status: int) -> int:
         state, attempt = self._state, self._state.attempt
         if not self._journal.is_in_place():  # what is at its path now is not of this run

@@ -177,8 +177,14 @@ class Supervisor:
                 self.publisher.notice("busy_gpu", text, self._journal.step)
         for text in missing_variables(self._notifier.channels):
             self.publisher.notice("notify", text, self._journal.step)
-        while state.next is not None:
-            code = await self.run_attempt(state.next)
+        while (start := state.next) is not None:
+            try:
+                code = await self.run_attempt(start)
+            except (OSError, JournalError) as error:  # such as of checkpoints that cannot be read
+                if start is self._first:  # whoever starts the engine is told
+                    raise
+                state.next = None
+                code = self.attempt_end.not_begun(error)
         await self.commands.checkpoints.finish()
         self.pending.run_ended()
         return code

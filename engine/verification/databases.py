@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.errors import JournalError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
+from engine.session.access import open_to_read
 from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, note, problem
 
@@ -70,7 +71,8 @@ def _lost_transactions(wal: Path) -> str:
     a crash leaves the last transaction unfinished. A later frame that ends a transaction of the
     same log shows that more than that is missing.
     """
-    data = wal.read_bytes()
+    with open_to_read(wal) as file:
+        data = file.read()
     if len(data) < _HEADER.size + _FRAME.size:
         return ""
     magic, _, page, _, *salts = _HEADER.unpack_from(data)[:6]

@@ -22,7 +22,7 @@ from rlhf_tui.identity import who
 
 def checkpoint_name(text: str) -> int | str:
     """A step, or `120-attempt-2` for a checkpoint that was moved aside. Raises BadParameter."""
-    if match := re.fullmatch(r"(?:step-0*)?(\d+-attempt-\d+)", text):
+    if match := re.fullmatch(r"(?:step-0*)?(\d+-attempt-\d+(?:-\d+)?)", text):
         return match[1]
     return int(click.IntRange(min=1)(text))
 

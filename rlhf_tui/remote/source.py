@@ -7,6 +7,7 @@ from typing import Any
 from engine.errors import SessionError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
+from engine.session.access import open_to_read
 from engine.session.file_signature import FileSignature, file_signature
 from engine.session.folder import SessionFolder
 from rlhf_tui.remote.messages import VERSION, Done, EngineState, Hello, Log, Message, Rows
@@ -136,7 +137,7 @@ class SessionSource:
                 self._log_at = max(size - LOG_BYTES, 0)
             if size <= self._log_at:
                 return
-            with path.open("rb") as file:
+            with open_to_read(path) as file:
                 file.seek(self._log_at)
                 while data := file.read(min(LOG_BYTES, size - self._log_at)):
                     self._log_at += len(data)

@@ -123,6 +123,8 @@ class RemoteSession:
         self._source: subprocess.Popen[bytes] | None = None
         self._forward: subprocess.Popen[bytes] | None = None
         self._forwarded: str | None = None
+        self._not_forwarded = ""
+        """Why the engine's socket is not forwarded; the session can be read all the same."""
         self._first = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True, name="remote session")
@@ -162,7 +164,7 @@ class RemoteSession:
 
     @property
     def stale(self) -> str:
-        """Why the copy is not kept up to date at the moment; empty while it is."""
+        """What is missing at the moment: why the copy is not kept up to date, or read only."""
         problem, updated = self._problem, self._updated
         if updated is None:
             return ""
@@ -170,7 +172,7 @@ class RemoteSession:
             return f"not updated since {fmt.time_of_day(updated)}, connecting again: {problem}"
         if time.monotonic() - self._heard > SILENCE:
             return f"{self._address.host} has sent nothing since {fmt.time_of_day(updated)}"
-        return ""
+        return self._not_forwarded
 
     @property
     def name(self) -> str:
@@ -257,9 +259,13 @@ class RemoteSession:
             self._forward.terminate()
             self._forward.wait()
             self._forward = None
-        self._forwarded = remote
+        self._forwarded, self._not_forwarded = remote, ""
         if remote is not None:
-            sockets = f"{_forwarded(str(self._socket))}:{_forwarded(remote)}"
+            try:
+                sockets = f"{_forwarded(str(self._socket))}:{_forwarded(remote)}"
+            except LinkError as error:
+                self._not_forwarded = f"no commands can be sent: {error}"
+                return
             self._socket.unlink(missing_ok=True)
             options = (
                 "-T",

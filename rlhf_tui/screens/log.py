@@ -9,6 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
+from engine.session.access import open_to_read
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -320,7 +321,7 @@ def read_part(path: Path, at: int, seen: int, until: str | None) -> LogPart | No
             return None
         fresh = at == 0 or size < at
         begin = max(size - MOST_BYTES, 0) if fresh and until is None else at
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             file.seek(begin)
             data = file.read(MOST_BYTES)
     except OSError:

@@ -1,4 +1,4 @@
-"""Databases that somebody has made by hand: SQLite must not delete files for them."""
+"""Databases that somebody has made by hand: SQLite must not delete files or compute for them."""
 
 import os
 import sqlite3
@@ -9,8 +9,11 @@ import pytest
 
 from engine.errors import JournalError, SessionError
 from engine.journal.judgements.labels import LabelReader, Response, set_label
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleReader
 from engine.journal.writer import JournalWriter
 
+ANSWER = Response(response="answer", attempt=1, step=1, index=0)
 MAGIC = bytes.fromhex("d9d505f920a163d7")
 
 
@@ -38,8 +41,7 @@ def victim(tmp_path):
 @pytest.fixture
 def judged(writer):
     """A session with a judgement."""
-    response = Response(response="answer", attempt=1, step=1, index=0)
-    set_label(writer.session, "prompt", response, "good", "me")
+    set_label(writer.session, "prompt", ANSWER, "good", "me")
     return writer.session
 
 
@@ -98,7 +100,36 @@ def test_judging_in_a_session_of_another_user_writes_through_no_link(writer, tmp
     session = writer.session
     session.labels_file.symlink_to(tmp_path / "elsewhere")
     os.chown(session.folder, 65534, -1)
-    response = Response(response="answer", attempt=1, step=1, index=0)
     with pytest.raises(SessionError, match="belongs to"):
-        set_label(session, "prompt", response, "good", "me")
+        set_label(session, "prompt", ANSWER, "good", "me")
     assert not (tmp_path / "elsewhere").exists()
+
+
+VIEW = (
+    "CREATE VIEW endless AS "
+    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x FROM c) SELECT x FROM c"
+)
+TRIGGER = "CREATE TRIGGER endless AFTER INSERT ON {table} BEGIN SELECT 1; END"
+
+
+@pytest.mark.parametrize("code", [VIEW, TRIGGER])
+@pytest.mark.parametrize(
+    ("name", "table", "use"),
+    [
+        ("journal.db", "meta", JournalReader),
+        ("journal.db", "meta", JournalWriter),
+        ("samples.db", "samples", SampleReader),
+        ("samples.db", "samples", JournalWriter),
+        ("labels.db", "judgements", LabelReader),
+        ("labels.db", "judgements", lambda s: set_label(s, "prompt", ANSWER, "bad", "me")),
+    ],
+)
+def test_a_database_that_computes_something_is_refused(make_session, name, table, use, code):
+    """It may never end."""
+    session = make_session()
+    JournalWriter(session).close()
+    set_label(session, "prompt", ANSWER, "good", "me")
+    with closing(sqlite3.connect(session.folder / name)) as db:
+        db.execute(code.format(table=table))
+    with pytest.raises(JournalError, match=f"{name} is not as rlhf-tui writes it"):
+        use(session)

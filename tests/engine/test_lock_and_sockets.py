@@ -13,7 +13,7 @@ from engine.config.sections.launch import LaunchConfig
 from engine.errors import SessionError, SessionLockedError
 from engine.protocol import sockets
 from engine.session import lock
-from engine.session.access import open_to_umask
+from engine.session.access import MOST_BYTES, open_to_umask
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes.rank_processes import RankProcesses
 
@@ -247,3 +247,12 @@ def test_nobody_listening_is_an_os_error(tmp_path):
         sockets.connect(tmp_path / "nobody.sock")
     with pytest.raises(OSError):
         sockets.connect(tmp_path / "nowhere" / "nobody.sock")
+
+
+def test_a_file_that_is_too_large_to_describe_an_engine_is_not_read(tmp_path):
+    session = SessionFolder(tmp_path)
+    session.write_engine("/a/socket", "1.0")
+    assert session.engine() is not None
+    with session.engine_file.open("ab") as file:
+        file.write(b" " * MOST_BYTES)
+    assert session.engine() is None

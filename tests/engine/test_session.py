@@ -146,10 +146,14 @@ def test_a_folder_that_is_written_whole_is_not_there_after_a_kill(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     assert not out.exists()
+    os.utime(next(tmp_path.rglob(LOCK)), (1, 1))  # long ago
     with written_whole(out) as part:
         (part / "config.json").write_text("{}")
-        assert not out.exists()
-    assert [path.name for path in out.iterdir()] == ["config.json"]
+        os.utime(part / LOCK, (1, 1))
+        with written_whole(tmp_path / "other"):
+            assert not out.exists()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {"model", "model/config.json", "other"}
 
 
 def test_a_file_system_that_cannot_sync_a_folder_fails_no_save():

@@ -106,6 +106,17 @@ def test_verify_does_not_advise_to_remove_it(saved, newest, name):
     assert "do not remove it" in unreadable.advice
 
 
+async def test_a_run_that_cannot_begin_another_attempt_has_failed(engine, saved, newest):
+    """A roll back, before whose attempt the file system went away."""
+    newest.chmod(0)
+    engine.shared.next = StartOptions(from_step=2, fresh=True)
+    with held_to_modes():
+        assert await engine.supervisor.run() == 1
+    with JournalReader(saved.session) as reader:
+        assert reader.meta().state == "failed"
+        assert "step-000004" in reader.meta().message
+
+
 async def test_a_restart_ends_the_run_instead_of_abandoning_its_steps(
     engine, saved, newest, caplog
 ):

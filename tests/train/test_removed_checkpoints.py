@@ -11,7 +11,11 @@ from engine.protocol.rank_messages import (
     CheckpointComplete,
     Notice,
 )
-from engine.session.checkpoints import checkpoint_path, complete_checkpoints
+from engine.session.checkpoints import (
+    aside_checkpoints,
+    checkpoint_path,
+    complete_checkpoints,
+)
 from engine.session.file_signature import file_id
 from engine.train.boundary import Boundary
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -128,6 +132,39 @@ def test_a_checkpoint_that_the_journal_lacks_is_not_replaced(trained, link):
     assert (session.checkpoints / "step-000002-attempt-0" / "mine").exists()
     (told,) = [n.text for n in supervisor.of(Notice) if "stays in" in n.text]
     assert told.startswith("the checkpoint of step 2, which the journal did not have, stays in")
+
+
+def test_one_that_was_moved_aside_before_is_not_replaced_either(trained, link):
+    """As after a second time that the journal is restored from an older copy."""
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.checkpoints.save() is None
+    first, second = (checkpoint_path(session.checkpoints, step) for step in (1, 2))
+    for name in ("first", "second"):
+        shutil.copytree(first, second, dirs_exist_ok=True)
+        (second / name).touch()
+        begin = Begin(attempt=2, from_step=1, checkpoints=[1], kept=[1], kept_aside={2: 0})
+        later = Boundary(session, run, begin, link)
+        later.after_step(2, dict(METRICS), 0.1)
+        assert later.checkpoints.save() is None
+    found = aside_checkpoints(session.checkpoints)
+    assert [*found] == ["2-attempt-0", "2-attempt-0-2"]
+    kept = zip(found.values(), ("first", "second"), strict=True)
+    assert all((folder / name).exists() for folder, name in kept)
+
+
+def test_a_folder_that_cannot_be_looked_at_was_not_moved(trained, link):
+    """As while a network file system is away."""
+    run, session, _, _ = trained
+    session.journal_file.touch()
+    begin = Begin(attempt=2, from_step=1, checkpoints=[1], journal=file_id(session.journal_file))
+    session.journal_file.unlink()
+    session.journal_file.symlink_to("x" * 1000)
+    later = Boundary(session, run, begin, link)
+    later.after_step(2, dict(METRICS), 0.1)
+    problem = later.checkpoints.save()
+    assert "File name too long" in problem
+    assert "moved" not in problem
 
 
 def test_nothing_is_replaced_in_a_folder_that_has_taken_the_sessions_place(trained, link):

@@ -1,6 +1,7 @@
 """Experiment trackers: run ids, failures and secrets, with real trackers in their own process."""
 
 import json
+import shutil
 import stat
 
 import psutil
@@ -12,7 +13,7 @@ from engine.config import file as config_file
 from engine.config.rules.trackers import TRACKER_PACKAGES
 from engine.errors import ConfigError
 from engine.launch.inputs import check_inputs
-from engine.session.folder import create
+from engine.session.folder import SessionFolder, create
 from engine.train.reports import trackers as reports
 from engine.train.reports.tracker_kinds import KINDS, Header, make_tracker
 from engine.train.reports.tracker_program import MAX_LOG
@@ -118,6 +119,32 @@ def test_a_resume_continues_the_runs_and_no_failure_ends_them(two_attempts):
     events = EventAccumulator(str(session.trackers / "mine"))
     events.Reload()
     assert [e.step for e in events.Scalars("objective/kl")] == [1, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("original", ["gone", "there"])
+def test_a_session_that_was_moved_continues_its_runs_and_a_copy_begins_others(
+    tmp_path, monkeypatch, original
+):
+    (tmp_path / "my_trackers.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config = demo("log.trackers=['my_trackers:Lines']")
+    session = create(tmp_path, "mine", config)
+    other = SessionFolder(session.folder.with_name("other"))
+    attempt(session, config)
+    shutil.copytree(session.folder, other.folder)
+    if original == "gone":
+        shutil.rmtree(session.folder)
+    for _ in range(2):
+        attempt(other, config)
+    lines = [json.loads(x) for x in (other.trackers / "lines.jsonl").read_text().splitlines()]
+    first, *later = (run[2] for run, what, *_ in lines if what == "end")
+    assert len(set(later)) == 1
+    assert (later[0] == first) == (original == "gone")
+
+
+def attempt(session, config):
+    """One attempt of a run, without a step."""
+    TrackerProcess(session, config, lambda _step, text: pytest.fail(text)).close()
 
 
 def test_a_tracker_that_hangs_keeps_nothing_from_the_others_and_is_named_at_the_end(

@@ -261,15 +261,20 @@ def test_a_live_session_is_followed_and_steered_over_ssh(
 
 
 def test_the_other_machine_cannot_read_variables_of_this_one(session_maker, tmp_path, ssh):
-    """ssh would put their values into the path that it asks the other machine to connect to."""
+    """ssh would put their values into the path that it asks the other machine to connect to.
+
+    The session can be read.
+    """
     session = session_maker(tmp_path / "${HOME}", "run", 5)
     engine = StandInEngine(session)
     arguments = ["mirror", "run", "--sessions", str(session.folder.parent)]
-    with (
-        pytest.raises(LinkError, match="which ssh cannot forward"),
-        RemoteSession(Address("box", name="run"), arguments),
-    ):
-        pass
+    with RemoteSession(Address("box", name="run"), arguments) as remote:
+        assert remote.stale.endswith("which ssh cannot forward")
+        copy = SessionFolder(remote.root / "run")
+        with JournalReader(copy) as reader:
+            assert reader.last_step() == 5
+        with pytest.raises(LinkError, match="does not reply"):
+            Client(copy, "me")
     engine.server.close()
     engine.lock.release()
 

@@ -23,6 +23,7 @@ from engine.journal.database import (
     MAKE_ROOM,
     ReadOnlyDatabase,
     check_rollback_journal,
+    check_schema,
     connect,
     has_no_room,
 )
@@ -186,6 +187,7 @@ def _writing(session: SessionFolder) -> Iterator[sqlite3.Connection]:
         access.create_file(path)
         check_rollback_journal(path)
         with contextlib.closing(sqlite3.connect(path, timeout=BUSY)) as db:
+            check_schema(db, path)
             db.execute("PRAGMA journal_mode = DELETE")
             schema.migrate(db, schema.LABELS, path)
             with db:

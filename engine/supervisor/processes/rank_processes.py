@@ -19,6 +19,7 @@ from engine.launch.environment import (
     ranks_per_node,
 )
 from engine.launch.secret import SECRET_VARIABLE
+from engine.session import access
 from engine.session.folder import SessionFolder
 from engine.session.temporary_folders import TemporaryFolder
 
@@ -62,7 +63,7 @@ class RankProcesses:
         }
         if self.secret:
             link[SECRET_VARIABLE] = self.secret
-        with self._session.log_file.open("ab") as log:
+        with access.open_to_append(self._session.log_file) as log:
             self._process = await asyncio.create_subprocess_exec(
                 *rank_command(self._launch, str(self._session.folder), self.count),
                 env=rank_environment(self._launch, self.count) | link | rollout,

@@ -105,8 +105,7 @@ class RolloutProcess:
     async def _spawn(self, listener: socket.socket) -> None:
         fd = listener.fileno()
         program = self._program(self._engine, fd)
-        access.create_file(self.log_file)
-        with self.log_file.open("ab") as output:
+        with access.open_to_append(self.log_file) as output:
             self._process = await asyncio.create_subprocess_exec(
                 *program.command,
                 env=program.environment,

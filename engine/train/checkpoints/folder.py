@@ -27,6 +27,7 @@ from engine.config.settings import Settings, apply_settings, invalid_values, set
 from engine.errors import CheckpointError, DamagedCheckpointError
 from engine.examined import examined
 from engine.metrics import SCORE, SCORES
+from engine.session.access import read_bytes
 from engine.session.checkpoints import (
     COMPLETE,
     STATE,
@@ -328,7 +329,7 @@ def _read_file(folder: Path) -> StateFile:
     if not (folder / COMPLETE).exists():
         raise CheckpointError(f"there is no complete checkpoint at {folder}")
     try:
-        content = msgspec.json.decode((folder / STATE).read_bytes(), type=examined(StateFile))
+        content = msgspec.json.decode(read_bytes(folder / STATE), type=examined(StateFile))
     except (OSError, ValueError, RecursionError) as error:  # not readable; not JSON
         raise_unless_damage(error)
         raise _damaged(folder, f"{STATE}: {error}") from error

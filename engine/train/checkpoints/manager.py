@@ -106,7 +106,12 @@ class CheckpointManager:
                 checkpoint_folder.clear_interrupted(folder)
 
     def _check_place(self) -> None:
-        """Raises CheckpointError if the session's folder was moved: another may be at its path."""
+        """Checks that the session's folder was not moved: another may be at its path.
+
+        Raises:
+            CheckpointError: it was.
+            OSError: it cannot be looked at.
+        """
         path = self._folder.with_name("journal.db")
         if self._journal is not None and file_id(path) != self._journal:
             raise CheckpointError(
@@ -293,15 +298,13 @@ class CheckpointManager:
             )
 
     def _aside(self, step: int) -> Path | None:
-        """Where a checkpoint is moved that an operator saved before its step was abandoned."""
+        """Where a checkpoint is moved that an operator saved, or that the journal did not have."""
         self._moved = ""
         saved = complete_checkpoints(self._folder, lenient=True)
         if step not in self._kept_aside or step not in saved:
             return None
         attempt = self._kept_aside[step]
         path = aside_path(self._folder, step, attempt)
-        if path.exists():  # since a save that was interrupted
-            return None
         origin = f" that was saved on an abandoned branch (attempt {attempt})"
         if not attempt:
             origin = ", which the journal did not have,"

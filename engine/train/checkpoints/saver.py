@@ -119,7 +119,8 @@ class Saver:
             notice: called on rank 0 with a sentence if checkpoints lack the tokenizer.
             aside: where an earlier checkpoint of a step is moved; None if it is removed.
             check_place: called on rank 0 before anything in the folder is replaced; raises
-                CheckpointError if it is no longer that of the session.
+                CheckpointError if it is no longer that of the session, and OSError if that cannot
+                be seen.
         """
         self._checkpoints = checkpoints
         self._group = group
@@ -253,7 +254,7 @@ class Saver:
             except CheckpointError as error:
                 final = checkpoint_path(self._checkpoints, step)
                 if self._rank == 0:
-                    with contextlib.suppress(CheckpointError):
+                    with contextlib.suppress(CheckpointError, OSError):
                         self._check_place()
                         shutil.rmtree(checkpoint_folder.part_of(final), ignore_errors=True)
                 outcome = error

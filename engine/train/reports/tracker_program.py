@@ -26,6 +26,7 @@ from accelerate.tracking import GeneralTracker
 
 from engine.errors import SessionLockedError, first_line
 from engine.examined import examined
+from engine.session.access import read_bytes
 from engine.session.folder import write_atomically
 from engine.session.lock import SessionLock
 from engine.train.reports.tracker_kinds import Header, make_tracker
@@ -36,6 +37,8 @@ HELD_SECONDS = 3
 """Further seconds until the process ends, even if a package's native code blocks all threads."""
 IDS = "runs.json"
 """Name of the file: tracker → id of this session's run."""
+FOLDER = "folder"
+"""The key in it whose value is no id, but the folder in which it was written."""
 LOCK = ".lock"
 MAX_LOG = 10_000_000
 """Bytes of the trackers' output that are kept: the first half, and the newest of the rest."""
@@ -145,15 +148,34 @@ def wait_for_lock() -> SessionLock:
 
 
 class RunIds:
-    """A file with the ids of the session's runs."""
+    """A file with the ids of the session's runs, and the folder in which it was written.
+
+    The latter tells a session that was moved from a copy, whose original still has the runs.
+    """
 
     def __init__(self, file: Path) -> None:
-        """Reads the file."""
+        """Reads the file. In a copy of a session there are no ids yet."""
         self._file = file
         self._lock = threading.Lock()
         self._ids: dict[str, str] = (
             json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         )
+        here = str(file.parent.resolve())
+        if self._ids.get(FOLDER, here) != here:
+            if self._is_copy(Path(self._ids[FOLDER], file.name)):
+                self._ids = {}
+            self.add(FOLDER, here)
+        self._ids[FOLDER] = here
+
+    def _is_copy(self, original: Path) -> bool:
+        """Whether another file has one of these runs."""
+        try:
+            if original.samefile(self._file):  # a folder that has two paths
+                return False
+            ids = json.loads(read_bytes(original)).items()
+        except (OSError, ValueError):
+            return False
+        return any(key != FOLDER for key, _ in ids & self._ids.items())
 
     def get(self, tracker: str) -> str:
         """Returns the id of a tracker's run; "" if it has none yet."""

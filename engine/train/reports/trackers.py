@@ -16,7 +16,7 @@ from engine.config.schema import RunConfig
 from engine.errors import LinkError
 from engine.launch.environment import LOG_ENCODING, clean_environment
 from engine.protocol.rank_messages import Sample
-from engine.session.access import create_file, make_folders
+from engine.session.access import make_folders, open_to_append
 from engine.session.folder import SessionFolder
 
 PROGRAM = "engine.train.reports.tracker_program"
@@ -44,9 +44,7 @@ class TrackerProcess:
         self._dropped = False
         self._closing = False
         make_folders(session.trackers)
-        log = session.trackers / "trackers.log"
-        create_file(log)
-        with log.open("ab") as output:
+        with open_to_append(session.trackers / "trackers.log") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own module
                 # -P: a folder that a tracker creates here must not be imported as a package.
                 [sys.executable, "-P", "-m", PROGRAM],

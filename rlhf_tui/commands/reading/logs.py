@@ -1,6 +1,7 @@
 """Commands that print what a session logged: events, logs."""
 
 import time
+from collections import deque
 from pathlib import Path
 
 import click
@@ -62,12 +63,12 @@ def logs(root: Path, name: str | None, last: int | None, follow: bool, as_json: 
         return
     if not session.log_file.is_file():  # opening a pipe would wait for its writer
         raise SessionError(f"{session.log_file} is not a regular file; move it away")
-    with session.log_file.open(encoding="utf-8", errors="replace", newline="") as file:
+    with session.log_file.open(encoding="utf-8", errors="replace", newline="\n") as file:
         # A progress bar rewrites its line with \r: only its last state is printed.
-        lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in file.read().split("\n")]
-        lines = [line for line in lines if line][-last if last else 0 :]
+        shown = (line.rstrip("\r\n").rsplit("\r", 1)[-1] for line in file)
+        lines = deque((line for line in shown if line), last or None)
         if as_json:
-            print_json(lines)
+            print_json(list(lines))
             return
         for line in lines:
             say(sanitise(line))
