@@ -18,7 +18,7 @@ from engine.train.models.language_model import (
     LanguageModel,
     fingerprint,
 )
-from engine.train.models.router_loss import has_router_loss
+from engine.train.models.router_loss import has_router_loss, has_routers
 from engine.train.run import Run, max_sequence_tokens
 
 log = logging.getLogger("engine")
@@ -207,11 +207,18 @@ def check_routers(config: RunConfig, policy: LanguageModel) -> None:
     Raises:
         UserInputError: it has none.
     """
-    if config.ppo.router_coef and not has_router_loss(policy.lm):
-        name = type(policy.lm).__name__.removeprefix("FSDP")
+    if not config.ppo.router_coef:
+        return
+    name = type(policy.lm).__name__.removeprefix("FSDP")
+    if not has_router_loss(policy.lm):
         raise UserInputError(
             f"ppo.router_coef: transformers has no load-balancing loss of routers for {name}: "
             "leave it out"
+        )
+    if not has_routers(policy.lm):
+        raise UserInputError(
+            f"ppo.router_coef: {config.model.policy} has no experts, although other models of its "
+            f"class {name} do: leave it out"
         )
 
 

@@ -18,6 +18,7 @@ from engine.memory.model import Estimate, Models
 from engine.progress import Announce, ReportProgress
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
+from engine.train.checkpoints.saver import SavedModels
 from engine.train.data.prompt_order import Prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.environment.environments import Environments
@@ -26,7 +27,7 @@ from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.policy_average import PolicyAverage
 from engine.train.rewards.mix import RewardMix
 from engine.train.rollout.ahead import RolloutAhead
-from engine.train.rollout.backend import OnResponse, RolloutBackend
+from engine.train.rollout.backend import RolloutBackend
 
 
 @dataclass
@@ -73,8 +74,6 @@ class Run:
     """What the memory estimate is based on, measured before loading; None without an estimate."""
     memory: Estimate | None
     """The memory estimate; None if the estimator does not know the model's architecture."""
-    ask_early: OnResponse | None = None
-    """See :attr:`RewardMix.ask_early`."""
     environments: Environments | None = None
     """Reply to the policy; None if a response is one turn."""
     ahead: RolloutAhead | None = None
@@ -117,6 +116,16 @@ class Run:
         it.
         """
         return SavedState.of(self.state, self.config, self.settings_after_step)
+
+    def saved_models(self) -> SavedModels:
+        """Returns what a checkpoint saved now would hold of the models; nothing is copied."""
+        return SavedModels(
+            self.policy,
+            self.tokenizer,
+            self.optimiser,
+            reference=self.reference if self.state.reference_updated else None,
+            average=None if self.average is None else self.average.tensors(self.policy),
+        )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -61,10 +61,15 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A tiny model that reads the starter's tokens; its weights are large enough to matter."""
+def write_model(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changes: object
+) -> Path:
+    """A tiny model that reads the starter's tokens; its weights are large enough to matter.
+
+    `changes` are of its configuration.
+    """
     torch.manual_seed(0)
-    shape = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **ARCHITECTURES[kind])
+    shape = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **ARCHITECTURES[kind] | changes)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -2,7 +2,7 @@
 
 from engine.errors import CheckpointError
 from engine.session.checkpoints import mark_complete
-from engine.train.checkpoints.saver import Saver
+from engine.train.checkpoints.saver import SavedMetrics, Saver
 
 DEADLINE = 120
 """Seconds; generous, for a busy machine."""
@@ -10,10 +10,7 @@ DEADLINE = 120
 
 def begin_save(saver, run, score=1.0, best=None):
     """Begins to save a checkpoint of a run."""
-    saver.begin(
-        run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5,
-        reference=run.reference if run.state.reference_updated else None, best=best,
-    )  # fmt: skip
+    saver.begin(run.saved_state(), run.saved_models(), SavedMetrics(score, 0.5, best))
 
 
 def save_checkpoint(run, session, score=1.0, best=None):

@@ -8,16 +8,13 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import ConfigError
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import mark_complete
-from engine.train.checkpoints.saver import Saver
 from engine.train.load import load_run
 from engine.train.ppo import adamw_8bit
 from engine.train.ppo.adamw_8bit import AdamW8bit, block_size, pack, unpack
 from engine.train.step import train_step
+from tests.train.checkpoints import save_checkpoint
 
 EIGHT = "train.optimiser=adamw_8bit"
-DEADLINE = 120
-"""Seconds; generous, for a busy machine."""
 RATES = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-5, "weight_decay": 0.1}
 
 
@@ -114,19 +111,13 @@ def test_the_numbers_are_those_of_torchao_where_the_blocks_are():
     assert same > 0.999  # another order of sums may round one number across a border
 
 
-def save(run, session):
-    saver = Saver(session.checkpoints)
-    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=0.0, kl=0.0)
-    mark_complete(saver.wait(DEADLINE).folder)
-
-
 @pytest.fixture
 def trained(make_run):
     """A run with 8-bit moments and its session, after one step and a checkpoint."""
     run, session = make_run(EIGHT)
     train_step(run, 1)
     run.state.step = 1
-    save(run, session)
+    save_checkpoint(run, session)
     return run, session
 
 

@@ -22,9 +22,8 @@ from transformers import (
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import BASE_ADAPTERS, mark_complete
+from engine.session.checkpoints import BASE_ADAPTERS
 from engine.train.checkpoints.merge import merge
-from engine.train.checkpoints.saver import Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.language_model import fingerprint
@@ -33,12 +32,11 @@ from engine.train.models.read_pretrained import read_pretrained
 from engine.train.reward_training.base import read_base
 from engine.train.step import train_step
 from tests.train.adapters import write_adapters
+from tests.train.checkpoints import save_checkpoint
 from tests.train.test_reward_training import request
 
 RANKS = RankGroup(LaunchConfig(device="cpu"))
 IDS = torch.arange(3, 15).view(2, 6)
-DEADLINE = 120
-"""Seconds; generous, for a busy machine."""
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -56,15 +54,6 @@ def logits(model):
 
 def read(source, kind=AutoModelForCausalLM, **options):
     return read_pretrained(kind, str(source), "model.policy", **options).eval()
-
-
-def save(run, session):
-    saver = Saver(session.checkpoints)
-    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=1.0, kl=0.5)
-    outcome = saver.wait(DEADLINE)
-    assert not isinstance(outcome, CheckpointError)
-    mark_complete(outcome.folder)
-    return outcome.folder
 
 
 def change(folder):
@@ -310,7 +299,7 @@ def test_a_run_goes_on_with_the_same_bits_and_notices_other_adapters(
     run, session = make_run(f"model.policy={sft}", *keys)
     train_step(run, 1)
     run.state.step = 1
-    save(run, session)
+    save_checkpoint(run, session)
     again = load_run(session, session.config(), Begin(attempt=2, from_step=1), RANKS)
     assert_same_step(run, again, 2)
     change(sft)
@@ -332,7 +321,7 @@ def test_new_adapters_are_exported_with_those_under_them(make_run, sft, half_pol
     run, session = make_run(f"model.policy={sft}", "lora.rank=4", "train.learning_rate=1e-3")
     train_step(run, 1)
     run.state.step = 1
-    saved = save(run, session)
+    saved = save_checkpoint(run, session)
     assert (saved / "policy" / BASE_ADAPTERS).read_bytes() == (
         sft / "adapter_config.json"
     ).read_bytes()

@@ -5,13 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.policy_folder import policy_tensors
-from engine.train.checkpoints.saver import Saved, Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import load_run
 from engine.train.step import train_step
+from tests.train.checkpoints import save_checkpoint
 from tests.variants import some_of
 
 DECAY = 0.75
@@ -26,18 +25,6 @@ KINDS = {
 
 def copies(tensors):
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def save(run, session):
-    saver = Saver(session.checkpoints)
-    saver.begin(
-        run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=0.0, kl=0.0,
-        average=run.average.tensors(run.policy) if run.average is not None else None,
-    )  # fmt: skip
-    outcome = saver.wait(120)
-    assert isinstance(outcome, Saved)
-    mark_complete(outcome.folder)
-    return outcome.folder
 
 
 def resumed(session, config, step):
@@ -59,7 +46,7 @@ def test_the_average_of_a_resumed_run_is_that_of_all_steps(make_run, assert_same
     for name, weight in average.items():
         torch.testing.assert_close(weight.double(), mean[name], rtol=1e-6, atol=1e-7)
 
-    save(run, session)
+    save_checkpoint(run, session)
     again = resumed(session, session.config(), 2)
     assert_same_step(run, again, 3)
     theirs = again.average.tensors(again.policy)
@@ -96,7 +83,7 @@ def test_a_checkpoint_has_the_average_as_a_model_and_a_fork_can_begin_with_it(ma
     run, session = make_run(ON, "train.learning_rate=1e-3")
     train_step(run, 1)
     run.state.step = 1
-    lm = AutoModelForCausalLM.from_pretrained(save(run, session) / "policy-ema")
+    lm = AutoModelForCausalLM.from_pretrained(save_checkpoint(run, session) / "policy-ema")
     begin, config = Begin(attempt=2, from_step=1, average=True), session.config()
     forked = load_run(session, config, begin, RankGroup(config.launch))
     average = run.average.tensors(run.policy)
@@ -109,7 +96,7 @@ def test_an_average_that_is_turned_on_by_a_resume_starts_from_the_policy(make_ru
     run, session = make_run()
     train_step(run, 1)
     run.state.step = 1
-    assert not (save(run, session) / "policy-ema").exists()
+    assert not (save_checkpoint(run, session) / "policy-ema").exists()
     with_average, _ = make_run(ON)
     again = resumed(session, with_average.config, 1)
     for name, weight in again.average.tensors(again.policy).items():

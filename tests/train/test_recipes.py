@@ -8,13 +8,12 @@ import torch
 
 from engine.config import file as config_file
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import mark_complete
 from engine.train.boundary import Boundary, update_reference
-from engine.train.checkpoints.saver import Saved, Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.link import Link
 from engine.train.load import load_run
 from engine.train.step import train_step
+from tests.train.checkpoints import save_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(
@@ -57,14 +56,7 @@ def test_a_recipe_takes_twenty_steps_and_resumes_bit_for_bit(name, make_run, ass
     assert run.state.reference_updated == 15
     assert metrics["objective/kl"] != 0
 
-    saver = Saver(session.checkpoints)
-    saver.begin(
-        run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=0.0, kl=0.0,
-        reference=run.reference, average=run.average.tensors(run.policy),
-    )  # fmt: skip
-    outcome = saver.wait(300)
-    assert isinstance(outcome, Saved)
-    mark_complete(outcome.folder)
+    save_checkpoint(run, session)
     begin = Begin(attempt=2, from_step=STEPS)
     again = load_run(session, config, begin, RankGroup(config.launch))
     for resumed in (run, again):  # an update falls due before the next step

@@ -64,6 +64,16 @@ def test_only_an_architecture_for_which_transformers_has_the_loss_is_accepted(ma
     assert not has_router_loss(AutoModelForCausalLM.from_config(doge)), "it has other arguments"
 
 
+@pytest.mark.parametrize(
+    ("kind", "dense"),
+    [("qwen3_moe", {"mlp_only_layers": [0, 1]}), ("granitemoehybrid", {"num_local_experts": 0})],
+)
+def test_a_dense_model_of_a_class_that_can_have_experts_is_refused(make_run, tmp_path, kind, dense):
+    folder = write_model(tmp_path / kind, kind, **dense)
+    with pytest.raises(UserInputError, match=rf"ppo\.router_coef: {folder} has no experts.*leave"):
+        make_run(f"model.policy={folder}", *KEYS)
+
+
 @pytest.fixture
 def moe(tmp_path):
     return f"model.policy={write_model(tmp_path / 'moe', 'qwen3_moe')}"

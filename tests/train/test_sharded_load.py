@@ -47,6 +47,7 @@ LOADS = (
     "adapters-bfloat16",
     "adapters-rank-0",
 )
+FROZEN = ("frozen", "frozen-adapters-bfloat16")
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
@@ -63,7 +64,7 @@ def loads(request, tmp_path_factory):
     assert done.code == 0, done.output
     found = {
         n: [json.loads((results / f"{n}-{r}.json").read_text()) for r in range(request.param)]
-        for n in LOADS
+        for n in LOADS + FROZEN
     }
     return found, layer
 
@@ -77,7 +78,16 @@ def test_a_rank_holds_its_weights_and_at_most_one_layer_more(loads, name):
         assert rank["growth"] < rank["share"] + layer + NOISE, found[name]
 
 
-@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_model_that_is_mapped_from_a_file_is_not_held_in_memory_to_get_there(loads, name):
+    found, layer = loads
+    for rank in found[name]:
+        assert rank["share"] > 2 * layer
+        assert rank["growth"] < layer + NOISE, found[name]
+
+
+@pytest.mark.parametrize("name", LOADS + FROZEN)
 def test_weights_and_buffers_are_those_that_transformers_loads_and_peft_merges(loads, name):
     found, _ = loads
     assert found[name][0]["different"] == []

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ from engine.session.checkpoints import (
 from engine.session.file_signature import file_id
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import MetricValue, SavedState
-from engine.train.checkpoints.saver import Outcome, Saved, Saver
+from engine.train.checkpoints.saver import Outcome, Saved, SavedMetrics, Saver
 from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
 from engine.train.run import Run
@@ -87,8 +88,8 @@ class CheckpointManager:
         self._kept_aside = dict(begin.kept_aside)
         """Step → attempt of those that an operator saved on abandoned branches. The attempt is 0
         for those that the journal does not have."""
-        self._score = self._kl = math.nan
-        self._best: MetricValue | None = None
+        self._metrics = SavedMetrics(math.nan, math.nan)
+        """Those of the last step."""
         self._recorded = dict(begin.best)
         """`train.best_metric` by step, also of evaluations that a checkpoint does not have."""
         self._alerts: list[int] = []
@@ -129,9 +130,10 @@ class CheckpointManager:
         Returns:
             Seconds that saving has blocked training since the last call.
         """
-        self._score, self._kl = metrics[SCORE], metrics[KL]
         best = self._run.config.train.best_metric
-        self._best = MetricValue(best, metrics.get(best))
+        self._metrics = SavedMetrics(
+            metrics[SCORE], metrics[KL], MetricValue(best, metrics.get(best))
+        )
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -143,7 +145,7 @@ class CheckpointManager:
         """
         best = self._run.config.train.best_metric
         if best in metrics:
-            self._best = MetricValue(best, metrics[best])
+            self._metrics = replace(self._metrics, best=MetricValue(best, metrics[best]))
             self._recorded[self._run.state.step] = metrics[best]
 
     def seconds_to_save(self) -> float:
@@ -190,12 +192,7 @@ class CheckpointManager:
         self._check_ranks_agree()
         self._link.phase(state.step, "checkpoint")
         started = time.monotonic()
-        self._saver.begin(
-            run.saved_state(), run.policy, run.tokenizer, run.optimiser,
-            score=self._score, kl=self._kl, best=self._best,
-            reference=run.reference if state.reference_updated else None,
-            average=run.average.tensors(run.policy) if run.average is not None else None,
-        )  # fmt: skip
+        self._saver.begin(run.saved_state(), run.saved_models(), self._metrics)
         self._saved_step = state.step
         self._seconds += time.monotonic() - started
 
@@ -235,7 +232,9 @@ class CheckpointManager:
         if self._moved:
             self._notice(saved.step, self._moved)
         self._link.send(
-            CheckpointWritten(step=saved.step, size=saved.size, score=saved.score, kl=saved.kl)
+            CheckpointWritten(
+                step=saved.step, size=saved.size, score=saved.metrics.score, kl=saved.metrics.kl
+            )
         )
         confirm = self._link.wait_for_confirm(saved.step)
         self._alerts = [] if confirm is None else confirm.alerts
@@ -249,7 +248,7 @@ class CheckpointManager:
             self._failed_step = step
             return
         self._longest_save = max(self._longest_save, outcome.seconds)
-        removable = self._removable(step, outcome.best)
+        removable = self._removable(step, outcome.metrics.best)
         # Recorded first: a crash in between leaves a spare folder instead of a missing one.
         self._link.send(CheckpointComplete(step=step, removed=removable))
         # Bounded: on a full disk the journal may be waiting for the space that the removal frees.

@@ -36,8 +36,51 @@ from engine.train.distributed.exchange import all_gather_bytes
 from engine.train.models.language_model import AnyModel, LanguageModel
 
 T = TypeVar("T")
+TRAINING = "training"
+"""Folder of what only a resume needs."""
 FAILURES = (CheckpointError, OSError, SafetensorError)
 """Errors that fail a save. Any other exception is a bug and ends the run."""
+
+
+@dataclass(frozen=True)
+class SavedModels:
+    """What the tensors of a checkpoint are read from."""
+
+    policy: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    """The policy's."""
+    optimiser: torch.optim.Optimizer
+    """The policy's."""
+    reference: AnyModel | None = None
+    """Given if it is no longer the model that the configuration names."""
+    average: dict[str, Tensor] | None = None
+    """The averaged policy (`train.ema`), by the names of the policy's tensors."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, without copying. Those of a part begin with its name, as `policy/`.
+
+        A sharded policy is resharded.
+        """
+        parts = {
+            POLICY: policy_tensors(self.policy),
+            TRAINING: shards.training_tensors(self.policy, self.optimiser),
+            AVERAGE: self.average or {},
+        }
+        if self.reference is not None:
+            parts[TRAINING] |= shards.reference_tensors(self.reference)
+        return {f"{part}/{k}": t for part, tensors in parts.items() for k, t in tensors.items()}
+
+
+@dataclass(frozen=True)
+class SavedMetrics:
+    """What a checkpoint records of its step's metrics."""
+
+    score: float
+    """Mean score."""
+    kl: float
+    """KL to the reference, in nats per response."""
+    best: MetricValue | None = None
+    """`train.best_metric`."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +91,7 @@ class Saved:
     folder: Path
     size: int
     """In bytes."""
-    score: float | None
-    kl: float | None
-    best: MetricValue | None
+    metrics: SavedMetrics
     seconds: float
     """From the start of the copy to the rename."""
 
@@ -64,6 +105,7 @@ class _Job:
 
     began: float
     content: StateFile
+    metrics: SavedMetrics
     policy: LanguageModel
     """Used for its structure only."""
     policy_tensors: dict[str, Tensor]
@@ -82,7 +124,7 @@ class _Folders:
     def __init__(self, part: Path) -> None:
         self.part = part
         """Renamed to the checkpoint's name once complete."""
-        self.training = part / "training"
+        self.training = part / TRAINING
         self.policy = part / POLICY
         self.policy_shards = part / "policy-shards"
         """The policy of several ranks, removed once it is a model."""
@@ -136,19 +178,7 @@ class Saver:
         self._running: Future[Outcome] | None = None
         self._reported = True
 
-    def begin(
-        self,
-        state: SavedState,
-        policy: LanguageModel,
-        tokenizer: PreTrainedTokenizerBase,
-        optimiser: torch.optim.Optimizer,
-        *,
-        score: float,
-        kl: float,
-        reference: AnyModel | None = None,
-        average: dict[str, Tensor] | None = None,
-        best: MetricValue | None = None,
-    ) -> None:
+    def begin(self, state: SavedState, models: SavedModels, metrics: SavedMetrics) -> None:
         """Copies all tensors to host memory and starts to write them in the background.
 
         Waits for the previous save first. :meth:`poll` and :meth:`wait` report the outcome,
@@ -156,47 +186,35 @@ class Saver:
 
         Args:
             state: the state to save; copied.
-            policy: the policy.
-            tokenizer: the policy's tokenizer.
-            optimiser: the policy's optimiser.
-            score: mean score of the last step.
-            kl: KL of the last step to the reference, in nats per response.
-            reference: given if it is no longer the model that the configuration names.
-            average: the averaged policy (`train.ema`), by the names of the policy's tensors.
-            best: `train.best_metric` of the last step.
+            models: what is saved with it; copied.
+            metrics: those of the last step.
         """
         self.wait()
         began = time.monotonic()
-        tensors = {f"policy/{k}": t for k, t in policy_tensors(policy).items()}
-        tensors |= {
-            f"training/{k}": t for k, t in shards.training_tensors(policy, optimiser).items()
-        }
-        if reference is not None:
-            tensors |= {f"training/{k}": t for k, t in shards.reference_tensors(reference).items()}
-        tensors |= {f"{AVERAGE}/{k}": t for k, t in (average or {}).items()}
+        tensors = models.tensors()
         early_error: OSError | None = None
         if not self._files and self._rank == 0:
             try:
-                self._files = policy_files(policy, tokenizer, self._notice)
+                self._files = policy_files(models.policy, models.tokenizer, self._notice)
             except OSError as error:  # raised in the first stage, on all ranks
                 early_error = error
         copies = self._host_copies.copy(shards.share(tensors, self._group))
         content = StateFile(
             state=copy.deepcopy(state),
-            score=score,
-            kl=kl,
-            best=best,
+            score=metrics.score,
+            kl=metrics.kl,
+            best=metrics.best,
             torch=str(torch.__version__),
-            optimiser=shards.optimiser_kind(optimiser),
+            optimiser=shards.optimiser_kind(models.optimiser),
             hashes={},
         )
         policy_copies, training_copies, average_copies = (
             {k.removeprefix(part): t for k, t in copies.items() if k.startswith(part)}
-            for part in ("policy/", "training/", f"{AVERAGE}/")
+            for part in (f"{POLICY}/", f"{TRAINING}/", f"{AVERAGE}/")
         )
         job = _Job(
-            began, content, policy, policy_copies, training_copies, average_copies, early_error,
-            averaged=average is not None,
+            began, content, metrics, models.policy, policy_copies, training_copies, average_copies,
+            early_error, averaged=models.average is not None,
         )  # fmt: skip
         future: Future[Outcome] = Future()
         self._running, self._reported = future, False
@@ -291,9 +309,7 @@ class Saver:
             step=content.state.step,
             folder=final,
             size=size,
-            score=content.score,
-            best=content.best,
-            kl=content.kl,
+            metrics=job.metrics,
             seconds=time.monotonic() - job.began,
         )
         confirm = self._confirm

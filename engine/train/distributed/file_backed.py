@@ -16,7 +16,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from engine.train.distributed.stored_tensor import replace_values, stored_of
 
 log = logging.getLogger("engine")
 
@@ -27,11 +29,16 @@ ALIGNMENT = 64
 def back_by_file(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
     """Moves the weights of a frozen model into a memory-mapped file under $TMPDIR.
 
-    If the file system has too little space the weights stay in memory and a warning is logged.
+    Weights that are still in the model's own files are read into the mapping, one at a time.
+
+    If the file system has too little space the weights stay where they are and a warning is logged.
 
     Args:
         module: the model, unsharded and on the CPU.
         blocks: its layers; the pages of each are dropped after its forward pass.
+
+    Raises:
+        OSError: a file of the weights cannot be read.
     """
     offsets, size = {}, 0
     for parameter in module.parameters():  # yields tied parameters once
@@ -44,14 +51,25 @@ def back_by_file(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
             log.warning("frozen weights stay in memory: %s: %s", tempfile.gettempdir(), error)
             return
         mapping = mmap.mmap(file.fileno(), max(size, 1))
-    for parameter, offset in offsets.items():
-        mapped = torch.frombuffer(
-            mapping, dtype=parameter.dtype, count=parameter.numel(), offset=offset
+
+    def mapped(parameter: nn.Parameter) -> Tensor:
+        values = torch.frombuffer(
+            mapping, dtype=parameter.dtype, count=parameter.numel(), offset=offsets[parameter]
         ).view(parameter.shape)
-        parameter.data = mapped.copy_(parameter.data)
+        stored = stored_of(parameter)
+        if stored is None:
+            values.copy_(parameter.data)
+        else:
+            stored.read_into(values)
+        mapping.madvise(mmap.MADV_DONTNEED)
+        return values
+
+    replace_values(module, mapped)
     module.file_mapping = mapping  # type: ignore[assignment]  # an attribute of our own
+    first = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
     for block in blocks:
-        extents = [(offsets[p], offsets[p] + p.nbytes) for p in block.parameters()]
+        starts = [(p.data_ptr() - first, p.nbytes) for p in block.parameters()]
+        extents = [(start, start + size) for start, size in starts]
         if extents:
             # Rounded down to a page: a neighbour on that page is read again when it is used.
             start = min(a for a, _ in extents) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -51,11 +51,15 @@ def place_model(
     strategy: str,
     compute: torch.dtype = torch.float32,
     *,
+    frozen: bool = False,
     on_host: bool = False,
 ) -> None:
     """Moves a model to the device, or shards it, and gives every rank its weights.
 
     Changes `module` in place. All ranks must call it.
+
+    A frozen model on a CPU is mapped from a file (:func:`back_by_file`), so that it takes memory
+    only inside :func:`materialised`; one that is sharded stays, as a rank holds its shards only.
 
     Args:
         module: the model, with its weights on rank 0 and on the meta device on the other ranks.
@@ -63,7 +67,8 @@ def place_model(
         ranks: all ranks of this attempt.
         strategy: `ddp` (replicated) or `fsdp`.
         compute: dtype in which FSDP gathers the weights; the shards keep their own dtype.
-        on_host: keep the shards in host memory while the model is not used.
+        frozen: whether the model is never trained.
+        on_host: keep a frozen model in host memory, outside :func:`materialised`.
 
     Raises:
         OSError: a file of the weights cannot be read.
@@ -71,15 +76,24 @@ def place_model(
     if ranks.size > 1 and strategy == "fsdp":
         _shard(module, ranks, compute, on_host=on_host)
         return
+    on_cpu = ranks.device.type == "cpu"
+    if not ranks.is_lead:
+        module.to_empty(device=ranks.device)
+        _tie_weights(module)
+    if frozen and on_cpu:
+        back_by_file(module, blocks(module))
     if ranks.is_lead:
         read_stored(module, ranks.device)
-        module.to(ranks.device)
+        if not on_cpu:  # accelerate numbers CPUs, and to `cpu:0` everything would be copied
+            module.to(ranks.device)
     if ranks.size > 1:
-        if not ranks.is_lead:
-            module.to_empty(device=ranks.device)
         _tie_weights(module)
         for tensor in [*module.parameters(), *module.buffers()]:
             _broadcast(tensor.data, ranks)
+            drop_pages(module)
+    if frozen and on_host and not on_cpu:
+        module.to("cpu")
+        module.host_weights = HostWeights(module, ranks.device)  # type: ignore[assignment]  # an attribute of our own
 
 
 def _shard(
@@ -233,24 +247,6 @@ class HostWeights:
         """Makes the module compute with the weights on the host, and frees the copies."""
         for tensor, data in self._on_host:
             tensor.data = data
-
-
-def offload_between_uses(
-    module: nn.Module, ranks: RankGroup, strategy: str, *, on_host: bool
-) -> None:
-    """Lets a frozen model use device memory only inside :func:`materialised`.
-
-    On a GPU the model moves to host memory if `on_host` is set. On a CPU it is always mapped from a
-    file (:func:`back_by_file`). A sharded model stays as :func:`place_model` has placed it: a rank
-    holds its shards only.
-    """
-    if ranks.size > 1 and strategy == "fsdp":
-        return
-    if ranks.device.type == "cpu":
-        back_by_file(module, blocks(module))
-    elif on_host:
-        module.to("cpu")
-        module.host_weights = HostWeights(module, ranks.device)  # type: ignore[assignment]  # an attribute of our own
 
 
 def with_materialised_model(

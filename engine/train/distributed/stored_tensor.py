@@ -14,7 +14,7 @@ import io
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ def held_values(parameter: Tensor) -> Tensor:
 def read_stored(module: nn.Module, device: torch.device) -> None:
     """Reads the parameters that are still in their files to a device, one at a time.
 
-    Tied parameters stay tied. The others of the module are left as they are.
+    The others of the module are left as they are.
 
     Args:
         module: the model, changed in place.
@@ -226,18 +226,34 @@ def read_stored(module: nn.Module, device: torch.device) -> None:
     Raises:
         OSError: a file cannot be read.
     """
-    read: dict[nn.Parameter, nn.Parameter] = {}
+
+    def read(parameter: nn.Parameter) -> Tensor | None:
+        stored = stored_of(parameter)
+        if stored is None:
+            return None
+        values = stored.read(dtype=parameter.dtype)
+        # accelerate numbers CPUs, and to `cpu:1` it is copied
+        return values if device.type == "cpu" else values.to(device)
+
+    replace_values(module, read)
+
+
+def replace_values(module: nn.Module, values_of: Callable[[nn.Parameter], Tensor | None]) -> None:
+    """Replaces parameters, also those on the meta device. Tied parameters stay tied.
+
+    Args:
+        module: changed in place.
+        values_of: called once for each parameter; returns its new values, or None to leave it.
+    """
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            stored = stored_of(parameter)
-            if stored is None:
-                continue
-            if parameter not in read:
-                values = stored.read(dtype=parameter.dtype)
-                if device.type != "cpu":  # accelerate numbers CPUs, and to `cpu:1` it is copied
-                    values = values.to(device)
-                read[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-            part.register_parameter(name, read[parameter])
+            if parameter not in replaced:
+                values = values_of(parameter)
+                replaced[parameter] = parameter
+                if values is not None:
+                    replaced[parameter] = nn.Parameter(values, parameter.requires_grad)
+            part.register_parameter(name, replaced[parameter])
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -27,7 +27,7 @@ from engine.progress import BeginPart, no_progress
 from engine.train.data.chat_template import read_chat_template
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
-from engine.train.distributed.sharding import offload_between_uses, place_model
+from engine.train.distributed.sharding import place_model
 from engine.train.models.activations.offloaded import OffloadedActivations
 from engine.train.models.activations.recomputed import recompute_products
 from engine.train.models.adapters import dora, lora
@@ -139,11 +139,10 @@ def load_reference(
     reference = LanguageModel(lm, compute=dtype)
     reference.requires_grad_(False)
     on_host = config.parallel.frozen == "offload"
-    place_model(_disable_dropout(reference), ranks, strategy, dtype, on_host=on_host)
+    place_model(_disable_dropout(reference), ranks, strategy, dtype, frozen=True, on_host=on_host)
     use_cpu_layers(reference, ranks)
     if config.model.float32_logits:
         reference.output.use_float32()
-    offload_between_uses(reference, ranks, strategy, on_host=on_host)
     return reference
 
 

@@ -29,6 +29,16 @@ def has_router_loss(lm: PreTrainedModel) -> bool:
     )
 
 
+def has_routers(lm: PreTrainedModel) -> bool:
+    """Whether a layer of this model has a router: the same class may be dense.
+
+    Granite 4.0 Micro is, for example. Its loss would raise IndexError.
+    """
+    recorded = lm.can_record_outputs.get("router_logits")
+    kind = getattr(recorded, "target_class", recorded)
+    return kind is None or any(isinstance(part, kind) for part in lm.modules())
+
+
 def load_balancing_loss(lm: PreTrainedModel, outputs: Any, real: Tensor) -> Tensor:
     """Computes the loss from the outputs of a model.
 

@@ -9,13 +9,12 @@ from transformers import PreTrainedModel
 
 from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.host_copy import HostCopies
-from engine.train.checkpoints.saver import Saved, Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.reward_training import train
 from engine.train.step import train_step
+from tests.train.checkpoints import save_checkpoint
 from tests.train.gpu.pretend import GPU, pretend_gpu
 from tests.train.gpu.test_variants import SMALLEST
 from tests.train.test_reward_training import request
@@ -53,15 +52,7 @@ def test_a_run_that_is_saved_on_a_gpu_resumes_bit_for_bit(
         run, session = make_run(*keys, device=GPU)
         train_step(run, 1)
         run.state.step = 1
-        saver = Saver(session.checkpoints)
-        saver.begin(
-            run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=0.0, kl=0.0,
-            reference=run.reference,
-            average=run.average.tensors(run.policy) if run.average is not None else {},
-        )  # fmt: skip
-        outcome = saver.wait(100)
-        assert isinstance(outcome, Saved)
-        mark_complete(outcome.folder)
+        save_checkpoint(run, session)
         ranks, begin = rank_on_gpu(run.config.launch), Begin(attempt=2, from_step=1)
         again = load_run(session, run.config, begin, ranks)
         ours, theirs = (train_step(each, 2)[0] for each in (run, again))

@@ -1,4 +1,6 @@
-"""Loads a model, sharded if there are several ranks, and measures the memory that this takes.
+"""Loads a model and measures the memory that this takes.
+
+With several ranks it is sharded, unless it is frozen: that is replicated, mapped from a file.
 
 ``loading.py FOLDER ADAPTERS RESULTS``: FOLDER holds the model, ADAPTERS some for it. Each rank
 writes a JSON file per load to RESULTS: the bytes of its weights, the growth of its resident memory
@@ -29,33 +31,43 @@ from engine.train.models.read_pretrained import read_pretrained
 def main():
     folder, adapters, results = sys.argv[1:]
     ranks = RankGroup(LaunchConfig(device="cpu"))
-    for name, source, dtype, on_every_rank in (
-        ("warm-up", adapters, torch.float32, True),  # imports what a load needs
-        ("every-rank", folder, torch.float32, True),
-        ("bfloat16", folder, torch.bfloat16, True),
-        ("rank-0", folder, torch.float32, False),
-        ("adapters", adapters, torch.float32, True),
-        ("adapters-bfloat16", adapters, torch.bfloat16, True),
-        ("adapters-rank-0", adapters, torch.float32, False),
+    for name, source, dtype, kind in (
+        ("warm-up", adapters, torch.float32, "every rank"),  # imports what a load needs
+        ("every-rank", folder, torch.float32, "every rank"),
+        ("bfloat16", folder, torch.bfloat16, "every rank"),
+        ("rank-0", folder, torch.float32, "rank 0"),
+        ("adapters", adapters, torch.float32, "every rank"),
+        ("adapters-bfloat16", adapters, torch.bfloat16, "every rank"),
+        ("adapters-rank-0", adapters, torch.float32, "rank 0"),
+        ("frozen", folder, torch.float32, "frozen"),
+        ("frozen-adapters-bfloat16", adapters, torch.bfloat16, "frozen"),
     ):
-        result = load(source, ranks, dtype, on_every_rank=on_every_rank)
+        result = load(source, ranks, dtype, kind)
         (Path(results) / f"{name}-{ranks.rank}.json").write_text(json.dumps(result))
     ranks.final_barrier()
     os._exit(0)  # like a rank
 
 
-def load(folder, ranks, dtype, *, on_every_rank):
+def load(folder, ranks, dtype, kind):
+    """Loads a model; `kind` is `frozen`, or which ranks read the files of a sharded one."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the load before has freed would hide a growth
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    lm = load_lm(folder, "model.policy", ranks, dtype, sharded=ranks.size > 1)
-    for parameter in lm.parameters():
-        mark_stored(parameter, replace(stored_of(parameter), on_every_rank=on_every_rank))
+    frozen = kind == "frozen"
+    lm = load_lm(folder, "model.policy", ranks, dtype, sharded=ranks.size > 1 and not frozen)
     model = LanguageModel(lm)
-    place_model(model, ranks, "fsdp")
-    mark = fingerprint(model)
-    growth = memory("VmHWM") - before
+    if frozen:
+        place_model(model.requires_grad_(False), ranks, "ddp", frozen=True)
+        growth = memory("VmHWM") - before  # the fingerprint reads all of it
+        mark = fingerprint(model)
+    else:
+        for parameter in lm.parameters():
+            stored = replace(stored_of(parameter), on_every_rank=kind == "every rank")
+            mark_stored(parameter, stored)
+        place_model(model, ranks, "fsdp")
+        mark = fingerprint(model)
+        growth = memory("VmHWM") - before
     share = sum(local_tensor(p).nbytes for p in model.parameters())
     tensors = {n: full_tensor(t).detach() for n, t in model.lm.state_dict().items()}
     tensors |= dict(model.lm.named_buffers())

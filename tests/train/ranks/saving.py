@@ -33,7 +33,7 @@ from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import saver, shards
 from engine.train.checkpoints.folder import SavedState
-from engine.train.checkpoints.saver import Saver
+from engine.train.checkpoints.saver import SavedMetrics, SavedModels, Saver
 from engine.train.models.language_model import LanguageModel
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.adamw_8bit import AdamW8bit
@@ -134,9 +134,8 @@ def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(starter.FOLDER / "policy")
     if fault == "crash" and rank() == 0:
         checkpoint_folder.publish = lambda *_args: os._exit(9)  # type: ignore[assignment]
-    saving.begin(
-        state, policy, tokenizer, optimiser, score=1.5, kl=0.5, average=average.tensors(policy)
-    )
+    models = SavedModels(policy, tokenizer, optimiser, average=average.tensors(policy))
+    saving.begin(state, models, SavedMetrics(1.5, 0.5))
     state.step = 8
     train(policy, optimiser, strategy)
     average.update(policy)

@@ -69,10 +69,10 @@ class RewardModel:
         )  # fmt: skip
         self._recorded: TokenStates | None = None
         """Receives the hidden states of scored responses inside :meth:`recorded_states`."""
-        on_host = context.on_host
-        sharding.place_model(self._model, ranks, context.strategy, on_host=on_host)
+        sharding.place_model(
+            self._model, ranks, context.strategy, frozen=True, on_host=context.on_host
+        )
         use_cpu_layers(self._model, ranks)
-        sharding.offload_between_uses(self._model, ranks, context.strategy, on_host=on_host)
         with sharding.materialised(self._model):
             self._needs_mask = reads_padding(self._model, self._encoding, self._label, self._device)
 
