@@ -20,6 +20,7 @@ from engine import __version__
 from engine.errors import RlhfError, UserInputError
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import colors_option, sessions_option
+from rlhf_tui.commands.shell_complete import Group
 from rlhf_tui.text import escape_unencodable, one_line
 
 SECTIONS = {
@@ -51,7 +52,7 @@ LONGEST_ERROR = 1000
 """Maximum length of an error line: one that repeats the input may be as long as the input."""
 
 
-class Commands(click.Group):
+class Commands(Group):
     """The commands of the modules in :data:`MODULES`, which are imported lazily."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -77,7 +78,7 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command of these arguments. Raises UsageError, with the command that may be meant."""
         name = args[0]
-        if name not in MODULES and not name.startswith("-"):
+        if name not in MODULES and not name.startswith("-") and not ctx.resilient_parsing:
             raise click.UsageError(f"no command '{name}'{_meant(name)}", ctx)
         return super().resolve_command(ctx, args)
 

@@ -1,7 +1,9 @@
 """Checks the files that a configuration names, and its packages, before anything is started."""
 
+import re
 from pathlib import Path
 
+from engine import starter
 from engine.config.model_folder import (
     ADAPTER_CONFIG,
     check_adapters,
@@ -17,6 +19,9 @@ from engine.config.sections.model import ModelConfig
 from engine.errors import ConfigError
 from engine.launch.function_lookup import check_function
 from engine.launch.packages import missing_packages
+
+HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
+"""The ids of models and data sets on the hub."""
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -66,13 +71,30 @@ def _check_policy(model: ModelConfig) -> None:
 
 
 def _check_model(key: str, name: str | None) -> None:
-    folder = Path(name or "")  # relative: a model on the hub, or none
+    if name is None:
+        return
+    folder = Path(name)
     if not folder.is_absolute():
+        _check_hub_id(key, name, "folder")
         return
     if is_file(folder / ADAPTER_CONFIG):
         check_adapters(key, folder)
     elif not has_config(folder):
         raise ConfigError(folder_error(key, folder))
+
+
+def _check_hub_id(key: str, name: str, local: str) -> None:
+    """Requires a name that models and data sets on the hub can have."""
+    if starter.resolve(name) != name:
+        return
+    if name.startswith(starter.PREFIX):
+        known = ", ".join(starter.PREFIX + part for part in starter.PARTS)
+        raise ConfigError(f"{key}: there is no '{name}', but {known}")
+    if not HUB_ID.fullmatch(name):
+        raise ConfigError(
+            f"{key}: '{name}' is neither an existing {local} nor an id on the hub, such as "
+            "organisation/name"
+        )
 
 
 def _check_environment(environment: EnvironmentConfig) -> None:
@@ -87,7 +109,9 @@ def _check_environment(environment: EnvironmentConfig) -> None:
 
 def _check_prompts(key: str, source: str) -> None:
     prompts = Path(source)
-    if not prompts.is_absolute():  # a data set on the hub, or none
+    if not prompts.is_absolute():
+        if source:
+            _check_hub_id(key, source, "file or folder")
         return
     if not is_file(prompts):
         if is_folder(prompts):  # of a data set; what is in it, its loader finds out

@@ -37,6 +37,8 @@ class Position(Struct, frozen=True, kw_only=True):
     """Steps that belonged to the timeline then, and are on an abandoned branch today."""
     abandoned: tuple[StepRange, ...] = ()
     """Steps that were already on an abandoned branch."""
+    keep_last: int = 1
+    """After how many more saves a checkpoint that is removed today was removed, at the earliest."""
 
 
 Start = tuple[int, int]

@@ -13,6 +13,7 @@ from textual.content import Content
 from textual.dom import DOMNode
 from textual.screen import Screen
 
+from rlhf_tui.dialogs.help import OF_SEVERAL_PANELS
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.modes import MODES, screen_class
 from rlhf_tui.state.preferences import THEME_NAMES
@@ -214,10 +215,13 @@ class PaletteCommands(Provider):
     def _of_this_screen(self) -> list[PaletteCommand]:
         from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
 
+        left_out = OF_TEXTUAL
+        if len(self.screen.focus_chain) < 2:
+            left_out += OF_SEVERAL_PANELS
         found: dict[str, PaletteCommand] = {}
         for active in self.screen.active_bindings.values():
             binding = active.binding
-            if not binding.description or binding.system or binding.action in OF_TEXTUAL:
+            if not binding.description or binding.system or binding.action in left_out:
                 continue
             if isinstance(active.node, Input):  # the keys that edit its text
                 continue

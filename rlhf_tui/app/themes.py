@@ -23,6 +23,9 @@ _SERIES_DARK: Series = (SKY, ORANGE, "#2FC79A", PURPLE, YELLOW, "#E0733A")
 _SERIES_LIGHT: Series = (BLUE, "#B87A00", "#007A59", "#A8477D", "#8A8000", VERMILLION)
 READABLE = 3.0
 """Minimum contrast of text (WCAG 2, for large text)."""
+READABLE_OF_16 = 4.5
+"""That of coloured text on the selected row with 16 colours, of which each terminal shows its own:
+bright red on blue, which have 4.4 here, cannot be read in many."""
 
 
 class Palette(Struct, frozen=True):
@@ -203,12 +206,18 @@ def themes_of(color_system: str | None) -> list[Theme]:
     """
     palettes = PALETTES.get(color_system or "", PALETTES["truecolor"])
     return [
-        _theme(name, palette(), dark=name != "light", exact=palettes is not PALETTES["truecolor"])
+        _theme(
+            name,
+            palette(),
+            dark=name != "light",
+            exact=palettes is not PALETTES["truecolor"],
+            least=READABLE_OF_16 if palettes is PALETTES["standard"] else READABLE,
+        )
         for name, palette in palettes.items()
     ]
 
 
-def _theme(name: str, p: Palette, *, dark: bool, exact: bool) -> Theme:
+def _theme(name: str, p: Palette, *, dark: bool, exact: bool, least: float) -> Theme:
     variables = {f"s{i}": colour for i, colour in enumerate(p.series, start=1)}
     for ramp, steps in (("heat", p.heat), ("cold", p.cold)):
         for i, (background, text) in enumerate(steps, start=1):
@@ -219,7 +228,7 @@ def _theme(name: str, p: Palette, *, dark: bool, exact: bool) -> Theme:
     }  # fmt: skip
     # Of the text on the selected row, what cannot be read there has the row's own text colour.
     for key in ("dim", "good", "warn", "bad", "key", "raw", *(f"s{i}" for i in range(1, 7))):
-        readable = contrast(Color.parse(variables[key]), Color.parse(p.cursor)) > READABLE
+        readable = contrast(Color.parse(variables[key]), Color.parse(p.cursor)) > least
         variables[f"chosen-{key}"] = variables[key] if readable else p.text
     if exact:
         # Textual derives these by blending, to colours that the terminal does not have.

@@ -25,6 +25,7 @@ from rlhf_tui.commands.options import (
     sessions_option,
     show_wait,
 )
+from rlhf_tui.commands.shell_complete import complete_step
 from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.text import one_line
 
@@ -33,7 +34,8 @@ from rlhf_tui.text import one_line
 @name_argument
 @sessions_option
 @click.option(
-    "--step", "choice", type=step_choice, default="last", metavar="STEP", show_default=True,
+    "--step", "choice", type=step_choice, shell_complete=complete_step, default="last",
+    metavar="STEP", show_default=True,
     help="The checkpoint to evaluate, or last or best.",
 )  # fmt: skip
 @override_option

@@ -30,6 +30,7 @@ from engine.session.temporary_folders import written_whole
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.checkpoint_step import StepChoice, checkpoint_step, step_choice
 from rlhf_tui.commands.options import existing, name_argument, say, sessions_option
+from rlhf_tui.commands.shell_complete import complete_step
 from rlhf_tui.output_file import is_free, write_output
 from rlhf_tui.report.model_card import CARD, ExportedPolicy, model_card
 
@@ -57,7 +58,7 @@ from rlhf_tui.report.model_card import CARD, ExportedPolicy, model_card
     help="Write judged pairs of responses, chosen and rejected, as JSONL.",
 )
 @click.option(
-    "--step", "choice", type=step_choice, metavar="STEP",
+    "--step", "choice", type=step_choice, shell_complete=complete_step, metavar="STEP",
     help="With --policy: the checkpoint, or last or best.  [default: last]",
 )  # fmt: skip
 @click.option("--best", is_flag=True, help="With --policy: like --step best, by train.best_metric.")

@@ -11,14 +11,15 @@ from engine.config.sections.supervision import NotifyConfig
 from engine.errors import RlhfError, UserInputError
 from engine.monitoring.channels.message import Notification, NotificationError, trial
 from engine.monitoring.notify import Channel, open_channels, send
-from rlhf_tui.commands.options import complete_name, existing, say, sessions_option
+from rlhf_tui.commands.options import existing, say, sessions_option
+from rlhf_tui.commands.shell_complete import Group, complete_name
 
 
 class UnsentError(RlhfError):
     """A test message could not be sent."""
 
 
-@click.group(no_args_is_help=False)
+@click.group(cls=Group, no_args_is_help=False)
 def notify() -> None:
     """Test the notification channels."""
 

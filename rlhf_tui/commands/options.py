@@ -17,11 +17,12 @@ from click.core import ParameterSource
 from engine import starter
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.journal.turns import Turn
-from engine.session.command_line import SESSIONS_VARIABLE, sessions_folder
-from engine.session.folder import SessionFolder, all_sessions, find, is_name
+from engine.session.command_line import SESSIONS_VARIABLE
+from engine.session.folder import SessionFolder, all_sessions, find
 from engine.session.registry import live_sessions, names_of
 from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
+from rlhf_tui.commands.shell_complete import complete_name, complete_override
 from rlhf_tui.table_files import json_parts
 from rlhf_tui.text import one_line, sanitise
 
@@ -108,7 +109,12 @@ def _starter_file(_context: click.Context, _option: click.Parameter, value: str)
 config_argument: Decorator = click.argument("config", type=click.Path(), callback=_starter_file)
 
 override_option: Decorator = click.option(
-    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a configuration key."
+    "-o",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a configuration key.",
+    shell_complete=complete_override,
 )
 
 
@@ -135,17 +141,6 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", parameter, context)
         return number
-
-
-def complete_name(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """The names of sessions with a prefix, for the completion of shells.
-
-    A shell inserts them as they are: one such as `x;rm *` would be a command.
-    """
-    root = context.params.get("root") or sessions_folder()
-    elsewhere = [] if _is_given(context) else live_sessions()
-    found = {s.name for s in (*all_sessions(Path(root).resolve()), *elsewhere)}
-    return sorted(name for name in found if name.startswith(begun) and is_name(name))
 
 
 name_argument: Decorator = click.argument("name", shell_complete=complete_name)

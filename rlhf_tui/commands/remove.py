@@ -16,7 +16,8 @@ from engine.errors import (
 from engine.launch.delete_checkpoint import delete_aside, delete_checkpoint
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.options import complete_name, existing, sessions_option, show_wait
+from rlhf_tui.commands.options import existing, sessions_option, show_wait
+from rlhf_tui.commands.shell_complete import complete_name, complete_saved_step
 from rlhf_tui.identity import who
 
 
@@ -35,6 +36,7 @@ def checkpoint_name(text: str) -> int | str:
 )
 @click.option(
     "--checkpoint", "step", type=checkpoint_name, metavar="STEP",
+    shell_complete=complete_saved_step,
     help="Delete only this checkpoint of the session, or, also while it is live, one that was "
     "moved aside: STEP-attempt-N.",
 )  # fmt: skip

@@ -35,6 +35,7 @@ from rlhf_tui.commands.options import (
     sessions_option,
     why_no_terminal,
 )
+from rlhf_tui.commands.shell_complete import complete_step
 from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
@@ -151,7 +152,7 @@ def start_or_resume(
 @click.command()
 @name_argument
 @click.option(
-    "--from", "from_step", type=step_choice, metavar="STEP",
+    "--from", "from_step", type=step_choice, shell_complete=complete_step, metavar="STEP",
     help="Resume from this checkpoint, or from the last or the best; later steps become an "
     "abandoned branch.",
 )  # fmt: skip
@@ -196,7 +197,8 @@ def _resume(
 @click.command()
 @name_argument
 @click.option(
-    "--from", "from_step", type=step_choice, default="last", metavar="STEP", show_default=True,
+    "--from", "from_step", type=step_choice, shell_complete=complete_step, default="last",
+    metavar="STEP", show_default=True,
     help="The checkpoint to fork from, or last or best.",
 )  # fmt: skip
 @click.option("--name", "new_name", metavar="NEW", required=True, help="The new session's name.")

@@ -54,6 +54,7 @@ from rlhf_tui.commands.options import (
     sessions_option,
     utf8_text,
 )
+from rlhf_tui.commands.shell_complete import Group, complete_setting, complete_step
 from rlhf_tui.identity import who
 from rlhf_tui.state.timeline import WITHOUT_STEP, changes_text, effect_text
 from rlhf_tui.text import one_line
@@ -202,7 +203,7 @@ def _row(reply: CommandReply) -> Json:
     return row | {"applied_step": row.pop("step")}
 
 
-class Verbs(click.Group):
+class Verbs(Group):
     """The verbs of `ctl`."""
 
     def resolve_command(
@@ -282,7 +283,7 @@ def stop(call: CtlCall, now: bool) -> None:
 
 
 @_verb(Rollback)
-@click.argument("step", type=step_choice)
+@click.argument("step", type=step_choice, shell_complete=complete_step)
 @click.option(
     "--reseed", is_flag=True, help="Use a new random seed, to sample different responses."
 )
@@ -293,7 +294,7 @@ def rollback(call: CtlCall, step: StepChoice, reseed: bool) -> None:
 
 
 @_verb(DeleteCheckpoint)
-@click.argument("step", type=step_choice)
+@click.argument("step", type=step_choice, shell_complete=complete_step)
 @click.pass_obj
 def delete_checkpoint(call: CtlCall, step: StepChoice) -> None:
     call.send(DeleteCheckpoint(step=checkpoint_step(existing(call.root, call.name), step)))
@@ -319,7 +320,9 @@ def kl(call: CtlCall, /, **given: Any) -> None:
 
 
 @_verb(SetSetting)
-@click.argument("assignments", metavar="KEY=VALUE...", nargs=-1, required=True)
+@click.argument(
+    "assignments", metavar="KEY=VALUE...", nargs=-1, required=True, shell_complete=complete_setting
+)
 @click.pass_obj
 def set_(call: CtlCall, assignments: tuple[str, ...]) -> None:
     commands = [_setting(assignment) for assignment in assignments]

@@ -88,8 +88,8 @@ class CheckpointsScreen(SessionScreen):
             yield CheckpointPanel(self.context.state, self.context.preferences.metrics())
 
     def on_resize(self) -> None:
-        """Shows the selected checkpoint where there is room for it."""
-        self._fit()
+        """Wraps the line above the table, and shows the selected checkpoint if there is room."""
+        self.refresh_content()
 
     def _fit(self) -> None:
         """Puts the panel beside or below the table; an empty table has none."""

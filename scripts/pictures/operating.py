@@ -33,7 +33,7 @@ PAGE = ROOT / "docs" / "operating.md"
 SCREENS = ROOT / "docs" / "screens"
 RECORDED = ROOT / "tests" / "data" / "operating"
 SIZE = (120, 34)
-COMMAND = re.compile(r"^rlhf-tui (run .*--name (\S+).*)$", re.MULTILINE)
+COMMAND = re.compile(r"^rlhf-tui (run examples/.*--name (\S+).*)$", re.MULTILINE)
 CHARTS = [
     metrics.SCORE, metrics.KL, metrics.ENTROPY, metrics.RESPONSE_LENGTH, metrics.CLIP_FRACTION,
     metrics.DISTINCT_2,

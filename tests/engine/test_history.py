@@ -320,6 +320,29 @@ def test_changes_are_in_the_order_in_which_they_were_applied_whatever_the_clock(
         assert reader.meta().settings["learning_rate"] == 1e-5
 
 
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_a_removed_checkpoint_is_shown_until_as_many_later_ones_were_saved_as_are_kept(
+    make_session, write_in, keep_last
+):
+    writer = write_in(make_session("kept", f"train.keep_last={keep_last}"))
+    checkpoints = writer.journal.checkpoints
+    writer.journal.begin_attempt(0, fresh=False)
+    then, counted = {}, []
+    for step in range(1, 7):
+        writer.steps(step)
+        checkpoints.record(step, 100, 1.0, 0.5)
+        if step == 2:
+            checkpoints.keep(step)
+        else:
+            counted.append(step)
+        checkpoints.complete(step, counted[-keep_last - 1 : -keep_last])
+        with JournalReader(writer.session) as reader:
+            then[step] = [c.step for c in reader.checkpoints()]
+    found = at_each_step(writer.session, lambda reader: [c.step for c in reader.checkpoints()])
+    writer.journal.close()
+    assert {step: found[1, step] for step in then} == then
+
+
 def test_what_happened_at_a_step_stays_there_when_the_clock_was_set_back(writer, monkeypatch):
     journal = writer.journal
     writer.steps(1, 2)

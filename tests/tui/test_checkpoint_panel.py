@@ -69,6 +69,14 @@ def test_no_heading_of_the_panel_is_without_a_line_below_it(height):
     assert not lines[-1].strip().startswith(("Settings", "After", "Responses"))
 
 
+def test_a_single_line_of_what_came_after_has_the_newest_event_and_no_number():
+    state = make_state()
+    state.take(SessionUpdate(events=[alert(step) for step in (30, 40)]))
+    of_any_height = [text(panel(state, settings=SETTINGS), height=h) for h in range(8, 30)]
+    (lines,) = [t for t in of_any_height if t.split("\n")[-2].strip() == "After step 20"]
+    assert "high at 40" in lines.split("\n")[-1]
+
+
 async def test_beside_the_list_there_is_room_on_a_wide_terminal(run_app, until):
     async with run_app(size=(200, 30)) as (app, pilot):
         await pilot.press("4")

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click import UsageError
 from click.testing import CliRunner
 
 from engine import starter
@@ -51,6 +52,27 @@ def test_an_override_with_another_reward_takes_the_place_of_the_starter_s(tmp_pa
     assert (reward.environment, reward.model) == ("score", None)
     for name, answer in (("prompts", "starter:prompts"), ("policy", "starter:policy")):
         assert init_module.usable(name, keys, answer) == answer
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "says"),
+    [
+        ("policy", "?", "'?' is neither an existing folder nor an id on the hub"),
+        ("policy", "models/sft/last", "'models/sft/last' is neither an existing folder nor"),
+        ("policy", "starter:model", "there is no 'starter:model', but starter:policy"),
+        ("reward_model", "a reward", "'a reward' is neither an existing folder nor"),
+        ("prompts", "my prompts", "'my prompts' is neither an existing file or folder nor"),
+    ],
+)
+def test_an_answer_that_no_model_or_data_set_can_be_is_asked_for_again(name, answer, says):
+    with pytest.raises(UsageError) as caught:
+        init_module.usable(name, (), answer)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "starter:policy"])
+def test_an_id_on_the_hub_is_not_looked_up(answer):
+    assert init_module.usable("policy", (), answer) == answer
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

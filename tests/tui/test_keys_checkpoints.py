@@ -309,6 +309,22 @@ async def test_a_checkpoint_that_could_not_be_saved_is_told_until_the_next_one_i
             assert line.text() == " ! step 25: no room: make some"
 
 
+async def test_why_a_checkpoint_could_not_be_saved_is_wrapped_anew_in_another_width(
+    session_maker, tmp_path, running, until
+):
+    session = session_maker(tmp_path, "mine", 40)
+    with contextlib.closing(JournalWriter(session)) as journal:
+        text = " ".join(["no room: make some"] * 7)
+        journal.record_event("alert", {"rule": "checkpoint", "text": text}, 25)
+    async with running(RlhfApp(tmp_path, "mine", follow=False), size=(160, 24)) as pilot:
+        await pilot.press("4")
+        line = pilot.app.screen.query_one("#best")
+        await until(pilot, lambda: line.text() == f" ! step 25: {text}")
+        await pilot.resize_terminal(80, 24)
+        await until(pilot, lambda: line.text().split("\n")[1:] and line.size.height == 2)
+        assert " ".join(line.text().split()) == f"! step 25: {text}"
+
+
 def save(journal, step):
     journal.checkpoints.record(step, 49_000_000, 1.2, 7.5)
     journal.checkpoints.complete(step)

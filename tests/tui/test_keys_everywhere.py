@@ -189,7 +189,8 @@ async def test_nothing_of_the_line_below_is_left_beside_a_notice(browser, until)
     async with browser() as (app, pilot):
         app.say("read-only", "warning")
         await until(pilot, lambda: notices(app) and app.screen.query_one("Toast").region)
-        assert app.screen.query_one("Toast").region.right == app.size.width
+        box = app.screen.query_one("Toast").region
+        assert (box.x, box.right) == (0, app.size.width)
 
 
 async def test_a_notice_of_keys_in_quick_succession_is_shown_once(browser, until):

@@ -107,6 +107,14 @@ async def test_sorting_sessions_is_not_described_by_the_columns_of_samples(make_
         assert "score" not in command.help
 
 
+@pytest.mark.parametrize(("mode", "panels"), [("dashboard", True), ("checkpoints", False)])
+async def test_the_next_panel_is_a_command_where_there_are_several(run_app, until, mode, panels):
+    async with run_app() as (app, pilot):
+        await pilot.press(str(list(MODES).index(mode) + 1))
+        await until(pilot, lambda: app.current_mode == mode)
+        assert ("Next panel" in [command.title for command in commands(app)]) == panels
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_screen_takes_a_key_of_the_app(mode):
     of_app = {b.key for b in Binding.make_bindings(RlhfApp.BINDINGS)}

@@ -75,6 +75,13 @@ def test_every_text_can_be_read_on_the_selected_row(system, theme):
     assert min(contrast(c, Color.parse(variables["chosen"])) for c in shown) > READABLE
 
 
+@pytest.mark.parametrize("theme", ["dark", "contrast"])
+def test_with_16_colours_no_red_text_stands_on_the_blue_of_the_selected_row(theme):
+    variables = next(t for t in themes_of("standard") if t.name == theme).variables
+    assert variables["chosen-bad"] == PALETTES["standard"][theme]().text
+    assert variables["chosen-good"] == variables["good"]
+
+
 async def test_a_colour_that_cannot_be_read_on_the_selected_row_is_not_used_there(
     make_app, running, monkeypatch
 ):

@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from operator import sub
 
+from engine.errors import ConfigError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.session.folder import SessionFolder
@@ -56,6 +57,7 @@ class Recording:
         finally:
             database.close()
         self._starts = starts
+        self._keep_last = _keep_last(session)
         self._live = live
         """Whether an engine ran when this was read."""
         self.last_step = steps[-1][1] if steps else 0
@@ -133,6 +135,7 @@ class Recording:
             kept=kept,
             current=current,
             abandoned=abandoned,
+            keep_last=self._keep_last,
         )
 
     def offset_of_step(self, step: int) -> float:
@@ -183,6 +186,14 @@ class Recording:
             if from_step < step or number == 1:
                 found = number
         return found
+
+
+def _keep_last(session: SessionFolder) -> int:
+    """`train.keep_last`; 1 if all checkpoints are kept, or if the configuration is damaged."""
+    try:
+        return max(session.config().train.keep_last, 1)
+    except ConfigError:
+        return 1
 
 
 def _steps_before(steps: Sequence[Step], events: Sequence[Event]) -> list[int]:

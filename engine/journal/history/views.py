@@ -4,8 +4,8 @@ A temporary view hides the table of the same name, so every query of the readers
 would have returned then. Nothing is written to the files. Steps that later attempts abandoned
 belonged to the timeline then, and are in the tables named `*_past` today.
 
-The journal does not record when a checkpoint was removed: a removed one is shown until the time at
-which the next one was saved.
+The journal does not record when a checkpoint was removed: a removed one is shown until
+`train.keep_last` later ones were saved.
 """
 
 import functools
@@ -46,7 +46,7 @@ def journal_views(position: Position, version: int) -> list[str]:
             "checkpoints",
             f"""
             SELECT step, attempt, time, size, score, kl,
-                {_checkpoint_status(position)} AS status{kept}
+                {_checkpoint_status(position, "AND NOT n.kept" if kept else "")} AS status{kept}
             FROM main.checkpoints c WHERE time <= {at!r} OR attempt < {attempt}
             """,
         ),
@@ -137,16 +137,25 @@ def _in_ranges(table: str, columns: str, ranges: Iterable[StepRange]) -> str:
     """
 
 
-def _checkpoint_status(position: Position) -> str:
-    by_then = f"SELECT 1 FROM main.checkpoints n WHERE n.time <= {position.time!r}"
+def _checkpoint_status(position: Position, counted: str) -> str:
+    """SQL: the status of a checkpoint c by then.
+
+    Args:
+        position: the moment.
+        counted: SQL that restricts which checkpoints `n` count in `train.keep_last`.
+    """
+    by_then = f"FROM main.checkpoints n WHERE n.time <= {position.time!r}"
     return f"""
         CASE
             WHEN status IN ('written', 'abandoned') THEN status
             WHEN status = 'removed'
-                AND EXISTS ({by_then} AND n.step > c.step AND n.attempt >= c.attempt)
+                AND (
+                    SELECT count(*) {by_then} AND n.step > c.step AND n.attempt >= c.attempt
+                    {counted}
+                ) >= {position.keep_last}
                 THEN status
             WHEN status = 'replaced'
-                AND EXISTS ({by_then} AND n.step = c.step AND n.attempt > c.attempt)
+                AND EXISTS (SELECT 1 {by_then} AND n.step = c.step AND n.attempt > c.attempt)
                 THEN status
             WHEN {_attempt_before("c.step", position)} THEN 'superseded'
             ELSE 'complete'

@@ -6,6 +6,21 @@ from click.shell_completion import get_completion_class
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_RLHF_TUI_COMPLETE"
 """The variable by which the script asks click for completions."""
+CORRECTIONS = {
+    "bash": (
+        ("COMPREPLY+=($value)", "COMPREPLY+=($value); [[ $value != *= ]] || compopt -o nospace"),
+    ),
+    "zsh": (
+        (
+            "compadd -U -V unsorted -a completions",
+            "compadd -U -V unsorted -S '' -- ${(M)completions:#*=}; "
+            "compadd -U -V unsorted -- ${completions:#*=}",
+        ),
+    ),
+    "fish": (('string split ","', 'string split --max 1 ","'),),
+}
+"""What click's scripts lack: no space follows `key=`, and in fish neither values nor their
+descriptions are cut at their first comma."""
 
 
 @click.command()
@@ -24,5 +39,6 @@ def completion(context: click.Context, shell: str) -> None:
         raise click.UsageError(f"this version of click has no completion for {shell}")
     root = context.find_root()
     script = kind(root.command, {}, "rlhf-tui", VARIABLE).source()
-    # click's script for fish cuts values and their descriptions at their first comma.
-    click.echo(script.replace('string split ","', 'string split --max 1 ","'))
+    for old, new in CORRECTIONS[shell]:
+        script = script.replace(old, new)
+    click.echo(script)

@@ -23,7 +23,6 @@ from engine.metrics import DISTINCT_2, EVAL_SCORE, KL, RESPONSE_LENGTH, SCORE
 from engine.monitoring.recorded_steps import evaluate
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
-    complete_name,
     existing,
     json_option,
     name_argument,
@@ -31,6 +30,7 @@ from rlhf_tui.commands.options import (
     say,
     sessions_option,
 )
+from rlhf_tui.commands.shell_complete import complete_name
 from rlhf_tui.state.runs.differences import AFTER, settings_after
 from rlhf_tui.text import one_line
 

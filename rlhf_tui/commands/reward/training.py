@@ -28,13 +28,13 @@ from engine.protocol.programs.reward_training import (
 from engine.session.folder import SessionFolder, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
-    complete_name,
     existing,
     json_option,
     print_json,
     say,
     sessions_option,
 )
+from rlhf_tui.commands.shell_complete import complete_name
 from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.output_file import is_free
 from rlhf_tui.text import one_line

@@ -160,10 +160,10 @@ def _metric(title: str, before: str, after: str = "", change: str = "", tone: st
 
 
 def _event_lines(events: Sequence[Marker], width: int, most: int) -> list[Row]:
-    """The first events; if there are more, the last line has the number of the others."""
+    """The first events; if there are more, the last of several lines has their number."""
     steps = max([LEAST_STEP, *(len(str(m.step)) for m in events)])
-    shown = events if len(events) <= most else events[: most - 1]
+    shown = events if len(events) <= most else events[: max(most - 1, 1)]
     rows: list[Row] = [entry_line([marker], width, steps) for marker in shown]
-    if len(shown) < len(events):
+    if len(shown) < len(events) and most > 1:
         rows.append([(f"        … and {len(events) - len(shown):,} earlier", "dim")])
     return rows
