@@ -219,8 +219,8 @@ def _intermediate(config: Any) -> int:
 
 def _is_gated(layer: nn.Module, width: int) -> bool:
     """Whether a layer has one MLP of its width, of the kind whose products are computed again."""
-    gated = (m for m in layer.modules() if is_gated_mlp(m))
-    return any(m.down_proj.in_features == width for m in gated)
+    gated = (m.down_proj for m in layer.modules() if is_gated_mlp(m))
+    return any(isinstance(down, nn.Linear) and down.in_features == width for down in gated)
 
 
 def _linear(layers: list[nn.Module], size: Callable[[nn.Linear | Conv1D], int]) -> dict[str, int]:

@@ -10,7 +10,9 @@ import ast
 import inspect
 import textwrap
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ def recompute_products(model: nn.Module) -> None:
     """
     for part in model.modules():
         if is_gated_mlp(part):
-            part.forward = types.MethodType(_forward, part)  # type: ignore[method-assign]  # of this MLP only
+            part.forward = types.MethodType(_forward, part)  # of this MLP only
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
@@ -54,7 +56,7 @@ def is_gated_mlp(module: nn.Module) -> bool:
     return [a.arg for a in function.args.args] == ["self", "x"] and ast.dump(found) == gated
 
 
-def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
+def _forward(mlp: Any, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     activated = mlp.act_fn(gate)
     if not activated.requires_grad:
@@ -79,7 +81,9 @@ class Saved:
 class Products:
     """Recomputes act(G x) and its product with U x, of one call of an MLP."""
 
-    def __init__(self, act: nn.Module, gate: Tensor, up: Tensor, activated_at: int) -> None:
+    def __init__(
+        self, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, activated_at: int
+    ) -> None:
         """Takes what it computes them from, and the address of act(G x)."""
         self._act, self._gate, self._up, self._activated_at = act, gate, up, activated_at
         self.product_at = 0
