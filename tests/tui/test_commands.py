@@ -22,7 +22,7 @@ from engine.protocol.commands import COMMANDS
 from engine.session.checkpoints import aside_path, checkpoint_path, complete_checkpoints
 from engine.session.folder import create
 from rlhf_tui import identity
-from rlhf_tui.cli import MODULES, cli, in_plain_words
+from rlhf_tui.cli import MODULES, cli
 from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.steer import ctl
 from rlhf_tui.format import plural
@@ -30,22 +30,20 @@ from rlhf_tui.format import plural
 DEADLINE = 240.0
 
 
-@pytest.mark.parametrize(
-    ("word", "hint"),
-    [("statu", "; did you mean 'status'?"), ("unpause", "; to steer a run, type rlhf-tui ctl NAME "
-      "unpause"), ("frobnicate", "")],
-)  # fmt: skip
-def test_a_command_that_does_not_exist_names_the_one_that_may_be_meant(word, hint):
-    with pytest.raises(click.UsageError) as caught:
-        cli.main([word], standalone_mode=False)
-    assert caught.value.message == f"no command '{word}'{hint}"
-
-
 def test_the_commands_of_ctl_are_described_whole():
     printed = CliRunner().invoke(cli, ["ctl", "--help"]).output
     for kind in COMMANDS.values():
         if kind.name() in ctl.commands:
             assert kind.summary in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "indices"), [((), list(range(8))), (("--last", "2"), [6, 7]), (("--eval",), [])]
+)
+def test_the_responses_of_one_step_are_printed(root, options, indices):
+    arguments = ["samples", "frozen", "--step", "150", *options, "--sessions", str(root), "--json"]
+    rows = json.loads(CliRunner().invoke(cli, arguments).output)
+    assert [(row["step"], row["index"]) for row in rows] == [(150, index) for index in indices]
 
 
 def test_the_folder_of_sessions_may_stand_before_the_command(root, tmp_path, monkeypatch):
@@ -461,37 +459,3 @@ def test_a_test_message_without_a_channel_says_how_to_name_one(tmp_path):
     done = notify_test(tmp_path / "s")
     assert "has no notification channel: set notify.command" in str(done.exception)
     assert done.exception.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["metrics", "frozen", "--last", "x"], "'x' is not a whole number."),
-        (["metrics", "frozen", "--last", "0"], "0 is less than 1."),
-        (["ctl", "frozen", "beta", "high"], "'high' is not a number."),
-    ],
-)
-def test_a_wrong_number_is_told_in_plain_words(arguments, words):
-    assert usage_error(arguments).endswith(words)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["ctl"], "Missing argument 'NAME'."),
-        (["reward"], "Missing command."),
-        (["notify"], "Missing command."),
-        (["completion"], "Choose from: bash, zsh, fish"),
-    ],
-)
-def test_a_command_without_its_arguments_is_told_in_one_line(arguments, words):
-    assert usage_error(arguments).endswith(words)
-
-
-def usage_error(arguments):
-    """The message for wrong usage."""
-    result = CliRunner().invoke(cli, arguments, standalone_mode=False)
-    assert isinstance(result.exception, click.UsageError)
-    message = in_plain_words(result.exception.format_message())
-    assert "\n" not in message
-    return message

@@ -82,31 +82,36 @@ def metrics(
 @optional_name_argument
 @sessions_option
 @last_option
+@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Print those of one step.")
 @click.option("--eval", "held_out", is_flag=True, help="Print responses to held-out prompts.")
 @format_options
 @json_option
 def samples(
-    root: Path, name: str | None, last: int | None, held_out: bool, form: str | None,
-    output: Path | None, as_json: bool,
+    root: Path, name: str | None, last: int | None, step: int | None, held_out: bool,
+    form: str | None, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print samples: prompts, responses and scores.
 
-    Prints the last 16, or all with --format or --json. Without NAME: of the only live session.
+    Prints the last 16, or all with --step, --format or --json. Without NAME: of the only live
+    session.
     """
     session = existing_or_live(root, name)
-    count = last if last or as_json or form or output else 16
+    count = last if last or as_json or form or output or step is not None else 16
     form = "json" if as_json else form
     with SampleReader(session) as reader:
         found: Iterable[SampleRow]
         if held_out:
-            found = reader.evaluated()[-count if count else 0 :]
+            found = reader.evaluated(step)[-count if count else 0 :]
+        elif step is not None:
+            found = with_judgements(session, reader.of_step(step)[-count if count else 0 :])
         else:
             found = with_judgements(session, reader.iter_newest(count))
         if printed_rows((r.as_json() for r in found), form, output, SAMPLE_FIELDS):
             return
         rows = list(found)
     if not rows:
-        say("no responses to held-out prompts" if held_out else "no samples")
+        of_step = "" if step is None else f" of step {step}"
+        say(("no responses to held-out prompts" if held_out else "no samples") + of_step)
     for row in rows:
         score, kl = fmt.number(row.score), fmt.number(row.kl, 2)
         label = f"  {row.label}" if row.label else ""
