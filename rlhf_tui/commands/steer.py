@@ -1,6 +1,7 @@
 """Commands that steer a live engine: ctl, note."""
 
 import contextlib
+import difflib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import click
 import msgspec
 
 from engine.api.session import Session
-from engine.config.settings import Settings
+from engine.config.settings import LIVE_SETTINGS, Settings
 from engine.config.yaml_document import parse_yaml
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
 from engine.examined import examined
@@ -225,7 +226,19 @@ class Verbs(Group):
             raise click.UsageError(f"note is a command of its own: {note} TEXT", ctx)
         if args[0].startswith("-"):
             raise click.UsageError(f"give {args[0]} before NAME or after the verb", ctx)
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            raise click.UsageError(f"no verb '{args[0]}'{self._meant(ctx, args[0])}", ctx)
         return super().resolve_command(ctx, args)
+
+    def _meant(self, ctx: click.Context, word: str) -> str:
+        """What may be meant by a verb that does not exist, to follow it in a message."""
+        setting = word.partition("=")[0].rpartition(".")[2]
+        if setting in LIVE_SETTINGS:
+            command = fmt.command("ctl", ctx.params["name"], "set", f"{setting}=VALUE")
+            return f"; to change this setting: {command}"
+        verbs = [name for name, verb in self.commands.items() if not verb.hidden]
+        near = difflib.get_close_matches(word, verbs, n=1)
+        return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(verbs)}"
 
 
 @click.group(cls=Verbs, no_args_is_help=False)
