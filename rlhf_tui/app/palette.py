@@ -215,7 +215,7 @@ class PaletteCommands(Provider):
     def _of_this_screen(self) -> list[PaletteCommand]:
         from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
 
-        left_out = OF_TEXTUAL
+        left_out: tuple[str, ...] = OF_TEXTUAL
         if len(self.screen.focus_chain) < 2:
             left_out += OF_SEVERAL_PANELS
         found: dict[str, PaletteCommand] = {}
