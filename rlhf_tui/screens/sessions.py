@@ -37,6 +37,8 @@ from rlhf_tui.state.steering_target import NO_SESSION, SteeringTarget
 from rlhf_tui.widgets.lines import Lines, Row
 from rlhf_tui.widgets.panels.preview import PreviewPanel
 
+FIRST = "my-run.yaml"
+"""The configuration of the commands that start a first run."""
 READ_INTERVAL = 2.0
 """Seconds between two readings of the folder."""
 
@@ -144,7 +146,11 @@ class SessionsScreen(SessionScreen):
             [],
             [(" or from a shell:", "dim")],
             [(f" {command('demo')}", "key")],
-            [(f" {command('run', 'CONFIG')}", "key")],
+            [
+                (f" {fmt.command('init', FIRST)}", "key"),
+                ("  asks for your model and reward", "dim"),
+            ],
+            [(f" {command('run', FIRST)}", "key")],
         ]
 
     def on_engines_asked(self, message: EnginesAsked) -> None:

@@ -297,10 +297,11 @@ async def test_deleting_says_how_much_room_only_the_session_itself_takes(
             await until(pilot, lambda: len(app.screen_stack) == 1)
 
 
-async def test_an_empty_folder_says_what_starts_a_run(run_app, tmp_path, until):
+@pytest.mark.parametrize("command", ["demo", "init my-run.yaml", "run my-run.yaml"])
+async def test_an_empty_folder_says_what_starts_a_run(run_app, tmp_path, until, command):
     async with run_app(None, root=tmp_path / "none") as (app, pilot):
-        table = app.screen.query_one(Table)
-        await until(pilot, lambda: any("rlhf-tui demo" in p for r in table.empty() for p, _ in r))
+        empty = app.screen.query_one(Table).empty
+        await until(pilot, lambda: any(f"rlhf-tui {command}" in p for r in empty() for p, _ in r))
 
 
 async def test_screens_of_a_session_need_one(run_app):

@@ -181,6 +181,6 @@ def _missing_file(path: str) -> FormError:
     if not found and path:
         return FormError(f"no configuration file at {path}")
     if not found:
-        return IncompleteError("type the path of a YAML file")
+        return IncompleteError("type the path of a YAML file; rlhf-tui init writes one")
     more = f"  and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
     return IncompleteError("continue with  " + "  ".join(found[:MOST_NAMES]) + more)
