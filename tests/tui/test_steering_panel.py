@@ -28,6 +28,11 @@ def test_the_target_s_unit_is_left_out_where_it_has_no_room():
     assert "target 0.5\n" in text(panel, 41)
 
 
+@pytest.mark.parametrize(("kl", "share"), [(-0.02, "▼ 0.00×"), (-0.6, "▼ -0.10×"), (6, "• 1.00×")])
+def test_the_kl_is_shown_as_a_share_of_the_target_without_a_negative_zero(kl, share):
+    assert f"{share} target 6 nats" in text(SteeringPanel(make_state(kl=kl)))
+
+
 def test_the_next_beta_is_the_controller_s():
     # e = 6.6/6 - 1 = 0.1 and n/horizon = 0.1, so beta grows by 1 %.
     assert "0.0505   +1.0%" in text(SteeringPanel(make_state(kl=6.6)))

@@ -89,7 +89,7 @@ class SteeringPanel(Panel):
             arrow, tone = (
                 ("▲", "warn") if ratio > 1.2 else ("▼", "warn") if ratio < 0.8 else ("•", "good")
             )
-            row += [(f" {arrow} {ratio:.2f}×", tone)]
+            row += [(f" {arrow} {ratio:z.2f}×", tone)]
         row.append((f" target {value_text(target)}", "dim"))
         return [*row, (" nats", "dim")] if row_width(row) + len(" nats") <= width else row
 
