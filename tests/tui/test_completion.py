@@ -1,5 +1,9 @@
 """Completion of commands by the shell."""
 
+import os
+import shutil
+import subprocess
+
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
@@ -76,6 +80,21 @@ def test_fish_takes_descriptions_with_commas_as_they_are():
     script = CliRunner().invoke(cli, ["completion", "fish"]).output
     assert 'string split --max 1 "," $completion' in script
     assert 'string split ","' not in script
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_bare_shell_loads_its_script_without_a_message(tmp_path, shell):
+    if (program := shutil.which(shell)) is None:
+        pytest.skip(f"{shell} is not installed")
+    script = tmp_path / "script"
+    script.write_text(CliRunner().invoke(cli, ["completion", shell]).output)
+    bare = {"bash": "--norc", "zsh": "-f", "fish": "--no-config"}[shell]
+    environment = {**os.environ, "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path)}
+    done = subprocess.run(
+        [program, bare, "-c", f". {script}"], env=environment, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

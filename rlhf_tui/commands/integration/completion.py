@@ -16,11 +16,16 @@ CORRECTIONS = {
             "compadd -U -V unsorted -S '' -- ${(M)completions:#*=}; "
             "compadd -U -V unsorted -- ${completions:#*=}",
         ),
+        (
+            "    compdef ",
+            "    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }\n"
+            "    compdef ",
+        ),
     ),
     "fish": (('string split ","', 'string split --max 1 ","'),),
 }
-"""What click's scripts lack: no space follows `key=`, and in fish neither values nor their
-descriptions are cut at their first comma."""
+"""What click's scripts lack: no space follows `key=`; zsh loads its completion system if ~/.zshrc
+has not; fish cuts neither values nor their descriptions at their first comma."""
 
 
 @click.command()
