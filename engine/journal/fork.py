@@ -10,7 +10,8 @@ from engine.session import access
 from engine.session.folder import SessionFolder
 
 PART = "part.db"
-"""The name of a copy until it is whole, not longer than the names of files that SQLite writes."""
+"""The name of a copy until it is whole, not longer than the names of files that SQLite writes.
+It is there from the start of a fork, whose checkpoint is copied before the databases."""
 TRUNCATE_JOURNAL = (
     "DELETE FROM metrics WHERE step > :step",
     "DELETE FROM steps WHERE step > :step",

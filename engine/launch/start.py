@@ -20,7 +20,7 @@ from engine.errors import (
     SessionNameError,
     UserInputError,
 )
-from engine.journal.fork import copy_until
+from engine.journal.fork import PART, copy_until, unfinished_copies
 from engine.journal.reader import JournalReader
 from engine.launch.failed_start import remove_failed_start
 from engine.launch.inputs import check_inputs
@@ -38,6 +38,7 @@ from engine.launch.start_checkpoints import (
     unfinished_rollback,
 )
 from engine.launch.start_options import StartOptions
+from engine.session.access import create_file
 from engine.session.checkpoints import (
     COMPLETE,
     checkpoint_path,
@@ -214,9 +215,11 @@ def fork(
     lock = child.acquire()  # what is half a copy must neither be resumed nor deleted
     try:
         _copy_history(session, child, from_step)
-    except (OSError, sqlite3.Error, JournalError) as error:
+    except BaseException as error:
         lock.release()  # on NFS an open file keeps its folder from being removed
         shutil.rmtree(child.folder, ignore_errors=True)
+        if not isinstance(error, OSError | sqlite3.Error | JournalError):  # such as ctrl+c
+            raise
         _check_step(session, from_step)  # a live run may have removed it meanwhile
         # An error of `copytree` lists those of all files.
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
@@ -235,6 +238,8 @@ def fork(
 
 
 def _copy_history(session: SessionFolder, child: SessionFolder, step: int) -> None:
+    part = child.folder / PART
+    create_file(part)  # shows that this was interrupted, see `_check_history`
     # Files of a checkpoint are never changed in place, so both sessions can share them.
     source = checkpoint_path(session.checkpoints, step)
     shutil.copytree(source, checkpoint_path(child.checkpoints, step), copy_function=_link_or_copy)
@@ -243,6 +248,7 @@ def _copy_history(session: SessionFolder, child: SessionFolder, step: int) -> No
     if session.tensorboard.is_dir():
         shutil.copytree(session.tensorboard, child.tensorboard)
     copy_until(session, child, step)
+    part.unlink(missing_ok=True)  # if the source has no journal
 
 
 def _link_or_copy(source: str, target: str) -> str:
@@ -254,9 +260,17 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _check_history(session: SessionFolder) -> None:
-    """Requires a journal: without one, a resume would start at step 0 and replace checkpoints."""
-    steps = checkpoint_steps(session)
-    if steps and not has_history(session):
+    """Requires a journal: without one, a resume would start at step 0 and replace checkpoints.
+
+    So it would after a fork that was killed while it copied its checkpoint.
+    """
+    steps, known = checkpoint_steps(session), has_history(session)
+    if not steps and not known and unfinished_copies(session):
+        raise UserInputError(
+            f"session '{session.name}' is a fork whose files were not copied to the end: delete it "
+            f"({session.command('rm')}) and fork again"
+        )
+    if steps and not known:
         problem = "is empty" if session.journal_file.exists() else "is missing"
         raise UserInputError(
             f"session '{session.name}' has checkpoints (of steps {', '.join(map(str, steps))}) but "

@@ -75,6 +75,33 @@ def test_a_fork_that_is_killed_amid_its_copies_does_not_seem_to_have_made_the_st
     assert not [*child.folder.glob("part.db*")]
 
 
+def end_amid_copies(session, number):
+    """Starts to fork a session in a process that a signal ends; returns the fork."""
+    ends = f"""
+import os, signal
+from engine.launch import start
+def end(*_paths):
+    os.kill(os.getpid(), {number})
+    signal.pause()
+start._link_or_copy = end
+"""
+    command = [sys.executable, "-c", ends + FORK, session.folder]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -number
+    return SessionFolder(session.folder.with_name("child"))
+
+
+def test_a_fork_that_is_killed_amid_its_checkpoint_does_not_begin_at_step_0(writer):
+    writer.checkpoint(2)
+    child = end_amid_copies(writer.session, signal.SIGKILL)
+    with pytest.raises(UserInputError, match="not copied to the end"):
+        resume(child, from_step=None, reseed=False, overrides=[], who="me")
+
+
+def test_nothing_is_left_of_a_fork_that_is_interrupted(writer):
+    writer.checkpoint(2)
+    assert not end_amid_copies(writer.session, signal.SIGINT).folder.exists()
+
+
 def test_a_fork_is_starting_until_its_engine_could_have_locked_it(writer):
     writer.steps(1, 2)
     writer.checkpoint(2)
