@@ -187,16 +187,20 @@ def _connect_without_shared_memory(path: Path, uri: str) -> tuple[sqlite3.Connec
 
 
 def check_schema(db: sqlite3.Connection, path: Path) -> None:
-    """Refuses a database with a view or a trigger, since ours have none.
+    """Refuses a database with views, triggers, virtual tables or generated columns: ours have none.
 
-    Somebody has added it by hand. What a view returns is computed, and that may never end.
+    Somebody has added them by hand. What is read from them is computed, and that may never end, or
+    take all memory.
 
     Raises:
         JournalError: there is one.
         sqlite3.Error: the file cannot be read.
     """
-    query = "SELECT 1 FROM sqlite_schema WHERE type IN ('view', 'trigger')"
-    if db.execute(query).fetchone() is not None:
+    queries = (
+        "SELECT 1 FROM sqlite_schema WHERE ifnull(rootpage, 0) = 0",
+        "SELECT 1 FROM sqlite_schema AS s, pragma_table_xinfo(s.name) WHERE hidden <> 0",
+    )
+    if any(db.execute(query).fetchone() is not None for query in queries):
         db.close()
         raise JournalError(f"{path} is not as rlhf-tui writes it: do not trust this session")
 

@@ -112,7 +112,10 @@ VIEW = (
 TRIGGER = "CREATE TRIGGER endless AFTER INSERT ON {table} BEGIN SELECT 1; END"
 
 
-@pytest.mark.parametrize("code", [VIEW, TRIGGER])
+COLUMN = "ALTER TABLE {table} ADD COLUMN huge AS (hex(zeroblob(1000000)))"
+
+
+@pytest.mark.parametrize("code", [VIEW, TRIGGER, COLUMN])
 @pytest.mark.parametrize(
     ("name", "table", "use"),
     [
@@ -125,7 +128,7 @@ TRIGGER = "CREATE TRIGGER endless AFTER INSERT ON {table} BEGIN SELECT 1; END"
     ],
 )
 def test_a_database_that_computes_something_is_refused(make_session, name, table, use, code):
-    """It may never end."""
+    """It may never end, or take all memory."""
     session = make_session()
     JournalWriter(session).close()
     set_label(session, "prompt", ANSWER, "good", "me")
