@@ -408,6 +408,10 @@ def create(root: Path, name: str, config: "RunConfig") -> SessionFolder:
             raise SessionError(
                 f"cannot create a folder of sessions at {root}: it is a file"
             ) from None
+        if not session.config_file.exists():  # such as after a kill of a start, or of `rm`
+            raise SessionNameError(
+                f"{session.folder} exists and is not a session: remove it, or choose another --name"
+            ) from None
         raise SessionNameError(
             f"session '{name}' exists in {root}: resume it with {session.command('resume')}, "
             "or choose another --name"

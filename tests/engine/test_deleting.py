@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from engine.errors import SessionError
+from engine.errors import SessionError, SessionNameError
 from engine.launch.failed_start import remove_failed_start
 from engine.session.folder import all_sessions
 from engine.session.temporary_folders import LOCK, PREFIX, remove_abandoned
@@ -95,3 +95,9 @@ def test_nothing_is_left_of_an_abandoned_temporary_folder_on_nfs(tmp_path, nfs):
     os.utime(folder / LOCK, (1, 1))  # long ago
     remove_abandoned(tmp_path)
     assert not folder.exists()
+
+
+def test_a_folder_that_a_killed_deletion_leaves_is_named_to_whoever_wants_its_name(make_session):
+    make_session("run").config_file.unlink()
+    with pytest.raises(SessionNameError, match="is not a session: remove it"):
+        make_session("run")
