@@ -1,4 +1,4 @@
-"""Access rights: modes of files and folders, and the check of a session's owner.
+"""Access to files: their modes, how those of a session are opened, and the check of its owner.
 
 A session's configuration can name Python code, so anyone who can write to a session can run code as
 the user who resumes it. Modes are therefore set explicitly and do not depend on the umask.
@@ -10,8 +10,8 @@ import os
 import pwd
 import stat
 import tempfile
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import BinaryIO
 
 from engine.errors import SessionError
 
@@ -92,7 +92,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     return fd
 
 
-def open_to_read(path: Path) -> BinaryIO:
+def open_to_read(path: Path) -> BufferedReader:
     """Opens a file of a session for reading, see :func:`open_regular`. Raises OSError."""
     return os.fdopen(open_regular(path), "rb")
 
@@ -110,7 +110,7 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def open_to_append(path: Path) -> BinaryIO:
+def open_to_append(path: Path) -> BufferedWriter:
     """Opens a log of a session, which is created if it is missing. Raises OSError."""
     return os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
