@@ -1,5 +1,6 @@
 """Prepares the start of an engine: a new run, a resume from a checkpoint, or a fork."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -216,6 +217,8 @@ def fork(
     try:
         _copy_history(session, child, from_step)
     except BaseException as error:
+        with contextlib.suppress(OSError):
+            child.config_file.unlink()  # first: what may be left is no session then
         lock.release()  # on NFS an open file keeps its folder from being removed
         shutil.rmtree(child.folder, ignore_errors=True)
         if not isinstance(error, OSError | sqlite3.Error | JournalError):  # such as ctrl+c
