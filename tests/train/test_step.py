@@ -319,6 +319,21 @@ def test_in_bfloat16_single_tokens_may_differ_while_a_whole_response_may_not(
         check_first_rollout(run, rollout, kl, kl)
 
 
+@pytest.mark.parametrize(("temperature", "refused"), [(1.0, True), (0.01, False)])
+def test_a_low_temperature_makes_the_rounding_larger_that_is_accepted(
+    make_run, temperature, refused
+):
+    run, _ = make_run(f"rollout.temperature={temperature}", "rollout.max_new_tokens=60")
+    rollout = rollout_of(run)
+    rollout.logprobs[0, 0] -= 1e-3
+    kl = torch.zeros_like(rollout.logprobs)
+    if refused:
+        with pytest.raises(RlhfError, match=r"differ by 0\.001 nats on a token"):
+            check_first_rollout(run, rollout, kl, kl)
+    else:
+        check_first_rollout(run, rollout, kl, kl)
+
+
 def test_a_policy_whose_weights_are_not_finite_is_not_called_an_unsafe_architecture(make_run):
     run, _ = make_run()
     with torch.no_grad():

@@ -11,7 +11,8 @@ from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 
 GAP_LIMIT = 1e-4
-"""Largest difference in nats per token between cached and full forward passes in float32."""
+"""Largest difference in nats per token between cached and full forward passes in float32. A
+temperature below 1 divides the rounding of logits as it does logits, and the limits with them."""
 
 MIXED_GAP_LIMIT = 0.3
 """The same in bfloat16, for the mean over a response: only gross errors can be told apart from
@@ -109,13 +110,15 @@ def check_first_rollout(
         RlhfError: a difference is larger than rounding explains.
     """
     few, name = rollout.rows[:4], type(run.policy.lm).__name__
+    temperature = run.config.rollout.temperature
+    rounding = 1 / min(temperature, 1.0)
     exact = run.config.model.dtype == "float32"
     checkpointing = run.config.parallel.activation_checkpointing
     run.policy.train(checkpointing)
     full, _ = score_tokens(
         run.policy,
         rollout.select(few),
-        run.config.rollout.temperature,
+        temperature,
         MicroBatchLimit(min(len(few), run.config.ppo.micro_batch_size)),
         want="logits",
     )
@@ -130,7 +133,7 @@ def check_first_rollout(
             f"{run.state.step + 1}: its weights are damaged, or have grown too large; take another "
             "model.policy, or resume from an earlier checkpoint with a lower train.learning_rate"
         )
-    if gap > (GAP_LIMIT if exact else MIXED_GAP_LIMIT):
+    if gap > rounding * (GAP_LIMIT if exact else MIXED_GAP_LIMIT):
         raise RlhfError(
             f"{name}: log-probabilities while generating and in a full forward pass differ by "
             f"{gap:.2g} nats {'on a' if exact else 'per'} token, more than rounding explains: this "
@@ -139,7 +142,7 @@ def check_first_rollout(
         )
     kl = float(masked.sequence_kl(old_logprobs, ref_logprobs, rollout.mask).abs().mean())
     starts_at_reference = run.config.model.reference_is_policy and run.state.step == 0
-    if exact and starts_at_reference and kl > GAP_LIMIT * rollout.ids.shape[1]:
+    if exact and starts_at_reference and kl > rounding * GAP_LIMIT * rollout.ids.shape[1]:
         raise RlhfError(
             f"{name}: the KL to the reference is {kl:.2g} nats before the first update, not 0"
         )
