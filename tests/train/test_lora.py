@@ -28,11 +28,12 @@ from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.train.checkpoints.merge import merge
 from engine.train.load import load_run
-from engine.train.models.adapters import lora
+from engine.train.models.adapters import dora, lora
 from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
 from engine.train.models.pretrained import load_policy, load_reference
 from engine.train.step import train_step
+from tests.train.architectures import write_model
 from tests.train.checkpoints import save_checkpoint
 from tests.train.loaded import SINGLE_RANK, loaded_lm
 from tests.variants import some_of
@@ -304,6 +305,24 @@ def test_a_router_that_computes_more_than_a_product_has_no_adapter():
     lora.add_adapters(model, LoRAConfig(rank=2, alpha=2), seed=0, base="b")
     assert len(lora.adapted_layers(model)) == 4
     torch.testing.assert_close(model(input_ids=tokens).logits, before)
+
+
+@pytest.mark.parametrize("with_dora", [False, True])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_next"])
+def test_all_that_adapters_change_in_a_mixture_is_in_the_merged_weights(tmp_path, kind, with_dora):
+    config = LoRAConfig(rank=2, alpha=2, dora=with_dora)
+    folder = write_model(tmp_path / kind, kind)
+    policy, plain = (LanguageModel(loaded_lm(folder)).eval() for _ in range(2))
+    lora.add_adapters(policy.lm, config, seed=0, base=str(folder))
+    dora.initialise(lora.adapted_layers(policy.lm))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    merged = {n: lora.merged_weight(*w) for n, w in lora.mergeable_weights(policy.lm).items()}
+    assert not torch.allclose(logits(plain), logits(policy), atol=1e-2)
+    plain.lm.load_state_dict(merged)
+    torch.testing.assert_close(logits(plain), logits(policy), rtol=1e-3, atol=1e-3)
 
 
 def test_experts_without_adapters_are_no_warning(recwarn):

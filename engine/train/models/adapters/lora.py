@@ -8,7 +8,6 @@ takes several tenths of a second.
 import copy
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +51,7 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
     """
     from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - slow, see above
 
-    linear = linear_layers(lm)
+    linear = _adaptable_layers(lm)
     for target in config.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             found = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
@@ -65,24 +64,51 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
         lora_alpha=config.alpha or 0,
         use_rslora=config.rslora,
         use_dora=config.dora,
-        target_modules=config.targets or "all-linear",
+        target_modules=config.targets or list(linear),
         exclude_modules=routers or None,
         lora_dropout=0.0,  # old and new log-probabilities must come from the same function
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    with warnings.catch_warnings():
-        # For a mixture of experts, peft itself sets ranks of the experts, which get no adapters.
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
-        try:
-            inject_adapter_in_model(adapters, lm)
-        except ValueError as error:  # a target also matches layers of other types
-            raise UserInputError(f"lora.targets: {first_line(error)}") from error
+    try:
+        inject_adapter_in_model(adapters, lm)
+    except ValueError as error:  # a target also matches layers of other types
+        raise UserInputError(f"lora.targets: {first_line(error)}") from error
     for name, layer in _named_layers(lm):
         _initialise(layer, derived_key(seed, f"adapter {name}"))
         if config.dora:
             dora.add_lengths(layer)
+
+
+def _adaptable_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers to which peft adds adapters if it is given their names.
+
+    Where transformers joins the experts of a mixture into one tensor, peft takes the names of the
+    layers that they once were, such as `gate_proj`, and `all-linear`, for that tensor, whose
+    adapters cannot be merged here. Other layers of these names, as in shared experts, have none
+    either: peft would load theirs into the experts.
+    """
+    from peft import LoraConfig  # noqa: PLC0415 - slow, see above
+    from peft.utils.transformers_weight_conversion import (  # noqa: PLC0415
+        convert_peft_config_for_transformers,
+    )
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+
+    conversions = get_model_conversion_mapping(lm)
+
+    def is_kept(leaf: str) -> bool:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model=lm, conversions=conversions)
+        except ValueError:  # one of two layers that are joined
+            return False
+        return leaf in (config.target_modules or ())
+
+    layers = linear_layers(lm)
+    leaves = {name.rpartition(".")[2] for name in layers}
+    kept = {leaf for leaf in leaves if is_kept(leaf)}
+    return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in kept}
 
 
 def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
