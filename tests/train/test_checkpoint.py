@@ -30,6 +30,7 @@ from engine.train.models.shapes import models_of
 from engine.train.reward_scales import fit_scales, use_saved_scales
 from engine.train.step import train_step
 from tests.privileges import held_to_modes
+from tests.train.architectures import write_model
 from tests.train.checkpoints import DEADLINE, begin_save, save_checkpoint
 
 
@@ -393,7 +394,7 @@ def test_the_state_of_another_optimiser_or_model_is_refused(trained, make_run):
         load_training(folder, run.policy, run.optimiser)
     run.optimiser.defaults["fused"] = fused
     other, _ = make_run("model.value=separate")
-    with pytest.raises(CheckpointError, match="value function of another model"):
+    with pytest.raises(CheckpointError, match="value function of another architecture"):
         load_training(folder, other.policy, other.optimiser)
 
 
@@ -428,6 +429,16 @@ def forked(session, *overrides):
     begin, ranks = Begin(attempt=2, from_step=1), RankGroup(config.launch)
     run = load_run(session, config, begin, ranks, notify=lambda *n: notices.append(n))
     return run, notices
+
+
+def test_a_fork_with_a_value_function_of_another_shape_is_told_what_to_keep(make_run, tmp_path):
+    policy = write_model(tmp_path / "policy", "llama")
+    run, session = make_run(f"model.policy={policy}", "model.value=separate")
+    train_step(run, 1)
+    run.state.step = 1
+    save_checkpoint(run, session)
+    with pytest.raises(CheckpointError, match=r"another architecture \(.*keep ppo\.value_init"):
+        forked(session, "ppo.value_init=reward_model")
 
 
 @pytest.mark.parametrize("keys", [[], ["lora.rank=2"]], ids=["all weights", "adapters"])

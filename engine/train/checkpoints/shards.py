@@ -156,6 +156,7 @@ def load_training(
         )
     stored = _stored_tensors(folder / "training")
     tensors = _value_tensors(policy)
+    _check_value_function(stored, tensors, policy, folder)
     parameters = dict(policy.named_parameters())
     keys = [k for k in stored if not k.startswith((*VALUE, REFERENCE))]
     for key in keys if restored else []:
@@ -165,13 +166,29 @@ def load_training(
         tensors[key] = optimiser.state[parameters[name]][part] = _empty_state(
             part, parameters[name], stored[key], optimiser
         )
-    wrong = {k for k in stored if k.startswith(VALUE)} ^ set(_value_tensors(policy))
-    # Checkpoints of earlier versions hold packed weights, too.
-    if wrong := {k for k in wrong if not k.startswith(_packed_layers(policy))}:
-        raise CheckpointError(f"{folder} holds a value function of another model: {min(wrong)}")
     if tensors:
         _read_into(tensors, folder, group)
     return restored
+
+
+def _check_value_function(
+    stored: dict[str, TensorStorageMetadata],
+    tensors: dict[str, Tensor],
+    policy: LanguageModel,
+    folder: Path,
+) -> None:
+    """Checks that a checkpoint's value function has the names and shapes of the policy's.
+
+    A fork can give it another transformer, by `ppo.value_init` or another reward model.
+    """
+    found = {k: tuple(m.size) for k, m in stored.items() if k.startswith(VALUE)}
+    wrong = {k for k, _ in found.items() ^ {(k, tuple(t.shape)) for k, t in tensors.items()}}
+    # Checkpoints of earlier versions hold packed weights, too.
+    if wrong := {k for k in wrong if not k.startswith(_packed_layers(policy))}:
+        raise CheckpointError(
+            f"{folder} holds a value function of another architecture ({min(wrong)} differs): keep "
+            "ppo.value_init and, if that is reward_model, a reward model of the same architecture"
+        )
 
 
 def _empty_state(
