@@ -8,6 +8,7 @@ import torch
 
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
+from engine.errors import RewardError
 from engine.train.checkpoints.folder import TrainingState
 from engine.train.experience.respond import respond
 from engine.train.ppo.linear_value import with_all_features
@@ -117,8 +118,14 @@ def _normalise_rewards(run: Run, config: RunConfig) -> None:
     total = scores.total
     if rewards.normalised:
         for name in rewards.normalised:
-            given = torch.tensor([s for s in scores.parts[name] if s is not None] or [0.0])
-            scale = Normaliser.of(given, f"the normalise of reward source '{name}'")
+            key = f"reward.mix[{rewards.names.index(name)}].normalise"
+            given = [s for s in scores.parts[name] if s is not None]
+            if not given:
+                raise RewardError(
+                    f"{key}: reference needs scores, but '{name}' scored no response of the "
+                    f"reference: use {key}: none"
+                )
+            scale = Normaliser.of(torch.tensor(given), key)
             rewards.scales[name] = (scale.mean, scale.std)
         total = rewards.total(scores.parts, inputs)
     if config.reward.normalise == "reference":

@@ -43,6 +43,32 @@ def test_scores_that_do_not_vary_cannot_be_normalised(score):
         Normaliser.of(torch.full((64,), score))
 
 
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        ("same", r"needs scores that vary, but every response of the reference got 2: "),
+        ("nothing", r"needs scores, but 'two' scored no response of the reference: "),
+    ],
+)
+def test_a_source_that_cannot_be_normalised_is_named_by_its_key(
+    make_run, tmp_path, function, problem
+):
+    (tmp_path / "unvaried.py").write_text(
+        "def same(completions, **_):\n    return [2.0] * len(completions)\n"
+        "def nothing(completions, **_):\n    return [None] * len(completions)\n"
+    )
+    mix = (
+        "{model: 'starter:reward'}",
+        f"{{function: 'unvaried:{function}', name: two, normalise: reference}}",
+    )
+    key = r"reward\.mix\[1\]\.normalise"
+    with pytest.raises(RewardError, match=rf"^{key}: reference {problem}use {key}: none$"):
+        make_run(
+            "reward.model=null", f"reward.mix=[{', '.join(mix)}]", f"reward.path={tmp_path}",
+            "reward.normalise_samples=4",
+        )  # fmt: skip
+
+
 @given(
     st.integers(1, 5), st.lists(st.lists(SCORES, min_size=5, max_size=5), min_size=1, max_size=4)
 )
