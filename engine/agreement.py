@@ -19,7 +19,7 @@ from msgspec import Struct
 
 WINDOW = 20
 """Number of newest judgements up to a step whose mean is the curve's value at the step."""
-LEAST = 20
+MIN_JUDGEMENTS = 20
 """Minimum number of judgements to look for a fall."""
 TRIMMED = 0.15
 """Share of the judgements at either end at which no fall is looked for."""
@@ -124,7 +124,7 @@ def find_fall(points: Sequence[Point]) -> Fall | None:
         points: sorted by step.
     """
     count = len(points)
-    if count < LEAST:
+    if count < MIN_JUDGEMENTS:
         return None
     values = [p.agreement for p in points]
     margin = math.ceil(TRIMMED * count)

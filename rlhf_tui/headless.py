@@ -19,7 +19,7 @@ from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.launch.failed_start import INTERRUPTED, NewSession
+from engine.launch.failed_start import INTERRUPTED_EXIT, NewSession
 from engine.launch.start_options import StartOptions, received_start
 from engine.log_lines import is_noticed
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, Ready, StepReport
@@ -201,7 +201,7 @@ def main() -> None:
         code = error.exit_code
     except KeyboardInterrupt:  # before a stop could be asked for, or after the end
         print("rlhf-tui: interrupted", file=sys.stderr)  # noqa: T201
-        code = INTERRUPTED
+        code = INTERRUPTED_EXIT
     new.remove_if_unused(code)
     _flush()
     sys.exit(code)

@@ -9,7 +9,7 @@ from engine.errors import ConfigError
 
 SLURM_VARIABLE = "SLURM_JOB_END_TIME"
 """Unix time at which SLURM ends the job."""
-EARLIEST = 1_000_000_000
+EARLIEST_TIME = 1_000_000_000
 """Seconds: smaller numbers are no Unix time of a run, but for example `14:05`, which YAML reads as
 14 × 60 + 5."""
 
@@ -32,7 +32,7 @@ def deadline(train: TrainConfig, environment: Mapping[str, str]) -> float | None
         return None
     if value == "auto":
         return _slurm_end(environment.get(SLURM_VARIABLE, ""))
-    if isinstance(value, int) and value >= EARLIEST:
+    if isinstance(value, int) and value >= EARLIEST_TIME:
         return float(value)
     try:
         return datetime.fromisoformat(str(value)).timestamp()
@@ -49,4 +49,4 @@ def _slurm_end(text: str) -> float | None:
         end = float(text)
     except ValueError:
         return None
-    return end if math.isfinite(end) and end >= EARLIEST else None
+    return end if math.isfinite(end) and end >= EARLIEST_TIME else None

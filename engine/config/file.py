@@ -22,9 +22,9 @@ from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
 from engine.errors import ConfigError
 from engine.examined import examined
 
-SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
+VALUES_OF_OLD_SESSIONS = {"rollout.sampling": "inverse_cdf"}
 """Values for sessions that began before a key existed, if they differ from the key's default."""
-DEPENDENT: dict[str, Callable[[RunConfig], Any]] = {
+DEPENDENT_DEFAULTS: dict[str, Callable[[RunConfig], Any]] = {
     "rollout.per_prompt": lambda c: c.ppo.traits.per_prompt,
     "eval.column": lambda c: c.data.column,
     "eval.temperature": lambda _: 1.0,
@@ -68,7 +68,7 @@ def load_session(path: Path) -> RunConfig:
         ConfigError: the file cannot be read or is cut off, or a key or a value is wrong.
     """
     tree = _parse(read_session_text(path), path)
-    for key, value in SESSIONS_BEFORE.items():
+    for key, value in VALUES_OF_OLD_SESSIONS.items():
         section, _, name = key.partition(".")
         if isinstance(keys := tree.get(section), dict):
             keys.setdefault(name, value)
@@ -118,9 +118,9 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Fills in the defaults that depend on other keys, see :data:`DEPENDENT`."""
+    """Fills in the defaults that depend on other keys, see :data:`DEPENDENT_DEFAULTS`."""
     sections: dict[str, Any] = {}
-    for key, default in DEPENDENT.items():
+    for key, default in DEPENDENT_DEFAULTS.items():
         name, _, field = key.partition(".")
         section = sections.get(name, getattr(config, name))
         if getattr(section, field) is None:
@@ -177,8 +177,8 @@ def kept_defaults(config: RunConfig, overrides: Iterable[str]) -> dict[str, tupl
     """
     given = list(overrides)
     before = to_flat(config)
-    defaults = _with_defaults(to_tree(config), DEPENDENT)
-    left_out = [key for key in DEPENDENT if before[key] == defaults[key]]
+    defaults = _with_defaults(to_tree(config), DEPENDENT_DEFAULTS)
+    left_out = [key for key in DEPENDENT_DEFAULTS if before[key] == defaults[key]]
     kept = to_flat(override(config, given))
     defaults = _with_defaults(to_tree(config), left_out, given)
     return {k: (kept[k], defaults[k]) for k in left_out if kept[k] != defaults[k]}

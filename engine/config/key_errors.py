@@ -8,19 +8,19 @@ from typing import Any
 
 import msgspec
 
-from engine.config.mistakes import ALSO, LISTED, together
+from engine.config.mistakes import MAX_LISTED, OTHERS_PREFIX, joined_mistakes
 from engine.config.names_elsewhere import KEYS_HERE, SECTIONS
 from engine.config.schema import RunConfig
 from engine.config.type_errors import expected, shown
 from engine.examined import examined
 
-EMPTY = ", got `null`"
+NULL_SUFFIX = ", got `null`"
 """Suffix of msgspec's message for a key without a value."""
 
-SHORT = 40
-"""The characters that each of the other unknown keys has at most that a message lists."""
-MOST_MISTAKES = 10
-"""How many mistakes are looked for."""
+MAX_LISTED_KEY = 40
+"""Maximum length of each further unknown key that a message lists."""
+MAX_MISTAKES = 10
+"""Maximum number of mistakes that are looked for."""
 REQUIRED_SECTIONS: dict[str, dict[str, Any]] = {
     "model": {"policy": "x"},
     "data": {"prompts": "x"},
@@ -86,7 +86,7 @@ def explain(message: str, tree: dict[str, Any], kind: type[msgspec.Struct] = Run
         kind: what it could not be decoded as.
     """
     found = _mistakes(message, tree, kind)
-    return together(sorted(found, key=lambda told: not told.startswith("unknown key")))
+    return joined_mistakes(sorted(found, key=lambda text: not text.startswith("unknown key")))
 
 
 def _mistakes(message: str, tree: dict[str, Any], kind: type[msgspec.Struct]) -> Iterable[str]:
@@ -97,7 +97,7 @@ def _mistakes(message: str, tree: dict[str, Any], kind: type[msgspec.Struct]) ->
     """
     rest = copy.deepcopy(tree)
     unknown, told = False, set[str]()
-    for _ in range(MOST_MISTAKES):
+    for _ in range(MAX_MISTAKES):
         text, path = _text_and_path(message)
         missing = _missing_key(text, path)
         if not (missing and (unknown or missing in told)):
@@ -167,7 +167,7 @@ def _explain_one(text: str, path: str, tree: dict[str, Any]) -> str:
     choices = _choices(path)
     if choices and ("enum" in text or not wanted):
         wanted = "one of " + ", ".join(choices)
-    if text.endswith(EMPTY):  # `key:` in YAML, `key=` on the command line
+    if text.endswith(NULL_SUFFIX):  # `key:` in YAML, `key=` on the command line
         return f"{path} is empty; it must be {wanted}"
     return f"{path} must be {wanted}, not {shown(value)}"
 
@@ -190,11 +190,11 @@ def _remedy(name: str, key: str) -> str:
 def _also_unknown(tree: dict[str, Any], told: str) -> str:
     """The other unknown keys, so that they need not be found one by one; without long ones."""
     keys = (key for _, _, key in _unknown_keys(RunConfig, tree, ""))
-    others = [key for key in keys if key != told and len(key) <= SHORT]
+    others = [key for key in keys if key != told and len(key) <= MAX_LISTED_KEY]
     if not others:
         return ""
-    listed = ", ".join(f"'{key}'" for key in others[:LISTED])
-    return f"{ALSO} unknown: {listed}{' and others' if len(others) > LISTED else ''})"
+    listed = ", ".join(f"'{key}'" for key in others[:MAX_LISTED])
+    return f"{OTHERS_PREFIX} unknown: {listed}{' and others' if len(others) > MAX_LISTED else ''})"
 
 
 def _unknown_keys(

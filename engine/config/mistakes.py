@@ -1,28 +1,32 @@
-"""Tells several mistakes of a configuration in one message."""
+"""Reports several mistakes of a configuration in one error message."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from engine.errors import MAX_CONFIG_ERROR, ConfigError
 
-LISTED = 4
-"""How many mistakes a message lists after the first one, if there is room for them."""
+MAX_LISTED = 4
+"""Maximum number of mistakes that a message lists after the first one, if there is room."""
 
-ALSO = " (also"
+OTHERS_PREFIX = " (also"
 """Begins what a message adds about other mistakes, and a closing bracket ends it."""
 
 
 def raise_mistakes(mistakes: Iterable[str]) -> None:
-    """Raises ConfigError if there is a mistake; its message tells all of them."""
-    if told := list(mistakes):
-        raise ConfigError(together(told))
+    """Raises one ConfigError for all mistakes; does nothing if there is none."""
+    if found := list(mistakes):
+        raise ConfigError(joined_mistakes(found))
 
 
-def together(mistakes: list[str]) -> str:
-    """One message: the first mistake whole, and of the others those for which there is room."""
+def joined_mistakes(mistakes: list[str]) -> str:
+    """Joins mistakes into one message: the whole first one, and others while there is room.
+
+    The message has at most :data:`~engine.errors.MAX_CONFIG_ERROR` characters if the first mistake
+    has.
+    """
     first, *others = mistakes
     listed: list[str] = []
-    for text in others[:LISTED]:
+    for text in others[:MAX_LISTED]:
         if len(_joined(first, [*listed, text, "and others"])) <= MAX_CONFIG_ERROR:
             listed.append(text)
     return _joined(first, [*listed, *(["and others"] if len(listed) < len(others) else [])])
@@ -32,7 +36,9 @@ def _joined(first: str, others: list[str]) -> str:
     if not others:
         return first
     listed = "; ".join(others)
-    return f"{first[:-1]}; {listed})" if ALSO in first else f"{first}{ALSO}: {listed})"
+    if OTHERS_PREFIX in first:
+        return f"{first[:-1]}; {listed})"
+    return f"{first}{OTHERS_PREFIX}: {listed})"
 
 
 def mistakes_of(check: Callable[..., Any], *values: Any) -> Iterator[str]:

@@ -20,7 +20,7 @@ MAX_DEPTH = 50
 """Maximum depth of nested sections and lists."""
 MAX_VALUES = 20_000
 """Maximum number of values in a document. An alias counts with everything that it expands to."""
-MOST_FAST_LEVELS = 2_000
+MAX_FAST_LEVELS = 2_000
 """Levels of a document that libyaml may read. It reads 10,000; 30,000 end the process."""
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What PyYAML raises for a value that does not fit its tag, such as `2020-13-45` or `!!int ''`, and
@@ -137,7 +137,7 @@ def _load(text: str) -> Any:
     # libyaml's recursion is in C: from some ten thousand levels on it ends the process. A line of n
     # characters opens fewer than 2 n levels, and each bracket one wherever it stands.
     levels = 2 * max(map(len, text.splitlines()), default=0) + text.count("[") + text.count("{")
-    if levels < MOST_FAST_LEVELS:
+    if levels < MAX_FAST_LEVELS:
         with contextlib.suppress(yaml.YAMLError, ValueError):
             return yaml.load(text, Loader=_FastLoader)  # noqa: S506 - a SafeLoader
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader

@@ -9,7 +9,7 @@ from engine.journal.database import open_read_only
 from engine.session import access
 from engine.session.folder import SessionFolder
 
-PART = "part.db"
+PART_NAME = "part.db"
 """The name of a copy until it is whole, not longer than the names of files that SQLite writes.
 It is there from the start of a fork, whose checkpoint is copied before the databases."""
 TRUNCATE_JOURNAL = (
@@ -60,7 +60,7 @@ def copy_until(source: SessionFolder, target: SessionFolder, step: int) -> None:
         reader = open_read_only(old, len(migrations))
         if reader is None:
             continue
-        part = target.folder / PART
+        part = target.folder / PART_NAME
         access.create_file(part)
         with closing(reader), closing(sqlite3.connect(part)) as writer:
             reader.backup(writer)
@@ -73,4 +73,4 @@ def copy_until(source: SessionFolder, target: SessionFolder, step: int) -> None:
 
 def unfinished_copies(session: SessionFolder) -> list[Path]:
     """The files that a fork has left in its session which was killed."""
-    return list(session.folder.glob(f"{PART}*"))
+    return list(session.folder.glob(f"{PART_NAME}*"))

@@ -42,7 +42,7 @@ UNION SELECT rejected_attempt, rejected_step, rejected_idx, rejected FROM labels
 """The responses with a judgement or in a preference. Responses of the reference have no key, so no
 sample matches them."""
 NEWEST_KEYS = "SELECT step, idx, attempt FROM samples ORDER BY step DESC, idx DESC LIMIT ? OFFSET ?"
-PAGE = 1000
+PAGE_SIZE = 1000
 """Number of samples that :meth:`SampleReader.iter_newest` reads at a time."""
 MAX_COMPARED = 200
 """Maximum number of other responses to a prompt that :meth:`SampleReader.earlier` returns."""
@@ -105,8 +105,8 @@ class SampleReader:
     def iter_newest(self, last: int | None = None) -> Iterator[SampleRow]:
         """The last samples of the current timeline, oldest first, without their judgements.
 
-        Reads :data:`PAGE` of them at a time, so that not all have to be in memory. Those that are
-        recorded meanwhile are left out.
+        Reads :data:`PAGE_SIZE` of them at a time, so that not all have to be in memory. Those that
+        are recorded meanwhile are left out.
 
         Args:
             last: maximum number of samples; None for all.
@@ -122,10 +122,10 @@ class SampleReader:
             rows = self._db.rows(
                 f"SELECT {self._columns} FROM samples WHERE (step, idx) >= (?, ?) "  # noqa: S608 - constants
                 "AND step <= ? AND attempt <= ? ORDER BY step, idx LIMIT ?",
-                (step, index, last_step, last_attempt, PAGE),
+                (step, index, last_step, last_attempt, PAGE_SIZE),
             )
             yield from map(_sample, rows)
-            if len(rows) < PAGE:
+            if len(rows) < PAGE_SIZE:
                 return
             step, index = rows[-1][0], rows[-1][1] + 1
 

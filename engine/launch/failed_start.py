@@ -12,7 +12,7 @@ from engine.session.access import read_bytes
 from engine.session.checkpoints import COMPLETE, checkpoint_path
 from engine.session.folder import SessionFolder
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT = 130
 """The exit code of a start that was interrupted: 128 and the number of SIGINT."""
 
 
@@ -40,7 +40,7 @@ class NewSession:
         """
         session, attempt = self._session, self._attempt
         unused = code == UserInputError.exit_code or (
-            code == INTERRUPTED and attempt is not None and _last_attempt(session) == attempt
+            code == INTERRUPTED_EXIT and attempt is not None and _last_attempt(session) == attempt
         )
         if not (self._is_new and unused):
             return False

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from engine.errors import UserInputError
 
-PORT = 29400
+DEFAULT_PORT = 29400
 """The default port of the first machine."""
-KNOWN = "SLURM, SkyPilot, torchrun's PET_* or MASTER_ADDR, Kubernetes' indexed jobs"
+KNOWN_SCHEDULERS = "SLURM, SkyPilot, torchrun's PET_* or MASTER_ADDR, Kubernetes' indexed jobs"
 """For an error message."""
 
 

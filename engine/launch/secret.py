@@ -17,7 +17,7 @@ from engine.session.folder import SessionFolder, write_atomically
 
 SECRET_VARIABLE = "RLHF_TUI_SECRET"  # noqa: S105 - the name of a variable
 SECRET_FILE_VARIABLE = "RLHF_TUI_SECRET_FILE"  # noqa: S105 - the name of a variable
-FEWEST_CHARACTERS = 16
+MIN_CHARACTERS = 16
 """Whoever records a connection could find a shorter secret by brute force."""
 HOW_TO_MAKE_ONE = "make one with: openssl rand -hex 32"
 
@@ -76,9 +76,9 @@ def secret_of_run(session: SessionFolder) -> str:
 
 def _checked(secret: str, where: str) -> str:
     secret = secret.strip()
-    if len(secret) < FEWEST_CHARACTERS:
+    if len(secret) < MIN_CHARACTERS:
         raise UserInputError(
-            f"{where}: the secret has fewer than {FEWEST_CHARACTERS} characters; {HOW_TO_MAKE_ONE}"
+            f"{where}: the secret has fewer than {MIN_CHARACTERS} characters; {HOW_TO_MAKE_ONE}"
         )
     return secret
 

@@ -21,7 +21,7 @@ from engine.errors import (
     SessionNameError,
     UserInputError,
 )
-from engine.journal.fork import PART, copy_until, unfinished_copies
+from engine.journal.fork import PART_NAME, copy_until, unfinished_copies
 from engine.journal.reader import JournalReader
 from engine.launch.failed_start import remove_failed_start
 from engine.launch.inputs import check_inputs
@@ -241,7 +241,7 @@ def fork(
 
 
 def _copy_history(session: SessionFolder, child: SessionFolder, step: int) -> None:
-    part = child.folder / PART
+    part = child.folder / PART_NAME
     create_file(part)  # shows that this was interrupted, see `_check_history`
     # Files of a checkpoint are never changed in place, so both sessions can share them.
     source = checkpoint_path(session.checkpoints, step)

@@ -34,11 +34,11 @@ from engine.protocol.machines.store_messages import (
 
 log = logging.getLogger("engine")
 
-MOST_HANDSHAKES = 64
+MAX_HANDSHAKES = 64
 """Maximum number of simultaneous handshakes; other clients are turned away and try again."""
 BACKLOG = 1024
 """Maximum number of connections waiting to be accepted: all ranks connect at once."""
-MOST_WARNINGS = 20
+MAX_WARNINGS = 20
 """Maximum number of refused clients that are logged: a port scanner must not fill the log."""
 
 
@@ -137,7 +137,7 @@ class StoreServer:
         """The content."""
         self._secret = secret
         self._refused = 0
-        self._handshakes = threading.BoundedSemaphore(MOST_HANDSHAKES)
+        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
         self._lock = threading.Lock()
         self._connections: set[AuthenticatedConnection] = set()
         self._closed = False
@@ -203,7 +203,7 @@ class StoreServer:
     def _warn(self, peer: str, error: Exception) -> None:
         with self._lock:
             self._refused += 1
-            if self._closed or self._refused > MOST_WARNINGS:
+            if self._closed or self._refused > MAX_WARNINGS:
                 return
         log.warning("launch.rendezvous: refused a connection from %s: %s", peer, error)
 

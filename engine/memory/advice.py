@@ -13,7 +13,7 @@ from engine.memory.model import WHAT_IF_RANK, Estimate, Layout, Models, configur
 
 MARGIN = 1.1
 """A run fits if this multiple of its estimate fits."""
-USEFUL = 0.98
+USEFUL_SHARE = 0.98
 """A change is proposed only if it reduces the estimate to this fraction or less."""
 
 
@@ -57,7 +57,7 @@ def changes_to_fit(
         if not _is_allowed(merged):
             continue
         tried = estimate(merged, models, new_layout or layout)
-        if tried.peak <= USEFUL * found.peak:
+        if tried.peak <= USEFUL_SHARE * found.peak:
             config, layout, found = merged, new_layout or layout, tried
             changes[key] = value
     return [f"{k}={v}" for k, v in changes.items()], found

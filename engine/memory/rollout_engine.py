@@ -5,18 +5,18 @@ from engine.config.sections.rollout import RolloutConfig
 from engine.memory.estimate import WIDTH
 from engine.memory.model import Models
 
-MOST_RESPONSES = 256
+MAX_RESPONSES = 256
 """Default of concurrent responses without `rollout.at_once`; the same as vLLM's."""
-BLOCK = 128
+BLOCK_TOKENS = 128
 """Tokens; vLLM rounds each response's cache up to blocks, of 16 to 128 by device."""
-MOST_CACHE = 4_000_000_000
+MAX_CACHE = 4_000_000_000
 """Bytes of the key-value cache unless `rollout.cache_gb` says otherwise; responses wait for it."""
 
 
 def max_responses(rollout: RolloutConfig) -> int:
     """The most responses that an engine generates at once."""
     share = -(-rollout.batch_size // rollout.engines)
-    return min(rollout.at_once or MOST_RESPONSES, share)
+    return min(rollout.at_once or MAX_RESPONSES, share)
 
 
 def cache_bytes(
@@ -35,12 +35,12 @@ def cache_bytes(
         What all concurrent responses need, but at most `rollout.cache_gb`; always enough for one
         response.
     """
-    one = 2 * layers * key_value * WIDTH[dtype] * BLOCK * (-(-tokens // BLOCK) + 1)
-    most = MOST_CACHE if rollout.cache_gb is None else int(rollout.cache_gb * 1e9)
+    one = 2 * layers * key_value * WIDTH[dtype] * BLOCK_TOKENS * (-(-tokens // BLOCK_TOKENS) + 1)
+    most = MAX_CACHE if rollout.cache_gb is None else int(rollout.cache_gb * 1e9)
     return max(2 * one, min(max_responses(rollout) * one, most))
 
 
-PROGRAM = 900_000_000
+PROGRAM_BYTES = 900_000_000
 """Bytes of host memory of the engine's process without a model: vLLM, torch and transformers."""
 
 
@@ -64,7 +64,7 @@ def engine_memory(config: RunConfig, models: Models) -> dict[str, int]:
     return {
         "weights": weights // rollout.tensor_parallel,
         "cache": cache // rollout.tensor_parallel,
-        "program": PROGRAM,
+        "program": PROGRAM_BYTES,
         "handover": 0 if rollout.transfer == "broadcast" else width * (policy.parameters + tied),
     }
 

@@ -16,7 +16,7 @@ from engine.config.sections.supervision import Rule
 from engine.metrics import title_of
 from engine.monitoring.divergence import Divergence
 from engine.monitoring.drift import DriftTest
-from engine.monitoring.prediction import AHEAD, line_through
+from engine.monitoring.prediction import STEPS_AHEAD, line_through
 
 
 class Observation(Struct, frozen=True):
@@ -82,8 +82,8 @@ def predicted_above(rule: Rule, observed: Observation) -> Breach | None:
     if predicted is None or predicted <= bound:
         return None
     unit = f"{rule.predicted_above:g}{_unit(rule, observed.scale)}"
-    text = f"is {value:.4g} and rises: {predicted:.4g} in {AHEAD} steps is above {unit}"
-    brief = f"{value:.4g}, in {AHEAD} steps {predicted:.4g} > {bound:.4g}"
+    text = f"is {value:.4g} and rises: {predicted:.4g} in {STEPS_AHEAD} steps is above {unit}"
+    brief = f"{value:.4g}, in {STEPS_AHEAD} steps {predicted:.4g} > {bound:.4g}"
     return Breach(text, brief, predicted - bound, abs(bound))
 
 

@@ -14,13 +14,13 @@ from statistics import fmean, median
 from engine.config.schema import RunConfig
 from engine.metrics import EVAL_SCORE, EVAL_SOURCE, REWARD_SOURCE
 
-BLOCK = 5
+BLOCK_SIZE = 5
 """Values of a judge per block. An evaluation is a mean over many responses, so it is one block."""
-LEAST_BLOCKS = 5
+MIN_BLOCKS = 5
 """Number of blocks from which on the usual change is known."""
-REMEMBERED = 40
+CHANGES_REMEMBERED = 40
 """Number of last changes whose median is the usual change."""
-IN_SUCCESSION = 2
+BLOCKS_IN_SUCCESSION = 2
 
 
 def judges_of(config: RunConfig) -> frozenset[str]:
@@ -63,7 +63,7 @@ class _Series:
     highest: tuple[int, float, float] | None = None
     """Step, trained score and judge's score of the block in which the latter was highest."""
     changes: tuple[deque[float], deque[float]] = field(
-        default_factory=lambda: (deque(maxlen=REMEMBERED), deque(maxlen=REMEMBERED))
+        default_factory=lambda: (deque(maxlen=CHANGES_REMEMBERED), deque(maxlen=CHANGES_REMEMBERED))
     )
     blocks: int = 0
     apart: int = 0
@@ -78,7 +78,7 @@ class DivergenceTest:
         """`limit`: usual changes by which both scores must have moved; `judges`: metrics."""
         self._limit = limit
         self._series = {
-            name: _Series(1 if name.startswith("eval/") else BLOCK) for name in sorted(judges)
+            name: _Series(1 if name.startswith("eval/") else BLOCK_SIZE) for name in sorted(judges)
         }
 
     def add(self, step: int, trained: float, metrics: Mapping[str, float | None]) -> None:
@@ -110,11 +110,11 @@ class DivergenceTest:
         since, trained, highest = series.highest
         usual = [median(changes) if changes else 0.0 for changes in series.changes]
         apart = 0.0
-        if series.blocks >= LEAST_BLOCKS and all(usual):
+        if series.blocks >= MIN_BLOCKS and all(usual):
             apart = min((means[0] - trained) / usual[0], (highest - means[1]) / usual[1])
         series.apart = series.apart + 1 if apart > self._limit else 0
         series.divergence = (
             Divergence(name, since, highest, means[1], apart)
-            if series.apart >= IN_SUCCESSION
+            if series.apart >= BLOCKS_IN_SUCCESSION
             else None
         )

@@ -9,9 +9,9 @@ Biometrika 41, 1954). Median and noise are robust: one bad step changes neither.
 from itertools import pairwise
 from statistics import median
 
-LIMIT = 8.0
+CUSUM_LIMIT = 8.0
 """The sum at which a drift is certain, in units of the noise."""
-LEAST_NOISE = 0.02
+MIN_NOISE = 0.02
 """The noise is at least this share of the baseline: a metric may hardly vary in the first steps."""
 DIFFERENCE_TO_DEVIATION = 1.0484
 """The standard deviation of Gaussian noise over the median distance of successive values."""
@@ -36,7 +36,7 @@ class DriftTest:
         self.baseline: float | None = None
         """The median of the first steps; None until they are known."""
         self.total = 0.0
-        """The sum; at most twice :data:`LIMIT`, so that it ends soon after a recovery."""
+        """The sum; at most twice :data:`CUSUM_LIMIT`, so that it ends soon after a recovery."""
         self.since: int | None = None
         """The step at which the sum left 0; None while it is 0."""
         self.excess = 0.0
@@ -45,7 +45,7 @@ class DriftTest:
     @property
     def found(self) -> bool:
         """Whether there is a drift."""
-        return self.total > LIMIT
+        return self.total > CUSUM_LIMIT
 
     @property
     def allowed(self) -> float:
@@ -60,7 +60,7 @@ class DriftTest:
         if self.baseline == 0:
             return
         self.excess = self._sign * (value - self.baseline) - self.allowed
-        self.total = min(max(self.total + self.excess / self._noise, 0.0), 2 * LIMIT)
+        self.total = min(max(self.total + self.excess / self._noise, 0.0), 2 * CUSUM_LIMIT)
         if not self.total:
             self.since = None
         elif self.since is None:
@@ -73,4 +73,4 @@ class DriftTest:
         self.baseline = median(self._first)
         changes = [abs(b - a) for a, b in pairwise(self._first)]
         noise = DIFFERENCE_TO_DEVIATION * median(changes) if changes else 0.0
-        self._noise = max(noise, LEAST_NOISE * abs(self.baseline))
+        self._noise = max(noise, MIN_NOISE * abs(self.baseline))

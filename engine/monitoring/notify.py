@@ -23,7 +23,7 @@ from engine.monitoring.channels.webhook import WebhookChannel
 
 log = logging.getLogger("engine")
 
-TIMEOUT = 30.0
+SEND_TIMEOUT = 30.0
 """Seconds for one message on one channel."""
 FINISH_TIMEOUT = 40.0
 """Seconds that a finished engine waits for messages that are being sent."""
@@ -43,7 +43,7 @@ class Channel(Protocol):
         """The environment variables that it needs and that are not set."""
 
     async def send(self, message: Notification) -> None:
-        """Sends one message. It may take any time: it is cancelled after :data:`TIMEOUT`.
+        """Sends one message. It may take any time: it is cancelled after :data:`SEND_TIMEOUT`.
 
         It runs in the supervisor's event loop, so it must not block.
 
@@ -89,9 +89,9 @@ def missing_variables(channels: Sequence[Channel]) -> list[str]:
 async def send(channel: Channel, message: Notification) -> None:
     """Sends a message within the time limit. Raises NotificationError."""
     try:
-        await asyncio.wait_for(channel.send(message), TIMEOUT)
+        await asyncio.wait_for(channel.send(message), SEND_TIMEOUT)
     except TimeoutError:
-        raise NotificationError(f"it took more than {TIMEOUT:.0f} s") from None
+        raise NotificationError(f"it took more than {SEND_TIMEOUT:.0f} s") from None
 
 
 class Notifier:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-AHEAD = 10
+STEPS_AHEAD = 10
 """Steps ahead that a value is predicted for."""
-CERTAIN = 4.0
+MIN_SLOPE = 4.0
 """Minimum slope for a prediction, in standard errors: noise alone seldom rises so steadily."""
 
 
@@ -22,9 +22,9 @@ class Line:
 
     @property
     def predicted(self) -> float | None:
-        """The value in :data:`AHEAD` steps; None if the slope may be noise."""
-        certain = self.slope > CERTAIN * self.error
-        return self.last + AHEAD * self.slope if certain else None
+        """The value in :data:`STEPS_AHEAD` steps; None if the slope may be noise."""
+        certain = self.slope > MIN_SLOPE * self.error
+        return self.last + STEPS_AHEAD * self.slope if certain else None
 
 
 def line_through(values: Sequence[float]) -> Line:

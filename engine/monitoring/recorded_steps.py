@@ -23,7 +23,7 @@ from engine.monitoring.guardrails import Alert, Guardrails, sample_evidence
 from engine.monitoring.rule_state import RuleState
 from engine.protocol.rank_messages import Sample
 
-CHUNK = 1000
+CHUNK_STEPS = 1000
 """Steps that are read at once: the metrics of a long run would take gigabytes."""
 
 
@@ -116,8 +116,8 @@ class _Timeline:
         settings = dict(self._first_settings)
         for step in sorted(step for step in self._changes if step <= after):
             settings |= self._changes[step]
-        for start in range(after, until, CHUNK):
-            end = min(start + CHUNK, until)
+        for start in range(after, until, CHUNK_STEPS):
+            end = min(start + CHUNK_STEPS, until)
             metrics = _metrics(self._reader, names, start, end)
             for step in range(start + 1, end + 1):
                 found = metrics.get(step)
@@ -157,8 +157,8 @@ class _Timeline:
                 state.learn(step, finite, {})
             return
         judges = state.judges if rule.diverges else frozenset()
-        for start in range(after, until, CHUNK):
-            end = min(start + CHUNK, until)
+        for start in range(after, until, CHUNK_STEPS):
+            end = min(start + CHUNK_STEPS, until)
             judged = _metrics(reader, judges, start, end)
             for step, value in reader.metrics.series(rule.metric, start, end):
                 if value is not None:

@@ -13,7 +13,7 @@ from engine.monitoring.drift import DriftTest
 
 CLEARS_AFTER = 20
 """Default of `clears_after` for a rule that only notifies."""
-LEAST_DISTANCE = 0.5
+MIN_DISTANCE = 0.5
 """Minimum distance beyond the limit, as a share of the limit; the usual change from step to step is
 another minimum. Otherwise a metric just across its limit would double its distance many times."""
 
@@ -142,7 +142,7 @@ class RuleState:
         self.last_alert = step
         if breach is not None:
             self.began = step if self.began is None else self.began
-            self._alerted = max(breach.distance, LEAST_DISTANCE * breach.limit, breach.noise)
+            self._alerted = max(breach.distance, MIN_DISTANCE * breach.limit, breach.noise)
 
     def begin_attempt(self) -> None:
         """Clears the alert of a rule with an action, which has to act on the ranks that start."""

@@ -29,13 +29,13 @@ the steps if the run has `train.ema`."""
 BASE_ADAPTERS = "base_adapter_config.json"
 """In these folders if they hold adapters: peft's configuration of other adapters, which were merged
 into the base model when it was loaded. The folder's own adapters then fit no model on disk."""
-NO_DAMAGE = (
+TRANSIENT_ERRORS = (
     errno.EACCES, errno.EPERM, errno.EKEYEXPIRED,
     errno.EMFILE, errno.ENFILE, errno.ENOMEM,
     errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
 )  # fmt: skip
-"""Errors after which nothing is known of a file: this user may not read it, this machine has no
-room for it, or its file system is away. Nothing may be abandoned for them."""
+"""Errors that say nothing about a file's content: this user may not read it, this machine is out of
+resources, or the file system is away. No step may be abandoned because of them."""
 _NAME = re.compile(r"step-(\d{6,})")
 _ASIDE = re.compile(r"step-(\d{6,})-attempt-(\d+)(?:-(\d+))?")
 
@@ -76,7 +76,7 @@ def complete_checkpoints(checkpoints: Path, *, lenient: bool = False) -> dict[in
         OSError: one cannot be looked at that may be the newest, such as the folder of another user.
             A run that took it for a missing one would abandon its steps.
     """
-    found, errors = _looked_at(checkpoints)
+    found, errors = _scan(checkpoints)
     if errors and not lenient and max(errors) > max(found, default=0):
         raise errors[max(errors)]
     return dict(sorted(found.items()))
@@ -84,10 +84,10 @@ def complete_checkpoints(checkpoints: Path, *, lenient: bool = False) -> dict[in
 
 def unreadable_checkpoints(checkpoints: Path) -> dict[int, OSError]:
     """The steps of checkpoints that cannot be looked at, and why, in ascending order."""
-    return dict(sorted(_looked_at(checkpoints)[1].items()))
+    return dict(sorted(_scan(checkpoints)[1].items()))
 
 
-def _looked_at(checkpoints: Path) -> tuple[dict[int, Path], dict[int, OSError]]:
+def _scan(checkpoints: Path) -> tuple[dict[int, Path], dict[int, OSError]]:
     """The complete checkpoints by step, and why others cannot be looked at, in no order."""
     found, errors = {}, {}
     for step, folder in _folders(checkpoints):
@@ -162,7 +162,7 @@ def completed_at(folder: Path) -> float:
     return (folder / COMPLETE).stat().st_ctime  # which no program that copies can set
 
 
-def unmark(folder: Path) -> None:
+def mark_incomplete(folder: Path) -> None:
     """Makes a checkpoint incomplete, the first part of its removal. Raises OSError."""
     (folder / COMPLETE).unlink(missing_ok=True)
 
@@ -173,7 +173,7 @@ def remove(folder: Path) -> None:
     Raises:
         OSError: it cannot be removed. One that is gone, or that a save clears away, is no error.
     """
-    unmark(folder)
+    mark_incomplete(folder)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
 
@@ -193,7 +193,7 @@ def find_damage(folder: Path, part: str = "", copy: Path | None = None) -> str |
         if all files are as they were written.
 
     Raises:
-        OSError: a file cannot be read for a reason that may pass, see :data:`NO_DAMAGE`.
+        OSError: a file cannot be read for a reason that may pass, see :data:`TRANSIENT_ERRORS`.
     """
     if problem := _find_state_damage(folder):
         return problem
@@ -209,7 +209,7 @@ def find_damage(folder: Path, part: str = "", copy: Path | None = None) -> str |
                 return f"{name} does not match its hash"
     # Not readable; not JSON, or a name with NUL; nested too deep.
     except (OSError, ValueError, RecursionError) as error:
-        raise_unless_damage(error)
+        raise_if_transient(error)
         return f"{STATE}: {error}"
     return None
 
@@ -221,14 +221,14 @@ def _find_state_damage(folder: Path) -> str | None:
         if expected and sha256(folder / STATE) != expected:
             return f"{STATE} does not match its hash in {COMPLETE}"
     except (OSError, ValueError) as error:
-        raise_unless_damage(error)
+        raise_if_transient(error)
         return f"{STATE} or {COMPLETE} cannot be read: {error}"
     return None
 
 
-def raise_unless_damage(error: Exception) -> None:
-    """Raises an error of reading a file again, unless the file is damaged or missing."""
-    if isinstance(error, OSError) and error.errno in NO_DAMAGE:
+def raise_if_transient(error: Exception) -> None:
+    """Raises an error of :data:`TRANSIENT_ERRORS` again; returns for damaged and missing files."""
+    if isinstance(error, OSError) and error.errno in TRANSIENT_ERRORS:
         raise error
 
 

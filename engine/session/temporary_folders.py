@@ -14,8 +14,8 @@ from engine.session.checkpoints import sync
 from engine.session.machine import on_network
 
 PREFIX = "rlhf-tui-"
-LOCK = ".rlhf-tui.lock"
-GRACE = 60.0
+LOCK_NAME = ".rlhf-tui.lock"
+LOCKING_GRACE = 60.0
 """Seconds during which a new folder is left alone: it is created before it is locked."""
 
 
@@ -39,7 +39,7 @@ class TemporaryFolder:
             prefix=PREFIX, dir=parent, ignore_cleanup_errors=True
         )
         self.path = Path(self._folder.name)
-        self._lock = lock.SessionLock(self.path / LOCK)
+        self._lock = lock.SessionLock(self.path / LOCK_NAME)
 
     def close(self) -> None:
         """Removes the folder with its contents."""
@@ -66,14 +66,14 @@ def written_whole(out: Path) -> Iterator[Path]:
     part.mkdir()
     held = None
     with contextlib.suppress(SessionError):  # a file system without locks
-        held = lock.SessionLock(part / LOCK)
+        held = lock.SessionLock(part / LOCK_NAME)
     try:
         yield part
         for path in [*part.rglob("*"), part]:
             sync(path)
         if out.exists():
             out.rmdir()  # an empty folder; another one raises
-        (part / LOCK).unlink(missing_ok=True)
+        (part / LOCK_NAME).unlink(missing_ok=True)
         part.rename(out)
         sync(out.parent)
     finally:
@@ -85,11 +85,11 @@ def written_whole(out: Path) -> Iterator[Path]:
 def remove_abandoned(parent: Path, pattern: str = f"{PREFIX}*") -> None:
     """Removes the folders of processes that were killed; ignores those it cannot remove."""
     for folder in parent.glob(pattern):
-        file = folder / LOCK
+        file = folder / LOCK_NAME
         with contextlib.suppress(OSError, SessionError):
             status = file.lstat()
             mine = status.st_uid == folder.lstat().st_uid == os.getuid()
-            if not mine or time.time() - status.st_mtime <= GRACE:
+            if not mine or time.time() - status.st_mtime <= LOCKING_GRACE:
                 continue
             lock.SessionLock(file).release()  # raises SessionError while its process lives
             shutil.rmtree(folder)

@@ -20,8 +20,8 @@ STOP_TIMEOUT = 30.0
 """Seconds that a run that is being stopped waits for a locked journal or for files to close."""
 NO_FILES = (errno.EMFILE, errno.ENFILE)
 """Errors of a process, or a machine, that cannot open another file."""
-FILES = "open files to be closed"
-UNLOCKED = "another program to unlock the journal"
+CLOSED_FILES = "open files to be closed"
+UNLOCKED_JOURNAL = "another program to unlock the journal"
 """A viewer that was stopped while it read, for one: on a network file system readers lock it."""
 
 
@@ -50,7 +50,7 @@ class JournalWait:
 
         A write would stop the event loop until it gives up.
         """
-        if self._waits_for == UNLOCKED:
+        if self._waits_for == UNLOCKED_JOURNAL:
             self._journal.check_unlocked()
 
     async def after(self, error: sqlite3.OperationalError | OSError) -> bool:
@@ -96,7 +96,7 @@ class JournalWait:
 def _awaited(error: sqlite3.OperationalError | OSError) -> str | None:
     """What the run must wait for to write the journal; None if the error ends the run."""
     if isinstance(error, OSError):
-        return FILES if error.errno in NO_FILES else None
+        return CLOSED_FILES if error.errno in NO_FILES else None
     if has_no_room(error):
         return ROOM
-    return UNLOCKED if is_busy(error) else None
+    return UNLOCKED_JOURNAL if is_busy(error) else None

@@ -47,10 +47,10 @@ MAX_WATCHERS = 64
 MAX_CLIENTS = 64
 """Maximum number of clients that do not watch. For one more, the oldest is closed: whoever wants to
 stop a run must get through, however many connections others have left open."""
-FRESH = 1.0
+FRESH_SECONDS = 1.0
 """Seconds for which a new connection is not closed for others: a command may be on its way."""
 MAX_FRESH = 256
-"""Maximum number of clients that do not watch if many connect within :data:`FRESH`."""
+"""Maximum number of clients that do not watch if many connect within :data:`FRESH_SECONDS`."""
 MAX_UNREAD = 4 * 1024 * 1024
 """Bytes that may be queued for a client that does not read; beyond that, it is disconnected."""
 NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -254,7 +254,7 @@ class Server:
         (:mod:`engine.journal.last_reply`).
         """
         others = [client for client in self._clients if client not in self._watchers]
-        fresh = asyncio.get_running_loop().time() - FRESH
+        fresh = asyncio.get_running_loop().time() - FRESH_SECONDS
         while len(others) >= MAX_CLIENTS:
             oldest = min(others, key=lambda client: bool(client.awaited))
             if oldest.since > fresh and len(others) < MAX_FRESH:

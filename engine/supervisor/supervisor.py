@@ -40,7 +40,7 @@ from engine.monitoring.recorded_steps import rebuild
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol.client_messages import JournalAdvanced, Status
 from engine.protocol.rank_messages import WAIT_FOR, Failed, Phase
-from engine.session.checkpoints import checkpoint_path, completed_at, unmark
+from engine.session.checkpoints import checkpoint_path, completed_at, mark_incomplete
 from engine.session.folder import SessionFolder
 from engine.supervisor.attempt import Attempt, description
 from engine.supervisor.commands.command_handler import CommandHandler
@@ -57,7 +57,7 @@ from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
 
-COMPLETION = 600.0
+COMPLETION_TIMEOUT = 600.0
 """Most seconds from the row of a checkpoint in the journal to its COMPLETE; usually a fraction."""
 
 
@@ -247,8 +247,8 @@ class Supervisor:
         for step in sorted(removed.keys() & {*checkpoint_steps(self._session)}):
             folder = checkpoint_path(self._session.checkpoints, step)
             try:
-                if completed_at(folder) < removed[step] + COMPLETION:
-                    unmark(folder)
+                if completed_at(folder) < removed[step] + COMPLETION_TIMEOUT:
+                    mark_incomplete(folder)
             except OSError as error:
                 log.warning("the removed checkpoint of step %d is still there: %s", step, error)
 

@@ -13,15 +13,15 @@ from engine.protocol import frames
 from engine.protocol.client_messages import JournalAdvanced, Telemetry
 from engine.protocol.rank_messages import Phase
 
-INTERVAL = 0.1
+FRAME_INTERVAL = 0.1
 """Minimum seconds between two frames to a watcher; updates in between are merged."""
 FRAMES_PER_SECOND = 50
 """Maximum rate over all watchers, of steps, phases and telemetry. With more than five watchers each
-gets them less often, but at least once per :data:`LONGEST`. Each frame makes a watcher read the
+gets them less often, but at least once per :data:`MAX_DELAY`. Each frame makes a watcher read the
 journal, which takes milliseconds of processor time on the machine of the run."""
-LONGEST = 1.0
+MAX_DELAY = 1.0
 """Seconds after which the newest steps and phases are sent, however many watch."""
-ROWS = "rows"
+ROWS_KEY = "rows"
 """The key of the state "new rows in the journal"."""
 
 
@@ -49,9 +49,9 @@ class Watchers:
         """Each watcher, and the number of the newest state that it was sent."""
         self._states: dict[Hashable, tuple[int, Phase | Telemetry | None]] = {}
         """What there is to say, the newest last: by rank of a phase, type of a telemetry, or
-        :data:`ROWS`, whose message is made when it is sent."""
+        :data:`ROWS_KEY`, whose message is made when it is sent."""
         self._number = 0
-        self._last_send = -LONGEST
+        self._last_send = -MAX_DELAY
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class Watchers:
         self._sent[watcher] = after
         watcher.send_frame(frames.encode(self._journal_position()))
         if after < self._number:
-            self._schedule(INTERVAL)
+            self._schedule(FRAME_INTERVAL)
 
     def discard(self, watcher: Watcher) -> None:
         """Sends nothing more to a client, whether it watches or not."""
@@ -94,11 +94,11 @@ class Watchers:
         """Announces new rows of the journal.
 
         Args:
-            soon: whether to send within :data:`INTERVAL`, however many watch: for events that
+            soon: whether to send within :data:`FRAME_INTERVAL`, however many watch: for events that
                 people wait for, not for steps.
         """
-        self._set(ROWS, None)
-        self._schedule(INTERVAL if soon else self._pace())
+        self._set(ROWS_KEY, None)
+        self._schedule(FRAME_INTERVAL if soon else self._pace())
 
     def close(self) -> None:
         """Sends the last updates, and nothing afterwards."""
@@ -114,14 +114,14 @@ class Watchers:
 
     def _pace(self) -> float:
         """Seconds between two frames of steps and phases."""
-        return min(max(INTERVAL, len(self._sent) / FRAMES_PER_SECOND), LONGEST)
+        return min(max(FRAME_INTERVAL, len(self._sent) / FRAMES_PER_SECOND), MAX_DELAY)
 
     def _schedule(self, pace: float) -> None:
         """Schedules the next frames `pace` seconds after the last ones."""
         if not self._sent:
             return
         loop = asyncio.get_running_loop()
-        due = max(self._last_send + pace, loop.time() + INTERVAL)
+        due = max(self._last_send + pace, loop.time() + FRAME_INTERVAL)
         if self._timer is not None:
             if self._timer.when() <= due:
                 return

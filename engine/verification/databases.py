@@ -17,7 +17,7 @@ _HEADER = struct.Struct(">8I")
 """Magic number, version, page size, sequence, two salts, two sums (https://sqlite.org/walformat.html)."""
 _FRAME = struct.Struct(">6I")
 """Page, size of the database after a commit or 0, two salts, two sums."""
-_SMALLEST_PAGE = 512
+_MIN_PAGE = 512
 _MAGIC = 0x377F0682
 """The magic number if sums are over little-endian words; one more for big-endian words."""
 
@@ -58,7 +58,7 @@ def check_databases(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
 def _without_tables(path: Path) -> Finding:
     """Describes a file without tables: SQLite also reads a file cut below a page as empty."""
     size = path.stat().st_size
-    if size < _SMALLEST_PAGE:
+    if size < _MIN_PAGE:
         return problem("files", f"{path.name} is cut short, to {size} bytes", RESTORE)
     text = f"{path.name} has no tables: its creator died"
     return note("files", text, "the next one that writes creates them")

@@ -13,9 +13,9 @@ from engine.session.checkpoints import incomplete_checkpoints
 from engine.session.folder import SessionFolder
 from engine.verification.finding import Finding, listed, note, problem
 
-ENDING = 5.0
+END_TIMEOUT = 5.0
 """Seconds within which the processes of an engine that has released its session must end."""
-OURS = (
+OWN_FILES = (
     "config.yaml", "journal.db", "samples.db", "labels.db", "engine.log", "engine.lock",
     "join.secret",
 )  # fmt: skip
@@ -57,7 +57,7 @@ def check_leftovers(session: SessionFolder, *, live: bool) -> Iterator[Finding]:
 
 def _outliving(session: SessionFolder) -> list[int]:
     """The remaining processes of an engine; waits for those that are just ending."""
-    deadline = time.monotonic() + ENDING
+    deadline = time.monotonic() + END_TIMEOUT
     while pids := _processes(session.folder):
         if session.is_live():
             return []
@@ -88,7 +88,7 @@ def check_access(session: SessionFolder) -> Iterator[Finding]:
     if mode & 0o077:
         text = f"other users can enter the session's folder (mode {mode:04o})"
         yield problem("access", text, f"chmod 700 {folder}")
-        open_files = [n for n in OURS if (folder / n).exists() and _mode(folder / n) & 0o077]
+        open_files = [n for n in OWN_FILES if (folder / n).exists() and _mode(folder / n) & 0o077]
         if open_files:
             text = f"other users can read files of the session: {listed(open_files)}"
             yield problem("access", text, f"chmod -R go-rwx {folder}")

@@ -104,7 +104,7 @@ def join(
 @click.option(
     "--port",
     type=click.IntRange(1, 65535),
-    default=scheduler.PORT,
+    default=scheduler.DEFAULT_PORT,
     show_default=True,
     help="Port of the first machine, unless the scheduler or launch.rendezvous gives one.",
 )
@@ -131,7 +131,7 @@ def launch(
     if place is None and loaded.launch.nodes > 1:
         raise UserInputError(
             f"launch.nodes is {loaded.launch.nodes}, and no scheduler says which of the machines "
-            f"this is ({scheduler.KNOWN})"
+            f"this is ({scheduler.KNOWN_SCHEDULERS})"
         )
     if not loaded.launch.preempted_exit:
         overrides = (*overrides, f"launch.preempted_exit={STOPPED_EARLY}")

@@ -4,7 +4,15 @@ import random
 
 import pytest
 
-from engine.agreement import LEAST, Agreement, JudgedScore, Point, find_fall, interval, placements
+from engine.agreement import (
+    MIN_JUDGEMENTS,
+    Agreement,
+    JudgedScore,
+    Point,
+    find_fall,
+    interval,
+    placements,
+)
 from engine.journal.judgements.agreement import read_agreement
 from engine.journal.judgements.labels import Response, prefer, set_label
 from engine.journal.reader import JournalReader
@@ -65,7 +73,7 @@ def test_noise_alone_is_rarely_a_fall(share):
 
 
 def test_of_few_judgements_no_fall_is_read():
-    points = [Point(step, float(step < LEAST // 2)) for step in range(LEAST - 1)]
+    points = [Point(step, float(step < MIN_JUDGEMENTS // 2)) for step in range(MIN_JUDGEMENTS - 1)]
     assert find_fall(points) is None
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from engine.errors import SessionError, SessionNameError
 from engine.launch.failed_start import remove_failed_start
 from engine.session.folder import all_sessions
-from engine.session.temporary_folders import LOCK, PREFIX, remove_abandoned
+from engine.session.temporary_folders import LOCK_NAME, PREFIX, remove_abandoned
 from rlhf_tui.cli import cli
 
 FILES = Path("/proc/self/fd")
@@ -91,8 +91,8 @@ def test_a_session_that_took_the_place_of_the_locked_one_is_not_deleted(make_ses
 def test_nothing_is_left_of_an_abandoned_temporary_folder_on_nfs(tmp_path, nfs):
     folder = tmp_path / f"{PREFIX}abandoned"
     folder.mkdir()
-    (folder / LOCK).touch()
-    os.utime(folder / LOCK, (1, 1))  # long ago
+    (folder / LOCK_NAME).touch()
+    os.utime(folder / LOCK_NAME, (1, 1))  # long ago
     remove_abandoned(tmp_path)
     assert not folder.exists()
 

@@ -20,7 +20,7 @@ from engine.journal.judgements.labels import Response, set_label
 from engine.journal.reader import JournalReader
 from engine.launch.background import start_engine, start_or_remove
 from engine.launch.failed_start import (
-    INTERRUPTED,
+    INTERRUPTED_EXIT,
     NewSession,
     is_failed_start,
     remove_failed_start,
@@ -257,8 +257,8 @@ def test_a_fork_in_which_something_was_judged_is_not_removed_with_its_failed_sta
 @pytest.mark.parametrize(
     ("code", "attempted", "removed"),
     [
-        (UserInputError.exit_code, True, True), (INTERRUPTED, False, True),
-        (INTERRUPTED, True, False), (SessionError.exit_code, False, False),
+        (UserInputError.exit_code, True, True), (INTERRUPTED_EXIT, False, True),
+        (INTERRUPTED_EXIT, True, False), (SessionError.exit_code, False, False),
         (0, True, False), (None, False, False),
     ],
     ids=[

@@ -202,7 +202,7 @@ async def test_a_checkpoint_is_recorded_once_a_file_can_be_opened_again(
         with no_file_can_be_opened():
             to_engine.write(frames.encode(CheckpointWritten(step=4, size=1, score=0.0, kl=0.0)))
             await until(lambda: 0 in engine.shared.phases)
-            assert engine.shared.phases[0].waits_for == journal_wait.FILES
+            assert engine.shared.phases[0].waits_for == journal_wait.CLOSED_FILES
         await until(lambda: "can be written again" in caplog.text)
         to_engine.close()
     with JournalReader(writer.session) as reader:
@@ -246,7 +246,7 @@ async def test_a_step_waits_while_another_program_locks_the_journal(
         with locked():
             to_engine.write(frames.encode(report))
             await until(lambda: 0 in engine.shared.phases)
-            assert engine.shared.phases[0].waits_for == journal_wait.UNLOCKED
+            assert engine.shared.phases[0].waits_for == journal_wait.UNLOCKED_JOURNAL
             assert engine.send(SetBeta(value=0.2)).status == "rejected"
         await until(lambda: writer.journal.step == 1)
         await until(lambda: not engine.shared.phases)
@@ -275,7 +275,7 @@ async def test_a_run_begins_and_ends_once_another_program_unlocks_the_journal(
         await until(lambda: "waiting for another program" in caplog.text)
         assert not started.is_set()
         (phase,) = engine.supervisor.status().phases  # which is read without the journal
-        assert phase.waits_for == journal_wait.UNLOCKED
+        assert phase.waits_for == journal_wait.UNLOCKED_JOURNAL
     await asyncio.wait_for(started.wait(), 60)
     engine.shared.attempt.ended = Ended(step=0, reason="finished")
     engine.receive(Ready(info={}, settings=engine.shared.settings))

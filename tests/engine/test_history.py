@@ -6,7 +6,7 @@ import time
 import pytest
 
 from engine.errors import NoSuchSessionError
-from engine.journal.history.recording import LONGEST_GAP, Recording
+from engine.journal.history.recording import MAX_GAP, Recording
 from engine.journal.judgements.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
@@ -296,7 +296,7 @@ def test_pauses_are_shortened_and_a_clock_that_was_set_back_stops_nothing(writer
     writer.steps(7)
     recording = Recording(writer.session)
     assert sorted(recording.offsets) == list(recording.offsets)
-    assert recording.duration <= (6 + LONGEST_GAP) * 4.0
+    assert recording.duration <= (6 + MAX_GAP) * 4.0
     assert recording.position_at(recording.duration).step == 7
     assert recording.position_at(recording.offset_of_step(6)).step == 6
 

@@ -397,7 +397,7 @@ def test_the_rows_of_all_steps_are_made_one_at_a_time(writer):
 @pytest.fixture
 def small_pages(monkeypatch):
     """Samples are read three at a time."""
-    monkeypatch.setattr("engine.journal.samples.PAGE", 3)
+    monkeypatch.setattr("engine.journal.samples.PAGE_SIZE", 3)
 
 
 @pytest.mark.usefixtures("small_pages")

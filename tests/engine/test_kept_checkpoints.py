@@ -198,10 +198,10 @@ async def test_a_checkpoint_that_a_restored_journal_lacks_is_kept_and_told(engin
 async def test_a_removal_that_cannot_be_finished_does_not_keep_a_run_from_starting(
     engine, saved, monkeypatch, caplog
 ):
-    def unmark(_folder):
+    def mark_incomplete(_folder):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(supervisor, "unmark", unmark)
+    monkeypatch.setattr(supervisor, "mark_incomplete", mark_incomplete)
     saved.journal.checkpoints.complete(3, [1])
     engine.shared.next = StartOptions(from_step=3)
     engine.send(Stop(now=True))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.launch.scheduler import PORT, address, machines, placement
+from engine.launch.scheduler import DEFAULT_PORT, address, machines, placement
 from engine.launch.secret import SECRET_VARIABLE
 from rlhf_tui.commands.machines import STOPPED_EARLY, launch
 
@@ -46,7 +46,7 @@ def test_each_pod_finds_its_place_and_the_first_one(kubernetes):
         place = placement({"JOB_COMPLETION_INDEX": str(index)}, host)
         assert (place.machine, place.job, machines(place, int(nodes))) == (index, name, int(nodes))
         first = f"{name}-0.{pod['subdomain']}.default.svc.cluster.local"
-        assert address(place, PORT) == f"{first}:{PORT}"
+        assert address(place, DEFAULT_PORT) == f"{first}:{DEFAULT_PORT}"
 
 
 def test_the_pods_have_a_secret_and_only_they_reach_each_other(kubernetes):
@@ -71,7 +71,7 @@ def test_each_machine_of_a_cloud_finds_its_place_and_a_stopped_run_is_started_ag
         }  # fmt: skip
         place = placement(environment, "any")
         assert (place.machine, machines(place, 1)) == (rank, count)
-        assert address(place, PORT) == f"10.0.0.1:{PORT}"
+        assert address(place, DEFAULT_PORT) == f"10.0.0.1:{DEFAULT_PORT}"
     lines = [line for line in skypilot["run"].splitlines() if not line.startswith("#")]
     assert [str(parsed(shlex.split(line))["root"]) for line in lines] == ["/shared/sessions"]
     recovery = skypilot["resources"]["job_recovery"]

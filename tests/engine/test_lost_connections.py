@@ -105,7 +105,7 @@ def test_a_stop_that_ends_the_engine_at_once_is_accepted_all_the_same(ctl, live)
 async def crowded(engine, live, monkeypatch):
     """A supervisor that keeps one connection; one more makes it give way."""
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
-    monkeypatch.setattr(server_module, "FRESH", 0.0)
+    monkeypatch.setattr(server_module, "FRESH_SECONDS", 0.0)
     listener, path = sockets.listen(live.folder)
     live.write_engine(str(path), "1")
     parts = engine.supervisor

@@ -326,7 +326,7 @@ async def test_a_service_that_is_down_is_logged(caplog):
 
 async def test_a_slow_service_delays_nobody_and_holds_one_thread(service, caplog, monkeypatch):
     """It replies only after the test; what it was sent is given up before."""
-    monkeypatch.setattr(notify, "TIMEOUT", 0.2)
+    monkeypatch.setattr(notify, "SEND_TIMEOUT", 0.2)
     service.released.clear()
     slow, other = channel(service), Recorder()
     notifier = Notifier(NotifyConfig(), [slow, other])

@@ -9,7 +9,7 @@ import pytest
 
 from engine.config.sections.supervision import NotifyConfig
 from engine.monitoring import notify
-from engine.monitoring.channels.command import MOST_OUTPUT, CommandChannel
+from engine.monitoring.channels.command import MAX_OUTPUT, CommandChannel
 from engine.monitoring.channels.message import Notification, NotificationError, of_alert, trial
 from engine.monitoring.channels.sendmail import EmailChannel
 from engine.monitoring.guardrails import Alert
@@ -47,7 +47,7 @@ async def test_a_command_that_fails_is_reported_whatever_it_prints():
 
 
 async def test_a_command_cannot_fill_the_memory_with_what_it_prints():
-    flood = CommandChannel(f"printf '\\377no route' >&2; head -c {2 * MOST_OUTPUT} /dev/zero >&2")
+    flood = CommandChannel(f"printf '\\377no route' >&2; head -c {2 * MAX_OUTPUT} /dev/zero >&2")
     with pytest.raises(NotificationError, match="exit status 1: \ufffdno route"):
         await flood.send(MESSAGE)
 
@@ -69,7 +69,7 @@ async def test_a_command_that_leaves_a_process_behind_does_not_hold_up_the_next_
     """The process that left its group has inherited all that the command had open."""
     caplog.set_level("INFO")
     notifier = Notifier(NotifyConfig(command="setsid sleep 8 &"))
-    async with asyncio.timeout(notify.TIMEOUT):
+    async with asyncio.timeout(notify.SEND_TIMEOUT):
         for _ in range(2):
             notifier.submit(MESSAGE)
         await notifier.finish()

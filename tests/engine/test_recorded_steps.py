@@ -148,7 +148,7 @@ def random_rule(rng, name):
 @pytest.mark.parametrize("seed", range(12))
 def test_rebuilt_rules_are_those_that_have_seen_every_step(run, monkeypatch, seed):
     rng = random.Random(seed)  # noqa: S311 - no secret
-    monkeypatch.setattr(recorded_steps, "CHUNK", rng.choice([1, 7, 1000]))
+    monkeypatch.setattr(recorded_steps, "CHUNK_STEPS", rng.choice([1, 7, 1000]))
     rules = [random_rule(rng, f"rule {n}") for n in range(12)]
     rules += [Rule(name="any", metric="*"), Rule(name="all", metric="*", action="pause")]
     changed = [random_rule(rng, r.name) if rng.random() < 0.5 else r for r in rules]
@@ -175,7 +175,7 @@ def test_rebuilt_rules_are_those_that_have_seen_every_step(run, monkeypatch, see
 
 
 async def test_a_resume_neither_repeats_an_alert_nor_forgets_when_it_clears(run, monkeypatch):
-    monkeypatch.setattr(recorded_steps, "CHUNK", 4)
+    monkeypatch.setattr(recorded_steps, "CHUNK_STEPS", 4)
     engine = Engine(run)
     take(engine, 1, 9, 13, *[1] * 18)
     start_again(engine, run, 20)

@@ -174,7 +174,7 @@ def secret_file(folder, secret):
 async def test_a_machine_that_knows_the_secret_takes_the_place_of_an_engine(
     make, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(rollout_join, "RETRY", 0.05)
+    monkeypatch.setattr(rollout_join, "RETRY_INTERVAL", 0.05)
     engines, _, said = make(joined=True)
     engines.listen()
     address = f"127.0.0.1:{engines.port}"
@@ -219,7 +219,7 @@ async def test_a_machine_that_knows_the_secret_takes_the_place_of_an_engine(
 async def test_a_machine_that_has_generated_learns_of_the_end_although_another_one_waits(
     monkeypatch,
 ):
-    monkeypatch.setattr(rollout_join, "RETRY", 0.05)
+    monkeypatch.setattr(rollout_join, "RETRY_INTERVAL", 0.05)
     monkeypatch.setattr(port, "END_TIMEOUT", DEADLINE)
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -174,7 +174,7 @@ def serving(make_session):
 def test_a_watcher_too_many_is_refused_with_the_reason_and_can_stop_the_run(serving, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_WATCHERS", 1)
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
-    monkeypatch.setattr(server_module, "FRESH", 0.0)
+    monkeypatch.setattr(server_module, "FRESH_SECONDS", 0.0)
 
     async def test(_server, connect):
         watching = (await connect()).watch()
@@ -199,7 +199,7 @@ def test_an_engine_of_another_version_is_ended_by_its_process_id(serving, monkey
 
 def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(serving, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 2)
-    monkeypatch.setattr(server_module, "FRESH", 0.0)
+    monkeypatch.setattr(server_module, "FRESH_SECONDS", 0.0)
 
     async def test(server, connect):
         waiting, idle = await connect(), await connect()
@@ -217,7 +217,7 @@ def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(servin
 def test_many_commands_that_come_at_once_are_all_handled(serving, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
     monkeypatch.setattr(server_module, "MAX_FRESH", 3)
-    monkeypatch.setattr(server_module, "FRESH", DEADLINE)
+    monkeypatch.setattr(server_module, "FRESH_SECONDS", DEADLINE)
 
     async def test(_server, connect):
         clients = [await connect() for _ in range(4)]
@@ -235,7 +235,7 @@ def test_a_client_that_never_reads_is_gone_soon_after_its_connection_was_closed(
 ):
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
     monkeypatch.setattr(server_module, "CLOSE_TIMEOUT", 0.1)
-    monkeypatch.setattr(server_module, "FRESH", 0.0)
+    monkeypatch.setattr(server_module, "FRESH_SECONDS", 0.0)
     hello, request = ClientHello(who="me"), CommandRequest(id="a", command=Stop())
 
     async def serve():

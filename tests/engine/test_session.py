@@ -37,7 +37,7 @@ from engine.protocol.client import Client
 from engine.session import folder as session_folder
 from engine.session.checkpoints import sync
 from engine.session.states import ENDED_STATES, LIVE_STATES
-from engine.session.temporary_folders import LOCK, TemporaryFolder, written_whole
+from engine.session.temporary_folders import LOCK_NAME, TemporaryFolder, written_whole
 
 modest = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -128,7 +128,7 @@ def test_temporary_folders_of_killed_processes_are_removed_by_the_next(tmp_path,
     (abandoned,) = tmp_path.iterdir()
     alive = TemporaryFolder()
     for folder in (abandoned, alive.path):
-        os.utime(folder / LOCK, (1, 1))  # long ago
+        os.utime(folder / LOCK_NAME, (1, 1))  # long ago
     newest = TemporaryFolder()
     assert set(tmp_path.iterdir()) == {alive.path, newest.path}
     for folder in (alive, newest):
@@ -146,10 +146,10 @@ def test_a_folder_that_is_written_whole_is_not_there_after_a_kill(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     assert not out.exists()
-    os.utime(next(tmp_path.rglob(LOCK)), (1, 1))  # long ago
+    os.utime(next(tmp_path.rglob(LOCK_NAME)), (1, 1))  # long ago
     with written_whole(out) as part:
         (part / "config.json").write_text("{}")
-        os.utime(part / LOCK, (1, 1))
+        os.utime(part / LOCK_NAME, (1, 1))
         with written_whole(tmp_path / "other"):
             assert not out.exists()
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from engine.errors import AuthenticationError, LinkError
-from engine.launch.store_server import MOST_HANDSHAKES, StoreServer
+from engine.launch.store_server import MAX_HANDSHAKES, StoreServer
 from engine.protocol.machines.authentication import MAGIC
 from engine.protocol.machines.store_client import StoreClient
 from engine.protocol.machines.store_messages import (
@@ -183,7 +183,7 @@ def test_a_request_that_somebody_changed_or_repeated_on_the_way_is_refused(serve
 
 def test_clients_that_never_prove_themselves_do_not_keep_others_out_for_long(server, monkeypatch):
     monkeypatch.setattr("engine.protocol.machines.authentication.HANDSHAKE_TIMEOUT", 0.2)
-    idle = [raw(server.port) for _ in range(MOST_HANDSHAKES + 10)]
+    idle = [raw(server.port) for _ in range(MAX_HANDSHAKES + 10)]
     client = StoreClient(f"127.0.0.1:{server.port}", SECRET, patience=DEADLINE)
     assert client.is_alive("x") is False  # it answers: there is no such key
     assert client.request(CountKeys()).number == 0

@@ -7,7 +7,7 @@ from engine.config.reward_training import parse_settings
 from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import ConfigError, UserInputError
 from engine.journal.judgements.labels import Response, prefer, set_label
-from engine.journal.judgements.training_data import NEWEST, collect_judgements
+from engine.journal.judgements.training_data import RESPONSES_FOR_SCALES, collect_judgements
 from engine.journal.samples import SampleReader
 from engine.protocol.rank_messages import SampleMessages, StepReport
 from tests.judging import answer
@@ -41,7 +41,7 @@ def test_the_newest_responses_come_along_whether_they_are_judged_or_not(writer):
     label_many(writer.session, 20)
     found = collect_judgements([writer.session])
     with SampleReader(writer.session) as reader:
-        rows = reader.newest(NEWEST)
+        rows = reader.newest(RESPONSES_FOR_SCALES)
     newest = [found.responses[i] for i in found.newest]
     assert [(r.response, r.score) for r in newest] == [(r.response, r.score) for r in rows]
     assert {i for i, _ in found.labels}.isdisjoint(found.newest)

@@ -15,7 +15,7 @@ import pytest
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.judgements.labels import Response, set_label
-from engine.launch.rollout.engine import START
+from engine.launch.rollout.engine import START_SCRIPT
 from engine.session.checkpoints import aside_path, checkpoint_path, mark_complete
 from engine.session.folder import SessionFolder
 from engine.verification import checkpoints, leftovers
@@ -216,9 +216,9 @@ def test_what_a_live_engine_writes_meanwhile_is_not_half_seen(writer):
         assert journal.rows("SELECT max(step) FROM steps") == [(2,)]
 
 
-@pytest.mark.parametrize("program", ["engine.launch.rank", str(START)])
+@pytest.mark.parametrize("program", ["engine.launch.rank", str(START_SCRIPT)])
 def test_a_process_that_outlives_its_engine_is_found(whole, program, monkeypatch):
-    monkeypatch.setattr(leftovers, "ENDING", 0.0)
+    monkeypatch.setattr(leftovers, "END_TIMEOUT", 0.0)
     words = ["-c", "import time; time.sleep(60)", program, str(whole.folder)]
     with subprocess.Popen([sys.executable, *words]) as process:
         try:

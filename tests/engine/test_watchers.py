@@ -103,7 +103,7 @@ def test_of_many_phases_each_watcher_gets_the_newest_of_each_rank(serving):
 def test_a_watcher_that_stops_reading_gets_the_newest_state_when_it_reads_again(
     serving, monkeypatch
 ):
-    monkeypatch.setattr(watchers, "INTERVAL", 0.001)
+    monkeypatch.setattr(watchers, "FRAME_INTERVAL", 0.001)
     monkeypatch.setattr(watchers, "FRAMES_PER_SECOND", 1e6)
 
     async def test(server, journal, connect):
@@ -125,7 +125,7 @@ def test_a_watcher_that_stops_reading_gets_the_newest_state_when_it_reads_again(
 
 def test_steps_wait_where_many_watch_and_what_people_wait_for_does_not(serving, monkeypatch):
     monkeypatch.setattr(watchers, "FRAMES_PER_SECOND", 1e-6)
-    monkeypatch.setattr(watchers, "LONGEST", 2 * DEADLINE)
+    monkeypatch.setattr(watchers, "MAX_DELAY", 2 * DEADLINE)
 
     async def test(server, journal, connect):
         client = await connect()
@@ -143,7 +143,7 @@ def test_steps_wait_where_many_watch_and_what_people_wait_for_does_not(serving, 
 
 
 def test_the_end_of_a_run_does_not_wait(serving, monkeypatch):
-    monkeypatch.setattr(watchers, "INTERVAL", 2 * DEADLINE)
+    monkeypatch.setattr(watchers, "FRAME_INTERVAL", 2 * DEADLINE)
 
     async def test(server, journal, connect):
         client = await connect()

@@ -32,7 +32,7 @@ _SAVE = [
     ("engine.session.checkpoints:mark_complete", "before", 1),
     ("engine.session.checkpoints:mark_complete", "after", 1),
     ("engine.session.checkpoints:remove", "before", 1),
-    ("engine.session.checkpoints:unmark", "after", 1),
+    ("engine.session.checkpoints:mark_incomplete", "after", 1),
     ("engine.session.checkpoints:remove", "after", 1),
     ("engine.journal.logs.checkpoint_log:CheckpointLog.record", "before", 1),
     ("engine.journal.logs.checkpoint_log:CheckpointLog.record", "after", 1),

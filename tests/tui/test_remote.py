@@ -25,7 +25,7 @@ from engine.protocol.client import Client
 from engine.protocol.rank_messages import StepReport
 from engine.session.folder import SessionFolder, create
 from engine.session.lock import is_held
-from engine.session.temporary_folders import LOCK
+from engine.session.temporary_folders import LOCK_NAME
 from rlhf_tui.commands.reading import sessions
 from rlhf_tui.remote import ssh as remote_ssh
 from rlhf_tui.remote.copy import SessionCopy
@@ -244,7 +244,7 @@ def test_a_live_session_is_followed_and_steered_over_ssh(
     with RemoteSession(Address("box", name=name), arguments) as remote:
         copy = SessionFolder(remote.root / remote.name)
         assert copy.is_live()
-        assert is_held(remote.root / LOCK)  # by which what a killed process leaves is removed
+        assert is_held(remote.root / LOCK_NAME)  # by which what a killed process leaves is removed
         assert seen(copy)["events"] == seen(session)["events"]
 
         def answers():

@@ -20,7 +20,7 @@ from engine.config.sections.supervision import (
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
 
-LEAST_IN_LINE = 4
+MIN_IN_LINE = 4
 """Steps below which a line through them says next to nothing of its slope's error."""
 
 
@@ -106,10 +106,9 @@ def rule_mistakes(rule: Rule) -> Iterator[str]:
             f"{where}.lasts must be at most its window + 1, which is {rule.window + 1}, "
             f"not {rule.lasts}"
         )
-    if rule.predicted_above is not None and rule.window < LEAST_IN_LINE:
+    if rule.predicted_above is not None and rule.window < MIN_IN_LINE:
         yield (
-            f"{where}.window must be at least {LEAST_IN_LINE} with predicted_above, "
-            f"not {rule.window}"
+            f"{where}.window must be at least {MIN_IN_LINE} with predicted_above, not {rule.window}"
         )
     if rule.of is not None and rule.of not in relative_to():
         known = ", ".join(relative_to())

@@ -19,11 +19,11 @@ EVENTS = """
 SELECT id, attempt, time, step, kind IN ('alert', 'checkpoint', 'reference') FROM events ORDER BY id
 """
 ATTEMPTS = "SELECT attempt, from_step FROM attempts ORDER BY attempt"
-LONGEST_GAP = 10
+MAX_GAP = 10
 """In steps of the usual length. A longer gap without anything recorded is shortened to this."""
-LEAST_GAP = 1.0
+MIN_GAP = 1.0
 """Seconds; no gap is shortened below this."""
-MEASURED = 1000
+STEPS_MEASURED = 1000
 """Number of steps from which the usual length of a step is taken."""
 
 Step = tuple[int, int, float]
@@ -226,9 +226,9 @@ def _steps_before(steps: Sequence[Step], events: Sequence[Event]) -> list[int]:
 def _offsets(times: Sequence[float], steps: Sequence[Step]) -> list[float]:
     if not times:
         return []
-    measured = [time for _, _, time in steps[:MEASURED]]
+    measured = [time for _, _, time in steps[:STEPS_MEASURED]]
     lengths = [b - a for a, b in itertools.pairwise(measured) if b > a]
-    usual = statistics.median(lengths) if lengths else LEAST_GAP
-    longest = max(LONGEST_GAP * usual, LEAST_GAP)
+    usual = statistics.median(lengths) if lengths else MIN_GAP
+    longest = max(MAX_GAP * usual, MIN_GAP)
     gaps = (min(max(gap, 0.0), longest) for gap in map(sub, times[1:], times))
     return list(itertools.accumulate(gaps, initial=0.0))

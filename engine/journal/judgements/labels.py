@@ -33,9 +33,9 @@ from engine.session import access
 from engine.session.folder import SessionFolder
 
 LABELS = ("good", "bad", "hack")
-BUSY = 10.0
+BUSY_TIMEOUT = 10.0
 """Seconds to wait for another client to finish its change."""
-NEXT = (
+NEXT_SEQ = (
     "(SELECT ifnull(max(seq), 0) + 1 FROM "
     "(SELECT seq FROM judgements UNION ALL SELECT seq FROM preferences))"
 )
@@ -128,7 +128,8 @@ def _judge(
         db.execute(
             "INSERT INTO judgements "  # noqa: S608 - one of two constant columns
             f"(attempt, step, idx, prompt, response, who, time, {column}, seq) "
-            f"VALUES (:attempt, :step, :index, :prompt, :response, :who, :time, :value, {NEXT}) "
+            "VALUES (:attempt, :step, :index, :prompt, :response, :who, :time, :value, "
+            f"{NEXT_SEQ}) "
             "ON CONFLICT DO UPDATE SET who = excluded.who, time = excluded.time, "
             f"seq = excluded.seq, {column} = excluded.{column}",
             values | {"prompt": prompt, "who": who, "time": time.time(), "value": value},
@@ -150,7 +151,7 @@ def prefer(
     with _writing(session) as db:
         _delete_preference(db, prompt, chosen, rejected)
         db.execute(
-            f"INSERT INTO preferences VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {NEXT})",  # noqa: S608 - a constant
+            f"INSERT INTO preferences VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {NEXT_SEQ})",  # noqa: S608 - a constant
             (
                 prompt, chosen.response, rejected.response,
                 chosen.attempt, chosen.step, chosen.index,
@@ -186,7 +187,7 @@ def _writing(session: SessionFolder) -> Iterator[sqlite3.Connection]:
     try:
         access.create_file(path)
         check_rollback_journal(path)
-        with contextlib.closing(sqlite3.connect(path, timeout=BUSY)) as db:
+        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT)) as db:
             check_schema(db, path)
             db.execute("PRAGMA journal_mode = DELETE")
             schema.migrate(db, schema.LABELS, path)
@@ -328,5 +329,5 @@ def _roll_back_interrupted_change(session: SessionFolder) -> None:
     uri = f"{path.resolve().as_uri()}?mode=rw"
     with contextlib.suppress(OSError, sqlite3.Error):  # the read that follows reports the error
         check_rollback_journal(path)
-        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY)) as db:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT)) as db:
             schema.schema_version(db)

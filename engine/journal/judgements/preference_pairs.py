@@ -19,7 +19,7 @@ from engine.journal.judgements.recorded_conversation import (
 from engine.journal.samples import SampleReader
 from engine.session.folder import SessionFolder
 
-WORSE = ("bad", "hack")
+REJECTED_LABELS = ("bad", "hack")
 
 
 class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +94,7 @@ def _labelled(judged: list[JudgedResponse]) -> list[tuple[float, _Pair]]:
     """The pairs that follow from labels, each with the order of its later label."""
     worse: dict[str, list[JudgedResponse]] = {}
     for response in judged:
-        if response.judgement.label in WORSE:
+        if response.judgement.label in REJECTED_LABELS:
             worse.setdefault(response.prompt, []).append(response)
     return [
         (

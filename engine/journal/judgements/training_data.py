@@ -15,12 +15,12 @@ from engine.journal.samples import SampleReader
 from engine.protocol.programs.reward_training import JudgedText
 from engine.session.folder import SessionFolder
 
-LEAST = 20
+MIN_JUDGEMENTS = 20
 """Minimum number of judgements to train on: of fewer, only a handful would be held out."""
-LEAST_OF_A_KIND = 4
+MIN_OF_A_KIND = 4
 """Minimum number of labels `good`, and of other labels, if there are no preferences."""
 
-NEWEST = 128
+RESPONSES_FOR_SCALES = 128
 """Responses of each session on which the scales of the rewards are compared."""
 
 _Text = tuple[int, str, str]
@@ -79,7 +79,7 @@ class _Collector:
         """Adds the judgements of a session; `number` is its index."""
         with SampleReader(session) as samples:
             rows = {Response.of(row): row for row in samples.judged()}
-            newest = {Response.of(row): row for row in samples.newest(NEWEST)}
+            newest = {Response.of(row): row for row in samples.newest(RESPONSES_FOR_SCALES)}
         with LabelReader(session) as reader:
             judged, preferences = reader.judgements().values(), reader.preferences()
         self._probed = conversations_of_reference(
@@ -125,13 +125,13 @@ def _check(found: Judgements, sessions: Sequence[SessionFolder]) -> None:
     good, other = found.good, len(found.labels) - found.good
     have = f"{names}: {len(found.preferences)} preferences, {good} labels good, {other} bad or hack"
     how = f"judge more with J on screen 3 of {sessions[0].command('attach')}"
-    if len(found) < LEAST:
+    if len(found) < MIN_JUDGEMENTS:
         raise UserInputError(
-            f"a reward model needs at least {LEAST} judgements and there are {len(found)} "
+            f"a reward model needs at least {MIN_JUDGEMENTS} judgements and there are {len(found)} "
             f"({have}; a text counts once, however often it was judged): {how}"
         )
-    if len(found.preferences) < LEAST and min(good, other) < LEAST_OF_A_KIND:
+    if len(found.preferences) < MIN_JUDGEMENTS and min(good, other) < MIN_OF_A_KIND:
         raise UserInputError(
-            f"a reward model needs at least {LEAST_OF_A_KIND} labels good and {LEAST_OF_A_KIND} "
-            f"bad or hack, or {LEAST} preferences ({have}): {how}"
+            f"a reward model needs at least {MIN_OF_A_KIND} labels good and {MIN_OF_A_KIND} "
+            f"bad or hack, or {MIN_JUDGEMENTS} preferences ({have}): {how}"
         )

@@ -27,7 +27,7 @@ from engine.launch.parent_death import PARENT_VARIABLE
 from engine.monitoring.telemetry import gpu_count
 from engine.nvml import chosen_gpus, visible_gpus
 
-START = Path(engine.__file__).parent / "train" / "rollout" / "vllm" / "process" / "start.py"
+START_SCRIPT = Path(engine.__file__).parent / "train" / "rollout" / "vllm" / "process" / "start.py"
 OWN_ENVIRONMENT = Path(engine.__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 """The virtual environment that `make vllm` creates."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a private folder is made in it
@@ -54,7 +54,7 @@ def rollout_command(
     """The command that starts an engine; it names the session's folder and the engine for `ps`."""
     # -P: the script's own folder is not searched for modules.
     return [
-        rollout_python(rollout), "-P", str(START), str(listener_fd), str(folder), str(engine)
+        rollout_python(rollout), "-P", str(START_SCRIPT), str(listener_fd), str(folder), str(engine)
     ]  # fmt: skip
 
 

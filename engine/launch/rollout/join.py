@@ -55,7 +55,7 @@ from engine.protocol.rollout.messages import (
 )
 from engine.session.temporary_folders import TemporaryFolder
 
-RETRY = 2.0
+RETRY_INTERVAL = 2.0
 """Seconds between two attempts to reach the first machine."""
 DONE, INVALID, TIMED_OUT = 0, 2, 4
 """Exit codes, as of `rlhf-tui join`."""
@@ -140,7 +140,7 @@ def find_run(
                     raise UserInputError(problem) from error
             except (OSError, LinkError) as error:
                 problem = str(error)
-        time.sleep(RETRY)
+        time.sleep(RETRY_INTERVAL)
     raise LinkError(f"{address}: {problem}")
 
 

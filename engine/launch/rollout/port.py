@@ -27,9 +27,9 @@ from engine.protocol.rollout.join_messages import (
 
 log = logging.getLogger("rollout")
 
-INTERVAL = 0.2
+POLL_INTERVAL = 0.2
 """Seconds between two checks whether a machine has authenticated."""
-MOST_HANDSHAKES = 16
+MAX_HANDSHAKES = 16
 """Maximum number of simultaneous handshakes; other machines wait."""
 OFFER_TIMEOUT = 10.0
 """Seconds for an authenticated machine to send its offer."""
@@ -85,7 +85,7 @@ def _joining(
     port.setblocking(False)
     found: queue.SimpleQueue[tuple[AuthenticatedConnection, Joined]] = queue.SimpleQueue()
     closed = threading.Event()
-    slots = threading.BoundedSemaphore(MOST_HANDSHAKES)
+    slots = threading.BoundedSemaphore(MAX_HANDSHAKES)
 
     def prove(sock: socket.socket, peer: str) -> None:
         try:
@@ -99,7 +99,7 @@ def _joining(
 
     try:
         while True:
-            readable, _, _ = select.select([port], [], [], INTERVAL)
+            readable, _, _ = select.select([port], [], [], POLL_INTERVAL)
             try:
                 yield found.get_nowait()
             except queue.Empty:
@@ -107,7 +107,7 @@ def _joining(
             if port not in readable:
                 continue
             if not slots.acquire(blocking=False):
-                time.sleep(INTERVAL)
+                time.sleep(POLL_INTERVAL)
                 continue
             try:
                 sock, peer = port.accept()

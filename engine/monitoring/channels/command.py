@@ -12,11 +12,11 @@ import msgspec
 from engine.errors import shortened
 from engine.monitoring.channels.message import Notification, NotificationError, one_line
 
-LONGEST_OUTPUT = 500
+MAX_LOGGED_OUTPUT = 500
 """Maximum number of bytes of a failed command's output that the log repeats."""
-LONGEST_VARIABLE = 10_000
+MAX_VARIABLE = 10_000
 """Characters of the text in the environment: Linux takes 128 KiB, and no NUL. The JSON has all."""
-MOST_OUTPUT = 1 << 20
+MAX_OUTPUT = 1 << 20
 """Maximum size of a command's error output in bytes, which is kept in memory."""
 
 
@@ -39,7 +39,7 @@ class CommandChannel:
         """Runs the command. Raises NotificationError."""
         environment = os.environ | {
             "RLHF_TUI_SESSION": message.session,
-            "RLHF_TUI_ALERT": shortened(message.text.replace("\0", " "), LONGEST_VARIABLE),
+            "RLHF_TUI_ALERT": shortened(message.text.replace("\0", " "), MAX_VARIABLE),
         }
         # Unlike json, this encoder writes null for NaN and infinity.
         text = msgspec.json.encode(message.as_json()) + b"\n"  # a file of them is JSON lines
@@ -52,14 +52,14 @@ async def run_program(
     """Runs a program with an input, in its own process group, which is killed on cancellation.
 
     Its error output goes to memory, not to a pipe, which a process left behind would hold open.
-    After :data:`MOST_OUTPUT` bytes its writes fail.
+    After :data:`MAX_OUTPUT` bytes its writes fail.
 
     Raises:
         NotificationError: it cannot be run, or it exits with a status other than 0.
     """
     errors = os.memfd_create("errors", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(errors, MOST_OUTPUT)  # takes no memory yet
+        os.ftruncate(errors, MAX_OUTPUT)  # takes no memory yet
         fcntl.fcntl(errors, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         process = await asyncio.create_subprocess_exec(
             *arguments,
@@ -78,7 +78,7 @@ async def run_program(
                 process.stdin.close()
             raise
         if process.returncode:
-            said = one_line(os.pread(errors, LONGEST_OUTPUT, 0).decode(errors="replace"))
+            said = one_line(os.pread(errors, MAX_LOGGED_OUTPUT, 0).decode(errors="replace"))
             raise NotificationError(f"exit status {process.returncode}: {said}")
     except (OSError, ValueError) as error:
         raise NotificationError(f"it cannot be run: {error}") from error

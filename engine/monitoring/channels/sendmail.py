@@ -13,7 +13,7 @@ from engine.session.command_line import PROGRAM, recorded_command
 
 FOLDERS = "/usr/sbin:/usr/lib:/usr/local/sbin"
 """Where to look for sendmail besides $PATH, which often lacks the administrators' programs."""
-LONGEST_SUBJECT = 150
+MAX_SUBJECT = 150
 
 
 class EmailChannel:
@@ -48,7 +48,7 @@ class EmailChannel:
     def _letter(self, message: Notification) -> EmailMessage:
         letter = EmailMessage()
         letter["To"] = ", ".join(self._addresses)
-        letter["Subject"] = f"[rlhf-tui] {message.title[:LONGEST_SUBJECT]}"
+        letter["Subject"] = f"[rlhf-tui] {message.title[:MAX_SUBJECT]}"
         letter["Auto-Submitted"] = "auto-generated"
         letter.set_content(f"{message.title}\n{_how_to_open(message)}")
         return letter

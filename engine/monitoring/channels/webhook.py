@@ -29,9 +29,9 @@ from engine.tls import https_hint, tls_problem
 SOCKET_TIMEOUT = 10.0
 """Seconds for each operation on a connection. The time for a whole message is limited as well."""
 TELEGRAM = "https://api.telegram.org"
-LONGEST_TEXT = 1900
+MAX_TEXT = 1900
 """Characters of a text. Discord accepts 2000, the others more."""
-LONGEST_REPLY = 300
+MAX_REPLY = 300
 """Maximum number of bytes of an error reply that the log repeats."""
 NTFY_PRIORITIES = {"info": "default", "warning": "high", "error": "urgent"}
 
@@ -166,7 +166,7 @@ FORMATS: dict[str, Callable[[Notification, str, str, Webhook], Post]] = {
 
 
 def _text(message: Notification) -> str:
-    return shortened(message.title, LONGEST_TEXT)
+    return shortened(message.title, MAX_TEXT)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -195,7 +195,7 @@ def post(request: Post) -> str | None:
 
 def _reply(error: urllib.error.HTTPError) -> str:
     try:
-        return one_line(error.read(LONGEST_REPLY).decode(errors="replace"))
+        return one_line(error.read(MAX_REPLY).decode(errors="replace"))
     except (OSError, http.client.HTTPException):
         return ""
 

@@ -33,7 +33,7 @@ from engine.session.checkpoints import (
     STATE,
     find_damage,
     incomplete_checkpoints,
-    raise_unless_damage,
+    raise_if_transient,
     sha256,
     sync,
 )
@@ -331,7 +331,7 @@ def _read_file(folder: Path) -> StateFile:
     try:
         content = msgspec.json.decode(read_bytes(folder / STATE), type=examined(StateFile))
     except (OSError, ValueError, RecursionError) as error:  # not readable; not JSON
-        raise_unless_damage(error)
+        raise_if_transient(error)
         raise _damaged(folder, f"{STATE}: {error}") from error
     if content.format > FORMAT:
         raise CheckpointError(
