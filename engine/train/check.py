@@ -41,7 +41,7 @@ PROMPTS = 2
 MORE_PROMPTS = 32
 """Prompts of a third step. The time per response is estimated from this step and the second one.
 With fewer prompts, noise would dominate and the batch might lack a long response."""
-LONGEST_STEP = 60.0
+MAX_STEP_SECONDS = 60.0
 """Most seconds that the third step may take, extrapolated from the time per prompt so far."""
 RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest deviation from 1 of the mean ratio before an update; rounding causes less."""
@@ -216,7 +216,7 @@ def _time_larger(
             retries or a smaller micro-batch.
     """
     ranks = ranks_per_node(config.launch) * config.launch.nodes
-    affordable = int(PROMPTS * LONGEST_STEP / tried)
+    affordable = int(PROMPTS * MAX_STEP_SECONDS / tried)
     prompts = min(MORE_PROMPTS, config.prompts_per_step // ranks, affordable)
     if prompts <= PROMPTS:
         return None

@@ -24,7 +24,7 @@ from engine.train.out_of_memory import (
     memory_text,
 )
 
-ADVISED = ("CUDA error: ", "HIP error: ")
+ADVICE_PREFIXES = ("CUDA error: ", "HIP error: ")
 """Beginnings of messages in which torch adds lines of advice for those who write kernels."""
 
 
@@ -49,7 +49,7 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     if full:  # a restart with the same settings would run out again
         text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
     elif not deliberate:
-        if text.startswith(ADVISED):
+        if text.startswith(ADVICE_PREFIXES):
             text = text.splitlines()[0]
         text = f"{type(error).__name__}: {text}"
     failed = Failed(

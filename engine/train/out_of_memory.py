@@ -21,7 +21,7 @@ LESS_MEMORY = (
     "Less is needed with a smaller ppo.micro_batch_size, reward.batch_size or rollout.at_once, or "
     "with parallel.activation_checkpointing, model.dtype: bfloat16 or lora.rank (rlhf-tui plan)"
 )
-TEXTS = (
+OUT_OF_MEMORY_TEXTS = (
     "CUDA out of memory",
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
@@ -54,7 +54,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (
-        any(part in text for part in TEXTS) or ("NCCL" in text and "out of memory" in text)
+        any(part in text for part in OUT_OF_MEMORY_TEXTS)
+        or ("NCCL" in text and "out of memory" in text)
     )
 
 

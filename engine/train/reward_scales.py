@@ -20,7 +20,7 @@ from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
-ADDRESS = re.compile(r"(://[^\s?]*)\?\S*")
+URL_WITH_QUERY = re.compile(r"(://[^\s?]*)\?\S*")
 """Matches a URL with a query, from after its scheme on; group 1 excludes the query."""
 
 
@@ -97,7 +97,7 @@ def _adopt_reward(
     """Drops scales that belong to another reward, so that they are measured again."""
     reward = config.scored_by
     # Earlier versions kept a URL's query, which may contain a secret key.
-    before = ADDRESS.sub(r"\1", state.scored_by)
+    before = URL_WITH_QUERY.sub(r"\1", state.scored_by)
     if before not in ("", reward):
         text = (
             f"from step {state.step + 1} on scores come from {reward}, before from "

@@ -59,7 +59,7 @@ from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
-RESTARTS = 3
+RESTART_EXIT = 3
 """Exit code of a rank when the run is not over, so that other machines do not stop as well."""
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         exit_now(getattr(error, "exit_code", 1))
     if ranks.size > 1:
         ranks.final_barrier()
-        exit_now(RESTARTS if reason in RESTART_REASONS else 0)
+        exit_now(RESTART_EXIT if reason in RESTART_REASONS else 0)
     if left := threads_left():
         if others := [name for name in left if not name.startswith(REQUEST_THREADS)]:
             log.warning("the run has ended; not waiting for %s", ", ".join(others))

@@ -95,7 +95,7 @@ def test_a_run_starts_with_fewer_machines_and_takes_no_more_until_its_next_start
 
 
 def test_an_unreachable_first_machine_is_reported(monkeypatch):
-    monkeypatch.setattr("engine.train.distributed.rank_store.PATIENCE", 0.0)
+    monkeypatch.setattr("engine.train.distributed.rank_store.CONNECT_TIMEOUT", 0.0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"

@@ -42,11 +42,11 @@ from engine.train.ppo.entropy import EntropyBonus
 FORMAT = 2
 """Format 1 has ``training/optimiser.safetensors`` and ``value.safetensors``, written by one rank.
 Its tensors have the same names as the shards of format 2, so one reader handles both."""
-FULL = ("no room for a checkpoint", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+FULL_DISK_TEXTS = ("no room for a checkpoint", os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 """Parts of the messages of saves that fail because the disk or a quota is full."""
-ROOM = 1 << 20
+JOURNAL_ROOM = 1 << 20
 """Bytes that must be free for the journal of a step."""
-SPARE = 1.1
+SPACE_FACTOR = 1.1
 """Required free space, as a multiple of the checkpoint's estimated size."""
 
 
@@ -177,7 +177,7 @@ def part_of(final: Path) -> Path:
 
 def check_space(checkpoints: Path, need: int) -> None:
     """Raises CheckpointError if there is no space for `need` bytes."""
-    free, need = shutil.disk_usage(checkpoints).free, math.ceil(need * SPARE)
+    free, need = shutil.disk_usage(checkpoints).free, math.ceil(need * SPACE_FACTOR)
     if free < need:
         raise CheckpointError(
             f"no room for a checkpoint in {checkpoints}: it needs {need / 1e6:.0f} MB and "
@@ -189,7 +189,7 @@ def has_room(checkpoints: Path) -> bool:
     """Whether a file can be written; unlike the free space of the disk, this knows of quotas."""
     try:
         with tempfile.TemporaryFile(dir=checkpoints) as file:
-            file.write(bytes(ROOM))
+            file.write(bytes(JOURNAL_ROOM))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -202,7 +202,7 @@ def lacks_room(problem: str) -> bool:
 
     The message decides because it is the same on all ranks.
     """
-    return any(text in problem for text in FULL)
+    return any(text in problem for text in FULL_DISK_TEXTS)
 
 
 def publish(part: Path, final: Path, content: StateFile, aside: Path | None = None) -> int:

@@ -30,7 +30,7 @@ from engine.train.distributed.exchange import fail_together
 from engine.train.distributed.sharding import local_tensor, zeros_by_rows
 from engine.train.models.adapters.quantised_linear import QuantisedLinear
 from engine.train.models.language_model import AnyModel, LanguageModel
-from engine.train.ppo.adamw_8bit import SCALE, block_size, scale_shape
+from engine.train.ppo.adamw_8bit import SCALE_SUFFIX, block_size, scale_shape
 
 FILE_SIZE = 4 << 30
 """Maximum bytes of tensors per file."""
@@ -201,7 +201,7 @@ def _empty_state(
         # device of the parameter.
         fused = optimiser.defaults.get("fused")
         return torch.zeros((), dtype=dtype, device=parameter.device if fused else "cpu")
-    if part.endswith(SCALE) and block_size(parameter.shape):
+    if part.endswith(SCALE_SUFFIX) and block_size(parameter.shape):
         return zeros_by_rows(parameter, scale_shape(parameter.shape))
     return torch.zeros_like(parameter, dtype=dtype)
 

@@ -11,7 +11,7 @@ from typing import Any
 from engine.errors import UserInputError, shortened
 
 PROMPT, CHOSEN, REJECTED, MESSAGES = "prompt", "chosen", "rejected", "messages"
-SHOWN = 400
+MAX_SHOWN = 400
 """Characters of the names of columns in an error message."""
 
 
@@ -43,7 +43,8 @@ class PromptColumn:
         else:
             listed = ", ".join(c if c.isprintable() else repr(c) for c in available)
             raise UserInputError(
-                f"data.column: no column '{column}' in {name}; it has {shortened(listed, SHOWN)}"
+                f"data.column: no column '{column}' in {name}; it has "
+                f"{shortened(listed, MAX_SHOWN)}"
             )
 
     def contents(self, rows: Sequence[dict[str, Any]]) -> list[Any]:

@@ -39,7 +39,7 @@ log = logging.getLogger("engine")
 VERSION = "1"
 """Version of the entries, part of their names."""
 PROMPTS, ROWS, ENTRY = "prompts.arrow", "rows", "entry.json"
-UNUSED = 60 * 86400.0
+UNUSED_SECONDS = 60 * 86400.0
 """Seconds without use after which an entry is removed when another one is made."""
 
 
@@ -158,7 +158,7 @@ class PromptCache:
             with contextlib.suppress(OSError):
                 status = folder.lstat()
                 mine = status.st_uid == os.geteuid() and (folder / ENTRY).is_file()
-                if mine and time.time() - status.st_mtime > UNUSED:
+                if mine and time.time() - status.st_mtime > UNUSED_SECONDS:
                     shutil.rmtree(folder)
 
 

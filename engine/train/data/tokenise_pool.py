@@ -12,9 +12,9 @@ import pyarrow as pa
 from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
 from engine.train.data.tokenise import PARALLEL_VARIABLE, PromptTokenizer
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 """Each imports the tokenizer's modules, which takes seconds of processor time and some 300 MB."""
-WORTHWHILE = 50_000
+MIN_CONVERSATIONS = 50_000
 """Number of conversations from which on several processes save time."""
 
 Part = tuple[list[Any], int]
@@ -27,7 +27,7 @@ _tokenizer: PromptTokenizer | None = None
 def worker_count(prompts: int) -> int:
     """Returns the number of processes in which to tokenise; 0 for the process itself."""
     cores = len(os.sched_getaffinity(0))
-    return min(cores, MOST_WORKERS) if prompts >= WORTHWHILE and cores > 1 else 0
+    return min(cores, MAX_WORKERS) if prompts >= MIN_CONVERSATIONS and cores > 1 else 0
 
 
 def encode_parts(

@@ -20,7 +20,7 @@ from engine.protocol.machines.store_messages import (
     StoreRequest,
 )
 
-PATIENCE = 60.0
+CONNECT_TIMEOUT = 60.0
 """Seconds to try to reach the first machine."""
 
 
@@ -45,7 +45,7 @@ class RankStore(Store):
             LinkError: the first machine cannot be reached or has another secret.
         """
         super().__init__()
-        self._client = StoreClient(address, secret.encode(), PATIENCE)
+        self._client = StoreClient(address, secret.encode(), CONNECT_TIMEOUT)
         if timeout is not None:
             self.set_timeout(timeout)
 

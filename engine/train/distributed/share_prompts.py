@@ -34,7 +34,7 @@ from engine.train.distributed.ranks import RankGroup
 
 log = logging.getLogger("engine")
 
-PART = 64 << 20
+PART_BYTES = 64 << 20
 """Bytes of a file that are sent at once."""
 WITHOUT_ROWS = "-prompts"
 """Ends the name of an entry that was sent: it has no rows, which only rank 0 needs."""
@@ -135,5 +135,5 @@ def _parts(source: Path, ranks: RankGroup) -> Iterator[bytes]:
             yield data
         return
     with source.open("rb") as file:
-        while data := ranks.broadcast_bytes(file.read(PART)):
+        while data := ranks.broadcast_bytes(file.read(PART_BYTES)):
             yield data

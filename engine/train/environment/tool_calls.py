@@ -17,9 +17,9 @@ PARAMETER = re.compile(r"(?s)<parameter=([^>]*)>\n?(.*?)\n?</parameter>")
 """How Qwen 3.5 and Nemotron 3 write a call; older models write `{"name": …, "arguments": …}`."""
 ARGUMENTS = ("arguments", "parameters")
 """The key that holds the arguments; Llama writes the latter."""
-LONGEST_NAME = 200
+MAX_NAME = 200
 """Most characters of the name of a tool."""
-LONGEST_PROBLEM = 500
+MAX_PROBLEM = 500
 """Most characters of what is wrong with a call."""
 
 
@@ -57,7 +57,7 @@ def _parsed(text: str, schemas: Sequence[dict[str, Any]]) -> ToolCall:
     """Reads a call in one of the two notations."""
     if (written := FUNCTION.match(text)) is None:
         return _parsed_json(text)
-    name, found = shortened(written.group(1), LONGEST_NAME), PARAMETER.findall(written.group(2))
+    name, found = shortened(written.group(1), MAX_NAME), PARAMETER.findall(written.group(2))
     types = {
         key: kind.get("type")
         for schema in schemas
@@ -93,11 +93,11 @@ def _parsed_json(text: str) -> ToolCall:
     try:
         call = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return ToolCall(problem=f"the call is not JSON: {shortened(str(error), LONGEST_PROBLEM)}")
+        return ToolCall(problem=f"the call is not JSON: {shortened(str(error), MAX_PROBLEM)}")
     name = call.get("name") if isinstance(call, dict) else None
     if not isinstance(name, str):
         return ToolCall(problem="the call is no object with a name and arguments")
-    name = shortened(encodable(name), LONGEST_NAME)
+    name = shortened(encodable(name), MAX_NAME)
     given = [call[key] for key in ARGUMENTS if key in call]
     arguments = given[0] if given else {}
     if not isinstance(arguments, dict):

@@ -17,7 +17,7 @@ from engine.train.environment.tool_calls import ToolCall, find_calls
 from engine.train.user_code.coroutines import result_of
 from engine.train.user_code.function import UserFunction
 
-LONGEST_ERROR = 500
+MAX_ERROR = 500
 """Most characters of an error that the policy reads."""
 
 
@@ -123,7 +123,7 @@ class Tools:
                 text = error_text(error)
                 if not isinstance(error, ToolCallError):
                     text = f"{type(error).__name__}: {text}"
-                text = shortened(text, LONGEST_ERROR)
+                text = shortened(text, MAX_ERROR)
                 problems.append(f"{call.name}: {text}" if call.name else text)
                 results.append(f"error: {text}")
         messages = [

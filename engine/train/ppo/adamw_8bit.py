@@ -23,19 +23,19 @@ from torch.optim.optimizer import ParamsT
 
 from engine.train.distributed.sharding import local_tensor, zeros_by_rows
 
-BLOCK = 256
+MAX_BLOCK = 256
 """Largest block size. The largest power of two up to this that divides a row is used."""
-SMALLEST_BLOCK = 8
+MIN_BLOCK = 8
 """With smaller blocks the scales would take more than half a byte per element."""
-SMALL = 4096
+MIN_ELEMENTS = 4096
 """Weights with fewer elements keep float32 moments, as in the paper: packing saves little."""
 AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Elements unpacked at a time: few enough for a CPU's cache, and on a GPU enough to make kernel
 launches negligible. Each needs about 30 bytes of memory."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALE = "_scale"
+SCALE_SUFFIX = "_scale"
 """Suffix of the name of a moment's scales."""
-SMALLEST_SCALE = 1e-30
+MIN_SCALE = 1e-30
 """Scale of a block of zeros."""
 DECADES = 7
 
@@ -93,7 +93,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if not block_size(parameter.shape):
             _update_(weight, gradient, moments, rates)
         elif weight.numel():  # of a small sharded weight, some ranks have no rows
-            scales = [local_tensor(state[name + SCALE]) for name in MOMENTS]
+            scales = [local_tensor(state[name + SCALE_SUFFIX]) for name in MOMENTS]
             _update_packed_(weight, gradient, moments, scales, rates)
 
 
@@ -127,8 +127,8 @@ class _Rates:
 
 def block_size(shape: torch.Size) -> int:
     """Returns how many elements of a row share a scale; 0 if the moments stay float32."""
-    size = math.gcd(math.prod(shape[1:]), BLOCK)
-    return size if shape.numel() >= SMALL and size >= SMALLEST_BLOCK else 0
+    size = math.gcd(math.prod(shape[1:]), MAX_BLOCK)
+    return size if shape.numel() >= MIN_ELEMENTS and size >= MIN_BLOCK else 0
 
 
 def scale_shape(shape: torch.Size) -> tuple[int, int]:
@@ -144,7 +144,7 @@ def new_state(parameter: Tensor) -> dict[str, Tensor]:
     for name in MOMENTS:
         state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if packed else None)
         if packed:  # with scales of 0, any byte stands for 0
-            state[name + SCALE] = zeros_by_rows(parameter, scale_shape(parameter.shape))
+            state[name + SCALE_SUFFIX] = zeros_by_rows(parameter, scale_shape(parameter.shape))
     return state
 
 
@@ -162,7 +162,7 @@ def pack(numbers: Tensor, blocks: int, *, signed: bool) -> tuple[Tensor, Tensor]
     """
     table = _table(numbers.device, signed)
     parts = numbers.view(len(numbers), blocks, -1)
-    scales = parts.abs().amax(-1).clamp_(min=SMALLEST_SCALE)
+    scales = parts.abs().amax(-1).clamp_(min=MIN_SCALE)
     shares = (parts / scales.unsqueeze(-1)).view(-1)
     halves = shares.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
     indices = table.first.index_select(0, halves)

@@ -25,7 +25,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.rollout.token_states import TokenStates
 
-PENALTY = 3.0
+RIDGE_PENALTY = 3.0
 """Weight of the penalty on changing the weights, in units of their features' mean squares."""
 BIAS_PENALTY = 1e-6
 """The same for the bias: it may change freely, but the system is solvable without any response."""
@@ -141,6 +141,6 @@ def _penalties(squares: Tensor) -> Tensor:
     """The penalty of each feature; (D,) → (D,). `squares` are the features' mean squares."""
     width = (len(squares) - 3) // 3
     kinds = squares.split([width, width, width, 1, 1, 1])
-    penalties = [PENALTY * kind.mean().expand_as(kind) for kind in kinds[:-1]]
+    penalties = [RIDGE_PENALTY * kind.mean().expand_as(kind) for kind in kinds[:-1]]
     bias = torch.full_like(kinds[-1], BIAS_PENALTY)
     return torch.cat([*penalties, bias]).clamp(min=BIAS_PENALTY)

@@ -12,7 +12,7 @@ CHUNK, GPU_CHUNK = LOGITS_PIECE["cpu"], LOGITS_PIECE["cuda"]
 """Logits processed at a time, on a CPU and on a GPU."""
 
 
-LOWEST = -1e4
+MIN_LOGPROB = -1e4
 """Lower bound on log p in the entropy. A token that the model forbids has a logit of -∞ and would
 give 0·(-∞) = NaN. Below the bound p is 0 in float32 anyway, so no other value changes."""
 
@@ -104,7 +104,7 @@ def row_sums(
         scaled = _scaled(logits[chunk], temperature)
         log_sums[chunk] = scaled.logsumexp(1)
         if entropies:
-            logprobs = (scaled - log_sums[chunk, None]).clamp_(min=LOWEST)
+            logprobs = (scaled - log_sums[chunk, None]).clamp_(min=MIN_LOGPROB)
             found[chunk] = -(logprobs.exp() * logprobs).sum(1)
     return log_sums, found
 
@@ -138,7 +138,7 @@ def overwrite_with_gradient(
         if entropies_and_grad is None or h is None:
             gradient.exp_().mul_(-g[chunk, None])
         else:
-            gradient.clamp_(min=LOWEST)
+            gradient.clamp_(min=MIN_LOGPROB)
             factor = (gradient + entropies_and_grad[0][chunk, None]).mul_(h[chunk, None])
             gradient = gradient.exp_().mul_(factor.add_(g[chunk, None]).neg_())
         gradient.scatter_add_(1, tokens[chunk, None], g[chunk, None])

@@ -24,7 +24,7 @@ from engine.train.ppo.advantages import Targets
 from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 from engine.train.rollout.rollout import Rollout
 
-TAIL = 0.99
+TAIL_QUANTILE = 0.99
 """The quantile of the gap that is reported in addition to its mean and maximum."""
 
 
@@ -123,7 +123,7 @@ def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[s
     metrics = {
         "val/rollout_logprob_gap": order[-1],
         "val/rollout_logprob_gap_mean": order.mean(),
-        "val/rollout_logprob_gap_p99": order[int(TAIL * (len(order) - 1))],
+        "val/rollout_logprob_gap_p99": order[int(TAIL_QUANTILE * (len(order) - 1))],
         # k3: non-negative, and small where the two agree.
         "val/rollout_kl": (torch.expm1(gap) - gap).mean(),
     }

@@ -11,11 +11,11 @@ from engine.config.sections.ppo import ADVANTAGES, PPOConfig
 from engine.kl import horizon_for, largest_change, usual_horizon
 from engine.train.run import Run
 
-LEAST_FACTOR = 4.0
+MIN_FACTOR = 4.0
 """Factor by which the adaptive controller should be able to change beta within a run."""
 TRIAL_STEPS = 50
 """A shorter run is a trial, for which the controller may be too slow."""
-LARGE = 50_000_000
+LARGE_MODEL = 50_000_000
 """Number of weights above which a GPU's matrix products take longer than launching them. With the
 starter's 4 million, float32 is as fast as bfloat16 (benchmarks/RESULTS.md)."""
 BFLOAT16_SINCE = 8
@@ -66,9 +66,9 @@ def slow_controller(config: RunConfig) -> list[str]:
     change = largest_change(kl.horizon, batch)
     exponent = config.train.steps * math.log1p(change)
     trial = config.train.steps < TRIAL_STEPS
-    if kl.controller != "adaptive" or trial or exponent >= math.log(LEAST_FACTOR):
+    if kl.controller != "adaptive" or trial or exponent >= math.log(MIN_FACTOR):
         return []
-    enough = LEAST_FACTOR ** (1 / config.train.steps) - 1
+    enough = MIN_FACTOR ** (1 / config.train.steps) - 1
     horizon = min(usual_horizon(batch), max(1, math.floor(horizon_for(enough, batch))))
     return [
         f"the adaptive controller changes beta by at most {change:.2%} in a step, and by a factor "
@@ -143,7 +143,7 @@ def _given(config: RunConfig, keys: tuple[str, ...]) -> list[str]:
 
 def dtype_note(device: torch.device, dtype: str, weights: int) -> str:
     """Returns a sentence if another `model.dtype` is much faster on a GPU; "" otherwise."""
-    if device.type != "cuda" or weights < LARGE:
+    if device.type != "cuda" or weights < LARGE_MODEL:
         return ""
     if dtype == "float32":
         return (

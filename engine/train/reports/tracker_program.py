@@ -35,16 +35,16 @@ FINISH_SECONDS = 60
 """Seconds in which trackers can send pending metrics after the end of the run."""
 HELD_SECONDS = 3
 """Further seconds until the process ends, even if a package's native code blocks all threads."""
-IDS = "runs.json"
+IDS_FILE = "runs.json"
 """Name of the file: tracker → id of this session's run."""
 FOLDER = "folder"
 """The key in it whose value is no id, but the folder in which it was written."""
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 MAX_LOG = 10_000_000
 """Bytes of the trackers' output that are kept: the first half, and the newest of the rest."""
 LOG_INTERVAL = 1.0
 """Seconds between two checks of the log's size."""
-PENDING = 10_000
+MAX_PENDING = 10_000
 """Number of steps that wait for a tracker at most; further ones are dropped."""
 FAILURES = (Exception, SystemExit)
 """Failures of any package. Some call `sys.exit`, which would end the other trackers, too."""
@@ -80,7 +80,7 @@ def main() -> None:
     header = msgspec.json.decode(sys.stdin.buffer.readline(), type=examined(Header))
     PartialState(cpu=True)  # the logger of accelerate's trackers needs it
     lock = wait_for_lock()
-    ids = RunIds(Path(IDS))
+    ids = RunIds(Path(IDS_FILE))
     runs = [TrackerRun(name, header, ids, report) for name in header.trackers]
     threading.Thread(target=pass_on, args=(runs, report), daemon=True, name="input").start()
     others = [threading.Thread(target=run, name=run.name) for run in runs[1:]]
@@ -140,7 +140,7 @@ def wait_for_lock() -> SessionLock:
     last = time.monotonic() + FINISH_SECONDS + 5
     while True:
         try:
-            return SessionLock(Path(LOCK))
+            return SessionLock(Path(LOCK_FILE))
         except SessionLockedError:
             if time.monotonic() > last:
                 raise
@@ -207,11 +207,13 @@ class TrackerRun:
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Passes the metrics of a step on; returns at once."""
-        if self._pending.qsize() < PENDING:
+        if self._pending.qsize() < MAX_PENDING:
             self._pending.put((values, step))
         elif not self._dropped:
             self._dropped = True
-            self._report(f"{self.name} is {PENDING} steps behind: it misses steps from {step} on")
+            self._report(
+                f"{self.name} is {MAX_PENDING} steps behind: it misses steps from {step} on"
+            )
 
     def close(self) -> None:
         """Lets the tracker end once it has everything that was passed on."""

@@ -20,7 +20,7 @@ from engine.session.access import make_folders, open_to_append
 from engine.session.folder import SessionFolder
 
 PROGRAM = "engine.train.reports.tracker_program"
-PENDING = 10_000
+MAX_PENDING = 10_000
 """Number of steps that wait for the trackers at most; further ones are dropped."""
 LEFT_OUT = ("RLHF_TUI_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MASTER_")
 """Prefixes of variables that would make accelerate look for other processes."""
@@ -61,7 +61,7 @@ class TrackerProcess:
             "session": session.name,
             "config": shown_config(config),
         }
-        self._pending: queue.Queue[bytes | None] = queue.Queue(PENDING)
+        self._pending: queue.Queue[bytes | None] = queue.Queue(MAX_PENDING)
         self._pending.put(msgspec.json.encode(header))
         self._writer = threading.Thread(target=self._write, name="trackers", daemon=True)
         self._writer.start()
@@ -78,7 +78,9 @@ class TrackerProcess:
         except queue.Full:
             if not self._dropped:
                 self._dropped = True
-                self._report(f"trackers are {PENDING} steps behind: they miss steps from {step} on")
+                self._report(
+                    f"trackers are {MAX_PENDING} steps behind: they miss steps from {step} on"
+                )
 
     def close(self) -> None:
         """Waits until the trackers have everything, at most :data:`CLOSE_TIMEOUT`."""

@@ -20,7 +20,7 @@ from engine.train.models.pretrained import copy_weights, load_tokenizer, reward_
 from engine.train.models.read_pretrained import ReadOptions, read_pretrained
 from engine.train.rewards.kinds.model import label_index
 
-LARGE = 50_000_000
+LARGE_MODEL = 50_000_000
 """Number of parameters from which the default learning rate is :data:`LARGE_RATE`."""
 SMALL_RATE, LARGE_RATE = 1e-4, 1e-5
 
@@ -44,7 +44,7 @@ class BaseModel:
         if given is not None:
             return given
         size = sum(p.numel() for p in self.model.parameters())
-        return SMALL_RATE if size < LARGE else LARGE_RATE
+        return SMALL_RATE if size < LARGE_MODEL else LARGE_RATE
 
 
 def read_base(

@@ -10,9 +10,9 @@ from engine.errors import UserInputError
 from engine.protocol.programs.reward_training import RewardTrainingRequest
 from engine.train.data.randomness import permutation
 
-MOST_LEFT_OUT = 0.9
+MAX_LEFT_OUT = 0.9
 """The largest share of the judgements that may be kept from training."""
-LEAST_PROMPTS = 10
+MIN_PROMPTS = 10
 """Prompts from which on all judgements of a prompt are on one side of the split."""
 
 Kind = Literal["preference", "good", "other"]
@@ -72,7 +72,7 @@ def split_judgements(request: RewardTrainingRequest) -> Split:
     """
     settings, judgements = request.settings, all_judgements(request)
     prompts = {request.responses[i].prompt for j in judgements for i in j.responses}
-    by: Literal["prompt", "response"] = "prompt" if len(prompts) >= LEAST_PROMPTS else "response"
+    by: Literal["prompt", "response"] = "prompt" if len(prompts) >= MIN_PROMPTS else "response"
     groups = _by_prompt(request, judgements) if by == "prompt" else _by_response(judgements)
     parts = _assign(groups, settings)
     split = Split(parts["train"], parts["validation"], parts["test"], by)
@@ -122,7 +122,7 @@ def _assign(
     groups: list[list[Judgement]], settings: RewardTrainingConfig
 ) -> dict[str, list[Judgement]]:
     shares = {"test": settings.holdout, "validation": settings.validation}
-    if sum(shares.values()) > MOST_LEFT_OUT:
+    if sum(shares.values()) > MAX_LEFT_OUT:
         raise UserInputError(
             "--set holdout and --set validation leave less than a tenth to train on: lower one"
         )

@@ -6,7 +6,7 @@ from typing import Any
 from engine.errors import RewardError, encodable, shortened
 from engine.train.rewards.source import RewardInputs, Score, whole
 
-LARGEST_SCORE = 3.4028234663852886e38
+MAX_SCORE = 3.4028234663852886e38
 """The largest number in float32."""
 SHOWN_SCORE = 100
 """Characters of a score in an error message."""
@@ -71,7 +71,7 @@ def _number(value: Any) -> float:
 
 def _is_finite(number: float | None) -> bool:
     """Whether a number is finite in float32."""
-    return number is not None and abs(number) <= LARGEST_SCORE
+    return number is not None and abs(number) <= MAX_SCORE
 
 
 def shown(text: str) -> str:

@@ -24,7 +24,7 @@ def main():
     folder, data = Path(sys.argv[1]), sys.argv[2]
     ranks = RankGroup(LaunchConfig(device="cpu"))
     load_prompts.CACHED_BYTES = 0
-    share_prompts.PART = 1000
+    share_prompts.PART_BYTES = 1000
     results = [load(data, folder / "shared", ranks)]
     cache = folder / f"of-{ranks.rank}"
     if not ranks.is_lead:

@@ -17,7 +17,7 @@ from engine.progress import ReportProgress
 from engine.train.data.prompts import Prompt
 from engine.train.rewards.kinds.http_client import Endpoint, RequestError
 from engine.train.rewards.kinds.service import complete, encode
-from engine.train.rewards.scores import LARGEST_SCORE
+from engine.train.rewards.scores import MAX_SCORE
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, Score, SourceKind
 
 log = logging.getLogger("engine")
@@ -171,7 +171,7 @@ def parse_score(reply: str, config: JudgeConfig) -> float | None:
         number = float(found) if found is not None else math.nan
     except ValueError:
         number = math.nan
-    if not abs(number) <= LARGEST_SCORE:  # NaN neither
+    if not abs(number) <= MAX_SCORE:  # NaN neither
         return None
     if config.scale is None:
         return number

@@ -14,7 +14,7 @@ from engine.train.rewards.kinds.encoding import RewardEncoding
 LENGTHS = (16, 2, 3, 5)
 """Tokens of the rows that are scored with and without a mask. Most of the first is what the others
 would attend to."""
-LARGEST_CHANGE = {torch.float32: 1e-3}
+MAX_CHANGE = {torch.float32: 1e-3}
 ROUNDED_CHANGE = 0.05
 """Scores without a mask may differ by this much from those with one, in standard deviations of the
 scores; the latter with weights of fewer bits. Rounding changes them by less, padding that is read
@@ -42,5 +42,5 @@ def reads_padding(model: Any, encoding: RewardEncoding, label: int, device: torc
         model(**encoded.batch(rows, device, mask=mask)).logits[:, label].float()
         for mask in (True, False)
     )
-    limit = LARGEST_CHANGE.get(model.score.weight.dtype, ROUNDED_CHANGE)
+    limit = MAX_CHANGE.get(model.score.weight.dtype, ROUNDED_CHANGE)
     return not (with_mask - without).abs().max() <= limit * with_mask.std()

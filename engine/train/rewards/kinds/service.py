@@ -10,7 +10,7 @@ import torch
 from engine.config.sections.reward import RewardSource
 from engine.progress import ReportProgress
 from engine.train.rewards.kinds.http_client import Endpoint, RequestError
-from engine.train.rewards.scores import LARGEST_SCORE
+from engine.train.rewards.scores import MAX_SCORE
 from engine.train.rewards.source import (
     IncompleteScoresError,
     LoadContext,
@@ -20,7 +20,7 @@ from engine.train.rewards.source import (
     SourceKind,
 )
 
-Usable = Annotated[float, msgspec.Meta(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
+Usable = Annotated[float, msgspec.Meta(ge=-MAX_SCORE, le=MAX_SCORE)]
 """A reply with a different number is unusable: the request counts as failed and is retried."""
 
 
