@@ -48,7 +48,7 @@ SECTIONS = {
 when a command of it runs, which keeps the start of attach short."""
 MODULES = {name: module for section in SECTIONS.values() for name, module in section.items()}
 
-LONGEST_ERROR = 1000
+MAX_ERROR = 1000
 """Maximum length of an error line: one that repeats the input may be as long as the input."""
 
 
@@ -202,7 +202,7 @@ def _one_sentence(error: OSError | sqlite3.Error) -> str:
 
 def _exit(text: str, code: int) -> None:
     with contextlib.suppress(OSError):  # the place for errors may be full or closed, too
-        click.echo(f"rlhf-tui: {one_line(text, LONGEST_ERROR)}", err=True)
+        click.echo(f"rlhf-tui: {one_line(text, MAX_ERROR)}", err=True)
     sys.exit(code)
 
 

@@ -15,7 +15,7 @@ from engine.errors import RlhfError, UserInputError
 from rlhf_tui.output_file import write_output
 
 FORMATS = ("csv", "json", "parquet")
-PART = 1000
+PART_ROWS = 1000
 """Number of rows in a part of :func:`json_parts`."""
 Row = dict[str, Any]
 
@@ -48,7 +48,7 @@ def json_parts(rows: Iterable[Row]) -> Iterator[str]:
     """
     rows = iter(rows)
     before = "["
-    while texts := [json.dumps(row, allow_nan=False) for row in itertools.islice(rows, PART)]:
+    while texts := [json.dumps(row, allow_nan=False) for row in itertools.islice(rows, PART_ROWS)]:
         yield before + ", ".join(texts)
         before = ", "
     yield "[]\n" if before == "[" else "]\n"

@@ -25,7 +25,7 @@ from engine.session.folder import SessionFolder, find
 from rlhf_tui import format as fmt
 from rlhf_tui.app import hangup, replaying, steering
 from rlhf_tui.app.command_tracker import CommandTracker
-from rlhf_tui.app.following import TICK, SessionFollower
+from rlhf_tui.app.following import TICK_INTERVAL, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
 from rlhf_tui.app.notices import Notices
@@ -51,7 +51,7 @@ from rlhf_tui.widgets.textual_internals import (
     screens_of_current_mode,
 )
 
-LEAVING = ("q", "ctrl+c")
+DETACH_KEYS = ("q", "ctrl+c")
 """The keys of :meth:`RlhfApp.action_detach`."""
 
 
@@ -165,7 +165,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     def on_mount(self) -> None:
         """Starts to read after the first frame."""
         self.call_after_refresh(self.follower.begin)
-        self.set_interval(TICK, self.follower.tick)
+        self.set_interval(TICK_INTERVAL, self.follower.tick)
         if self._problem:
             self.say(self._problem, "warning")
         if not self.is_headless:
@@ -286,7 +286,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         """
         if isinstance(self.screen, DigestDialog) and key not in OWN_KEYS:
             await self.screen.dismiss()
-        if isinstance(self.screen, SessionScreen) and key not in LEAVING:
+        if isinstance(self.screen, SessionScreen) and key not in DETACH_KEYS:
             await self.screen.wait_for_rows()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported when a probe is answered
     from rlhf_tui.dialogs.text import ProbeDialog
 
 READ_ONLY = "read-only: commands are disabled"
-AGAIN = 0.5
+POLL_INTERVAL = 0.5
 """Seconds between checks whether a dialog is still open."""
 
 
@@ -143,7 +143,7 @@ class CommandTracker:
         if isinstance(self._app.screen, SessionScreen):
             self._app.push_screen(dialog)
         else:
-            self._app.set_timer(AGAIN, lambda: self._show_probe(dialog))
+            self._app.set_timer(POLL_INTERVAL, lambda: self._show_probe(dialog))
 
     def _latest(self, folder: Path) -> SteeringTarget | None:
         """The latest state of a run: the selected one has a fresher estimate of its boundary."""

@@ -8,7 +8,7 @@ from engine.journal.rows import CommandEvent, CommandRow, ErrorEvent, StateEvent
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.state import preferences as prefs
-from rlhf_tui.state.curves import RECENT
+from rlhf_tui.state.curves import RECENT_STEPS
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.session_state import SessionState
@@ -22,10 +22,10 @@ from rlhf_tui.state.timeline import (
 )
 from rlhf_tui.widgets.lines import Row
 
-MOST = 8
-MOST_ANNOUNCED = 3
+MAX_ENTRIES = 8
+MAX_ANNOUNCED = 3
 """Alerts and failures that are announced at once."""
-AWAY = 60.0
+MIN_ABSENCE = 60.0
 """Minimum seconds of absence for which a digest is shown."""
 SAVE_INTERVAL = 30.0
 
@@ -74,7 +74,7 @@ class Visit:
             and marker.event is not None
             and marker.event.event > before
             and (self._digest_shown or marker.time >= self._opened)
-        ][-MOST_ANNOUNCED:]
+        ][-MAX_ANNOUNCED:]
 
     def save(self) -> None:
         """Saves what was seen, if it was; what happened before the digest counts as not seen."""
@@ -105,7 +105,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     new = [e for e in state.timeline.events if e.event > seen.event]
     steps = state.head.step - seen.step
     commands = _commands(state, seen)
-    if 0 <= away < AWAY or (steps == 0 and not new and not commands):
+    if 0 <= away < MIN_ABSENCE or (steps == 0 and not new and not commands):
         return []
     heading: Row = [("the run is ", "dim"), (state.head.state, "strong")]
     if away >= 0:  # unknown if the clock was set back
@@ -140,7 +140,7 @@ def _progress(state: SessionState, seen: Seen) -> list[Row]:
         old, new = (
             # A setting has a value, whatever it was before.
             series.latest(step) if metrics.describe(name).is_set
-            else series.mean(step - RECENT + 1, step)
+            else series.mean(step - RECENT_STEPS + 1, step)
             for step in (then, now)
         )  # fmt: skip
         rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(new)}", "")])
@@ -151,12 +151,12 @@ def _entries(state: SessionState, seen: Seen) -> list[Row]:
     """The newest entries of the timeline since then, and how many more there are."""
     since = [m for m in state.timeline.markers() if m.after > seen.event]
     saved = [m for m in since if m.kind == "checkpoint"]
-    if len(since) > MOST and len(saved) > 1:
+    if len(since) > MAX_ENTRIES and len(saved) > 1:
         # There may be dozens, which must not keep an alert or a crash from being seen.
         since = [m for m in since if m not in saved[:-1]]
-    rows = [_row(marker) for marker in since[-MOST:]]
-    if len(since) > MOST:
-        rows.append([(f"       and {len(since) - MOST} earlier", "dim")])
+    rows = [_row(marker) for marker in since[-MAX_ENTRIES:]]
+    if len(since) > MAX_ENTRIES:
+        rows.append([(f"       and {len(since) - MAX_ENTRIES} earlier", "dim")])
     if len(saved) > 1 and saved[0] not in since:
         rows.append([(f"       and {fmt.plural(len(saved) - 1, 'earlier checkpoint')}", "dim")])
     return rows
@@ -188,9 +188,9 @@ def _commands(state: SessionState, seen: Seen) -> list[Row]:
         if command.id in seen.pending
         or (command.id in newer and command.accepted and command.status != "applied")
     ]
-    if len(rows) > MOST:
-        left = fmt.plural(len(rows) - MOST, "earlier command")
-        rows = [*rows[-MOST:], [(f"       and {left}", "dim")]]
+    if len(rows) > MAX_ENTRIES:
+        left = fmt.plural(len(rows) - MAX_ENTRIES, "earlier command")
+        rows = [*rows[-MAX_ENTRIES:], [(f"       and {left}", "dim")]]
     return rows
 
 

@@ -17,13 +17,13 @@ from rlhf_tui.state.feeds.feed import Feed, SessionFeed
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.messages import SessionUpdated
 from rlhf_tui.state.replay.player import Player, ReplayOptions
-from rlhf_tui.state.session_state import ALWAYS, SessionState
+from rlhf_tui.state.session_state import ALWAYS_READ, SessionState
 from rlhf_tui.state.timeline import MARKER_GLYPHS, in_app
 from rlhf_tui.state.viewport import Viewport
 
-DRAW_AFTER = 0.04
+DRAW_DELAY = 0.04
 """Seconds during which updates are collected before they are drawn."""
-TICK = 1.0
+TICK_INTERVAL = 1.0
 """Seconds between two calls of :meth:`SessionFollower.tick`."""
 SEVERITIES: dict[str, SeverityLevel] = {"alert": "warning", "crash": "error"}
 """Of the notices of alerts and failures."""
@@ -93,7 +93,7 @@ class SessionFollower:
 
     def _new_feed(self, session: SessionFolder) -> SessionFeed:
         folder, app, context = str(session.folder), self._app, self._context
-        names = [*context.preferences.metrics(), *ALWAYS]
+        names = [*context.preferences.metrics(), *ALWAYS_READ]
 
         def post(update: SessionUpdate) -> None:
             app.post_message(SessionUpdated(folder, update))
@@ -182,7 +182,7 @@ class SessionFollower:
         self._only_live = self._only_live and message.update.only_live
         if not self._draw_due:
             self._draw_due = True
-            self._app.set_timer(DRAW_AFTER, self._draw)
+            self._app.set_timer(DRAW_DELAY, self._draw)
         return True
 
     def _announce(self, update: SessionUpdate) -> None:

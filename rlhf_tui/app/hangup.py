@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 SIGNALS = (signal.SIGHUP, signal.SIGTERM)
-SOON = 3.0
+EXIT_TIMEOUT = 3.0
 """Seconds within which the terminal must be restored."""
 
 
@@ -33,15 +33,15 @@ def watch_terminal() -> None:
 
 def _watch(terminal: int) -> None:
     while os.isatty(terminal):
-        time.sleep(SOON)
+        time.sleep(EXIT_TIMEOUT)
     _end(128 + signal.SIGHUP)
 
 
 def end_soon(code: int) -> None:
-    """Ends the process after :data:`SOON`, unless it ends by itself before."""
+    """Ends the process after :data:`EXIT_TIMEOUT`, unless it ends by itself before."""
     threading.Thread(target=_end, args=(code,), daemon=True, name="end").start()
 
 
 def _end(code: int) -> None:
-    time.sleep(SOON)
+    time.sleep(EXIT_TIMEOUT)
     os._exit(code)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # imported when a form is opened
     from rlhf_tui.app.forms.start import StartForm
     from rlhf_tui.dialogs.form import Values
 
-APPEARS = 10.0
+START_TIMEOUT = 10.0
 """Seconds within which the engine of a new session lives."""
 POLL_INTERVAL = 0.3
-OURS = "rlhf-tui: "
+OUTPUT_PREFIX = "rlhf-tui: "
 """Prefix of each line that the command line itself writes to its error output."""
 
 
@@ -108,7 +108,9 @@ class EngineStarter:
         if known:
             self._context.open_session(name)
         else:
-            self._open_when_created(name, self._app.current_mode, self._context.now() + APPEARS)
+            self._open_when_created(
+                name, self._app.current_mode, self._context.now() + START_TIMEOUT
+            )
 
     def _open_when_created(self, name: str, mode: str, deadline: float) -> None:
         # Not before its engine runs, which may never be. A fork also locks it while it copies.
@@ -173,5 +175,7 @@ class EngineStarter:
         lines, problem = done.stderr.strip().splitlines(), ""
         if done.returncode:
             problem = lines.pop() if lines else f"exit code {done.returncode}"
-        notices = [line.removeprefix(OURS) for line in lines if line.startswith(OURS)]
-        return CommandResult(problem.removeprefix(OURS), last_line, notices)
+        notices = [
+            line.removeprefix(OUTPUT_PREFIX) for line in lines if line.startswith(OUTPUT_PREFIX)
+        ]
+        return CommandResult(problem.removeprefix(OUTPUT_PREFIX), last_line, notices)

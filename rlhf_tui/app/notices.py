@@ -8,11 +8,11 @@ from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.textual_internals import screens_of_current_mode
 
-NOTICE = 5.0
+NOTICE_SECONDS = 5.0
 """Seconds for which a notice replaces the line of keys."""
-SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
+MIN_BOX_SECONDS: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
 """Minimum seconds for which a notice is shown in a box."""
-READ_A_SECOND = 15.0
+CHARACTERS_PER_SECOND = 15.0
 """Characters that are read in a second: a long notice is shown for longer."""
 
 
@@ -35,13 +35,13 @@ class Notices:
         screen = next(iter(screens), None)
         if isinstance(screen, SessionScreen) and screen.is_mounted:
             information = severity == "information"
-            screen.query_one(KeyFooter).say(text if information else "", NOTICE)
+            screen.query_one(KeyFooter).say(text if information else "", NOTICE_SECONDS)
             if information:
                 return
         boxes = [box for top in screens[-1:] for box in top.query("Toast")]
         if text in self._coming or text in [str(box.render()) for box in boxes]:
             return  # a key that is held down says it once
         self._coming.add(text)
-        timeout = max(SECONDS_SHOWN[severity], len(text) / READ_A_SECOND)
+        timeout = max(MIN_BOX_SECONDS[severity], len(text) / CHARACTERS_PER_SECOND)
         app.notify(text, severity=severity, markup=False, timeout=timeout)
         app.call_after_refresh(lambda: self._coming.discard(text))

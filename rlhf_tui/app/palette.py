@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.dom import DOMNode
 from textual.screen import Screen
 
-from rlhf_tui.dialogs.help import OF_SEVERAL_PANELS
+from rlhf_tui.dialogs.help import hidden_actions
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.modes import MODES, screen_class
 from rlhf_tui.state.preferences import THEME_NAMES
@@ -132,9 +132,7 @@ DESCRIPTIONS = {
 """Action → what it does, in a line."""
 TITLES = {"app.focus_next": "next panel", "app.focus_previous": "previous panel"}
 """Action of Textual → its title here."""
-OF_TEXTUAL = ("screen.copy_text", "help_quit", "command_palette")
-"""Actions of Textual that do not work here, or that open the palette itself."""
-NAMED = 1000.0
+DESCRIPTION_BONUS = 1000.0
 """Added to the score of a command whose description has the words, and twice if its title has them.
 Textual's score of single letters is far below it."""
 
@@ -187,7 +185,11 @@ class PaletteCommands(Provider):
             title = matcher.highlight(command.title) if score > 0 else Content(command.title)
             # Else letters of the title in this order, or a part of a word, which are only a hint.
             if all(word.search(text) for word in begin):
-                score += 2 * NAMED if all(word.search(name) for word in begin) else NAMED
+                score += (
+                    2 * DESCRIPTION_BONUS
+                    if all(word.search(name) for word in begin)
+                    else DESCRIPTION_BONUS
+                )
             score = max(score, 0.5)
             yield Hit(score, title, partial(self._once, command), command.title, command.help)
 
@@ -215,9 +217,7 @@ class PaletteCommands(Provider):
     def _of_this_screen(self) -> list[PaletteCommand]:
         from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
 
-        left_out: tuple[str, ...] = OF_TEXTUAL
-        if len(self.screen.focus_chain) < 2:
-            left_out += OF_SEVERAL_PANELS
+        left_out = hidden_actions(self.screen)
         found: dict[str, PaletteCommand] = {}
         for active in self.screen.active_bindings.values():
             binding = active.binding

@@ -33,7 +33,7 @@ from rlhf_tui.state.steering_target import NO_SESSION, SteeringTarget, settings_
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Row
 
-NUDGE = 1.1
+NUDGE_FACTOR = 1.1
 CONTROLLERS = ("fixed", "adaptive")
 BINDINGS: list[BindingType] = [
     Binding("p", "steer('pause')", "pause"),
@@ -50,9 +50,9 @@ BINDINGS: list[BindingType] = [
     Binding("S", "steer('stop')", "stop"),
 ]
 """The keys of the app that call :meth:`Steering.act`; `--read-only` removes them."""
-OF_SETTINGS = ("beta", "lower_beta", "raise_beta", "adaptive", "change", "undo")
+SETTING_ACTIONS = ("beta", "lower_beta", "raise_beta", "adaptive", "change", "undo")
 """The actions that change a setting: while a run is starting, the values in force are unknown."""
-WHILE_STOPPING = ("stop", "note")
+ACTIONS_WHILE_STOPPING = ("stop", "note")
 """The actions that a run takes while it is stopping."""
 
 
@@ -74,8 +74,8 @@ class Steering:
             "pause": lambda run: self._commands.send(run, Pause(), "pause"),
             "unpause": lambda run: self._commands.send(run, Unpause(), "unpause"),
             "beta": lambda run: self._ask_value(run, "beta"),
-            "lower_beta": lambda run: self._nudge_beta(run, 1 / NUDGE),
-            "raise_beta": lambda run: self._nudge_beta(run, NUDGE),
+            "lower_beta": lambda run: self._nudge_beta(run, 1 / NUDGE_FACTOR),
+            "raise_beta": lambda run: self._nudge_beta(run, NUDGE_FACTOR),
             "adaptive": self._toggle_adaptive,
             "undo": lambda run: self._commands.send(run, Undo(), "undo"),
             "change": self._choose_setting,
@@ -348,5 +348,5 @@ class Steering:
 def _is_too_early_or_late(target: SteeringTarget, action: str) -> bool:
     """Whether a live run does not accept such a command now, or the values are unknown."""
     if target.state == "starting":
-        return action in OF_SETTINGS
-    return target.state == "stopping" and action not in WHILE_STOPPING
+        return action in SETTING_ACTIONS
+    return target.state == "stopping" and action not in ACTIONS_WHILE_STOPPING

@@ -21,9 +21,9 @@ Ramp = tuple[Step, Step, Step]
 
 _SERIES_DARK: Series = (SKY, ORANGE, "#2FC79A", PURPLE, YELLOW, "#E0733A")
 _SERIES_LIGHT: Series = (BLUE, "#B87A00", "#007A59", "#A8477D", "#8A8000", VERMILLION)
-READABLE = 3.0
+MIN_CONTRAST = 3.0
 """Minimum contrast of text (WCAG 2, for large text)."""
-READABLE_OF_16 = 4.5
+MIN_CONTRAST_OF_16 = 4.5
 """That of coloured text on the selected row with 16 colours, of which each terminal shows its own:
 bright red on blue, which have 4.4 here, cannot be read in many."""
 
@@ -63,7 +63,7 @@ class Palette(Struct, frozen=True):
         """
         bar = Color.parse(self.bar)
         tones = (self.good, self.warn, self.bad)
-        readable = all(contrast(Color.parse(tone), bar) > READABLE for tone in tones)
+        readable = all(contrast(Color.parse(tone), bar) > MIN_CONTRAST for tone in tones)
         return self.bar if readable else self.ground
 
 
@@ -211,7 +211,7 @@ def themes_of(color_system: str | None) -> list[Theme]:
             palette(),
             dark=name != "light",
             exact=palettes is not PALETTES["truecolor"],
-            least=READABLE_OF_16 if palettes is PALETTES["standard"] else READABLE,
+            least=MIN_CONTRAST_OF_16 if palettes is PALETTES["standard"] else MIN_CONTRAST,
         )
         for name, palette in palettes.items()
     ]

@@ -31,7 +31,7 @@ from rlhf_tui.commands.options import (
 from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.text import one_line
 
-LONGEST_TEXT = 200
+MAX_TEXT = 200
 """Characters of a prompt or a response that are shown."""
 
 
@@ -122,12 +122,12 @@ def turn_lines(result: CheckResult) -> list[str]:
 def sample_lines(sample: CheckedSample) -> list[str]:
     """The lines of a response with its prompt; each reply of an environment is on its own line."""
     prompt = one_line(sample.prompt)
-    if len(prompt) > LONGEST_TEXT:  # the beginning may be a description of tools
-        prompt = f"…{prompt[1 - LONGEST_TEXT :]}"
+    if len(prompt) > MAX_TEXT:  # the beginning may be a description of tools
+        prompt = f"…{prompt[1 - MAX_TEXT :]}"
     lines = [f"prompt    {prompt}"]
     for turn in turns_of(sample.response, sample.replies):
         name = "reply" if turn.is_reply else "response"
-        lines.append(f"{name:<8}  {one_line(turn.text, LONGEST_TEXT)}")
+        lines.append(f"{name:<8}  {one_line(turn.text, MAX_TEXT)}")
     lines[-1] += f"  ({fmt.number(sample.score)})"
     return lines
 

@@ -23,13 +23,13 @@ from rlhf_tui.commands.options import is_terminal, override_option, say
 from rlhf_tui.output_file import check_output, write_output
 from rlhf_tui.text import one_line
 
-STARTER = {
+STARTER_VALUES = {
     "policy": "starter:policy", "prompts": "starter:prompts", "reward_model": "starter:reward",
 }  # fmt: skip
 """The values that are used if none are given."""
-PROMPT = "prompt"
+DEFAULT_COLUMN = "prompt"
 """The column that is used if none is given."""
-IN_ITS_PLACE = ({"chosen", "rejected"}, {"messages"})
+OTHER_PROMPT_COLUMNS = ({"chosen", "rejected"}, {"messages"})
 """Columns from which a prompt is taken if there is no such column; see docs/data.md."""
 REWARD_KEYS = tuple(f"reward.{key}=" for key in (*SOURCE_KEYS, "mix"))
 """Beginnings of overrides with the origin of a score."""
@@ -86,7 +86,7 @@ def init(
     text = head + commented(tree) + "\n"
     write(file, text)
     say(f"wrote {file}; try it with: {fmt.command('check', str(file))}")
-    if answers["policy"] != STARTER["policy"] and "dtype" not in tree["model"]:
+    if answers["policy"] != STARTER_VALUES["policy"] and "dtype" not in tree["model"]:
         say(
             "it is for a CPU, because no GPU was found; for a GPU, add to init or run: "
             f"-o model.dtype=bfloat16 -o ppo.micro_batch_size={MICRO_BATCH['gpu']}"
@@ -103,7 +103,7 @@ def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str,
     asking = is_terminal() and not all(given.values())
     answers = {}
     for name, value in given.items():
-        default = STARTER[name]
+        default = STARTER_VALUES[name]
         if value is None and asking:
             check = partial(usable, name, overrides)
             value = click.prompt(titles[name], default=default, err=True, value_proc=check)
@@ -118,8 +118,8 @@ def _name_a_reward(overrides: tuple[str, ...]) -> bool:
 
 def usable(name: str, overrides: tuple[str, ...], answer: str) -> str:
     """Returns the answer. Raises UsageError, upon which click asks again, if it cannot be used."""
-    answer = answer.strip() or STARTER[name]
-    answers = STARTER | {name: answer}
+    answer = answer.strip() or STARTER_VALUES[name]
+    answers = STARTER_VALUES | {name: answer}
     if _name_a_reward(overrides):
         del answers["reward_model"]
     tree = configuration("ppo", answers, None, None)
@@ -137,10 +137,10 @@ def prompt_column(prompts: str, given: str | None) -> str | None:
         UserInputError: the file has no such column, and nobody can be asked.
     """
     columns = columns_of(Path(prompts).expanduser())
-    wanted = given or PROMPT
+    wanted = given or DEFAULT_COLUMN
     if not columns or wanted in columns:
         return given
-    if given is None and any(names <= set(columns) for names in IN_ITS_PLACE):
+    if given is None and any(names <= set(columns) for names in OTHER_PROMPT_COLUMNS):
         return None
     listed = ", ".join(map(one_line, columns))
     if given is not None or not is_terminal():
@@ -167,7 +167,7 @@ def configuration(
 ) -> dict[str, dict[str, Any]]:
     """The sections of the configuration as YAML has them, those that everybody changes first."""
     settings = RECIPES[recipe].settings()
-    if answers["policy"] != STARTER["policy"]:
+    if answers["policy"] != STARTER_VALUES["policy"]:
         gpu = torch_is_built_for_gpus() and gpu_count() > 0
         settings = for_real_models(settings, gpu=gpu)
     data = {"prompts": answers["prompts"]} | ({"column": column} if column else {})

@@ -25,7 +25,7 @@ from rlhf_tui.commands.run import is_done, is_started, start_or_resume
 
 STOPPED_EARLY = 75
 """`launch.preempted_exit` under a scheduler, which starts the job again (EX_TEMPFAIL)."""
-LONGEST_END = 60.0
+END_TIMEOUT = 60.0
 """Seconds that the first machine may take to end after its ranks."""
 wait_option = click.option(
     "--wait",
@@ -168,7 +168,7 @@ def _join_scheduled(session: SessionFolder, address: str, wait: float) -> int:
     code = process.wait()
     if code:
         return code if code > 0 else 128 - code
-    deadline = time.monotonic() + LONGEST_END
+    deadline = time.monotonic() + END_TIMEOUT
     while time.monotonic() < deadline:
         with JournalReader(session) as reader:
             meta = reader.meta()

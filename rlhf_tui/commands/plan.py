@@ -39,7 +39,7 @@ from rlhf_tui.text import one_line
 GB = 1e9
 WIDTH = 80
 """Columns of a line."""
-NUMBER = 9
+NUMBER_WIDTH = 9
 """Columns of a number; six of them and the labels fit on a line."""
 GATHERED_SHARE = 0.25
 """Share of the memory: if fsdp gathers more weights than that, a line says so."""
@@ -194,7 +194,7 @@ def _table(estimates: list[Estimate], capacity: Capacity) -> str:
         ["fits" if capacity.supposed else "fits here", *(_verdict(e, capacity) for e in estimates)]
     )
     lines = [["", *(t[0] for t in titles)], ["", *(t[1] for t in titles)], *rows]
-    widths = [max(NUMBER, *map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(NUMBER_WIDTH, *map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_row(line, widths) for line in lines)
 
 

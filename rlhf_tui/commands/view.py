@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app impor
 
 STARTED = 15.0
 """Seconds after which the curves of a long session have been read."""
-TAIL = 5000
+TAIL_STEPS = 5000
 """Number of newest steps whose metrics a copy has."""
 MIRROR_INTERVAL, HEARTBEAT = 0.5, 10.0
 """Seconds between two readings for a copy, and after which something is sent in any case."""
@@ -50,7 +50,7 @@ MIRROR_INTERVAL, HEARTBEAT = 0.5, 10.0
 @colors_option
 @click.option("--read-only", is_flag=True, help="Show the session, send no commands.")
 @click.option(
-    "--tail", type=click.IntRange(min=1), default=TAIL, show_default=True, metavar="N",
+    "--tail", type=click.IntRange(min=1), default=TAIL_STEPS, show_default=True, metavar="N",
     help="With ssh://: copy the metrics of the last N steps.",
 )  # fmt: skip
 def attach(root: Path, name: str | None, read_only: bool, tail: int) -> None:
@@ -101,7 +101,7 @@ def replay(root: Path, name: str, speed: float, from_step: int) -> None:
 @name_argument
 @sessions_option
 @click.option(
-    "--tail", type=click.IntRange(min=1), default=TAIL, metavar="N",
+    "--tail", type=click.IntRange(min=1), default=TAIL_STEPS, metavar="N",
     help="Send the metrics of the last N steps.",
 )  # fmt: skip
 def mirror(root: Path, name: str, tail: int) -> None:

@@ -25,7 +25,7 @@ REFRESH_INTERVAL = 0.5
 """Seconds between two readings of a text that changes while its dialog is open."""
 MARGIN, WIDEST = 4, 84
 """Width of border and padding, and the greatest width of a dialog (app.tcss)."""
-BETWEEN = 2
+BUTTON_MARGIN = 2
 """Width of the margin between two buttons (app.tcss)."""
 
 
@@ -155,7 +155,10 @@ class ChoiceDialog(Dialog[str]):
 
     def _stack(self) -> None:
         for answers in self.query(".answers"):
-            needed = sum(button.outer_size.width + BETWEEN for button in answers.children) - BETWEEN
+            needed = (
+                sum(button.outer_size.width + BUTTON_MARGIN for button in answers.children)
+                - BUTTON_MARGIN
+            )
             answers.set_class(needed > answers.size.width, "stacked")
 
     def say(self, rows: list[Row]) -> None:

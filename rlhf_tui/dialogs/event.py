@@ -11,7 +11,7 @@ from engine.journal.rows import AlertEvent, CheckpointEvent, ErrorEvent
 from engine.metrics import title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.text import TextDialog
-from rlhf_tui.state.curves import RECENT
+from rlhf_tui.state.curves import RECENT_STEPS
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.lines import Row
@@ -100,7 +100,7 @@ class EventDialog(TextDialog):
         return rows
 
     def _effect(self) -> list[Row]:
-        rows: list[Row] = [[], [(f"means of {RECENT} steps before → after", "dim")]]
+        rows: list[Row] = [[], [(f"means of {RECENT_STEPS} steps before → after", "dim")]]
         for name, label in MEASURED:
             before, after = self._state.curves.before_and_after(name, self._marker.step)
             rows.append(

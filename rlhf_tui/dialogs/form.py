@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up
     from textual.suggester import Suggester
     from textual.widgets import Input
 
-MOST_LINES = 4
+MAX_LINES = 4
 """Lines of the effect."""
 Values = dict[str, str]
 """Field → typed text, without surrounding spaces."""
@@ -101,7 +101,7 @@ class FormDialog(Dialog[Values]):
         valid = verdict == "valid"
         tone = "warn" if verdict == "wrong" or (submitted and not valid) else "dim"
         rows: list[Row] = [[(x, tone)] for x in wrap(effect, text_width(self.app.size.width))]
-        self.query_one("#effect", MessageLine).say(rows[:MOST_LINES] or [[]])
+        self.query_one("#effect", MessageLine).say(rows[:MAX_LINES] or [[]])
         return valid
 
     def on_input_submitted(self, event: "Input.Submitted") -> None:

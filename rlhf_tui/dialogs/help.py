@@ -10,9 +10,9 @@ from rlhf_tui.dialogs.text import TextDialog
 from rlhf_tui.widgets.key_footer import key_name
 from rlhf_tui.widgets.lines import Row, row_width
 
-LEFT_OUT = ("screen.copy_text", "help_quit", "command_palette")
-"""Actions of Textual that do not work here or are named below the list."""
-OF_SEVERAL_PANELS = ("app.focus_next", "app.focus_previous")
+HIDDEN_ACTIONS = ("screen.copy_text", "help_quit", "command_palette")
+"""Actions of Textual that do not work here, and the palette, which lists of keys name elsewhere."""
+PANEL_ACTIONS = ("app.focus_next", "app.focus_previous")
 """Actions that do nothing on a screen with one panel."""
 WIDE, COLUMN = 100, 45
 """Terminal width from which on the help has two columns, and the width of the first one."""
@@ -85,10 +85,15 @@ Group = list[tuple[str, str]]
 """Pairs of keys and description."""
 
 
+def hidden_actions(screen: Screen[Any]) -> tuple[str, ...]:
+    """The actions of a screen's keys that no list of keys shows."""
+    return HIDDEN_ACTIONS if len(screen.focus_chain) > 1 else HIDDEN_ACTIONS + PANEL_ACTIONS
+
+
 def help_groups(screen: Screen[Any]) -> dict[str, Group]:
     """Returns the actions of a screen in groups, each action with all its keys."""
     found: dict[str, dict[str, tuple[list[str], str]]] = {}
-    left_out = LEFT_OUT if len(screen.focus_chain) > 1 else (*LEFT_OUT, *OF_SEVERAL_PANELS)
+    left_out = hidden_actions(screen)
     for active in screen.active_bindings.values():
         binding = active.binding
         if not binding.description or binding.action in left_out:

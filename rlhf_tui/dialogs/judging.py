@@ -19,7 +19,7 @@ from engine.journal.samples import SampleQuery, SampleReader
 from engine.session.folder import SessionFolder
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Dialog, InputDialog
-from rlhf_tui.dialogs.judging_queue import POOL, Decision, JudgingQueue
+from rlhf_tui.dialogs.judging_queue import POOL_SIZE, Decision, JudgingQueue
 from rlhf_tui.state.label_writer import LabelWriter, LabelWritten
 from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
 from rlhf_tui.widgets.samples.judgement import LABEL_MARKS
@@ -119,7 +119,7 @@ class JudgingDialog(Dialog[None]):
     def _read_pool(self) -> None:
         try:
             with SampleReader(self._session) as samples:
-                message = PoolRead(samples.page(SampleQuery(judged=False), POOL))
+                message = PoolRead(samples.page(SampleQuery(judged=False), POOL_SIZE))
         except RlhfError as error:
             message = PoolRead([], str(error))
         if not get_current_worker().is_cancelled:

@@ -13,9 +13,9 @@ from engine.journal.rows import SampleRow
 from rlhf_tui.widgets.samples.judgement import key_of
 
 ORDERS = ("uncertain", "outliers", "random")
-SIZE = 100
+QUEUE_SIZE = 100
 """Number of judgements in one queue."""
-POOL = 2000
+POOL_SIZE = 2000
 """Number of newest responses without a judgement from which a queue is drawn."""
 
 
@@ -34,7 +34,7 @@ class JudgingQueue:
     reward model if the score is above the median of the pool, every other label if it is not.
     """
 
-    def __init__(self, pool: Sequence[SampleRow], size: int = SIZE) -> None:
+    def __init__(self, pool: Sequence[SampleRow], size: int = QUEUE_SIZE) -> None:
         """Creates a queue from a pool of responses.
 
         Args:

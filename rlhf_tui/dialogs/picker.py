@@ -18,14 +18,14 @@ from rlhf_tui.widgets.table import Column, Table
 if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up stays short
     from textual.widgets import Input
 
-FRAME = 8
+FRAME_ROWS = 8
 """Rows of the terminal that a picker does not use for its list."""
 KEYS = "enter select · esc cancel"
-WITH = " + "
+GROUP_SEPARATOR = " + "
 """Separates the keys of a group."""
-SIMILAR = 0.6
+MIN_SIMILARITY = 0.6
 """Similarity, from 0 to 1, from which a name is shown if nothing fits what is typed."""
-MOST_SIMILAR = 5
+MAX_SIMILAR = 5
 """Names that are then shown at most."""
 
 
@@ -68,8 +68,8 @@ class PickerDialog(Dialog[str]):
     ) -> None:
         """With `marked`, several options can be selected, alone or in groups.
 
-        The result is then a line for each group, its keys joined by :data:`WITH`. Without `joins`
-        there are no groups, and none need be selected: the result is then empty.
+        The result is then a line for each group, its keys joined by :data:`GROUP_SEPARATOR`.
+        Without `joins` there are no groups, and none need be selected: the result is then empty.
 
         With `assigns`, a value may be typed after the name, as `name=value`. The result then has
         the same form.
@@ -106,7 +106,7 @@ class PickerDialog(Dialog[str]):
         return f"tab mark · {more} · {KEYS}"
 
     def _height(self) -> int:
-        return min(len(self.options), max(self.app.size.height - FRAME, 1))
+        return min(len(self.options), max(self.app.size.height - FRAME_ROWS, 1))
 
     def on_resize(self) -> None:
         """Keeps the dialog within the terminal, so that every line can be reached."""
@@ -223,7 +223,7 @@ class PickerDialog(Dialog[str]):
         if self.several:
             none_marked = [] if not self.joins and self._had_marks else [[key]] if key else []
             groups = self.marked or none_marked
-            self.close_with("\n".join(WITH.join(group) for group in groups))
+            self.close_with("\n".join(GROUP_SEPARATOR.join(group) for group in groups))
         elif key is not None:
             _, sign, value = self._query.partition("=")
             self.close_with(f"{key}={value.strip()}" if self.assigns and sign else key)
@@ -245,10 +245,10 @@ def similar_to(query: str, options: Sequence[Option]) -> list[Option]:
         for name in names:
             matcher.set_seq1(name.lower())
             similarity = max(similarity, matcher.ratio())
-        if similarity >= SIMILAR:
+        if similarity >= MIN_SIMILARITY:
             found.append((similarity, option))
     found.sort(key=lambda pair: -pair[0])
-    return [option for _, option in found[:MOST_SIMILAR]]
+    return [option for _, option in found[:MAX_SIMILAR]]
 
 
 def matches(query: str, *texts: str) -> bool:

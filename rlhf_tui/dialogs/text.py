@@ -13,7 +13,7 @@ from rlhf_tui.widgets.samples.turns import response_rows
 from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
-FRAME = 6
+FRAME_ROWS = 6
 """Rows of the terminal that a dialog does not use for its text."""
 
 
@@ -47,7 +47,7 @@ class TextDialog(Dialog[str]):
         yield MessageLine([[(more + self.HINT, "dim")]])
 
     def _height(self) -> int:
-        return min(len(self._lines), max(self.app.size.height - FRAME, 1))
+        return min(len(self._lines), max(self.app.size.height - FRAME_ROWS, 1))
 
     def on_mount(self) -> None:
         """Gives the focus to the text."""

@@ -16,7 +16,7 @@ LOG_BYTES = 200_000
 """Bytes of the log that a copy begins with, and that are sent at once."""
 SAMPLED_STEPS = 200
 """Number of newest steps whose responses a copy begins with."""
-SMALL = ("meta", "names", "attempts", "commands", "checkpoints")
+SMALL_TABLES = ("meta", "names", "attempts", "commands", "checkpoints")
 """Tables that are sent whole when they have changed."""
 LABELS = ("judgements", "preferences")
 SAMPLES = ("samples", "evaluated")
@@ -90,7 +90,7 @@ class SessionSource:
                     yield self._rows(database, "journal", table, self._step, clear=fresh)
                 self._step = last
                 yield from self._events(database)
-                for table in SMALL:
+                for table in SMALL_TABLES:
                     found = database.rows(f"SELECT * FROM {table}")  # noqa: S608 - constants
                     if found != self._small.get(table):
                         self._small[table] = found

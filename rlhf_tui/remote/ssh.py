@@ -18,17 +18,17 @@ from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import Done, decode
 
 _ADDRESS = re.compile(r"ssh://(?P<host>[^/:\s]+)(:(?P<port>\d+))?(/(?P<name>[^/\s]*))?")
-COMMAND = "RLHF_TUI_REMOTE"
+PROGRAM_VARIABLE = "RLHF_TUI_REMOTE"
 """Environment variable with the program's name on other machines, if not `rlhf-tui` on the PATH."""
-RECONNECT = 5.0
+RECONNECT_INTERVAL = 5.0
 """Seconds between two attempts to connect again."""
-POLL = 0.05
+POLL_INTERVAL = 0.05
 """Seconds between two checks of a connection that is being established."""
-JOIN = 5.0
+JOIN_TIMEOUT = 5.0
 """Seconds for the thread to end once the connections are closed."""
-SILENCE = 30.0
+SILENCE_TIMEOUT = 30.0
 """Seconds without a message after which a connection counts as broken: three heartbeats."""
-FIRST = 60.0
+FIRST_COPY_TIMEOUT = 60.0
 """Seconds that the first copy may take: somebody may have to type a passphrase."""
 
 
@@ -59,7 +59,7 @@ class Address(Struct, frozen=True):
 
     def command(self, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
         """The command line that runs rlhf-tui there."""
-        program = os.environ.get(COMMAND) or "rlhf-tui"
+        program = os.environ.get(PROGRAM_VARIABLE) or "rlhf-tui"
         return [*self.ssh("-T", *options), "--", f"{program} {shlex.join(arguments)}"]
 
 
@@ -144,7 +144,7 @@ class RemoteSession:
         """
         self._thread.start()
         try:
-            ready = self._first.wait(FIRST)
+            ready = self._first.wait(FIRST_COPY_TIMEOUT)
         except BaseException:
             self.close()
             raise
@@ -170,7 +170,7 @@ class RemoteSession:
             return ""
         if problem is not None:
             return f"not updated since {fmt.time_of_day(updated)}, connecting again: {problem}"
-        if time.monotonic() - self._heard > SILENCE:
+        if time.monotonic() - self._heard > SILENCE_TIMEOUT:
             return f"{self._address.host} has sent nothing since {fmt.time_of_day(updated)}"
         return self._not_forwarded
 
@@ -182,11 +182,11 @@ class RemoteSession:
     def close(self) -> None:
         """Ends the connections and deletes the copy."""
         self._stopped.set()
-        end = time.monotonic() + JOIN
+        end = time.monotonic() + JOIN_TIMEOUT
         # The thread may be starting a process, or writing into the copy.
         while self._thread.is_alive() and time.monotonic() < end:
             self._terminate()
-            self._thread.join(POLL)
+            self._thread.join(POLL_INTERVAL)
         for process in self._terminate():
             process.wait()
         self._copy.close()
@@ -209,7 +209,7 @@ class RemoteSession:
             if not self._first.is_set():
                 self._first.set()  # the first connection failed: raised, and not repeated
                 return
-            self._stopped.wait(RECONNECT)
+            self._stopped.wait(RECONNECT_INTERVAL)
 
     def _receive(self) -> None:
         """Copies the session until the connection ends, which always is an error.
@@ -287,4 +287,4 @@ class RemoteSession:
                 or self._socket.exists()
                 or self._forward.poll() is not None
             ):
-                self._stopped.wait(POLL)
+                self._stopped.wait(POLL_INTERVAL)

@@ -11,7 +11,7 @@ from rlhf_tui.format import value_text
 from rlhf_tui.report.curves import Curve, read_curves
 from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
 from rlhf_tui.report.settings import Setting
-from rlhf_tui.state.runs.differences import AFTER, settings_after
+from rlhf_tui.state.runs.differences import LAST_STEP_SUFFIX, settings_after
 
 
 class Comparison(Struct, frozen=True):
@@ -57,7 +57,10 @@ def read_comparison(session: SessionFolder, other: SessionFolder) -> Comparison:
             held_out=read_held_out(reader, step),
             settings=[
                 *(Setting(key, mine, theirs) for key, (mine, theirs) in changed.items()),
-                *(Setting(f"{key}{AFTER}", *map(value_text, last)) for key, last in after.items()),
+                *(
+                    Setting(f"{key}{LAST_STEP_SUFFIX}", *map(value_text, last))
+                    for key, last in after.items()
+                ),
             ],
             curves={curve.name: curve for curve in read_curves(reader, read_agreement(reader))},
         )

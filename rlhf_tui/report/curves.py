@@ -37,9 +37,9 @@ CURVES = (
 )  # fmt: skip
 """The metrics in order; those that a run lacks are left out."""
 SOURCES = ("reward/", "eval/reward/")
-MOST_SOURCES = 8
-LONGEST_TITLE = 100
-MOST_BRANCHES = 8
+MAX_SOURCES = 8
+MAX_TITLE = 100
+MAX_BRANCHES = 8
 """Maximum number of abandoned branches that are drawn, the latest."""
 BRANCH_POINTS = 120
 
@@ -62,7 +62,7 @@ class Curve(Struct, frozen=True):
         """The title, with the unit if there is one. A reward source may have any name."""
         declared = metrics.describe(self.name)
         unit = f", {declared.chart_unit}" if declared.chart_unit else ""
-        return f"{metrics.title_of(self.name)}{unit}"[:LONGEST_TITLE]
+        return f"{metrics.title_of(self.name)}{unit}"[:MAX_TITLE]
 
     @property
     def is_set(self) -> bool:
@@ -78,7 +78,7 @@ def read_curves(reader: JournalReader, agreement: Agreement) -> list[Curve]:
         agreement: of its scores with the judgements; its curve is the last one.
     """
     known = reader.metrics.names()
-    sources = [name for name in known if name.startswith(SOURCES)][:MOST_SOURCES]
+    sources = [name for name in known if name.startswith(SOURCES)][:MAX_SOURCES]
     names = [name for name in CURVES if name in known] + sources
     recorded = reader.metrics.downsampled(names, SPANS)
     several = len(reader.attempts()) > 1
@@ -98,7 +98,7 @@ def _branches(reader: JournalReader, name: str) -> list[list[Point]]:
     for attempt, step, value in reader.metrics.past_series(name):
         if value is not None:
             found.setdefault(attempt, []).append((step, value))
-    return [downsampled(points) for points in list(found.values())[-MOST_BRANCHES:]]
+    return [downsampled(points) for points in list(found.values())[-MAX_BRANCHES:]]
 
 
 def downsampled(points: Sequence[Point]) -> list[Point]:

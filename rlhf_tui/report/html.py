@@ -12,12 +12,14 @@ from engine.journal.rows import SampleRow
 from rlhf_tui.format import clock, plural
 from rlhf_tui.report import sections
 from rlhf_tui.report.data import Report
-from rlhf_tui.report.sections import LONGEST_TEXT, TableData, cut, sample_heading
+from rlhf_tui.report.sections import MAX_TEXT, TableData, cut, sample_heading
 from rlhf_tui.report.style import STYLE
 from rlhf_tui.report.svg import chart
 from rlhf_tui.text import sanitise
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
 LEGEND = (
     "Dashed lines with a number are interventions, listed below; dotted lines are starts; "
     "triangles are alerts; grey curves are abandoned branches. The strong line is a moving average."
@@ -36,7 +38,8 @@ def page(report: Report) -> str:
             '<html lang="en">',
             "<head>",
             '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
+            '<meta http-equiv="Content-Security-Policy" '
+            f'content="{escape(CONTENT_SECURITY_POLICY)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{text(title)}</title>",
             f"<style>{STYLE}</style>",
@@ -174,7 +177,7 @@ def _response(response: str, replies: Sequence[tuple[int, int]] | None) -> str:
 
 
 def _long(value: str) -> str:
-    return text(cut(value, LONGEST_TEXT))
+    return text(cut(value, MAX_TEXT))
 
 
 def _judgements(report: Report) -> str:

@@ -10,13 +10,13 @@ from engine.metrics import ENTROPY, KL, RESPONSE_LENGTH, SCORE
 from rlhf_tui.report.headlines import mean_of_known
 from rlhf_tui.state.timeline import Marker
 
-COMPARED = (SCORE, KL, RESPONSE_LENGTH, ENTROPY)
+COMPARED_METRICS = (SCORE, KL, RESPONSE_LENGTH, ENTROPY)
 """The metrics whose means before and after are shown."""
 STEPS_COMPARED = 10
 """Steps of each mean, as in the dashboard."""
 NOTE_STEPS = 3
 """Maximum distance of a note from its intervention; commands apply a step or two after sending."""
-MOST = 100
+MAX_INTERVENTIONS = 100
 """Interventions that are listed; of more, the latest."""
 
 
@@ -43,7 +43,7 @@ def read_interventions(reader: JournalReader, markers: Sequence[Marker]) -> list
     """The latest interventions, in order, with their effects."""
     commands = [m for m in markers if m.kind == "command"]
     notes = [m for m in markers if m.kind == "note"]
-    first = max(0, len(commands) - MOST)
+    first = max(0, len(commands) - MAX_INTERVENTIONS)
     return [
         Intervention(
             number,
@@ -57,7 +57,7 @@ def read_interventions(reader: JournalReader, markers: Sequence[Marker]) -> list
 
 def _effects(reader: JournalReader, step: int) -> dict[str, Effect]:
     effects = {}
-    for name in COMPARED:
+    for name in COMPARED_METRICS:
         points = reader.metrics.series(name, step - STEPS_COMPARED - 1, step + STEPS_COMPARED - 1)
         before = mean_of_known(value for at, value in points if at < step)
         after = mean_of_known(value for at, value in points if at >= step)

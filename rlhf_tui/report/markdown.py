@@ -14,7 +14,7 @@ from rlhf_tui.format import clock, number, plural
 from rlhf_tui.report import sections
 from rlhf_tui.report.curves import Curve, Point
 from rlhf_tui.report.data import Report
-from rlhf_tui.report.sections import LONGEST_TEXT, TableData, cut, sample_heading
+from rlhf_tui.report.sections import MAX_TEXT, TableData, cut, sample_heading
 from rlhf_tui.state.runs.listing import spark
 from rlhf_tui.text import one_line, sanitise
 
@@ -45,7 +45,7 @@ def text(value: str) -> str:
 
 def fenced(value: str) -> str:
     """Text of the session as a block; the fence is longer than any run of backticks in it."""
-    shown = sanitise(cut(value, LONGEST_TEXT))
+    shown = sanitise(cut(value, MAX_TEXT))
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{shown}\n{fence}\n"

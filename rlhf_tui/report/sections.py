@@ -11,17 +11,17 @@ from engine.metrics import SCORE, title_of
 from rlhf_tui.format import clock, duration, number, plural, size, with_interval
 from rlhf_tui.report.data import Report
 from rlhf_tui.report.headlines import Headline
-from rlhf_tui.report.interventions import COMPARED, Intervention
+from rlhf_tui.report.interventions import COMPARED_METRICS, Intervention
 from rlhf_tui.report.settings import Setting
 from rlhf_tui.report.svg import Mark
 from rlhf_tui.state.timeline import Marker, sender
 
-MOST_ROWS = 150
+MAX_ROWS = 150
 """Rows of a table; of more, the first third and the latest."""
-LONGEST_CELL = 200
+MAX_CELL = 200
 """Characters of a cell of a table."""
-LONGEST_NAME = 40
-LONGEST_TEXT = 1200
+MAX_NAME = 40
+MAX_TEXT = 1200
 """Characters of a prompt or a response. With these limits a page stays below 3 MB, whatever a
 session holds."""
 EFFECTS = "Metrics: mean over the ten steps before it → over the ten steps from it on."
@@ -43,10 +43,10 @@ class TableData(Struct, frozen=True):
 
 
 def limited(header: list[str], rows: Sequence[list[str]]) -> TableData:
-    """A table of at most :data:`MOST_ROWS` rows."""
-    rows = [[cut(cell, LONGEST_CELL) for cell in row] for row in rows]
-    left_out = max(0, len(rows) - MOST_ROWS)
-    first = MOST_ROWS // 3
+    """A table of at most :data:`MAX_ROWS` rows."""
+    rows = [[cut(cell, MAX_CELL) for cell in row] for row in rows]
+    left_out = max(0, len(rows) - MAX_ROWS)
+    first = MAX_ROWS // 3
     shown = rows[:first] + rows[first + left_out :] if left_out else list(rows)
     return TableData(header, shown, left_out)
 
@@ -59,11 +59,11 @@ def cut(text: str, longest: int) -> str:
 
 
 def cut_turns(response: str, replies: Sequence[tuple[int, int]] | None) -> list[Turn]:
-    """The turns of a response that is cut to :data:`LONGEST_TEXT`, without empty ones."""
-    kept = response[:LONGEST_TEXT]
+    """The turns of a response that is cut to :data:`MAX_TEXT`, without empty ones."""
+    kept = response[:MAX_TEXT]
     turns = [turn for turn in turns_of(kept, replies) if turn.text] or [Turn("", False)]
     text, is_reply = turns[-1]
-    left_out = cut(response, LONGEST_TEXT).removeprefix(kept)
+    left_out = cut(response, MAX_TEXT).removeprefix(kept)
     return [*turns[:-1], Turn(text + left_out, is_reply)]
 
 
@@ -71,7 +71,7 @@ def _state(state: str, reason: str) -> str:
     """`failed: out of memory`, or a reason that begins with the state: `stopped at once`."""
     if not reason:
         return state
-    return cut(reason if reason.startswith(state) else f"{state}: {reason}", LONGEST_CELL)
+    return cut(reason if reason.startswith(state) else f"{state}: {reason}", MAX_CELL)
 
 
 def summary(report: Report) -> list[tuple[str, str]]:
@@ -180,7 +180,7 @@ def _value(value: object) -> str:
 
 def interventions(report: Report) -> TableData:
     """The interventions: what was changed, by whom, and the metrics before → after."""
-    header = ["", "step", "who", "what", *map(title_of, COMPARED), "notes"]
+    header = ["", "step", "who", "what", *map(title_of, COMPARED_METRICS), "notes"]
     return limited(header, [_intervention(i) for i in report.interventions])
 
 
@@ -190,7 +190,7 @@ def _intervention(intervention: Intervention) -> list[str]:
         f"{number(e.before)}\u00a0→\u00a0{number(e.after)}"
         if (e := intervention.effects.get(name))
         else "–"
-        for name in COMPARED
+        for name in COMPARED_METRICS
     ]
     left = " (abandoned branch)" if marker.abandoned else ""
     notes = "; ".join(intervention.notes)
@@ -258,14 +258,14 @@ def sample_heading(row: SampleRow) -> str:
     if not row.ended:
         parts.append("cut off")
     if row.judgement is not None:
-        said = ": ".join(cut(t, LONGEST_CELL) for t in (row.label, row.note) if t)
+        said = ": ".join(cut(t, MAX_CELL) for t in (row.label, row.note) if t)
         parts.append(f"{said} ({judge(row.judgement.who)})")
     return " · ".join(parts)
 
 
 def judge(who: str) -> str:
     """Who judged a response."""
-    return cut(sender(who), LONGEST_NAME)
+    return cut(sender(who), MAX_NAME)
 
 
 def marks(report: Report) -> list[Mark]:

@@ -19,9 +19,9 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 392, 30, 176
 TICKS = 5
 SMOOTHED_SHARE = 40
 """The moving mean spans one part in this many of the points to each side."""
-LEAST_SMOOTHED = 30
+MIN_SMOOTHED_POINTS = 30
 """Points from which on a measured curve has a moving mean."""
-FEW = 40
+DOTTED_BELOW = 40
 """A curve of fewer points has a dot at each, such as that of evaluations."""
 LABEL_WIDTH = 15
 """Room for the number of an intervention."""
@@ -187,13 +187,13 @@ def _curve(curve: Curve, scale: Scale) -> list[str]:
     points = _drawn(curve.points)
     if not points:
         return []
-    if len(points) < FEW:
+    if len(points) < DOTTED_BELOW:
         dots = [
             f'<circle {_look("dot")} cx="{scale.x(s):.1f}" cy="{scale.y(v):.1f}" r="2.5"/>'
             for s, v in points
         ]
         return [_line(points, scale, "mean"), *dots]
-    if curve.is_set or len(points) < LEAST_SMOOTHED:
+    if curve.is_set or len(points) < MIN_SMOOTHED_POINTS:
         return [_line(points, scale, "mean")]
     return [_line(points, scale, "raw"), _line(moving_mean(points), scale, "mean")]
 
@@ -202,7 +202,7 @@ def _other(curve: Curve, scale: Scale) -> list[str]:
     points = _drawn(curve.other)
     if not points:
         return []
-    smooth = not curve.is_set and len(points) >= LEAST_SMOOTHED
+    smooth = not curve.is_set and len(points) >= MIN_SMOOTHED_POINTS
     return [_line(moving_mean(points) if smooth else points, scale, "other")]
 
 

@@ -19,7 +19,7 @@ from rlhf_tui.widgets.panels.panel import Panel
 from rlhf_tui.widgets.replay_line import ReplayLine
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs
 
-FIRST_ROWS = 3.0
+FIRST_ROWS_TIMEOUT = 3.0
 """Seconds that keys wait for the rows of a list that is being read."""
 
 
@@ -120,7 +120,7 @@ class SessionScreen(Screen[None]):
         """Waits briefly for the first rows, so that keys typed ahead act on them."""
         if self.LISTS and not self._rows_read.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._rows_read.wait(), FIRST_ROWS)
+                await asyncio.wait_for(self._rows_read.wait(), FIRST_ROWS_TIMEOUT)
             self._rows_read.set()  # a folder that cannot be read delays one key, not all
 
     def draw(self, *, only_live: bool = False) -> None:

@@ -23,19 +23,19 @@ from rlhf_tui.widgets.panels.checkpoint import CheckpointPanel
 from rlhf_tui.widgets.table import Column, Table
 from rlhf_tui.widgets.wrap import wrap
 
-IS_TAKEN = "it exists already; give a new or empty folder"
+TARGET_TAKEN = "it exists already; give a new or empty folder"
 """What is wrong with the folder of an export."""
-MOST_LINES = 3
+MAX_LINES = 3
 """Of a text about a checkpoint that could not be saved."""
 OF_CHECKPOINTS = "checkpoint"
 """Rule of the notices about checkpoints that could not be saved or read."""
 ABANDONED = "of an abandoned branch: the run has continued from an earlier step"
-LEAST = float("-inf")
+LOWEST = float("-inf")
 """Sorts before all values."""
-BESIDE, BELOW, LEAST_ROWS = 170, 34, 6
+BESIDE, BELOW, MIN_ROWS = 170, 34, 6
 """Minimum width at which the selected checkpoint is beside the table, minimum height at which it is
 below any table, and the table's minimum height then."""
-LOW = 16
+LINES_BESIDE_TABLE = 16
 """Lines of the screen beside the table, below which a lower screen has the selected checkpoint."""
 ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
     "step": lambda c: c.step,
@@ -96,8 +96,10 @@ class CheckpointsScreen(SessionScreen):
         width, height = self.size
         panes, table = self.query_one("#checkpoint-panes"), self.query_one(Table)
         beside = bool(table.count()) and width >= BESIDE
-        rows = max(table.count() + 1, LEAST_ROWS)
-        below = bool(table.count()) and not beside and height >= min(BELOW, rows + LOW)
+        rows = max(table.count() + 1, MIN_ROWS)
+        below = (
+            bool(table.count()) and not beside and height >= min(BELOW, rows + LINES_BESIDE_TABLE)
+        )
         panes.set_class(beside, "beside")
         panes.set_class(below, "below")
         if below:
@@ -243,7 +245,7 @@ class CheckpointsScreen(SessionScreen):
     def _show_line(self, best: CheckpointRow | None) -> None:
         """Shows above the table what went wrong, or else the metric that decides the best one."""
         line, metric = self.query_one("#best", Lines), self.context.state.best_metric
-        problem = wrap(self._unsaved(), self.size.width - 2)[:MOST_LINES]
+        problem = wrap(self._unsaved(), self.size.width - 2)[:MAX_LINES]
         line.styles.height = len(problem)
         if problem[0]:
             line.display = True
@@ -350,7 +352,7 @@ class CheckpointsScreen(SessionScreen):
 
         def check(text: str) -> tuple[bool, str]:
             taken = not is_free(Path(os.path.expanduser(text.strip())))  # noqa: PTH111 - as below
-            return bool(text.strip()) and not taken, IS_TAKEN if text.strip() and taken else ""
+            return bool(text.strip()) and not taken, TARGET_TAKEN if text.strip() and taken else ""
 
         def take(text: str | None) -> None:
             if text:
@@ -391,4 +393,4 @@ def _cells(c: CheckpointRow, remarks: list[str]) -> list[Piece]:
 
 
 def _or_least(value: float | None) -> float:
-    return LEAST if value is None else value
+    return LOWEST if value is None else value

@@ -17,12 +17,12 @@ from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.panels.log_summary import LogSummary, Problems, line_tone
 from rlhf_tui.widgets.scroll_list import ScrollList
 
-MOST_BYTES = 8_000_000
-MOST_LINES = 100_000
-MOST_CHARACTERS = 4
+MAX_BYTES = 8_000_000
+MAX_LINES = 100_000
+CHARACTERS_PER_CELL = 4
 """Characters of a line that are looked at, for each cell: a line may have millions."""
-EVERY = 1.0
-NARROW = 100
+READ_INTERVAL = 1.0
+NARROW_COLUMNS = 100
 """Below this many columns, a line begins with the time of day instead of date and milliseconds."""
 WITH_SUMMARY, LEAST_SUMMARY = 34, 8
 """Minimum height of a screen with a summary, and the lines that it then has beside a long log."""
@@ -30,7 +30,7 @@ ABOVE_AND_BELOW = 4
 """Lines of the screen that are neither the log's nor the summary's."""
 STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 """The time stamp of lines that the engine's loggers write."""
-BEGINNING = re.compile(r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d(,\d{3})? ((DEBUG|INFO) )?")
+LINE_START = re.compile(r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d(,\d{3})? ((DEBUG|INFO) )?")
 """What is less bright than the rest of a line: its time, and a level that most lines have."""
 DATE_AND_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d)(,\d{3})?")
 
@@ -89,11 +89,11 @@ class LogView(ScrollList):
 
     def row(self, index: int, width: int) -> Row:
         """A line from the column it is shifted to; a level decides its tone."""
-        line = (self._short if width < NARROW else self.lines)[index]
+        line = (self._short if width < NARROW_COLUMNS else self.lines)[index]
         tone = line_tone(self.lines[index])
         sign = ("▸", "accent") if index == self.match else (" ", "")
-        line = line[: self.shift + MOST_CHARACTERS * width]
-        begun = BEGINNING.match(line) if not tone else None
+        line = line[: self.shift + CHARACTERS_PER_CELL * width]
+        begun = LINE_START.match(line) if not tone else None
         at = max(begun.end(), self.shift) if begun else self.shift
         return [sign, (line[self.shift : at], "dim"), (line[at:], tone)]
 
@@ -117,7 +117,7 @@ class LogView(ScrollList):
         self.problems.add(lines)
         short = [self._shortened(line) for line in lines]
         lines, short = (lines, short) if fresh else (self.lines + lines, self._short + short)
-        dropped = max(len(lines) - MOST_LINES, 0)
+        dropped = max(len(lines) - MAX_LINES, 0)
         self.cut = dropped > 0 or (cut if fresh else self.cut)
         self.lines, self._short = lines[dropped:], short[dropped:]
         self._at_end |= fresh
@@ -166,7 +166,7 @@ class LogScreen(SessionScreen):
 
     def on_mount(self) -> None:
         """Reads new lines every second."""
-        self.set_interval(EVERY, self.read_more)
+        self.set_interval(READ_INTERVAL, self.read_more)
 
     def on_resize(self) -> None:
         """Gives the summary its height."""
@@ -320,10 +320,10 @@ def read_part(path: Path, at: int, seen: int, until: str | None) -> LogPart | No
         if size == seen:
             return None
         fresh = at == 0 or size < at
-        begin = max(size - MOST_BYTES, 0) if fresh and until is None else at
+        begin = max(size - MAX_BYTES, 0) if fresh and until is None else at
         with open_to_read(path) as file:
             file.seek(begin)
-            data = file.read(MOST_BYTES)
+            data = file.read(MAX_BYTES)
     except OSError:
         return None
     whole = data.rfind(b"\n") + 1
@@ -333,7 +333,7 @@ def read_part(path: Path, at: int, seen: int, until: str | None) -> LogPart | No
     if first >= end:  # there is no other line
         first = 0
     text = data[first:end].decode("utf-8", "replace")
-    if len(data) == MOST_BYTES and not whole:  # a longer line is shown in pieces
+    if len(data) == MAX_BYTES and not whole:  # a longer line is shown in pieces
         end, text = len(data), data.decode("utf-8", "replace") + "\n"
     lines = [_visible(line) for line in text.split("\n")[:-1]]
     # Behind a line of a later time there is nothing to see until then.

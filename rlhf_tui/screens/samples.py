@@ -20,13 +20,13 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
-from rlhf_tui.screens.parts.new_samples import COUNT, NewCounted
+from rlhf_tui.screens.parts.new_samples import COUNT_GROUP, NewCounted
 from rlhf_tui.screens.parts.sample_comparison import ComparisonRead, SampleComparison
 from rlhf_tui.screens.parts.sample_filter import HINT, check_filter
 from rlhf_tui.screens.parts.sample_labels import SampleLabels
 from rlhf_tui.screens.parts.sample_list import (
     ORDER_TITLES,
-    PAGES,
+    PAGE_GROUP,
     JudgementsRead,
     PageRead,
     SampleList,
@@ -167,7 +167,7 @@ class SamplesScreen(SessionScreen):
 
     def on_worker_state_changed(self, message: Worker.StateChanged) -> None:
         """Reads what the run has recorded while a page was read."""
-        if message.worker.group in (PAGES, COUNT) and message.worker.is_finished:
+        if message.worker.group in (PAGE_GROUP, COUNT_GROUP) and message.worker.is_finished:
             self.samples.refresh()
 
     def on_judgements_read(self, message: JudgementsRead) -> None:

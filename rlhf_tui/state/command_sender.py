@@ -28,7 +28,7 @@ from engine.protocol.commands import (
 from engine.session.folder import SessionFolder
 from rlhf_tui.state.messages import CommandAnswered
 
-WAIT = 24 * 3600.0
+REPLY_TIMEOUT = 24 * 3600.0
 """Seconds a terminal waits for the last reply; the engine carries out the command in any case."""
 
 
@@ -90,7 +90,9 @@ def _await_end(
     """Waits for the last reply, then closes the connection, which `stack` holds."""
     try:
         with stack:
-            reply = last_reply(client, outgoing.session, outgoing.command, command_id, WAIT)
+            reply = last_reply(
+                client, outgoing.session, outgoing.command, command_id, REPLY_TIMEOUT
+            )
         _post(outgoing, reply)
     except Exception as error:  # nobody else sees it
         _post(outgoing, problem=_problem(error))

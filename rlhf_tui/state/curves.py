@@ -4,7 +4,7 @@ from engine.metrics import AGREEMENT, EVAL_SCORE
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.series import Series, Smoothed
 
-RECENT = 10
+RECENT_STEPS = 10
 """Steps of `recent_mean`, and of the means before and after an intervention."""
 
 
@@ -88,9 +88,11 @@ class Curves:
 
     def recent_mean(self, name: str) -> float | None:
         """The mean of the last steps."""
-        return self.series(name).mean(self._step - RECENT + 1, self._step)
+        return self.series(name).mean(self._step - RECENT_STEPS + 1, self._step)
 
     def before_and_after(self, name: str, step: int) -> tuple[float | None, float | None]:
         """A metric's mean over the steps before one, and over those from it on."""
         series = self.series(name)
-        return series.mean(step - RECENT, step - 1), series.mean(step, step + RECENT - 1)
+        return series.mean(step - RECENT_STEPS, step - 1), series.mean(
+            step, step + RECENT_STEPS - 1
+        )

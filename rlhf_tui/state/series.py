@@ -5,11 +5,11 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
-BLOCK = 64
+BLOCK_POINTS = 64
 """Points for which one pair of extremes is stored."""
-FLAT = 1e-9
+FLAT_RANGE = 1e-9
 """Relative range of a curve's values up to which it is drawn flat: they differ only by rounding."""
-LARGEST = 1e300
+MAX_MAGNITUDE = 1e300
 """Largest magnitude of a value that is drawn; its inverse is the smallest."""
 
 
@@ -19,16 +19,16 @@ def bounded(value: float) -> float:
     Args:
         value: any value, including infinities; not NaN.
     """
-    return 0.0 if abs(value) < 1 / LARGEST else min(max(value, -LARGEST), LARGEST)
+    return 0.0 if abs(value) < 1 / MAX_MAGNITUDE else min(max(value, -MAX_MAGNITUDE), MAX_MAGNITUDE)
 
 
 def is_flat(low: float, high: float) -> bool:
     """Whether values from `low` to `high` differ only by rounding."""
-    return high - low <= FLAT * max(abs(low), abs(high))
+    return high - low <= FLAT_RANGE * max(abs(low), abs(high))
 
 
 class Series:
-    """Values by increasing step, bounded by :data:`LARGEST`, without undefined ones."""
+    """Values by increasing step, bounded by :data:`MAX_MAGNITUDE`, without undefined ones."""
 
     def __init__(
         self, points: Iterable[tuple[float, float | None]] = (), *, fractional: bool = False
@@ -66,23 +66,23 @@ class Series:
         # The last block may be incomplete; it and all later blocks are computed again.
         first = max(0, len(self._low) - 1)
         del self._low[first:], self._high[first:]
-        for start in range(first * BLOCK, len(self.values), BLOCK):
-            block = self.values[start : start + BLOCK]
+        for start in range(first * BLOCK_POINTS, len(self.values), BLOCK_POINTS):
+            block = self.values[start : start + BLOCK_POINTS]
             low, high = min(block), max(block)
-            if low < -LARGEST or high > LARGEST:
-                self.values[start : start + BLOCK] = array("d", map(bounded, block))
+            if low < -MAX_MAGNITUDE or high > MAX_MAGNITUDE:
+                self.values[start : start + BLOCK_POINTS] = array("d", map(bounded, block))
                 low, high = bounded(low), bounded(high)
             self._low.append(low)
             self._high.append(high)
 
     def extremes(self, first: int, end: int) -> tuple[float, float]:
         """The lowest and highest value of points `first` to `end` - 1 (at least one)."""
-        block, last = -(-first // BLOCK), end // BLOCK
+        block, last = -(-first // BLOCK_POINTS), end // BLOCK_POINTS
         if block >= last:
             part = self.values[first:end]
             return min(part), max(part)
         low, high = min(self._low[block:last]), max(self._high[block:last])
-        for start, stop in ((first, block * BLOCK), (last * BLOCK, end)):
+        for start, stop in ((first, block * BLOCK_POINTS), (last * BLOCK_POINTS, end)):
             if start < stop:
                 part = self.values[start:stop]
                 low, high = min(low, *part), max(high, *part)

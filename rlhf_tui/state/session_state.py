@@ -29,7 +29,7 @@ from rlhf_tui.state.feeds.updates import ReplayStatus, SessionSummary, SessionUp
 from rlhf_tui.state.session_timeline import SessionTimeline
 from rlhf_tui.state.step_progress import StepProgress
 
-ALWAYS = (
+ALWAYS_READ = (
     *with_drawn((SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH)),
     STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY, *map(phase_time, PHASES),
 )  # fmt: skip

@@ -12,8 +12,8 @@ from rlhf_tui.state.timeline import Marker
 
 WEIGHTS = (0.0, 0.6, 0.9, 0.97)
 """Weights of the moving average, in the order of the key."""
-NARROWEST = 10
-CELL = 0.02
+MIN_STEPS = 10
+CELL_SHARE = 0.02
 """Share of the window that a column of a chart is at most about: the mouse is no more exact."""
 
 
@@ -81,7 +81,7 @@ class Viewport(Struct):
         """
         first, last = self.window(state)
         newest = max(state.head.step, 1)
-        width = max((last - first) * factor, NARROWEST)
+        width = max((last - first) * factor, MIN_STEPS)
         if width >= self._whole(state) - self._first(state):
             self.all()
             return
@@ -105,7 +105,7 @@ class Viewport(Struct):
         width = self.width or 0
         newest = max(state.head.step, 1)
         self.end = max(end, self._first(state) + width)
-        if newest - width * CELL < self.end < newest:
+        if newest - width * CELL_SHARE < self.end < newest:
             self.end = float(newest)
         self.following = self.end >= newest
         if self.end >= newest + width / 8:
@@ -156,8 +156,8 @@ class Viewport(Struct):
 
 def round_end(step: int, total: int) -> float:
     """A round step somewhat beyond the newest one, but not beyond the run's end."""
-    want = max(step, NARROWEST)
+    want = max(step, MIN_STEPS)
     power = 10.0 ** math.floor(math.log10(want))
     steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
     end = next(m * power for m in steps if m * power >= want)
-    return max(min(end, float(total)) if total else end, step, NARROWEST)
+    return max(min(end, float(total)) if total else end, step, MIN_STEPS)

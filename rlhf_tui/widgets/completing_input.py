@@ -13,7 +13,7 @@ from textual.suggester import Suggester
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.text_input import TextInput
 
-MOST_FILES = 2000
+MAX_FILES = 2000
 """Maximum number of a folder's entries that are read: a huge folder must not block typing."""
 CONFIG_FILES = (".yaml", ".yml")
 
@@ -74,7 +74,7 @@ def completions(text: str) -> list[str]:
     found = []
     try:
         with os.scandir(Path(root or ".").expanduser()) as entries:
-            for entry in itertools.islice(entries, MOST_FILES):
+            for entry in itertools.islice(entries, MAX_FILES):
                 name = entry.name
                 hidden = name.startswith(".") and not begin.startswith(".")
                 if not name.startswith(begin) or hidden or one_line(name) != name:

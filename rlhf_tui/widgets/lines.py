@@ -19,9 +19,9 @@ Piece = tuple[str, str]
 """Text and its tone, a key of :data:`~rlhf_tui.widgets.tones.TONES`."""
 Row = Sequence[Piece]
 
-LEAST_FOR_BOTH_ENDS = 10
+MIN_FOR_BOTH_ENDS = 10
 """Minimum cells of a text whose middle is cut."""
-CHOSEN = "*"
+SELECTED_PREFIX = "*"
 """Prefix of a tone: the same tone on the background of the selected line."""
 
 
@@ -86,8 +86,8 @@ class Lines(Widget):
     def tone(self, name: str) -> Style:
         """The style of a tone in the current theme, cached."""
         if name not in self._tones:
-            chosen = name.startswith(CHOSEN)
-            style = style_of(self, name.removeprefix(CHOSEN), chosen=chosen)
+            chosen = name.startswith(SELECTED_PREFIX)
+            style = style_of(self, name.removeprefix(SELECTED_PREFIX), chosen=chosen)
             self._tones[name] = style
         return self._tones[name]
 
@@ -117,8 +117,8 @@ def render_row(row: Row, width: int, style: Callable[[str], Style]) -> Strip:
         if left <= 0:
             break
     if left > 0:
-        chosen = bool(row) and row[-1][1].startswith(CHOSEN)
-        segments.append(Segment(" " * left, style(CHOSEN if chosen else "")))
+        chosen = bool(row) and row[-1][1].startswith(SELECTED_PREFIX)
+        segments.append(Segment(" " * left, style(SELECTED_PREFIX if chosen else "")))
     return Strip(segments, width)
 
 
@@ -139,7 +139,7 @@ def shorten_middle(text: str, width: int) -> str:
 
     In a few cells, neither end would tell anything: then the beginning is kept.
     """
-    if cell_len(text) <= width or width < LEAST_FOR_BOTH_ENDS:
+    if cell_len(text) <= width or width < MIN_FOR_BOTH_ENDS:
         return shorten(text, width)
     end = text
     while cell_len(end) > max(width - 1, 0) // 2:

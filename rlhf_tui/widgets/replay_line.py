@@ -9,9 +9,9 @@ from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import BAR, REST, Panel
 
-LEAST_SLIDER = 10
+MIN_SLIDER_WIDTH = 10
 """Cells below which the slider is left out."""
-ORDER = ("attempt", "note", "command", "alert", "crash")
+MARKER_PRIORITY = ("attempt", "note", "command", "alert", "crash")
 """Kinds of markers; the last one of those in a cell is visible."""
 HEAD = "●"
 
@@ -38,7 +38,7 @@ class ReplayLine(Panel):
             (f"  {fmt.clock(status.position.time)}  ", "dim"),
         ]  # fmt: skip
         room = width - row_width(row) - 1
-        if room < LEAST_SLIDER:
+        if room < MIN_SLIDER_WIDTH:
             return [row]
         if status.marks is not self._marks or room != self._width:
             # Once for a recording, which can have thousands of them; the line moves often.
@@ -57,7 +57,9 @@ def visible_marks(marks: Iterable[ReplayMark], width: int) -> dict[int, ReplayMa
     visible: dict[int, ReplayMark] = {}
     for mark in marks:
         at = _cell(mark.share, width)
-        if at not in visible or ORDER.index(mark.kind) >= ORDER.index(visible[at].kind):
+        if at not in visible or MARKER_PRIORITY.index(mark.kind) >= MARKER_PRIORITY.index(
+            visible[at].kind
+        ):
             visible[at] = mark
     return visible
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 from textual import events
 from textual.binding import Binding, BindingType
 
-from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, justified, plain_text
+from rlhf_tui.widgets.lines import SELECTED_PREFIX, Lines, Piece, Row, justified, plain_text
 
-WHEEL = 3
+WHEEL_LINES = 3
 THUMB, TRACK = "█", "│"
 
 
@@ -83,7 +83,7 @@ class ScrollList(Lines, can_focus=True):
             if self.matching:
                 row = marked(row, self.matching)
             if self.with_cursor and index == self.cursor:
-                row = [(text, CHOSEN + tone) for text, tone in row]
+                row = [(text, SELECTED_PREFIX + tone) for text, tone in row]
             body.append(row)
         if not with_bar:
             return [*header, *body]
@@ -146,12 +146,12 @@ class ScrollList(Lines, can_focus=True):
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
         """Scrolls."""
         event.stop()
-        self.action_move(WHEEL)
+        self.action_move(WHEEL_LINES)
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
         """Scrolls."""
         event.stop()
-        self.action_move(-WHEEL)
+        self.action_move(-WHEEL_LINES)
 
 
 class ScrollText(ScrollList):

@@ -24,7 +24,7 @@ STATE_MARKS = {
     "unreadable": ("✗", "bad"),
 }
 """Mark and tone by state; `waiting` is one that waits for something from outside."""
-LEAST_NAME = 6
+MIN_NAME_WIDTH = 6
 """Cells that a session's name keeps in a narrow terminal."""
 
 
@@ -61,7 +61,7 @@ class Tabs(Panel):
         sign, tone = STATE_MARKS.get(shown, ("?", "warn"))
         mark = [*([(f"{sign} {shown}", tone)] if shown else []), (" ", "")]
         name = one_line(state.name)
-        room = max(width - row_width(self._tabs(0)) - row_width(mark) - 3, LEAST_NAME)
+        room = max(width - row_width(self._tabs(0)) - row_width(mark) - 3, MIN_NAME_WIDTH)
         if cell_len(name) > room:
             name = shorten_middle(name, room)
         return [(f"{name}  ", "strong"), *mark]

@@ -184,7 +184,7 @@ def test_a_tracker_that_prints_too_much_does_not_fill_the_disk(two_attempts):
 def test_trackers_that_take_nothing_are_ended_and_reported(tmp_path, monkeypatch):
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(1000)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for name, value in (("PROGRAM", "sleeper"), ("PENDING", 1), ("CLOSE_TIMEOUT", 0.1)):
+    for name, value in (("PROGRAM", "sleeper"), ("MAX_PENDING", 1), ("CLOSE_TIMEOUT", 0.1)):
         monkeypatch.setattr(reports, name, value)
     reported = []
     trackers = TrackerProcess(

@@ -26,7 +26,7 @@ from rlhf_tui.cli import cli
 from rlhf_tui.commands.reward.training import fork_command
 from rlhf_tui.report import html, markdown
 from rlhf_tui.report.data import read_report
-from rlhf_tui.screens.parts.sample_list import PAGE, SampleList
+from rlhf_tui.screens.parts.sample_list import PAGE_SIZE, SampleList
 from rlhf_tui.screens.parts.sample_query_line import not_shown_yet, query_line
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.charts.chart import Chart
@@ -107,7 +107,7 @@ def test_the_app_shows_it_above_a_full_page_in_80_columns(make_app, session):
     state.take(SessionUpdate(agreement=Agreement(points=[Point(20, 0.5)] * 37)))
     room = 80 - row_width(not_shown_yet(samples, live=True))
     line = query_line(
-        samples, state, cursor=0, count=PAGE, mode="text", full_screen=False, room=room
+        samples, state, cursor=0, count=PAGE_SIZE, mode="text", full_screen=False, room=room
     )
     assert row_width(line) <= room
     (shown,) = lines_of([line])

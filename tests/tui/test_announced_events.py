@@ -8,7 +8,7 @@ import pytest
 from engine.journal.rows import AlertEvent, EventRow
 from engine.journal.writer import JournalWriter
 from rlhf_tui.app.app import RlhfApp
-from rlhf_tui.app.digest import MOST_ANNOUNCED
+from rlhf_tui.app.digest import MAX_ANNOUNCED
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.messages import SessionUpdated
 from rlhf_tui.widgets.table import Table
@@ -75,5 +75,5 @@ async def test_of_many_alerts_at_once_the_newest_are_announced(training, running
             for i in range(10)
         ]  # fmt: skip
         app.post_message(SessionUpdated(str(session.folder), SessionUpdate(events=events)))
-        newest = [f"! step 60: rule-{i}: high" for i in range(10 - MOST_ANNOUNCED, 10)]
+        newest = [f"! step 60: rule-{i}: high" for i in range(10 - MAX_ANNOUNCED, 10)]
         await until(pilot, lambda: notices(app) == newest)

@@ -34,8 +34,8 @@ NAMES = ("objective/scores", "objective/kl")
 @pytest.fixture
 def following(monkeypatch):
     """A state that a feed keeps up to date, as quick as it can."""
-    monkeypatch.setattr(feeds, "SHORTEST", 0.01)
-    monkeypatch.setattr(feeds, "IDLE", 0.02)
+    monkeypatch.setattr(feeds, "MIN_INTERVAL", 0.01)
+    monkeypatch.setattr(feeds, "IDLE_INTERVAL", 0.02)
     running = []
 
     def follow(session):
@@ -153,7 +153,7 @@ def test_files_that_have_no_tables_yet_are_read_once_they_have(session):
 
 
 def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, monkeypatch):
-    monkeypatch.setattr(journal_changes, "LONG", 10)
+    monkeypatch.setattr(journal_changes, "LONG_RUN_STEPS", 10)
     seen = []
     feed = Feed(session, "tester", NAMES, seen.append)
     feed.read_all()
@@ -307,7 +307,7 @@ def test_a_phase_is_shown_without_a_reading_of_the_journal(
     session, following, serving, monkeypatch
 ):
     async def test(server, journal):
-        monkeypatch.setattr(feeds, "IDLE", 2 * LONG)
+        monkeypatch.setattr(feeds, "IDLE_INTERVAL", 2 * LONG)
         state, _ = await asyncio.to_thread(following, session)
         await asyncio.to_thread(until, lambda: server.watchers and state.connected and state.known)
         for name in ("generate", "score", "optimise"):

@@ -228,7 +228,7 @@ async def test_a_log_that_shows_its_end_still_does_in_a_terminal_of_another_heig
 async def test_lines_that_a_long_log_drops_move_neither_what_is_read_nor_the_match(
     run_app, until, monkeypatch
 ):
-    monkeypatch.setattr(log, "MOST_LINES", 303)
+    monkeypatch.setattr(log, "MAX_LINES", 303)
     async with run_app() as (app, pilot):
         await pilot.press("5")
         view = app.screen.query_one("#log")
@@ -244,7 +244,7 @@ async def test_lines_that_a_long_log_drops_move_neither_what_is_read_nor_the_mat
 
 @pytest.mark.parametrize(("most", "count"), [(303, " 303 lines"), (302, " the last 302 lines")])
 async def test_the_log_says_when_it_shows_only_the_end(run_app, until, monkeypatch, most, count):
-    monkeypatch.setattr(log, "MOST_LINES", most)
+    monkeypatch.setattr(log, "MAX_LINES", most)
     async with run_app() as (app, pilot):
         await pilot.press("5")
         about = app.screen.query_one("#about")

@@ -166,7 +166,7 @@ async def test_read_only_each_key_of_the_screen_says_so(two_runs, until):
 async def test_keys_typed_before_the_list_is_read_act_on_its_rows(
     session_maker, tmp_path, until, monkeypatch
 ):
-    monkeypatch.setattr(base, "FIRST_ROWS", 60.0)
+    monkeypatch.setattr(base, "FIRST_ROWS_TIMEOUT", 60.0)
     root = tmp_path / "sessions"
     for name in ("one", "two"):
         session_maker(root, name, STEPS)

@@ -104,7 +104,7 @@ async def test_a_preview_that_takes_longer_than_until_the_next_reading_of_the_li
             (listed,) = [each for each in rows if each.row.name == begun[0]]
             changed = replace(listed, row=replace(listed.row, step=99))  # by a live run
             preview.ask(changed)
-            await pilot.pause(2 * highlighted_preview.PREVIEW_AFTER)
+            await pilot.pause(2 * highlighted_preview.PREVIEW_DELAY)
             first.set()
             notes = app.screen.query_one(PreviewNotes)
             await until(pilot, lambda: "Settings unlike" in notes.text())

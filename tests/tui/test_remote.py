@@ -31,7 +31,7 @@ from rlhf_tui.remote import ssh as remote_ssh
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import decode, encode
 from rlhf_tui.remote.source import LOG_BYTES, SessionSource
-from rlhf_tui.remote.ssh import COMMAND, Address, RemoteSession
+from rlhf_tui.remote.ssh import PROGRAM_VARIABLE, Address, RemoteSession
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.status_lines import StatusLine
 from tests import waiting
@@ -98,7 +98,7 @@ def ssh(tmp_path, monkeypatch):
     program.write_text(SSH.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv(COMMAND, f"{sys.executable} -m rlhf_tui.cli")
+    monkeypatch.setenv(PROGRAM_VARIABLE, f"{sys.executable} -m rlhf_tui.cli")
 
 
 def seen(session):
@@ -282,13 +282,13 @@ def test_the_other_machine_cannot_read_variables_of_this_one(session_maker, tmp_
 def test_a_connection_whose_messages_cannot_be_used_is_ended(
     session_maker, tmp_path, ssh, monkeypatch
 ):
-    monkeypatch.setattr(remote_ssh, "RECONNECT", 2 * waiting.LONG)
+    monkeypatch.setattr(remote_ssh, "RECONNECT_INTERVAL", 2 * waiting.LONG)
     session_maker(tmp_path / "there", "run", 5)
     pid = tmp_path / "pid"
     program = tmp_path / "program"
     program.write_text(GARBLED.format(python=sys.executable, pid=pid))
     program.chmod(0o755)
-    monkeypatch.setenv(COMMAND, f"exec {program}")
+    monkeypatch.setenv(PROGRAM_VARIABLE, f"exec {program}")
     arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
     with RemoteSession(Address("box", name="run"), arguments) as remote:
         waiting.until(lambda: pid.exists() and pid.read_text(), "the other machine's program")
@@ -305,7 +305,7 @@ def test_a_connection_whose_messages_cannot_be_used_is_ended(
 def test_a_copy_that_cannot_be_written_any_more_says_so_until_it_can(
     session_maker, tmp_path, ssh, monkeypatch
 ):
-    monkeypatch.setattr(remote_ssh, "RECONNECT", 0.1)
+    monkeypatch.setattr(remote_ssh, "RECONNECT_INTERVAL", 0.1)
     session = session_maker(tmp_path / "there", "run", 5)
     arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
     with RemoteSession(Address("box", name="run"), arguments) as remote:
@@ -333,7 +333,7 @@ def test_silence_of_the_other_machine_is_reported_but_not_a_clock_that_is_set(
         clock = time.time
         monkeypatch.setattr(time, "time", lambda: clock() + 3600)
         assert not remote.stale
-        monkeypatch.setattr(remote_ssh, "SILENCE", -1.0)
+        monkeypatch.setattr(remote_ssh, "SILENCE_TIMEOUT", -1.0)
         assert "box has sent nothing since" in remote.stale
 
 

@@ -11,7 +11,7 @@ from rlhf_tui.commands import view
 from rlhf_tui.screens import log as log_screen
 from rlhf_tui.screens.log import read_part, written_until
 from rlhf_tui.state.feeds.feed import Feed
-from rlhf_tui.state.replay.feed import FRAME, ReplayFeed
+from rlhf_tui.state.replay.feed import FRAME_INTERVAL, ReplayFeed
 from rlhf_tui.state.replay.player import Player, ReplayOptions
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.charts.grid import ChartGrid
@@ -67,7 +67,7 @@ def test_at_60_times_no_marker_is_dropped_and_none_comes_before_its_time(replay,
     assert state.head.step == 0
     frames = 0
     while player.read()[2]:
-        clock.now += FRAME
+        clock.now += FRAME_INTERVAL
         feed.read_all()
         frames += 1
         reached = state.replay.position
@@ -87,14 +87,14 @@ def test_at_60_times_no_marker_is_dropped_and_none_comes_before_its_time(replay,
 def test_a_replay_shows_the_abandoned_branch_while_it_was_the_run(replay, clock):
     player, feed, state = replay()
     while state.head.step < 110:
-        clock.now += FRAME / 4
+        clock.now += FRAME_INTERVAL / 4
         feed.read_all()
     assert len(state.head.attempts) == 1
     assert not state.curves.past
     assert state.curves.series(NAMES[0]).steps[-1] == state.head.step
     assert {s.attempt for s in state.samples} == {1}
     while player.read()[2]:
-        clock.now += FRAME
+        clock.now += FRAME_INTERVAL
         feed.read_all()
     assert state.curves.past[NAMES[0]][0].steps[-1] == 117
 
@@ -252,7 +252,7 @@ def test_of_a_log_nothing_is_read_again_until_it_grows_or_the_time_goes_on(tmp_p
 
 
 def test_of_a_log_a_line_that_is_too_long_to_be_read_at_once_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_screen, "MOST_BYTES", 20)
+    monkeypatch.setattr(log_screen, "MAX_BYTES", 20)
     path = tmp_path / "engine.log"
     path.write_text("short\n")
     at = read_part(path, 0, 0, None).at
@@ -266,7 +266,7 @@ def test_of_a_log_a_line_that_is_too_long_to_be_read_at_once_is_shown(tmp_path, 
 
 
 def test_of_a_log_only_whole_lines_of_the_end_are_shown_and_it_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_screen, "MOST_BYTES", 20)
+    monkeypatch.setattr(log_screen, "MAX_BYTES", 20)
     path = tmp_path / "engine.log"
     path.write_text("the first line\nthe second\nthird\n")
     part = read_part(path, 0, 0, None)

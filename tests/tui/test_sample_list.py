@@ -13,7 +13,7 @@ from engine.protocol.rank_messages import StepReport
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.dialogs.probes import ProbePicker
 from rlhf_tui.dialogs.text import ProbeDialog
-from rlhf_tui.screens.parts.sample_list import PAGE
+from rlhf_tui.screens.parts.sample_list import PAGE_SIZE
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.scroll_list import ScrollText, thumb
@@ -193,11 +193,11 @@ async def test_pages_of_a_live_run_neither_repeat_nor_skip_a_response(
     async with run_app("long", root=tmp_path / "sessions") as (app, pilot):
         await pilot.press("3")
         table = app.screen.query_one(Table)
-        await until(pilot, lambda: table.count() == PAGE)
+        await until(pilot, lambda: table.count() == PAGE_SIZE)
         first = table.keys
         train(session, 110, first=101)
         await pilot.press("full_stop")
-        await until(pilot, lambda: table.count() == 800 - PAGE)
+        await until(pilot, lambda: table.count() == 800 - PAGE_SIZE)
         assert not {*first} & {*table.keys}
         assert {step for _, step, _ in (*first, *table.keys)} == {*range(1, 101)}
 

@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from rlhf_tui.state.series import BLOCK, Series, Smoothed
+from rlhf_tui.state.series import BLOCK_POINTS, Series, Smoothed
 
 
 @pytest.fixture
 def walk():
     rng = random.Random(1)  # noqa: S311 - no secret
-    return [(step, rng.gauss(0, 1)) for step in range(1, 10 * BLOCK + 7)]
+    return [(step, rng.gauss(0, 1)) for step in range(1, 10 * BLOCK_POINTS + 7)]
 
 
 def test_extremes_are_those_of_the_values_wherever_the_slice_lies(walk):

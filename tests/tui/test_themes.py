@@ -10,10 +10,10 @@ from rich.color import ColorSystem
 from textual.color import Color
 
 from engine.errors import UserInputError
-from rlhf_tui.app.themes import PALETTES, READABLE, contrast, themes_of
+from rlhf_tui.app.themes import MIN_CONTRAST, PALETTES, contrast, themes_of
 from rlhf_tui.state.preferences import THEME_NAMES
 from rlhf_tui.terminal_colors import VARIABLE, choose
-from rlhf_tui.widgets.lines import CHOSEN, Lines
+from rlhf_tui.widgets.lines import SELECTED_PREFIX, Lines
 from rlhf_tui.widgets.samples.heat import COLD, HEAT
 from rlhf_tui.widgets.tones import TONES
 
@@ -65,14 +65,14 @@ def test_text_can_be_read_on_its_background(system, theme):
         *((palette.state, c) for c in (palette.good, palette.warn, palette.bad, palette.text)),
     ]
     ratios = [contrast(Color.parse(a), Color.parse(b)) for a, b in pairs]
-    assert min(ratios) > READABLE  # most are far above
+    assert min(ratios) > MIN_CONTRAST  # most are far above
 
 
 @every_palette
 def test_every_text_can_be_read_on_the_selected_row(system, theme):
     variables = next(t for t in themes_of(system) if t.name == theme).variables
     shown = [Color.parse(v) for name, v in variables.items() if name.startswith("chosen-")]
-    assert min(contrast(c, Color.parse(variables["chosen"])) for c in shown) > READABLE
+    assert min(contrast(c, Color.parse(variables["chosen"])) for c in shown) > MIN_CONTRAST
 
 
 @pytest.mark.parametrize("theme", ["dark", "contrast"])
@@ -91,9 +91,9 @@ async def test_a_colour_that_cannot_be_read_on_the_selected_row_is_not_used_ther
     app.theme = "light"
     async with running(app):
         table = app.screen.query(Lines).first()
-        plain, good = table.tone(CHOSEN), table.tone(f"{CHOSEN}good")
+        plain, good = table.tone(SELECTED_PREFIX), table.tone(f"{SELECTED_PREFIX}good")
         assert good.color == plain.color != table.tone("good").color
-        assert table.tone(f"{CHOSEN}bad").color == table.tone("bad").color
+        assert table.tone(f"{SELECTED_PREFIX}bad").color == table.tone("bad").color
 
 
 @pytest.mark.parametrize("theme", THEME_NAMES)
@@ -107,8 +107,8 @@ async def test_a_match_on_the_selected_row_is_marked_as_on_any_other(
     app.theme = theme
     async with running(app):
         table = app.screen.query(Lines).first()
-        assert table.tone(f"{CHOSEN}match") == table.tone("match")
-        assert table.tone(CHOSEN).bgcolor != table.tone("match").bgcolor
+        assert table.tone(f"{SELECTED_PREFIX}match") == table.tone("match")
+        assert table.tone(SELECTED_PREFIX).bgcolor != table.tone("match").bgcolor
 
 
 async def test_without_colours_a_match_stands_out_from_the_selected_row(
@@ -118,8 +118,8 @@ async def test_without_colours_a_match_stands_out_from_the_selected_row(
     app = make_app()
     async with running(app):
         table = app.screen.query(Lines).first()
-        assert table.tone(CHOSEN).reverse
-        assert not table.tone(f"{CHOSEN}match").reverse
+        assert table.tone(SELECTED_PREFIX).reverse
+        assert not table.tone(f"{SELECTED_PREFIX}match").reverse
 
 
 def test_a_terminal_s_palette_is_its_own(make_app, monkeypatch):

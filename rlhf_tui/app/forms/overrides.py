@@ -21,7 +21,7 @@ from engine.session.folder import SessionFolder, check_name, free_name
 from rlhf_tui.format import value_text
 from rlhf_tui.widgets.completing_input import completions
 
-MOST_NAMES = 6
+MAX_NAMES = 6
 """Names of files that are listed below a path."""
 
 
@@ -182,5 +182,5 @@ def _missing_file(path: str) -> FormError:
         return FormError(f"no configuration file at {path}")
     if not found:
         return IncompleteError("type the path of a YAML file; rlhf-tui init writes one")
-    more = f"  and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    return IncompleteError("continue with  " + "  ".join(found[:MOST_NAMES]) + more)
+    more = f"  and {len(found) - MAX_NAMES} more" if len(found) > MAX_NAMES else ""
+    return IncompleteError("continue with  " + "  ".join(found[:MAX_NAMES]) + more)

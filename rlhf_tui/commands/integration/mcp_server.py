@@ -52,10 +52,10 @@ STEERING = """\
  Tools that steer change the run for everybody who watches it and are recorded under your name: \
 use them only when your user asks for it, and say what you did."""
 
-LONGEST_TEXT = 2000
+MAX_TEXT = 2000
 """Characters of each text of a result."""
-MOST_POINTS = 500
-MOST_ROWS = 100
+MAX_POINTS = 500
+MAX_ROWS = 100
 APPLY_TIMEOUT = 20.0
 """Seconds to wait until a command is applied; clients give a tool about a minute."""
 
@@ -71,7 +71,7 @@ def _no_boolean(value: Any) -> Any:
 
 
 NoBoolean = BeforeValidator(_no_boolean)
-Rows = Annotated[int, Field(ge=1, le=MOST_ROWS), NoBoolean]
+Rows = Annotated[int, Field(ge=1, le=MAX_ROWS), NoBoolean]
 READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 STEERS = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=False)
 DISCARDS = ToolAnnotations(read_only_hint=False, destructive_hint=True, open_world_hint=False)
@@ -130,7 +130,7 @@ class _Server(MCPServer[Any]):
         except ToolError as error:
             if not isinstance(error.__cause__, ValidationError):
                 raise
-            raise ToolError(one_line(f"{name}: {_wrong(error.__cause__)}", LONGEST_TEXT)) from error
+            raise ToolError(one_line(f"{name}: {_wrong(error.__cause__)}", MAX_TEXT)) from error
 
 
 def _wrong(error: ValidationError) -> str:
@@ -149,7 +149,7 @@ def _reported(tool: Tool) -> Tool:
         try:
             result: Json = presentable(tool(*args, **named))
         except (RlhfError, OSError) as error:  # a timeout is an OSError
-            raise ToolError(one_line(str(error), LONGEST_TEXT)) from error
+            raise ToolError(one_line(str(error), MAX_TEXT)) from error
         return result
 
     return call
@@ -160,7 +160,7 @@ def presentable(value: Any) -> Any:
     match value:
         case str():
             text = sanitise(value)
-            return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
+            return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
         case float():
             return value if math.isfinite(value) else None
         case dict():
@@ -240,7 +240,7 @@ class ReadingTools:
         self,
         session: Name,
         metric: Annotated[str, Field(description="A name from metrics, such as objective/kl.")],
-        points: Annotated[int, Field(ge=3, le=MOST_POINTS), NoBoolean] = 100,
+        points: Annotated[int, Field(ge=3, le=MAX_POINTS), NoBoolean] = 100,
     ) -> Json:
         """Read one metric over the steps.
 

@@ -31,7 +31,7 @@ from rlhf_tui.commands.options import (
     sessions_option,
 )
 from rlhf_tui.commands.shell_complete import complete_name
-from rlhf_tui.state.runs.differences import AFTER, settings_after
+from rlhf_tui.state.runs.differences import LAST_STEP_SUFFIX, settings_after
 from rlhf_tui.text import one_line
 
 HEADLINES = (SCORE, KL, RESPONSE_LENGTH, DISTINCT_2)
@@ -77,7 +77,7 @@ def diff(root: Path, name: str, others: tuple[str, ...], as_json: bool) -> None:
     ]
     rows = [[key, *map(_shown, values)] for key, values in parts]
     after = settings_after(configs, settings)
-    rows += [[f"{key}{AFTER}", *map(_shown, values)] for key, values in after.items()]
+    rows += [[f"{key}{LAST_STEP_SUFFIX}", *map(_shown, values)] for key, values in after.items()]
     rows += [[f"{k} @ {step}", *map(fmt.number, values)] for k, values in metrics.items()]
     if common is not None:
         rows.append(

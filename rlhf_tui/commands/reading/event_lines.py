@@ -32,7 +32,7 @@ STATE_TONES: dict[str, Tone] = {
 }  # fmt: skip
 """Tone of a state's word; others have none."""
 
-REASON = 80
+MAX_REASON = 80
 """Characters of the reason of a pause."""
 
 
@@ -129,7 +129,7 @@ def _state(state: str, text: str) -> str:
     if not text:
         return state
     if state == "paused":  # the alert before it has the whole text
-        return f"paused by {text[:REASON]}{'…' if len(text) > REASON else ''}"
+        return f"paused by {text[:MAX_REASON]}{'…' if len(text) > MAX_REASON else ''}"
     return f"{state}: {text}"
 
 

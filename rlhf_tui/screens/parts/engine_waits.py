@@ -10,7 +10,7 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.state.messages import EnginesAsked
 from rlhf_tui.state.runs.session_row import ListedSession, SessionRow, awaited
 
-STILL = 10.0
+STILL_SECONDS = 10.0
 """Seconds without a step after which an engine is asked what it waits for."""
 
 
@@ -31,7 +31,7 @@ class EngineWaits:
             for row in rows
             if row.pid
             and row.state != "paused"
-            and (row.updated is None or now - row.updated > STILL)
+            and (row.updated is None or now - row.updated > STILL_SECONDS)
         ]
         self._waits = {r.name: self._waits[r.name] for r in still if r.name in self._waits}
         if not still or self._asking:

@@ -13,13 +13,13 @@ from rlhf_tui.state.runs.session_row import ListedSession, SessionRow
 from rlhf_tui.widgets.panels.preview import PreviewPanel
 from rlhf_tui.widgets.table import Table
 
-PREVIEW_AFTER = 0.15
+PREVIEW_DELAY = 0.15
 """Seconds that a row is highlighted before its preview is read."""
 BESIDE, LEAST_HEIGHT = 170, 20
 """Minimum width and height at which the preview is beside the table."""
 BELOW, LEAST_ROWS = 34, 6
 """Minimum height at which the preview is below any table, and the table's minimum height then."""
-LOW = 16
+LINES_BESIDE_TABLE = 16
 """Lines of the screen beside the table and a preview of minimum height, which is below a table that
 leaves room for it."""
 
@@ -49,7 +49,9 @@ class HighlightedPreview:
         beside = bool(table.count()) and width >= BESIDE and height >= LEAST_HEIGHT
         rows = max(table.count() + 1, LEAST_ROWS)
         low = height < BELOW
-        below = bool(table.count()) and not beside and (not low or height >= rows + LOW)
+        below = (
+            bool(table.count()) and not beside and (not low or height >= rows + LINES_BESIDE_TABLE)
+        )
         browser.set_class(beside, "beside")
         browser.set_class(below, "below")
         browser.set_class(below and low, "low")
@@ -83,7 +85,7 @@ class HighlightedPreview:
             if not self._screen.read_in_thread("preview", read, replaces=another):
                 self._asked = before  # asked again when the list is read again
 
-        self._due = self._screen.set_timer(PREVIEW_AFTER, begin)
+        self._due = self._screen.set_timer(PREVIEW_DELAY, begin)
 
     def take(self, message: SessionPreviewed, highlighted: SessionRow | None) -> None:
         """Shows a preview that was read, if its session is still highlighted."""

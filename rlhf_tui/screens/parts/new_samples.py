@@ -12,7 +12,7 @@ from engine.session.folder import SessionFolder
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 
-COUNT = "count"
+COUNT_GROUP = "count"
 """Group of the threads that count, see :meth:`SessionScreen.read_in_thread`."""
 
 
@@ -78,7 +78,7 @@ class NewSamples:
         elif (of, step) != self._asked:
             # Only what is new: counting all of a long run may take longer than a step.
             read = functools.partial(_count, session, counted, step)
-            if self._screen.read_in_thread(COUNT, read, replaces=False):
+            if self._screen.read_in_thread(COUNT_GROUP, read, replaces=False):
                 self._asked = of, step
 
     def take(self, message: NewCounted, query: SampleQuery, last_step: int) -> None:

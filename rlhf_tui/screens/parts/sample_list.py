@@ -18,8 +18,8 @@ from rlhf_tui.screens.parts.new_samples import NewCounted, NewSamples
 from rlhf_tui.screens.parts.sample_filter import parse_filter
 from rlhf_tui.widgets.samples.judgement import key_of
 
-PAGE = 500
-PAGES = "pages"
+PAGE_SIZE = 500
+PAGE_GROUP = "pages"
 """Group of the threads that read pages, see :meth:`SessionScreen.read_in_thread`."""
 ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 BINDINGS: list[BindingType] = [
@@ -166,7 +166,7 @@ class SampleList:
 
     def turn_page(self, by: int) -> None:
         """Turns pages. All pages end with the same step, so they do not shift during a live run."""
-        if by > 0 and len(self.rows) < PAGE:
+        if by > 0 and len(self.rows) < PAGE_SIZE:
             self._context.say("this is the last page")
             return
         self.freeze()
@@ -237,7 +237,7 @@ class SampleList:
                 read = functools.partial(_read_page, session, request)
                 # A search through a long run may take longer than its steps.
                 replaces = asked != self._wanted[: len(asked)]
-                if self._screen.read_in_thread(PAGES, read, replaces=replaces):
+                if self._screen.read_in_thread(PAGE_GROUP, read, replaces=replaces):
                     self._wanted, self._labels = wanted, state.labels
         if not self.following and self._last_step is not None:
             self.new.refresh(session, self.query, self._last_step)
@@ -298,11 +298,11 @@ class SampleList:
 
 
 def _read_page(session: SessionFolder, request: PageRequest) -> PageRead:
-    last, offset = request.last_step, request.page * PAGE
+    last, offset = request.last_step, request.page * PAGE_SIZE
     with SampleReader(session) as samples:
         if last is None:
             last = samples.newest_step(held_out=request.query.held_out)
-        rows = samples.page(request.query, PAGE, offset, last_step=last)
+        rows = samples.page(request.query, PAGE_SIZE, offset, last_step=last)
     return PageRead(request, rows, last)
 
 

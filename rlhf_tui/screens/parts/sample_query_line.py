@@ -2,12 +2,12 @@
 
 from engine.journal.samples import SampleQuery
 from rlhf_tui.screens.parts.sample_filter import keywords
-from rlhf_tui.screens.parts.sample_list import ORDER_TITLES, PAGE, SampleList
+from rlhf_tui.screens.parts.sample_list import ORDER_TITLES, PAGE_SIZE, SampleList
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.samples.sample_view import VIEWS
 
-AGREEMENT_SHOWN_FROM = 10
+MIN_FOR_AGREEMENT = 10
 """Least number of judgements for which the agreement is shown; with fewer it is mostly chance."""
 
 
@@ -39,8 +39,8 @@ def query_line(
         before += [(" full screen", "accent"), ("  z back  ", "dim")]
     if query.held_out:
         before += [(" held-out", "accent"), ("  E back  ", "dim")]
-    if samples.page or count == PAGE:
-        after += _page(samples.page, more=count == PAGE)
+    if samples.page or count == PAGE_SIZE:
+        after += _page(samples.page, more=count == PAGE_SIZE)
     if query.prompt is not None:
         after += [("   one prompt  ", "accent"), ("= back", "dim")]
     if samples.filter:
@@ -80,7 +80,7 @@ def _page(number: int, *, more: bool) -> list[Piece]:
 def _agreement(state: SessionState) -> list[Piece]:
     """How far the scores agree with all judgements of the run."""
     found = state.agreement
-    if found.mean is None or len(found.points) < AGREEMENT_SHOWN_FROM:
+    if found.mean is None or len(found.points) < MIN_FOR_AGREEMENT:
         return []
     row: list[Piece] = [
         ("   agrees ", "dim"),

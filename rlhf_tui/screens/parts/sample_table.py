@@ -12,7 +12,7 @@ from rlhf_tui.widgets.samples.judgement import key_of, mark
 from rlhf_tui.widgets.samples.turns import on_one_line
 from rlhf_tui.widgets.table import Column, Table
 
-TURNS = "turns"
+TURNS_COLUMN = "turns"
 
 
 class SamplesTable(Table):
@@ -28,7 +28,7 @@ class SamplesTable(Table):
                 Column("score", 7, right=True),
                 Column("KL", 7, right=True),
                 Column("len", 4, right=True),
-                Column(TURNS, 5, right=True),
+                Column(TURNS_COLUMN, 5, right=True),
                 Column("", 1),
                 Column("", 2),
                 Column("prompt", 10, flexible=True, least=90),
@@ -63,7 +63,7 @@ class SamplesTable(Table):
     def _show_turns(self, rows: Iterable[SampleRow]) -> None:
         """Shows the column of turns if one of the rows had an environment."""
         shown = any(row.replies is not None for row in rows)
-        next(c for c in self.columns if c.title == TURNS).has_values = shown
+        next(c for c in self.columns if c.title == TURNS_COLUMN).has_values = shown
 
 
 def cells_of(row: SampleRow, affixes: CommonAffixes) -> list[Piece]:

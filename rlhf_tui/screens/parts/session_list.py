@@ -17,16 +17,16 @@ from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS, paused_text
 from rlhf_tui.widgets.table import Column, Table
 
-NAME = 1
+NAME_COLUMN = 1
 """The index of the column of names."""
-LEAST_WITH_KL = 94
+MIN_WIDTH_WITH_KL = 94
 """Minimum width of the table for a KL column."""
 MARK = "▸ "
 """Before the name of a marked session."""
-WIDEST_SETTING = 18
+MAX_SETTING_WIDTH = 18
 """Maximum cells of a settings column; of a path, the end is shown."""
 
-LEAST = float("-inf")
+LOWEST = float("-inf")
 """Sorts before all values."""
 Order = Callable[[ListedSession], Any]
 ORDERS: dict[str, Order] = {
@@ -43,7 +43,7 @@ ASCENDING = ("name", "state")
 
 
 def _or_least(value: float | None) -> float:
-    return LEAST if value is None else value
+    return LOWEST if value is None else value
 
 
 # -- columns ---------------------------------------------------------------------------------------
@@ -98,14 +98,14 @@ class SessionColumns:
             return [
                 *head, Column("state", max(states, 9)), Column("step", max(steps, 7), right=True),
                 Column("beta", 7, right=True), value,
-                Column("KL", 7, right=True, least=LEAST_WITH_KL), curve,
+                Column("KL", 7, right=True, least=MIN_WIDTH_WITH_KL), curve,
                 Column("active", 8, right=True),
             ]  # fmt: skip
         columns = [*head, Column("step", 9, right=True), value, curve]
         used = 60
         for key, name in self._keys.items():
             longest = max((len(_setting(s, key)) for s in sessions), default=0)
-            width = min(max(longest, len(name) + 1), WIDEST_SETTING)
+            width = min(max(longest, len(name) + 1), MAX_SETTING_WIDTH)
             used += width + 1
             columns.append(Column(name, width, right=True, least=used))
         return columns
@@ -145,7 +145,7 @@ def _by_setting(key: str) -> Order:
 
 def _setting(session: ListedSession, key: str) -> str:
     text = value_text(session.settings.get(key)) if session.settings else "–"
-    return text if len(text) <= WIDEST_SETTING else f"…{text[1 - WIDEST_SETTING :]}"
+    return text if len(text) <= MAX_SETTING_WIDTH else f"…{text[1 - MAX_SETTING_WIDTH :]}"
 
 
 class Sessions(Table):
@@ -180,7 +180,7 @@ def lines_about(row: SessionRow, width: int, resume: str) -> list[Row]:
     steps = ", ".join(map(str, row.checkpoints[-6:]))
     saved = f"at step {steps}" if steps else "none"
     facts: list[Piece] = [(" ", ""), (engine, "")]
-    if width < LEAST_WITH_KL:
+    if width < MIN_WIDTH_WITH_KL:
         facts += [("   KL ", "dim"), (fmt.number(row.kl, 2), "")]
     found: list[Row] = [
         [(f" {short_path(row.folder)}", "dim")],

@@ -10,7 +10,7 @@ from engine.protocol.rank_messages import Phase
 from engine.session.folder import SessionFolder
 from rlhf_tui.state.feeds.updates import SessionUpdate
 
-RECONNECT = 0.5
+RECONNECT_INTERVAL = 0.5
 """Seconds between two attempts to connect."""
 
 
@@ -81,7 +81,7 @@ class EngineWatch:
             except (RlhfError, OSError):
                 pass  # no engine runs; the journal has the state
             self._set_connected(False, refused)
-            self._stopped.wait(RECONNECT)
+            self._stopped.wait(RECONNECT_INTERVAL)
 
     def _take(self, *messages: JournalAdvanced | Phase | Telemetry | None) -> None:
         rows = False

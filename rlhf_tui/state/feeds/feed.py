@@ -19,11 +19,11 @@ from rlhf_tui.state.feeds.journal_changes import JournalChanges
 from rlhf_tui.state.feeds.output import Post, UpdateOutput
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 
-SHORTEST = 0.3
+MIN_INTERVAL = 0.3
 """Minimum seconds between two readings: about three frames a second."""
-IDLE = 1.0
+IDLE_INTERVAL = 1.0
 """Seconds after which it reads again without new rows: labels have no message."""
-APPEARS = 30.0
+START_TIMEOUT = 30.0
 """Seconds after the start of a run during which its engine may not be up yet."""
 
 
@@ -105,18 +105,18 @@ class Feed:
     # -- reading ------------------------------------------------------------------------------
 
     def _read_loop(self) -> None:
-        read = -IDLE
+        read = -IDLE_INTERVAL
         while not self._stopped.is_set():
             began = time.monotonic()
-            if self._unread.is_set() or began >= read + IDLE:
+            if self._unread.is_set() or began >= read + IDLE_INTERVAL:
                 self._unread.clear()
                 self._read_once()
                 read = began
             elif self._reader is not None:
                 self._output.post(self._engine.update())
-            self._wake.wait(IDLE)
+            self._wake.wait(IDLE_INTERVAL)
             self._wake.clear()
-            self._stopped.wait(max(0.0, SHORTEST - (time.monotonic() - began)))
+            self._stopped.wait(max(0.0, MIN_INTERVAL - (time.monotonic() - began)))
 
     def _read_once(self) -> None:
         try:
@@ -156,7 +156,7 @@ class Feed:
         """Posts the summary of a session whose engine has written nothing yet, or never will."""
         written = self._session.config_file.stat().st_mtime
         # The clock may have been set back since, or be that of another machine.
-        starting = self._session.is_live() or abs(time.time() - written) < APPEARS
+        starting = self._session.is_live() or abs(time.time() - written) < START_TIMEOUT
         state = "starting" if starting else "crashed"
         head = SessionSummary(state, 0, 0, {}, "", [], None, None)
         self._output.post(SessionUpdate(head=head))

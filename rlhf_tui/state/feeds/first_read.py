@@ -14,7 +14,7 @@ from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 
 SPANS = 500
 """Spans of a downsampled curve: more than the dot columns of a chart on half of a wide terminal."""
-PATIENCE = 0.1
+FIRST_FRAME_TIMEOUT = 0.1
 """Seconds that the first frame waits for a slow disk."""
 
 
@@ -66,5 +66,5 @@ class FirstRead:
 
     def update(self) -> SessionUpdate:
         """Returns what was read; empty if there was nothing, or it was not read in time."""
-        self._thread.join(PATIENCE)
+        self._thread.join(FIRST_FRAME_TIMEOUT)
         return self._update

@@ -18,7 +18,7 @@ from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate, newest_e
 
 EVENTS_READ = 20_000
 """Newest events read at once, which takes a tenth of a second; see :func:`newest_events`."""
-LONG = 10_000
+LONG_RUN_STEPS = 10_000
 """Number of steps above which downsampled curves are read before the slower whole ones."""
 SAMPLES_SHOWN = 16
 
@@ -117,7 +117,7 @@ class JournalChanges:
             update = self._with_names(update, reader)
         self._output.post(update)
         branch = session.position is not None and session.position.current
-        if (first or reset) and head.step > LONG and not branch:  # there they take longer
+        if (first or reset) and head.step > LONG_RUN_STEPS and not branch:  # there they take longer
             downsampled = reader.metrics.downsampled(self._wanted, SPANS)
             self._output.post(SessionUpdate(downsampled=downsampled))
         self._read_curves(reader, at_once=not (first or reset))

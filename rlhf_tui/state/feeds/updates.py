@@ -101,7 +101,7 @@ class SessionUpdate(Struct, frozen=True):
         )  # fmt: skip
 
 
-REGULAR = ("checkpoint", "command", "reference")
+FREQUENT_EVENTS = ("checkpoint", "command", "reference")
 """Frequent kinds of events. All commands are also in :attr:`SessionUpdate.commands`."""
 REGULAR_KEPT, OTHERS_KEPT = 500, 5000
 
@@ -113,14 +113,14 @@ def newest_events(events: list[EventRow]) -> list[EventRow]:
         events: oldest first.
 
     Returns:
-        The newest 500 of :data:`REGULAR` kinds and the newest 5000 of others, oldest first.
+        The newest 500 of :data:`FREQUENT_EVENTS` kinds and the newest 5000 of others, oldest first.
     """
     if len(events) <= REGULAR_KEPT:
         return events
     left = {True: REGULAR_KEPT, False: OTHERS_KEPT}
     kept = []
     for event in reversed(events):
-        regular = event.kind in REGULAR
+        regular = event.kind in FREQUENT_EVENTS
         if left[regular]:
             left[regular] -= 1
             kept.append(event)

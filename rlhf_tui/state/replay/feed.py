@@ -22,13 +22,13 @@ from rlhf_tui.state.feeds.updates import ReplayMark, ReplayStatus, SessionUpdate
 from rlhf_tui.state.replay.player import Player
 from rlhf_tui.state.timeline import Marker, timeline
 
-FRAME = 0.25
+FRAME_INTERVAL = 0.25
 """Seconds between two readings while it plays."""
 WITHOUT_PHASES = ("starting", "paused")
 """States in which no step is running."""
-STALE = 60.0
+STALE_SECONDS = 60.0
 """Seconds after which a reading of the machine is not shown any more."""
-JUST_PASSED = 1.0
+SKIP_SECONDS = 1.0
 """Seconds of playing after a marker during which the key for the previous marker skips it."""
 
 
@@ -104,7 +104,7 @@ class ReplayFeed:
             index = bisect_right(offsets, now)
         else:
             # While it plays it has moved on since: the key would lead to the same one forever.
-            moved = JUST_PASSED * speed if playing else 0.0
+            moved = SKIP_SECONDS * speed if playing else 0.0
             index = bisect_left(offsets, now - moved) - 1
         if not 0 <= index < len(offsets):
             return None
@@ -117,7 +117,9 @@ class ReplayFeed:
         while not self._output.stopped.is_set():
             self._player.changed.clear()
             self._read_once()
-            self._player.changed.wait(FRAME if self._shown is None or self._shown[2] else None)
+            self._player.changed.wait(
+                FRAME_INTERVAL if self._shown is None or self._shown[2] else None
+            )
 
     def _read_once(self) -> None:
         try:
@@ -231,4 +233,4 @@ def _offset_of(marker: Marker, recording: Recording) -> float:
 
 
 def _fresh(telemetry: Telemetry | None, now: float) -> Telemetry | None:
-    return telemetry if telemetry is not None and now - telemetry.time < STALE else None
+    return telemetry if telemetry is not None and now - telemetry.time < STALE_SECONDS else None

@@ -10,7 +10,7 @@ from engine.session.folder import SessionFolder
 if TYPE_CHECKING:  # the schema takes long to import
     from engine.config.schema import RunConfig
 
-AFTER = " @ last step"
+LAST_STEP_SUFFIX = " @ last step"
 """Behind the key of a setting whose value is that after the last step of each run."""
 NAMED_ALIKE = ("model", "data", "reward")
 """Sections whose keys are shown with the section: `path` alone says little."""

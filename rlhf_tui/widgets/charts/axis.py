@@ -11,7 +11,7 @@ TARGET_BAND = 0.2
 """Half the height of the target's band, relative to the target."""
 GUTTER = 8
 """Cells left of the curves, for the labels."""
-MOST_LABELS = 6
+MAX_LABELS = 6
 """Labels of a vertical axis at most."""
 
 
@@ -102,7 +102,7 @@ def _labelled_log(scale: Scale, rows: int) -> list[float]:
         inner = [v for v in choice if scale.low * 1.01 < v < scale.high / 1.01]
         values = [scale.low, *inner, scale.high]
         at = [scale.row(v, rows * 4) // 4 for v in values]
-        if len(values) <= MOST_LABELS and all(a - b >= 2 for a, b in pairwise(at)):
+        if len(values) <= MAX_LABELS and all(a - b >= 2 for a, b in pairwise(at)):
             return values
     return [scale.low, scale.high]
 

@@ -28,7 +28,7 @@ from rlhf_tui.widgets.charts.plot import (
 from rlhf_tui.widgets.charts.raster import step_of
 from rlhf_tui.widgets.tones import style_of
 
-COLOURS = 6
+CURVE_COLOURS = 6
 """Number of curve colours. Overlaid runs cycle through the unused ones; letters also mark them."""
 WHEEL_FACTOR, WHEEL_SHARE = 1.25, 0.1
 """Of the steps shown, per notch of the mouse wheel: by how much they become more, and the share by
@@ -131,7 +131,7 @@ class Chart(Widget, can_focus=True):
     @staticmethod
     def _style(number: int) -> str:
         """The style of the curve with this number, from 0."""
-        return f"s{min(COLOURS, number + 1)}"
+        return f"s{min(CURVE_COLOURS, number + 1)}"
 
     def _value(self, name: str) -> str:
         curves, cursor, metric = self.state.curves, self.view.cursor, metrics.describe(name)
@@ -168,9 +168,9 @@ class Chart(Widget, can_focus=True):
         """Mark, name, style and curves of each overlaid session."""
         # One colour is kept for held-out values, whether or not this chart has some: a session has
         # the same colour on all charts of one metric.
-        own = min(len(self.names) + 1, COLOURS - 1)
+        own = min(len(self.names) + 1, CURVE_COLOURS - 1)
         return [
-            (mark, one_cell_each(session), self._style(own + i % (COLOURS - own)), curves)
+            (mark, one_cell_each(session), self._style(own + i % (CURVE_COLOURS - own)), curves)
             for i, (mark, session, curves) in enumerate(self.view.overlays())
         ]
 

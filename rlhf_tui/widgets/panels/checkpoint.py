@@ -7,24 +7,24 @@ from engine.journal.rows import CheckpointRow
 from engine.metrics import describe, title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.state.checkpoint_details import CheckpointDetails, changed_settings
-from rlhf_tui.state.curves import RECENT
+from rlhf_tui.state.curves import RECENT_STEPS
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.lines import Row, flowed
 from rlhf_tui.widgets.panels.latest_samples import response_lines
 from rlhf_tui.widgets.panels.panel import Panel, heading
-from rlhf_tui.widgets.panels.timeline import LEAST_STEP, entry_line
+from rlhf_tui.widgets.panels.timeline import MIN_STEP_WIDTH, entry_line
 from rlhf_tui.widgets.table import fitted
 from rlhf_tui.widgets.wrap import wrap
 
-MEASURED = (metrics.SCORE, metrics.KL, metrics.CLIP_FRACTION, metrics.RESPONSE_LENGTH)
+METRICS_ALWAYS_LISTED = (metrics.SCORE, metrics.KL, metrics.CLIP_FRACTION, metrics.RESPONSE_LENGTH)
 """Metrics that are always listed, before those of the charts."""
-SET = (metrics.BETA, metrics.LEARNING_RATE)
+METRICS_OF_SETTINGS = (metrics.BETA, metrics.LEARNING_RATE)
 """Metrics that are settings, which have lines of their own."""
-MOST_METRICS = 8
+MAX_METRICS = 8
 NAME, VALUE = 26, 11
 """Cells of a metric's title, and of each of its values."""
-LEAST_EVENTS = 3
+MIN_EVENTS = 3
 """Lines of events that are shown before any response."""
 
 
@@ -68,7 +68,7 @@ class CheckpointPanel(Panel):
         events = self._later(checkpoint)
         room = height - len(rows) - 1
         if events and room > 0:
-            most = min(room, max(LEAST_EVENTS, room - 1 - len(samples)))
+            most = min(room, max(MIN_EVENTS, room - 1 - len(samples)))
             rows.append(heading(f"After step {checkpoint.step}", "", width))
             rows += _event_lines(events, width, most)
         if samples and height - len(rows) > 1:
@@ -103,13 +103,17 @@ class CheckpointPanel(Panel):
         One step says little: the scores of a batch scatter.
         """
         step, last = checkpoint.step, self.state.head.step
-        named = [name for name in dict.fromkeys((*MEASURED, *self.charts)) if name not in SET]
+        named = [
+            name
+            for name in dict.fromkeys((*METRICS_ALWAYS_LISTED, *self.charts))
+            if name not in METRICS_OF_SETTINGS
+        ]
         intervals = {describe(name).interval for name in named}
         then = {name: self._value(name, step) for name in named if name not in intervals}
-        known = [name for name, value in then.items() if value is not None][:MOST_METRICS]
+        known = [name for name, value in then.items() if value is not None][:MAX_METRICS]
         if not known:
             return []
-        title = heading(f"Metrics, means of {RECENT} steps", "", width)
+        title = heading(f"Metrics, means of {RECENT_STEPS} steps", "", width)
         if last == step:
             return [title, *(_metric(title_of(name), fmt.number(then[name])) for name in known)]
         rows = [title, _metric("", f"step {step:,}", f"step {last:,}", "change", tone="dim")]
@@ -128,7 +132,7 @@ class CheckpointPanel(Panel):
         series = self.state.curves.series(name)
         if name.startswith("eval/"):
             return series.latest(step)
-        return series.mean(step - RECENT + 1, step)
+        return series.mean(step - RECENT_STEPS + 1, step)
 
     def _settings(self, details: CheckpointDetails | None, width: int) -> list[Row]:
         if details is None or not details.settings or self.state.starting:
@@ -161,7 +165,7 @@ def _metric(title: str, before: str, after: str = "", change: str = "", tone: st
 
 def _event_lines(events: Sequence[Marker], width: int, most: int) -> list[Row]:
     """The first events; if there are more, the last of several lines has their number."""
-    steps = max([LEAST_STEP, *(len(str(m.step)) for m in events)])
+    steps = max([MIN_STEP_WIDTH, *(len(str(m.step)) for m in events)])
     shown = events if len(events) <= most else events[: max(most - 1, 1)]
     rows: list[Row] = [entry_line([marker], width, steps) for marker in shown]
     if len(shown) < len(events) and most > 1:

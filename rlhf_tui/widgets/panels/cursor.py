@@ -4,7 +4,7 @@ from rich.cells import cell_len
 
 from engine import metrics
 from rlhf_tui import format as fmt
-from rlhf_tui.state.curves import RECENT
+from rlhf_tui.state.curves import RECENT_STEPS
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, in_app
 from rlhf_tui.state.viewport import Viewport
@@ -19,7 +19,7 @@ MEASURED = (
     (metrics.RESPONSE_LENGTH, "length"),
 )
 
-LEAST_NAME = 6
+MIN_NAME_WIDTH = 6
 """Cells of an overlaid session's name in the legend, if there are many."""
 
 
@@ -72,7 +72,7 @@ class CursorPanel(Panel):
         room = width - row_width([*row, *keys]) - sum(cell_len(mark) for mark, _ in overlays)
         longest = room
         if sum(cell_len(name) for _, name in overlays) > room:
-            longest = max(room // len(overlays), LEAST_NAME)
+            longest = max(room // len(overlays), MIN_NAME_WIDTH)
         for mark, name in overlays:
             shown = name if cell_len(name) <= longest else shorten_middle(name, longest)
             row += [(mark, "key"), (shown, "")]
@@ -110,9 +110,11 @@ class CursorPanel(Panel):
         if all(mean is None for pair in means.values() for mean in pair):
             return []
         starts = all(before is None for before, _ in means.values())
-        row: list[Piece] = [(f"   {RECENT} steps {'' if starts else 'before → '}after: ", "dim")]
+        row: list[Piece] = [
+            (f"   {RECENT_STEPS} steps {'' if starts else 'before → '}after: ", "dim")
+        ]
         if width < 100:
-            steps = f"  {'+' if starts else '±'}{RECENT}"
+            steps = f"  {'+' if starts else '±'}{RECENT_STEPS}"
             row = [(f"{steps} steps" if width > 78 else steps, "dim")]
         for name, label in MEASURED:
             if width < 100 and name == metrics.RESPONSE_LENGTH:

@@ -10,17 +10,17 @@ from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.panel import Panel, heading
-from rlhf_tui.widgets.panels.timeline import LEAST_STEP, entry_line
+from rlhf_tui.widgets.panels.timeline import MIN_STEP_WIDTH, entry_line
 from rlhf_tui.widgets.wrap import wrap
 
 LEVELS = {"DEBUG": "", "INFO": "", "WARNING": "warn", "ERROR": "bad", "CRITICAL": "bad"}
 """Level of a line → its tone."""
 TRACEBACK = "Traceback (most recent call last)"
-MOST_PROBLEMS = 200
+MAX_PROBLEMS = 200
 """Different ones that are remembered, the newest."""
 TEXT_FROM, LEAST_TEXT, MOST_LINES = 27, 20, 3
 """Column in which the text of a problem begins, minimum cells and maximum lines that it has."""
-LEAST_ATTEMPTS = 2
+MIN_ATTEMPTS = 2
 """Lines of attempts that are shown whatever the number of problems."""
 _STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:,\d{3})? (?:([A-Z]+) )?(.*)")
 
@@ -81,7 +81,7 @@ class Problems:
         problem.count += 1
         problem.last = self._time
         self._found[text] = problem
-        if len(self._found) > MOST_PROBLEMS:
+        if len(self._found) > MAX_PROBLEMS:
             del self._found[next(iter(self._found))]
 
     def newest_first(self) -> list[Problem]:
@@ -110,7 +110,7 @@ class LogSummary(Panel):
     def rows(self, width: int, height: int) -> list[Row]:
         """Each section below its heading. The newest attempts are always in sight."""
         attempts, entries = self.state.head.attempts, self.state.timeline.folded()
-        room = max(height - 2 - min(len(attempts), LEAST_ATTEMPTS), 1)
+        room = max(height - 2 - min(len(attempts), MIN_ATTEMPTS), 1)
         problems = [row for p in self._problems for row in _problem(p, width)]
         if len(problems) > room:
             problems = [_begin(p) for p in self._problems]
@@ -125,7 +125,7 @@ class LogSummary(Panel):
             *self._attempts(attempts)[: max(height - len(problems) - 2, 1)],
         ]
         if entries and height - len(rows) > 1:
-            steps = max([LEAST_STEP, *(len(str(e[-1].step)) for e in entries)])
+            steps = max([MIN_STEP_WIDTH, *(len(str(e[-1].step)) for e in entries)])
             rows.append(heading("What happened", "", width))
             rows += [entry_line(e, width, steps) for e in entries[: height - len(rows)]]
         return rows

@@ -13,7 +13,7 @@ PHASE_BARS = {
     "fit": ("▚", "s6"), "optimise": ("░", "s4"),
 }  # fmt: skip
 """Character and tone of a phase in a rank's bar. The characters differ for use without colour."""
-BEHIND = 1.05
+SLOW_RANK_FACTOR = 1.05
 """A rank is marked as the slowest above this multiple of the second slowest rank's seconds."""
 
 
@@ -93,7 +93,7 @@ def slowest(ranks: list[RankLoad]) -> int | None:
     waiting.
     """
     order = sorted(ranks, key=_total)
-    if len(order) < 2 or _total(order[-1]) <= _total(order[-2]) * BEHIND:
+    if len(order) < 2 or _total(order[-1]) <= _total(order[-2]) * SLOW_RANK_FACTOR:
         return None
     return order[-1].rank
 

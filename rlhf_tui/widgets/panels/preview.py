@@ -18,7 +18,7 @@ from rlhf_tui.widgets.panels.latest_samples import newest_responses
 from rlhf_tui.widgets.panels.panel import heading
 from rlhf_tui.widgets.wrap import wrap
 
-VALUE = 24
+VALUE_WIDTH = 24
 """Cells of a value that differs; a path may be long."""
 
 
@@ -109,9 +109,9 @@ def _difference(key: str, value: object, other: object) -> Row:
 def _short(value: object) -> str:
     """Only the end of a path, only the beginning of a list."""
     text = fmt.value_text(value)
-    if isinstance(value, list) and len(text) > VALUE:
-        return f"{text[: VALUE - 1]}…"
-    return text if len(text) <= VALUE else f"…{text[1 - VALUE :]}"
+    if isinstance(value, list) and len(text) > VALUE_WIDTH:
+        return f"{text[: VALUE_WIDTH - 1]}…"
+    return text if len(text) <= VALUE_WIDTH else f"…{text[1 - VALUE_WIDTH :]}"
 
 
 class PreviewSamples(Lines):

@@ -21,8 +21,8 @@ OTHER_SETTINGS = (
     ("temperature", "temp"), ("max_new_tokens", "length"), ("stop_kl", "stop KL"),
     ("save_every", "save every"), ("horizon", "horizon"),
 )  # fmt: skip
-LABEL = 9
-LEAST_TEXT = 16
+LABEL_WIDTH = 9
+MIN_TEXT_WIDTH = 16
 """Cells of a command that are kept before its outcome, which is cut only if it is very long."""
 STATUS_MARKS = {
     "queued": ("⧗", "warn"),
@@ -168,7 +168,7 @@ class SteeringPanel(Panel):
         if abandoned:
             outcome, tone = f"{outcome}, abandoned", "dim"
         row: Row = [(f" {text}", ""), (f"  {outcome}", tone)]
-        if row_width(row) <= width or width - len(outcome) < LEAST_TEXT:
+        if row_width(row) <= width or width - len(outcome) < MIN_TEXT_WIDTH:
             return row
         return justified([(f" {text}", "")], [(f" {outcome}", tone)], width)
 
@@ -181,4 +181,4 @@ def _percent(change: float) -> str:
 
 
 def _label(text: str) -> list[Piece]:
-    return [(f" {text:<{LABEL - 1}}", "dim")]
+    return [(f" {text:<{LABEL_WIDTH - 1}}", "dim")]

@@ -16,9 +16,9 @@ from rlhf_tui.widgets.scroll_list import ScrollList
 
 WITH_CLOCK = 60
 """Minimum cells for each entry to have its time of day."""
-LEAST_STEP = 3
+MIN_STEP_WIDTH = 3
 """Minimum cells of a step."""
-MOST_STEPS = 20
+MAX_STEPS = 20
 """Maximum number of an entry's checkpoints whose steps are listed, the newest."""
 
 
@@ -36,7 +36,7 @@ class TimelinePanel(ScrollList):
         super().__init__(id="timeline")
         self.state, self.view = state, view
         self._entries: list[list[Marker]] = []
-        self._step_width = LEAST_STEP
+        self._step_width = MIN_STEP_WIDTH
 
     def read(self, state: SessionState, view: Viewport) -> None:
         """Shows another state, or another selection."""
@@ -48,7 +48,7 @@ class TimelinePanel(ScrollList):
         entries = self.state.timeline.folded()
         if self._entries is not entries:
             self._entries = entries
-            self._step_width = max([LEAST_STEP, *(len(str(e[-1].step)) for e in entries)])
+            self._step_width = max([MIN_STEP_WIDTH, *(len(str(e[-1].step)) for e in entries)])
         return entries
 
     def _selected(self) -> int | None:
@@ -169,7 +169,7 @@ def checkpoints_text(markers: list[Marker], room: int) -> str:
         while len(text) > room and ", " in text:  # no number is cut
             text = text.rpartition(", ")[0]
         return text
-    texts = [f"checkpoints at {', '.join(steps)}"] if len(steps) <= MOST_STEPS else []
-    newest = (", ".join(steps[-n:]) for n in range(min(len(steps) - 2, MOST_STEPS), 0, -1))
+    texts = [f"checkpoints at {', '.join(steps)}"] if len(steps) <= MAX_STEPS else []
+    newest = (", ".join(steps[-n:]) for n in range(min(len(steps) - 2, MAX_STEPS), 0, -1))
     texts += [f"checkpoints at {steps[0]}, … {some}" for some in newest]
     return next((text for text in texts if len(text) <= room), texts[-1])
