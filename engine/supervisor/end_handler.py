@@ -3,12 +3,10 @@
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable
 
 import msgspec
 
 from engine.config.schema import RunConfig
-from engine.config.settings import SettingChange
 from engine.errors import SessionError
 from engine.journal.writer import JournalWriter
 from engine.launch.start_checkpoints import (
@@ -20,9 +18,10 @@ from engine.launch.start_checkpoints import (
 )
 from engine.launch.start_options import StartOptions
 from engine.log_lines import NOTICED
-from engine.protocol.rank_messages import RESTART_REASONS, Failed
+from engine.protocol.rank_messages import RESTART_REASONS, Adjusted, Failed
 from engine.session.folder import SessionFolder
 from engine.session.states import State
+from engine.supervisor.adjustment import record_adjustment
 from engine.supervisor.commands.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.state import SupervisorState
@@ -49,7 +48,6 @@ class EndHandler:
         journal: JournalWriter,
         publisher: EventPublisher,
         pending: PendingCommands,
-        adjust: Callable[[int, list[SettingChange], str, str], None],
     ) -> None:
         """Stores the other parts of the supervisor.
 
@@ -60,7 +58,6 @@ class EndHandler:
             journal: records errors and the exit code.
             publisher: publishes states and notices.
             pending: the commands whose failures are counted.
-            adjust: records changes of settings that no operator asked for.
         """
         self._state = state
         self._session = session
@@ -68,7 +65,6 @@ class EndHandler:
         self._journal = journal
         self._publisher = publisher
         self._pending = pending
-        self._adjust = adjust
         self._restarts = 0
 
     def handle(self, status: int) -> int:
@@ -188,7 +184,8 @@ class EndHandler:
         words = ", ".join(f"{c.key} {c.new} instead of {c.old}" for c in failure.changes)
         text = f"{failure.text}: restart from step {step}, from step {failure.step} with {words}"
         log.warning(text, extra=NOTICED)
-        self._adjust(failure.step, failure.changes, "memory", text)
+        adjusted = Adjusted(step=failure.step, changes=failure.changes, rule="memory", text=text)
+        record_adjustment(adjusted, self._state, self._journal, self._publisher)
 
     def _cause(self, status: int) -> Failed:
         logs = self._session.recorded_command("logs")

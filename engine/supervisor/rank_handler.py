@@ -9,10 +9,12 @@ from typing import Any, assert_never
 
 import msgspec
 
-from engine.config.settings import SettingChange, invalid_values
+from engine.config.schema import RunConfig
+from engine.config.settings import invalid_values
 from engine.errors import LinkError
 from engine.journal.writer import JournalWriter
 from engine.metrics import STEP_TIME
+from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages, sockets
 from engine.protocol.commands import BoundaryCommand, Pause, Unpause
@@ -41,6 +43,7 @@ from engine.protocol.rank_messages import (
     Unpaused,
 )
 from engine.session.states import State
+from engine.supervisor.adjustment import record_adjustment
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.commands.pending_commands import PendingCommands
 from engine.supervisor.journal_wait import JournalWait
@@ -62,14 +65,13 @@ class RankMessageHandler:
     def __init__(
         self,
         state: SupervisorState,
+        config: RunConfig,
         *,
         journal: JournalWriter,
         publisher: EventPublisher,
         pending: PendingCommands,
         ranks: RankProcesses,
         watchdog: Watchdog,
-        guardrails: Guardrails,
-        best_metric: str,
         on_alert: Callable[[Alert], Parts],
         on_error: Callable[[Exception], None],
     ) -> None:
@@ -77,13 +79,12 @@ class RankMessageHandler:
 
         Args:
             state: shared by all parts.
+            config: as the run was started.
             journal: written before anything else.
             publisher: publishes states, notices and messages.
             pending: the commands that rank 0 has not carried out yet.
             ranks: the processes.
             watchdog: notified of every message.
-            guardrails: evaluated on every step.
-            best_metric: `train.best_metric`.
             on_alert: called with each alert of a guard rail; returns what is left to do.
             on_error: called with an error of this process; it ends the run.
         """
@@ -93,9 +94,9 @@ class RankMessageHandler:
         self._pending = pending
         self._ranks = ranks
         self._watchdog = watchdog
-        self.guardrails = guardrails
-        """Replaced by the supervisor when ranks start again."""
-        self._best_metric = best_metric
+        self.guardrails = Guardrails(config.guardrails, judges_of(config))
+        """Evaluated on every step; replaced by the supervisor when ranks start again."""
+        self._best_metric = config.train.best_metric
         self._on_alert = on_alert
         self._on_error = on_error
         self._settings_of_step: tuple[int, dict[str, Any]] = 0, {}
@@ -247,8 +248,8 @@ class RankMessageHandler:
                 self._handle_in_parts(message, partial(self._paused, message))
             case Unpaused():
                 self._handle_in_parts(message, partial(self._unpaused, message))
-            case Adjusted(step=step, changes=changes, rule=rule, text=text):
-                self.adjust(step, changes, rule, text)
+            case Adjusted():
+                record_adjustment(message, state, journal, self._publisher)
             case Failed():
                 state.attempt.record_failure(message)
                 if self._ranks.count > 1:  # the others wait in a collective operation
@@ -330,23 +331,6 @@ class RankMessageHandler:
         if notice.rule == REWARD_CHANGED:
             self.guardrails.forget_steps()
         self._publisher.notice(notice.rule, notice.text, notice.step)
-
-    def adjust(self, step: int, changes: list[SettingChange], rule: str, text: str) -> None:
-        """Records changes that no operator asked for as a command, and notifies the operator.
-
-        Args:
-            step: the first step with the changes in effect.
-            changes: the changes of settings.
-            rule: name of the notice.
-            text: the reason.
-        """
-        state, journal = self._state, self._journal
-        for change in changes:
-            command_id = f"{rule}-{journal.attempt}-{step}-{change.key}-{change.new}"
-            journal.commands.record_change(command_id, step, change, "rlhf-tui")
-        state.settings = state.settings | {c.key: c.new for c in changes}
-        journal.set_meta(settings=state.settings)
-        self._publisher.notice(rule, text, step)
 
     def _paused(self, message: Paused) -> Parts:
         """Publishes a pause that the ranks began by themselves; the next part sets the state."""

@@ -121,13 +121,12 @@ class Supervisor:
         )
         self.rank_messages = RankMessageHandler(
             self.state,
+            config,
             journal=journal,
             publisher=self.publisher,
             pending=self.pending,
             ranks=self.ranks,
             watchdog=self.watchdog,
-            guardrails=Guardrails(config.guardrails, judges_of(config)),
-            best_metric=config.train.best_metric,
             on_alert=self.commands.on_alert,
             on_error=self.abort,
         )
@@ -138,7 +137,6 @@ class Supervisor:
             journal=journal,
             publisher=self.publisher,
             pending=self.pending,
-            adjust=self.rank_messages.adjust,
         )
 
     def status(self) -> Status:
