@@ -79,7 +79,7 @@ def check(config: RunConfig) -> CheckResult:
         warnings += [*suggested_value(config, run), *setup_notes(config, run)]
         if text := dtype_note(run.device, config.model.dtype, parameter_count(run.policy)):
             warnings.append(text)
-        return _try(config, run, warnings)
+        return _take_steps(config, run, warnings)
     finally:
         folder.close()
 
@@ -129,17 +129,29 @@ def suggested_value(config: RunConfig, run: Run) -> list[str]:
     ]
 
 
-def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
-    prompts = run.prompts.for_step(1)
-    first, samples = train_step(run, 1)
-    name, ratio = type(run.policy.lm).__name__, first.get("val/ratio")
-    if first["policy/nonfinite_updates"]:
+def _check_first_update(run: Run, metrics: dict[str, float]) -> None:
+    """Checks that a run starts at ratio 1, and that its loss is finite. Raises RlhfError."""
+    name, ratio = type(run.policy.lm).__name__, metrics.get("val/ratio")
+    if metrics["policy/nonfinite_updates"]:
         raise RlhfError(f"{name}: the loss of the first update, or its gradient, is not finite")
-    if ratio is not None and abs(ratio - 1) > RATIO_LIMIT[config.model.dtype]:
+    if ratio is not None and abs(ratio - 1) > RATIO_LIMIT[run.config.model.dtype]:
         raise RlhfError(
             f"{name}: the probability ratio is {ratio:.4g} before the "
             "first update, not 1: this architecture cannot be trained safely here"
         )
+
+
+def _take_steps(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
+    """Takes two steps, and a larger one if that is affordable; describes what they measured.
+
+    Args:
+        config: the run's configuration.
+        run: loaded from the reduced one.
+        warnings: further ones are appended.
+    """
+    prompts = run.prompts.for_step(1)
+    first, samples = train_step(run, 1)
+    _check_first_update(run, first)
     if left_out := first.get(REPLIES_LEFT_OUT):
         warnings.append(
             f"{100 * left_out:.0f} % of the responses ended because a reply did not fit into "
@@ -165,7 +177,7 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
         turns=first.get("environment/turns"),
         tool_calls=first.get("environment/tool_calls"),
         failed_calls=first.get("environment/failed_calls"),
-        ratio=ratio,
+        ratio=first.get("val/ratio"),
         kl=first["objective/kl"],
         score=first["objective/scores"],
         sources={
