@@ -41,14 +41,14 @@ class Position(Struct, frozen=True, kw_only=True):
     """After how many more saves a checkpoint that is removed today was removed, at the earliest."""
 
 
-Start = tuple[int, int]
+AttemptStart = tuple[int, int]
 """Number of an attempt, and the step of the checkpoint that it started from."""
 NO_LIMIT = 2**62
 """Above every step."""
 
 
 def step_ranges(
-    starts: Sequence[Start], attempt: int, step: int
+    starts: Sequence[AttemptStart], attempt: int, step: int
 ) -> tuple[int, tuple[StepRange, ...], tuple[StepRange, ...]]:
     """Returns `kept`, `current` and `abandoned` of a :class:`Position`.
 
@@ -69,7 +69,7 @@ def step_ranges(
     return kept, tuple(current), tuple(abandoned)
 
 
-def _cuts(starts: Sequence[Start]) -> dict[int, int]:
+def _cuts(starts: Sequence[AttemptStart]) -> dict[int, int]:
     """Attempt → the last of its steps that later attempts among these have kept.
 
     An attempt from step 0 repeats the evaluation before the first step, so it does not keep even

@@ -340,7 +340,7 @@ def test_a_finished_response_is_the_same_on_another_rank(make_run, tokenizer):
     for row, version in ((0, 3), (0, 4)):
         ours.add_turn(SampledTurn(row, [5, 6], torch.rand(3, 2), False, True, version), tokenizer)
         ours.add_reply([7], [{"role": "user", "content": "?"}])
-    FinishedResponse.of(ours).give(theirs)
+    FinishedResponse.of(ours).copy_to(theirs)
     assert torch.equal(torch.cat(theirs.floats, 1), torch.cat(ours.floats, 1))
     for name in ("ids", "positions", "messages", "sampled", "replies", "eos", "ended", "version"):
         assert getattr(theirs, name) == getattr(ours, name)

@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.session.folder import SessionFolder
-from engine.session.position import Position, Start, step_ranges
+from engine.session.position import AttemptStart, Position, step_ranges
 
 STEPS = "SELECT attempt, step, time FROM steps ORDER BY step"
 PAST_STEPS = "SELECT attempt, step, time FROM steps_past ORDER BY attempt, step"
@@ -50,7 +50,7 @@ class Recording:
         database = ReadOnlyDatabase(session.journal_file, schema.JOURNAL)
         try:
             with database.snapshot():
-                starts: list[Start] = database.rows(ATTEMPTS)
+                starts: list[AttemptStart] = database.rows(ATTEMPTS)
                 events: list[Event] = database.rows(EVENTS)
                 steps: list[Step] = database.rows(STEPS)
                 past: list[Step] = database.rows(PAST_STEPS)

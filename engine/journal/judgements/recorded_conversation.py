@@ -22,7 +22,8 @@ def conversations_of_reference(
 ) -> dict[tuple[str, str], RecordedConversation]:
     """The conversations of the reference in probes, by prompt and response.
 
-    Raises: JournalError: the journal cannot be read; it is not opened without prompts.
+    Raises:
+        JournalError: the journal cannot be read; it is not opened without prompts.
     """
     if not prompts:
         return {}

@@ -29,7 +29,7 @@ log = logging.getLogger("engine")
 T = TypeVar("T")
 Reply = str | Messages | None
 """Text, chat messages, or the end of the response."""
-Replied = ToolAnswers | Messages | None
+RawAnswer = ToolAnswers | Messages | None
 """What follows a turn of the policy, before it is tokenised."""
 
 
@@ -102,7 +102,8 @@ class Environments:
             purpose: what the responses are for, such as `step 3`; for errors.
             waits: called regularly, on every rank.
 
-        Raises: RewardCallError: the factory raised; on all ranks.
+        Raises:
+            RewardCallError: the factory raised; on all ranks.
         """
         factory, self._tool_use = self.factory, ToolUse()
 
@@ -153,7 +154,7 @@ class Environments:
         found: list[Answer] = []
         when = f"at turn {number} of {purpose}"
 
-        def reply(i: int) -> Replied:
+        def reply(i: int) -> RawAnswer:
             return self.reply(environments[i], turns[i])
 
         def run(waits: Callable[[], None]) -> None:
@@ -167,20 +168,21 @@ class Environments:
         self.on_rank_0(lambda: when, run, waits)
         return self._ranks.broadcast(lambda: found, list[Answer])
 
-    def reply(self, environment: Any, turn: str) -> Replied:
+    def reply(self, environment: Any, turn: str) -> RawAnswer:
         """Passes a turn to one environment, on rank 0; see :meth:`answer`.
 
-        Raises: what the user's code raises, or what :func:`checked_reply` raises.
+        Raises:
+            Exception: what the user's code raises, or what :func:`checked_reply` raises.
         """
         if self._tools is not None and (calls := self._tools.calls(turn)):
             answers = self._tools.answers(calls, environment)
-            if (told := getattr(environment, "called_tools", None)) is not None:
-                result_of(told(turn, [m["content"] for m in answers.messages]))
+            if (called_tools := getattr(environment, "called_tools", None)) is not None:
+                result_of(called_tools(turn, [m["content"] for m in answers.messages]))
             return answers
         method = getattr(environment, "reply", None)
         return None if method is None else self._messages(result_of(method(turn)))
 
-    def answer(self, replied: Replied, tokens: Callable[[Messages], list[int]]) -> Answer:
+    def answer(self, replied: RawAnswer, tokens: Callable[[Messages], list[int]]) -> Answer:
         """Counts what :meth:`reply` returned. One thread at a time may call it.
 
         Args:

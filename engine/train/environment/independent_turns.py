@@ -130,7 +130,7 @@ class IndependentTurns:
             answer = self._environments.answer(
                 replied, lambda messages: response.reply_ids(messages, self._encode)
             )
-            if response.goes_on(answer):
+            if response.continue_with(answer):
                 self._queue.put(self._next(row))
             else:
                 self._queue.end([row])

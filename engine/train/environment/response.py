@@ -13,7 +13,7 @@ from engine.train.data.prompts import Messages, Prompt, PromptBatch
 from engine.train.environment.environments import Answer
 from engine.train.environment.reply_tokens import ReplyTokens
 from engine.train.rollout.conversation import Conversation, SampledTurn, Turns
-from engine.train.rollout.rollout import Rollout
+from engine.train.rollout.rollout import Rollout, response_text
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Response:
         self.ids += ids
         self.floats.append(turn.floats)
         self.eos, self.ended, self.version = turn.eos, turn.ended, turn.version
-        self.sampled.append(_decoded(tokenizer, ids))
+        self.sampled.append(response_text(ids, tokenizer))
         self.messages.append({"role": "assistant", "content": self.sampled[-1]})
         self.last_turn = str(tokenizer.decode(ids[:-1] if self.eos else ids))
 
@@ -103,7 +103,7 @@ class Response:
         follows = self.ended and self.turn < self.limits.turns and self.left > 0
         return encode(self.prompt, reply, self.ids[-1]) if follows else []
 
-    def goes_on(self, answer: Answer) -> bool:
+    def continue_with(self, answer: Answer) -> bool:
         """Appends what follows a turn; returns False if the response ends instead."""
         self.tool_calls += answer.tool_calls
         self.failed_calls += answer.failed_calls
@@ -148,7 +148,7 @@ class FinishedResponse(msgspec.Struct, frozen=True, array_like=True):
         same = {name: getattr(response, name) for name in cls.__struct_fields__ if name != "floats"}
         return cls(floats=floats, **same)
 
-    def give(self, response: Response) -> None:
+    def copy_to(self, response: Response) -> None:
         """Sets all of a response but its prompt and environment."""
         for name in self.__struct_fields__:
             setattr(response, name, getattr(self, name))
@@ -180,26 +180,23 @@ def rollout_of(
         floats[:, i, : len(response.positions)] = torch.cat(response.floats, 1)
     logprobs, entropies, values = floats.to(device)
 
-    def numbers(values: list[int]) -> Tensor:
-        return torch.tensor(values).to(device)
-
-    def flags(values: list[bool]) -> Tensor:
+    def on_device(values: list[int] | list[bool]) -> Tensor:
         return torch.tensor(values).to(device)
 
     return Rollout(
         batch=batch,
         ids=_padded([[r.ids[at] for at in r.positions] for r in responses]).to(device),
-        lengths=numbers([len(r.positions) for r in responses]),
-        eos=flags([r.eos for r in responses]),
-        ended=flags([r.ended for r in responses]),
+        lengths=on_device([len(r.positions) for r in responses]),
+        eos=on_device([r.eos for r in responses]),
+        ended=on_device([r.ended for r in responses]),
         logprobs=logprobs,
         entropies=entropies,
         values=values,
-        texts=[_decoded(tokenizer, r.ids) for r in responses],
-        versions=numbers([r.version for r in responses]),
+        texts=[response_text(r.ids, tokenizer) for r in responses],
+        versions=on_device([r.version for r in responses]),
         conversation=Conversation(
             ids=_padded([r.ids for r in responses]).to(device),
-            lengths=numbers([len(r.ids) for r in responses]),
+            lengths=on_device([len(r.ids) for r in responses]),
             positions=_padded([r.positions for r in responses]).to(device),
             turns=[
                 Turns(
@@ -225,15 +222,11 @@ def _spans(tokenizer: PreTrainedTokenizerBase, response: Response) -> list[tuple
     # The text of a part alone may differ: some tokenizers drop a space at its beginning.
     return [
         (
-            len(_decoded(tokenizer, response.ids[:start])),
-            len(_decoded(tokenizer, response.ids[:end])),
+            len(response_text(response.ids[:start], tokenizer)),
+            len(response_text(response.ids[:end], tokenizer)),
         )
         for start, end in response.replies
     ]
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -135,7 +135,7 @@ class TurnLoop:
         )
         if not ranks.is_lead:
             for response, given in zip(responses, finished, strict=True):
-                given.give(response)
+                given.copy_to(response)
 
     def _begun(self, prompts: list[Prompt]) -> list[Response]:
         options, started = self._options, time.perf_counter()
@@ -184,7 +184,7 @@ class TurnLoop:
         return {
             row: response
             for (row, response), answer in zip(responses.items(), answers, strict=True)
-            if response.goes_on(answer)
+            if response.continue_with(answer)
         }
 
 

@@ -111,22 +111,22 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
         RewardCallError, RewardError: a reward of the training failed.
     """
     started = time.perf_counter()
-    watched = _Watched(held_out.rewards)
-    parts = _respond_to_all(run, held_out, step, step, watched)
-    metrics = _summarise(parts, run.config.eval.per_prompt, watched.failed)
+    eval_rewards = _EvalRewards(held_out.rewards)
+    parts = _respond_to_all(run, held_out, step, step, eval_rewards)
+    metrics = _summarise(parts, run.config.eval.per_prompt, eval_rewards.failed)
     if run.average is not None:
         with run.average.in_place_of(run.policy):
             # A separate version, so that a rollout engine does not mistake these weights for the
             # policy's.
-            averaged = _respond_to_all(run, held_out, step, -1 - step, _Watched(None))
+            averaged = _respond_to_all(run, held_out, step, -1 - step, _EvalRewards(None))
         found = _summarise(averaged, run.config.eval.per_prompt)
         metrics |= {AVERAGED[name]: found[name] for name in AVERAGED if name in found}
     metrics[names.EVAL_TIME] = time.perf_counter() - started
     samples = _samples(parts) if run.ranks.is_lead else []
-    return Evaluation(metrics, samples, watched.failed)
+    return Evaluation(metrics, samples, eval_rewards.failed)
 
 
-class _Watched:
+class _EvalRewards:
     """The sources of `eval.rewards` during one evaluation."""
 
     def __init__(self, rewards: RewardMix | None) -> None:
@@ -152,11 +152,11 @@ class _Watched:
 
 
 def _respond_to_all(
-    run: Run, held_out: HeldOut, step: int, weights_version: int, watched: _Watched
+    run: Run, held_out: HeldOut, step: int, weights_version: int, eval_rewards: _EvalRewards
 ) -> list[_Scored]:
     report = run.announce(step, names.EVALUATE)
     return [
-        _respond(run, watched, step, weights_version, number, prompts, report)
+        _respond(run, eval_rewards, step, weights_version, number, prompts, report)
         for number, prompts in enumerate(_batches(run, held_out.prompts))
     ]
 
@@ -175,7 +175,7 @@ def _batches(run: Run, prompts: list[Prompt]) -> list[list[Prompt]]:
 
 def _respond(
     run: Run,
-    watched: _Watched,
+    eval_rewards: _EvalRewards,
     step: int,
     weights_version: int,
     number: int,
@@ -200,7 +200,7 @@ def _respond(
     inputs = RewardInputs.of(rollout, step)
     raw = run.rewards(inputs, report)
     scores = scores_for_training(run, raw.total, rollout, options.max_new_tokens)
-    parts = (raw.parts if len(raw.parts) > 1 else {}) | watched.parts(inputs, report)
+    parts = (raw.parts if len(raw.parts) > 1 else {}) | eval_rewards.parts(inputs, report)
     rows, limit = ranks.strided_share(rollout.rows), MicroBatchLimit.of(config, rollout)
     logprobs, reference = (
         ranks.all_reduce_sum(

@@ -197,7 +197,8 @@ def _explain_gguf(source: str, name: str, error: Exception) -> str:
 def check_weights(source: str, key: str) -> None:
     """Checks that a source does not store its weights in pickles.
 
-    Raises: UserInputError: it does; the message says what to do instead.
+    Raises:
+        UserInputError: it does; the message says what to do instead.
     """
     folder = Path(source)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):

@@ -84,7 +84,7 @@ class RealTokens:
 
 
 @dataclass(frozen=True)
-class RolloutReader:
+class HiddenStateReader:
     """Computes log-probabilities or a loss of response tokens from hidden states, in chunks."""
 
     responses: Tensor
@@ -158,7 +158,7 @@ def rollout_forward(
     starts = torch.arange(0, len(rows) * length, length, device=rows.device)
     read_at = real.pack(read_at + starts[:, None])
     loss_of_tokens = None if loss is None else real.packed_loss(loss)
-    read = RolloutReader(responses, temperature, entropies, loss_of_tokens, separable)
+    read = HiddenStateReader(responses, temperature, entropies, loss_of_tokens, separable)
     options: dict[str, Tensor] = {}
     if balance:
         options["balance"] = response_mask(lengths - 1, length).to(rows.device)

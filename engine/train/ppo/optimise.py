@@ -289,7 +289,7 @@ class PolicyInputs:
         `micro` and `there` are the row indices on the host and on the device.
         """
         width = int(rollout.host_lengths[1, micro].max())
-        in_loss = config.kl.place == "loss" and targets.ref_logprobs is not None
+        ref_logprobs = targets.ref_logprobs if config.kl.place == "loss" else None
         advantages = targets.advantages[there, :width]
         if targets.token_weights is not None:
             # A token's loss scales linearly with its advantage, so weighting either is equivalent.
@@ -298,7 +298,7 @@ class PolicyInputs:
             mask=rollout.mask[there, :width],
             old_logprobs=targets.old_logprobs[there, :width],
             advantages=advantages,
-            ref_logprobs=targets.ref_logprobs[there, :width] if in_loss else None,  # type: ignore[index]  # checked above
+            ref_logprobs=None if ref_logprobs is None else ref_logprobs[there, :width],
             rollout_logprobs=None
             if config.ppo.off_policy_mask is None
             else rollout.logprobs[there, :width],

@@ -51,7 +51,8 @@ def probed_prompt(run: Run, text: str) -> Prompt:
     If the run's prompts are conversations, the text is a user message, unless it has special
     tokens: then it is a rendered conversation. A prompt of the run has its other columns.
 
-    Raises: CommandRejectedError: it has no tokens or too many.
+    Raises:
+        CommandRejectedError: it has no tokens or too many.
     """
     if (found := _known(run, text)) is not None:
         return found

@@ -14,9 +14,9 @@ from engine.train.reward_training.base import BaseModel, read_base
 from engine.train.reward_training.card import CARD, RESULT, card
 from engine.train.reward_training.evaluate import calibrate, held_out_agreement, scale_of
 from engine.train.reward_training.fit import RewardTrainer
-from engine.train.reward_training.inputs import check_same_tokens, judged_inputs
+from engine.train.reward_training.inputs import JudgedInputs, check_same_tokens, judged_inputs
 from engine.train.reward_training.split import split_judgements
-from engine.train.rewards.kinds.encoding import RewardEncoding
+from engine.train.rewards.kinds.encoding import EncodedResponses, RewardEncoding
 
 
 def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) -> TrainedReward:
@@ -38,15 +38,8 @@ def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) 
     split = split_judgements(request)
     inputs = judged_inputs(request, ranks)
     base = read_base(request, ranks, report)
-    vocabulary = base.tokenizer.get_vocab()
-    check_same_tokens(request, inputs.vocabularies, vocabulary, pair=base.pair)
-    encoding = RewardEncoding(
-        base.tokenizer, base.model, inputs.vocabularies[0],
-        max_tokens=request.settings.max_tokens, pair=base.pair,
-    )  # fmt: skip
-    pad = base.model.config.pad_token_id
-    encoded = encoding(inputs.prompts, inputs.ids, inputs.texts, inputs.messages)
-    trainer = RewardTrainer(base, encoded, request.settings)
+    pad = base.model.config.pad_token_id  # the trainer sets it for each batch
+    trainer = RewardTrainer(base, _encoded_responses(request, base, inputs), request.settings)
     report(
         f"training {base.name} on {ranks.device}: {len(split.train)} judgements to train, "
         f"{len(split.validation)} for validation, {len(split.test)} held out"
@@ -54,9 +47,7 @@ def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) 
     before = trainer.scores().tolist()
     fitted = trainer.fit(split, report)
     scores = trainer.scores().tolist()
-    # Scores of different rewards are not comparable.
-    same = len({config.reward.scored_by for config in request.configs}) == 1
-    recorded = [r.score if same else None for r in request.responses]
+    recorded = _recorded_scores(request)
     trained = held_out_agreement(split.test, scores)
     new_scale = scale_of([scores[i] for i in request.newest])
     if trained is None or new_scale is None:
@@ -89,6 +80,28 @@ def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) 
     base.model.config.pad_token_id = pad
     _write(request, result, base)
     return result
+
+
+def _encoded_responses(
+    request: RewardTrainingRequest, base: BaseModel, inputs: JudgedInputs
+) -> EncodedResponses:
+    """Encodes the judged responses as the model reads them; may change its tokenizer's truncation.
+
+    Raises:
+        UserInputError: the base cannot read the tokens of the sessions.
+    """
+    check_same_tokens(request, inputs.vocabularies, base.tokenizer.get_vocab(), pair=base.pair)
+    encoding = RewardEncoding(
+        base.tokenizer, base.model, inputs.vocabularies[0],
+        max_tokens=request.settings.max_tokens, pair=base.pair,
+    )  # fmt: skip
+    return encoding(inputs.prompts, inputs.ids, inputs.texts, inputs.messages)
+
+
+def _recorded_scores(request: RewardTrainingRequest) -> list[float | None]:
+    """The scores of the sessions by response; None for all if several rewards gave them."""
+    same = len({config.reward.scored_by for config in request.configs}) == 1
+    return [response.score if same else None for response in request.responses]
 
 
 def _write(request: RewardTrainingRequest, result: TrainedReward, base: BaseModel) -> None:

@@ -73,7 +73,8 @@ class SourceCall:
     def __call__(self, report: ReportProgress) -> list[Score]:
         """Calls the source once, with the responses that are not scored yet; returns B scores.
 
-        Args: report: see :class:`Reward`.
+        Args:
+            report: see :class:`Reward`.
 
         Raises:
             RewardCallError: the source raised, or its scores cannot be used. In the latter case
@@ -148,7 +149,7 @@ def _describe(
     conversations = inputs.batch.prompts[0].messages is not None
     if of_completions and conversations and isinstance(error, TypeError | AttributeError):
         text += "; of conversations, each completion is a list of messages"
-    index = _response_in_hand(error, inputs)
+    index = _current_response(error, inputs)
     if index is None:
         first = shown_prompt(inputs, 0)
         return f"{text} (called with {len(inputs)} responses, first prompt: {first})"
@@ -156,7 +157,7 @@ def _describe(
     return f"{text} (response {index}, prompt: {shown_prompt(inputs, index)}, response: {response})"
 
 
-def _response_in_hand(error: BaseException, inputs: RewardInputs) -> int | None:
+def _current_response(error: BaseException, inputs: RewardInputs) -> int | None:
     """Returns the response that the failed function was processing; None if unknown.
 
     The function receives all responses. A loop over them leaves the current response, or its

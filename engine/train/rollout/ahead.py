@@ -125,7 +125,8 @@ def rollout_ahead(
 ) -> RolloutAhead | None:
     """Creates a run's :class:`RolloutAhead`; None without `rollout.ahead`.
 
-    Raises: UserInputError: the backend cannot generate in the background.
+    Raises:
+        UserInputError: the backend cannot generate in the background.
     """
     if not config.rollout.ahead:
         return None

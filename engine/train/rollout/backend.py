@@ -176,20 +176,21 @@ class Share:
             None if limits is None else torch.tensor(limits)[self.rows],
         )  # fmt: skip
 
-    def on_ended(self, told: OnResponse) -> OnEnded:
-        """What tells of responses that have ended, by their number from this rank's first one."""
+    def on_ended(self, on_response: OnResponse) -> OnEnded:
+        """Returns a callback for the backend, which counts responses from this rank's first one."""
         first = int(self.rows[0])
 
         def ended(row: int, ids: list[int]) -> None:
             if self.counts:
-                told(self.batch.prompts[first + row], response_text(ids, self.tokenizer))
+                on_response(self.batch.prompts[first + row], response_text(ids, self.tokenizer))
 
         return ended
 
     def merged(self, local: Rollout) -> Rollout:
         """Merges all ranks' parts into the rollout of the whole batch; a collective.
 
-        Args: local: this rank's n responses.
+        Args:
+            local: this rank's n responses.
         """
         if local.versions is None:
             local.versions = torch.full_like(local.lengths, self.options.weights_version)

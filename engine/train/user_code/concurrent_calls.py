@@ -114,8 +114,9 @@ def call_each(
         waits: called regularly while there are calls, and after each, in the caller's thread.
         calls: what calls; it is closed.
 
-    Raises: CallTimeoutError: a call exceeds the limit; or the first error of a call, in their
-        order.
+    Raises:
+        CallTimeoutError: a call exceeds the limit.
+        Exception: the first error of a call, in their order.
     """
     futures = [calls.submit(i, call) for i in range(count)]
     results: list[T] = []

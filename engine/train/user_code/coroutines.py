@@ -21,7 +21,8 @@ def result_of(value: Any) -> Any:
     All of a rank run in the same event loop, in a thread of its own: what a client opens in one
     call, such as a connection, it can use in the next.
 
-    Raises: whatever the coroutine raises.
+    Raises:
+        Exception: what the coroutine raises.
     """
     if not inspect.isawaitable(value):
         return value

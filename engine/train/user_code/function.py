@@ -111,7 +111,9 @@ class UserFunction:
     def call(self, arguments: dict[str, Any]) -> Any:
         """Calls the function with those keyword arguments that it takes.
 
-        Raises: TypeError: it takes others; or whatever it raises.
+        Raises:
+            TypeError: it needs others.
+            Exception: what it raises.
         """
         if absent := [name for name in self._required if name not in arguments]:
             raise TypeError(f"it takes '{absent[0]}', which is not one of {', '.join(arguments)}")

@@ -37,7 +37,8 @@ class EncodedResponses:
     def pad_of(self, rows: Sequence[int]) -> int:
         """Returns the token id to pad some rows with; set the model's `pad_token_id` to it.
 
-        Raises: UserInputError: the rows use every token id.
+        Raises:
+            UserInputError: the rows use every token id.
         """
         if self.pad is not None:
             return self.pad

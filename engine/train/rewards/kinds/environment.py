@@ -34,8 +34,10 @@ class EnvironmentReward:
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[Score]:
         """Calls the methods one after the other; see :class:`Reward`.
 
-        Raises: TypeError: there are no environments; CallTimeoutError: a method has not returned in
-            time; or whatever a method raises.
+        Raises:
+            TypeError: there are no environments.
+            CallTimeoutError: a method has not returned in time.
+            Exception: what a method raises.
         """
         if inputs.turns is None:
             raise TypeError("these responses have no environment")

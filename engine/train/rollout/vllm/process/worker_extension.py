@@ -152,7 +152,8 @@ class RolloutWorkerExtension:
     def recorded_turns(self, lengths: list[tuple[int, int]]) -> list[tuple[bytes, bytes]]:
         """Log-probabilities and entropies of some rows' turns, (tokens,) float32 each.
 
-        Args: lengths: row and number of tokens of each turn.
+        Args:
+            lengths: row and number of tokens of each turn.
         """
         rows = [row for row, _ in lengths]
         logprobs, entropies = (x[rows].cpu().numpy() for x in uniform_sampling.recorded())
