@@ -99,11 +99,11 @@ class EngineStarter:
         known = name in {s.name for s in all_sessions(self._context.root)}
         self._context.say(f"starting: rlhf-tui {' '.join(arguments)}")
 
-        def start() -> None:
+        def run() -> None:
             result = self.run_cli([*arguments, "--detach"])
             self._app.post_message(EngineStarted(name, result))
 
-        threading.Thread(target=start, daemon=True, name="start").start()
+        threading.Thread(target=run, daemon=True, name="start").start()
         # The dashboard is useful while the models are still loading.
         if known:
             self._context.open_session(name)

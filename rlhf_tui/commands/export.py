@@ -86,18 +86,26 @@ def export(
         check_step(session, step, checkpoint_steps(session))
         say(_export_policy(session, step, policy, averaged=averaged, merged=merged))
     if samples is not None:
-        with SampleReader(session) as reader:
-            rows = with_judgements(session, reader.iter_newest())
-            count = _write_lines(samples, (row.as_json() for row in rows))
-        say(f"wrote {fmt.plural(count, 'sample')} to {samples}")
+        say(_export_samples(session, samples))
     if preferences is not None:
-        found = preference_pairs(session)
-        _write_lines(preferences, (msgspec.structs.asdict(pair) for pair in found.pairs))
-        left_out = f"; {found.left_out} left out, whose messages are not recorded"
-        say(
-            f"wrote {fmt.plural(len(found.pairs), 'pair')} to {preferences}"
-            + (left_out if found.left_out else "")
-        )
+        say(_export_preferences(session, preferences))
+
+
+def _export_samples(session: SessionFolder, target: Path) -> str:
+    """Writes all samples with their judgements. Returns a line that describes the file."""
+    with SampleReader(session) as reader:
+        rows = with_judgements(session, reader.iter_newest())
+        count = _write_lines(target, (row.as_json() for row in rows))
+    return f"wrote {fmt.plural(count, 'sample')} to {target}"
+
+
+def _export_preferences(session: SessionFolder, target: Path) -> str:
+    """Writes the judged pairs of responses. Returns a line that describes the file."""
+    found = preference_pairs(session)
+    _write_lines(target, (msgspec.structs.asdict(pair) for pair in found.pairs))
+    left_out = f"; {found.left_out} left out, whose messages are not recorded"
+    line = f"wrote {fmt.plural(len(found.pairs), 'pair')} to {target}"
+    return line + (left_out if found.left_out else "")
 
 
 def _export_policy(

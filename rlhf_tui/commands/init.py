@@ -72,7 +72,7 @@ def init(
             raise UserInputError(f"--{option} is empty; give a value, or leave it out")
     if reward_function is None and not _name_a_reward(overrides):
         given["reward_model"] = reward_model
-    answers = asked(given, overrides)
+    answers = ask_missing(given, overrides)
     if not any(word.startswith("data.") for word in overrides):
         column = prompt_column(answers["prompts"], column)
     tree = configuration(recipe, answers, column, reward_function)
@@ -93,8 +93,8 @@ def init(
         )
 
 
-def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str, str]:
-    """The given values; missing ones are asked for, or are the starter's."""
+def ask_missing(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str, str]:
+    """Asks for the values that are not given; without a terminal, takes the starter's."""
     titles = {
         "policy": "The model to train (a folder or a hub id)",
         "prompts": "The prompts (a file, a folder or a hub id)",
@@ -105,7 +105,7 @@ def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str,
     for name, value in given.items():
         default = STARTER_VALUES[name]
         if value is None and asking:
-            check = partial(usable, name, overrides)
+            check = partial(checked_answer, name, overrides)
             value = click.prompt(titles[name], default=default, err=True, value_proc=check)
         answers[name] = default if value is None else value
     return answers
@@ -116,7 +116,7 @@ def _name_a_reward(overrides: tuple[str, ...]) -> bool:
     return any(word.startswith(REWARD_KEYS) for word in overrides)
 
 
-def usable(name: str, overrides: tuple[str, ...], answer: str) -> str:
+def checked_answer(name: str, overrides: tuple[str, ...], answer: str) -> str:
     """Returns the answer. Raises UsageError, upon which click asks again, if it cannot be used."""
     answer = answer.strip() or STARTER_VALUES[name]
     answers = STARTER_VALUES | {name: answer}

@@ -90,7 +90,7 @@ class PickerDialog(Dialog[str]):
         from rlhf_tui.widgets.text_input import TextInput  # noqa: PLC0415 - keeps the start quick
 
         yield TextInput(placeholder="type to search", id="search", compact=True)
-        detail = Column("", 22, least=62)
+        detail = Column("", 22, hidden_below=62)
         detail.has_values = any(option.detail for option in self.options)
         label = Column("", 22, flexible=True, both_ends=True)
         table = Table([Column("", 4), label, Column("", 10, right=True), detail], id="options")

@@ -16,11 +16,12 @@ from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.output_file import is_free
 from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.screens.parts.panel_placement import place_panel
 from rlhf_tui.state.checkpoint_details import read_details
 from rlhf_tui.state.messages import CheckpointRead, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.panels.checkpoint import CheckpointPanel
-from rlhf_tui.widgets.table import Column, Table
+from rlhf_tui.widgets.table import Column, Table, sortable
 from rlhf_tui.widgets.wrap import wrap
 
 TARGET_TAKEN = "it exists already; give a new or empty folder"
@@ -30,20 +31,13 @@ MAX_LINES = 3
 OF_CHECKPOINTS = "checkpoint"
 """Rule of the notices about checkpoints that could not be saved or read."""
 ABANDONED = "of an abandoned branch: the run has continued from an earlier step"
-LOWEST = float("-inf")
-"""Sorts before all values."""
-BESIDE, BELOW, MIN_ROWS = 170, 34, 6
-"""Minimum width at which the selected checkpoint is beside the table, minimum height at which it is
-below any table, and the table's minimum height then."""
-LINES_BESIDE_TABLE = 16
-"""Lines of the screen beside the table, below which a lower screen has the selected checkpoint."""
 ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
     "step": lambda c: c.step,
     "attempt": lambda c: c.attempt,
     "saved": lambda c: c.time,
     "size": lambda c: c.size,
-    "score": lambda c: _or_least(c.score),
-    "KL": lambda c: _or_least(c.kl),
+    "score": lambda c: sortable(c.score),
+    "KL": lambda c: sortable(c.kl),
 }
 """Title of a column → what it sorts by."""
 
@@ -76,9 +70,9 @@ class CheckpointsScreen(SessionScreen):
             yield Table(
                 [
                     Column("step", 7, right=True),
-                    Column("attempt", 7, right=True, least=90),
+                    Column("attempt", 7, right=True, hidden_below=90),
                     Column("saved", 12),
-                    Column("size", 8, right=True, least=74),
+                    Column("size", 8, right=True, hidden_below=74),
                     Column("score", 7, right=True),
                     Column("KL", 7, right=True),
                     Column("", 16, flexible=True),
@@ -93,19 +87,7 @@ class CheckpointsScreen(SessionScreen):
 
     def _fit(self) -> None:
         """Puts the panel beside or below the table; an empty table has none."""
-        width, height = self.size
-        panes, table = self.query_one("#checkpoint-panes"), self.query_one(Table)
-        beside = bool(table.count()) and width >= BESIDE
-        rows = max(table.count() + 1, MIN_ROWS)
-        below = (
-            bool(table.count()) and not beside and height >= min(BELOW, rows + LINES_BESIDE_TABLE)
-        )
-        panes.set_class(beside, "beside")
-        panes.set_class(below, "below")
-        if below:
-            table.styles.height = rows if height < BELOW else min(rows, height * 2 // 5)
-        else:
-            table.styles.clear_rule("height")
+        place_panel(self.query_one("#checkpoint-panes"), self.query_one(Table), self.size)
 
     def refresh_content(self) -> None:
         """Shows the checkpoints, newest step first unless a title was clicked."""
@@ -114,7 +96,7 @@ class CheckpointsScreen(SessionScreen):
         found = self.context.state.checkpoints
         current = [c for c in found if c.status == "complete"]
         measured = [c for c in current if self._best_value(c) is not None]
-        best = max(measured, key=lambda c: (_or_least(self._best_value(c)), c.step), default=None)
+        best = max(measured, key=lambda c: (sortable(self._best_value(c)), c.step), default=None)
         last = self._last()
         order = ORDERS[table.sorted_by or "step"]
         ordered = sorted(found, key=lambda c: (order(c), c.step, c.attempt))
@@ -390,7 +372,3 @@ def _cells(c: CheckpointRow, remarks: list[str]) -> list[Piece]:
         (fmt.number(c.kl, 2), dim),
         (", ".join(remarks), "dim" if dim else "good"),
     ]
-
-
-def _or_least(value: float | None) -> float:
-    return LOWEST if value is None else value

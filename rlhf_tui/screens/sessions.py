@@ -168,7 +168,7 @@ class SessionsScreen(SessionScreen):
         columns.fit(compared if len(compared) > 1 else sessions)
         table.columns = columns.columns(sessions)
         longest = max((len(s.row.name) for s in sessions), default=0) + len(MARK) * bool(compared)
-        table.columns[NAME_COLUMN].most = max(longest, table.columns[NAME_COLUMN].width)
+        table.columns[NAME_COLUMN].max_width = max(longest, table.columns[NAME_COLUMN].width)
         order = columns.orders().get(table.sorted_by)
         # Without a column, in the order of the listing.
         rows = sorted(sessions, key=order, reverse=table.descending) if order else sessions

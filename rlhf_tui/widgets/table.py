@@ -22,7 +22,7 @@ class Column:
         *,
         right: bool = False,
         flexible: bool = False,
-        least: int = 0,
+        hidden_below: int = 0,
         share: int = 1,
         both_ends: bool = False,
     ) -> None:
@@ -33,15 +33,15 @@ class Column:
             width: cells; ignored if flexible.
             right: align to the right.
             flexible: take a part of the remaining width.
-            least: width of the table in cells below which the column is hidden.
+            hidden_below: width of the table in cells below which the column is hidden.
             share: share of the remaining width for a flexible column, relative to the others.
             both_ends: cut text that is too long in its middle.
         """
         self.title, self.width = title, width
         self.right, self.flexible = right, flexible
-        self.share, self.least = share, least
+        self.share, self.hidden_below = share, hidden_below
         self.both_ends = both_ends
-        self.most = 0
+        self.max_width = 0
         """Maximum width of a flexible column in cells; 0 for no limit."""
         self.has_values = True
         """Set it to False to hide the column."""
@@ -173,7 +173,7 @@ class Table(ScrollList):
 
     def _widths(self, width: int) -> list[tuple[Column, int]]:
         """The columns that are shown, with their cells."""
-        shown = [c for c in self.columns if c.has_values and width >= c.least]
+        shown = [c for c in self.columns if c.has_values and width >= c.hidden_below]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
         shares = sum(c.share for c in shown if c.flexible)
         found = []
@@ -181,7 +181,7 @@ class Table(ScrollList):
             cells = column.width
             if column.flexible:
                 cells = max(width - fixed, 4) * column.share // shares
-                cells = min(cells, column.most or cells)
+                cells = min(cells, column.max_width or cells)
             found.append((column, cells))
         return found
 
@@ -202,3 +202,8 @@ def fitted(text: str, width: int, *, right: bool = False, both_ends: bool = Fals
     if right and room > 0:
         return " " * room + text
     return shorten_middle(text, width) if both_ends else shorten(text, width)
+
+
+def sortable(value: float | None) -> float:
+    """The value as a sort key; a missing one sorts before all numbers."""
+    return float("-inf") if value is None else value

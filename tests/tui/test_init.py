@@ -51,7 +51,7 @@ def test_an_override_with_another_reward_takes_the_place_of_the_starter_s(tmp_pa
     reward = config_file.load(file).reward
     assert (reward.environment, reward.model) == ("score", None)
     for name, answer in (("prompts", "starter:prompts"), ("policy", "starter:policy")):
-        assert init_module.usable(name, keys, answer) == answer
+        assert init_module.checked_answer(name, keys, answer) == answer
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_an_override_with_another_reward_takes_the_place_of_the_starter_s(tmp_pa
 )
 def test_an_answer_that_no_model_or_data_set_can_be_is_asked_for_again(name, answer, says):
     with pytest.raises(UsageError) as caught:
-        init_module.usable(name, (), answer)
+        init_module.checked_answer(name, (), answer)
     assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("answer", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "starter:policy"])
 def test_an_id_on_the_hub_is_not_looked_up(answer):
-    assert init_module.usable("policy", (), answer) == answer
+    assert init_module.checked_answer("policy", (), answer) == answer
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -7,6 +7,7 @@ from textual.timer import Timer
 from engine.session.folder import SessionFolder
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
+from rlhf_tui.screens.parts.panel_placement import place_panel
 from rlhf_tui.state.messages import SessionPreviewed
 from rlhf_tui.state.runs.session_preview import read_preview
 from rlhf_tui.state.runs.session_row import ListedSession, SessionRow
@@ -15,13 +16,8 @@ from rlhf_tui.widgets.table import Table
 
 PREVIEW_DELAY = 0.15
 """Seconds that a row is highlighted before its preview is read."""
-BESIDE, LEAST_HEIGHT = 170, 20
-"""Minimum width and height at which the preview is beside the table."""
-BELOW, LEAST_ROWS = 34, 6
-"""Minimum height at which the preview is below any table, and the table's minimum height then."""
-LINES_BESIDE_TABLE = 16
-"""Lines of the screen beside the table and a preview of minimum height, which is below a table that
-leaves room for it."""
+MIN_HEIGHT_BESIDE = 20
+"""Lines of the screen from which on the preview may be beside the table."""
 
 
 class HighlightedPreview:
@@ -44,21 +40,8 @@ class HighlightedPreview:
 
     def fit(self) -> None:
         """Puts the preview where there is room; call it when the size or the rows change."""
-        width, height = self._screen.size
-        browser, table = self._screen.query_one("#browser"), self._table
-        beside = bool(table.count()) and width >= BESIDE and height >= LEAST_HEIGHT
-        rows = max(table.count() + 1, LEAST_ROWS)
-        low = height < BELOW
-        below = (
-            bool(table.count()) and not beside and (not low or height >= rows + LINES_BESIDE_TABLE)
-        )
-        browser.set_class(beside, "beside")
-        browser.set_class(below, "below")
-        browser.set_class(below and low, "low")
-        if below:
-            table.styles.height = rows if low else min(rows, height * 2 // 5)
-        else:
-            table.styles.clear_rule("height")
+        browser, size = self._screen.query_one("#browser"), self._screen.size
+        place_panel(browser, self._table, size, min_height_beside=MIN_HEIGHT_BESIDE)
 
     def ask(self, listed: ListedSession | None) -> None:
         """Schedules reading the preview if another row is highlighted or its values have changed.

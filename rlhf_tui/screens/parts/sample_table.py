@@ -31,7 +31,7 @@ class SamplesTable(Table):
                 Column(TURNS_COLUMN, 5, right=True),
                 Column("", 1),
                 Column("", 2),
-                Column("prompt", 10, flexible=True, least=90),
+                Column("prompt", 10, flexible=True, hidden_below=90),
                 Column("response", 10, flexible=True, share=2),
             ],
             id="samples",

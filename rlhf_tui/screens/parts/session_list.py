@@ -15,7 +15,7 @@ from rlhf_tui.state.runs.session_row import ListedSession, SessionRow
 from rlhf_tui.state.timeline import DIED
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS, paused_text
-from rlhf_tui.widgets.table import Column, Table
+from rlhf_tui.widgets.table import Column, Table, sortable
 
 NAME_COLUMN = 1
 """The index of the column of names."""
@@ -26,24 +26,18 @@ MARK = "▸ "
 MAX_SETTING_WIDTH = 18
 """Maximum cells of a settings column; of a path, the end is shown."""
 
-LOWEST = float("-inf")
-"""Sorts before all values."""
 Order = Callable[[ListedSession], Any]
 ORDERS: dict[str, Order] = {
     "name": lambda s: s.row.name,
     "state": lambda s: s.row.state,
     "step": lambda s: s.row.step,
-    "beta": lambda s: _or_least(s.row.beta),
-    "KL": lambda s: _or_least(s.row.kl),
+    "beta": lambda s: sortable(s.row.beta),
+    "KL": lambda s: sortable(s.row.kl),
     "active": lambda s: s.row.updated or 0,
 }
 """Title of a column that is always there → what it sorts by."""
 ASCENDING = ("name", "state")
 """The titles that first sort in ascending order, the others in descending order."""
-
-
-def _or_least(value: float | None) -> float:
-    return LOWEST if value is None else value
 
 
 # -- columns ---------------------------------------------------------------------------------------
@@ -79,7 +73,7 @@ class SessionColumns:
         """Title of a column → what it sorts by."""
         shown = ("name", "step") if self.with_settings else tuple(ORDERS)
         found = {name: ORDERS[name] for name in shown}
-        found[self.title] = lambda s: _or_least(s.value)
+        found[self.title] = lambda s: sortable(s.value)
         for key, title in self._keys.items():
             found.setdefault(title, _by_setting(key))
         return found
@@ -88,7 +82,7 @@ class SessionColumns:
         """The columns, wide enough for the states, steps and settings of these sessions."""
         title = self.title
         # Numbers end where the curve begins.
-        curve = Column(f" {title} curve"[: SPARK_WIDTH + 1], SPARK_WIDTH + 1, least=78)
+        curve = Column(f" {title} curve"[: SPARK_WIDTH + 1], SPARK_WIDTH + 1, hidden_below=78)
         value = Column(title, max(7, min(len(title) + 1, SPARK_WIDTH)), right=True)
         head = [Column("", 1), Column("name", 14, flexible=True, both_ends=True)]
         if not self.with_settings:
@@ -98,7 +92,7 @@ class SessionColumns:
             return [
                 *head, Column("state", max(states, 9)), Column("step", max(steps, 7), right=True),
                 Column("beta", 7, right=True), value,
-                Column("KL", 7, right=True, least=MIN_WIDTH_WITH_KL), curve,
+                Column("KL", 7, right=True, hidden_below=MIN_WIDTH_WITH_KL), curve,
                 Column("active", 8, right=True),
             ]  # fmt: skip
         columns = [*head, Column("step", 9, right=True), value, curve]
@@ -107,7 +101,7 @@ class SessionColumns:
             longest = max((len(_setting(s, key)) for s in sessions), default=0)
             width = min(max(longest, len(name) + 1), MAX_SETTING_WIDTH)
             used += width + 1
-            columns.append(Column(name, width, right=True, least=used))
+            columns.append(Column(name, width, right=True, hidden_below=used))
         return columns
 
     def cells(self, listed: ListedSession, now: float, *, marked: bool) -> list[Piece]:
