@@ -65,11 +65,11 @@ def alerts(
 
 def shown(found: Sequence[float]) -> str:
     """The median of those that are finite, and the share that is not."""
-    told = [d for d in found if math.isfinite(d)]
-    if not told:
+    finite = [d for d in found if math.isfinite(d)]
+    if not finite:
         return "never"
-    missed = 1 - len(told) / len(found)
-    return f"{statistics.median(told):.0f}" + (f" ({missed:.0%} never)" if missed else "")
+    missed = 1 - len(finite) / len(found)
+    return f"{statistics.median(finite):.0f}" + (f" ({missed:.0%} never)" if missed else "")
 
 
 def print_false_alarms(title: str, false: Counter[str], steps: int) -> None:
@@ -125,23 +125,23 @@ def _print_sickness(kind: str, runs: list[RecordedRun]) -> None:
     cells = [
         shown([run.score_lost() for run in runs]),
         shown([run.kl_passed() for run in runs]),
-        *(shown([_earliest(told, rules) for told in first]) for rules in (THRESHOLDS, SEQUENTIAL)),
+        *(shown([_earliest(each, rules) for each in first]) for rules in (THRESHOLDS, SEQUENTIAL)),
     ]
     in_time = [
-        min(told.values(), default=math.inf) < run.harmed()
-        for told, run in zip(first, runs, strict=True)
+        min(each.values(), default=math.inf) < run.harmed()
+        for each, run in zip(first, runs, strict=True)
     ]
     print(f"{kind:<18}{len(runs):>5}{''.join(f'{cell:>18}' for cell in cells)}", end="")
     print(f"{sum(in_time) / len(runs):>9.0%}")
     for rule in DEFAULT_RULES:
-        steps = [told.get(rule.name, math.inf) for told in first]
+        steps = [each.get(rule.name, math.inf) for each in first]
         if min(steps) < math.inf:
             soon = sum(s < r.harmed() for s, r in zip(steps, runs, strict=True)) / len(runs)
             print(f"    {rule.name:<20} {shown(steps):<18} {soon:.0%} in time")
 
 
-def _earliest(told: dict[str, int], rules: list[Rule]) -> float:
-    return min((told[rule.name] for rule in rules if rule.name in told), default=math.inf)
+def _earliest(steps: dict[str, int], rules: list[Rule]) -> float:
+    return min((steps[rule.name] for rule in rules if rule.name in steps), default=math.inf)
 
 
 # -- simulated runs --------------------------------------------------------------------------------
@@ -154,12 +154,12 @@ def delays(
     found = []
     for seed in range(runs):
         run, onset = sick(random.Random(seed), steps, change)
-        told = [
+        alerted = [
             alert.step
             for alert in alerts(rules, run, (WATCHED, EVAL_SCORE), SETTINGS)
             if alert.step >= onset and alert.evidence.get("metric") in metrics
         ]
-        found.append(min(told, default=math.inf) - onset)
+        found.append(min(alerted, default=math.inf) - onset)
     return found
 
 

@@ -167,7 +167,7 @@ def two_ranks(target: Target) -> Iterator[Finding]:
 
 
 def out_of_memory(target: Target) -> Iterator[Finding]:
-    """A GPU without free memory is told as that, in one line that says what would help."""
+    """A GPU without free memory is reported as that, in one line that says what would help."""
     if not target.real:
         yield Finding("out of memory in one line", passed=True, measured="needs a GPU's memory")
         return
@@ -178,12 +178,12 @@ def out_of_memory(target: Target) -> Iterator[Finding]:
     finally:
         del held
         torch.cuda.empty_cache()
-    told = [x for x in output.splitlines() if "out of memory" in x]
+    lines = [x for x in output.splitlines() if "out of memory" in x]
     starts = output.count("attempt")
     yield Finding(
         "out of memory in one line that says what would help",
-        code != 0 and bool(told) and "micro_batch_size" in told[-1] and "Traceback" not in output,
-        f"exit code {code}: {told[-1] if told else output[-300:]}", {"restarts": float(starts)},
+        code != 0 and bool(lines) and "micro_batch_size" in lines[-1] and "Traceback" not in output,
+        f"exit code {code}: {lines[-1] if lines else output[-300:]}", {"restarts": float(starts)},
     )  # fmt: skip
 
 

@@ -96,14 +96,14 @@ def _mistakes(message: str, tree: dict[str, Any], kind: type[msgspec.Struct]) ->
     be missing after an unknown one, which is probably that key, nor after its own wrong value.
     """
     rest = copy.deepcopy(tree)
-    unknown, told = False, set[str]()
+    unknown, reported = False, set[str]()
     for _ in range(MAX_MISTAKES):
         text, path = _text_and_path(message)
         missing = _missing_key(text, path)
-        if not (missing and (unknown or missing in told)):
+        if not (missing and (unknown or missing in reported)):
             yield _explain_one(text, path, rest)
         unknown |= _unknown_field(text) is not None
-        told.add(path)
+        reported.add(path)
         if not _mend(text, path, rest):
             return
         try:
@@ -187,10 +187,10 @@ def _remedy(name: str, key: str) -> str:
     return nearest(key)
 
 
-def _also_unknown(tree: dict[str, Any], told: str) -> str:
+def _also_unknown(tree: dict[str, Any], reported: str) -> str:
     """The other unknown keys, so that they need not be found one by one; without long ones."""
     keys = (key for _, _, key in _unknown_keys(RunConfig, tree, ""))
-    others = [key for key in keys if key != told and len(key) <= MAX_LISTED_KEY]
+    others = [key for key in keys if key != reported and len(key) <= MAX_LISTED_KEY]
     if not others:
         return ""
     listed = ", ".join(f"'{key}'" for key in others[:MAX_LISTED])

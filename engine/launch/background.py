@@ -80,13 +80,13 @@ def _start(
         code = process.poll()
         state = _state(session) if _attempts(session) > attempts else "starting"
         if code is not None:
-            _pass_on(session, last_event, notice)
+            _report_notices(session, last_event, notice)
             return _ended(session, code, state, process.pid, log_size)
         engine = session.engine()  # of two that start at once, one is refused
         if state != "starting" and state in LIVE_STATES and engine and engine.pid == process.pid:
             break
         time.sleep(POLL_INTERVAL)
-    _pass_on(session, last_event, notice)
+    _report_notices(session, last_event, notice)
     return process.pid
 
 
@@ -141,7 +141,8 @@ def _last_event(session: SessionFolder) -> int:
         return max((e.event for e in reader.events(last=1)), default=0)
 
 
-def _pass_on(session: SessionFolder, after: int, notice: Callable[[str], None]) -> None:
+def _report_notices(session: SessionFolder, after: int, notice: Callable[[str], None]) -> None:
+    """Calls `notice` with the alerts and the notes that were recorded after an event."""
     with JournalReader(session) as reader:
         for event in reader.events(after=after):
             match event.payload:

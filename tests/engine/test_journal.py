@@ -36,13 +36,22 @@ def test_a_step_is_read_as_it_was_written(writer):
         assert reader.metrics.rows(last=1) == rows[1:]
         assert reader.last_step() == 2
         assert reader.meta().settings == {"beta": 0.1}
+
+
+def test_the_samples_of_a_step_are_read_as_they_were_written(writer):
+    writer.steps(1, 2)
+    with JournalReader(writer.session) as reader:
         samples = reader.samples.newest()
         assert [(s.step, s.index) for s in samples] == [(1, 0), (1, 1), (2, 0), (2, 1)]
         assert samples[0].parts == {"reward": 1.0}
         assert (samples[0].ended, samples[1].ended) == (True, False)
+
+
+def test_arrays_are_those_of_a_step_an_index_and_an_attempt(writer):
+    writer.steps(1, 2)
+    with JournalReader(writer.session) as reader:
         assert reader.samples.arrays(1, 0, 1).ref_logprob == [-1.0, -2.5]
         assert reader.samples.arrays(1, 1, 1) is None
-        # Of another attempt there are none in its place.
         assert reader.samples.arrays(1, 0, 2) is None
 
 

@@ -193,7 +193,7 @@ def _value_init_mistakes(config: RunConfig) -> Iterator[str]:
 
 
 def _has_one_reward_model(config: RunConfig) -> bool:
-    """Whether exactly one source is a reward model. That there is no source is told elsewhere."""
+    """Whether exactly one source is a reward model; true without sources, an error of its own."""
     sources = config.reward.sources()
     return len(config.reward.models()) == 1 or not any(s.keys_given for s in sources)
 

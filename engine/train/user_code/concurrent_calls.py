@@ -12,7 +12,7 @@ from engine.train.user_code.coroutines import stack_of_awaited
 from engine.train.user_code.function import forks_ended
 
 LONG_CALL = 60.0
-"""Seconds after which a call that has not returned is told."""
+"""Seconds after which a call that has not returned is reported."""
 CHECK_INTERVAL = 1.0
 """Seconds between checks of the calls that have not returned."""
 
