@@ -46,7 +46,7 @@ def published_case(quicker: str) -> str:
             "AVX-512 where oneDNN is quicker than MKL: 2.06x at equal work, 3.30x for the defaults"
         )
     if instruction_set() == "AVX2":
-        return "AVX2: 1.14x to 1.30x at equal work, 1.77x to 2.23x for the defaults (three machines)"
+        return "AVX2: 1.14x to 1.30x at equal work, 1.77x to 2.23x for the defaults (3 machines)"
     return (
         f"none; {instruction_set()} where the engine and TRL both use MKL: expect a result between "
         "that of AVX2 (1.2x, defaults 1.8x) and that of AVX-512 with oneDNN (2.06x, 3.30x)"
