@@ -95,7 +95,7 @@ def start(folder: Path, task: Task, extra: list[str]) -> list[Side]:
     equal = (OURS, [str(folder), *settings(task), *EQUAL, *extra])
     defaults = (OURS, [str(folder), *settings(task), *extra])
     # Each side waits as its users' do: TRL's threads spin as long as libgomp's do by default.
-    ours = rank_environment(LaunchConfig(nice=0))
+    ours = rank_environment(LaunchConfig(nice=0), ranks=1)
     sides = []
     for name, (module, arguments), environment in (
         ("TRL", trl, dict(os.environ)),

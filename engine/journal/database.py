@@ -197,7 +197,8 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
         sqlite3.Error: the file cannot be read.
     """
     queries = (
-        "SELECT 1 FROM sqlite_schema WHERE ifnull(rootpage, 0) = 0",
+        "SELECT 1 FROM sqlite_schema"
+        " WHERE type NOT IN ('table', 'index') OR ifnull(rootpage, 0) = 0",
         "SELECT 1 FROM sqlite_schema AS s, pragma_table_xinfo(s.name) WHERE hidden <> 0",
     )
     if any(db.execute(query).fetchone() is not None for query in queries):

@@ -1,5 +1,6 @@
 """The command line and the environment of ranks."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -64,11 +65,12 @@ busy process. If they sleep at once, a step on an idle machine takes an eighth l
 decoding consists of thousands of short parallel regions. Ten thousand spins gain little on an idle
 machine and make a step 1.5 times as long beside another busy process."""
 
-LONG_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000"}
+LONG_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100001"}
 """A waiting thread spins for some milliseconds.
 
 Where a sleeping thread takes long to wake up, as in a virtual machine, a step then takes 12 to 20 %
-less. For a rank that has an idle core for each thread (`engine.train.distributed.idle_cores`)."""
+less. For a rank that has an idle core for each thread (`engine.train.distributed.idle_cores`). With
+any other number, which is the user's, nothing is adapted."""
 
 
 def threads_per_rank(launch: LaunchConfig, ranks: int) -> int:
@@ -81,10 +83,20 @@ def needs_most_cores(threads: int) -> bool:
     return 1 < threads <= len(os.sched_getaffinity(0)) < 2 * threads - 1
 
 
-def openmp_waiting(launch: LaunchConfig, ranks: int) -> dict[str, str]:
+def openmp_waiting(launch: LaunchConfig, ranks: int | None) -> dict[str, str]:
     """How the threads of each of `ranks` on this machine wait for each other."""
-    alone = ranks == 1 and needs_most_cores(threads_per_rank(launch, 1))
-    return LONG_WAITING if alone else OPENMP_WAITING
+    alone = ranks == 1 and "OMP_NUM_THREADS" not in os.environ and not has_cpu_quota()
+    long = alone and needs_most_cores(threads_per_rank(launch, 1))
+    return LONG_WAITING if long else OPENMP_WAITING
+
+
+def has_cpu_quota(cgroups: Path = Path("/sys/fs/cgroup")) -> bool:
+    """Whether a container limits the processor time of this process, which spinning would use."""
+    with contextlib.suppress(OSError):
+        return not (cgroups / "cpu.max").read_text(encoding="ascii").startswith("max")
+    with contextlib.suppress(OSError):  # version 1
+        return not (cgroups / "cpu/cpu.cfs_quota_us").read_text(encoding="ascii").startswith("-")
+    return False
 
 
 MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 23), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -215,12 +227,12 @@ def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:
     return [sys.executable, "-P", "-m", "engine.launch.rank", agent, folder, str(count)]
 
 
-def rank_environment(launch: LaunchConfig, ranks: int = 1) -> dict[str, str]:
+def rank_environment(launch: LaunchConfig, ranks: int | None = None) -> dict[str, str]:
     """The environment of ranks on any machine, except for their token and addresses.
 
     Args:
         launch: the section of the configuration.
-        ranks: how many of them are on this machine.
+        ranks: how many of them are on this machine; None for another program that uses torch.
     """
     settings = {
         "TOKENIZERS_PARALLELISM": "false",

@@ -245,6 +245,10 @@ class _Estimator:
         )
         if self._config.parallel.activations == "offload" and self._models.device == "cuda":
             kept -= policy.layers * rows * length * MASTER * policy.hidden
+        if self._adapters and self._compute != MASTER and policy.recomputes_products:
+            # An adapter of the MLP's last layer keeps a copy of the product in its own dtype.
+            copies = rows * length * self._compute * policy.intermediate
+            kept += 0 if self._checkpointing else policy.layers * copies
         # With DoRA also the results of the adapted layers, for the gradient of the rows' lengths.
         scaled = rows * length * self._compute * self._scaled_outputs
         kept += scaled // policy.layers if self._checkpointing else scaled

@@ -85,11 +85,28 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     Raises:
         OSError: it cannot be opened, or is not a regular file.
     """
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
+    except BlockingIOError:
+        # Another process has a lease on the file, as an NFS server or Samba for one of its clients.
+        # The kernel takes it back while this process waits.
+        _check_regular(path, path.stat())
+        return os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads, or a socket
+            _check_regular(path, path.stat())
+        raise
+    try:
+        _check_regular(path, os.fstat(fd))
+    except OSError:
         os.close(fd)
-        raise OSError(errno.EINVAL, "it is not a regular file; move it away", str(path))
+        raise
     return fd
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file; move it away", str(path))
 
 
 def open_to_read(path: Path) -> BufferedReader:

@@ -31,7 +31,7 @@ BASE_ADAPTERS = "base_adapter_config.json"
 into the base model when it was loaded. The folder's own adapters then fit no model on disk."""
 TRANSIENT_ERRORS = (
     errno.EACCES, errno.EPERM, errno.EKEYEXPIRED,
-    errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,
     errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
 )  # fmt: skip
 """Errors that say nothing about a file's content: this user may not read it, this machine is out of

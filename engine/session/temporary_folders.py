@@ -73,8 +73,9 @@ def written_whole(out: Path) -> Iterator[Path]:
             sync(path)
         if out.exists():
             out.rmdir()  # an empty folder; another one raises
-        (part / LOCK_NAME).unlink(missing_ok=True)
         part.rename(out)
+        # Only now: without its lock file, the folder would look abandoned.
+        (out / LOCK_NAME).unlink(missing_ok=True)
         sync(out.parent)
     finally:
         if held is not None:

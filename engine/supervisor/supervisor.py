@@ -16,7 +16,7 @@ import msgspec
 
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
-from engine.errors import JournalError
+from engine.errors import JournalError, SessionError
 from engine.journal.logs.command_log import OF_START
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter, is_busy
@@ -178,7 +178,7 @@ class Supervisor:
         while (start := state.next) is not None:
             try:
                 code = await self.run_attempt(start)
-            except (OSError, JournalError) as error:  # such as of checkpoints that cannot be read
+            except (OSError, SessionError) as error:  # such as of checkpoints that cannot be read
                 if start is self._first:  # whoever starts the engine is told
                     raise
                 state.next = None

@@ -222,7 +222,7 @@ class Verbs(Group):
             click.echo(ctx.get_help())
             ctx.exit()
         if args[0] == "note":
-            note = fmt.command("note", ctx.params["name"])
+            note = fmt.command("note", ctx.params["name"], root=ctx.params["root"])
             raise click.UsageError(f"note is a command of its own: {note} TEXT", ctx)
         if args[0].startswith("-"):
             raise click.UsageError(f"give {args[0]} before NAME or after the verb", ctx)
@@ -234,7 +234,9 @@ class Verbs(Group):
         """What may be meant by a verb that does not exist, to follow it in a message."""
         setting = word.partition("=")[0].rpartition(".")[2]
         if setting in LIVE_SETTINGS:
-            command = fmt.command("ctl", ctx.params["name"], "set", f"{setting}=VALUE")
+            command = fmt.command(
+                "ctl", ctx.params["name"], "set", f"{setting}=VALUE", root=ctx.params["root"]
+            )
             return f"; to change this setting: {command}"
         verbs = [name for name, verb in self.commands.items() if not verb.hidden]
         near = difflib.get_close_matches(word, verbs, n=1)

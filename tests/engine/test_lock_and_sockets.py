@@ -1,6 +1,7 @@
 """One engine a session, and a socket that is reached however deep it lies."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from engine.config.sections.launch import LaunchConfig
 from engine.errors import SessionError, SessionLockedError
 from engine.protocol import sockets
 from engine.session import lock
-from engine.session.access import MOST_BYTES, open_to_umask
+from engine.session.access import MOST_BYTES, open_to_append, open_to_umask, read_bytes
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes.rank_processes import RankProcesses
 
@@ -25,6 +26,17 @@ held = SessionLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
+
+LEASE = """
+import fcntl, os, signal, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+signal.signal(signal.SIGIO, lambda *_: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK))
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+while True:
+    signal.pause()
+"""
+"""Takes a lease, and gives it back when the kernel asks for it, as an NFS server does."""
 
 
 @pytest.fixture
@@ -256,3 +268,25 @@ def test_a_file_that_is_too_large_to_describe_an_engine_is_not_read(tmp_path):
     with session.engine_file.open("ab") as file:
         file.write(b" " * MOST_BYTES)
     assert session.engine() is None
+
+
+def test_a_file_with_a_lease_is_read_when_the_lease_has_been_given_back(tmp_path):
+    path = tmp_path / "state.json"
+    path.write_bytes(b"content")
+    other = subprocess.Popen([sys.executable, "-c", LEASE, path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+
+        assert read_bytes(path) == b"content"
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_socket_in_place_of_a_file_is_named_as_no_file(tmp_path):
+    path = tmp_path / "engine.log"
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind(str(path))
+
+        with pytest.raises(OSError, match="not a regular file"):
+            open_to_append(path)

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
 from engine.config.sections.launch import LaunchConfig
-from engine.launch.environment import LONG_WAITING, OPENMP_WAITING, rank_environment
+from engine.launch.environment import LONG_WAITING, OPENMP_WAITING, has_cpu_quota, rank_environment
 from engine.train.distributed.idle_cores import CoreTimes, busy_seconds
 
 CORES = len(os.sched_getaffinity(0))
@@ -115,7 +116,7 @@ WAITING = """
 
 @pytest.mark.skipif(CORES < 2, reason="threads wait for each other on two cores or more")
 def test_programs_that_a_rank_starts_do_not_wait_actively() -> None:
-    environment = rank_environment(LaunchConfig()) | {"OMP_NUM_THREADS": str(CORES)}
+    environment = rank_environment(LaunchConfig(), ranks=1) | {"OMP_NUM_THREADS": str(CORES)}
 
     assert run_python(WAITING, environment) == ["True", OPENMP_WAITING["GOMP_SPINCOUNT"]]
 
@@ -123,7 +124,7 @@ def test_programs_that_a_rank_starts_do_not_wait_actively() -> None:
 def test_a_users_own_setting_of_waits_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
 
-    assert run_python(WAITING, rank_environment(LaunchConfig())) == ["False", "7"]
+    assert run_python(WAITING, rank_environment(LaunchConfig(), ranks=1)) == ["False", "7"]
 
 
 def test_ranks_that_share_a_machine_sleep_soon() -> None:
@@ -133,6 +134,25 @@ def test_ranks_that_share_a_machine_sleep_soon() -> None:
 
 
 def test_a_rank_that_leaves_most_cores_to_others_sleeps_soon() -> None:
-    alone = rank_environment(LaunchConfig(threads=max(1, CORES // 2)))
+    alone = rank_environment(LaunchConfig(threads=max(1, CORES // 2)), ranks=1)
 
     assert alone["GOMP_SPINCOUNT"] == OPENMP_WAITING["GOMP_SPINCOUNT"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "limited"),
+    [
+        ("cpu.max", "max 100000\n", False),
+        ("cpu.max", "200000 100000\n", True),
+        ("cpu/cpu.cfs_quota_us", "-1\n", False),
+        ("cpu/cpu.cfs_quota_us", "200000\n", True),
+        ("other", "", False),
+    ],
+)
+def test_a_containers_limit_of_processor_time_is_seen(
+    tmp_path: Path, name: str, text: str, limited: bool
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+
+    assert has_cpu_quota(tmp_path) is limited

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -131,3 +132,54 @@ def test_an_mlp_with_a_forward_of_its_own_is_left_alone() -> None:
     mlp.forward = lambda x: x  # as Liger's kernels replace it
 
     assert not is_gated_mlp(mlp)
+
+
+def test_a_copy_as_large_as_the_products_is_not_taken_for_one() -> None:
+    # In bfloat16, a weight's copy is as large if there are as many tokens as hidden states.
+    usual = tiny_model("llama")
+    lean = copy.deepcopy(usual)
+    ids = torch.randint(60, (4, 8), generator=torch.Generator().manual_seed(2))
+
+    recompute_products(lean)
+
+    for model in (usual, lean):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+    assert all(
+        torch.equal(x.grad, y.grad)
+        for x, y in zip(usual.parameters(), lean.parameters(), strict=True)
+    )
+
+
+def test_adapters_in_bfloat16_get_the_same_gradients() -> None:
+    usual = tiny_model("llama")
+    usual.requires_grad_(False)
+    adapted = get_peft_model(
+        usual, LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj"], init_lora_weights=False)
+    )
+    for parameter in adapted.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    lean = copy.deepcopy(adapted)
+    ids = torch.randint(60, (4, 33), generator=torch.Generator().manual_seed(2))
+
+    recompute_products(lean)
+
+    gradients = []
+    for model in (adapted, lean):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == 4
+    assert all(map(torch.equal, *gradients))
+
+
+def test_an_activation_that_works_in_place_is_left_alone() -> None:
+    usual = tiny_model("llama")
+    for layer in usual.model.layers:
+        layer.mlp.act_fn = nn.ReLU(inplace=True)
+    lean = copy.deepcopy(usual)
+
+    recompute_products(lean)
+
+    assert all(map(torch.equal, backward_pass(lean), backward_pass(usual)))

@@ -63,3 +63,9 @@ def test_a_command_without_its_arguments_is_told_in_one_line(arguments, words):
 )
 def test_a_verb_that_does_not_exist_names_what_may_be_meant(word, hint):
     assert hint in usage_error(["ctl", "frozen", word, "1e-5"])
+
+
+def test_a_hint_for_a_session_of_another_folder_names_the_folder(tmp_path):
+    words = usage_error(["ctl", "--sessions", str(tmp_path), "frozen", "clip_range", "0.1"])
+
+    assert f"rlhf-tui ctl frozen set clip_range=VALUE --sessions {tmp_path}" in words

@@ -149,10 +149,10 @@ def _checkpoint_status(position: Position, counted: str) -> str:
         CASE
             WHEN status IN ('written', 'abandoned') THEN status
             WHEN status = 'removed'
-                AND (
-                    SELECT count(*) {by_then} AND n.step > c.step AND n.attempt >= c.attempt
-                    {counted}
-                ) >= {position.keep_last}
+                AND EXISTS (
+                    SELECT 1 {by_then} AND n.step > c.step AND n.attempt >= c.attempt
+                    {counted} LIMIT 1 OFFSET {position.keep_last - 1}
+                )
                 THEN status
             WHEN status = 'replaced'
                 AND EXISTS (SELECT 1 {by_then} AND n.step = c.step AND n.attempt > c.attempt)

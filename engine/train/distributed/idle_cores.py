@@ -30,6 +30,10 @@ CALM_PERIODS = 2
 LITTLE = 0.25
 """Share of a core that other processes may use: a dashboard that is watched takes a tenth."""
 STATISTICS = Path("/proc/stat")
+EXIT_TIMEOUT = 5.0
+"""Seconds that the process waits for the thread at its end."""
+TEAM_SIZE = threading.Lock()
+"""Held while the number of threads of a new team is another than usual, and to make one."""
 PARALLEL = 1 << 17
 """Elements of a tensor that torch divides among its threads."""
 
@@ -43,17 +47,19 @@ def wait_by_idle_cores() -> bool:
     Returns:
         Whether it has started the thread.
     """
-    spins = os.environ.get("GOMP_SPINCOUNT")
-    if spins != LONG_WAITING["GOMP_SPINCOUNT"] or not needs_most_cores(torch.get_num_threads()):
+    if os.environ.get("GOMP_SPINCOUNT") != LONG_WAITING["GOMP_SPINCOUNT"]:
         return False
     os.environ.update(OPENMP_WAITING)  # for the programs that this process starts
+    threads = torch.get_num_threads()
+    if not needs_most_cores(threads):
+        return False
     ended = threading.Event()
-    thread = threading.Thread(target=_adapt, args=(ended,), name="idle cores", daemon=True)
+    thread = threading.Thread(target=_adapt, args=(threads, ended), name="idle cores", daemon=True)
     thread.start()
 
     def end() -> None:
         ended.set()
-        thread.join()
+        thread.join(EXIT_TIMEOUT)
 
     # Python would abort at exit if a daemon thread were in torch's code.
     atexit.register(end)
@@ -100,12 +106,15 @@ class SecondTeam:
         self._leader = threading.Thread(
             target=self._lead, args=(started,), name="second team", daemon=True
         )
-        self._leader.start()
-        started.wait()
+        with TEAM_SIZE:
+            self._leader.start()
+            started.wait()
 
     def _lead(self, started: threading.Event) -> None:
-        torch.zeros(PARALLEL).add_(1.0)  # libgomp creates a team for each thread that needs one
-        started.set()
+        try:
+            torch.zeros(PARALLEL).add_(1.0)  # libgomp makes a team for each thread that needs one
+        finally:
+            started.set()
         self._end.wait()
 
     def end(self) -> None:
@@ -114,18 +123,20 @@ class SecondTeam:
         self._leader.join()
 
 
-def _adapt(ended: threading.Event) -> None:
+def _adapt(threads: int, ended: threading.Event) -> None:
     cores = len(os.sched_getaffinity(0))
     team: SecondTeam | None = SecondTeam()
     calm, before = 0, CoreTimes.read()
     while not ended.wait(PERIOD):
-        if not needs_most_cores(threads := torch.get_num_threads()):  # for a sum with one thread
-            continue
-        now = CoreTimes.read()
-        others = now.used_by_others(before)
-        # Some sandboxes show no times: then the own ones seem to be more than those of all.
-        calm = calm + 1 if -LITTLE <= others <= cores - threads + LITTLE else 0
-        before = now
+        try:
+            now = CoreTimes.read()
+        except OSError:  # no free descriptors
+            calm = 0
+        else:
+            others = now.used_by_others(before)
+            # Some sandboxes show no times: then the own ones seem to be more than those of all.
+            calm = calm + 1 if -LITTLE <= others <= cores - threads + LITTLE else 0
+            before = now
         if calm >= CALM_PERIODS and team is not None:
             team.end()
             team = None

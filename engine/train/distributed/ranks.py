@@ -32,7 +32,7 @@ from engine.memory.capacity import of_gpus
 from engine.nvml import driver_problem, visible_gpus
 from engine.protocol.rank_messages import LEAVING_KEY, WAITING_KEY
 from engine.train.distributed.exchange import all_gather_bytes
-from engine.train.distributed.idle_cores import wait_by_idle_cores
+from engine.train.distributed.idle_cores import TEAM_SIZE, wait_by_idle_cores
 from engine.train.distributed.rank_store import RankStore
 
 log = logging.getLogger("engine")
@@ -364,9 +364,10 @@ def set_threads_and_nice(ranks: RankGroup, launch: LaunchConfig) -> int:
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Context in which sums round in the same way with any number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with TEAM_SIZE:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

@@ -35,8 +35,12 @@ def has_routers(lm: PreTrainedModel) -> bool:
     Granite 4.0 Micro is, for example. Its loss would raise IndexError.
     """
     recorded = lm.can_record_outputs.get("router_logits")
-    kind = getattr(recorded, "target_class", recorded)
-    return kind is None or any(isinstance(part, kind) for part in lm.modules())
+    kinds = recorded if isinstance(recorded, list) else [recorded]
+    named = [getattr(kind, "target_class", kind) for kind in kinds]
+    classes = tuple(kind for kind in named if isinstance(kind, type))
+    if len(classes) < len(kinds):  # none, or a name
+        return True
+    return any(isinstance(part, classes) for part in lm.modules())
 
 
 def load_balancing_loss(lm: PreTrainedModel, outputs: Any, real: Tensor) -> Tensor:

@@ -168,7 +168,8 @@ def _shape(model: Any, config: Any, *, eager: bool, on_cpu: bool) -> Shape:
         score_tensors=_score_tensors(config, eager=eager),
         ignores_padding=is_classifier_on_decoder(model),
         read_whole=joins_tensors(model),
-        recomputes_products=all(map(partial(_is_gated, width=_intermediate(config)), layers)),
+        recomputes_products=not getattr(config, "num_experts_per_tok", None)
+        and all(map(partial(_is_gated, width=_intermediate(config)), layers)),
     )
 
 

@@ -157,9 +157,7 @@ class RunIds:
         """Reads the file. In a copy of a session there are no ids yet."""
         self._file = file
         self._lock = threading.Lock()
-        self._ids: dict[str, str] = (
-            json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        )
+        self._ids: dict[str, str] = json.loads(read_bytes(file)) if file.exists() else {}
         here = str(file.parent.resolve())
         if self._ids.get(FOLDER, here) != here:
             if self._is_copy(Path(self._ids[FOLDER], file.name)):
@@ -172,10 +170,12 @@ class RunIds:
         try:
             if original.samefile(self._file):  # a folder that has two paths
                 return False
-            ids = json.loads(read_bytes(original)).items()
+            ids = json.loads(read_bytes(original))
         except (OSError, ValueError):
             return False
-        return any(key != FOLDER for key, _ in ids & self._ids.items())
+        mine = self._ids.items()
+        shared = [item for item in ids.items() if item in mine] if isinstance(ids, dict) else []
+        return any(key != FOLDER for key, _ in shared)
 
     def get(self, tracker: str) -> str:
         """Returns the id of a tracker's run; "" if it has none yet."""

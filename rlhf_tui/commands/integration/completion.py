@@ -14,7 +14,7 @@ CORRECTIONS = {
         (
             "compadd -U -V unsorted -a completions",
             "compadd -U -V unsorted -S '' -- ${(M)completions:#*=}; "
-            "compadd -U -V unsorted -- ${completions:#*=}",
+            "compadd -U -V unsorted -- ${completions:#*=}; return 0",
         ),
         (
             "    compdef ",

@@ -37,35 +37,46 @@ def is_gated_mlp(module: nn.Module) -> bool:
     """Whether a module computes :data:`GATED` and nothing else."""
     if "forward" in vars(module) or not hasattr(module, "gate_proj"):
         return False
-    try:
-        source = textwrap.dedent(inspect.getsource(type(module).forward))
-    except OSError:  # generated code
+    function = _definition(type(module).forward)
+    if function is None or [a.arg for a in function.args.args] != ["self", "x"]:
         return False
-    function = ast.parse(source).body[0]
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
-        return False
-    gated = ast.dump(ast.parse(GATED, mode="eval").body)
     match function.body:
         case [ast.Return(value=ast.expr() as found)]:
             pass
-        case [ast.Assign(targets=[ast.Name(id=name)], value=found), ast.Return(ast.Name(id=same))]:
-            if name != same:
-                return False
+        case [
+            ast.Assign(targets=[ast.Name(id=name)], value=found),
+            ast.Return(ast.Name(id=same)),
+        ] if name == same:
+            pass
         case _:
             return False
-    return [a.arg for a in function.args.args] == ["self", "x"] and ast.dump(found) == gated
+    return ast.dump(found) == ast.dump(ast.parse(GATED, mode="eval").body)
+
+
+def _definition(forward: Any) -> ast.FunctionDef | None:
+    """The parsed source of a function without decorators; None if there is none."""
+    if hasattr(forward, "__wrapped__"):  # its source is that of what it wraps
+        return None
+    try:
+        found = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    except (OSError, TypeError, SyntaxError):  # generated code, or not a plain function
+        return None
+    if not isinstance(found, ast.FunctionDef) or found.decorator_list:
+        return None
+    return found
 
 
 def _forward(mlp: Any, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     activated = mlp.act_fn(gate)
-    if not activated.requires_grad:
+    in_place = activated.data_ptr() == gate.data_ptr()  # the gate is lost
+    if in_place or not activated.requires_grad:
         return mlp.down_proj(activated * up)
+    # `activated` and `product` exist until the end, so that nothing else has their addresses.
     products = Products(mlp.act_fn, gate.detach(), up.detach(), activated.data_ptr())
     with saved_tensors_hooks(products.without, products.restored):
         product = activated * up
         products.product_at = product.data_ptr()
-        del activated  # its memory is for what comes next
         return mlp.down_proj(product)
 
 
