@@ -116,7 +116,7 @@ WAITING = """
 
 @pytest.mark.skipif(CORES < 2, reason="threads wait for each other on two cores or more")
 def test_programs_that_a_rank_starts_do_not_wait_actively() -> None:
-    environment = rank_environment(LaunchConfig(), ranks=1) | {"OMP_NUM_THREADS": str(CORES)}
+    environment = LONG_WAITING | {"OMP_NUM_THREADS": str(CORES)}
 
     assert run_python(WAITING, environment) == ["True", OPENMP_WAITING["GOMP_SPINCOUNT"]]
 
