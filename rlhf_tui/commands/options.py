@@ -96,8 +96,17 @@ sessions_option: Decorator = click.option(
 
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help=JSON)
 
+
+class CountFrom(click.IntRange):
+    """Whole numbers from a smallest one. Any larger than SQLite's is its largest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Returns the number. Raises BadParameter."""
+        return min(super().convert(value, param, ctx), 2**63 - 1)
+
+
 last_option: Decorator = click.option(
-    "--last", type=click.IntRange(min=1), metavar="N", help="Print only the last N."
+    "--last", type=CountFrom(min=1), metavar="N", help="Print only the last N."
 )
 
 

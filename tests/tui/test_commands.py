@@ -46,6 +46,14 @@ def test_the_responses_of_one_step_are_printed(root, options, indices):
     assert [(row["step"], row["index"]) for row in rows] == [(150, index) for index in indices]
 
 
+def test_a_step_that_is_too_large_for_the_journal_has_no_samples(root):
+    arguments = ["samples", "frozen", "--step", "9" * 20, "--sessions", str(root)]
+
+    result = CliRunner().invoke(cli, arguments)
+
+    assert (result.exit_code, result.output[:10]) == (0, "no samples")
+
+
 def test_the_folder_of_sessions_may_stand_before_the_command(root, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_TUI_SESSIONS", str(tmp_path / "none"))
     result = CliRunner().invoke(cli, ["--sessions", str(root), "ls"])

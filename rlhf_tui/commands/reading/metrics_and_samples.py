@@ -21,6 +21,7 @@ from engine.metrics import (
 )
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
+    CountFrom,
     existing_or_live,
     json_option,
     last_option,
@@ -82,9 +83,7 @@ def metrics(
 @optional_name_argument
 @sessions_option
 @last_option
-@click.option(
-    "--step", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Print those of one step."
-)
+@click.option("--step", type=CountFrom(min=0), metavar="N", help="Print those of one step.")
 @click.option("--eval", "held_out", is_flag=True, help="Print responses to held-out prompts.")
 @format_options
 @json_option
