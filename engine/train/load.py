@@ -166,8 +166,8 @@ def load_run(
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
-        reference=reference, rewards=rewards, optimiser=optimiser, state=state,
-        announce=announce, held_out=held_out, models=models, memory=memory,
+        reference=reference, rewards=rewards, ask_early=rewards.ask_early, optimiser=optimiser,
+        state=state, announce=announce, held_out=held_out, models=models, memory=memory,
         environments=environments,
         ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
         average=load_policy_average(config, policy, start.saved, ranks),

@@ -27,7 +27,7 @@ from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.policy_average import PolicyAverage
 from engine.train.rewards.mix import RewardMix
 from engine.train.rollout.ahead import RolloutAhead
-from engine.train.rollout.backend import RolloutBackend
+from engine.train.rollout.backend import OnResponse, RolloutBackend
 
 
 @dataclass
@@ -74,6 +74,8 @@ class Run:
     """What the memory estimate is based on, measured before loading; None without an estimate."""
     memory: Estimate | None
     """The memory estimate; None if the estimator does not know the model's architecture."""
+    ask_early: OnResponse | None = None
+    """See :attr:`RewardMix.ask_early`."""
     environments: Environments | None = None
     """Reply to the policy; None if a response is one turn."""
     ahead: RolloutAhead | None = None

@@ -195,7 +195,7 @@ def _respond(
     )
     rollout = respond(
         run, run.policy, prompts, options, report,
-        purpose=f"the evaluation after step {step}", on_ended=run.rewards.ask_early,
+        purpose=f"the evaluation after step {step}", on_ended=run.ask_early,
     )  # fmt: skip
     inputs = RewardInputs.of(rollout, step)
     raw = run.rewards(inputs, report)

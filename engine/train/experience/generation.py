@@ -42,13 +42,13 @@ def begin_next_rollout(run: Run, step: int) -> None:
 def generate_rollout(run: Run, step: int, report: ReportProgress = report_nothing) -> Rollout:
     """Generates the policy's responses to the prompts of a step, on every rank."""
     prompts, options = run.prompts.for_step(step), sampling_options(run, step)
-    return respond(run, run.policy, prompts, options, report, on_ended=run.rewards.ask_early)
+    return respond(run, run.policy, prompts, options, report, on_ended=run.ask_early)
 
 
 def generate(run: Run, step: int, prompts: list[Prompt], options: SamplingOptions) -> Rollout:
     """Generates more responses within a step, on every rank, as another `generate` phase."""
     with run.phase(step, "generate") as report:
-        return respond(run, run.policy, prompts, options, report, on_ended=run.rewards.ask_early)
+        return respond(run, run.policy, prompts, options, report, on_ended=run.ask_early)
 
 
 def sampling_options(run: Run, step: int) -> SamplingOptions:
