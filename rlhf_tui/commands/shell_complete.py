@@ -13,19 +13,19 @@ from engine.session.command_line import sessions_folder
 from engine.session.folder import SessionFolder, all_sessions, is_name
 from engine.session.registry import live_sessions
 
-WHOLE = 1000
-"""The characters of a description: shells cut it at their width, click at 45 characters."""
+MAX_DESCRIPTION = 1000
+"""Characters of a description. Shells cut it at their width; click's limit is 45."""
 
 
 class Group(click.Group):
     """A group whose commands are completed with their whole descriptions."""
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """The commands that begin so."""
+        """Returns the commands with this prefix."""
         found: list[CompletionItem] = super().shell_complete(ctx, incomplete)
         for item in found:
             if (command := self.get_command(ctx, item.value)) is not None:
-                item.help = command.get_short_help_str(WHOLE)
+                item.help = command.get_short_help_str(MAX_DESCRIPTION)
         return found
 
 

@@ -109,8 +109,8 @@ def test_beside_a_second_team_threads_sleep_between_parallel_regions_and_it_ends
 
 WAITING = """
     import os
-    from engine.train.distributed.idle_cores import wait_by_idle_cores
-    print(wait_by_idle_cores(), os.environ["GOMP_SPINCOUNT"])
+    from engine.train.distributed.idle_cores import adapt_thread_waits
+    print(adapt_thread_waits(), os.environ["GOMP_SPINCOUNT"])
 """
 
 

@@ -1,14 +1,11 @@
 """Copies tensors to host memory, into pinned buffers that are reused for GPU tensors."""
 
-import logging
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from engine.train.distributed.pinned_memory import PinnedMemory
 from engine.train.distributed.sharding import local_tensor
-
-log = logging.getLogger("engine")
 
 
 class HostCopies:
@@ -21,7 +18,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._pinned: dict[str, Tensor] = {}
-        self._can_pin = True
+        self._host = PinnedMemory("checkpoints are copied")
 
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies tensors, by name; a DTensor's copy is a DTensor with its shard on the CPU.
@@ -46,18 +43,9 @@ class HostCopies:
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         buffer = self._pinned.get(name)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = self._allocate(like)
+            buffer = self._host.empty_like(like)
             self._pinned[name] = buffer
         return buffer
-
-    def _allocate(self, like: Tensor) -> Tensor:
-        if self._can_pin:
-            try:
-                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-            except RuntimeError as error:  # a container's limit on locked memory, for example
-                self._can_pin = False
-                log.warning("checkpoints are copied through pageable memory: %s", error)
-        return torch.empty(like.shape, dtype=like.dtype)
 
 
 def shard_like(tensor: Tensor, local: Tensor) -> Tensor:

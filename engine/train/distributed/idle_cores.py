@@ -23,22 +23,22 @@ import torch
 
 from engine.launch.environment import LONG_WAITING, OPENMP_WAITING, needs_most_cores
 
-PERIOD = 1.0
+CHECK_INTERVAL = 1.0
 """Seconds between two looks at what other processes do."""
-CALM_PERIODS = 2
-"""Periods without them after which threads spin. They stop after the first period with some."""
-LITTLE = 0.25
-"""Share of a core that other processes may use: a dashboard that is watched takes a tenth."""
+IDLE_CHECKS = 2
+"""Checks without them after which threads spin. They stop after the first one with some."""
+MAX_OTHER_CORES = 0.25
+"""Cores that other processes may use: a dashboard that is watched takes a tenth of one."""
 STATISTICS = Path("/proc/stat")
 EXIT_TIMEOUT = 5.0
 """Seconds that the process waits for the thread at its end."""
-TEAM_SIZE = threading.Lock()
+TEAM_SIZE = threading.RLock()
 """Held while the number of threads of a new team is another than usual, and to make one."""
-PARALLEL = 1 << 17
+PARALLEL_ELEMENTS = 1 << 17
 """Elements of a tensor that torch divides among its threads."""
 
 
-def wait_by_idle_cores() -> bool:
+def adapt_thread_waits() -> bool:
     """Starts a thread that makes waiting threads spin or sleep, as other processes use the cores.
 
     Does nothing unless the process was started with :data:`~engine.launch.environment.LONG_WAITING`
@@ -112,7 +112,8 @@ class SecondTeam:
 
     def _lead(self, started: threading.Event) -> None:
         try:
-            torch.zeros(PARALLEL).add_(1.0)  # libgomp makes a team for each thread that needs one
+            # libgomp makes a team for each thread that needs one.
+            torch.zeros(PARALLEL_ELEMENTS).add_(1.0)
         finally:
             started.set()
         self._end.wait()
@@ -126,21 +127,22 @@ class SecondTeam:
 def _adapt(threads: int, ended: threading.Event) -> None:
     cores = len(os.sched_getaffinity(0))
     team: SecondTeam | None = SecondTeam()
-    calm, before = 0, CoreTimes.read()
-    while not ended.wait(PERIOD):
+    idle, before = 0, CoreTimes.read()
+    while not ended.wait(CHECK_INTERVAL):
         try:
             now = CoreTimes.read()
         except OSError:  # no free descriptors
-            calm = 0
+            idle = 0
         else:
             others = now.used_by_others(before)
             # Some sandboxes show no times: then the own ones seem to be more than those of all.
-            calm = calm + 1 if -LITTLE <= others <= cores - threads + LITTLE else 0
+            free = -MAX_OTHER_CORES <= others <= cores - threads + MAX_OTHER_CORES
+            idle = idle + 1 if free else 0
             before = now
-        if calm >= CALM_PERIODS and team is not None:
+        if idle >= IDLE_CHECKS and team is not None:
             team.end()
             team = None
-        elif calm == 0 and team is None:
+        elif idle == 0 and team is None:
             team = SecondTeam()
     if team is not None:
         team.end()

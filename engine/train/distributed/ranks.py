@@ -32,7 +32,7 @@ from engine.memory.capacity import of_gpus
 from engine.nvml import driver_problem, visible_gpus
 from engine.protocol.rank_messages import LEAVING_KEY, WAITING_KEY
 from engine.train.distributed.exchange import all_gather_bytes
-from engine.train.distributed.idle_cores import TEAM_SIZE, wait_by_idle_cores
+from engine.train.distributed.idle_cores import TEAM_SIZE, adapt_thread_waits
 from engine.train.distributed.rank_store import RankStore
 
 log = logging.getLogger("engine")
@@ -357,7 +357,7 @@ def set_threads_and_nice(ranks: RankGroup, launch: LaunchConfig) -> int:
         os.nice(int(os.environ.get(NICE_VARIABLE, "0")))
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads_per_rank(launch, local_ranks))
-    wait_by_idle_cores()
+    adapt_thread_waits()
     return torch.get_num_threads()
 
 

@@ -6,7 +6,6 @@ so that no rank holds the whole model; a rank that does not have the files recei
 rank 0. Each byte is read once, and the other machines need no copy of the files.
 """
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,11 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from engine.train.distributed.file_backed import back_by_file, drop_pages
+from engine.train.distributed.pinned_memory import PinnedMemory
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.stored_tensor import read_stored
 from engine.train.distributed.weight_source import WeightSource
 
-log = logging.getLogger("engine")
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -223,20 +222,10 @@ class HostWeights:
         """Keeps the weights of a module that is on the host, for use on a device."""
         self._device = device
         tensors = [*module.parameters(), *module.buffers()]  # tied ones once
-        self._pins = True
-        self._on_host = [(tensor, self._pinned(tensor.data)) for tensor in tensors]
+        host = PinnedMemory("frozen weights are kept")
+        self._on_host = [(tensor, host.moved(tensor.data)) for tensor in tensors]
         for tensor, data in self._on_host:
             tensor.data = data
-
-    def _pinned(self, data: Tensor) -> Tensor:
-        """A copy in pinned memory, from which a GPU copies at the full speed of its bus."""
-        if self._pins:
-            try:
-                return data.pin_memory()
-            except RuntimeError as error:  # a container's limit on locked memory, for example
-                self._pins = False
-                log.warning("frozen weights are kept in pageable memory: %s", error)
-        return data
 
     def copy_to_device(self) -> None:
         """Makes the module compute with copies on the device."""

@@ -1,4 +1,4 @@
-"""Places the panel about a table's selected row: beside the table, below it, or nowhere."""
+"""Places the panel of a table's selected row: beside the table, below it, or nowhere."""
 
 from textual.geometry import Size
 from textual.widget import Widget

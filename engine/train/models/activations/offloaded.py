@@ -4,7 +4,6 @@ With activation checkpointing they are what a model keeps for each layer. The co
 order of the GPU's other work, so the host does not wait for them.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.errors import first_line
-
-log = logging.getLogger("engine")
+from engine.train.distributed.pinned_memory import PinnedMemory
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class OffloadedActivations:
     def __init__(self, width: int) -> None:
         """Takes the size of the hidden states, H: tensors (n, L, H) are moved."""
         self._width = width
-        self._pins = True
+        self._host = PinnedMemory("activations are kept")
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -43,20 +40,9 @@ class OffloadedActivations:
         on_cpu = tensor.device.type == "cpu"
         if on_cpu or tensor.dim() != 3 or tensor.shape[-1] != self._width:
             return tensor
-        copy = self._empty(tensor)
+        copy = self._host.empty_like(tensor)
         copy.copy_(tensor.detach(), non_blocking=True)
         return OnHost(copy, tensor.new_empty(0))
-
-    def _empty(self, like: Tensor) -> Tensor:
-        """Host memory, pinned: a GPU writes to it at the full speed of its bus."""
-        if self._pins:
-            try:
-                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-            except RuntimeError as error:  # a container's limit on locked memory, for example
-                self._pins = False
-                # Not the error itself: its traceback holds the tensors of the forward pass.
-                log.warning("activations are kept in pageable memory: %s", first_line(error))
-        return torch.empty(like.shape, dtype=like.dtype)
 
 
 def _to_device(kept: Tensor | OnHost) -> Tensor:

@@ -69,12 +69,11 @@ def _definition(forward: Any) -> ast.FunctionDef | None:
 def _forward(mlp: Any, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     activated = mlp.act_fn(gate)
-    in_place = activated.data_ptr() == gate.data_ptr()  # the gate is lost
-    if in_place or not activated.requires_grad:
+    if activated is gate or not activated.requires_grad:  # computed in place: the gate is lost
         return mlp.down_proj(activated * up)
     # `activated` and `product` exist until the end, so that nothing else has their addresses.
     products = Products(mlp.act_fn, gate.detach(), up.detach(), activated.data_ptr())
-    with saved_tensors_hooks(products.without, products.restored):
+    with saved_tensors_hooks(products.pack, products.unpack):
         product = activated * up
         products.product_at = product.data_ptr()
         return mlp.down_proj(product)
@@ -101,7 +100,7 @@ class Products:
         """Address of the product; 0 before it is computed."""
         self._activated: Tensor | None = None
 
-    def without(self, tensor: Tensor) -> Tensor | Saved:
+    def pack(self, tensor: Tensor) -> Tensor | Saved:
         """Called by autograd with a tensor to keep. Returns what is kept in its place."""
         # Views of them, as a linear layer takes, have other shapes, but the same first element.
         address = tensor.data_ptr()
@@ -110,7 +109,7 @@ class Products:
             return tensor
         return Saved(address == self.product_at, tensor.shape)
 
-    def restored(self, kept: Tensor | Saved) -> Tensor:
+    def unpack(self, kept: Tensor | Saved) -> Tensor:
         """Called by autograd in the backward pass. Returns the tensor."""
         if isinstance(kept, Tensor):
             return kept
