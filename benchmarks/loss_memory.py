@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> None:
     model = build_model(options.vocabulary)
     tokens = torch.randint(options.vocabulary, (options.rows, options.length))
     if options.child != ALL:
-        chunked_loss.MOST_LOGITS = int(options.child)
+        chunked_loss.MAX_LOGITS = int(options.child)
     step(model, tokens[:1, :8], options.child)  # what is made once
     model.zero_grad(set_to_none=False)
     before, peak, seconds = resident(), Peak(), []

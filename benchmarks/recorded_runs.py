@@ -16,7 +16,7 @@ HONEST = "reward/honest"
 """The score of the starter's reward model, which every run has, trained on it or not."""
 SMOOTH = 5
 """Steps in the mean by which the honest score is judged; of 16 responses each."""
-LEAST_LOSS = 0.4
+MIN_LOSS = 0.4
 """A smaller fall of the smoothed honest score is noise: four of its standard errors."""
 KL_TIMES = 2.0
 """The multiple of its target from which a KL is harm."""
@@ -43,7 +43,7 @@ class RecordedRun:
         """The step by which the honest score has lost half of its gain; infinite if it has not.
 
         A score that has gained nothing, or next to nothing, has lost when it has fallen by
-        :data:`LEAST_LOSS`.
+        :data:`MIN_LOSS`.
         """
         scores = [m[HONEST] for m in self.steps]
         first = best = None
@@ -52,7 +52,7 @@ class RecordedRun:
             if first is None or best is None:
                 first = best = mean
             best = max(best, mean)
-            if best - mean > max((best - first) / 2, LEAST_LOSS):
+            if best - mean > max((best - first) / 2, MIN_LOSS):
                 return step
         return math.inf
 

@@ -54,8 +54,8 @@ def variants(target: Target) -> Iterator[Finding]:
             yield from step_as_on_cpu(target, name, *keys)
     loss = "engine.train.ppo.chunked_loss"
     with (
-        mock.patch(f"{loss}.MOST_LOGITS", CHUNK),
-        mock.patch(f"{loss}.MOST_LOGITS_ON_GPU", CHUNK),
+        mock.patch(f"{loss}.MAX_LOGITS", CHUNK),
+        mock.patch(f"{loss}.MAX_LOGITS_ON_GPU", CHUNK),
     ):
         yield from step_as_on_cpu(target, "losses in chunks", *IN_CHUNKS)
 

@@ -17,8 +17,8 @@ from engine.errors import SessionError
 
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
-MOST_BYTES = 1 << 26
-"""Most bytes of a file in JSON. A checkpoint's state.json has a line for each file of a model."""
+MAX_BYTES = 1 << 26
+"""Maximum size of a file in JSON. A checkpoint's state.json has a line for each file of a model."""
 
 
 def make_folders(path: Path) -> None:
@@ -118,12 +118,12 @@ def read_bytes(path: Path) -> bytes:
     """The contents of a small file of a session, see :func:`open_regular`.
 
     Raises:
-        OSError: it cannot be read, or has more than :data:`MOST_BYTES`.
+        OSError: it cannot be read, or has more than :data:`MAX_BYTES`.
     """
     with open_to_read(path) as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes", str(path))
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES} bytes", str(path))
     return data
 
 

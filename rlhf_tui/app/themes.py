@@ -211,13 +211,13 @@ def themes_of(color_system: str | None) -> list[Theme]:
             palette(),
             dark=name != "light",
             exact=palettes is not PALETTES["truecolor"],
-            least=MIN_CONTRAST_OF_16 if palettes is PALETTES["standard"] else MIN_CONTRAST,
+            min_contrast=MIN_CONTRAST_OF_16 if palettes is PALETTES["standard"] else MIN_CONTRAST,
         )
         for name, palette in palettes.items()
     ]
 
 
-def _theme(name: str, p: Palette, *, dark: bool, exact: bool, least: float) -> Theme:
+def _theme(name: str, p: Palette, *, dark: bool, exact: bool, min_contrast: float) -> Theme:
     variables = {f"s{i}": colour for i, colour in enumerate(p.series, start=1)}
     for ramp, steps in (("heat", p.heat), ("cold", p.cold)):
         for i, (background, text) in enumerate(steps, start=1):
@@ -228,7 +228,7 @@ def _theme(name: str, p: Palette, *, dark: bool, exact: bool, least: float) -> T
     }  # fmt: skip
     # Of the text on the selected row, what cannot be read there has the row's own text colour.
     for key in ("dim", "good", "warn", "bad", "key", "raw", *(f"s{i}" for i in range(1, 7))):
-        readable = contrast(Color.parse(variables[key]), Color.parse(p.cursor)) > least
+        readable = contrast(Color.parse(variables[key]), Color.parse(p.cursor)) > min_contrast
         variables[f"chosen-{key}"] = variables[key] if readable else p.text
     if exact:
         # Textual derives these by blending, to colours that the terminal does not have.

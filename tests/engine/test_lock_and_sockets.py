@@ -14,7 +14,7 @@ from engine.config.sections.launch import LaunchConfig
 from engine.errors import SessionError, SessionLockedError
 from engine.protocol import sockets
 from engine.session import lock
-from engine.session.access import MOST_BYTES, open_to_append, open_to_umask, read_bytes
+from engine.session.access import MAX_BYTES, open_to_append, open_to_umask, read_bytes
 from engine.session.folder import SessionFolder
 from engine.supervisor.processes.rank_processes import RankProcesses
 
@@ -266,7 +266,7 @@ def test_a_file_that_is_too_large_to_describe_an_engine_is_not_read(tmp_path):
     session.write_engine("/a/socket", "1.0")
     assert session.engine() is not None
     with session.engine_file.open("ab") as file:
-        file.write(b" " * MOST_BYTES)
+        file.write(b" " * MAX_BYTES)
     assert session.engine() is None
 
 

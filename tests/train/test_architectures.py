@@ -144,7 +144,7 @@ def test_two_ranks_compute_the_step_of_one(make_run, tmp_path):
                     "session": str(session.folder),
                     "recorded": str(tmp_path / f"{kind}.pickle"),
                     "result": str(tmp_path / f"{kind}-{strategy}.json"),
-                    "most_logits": chunked_loss.MOST_LOGITS,
+                    "most_logits": chunked_loss.MAX_LOGITS,
                 }
             )
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))

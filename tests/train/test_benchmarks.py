@@ -94,7 +94,7 @@ def test_a_large_journal_answers_every_query_of_the_growth_benchmark(tmp_path, c
 
 def test_the_loss_benchmark_has_the_same_gradient_with_all_logits_and_in_chunks(monkeypatch):
     vocabulary, tokens = 100, torch.arange(24).reshape(2, 12)
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * vocabulary)
+    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 5 * vocabulary)
     gradients = []
     for most in (loss_memory.ALL, "500"):
         model = loss_memory.build_model(vocabulary)

@@ -121,7 +121,7 @@ def test_the_chunks_of_logits_change_neither_gradient_nor_sums(other, trained, m
     minibatch = make_minibatch(policy)
     whole, sums = fast(policy, minibatch, config)
     logprobs, _ = score_tokens(policy, minibatch[0], 0.7, MicroBatchLimit(7))
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
+    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 5 * VOCABULARY)
     policy.lm.get_output_embeddings().register_forward_hook(few_logits)
     again, _ = score_tokens(policy, minibatch[0], 0.7, MicroBatchLimit(7))
     close = 1e-5 if not named or float32 else 3e-2
@@ -138,7 +138,7 @@ def test_the_chunks_of_logits_change_neither_gradient_nor_sums(other, trained, m
 
 @pytest.mark.parametrize("most", [1, 1 << 25], ids=["in chunks", "at once"])
 def test_logits_are_only_made_for_tokens_of_responses(most, monkeypatch):
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", most * VOCABULARY)
+    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", most * VOCABULARY)
     policy = make_policy("shared")
     minibatch = make_minibatch(policy, left=2, right=3)
     hidden = []

@@ -238,7 +238,7 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
             config, ppo=msgspec.structs.replace(config.ppo, micro_batch_size=size)
         )
         assert_same(fast(policy, minibatch, sized, rows), want)
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
+    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 5 * VOCABULARY)
     policy.lm.lm_head.register_forward_hook(few_logits)
     assert_same(fast(policy, minibatch, config, rows), want)
 
@@ -267,7 +267,7 @@ def test_the_gradient_of_responses_with_replies_is_that_of_the_policys_tokens(
             config, ppo=msgspec.structs.replace(config.ppo, micro_batch_size=size)
         )
         assert_same(fast(policy, minibatch, sized), want)
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
+    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 5 * VOCABULARY)
     assert_same(fast(policy, minibatch, config), want)
 
 

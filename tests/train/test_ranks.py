@@ -24,7 +24,7 @@ from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.experience.generation import generate_rollout
 from engine.train.load import load_run
 from engine.train.load_checks import check_rank_count
-from engine.train.ppo.chunked_loss import MOST_LOGITS
+from engine.train.ppo.chunked_loss import MAX_LOGITS
 from engine.train.reports.probe import answer_probe
 from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step
@@ -201,7 +201,7 @@ def outcomes(request, tmp_path_factory, half_models):
         for strategy in (s for s in STRATEGIES if (variant, s) in placed):
             session = create(folder, f"{strategy}-{i}", config_of(strategy, variant, half_models))
             job = {"session": session.folder, "recorded": folder / f"recording-{i}.pickle"}
-            job["most_logits"] = IN_CHUNKS if variant in [*EVERY_TIME][1:] else MOST_LOGITS
+            job["most_logits"] = IN_CHUNKS if variant in [*EVERY_TIME][1:] else MAX_LOGITS
             jobs.append(
                 job | {"result": folder / f"{strategy}-{i}.json", "as": (variant, strategy)}
             )

@@ -124,7 +124,7 @@ def test_the_loss_is_the_same_with_logits_in_chunks(make_run, moe, monkeypatch):
     rollout = generate_rollout(run, 1)
     whole, _ = train_step(run, 1, rollout)
     again, _ = make_run(moe, *KEYS)
-    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 20_000)
+    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 20_000)
     chunked, _ = train_step(again, 1, rollout)
     for name in ("loss/router_avg", "grad_norm"):
         assert chunked[name] == pytest.approx(whole[name], rel=1e-4)

@@ -40,7 +40,7 @@ HOSTILE = (
     "| a | b |\n<!--\u202e-->&lt;&#60;script>javascript:alert(3)\x00"
 )
 OLD = Path(__file__).parents[1] / "data" / "sessions-0.1.0" / "sessions"
-MOST_BYTES = 3_000_000
+MAX_BYTES = 3_000_000
 VOID = {"meta", "circle", "path", "polyline", "br", "img"}
 
 
@@ -346,8 +346,8 @@ def test_a_run_of_100_000_steps_with_long_texts_is_a_small_page(tmp_path):
         set_label(session, row.prompt, Response.of(row), "good", text)
         set_note(session, row.prompt, Response.of(row), text, text)
     report = read_report(session)
-    assert len(html.page(report).encode()) < MOST_BYTES
-    assert len(markdown.page(report).encode()) < MOST_BYTES
+    assert len(html.page(report).encode()) < MAX_BYTES
+    assert len(markdown.page(report).encode()) < MAX_BYTES
     assert max(len(c.points) for c in report.curves) <= 2 * SPANS + 1
     assert "rows left out" in html.page(report)
 

@@ -34,7 +34,6 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.stored_tensor import read_stored
 from engine.train.distributed.weight_source import WeightSource
 
-
 M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,7 +1,7 @@
 """Computes log-probabilities and losses from hidden states, a chunk of logits at a time.
 
 The logits of n responses of T tokens are n·T·V numbers: 1.2 GB for 2,000 tokens and a vocabulary of
-152,000. If there would be more than :data:`MOST_LOGITS`, they are computed for a chunk of tokens at
+152,000. If there would be more than :data:`MAX_LOGITS`, they are computed for a chunk of tokens at
 a time. A sum of per-token losses is differentiated chunk by chunk in the forward pass, so that the
 backward pass needs no logits: recomputing them there took 15–35 % longer. Only the ratios of whole
 responses (`ppo.ratio`), on which every token's loss depends, require computing logits twice.
@@ -25,16 +25,16 @@ from engine.train.ppo.logprobs import (
     scaled_at,
 )
 
-MOST_LOGITS = LOGITS_AT_ONCE["cpu"]
+MAX_LOGITS = LOGITS_AT_ONCE["cpu"]
 """Most logits in memory at a time on a CPU. A micro-batch with fewer is computed in one piece, for
 example with the starter's vocabulary, or up to 682 tokens with SmolLM2's 49,152."""
-MOST_LOGITS_ON_GPU = LOGITS_AT_ONCE["cuda"]
+MAX_LOGITS_ON_GPU = LOGITS_AT_ONCE["cuda"]
 """The same on a GPU. With smaller chunks, summing the weight gradients would be memory-bound."""
 
 
 def most_logits(device: torch.device) -> int:
     """Returns the number of logits that may be in memory at a time."""
-    return MOST_LOGITS_ON_GPU if device.type == "cuda" else MOST_LOGITS
+    return MAX_LOGITS_ON_GPU if device.type == "cuda" else MAX_LOGITS
 
 
 def chunks(tokens: int, vocabulary: int, device: torch.device) -> Iterator[slice]:

@@ -154,7 +154,7 @@ def test_a_step_on_a_gpu_has_the_numbers_of_the_cpu(
 def test_losses_in_chunks_on_a_gpu_have_the_numbers_of_the_cpu(
     make_run, tiny_model, few_prompts, overrides, monkeypatch
 ):
-    for limit in ("MOST_LOGITS", "MOST_LOGITS_ON_GPU"):
+    for limit in ("MAX_LOGITS", "MAX_LOGITS_ON_GPU"):
         monkeypatch.setattr(f"engine.train.ppo.chunked_loss.{limit}", IN_CHUNKS)
     # In float32 the CPU has a product of its own for the output layer.
     compare_step(make_run, tiny_model, few_prompts, overrides, monkeypatch, tolerance=1e-5)

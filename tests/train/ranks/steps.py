@@ -31,7 +31,7 @@ def main():
     jobs = Path(sys.argv[1])
     ranks = RankGroup(LaunchConfig(device="cpu"))
     for job in json.loads(jobs.read_text()):
-        chunked_loss.MOST_LOGITS = int(job["most_logits"])
+        chunked_loss.MAX_LOGITS = int(job["most_logits"])
         train_one_step(
             ranks, SessionFolder(Path(job["session"])), Path(job["recorded"]), Path(job["result"])
         )
